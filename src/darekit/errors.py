@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong, as one tree.
+
+::
+
+    DarekitError            everything below; the command line prints its message and exits with 1
+    |- RecipeError          the recipe's text: unknown key, contradiction, value out of range
+    |- CheckpointError      one checkpoint cannot be read: not found, malformed, changed while it was read
+    |  '- Unsupported       it can be read, but not merged as it is: quantised, an adapter, pickled
+    |- HomologyError        the checkpoints do not belong together: names, shapes, vocabulary, wrong base
+    |- PlanError            a parameter is impossible for these tensors
+    |- DataError            values: NaN, Inf, overflow of the output dtype, integer tensors that differ
+    '- OutputError          the output: exists, in use, disk full, cannot be resumed
+
+Every message says what was found, what was expected, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class DarekitError(Exception):
+    """Base of every error that darekit raises on purpose."""
+
+
+class RecipeError(DarekitError):
+    """A recipe that cannot mean anything: the message names file, line and key."""
+
+
+class CheckpointError(DarekitError):
+    """A checkpoint that cannot be read: the message names the file and, where there is one, the tensor."""
+
+
+class Unsupported(CheckpointError):
+    """A checkpoint that is well-formed, but that darekit will not merge as it is."""
+
+
+class HomologyError(DarekitError):
+    """Checkpoints that do not belong together."""
+
+
+class PlanError(DarekitError):
+    """A parameter that is impossible for the tensors at hand."""
+
+
+class DataError(DarekitError):
+    """Values that must not be merged or written."""
+
+
+class OutputError(DarekitError):
+    """An output that cannot be written, published or resumed."""
