@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Number formats of tensors on disk: their sizes and names, how they widen to arithmetic and round back.
+
+Arithmetic is float32, float64 where an input is F64. Widening is exact for every format here; rounding happens
+once, to nearest even. The functions below are the reference; `darekit.kernels` has faster twins for BF16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from darekit.errors import Unsupported
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """One number format: its safetensors name, the name used by torch and recipes, its numpy dtype."""
+
+    name: str
+    torch_name: str
+    kind: Literal["float", "int", "bool"]
+    numpy: np.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return self.numpy.itemsize
+
+
+DTYPES: dict[str, DType] = {
+    entry.name: entry
+    for entry in (
+        DType("F64", "float64", "float", np.dtype("<f8")),
+        DType("F32", "float32", "float", np.dtype("<f4")),
+        DType("F16", "float16", "float", np.dtype("<f2")),
+        DType("BF16", "bfloat16", "float", np.dtype(ml_dtypes.bfloat16)),
+        DType("F8_E4M3", "float8_e4m3fn", "float", np.dtype(ml_dtypes.float8_e4m3fn)),
+        DType("F8_E5M2", "float8_e5m2", "float", np.dtype(ml_dtypes.float8_e5m2)),
+        DType("I64", "int64", "int", np.dtype("<i8")),
+        DType("I32", "int32", "int", np.dtype("<i4")),
+        DType("I16", "int16", "int", np.dtype("<i2")),
+        DType("I8", "int8", "int", np.dtype("i1")),
+        DType("U64", "uint64", "int", np.dtype("<u8")),
+        DType("U32", "uint32", "int", np.dtype("<u4")),
+        DType("U16", "uint16", "int", np.dtype("<u2")),
+        DType("U8", "uint8", "int", np.dtype("u1")),
+        DType("BOOL", "bool", "bool", np.dtype("?")),
+    )
+}
+
+FLOAT_DTYPES: tuple[str, ...] = tuple(name for name, entry in DTYPES.items() if entry.kind == "float")
+
+
+def dtype_named(name: str) -> DType:
+    """Look up a format by its safetensors name.
+
+    Raises:
+        Unsupported: the format is not one of `DTYPES`.
+    """
+    try:
+        return DTYPES[name]
+    except KeyError:
+        raise Unsupported(f"number format {name!r} is not supported; darekit reads {', '.join(DTYPES)}") from None
+
+
+def dtype_from_torch_name(name: str) -> DType | None:
+    """Look up a format by the name that torch and recipes use (`bfloat16`, `torch.bfloat16`); None if unknown."""
+    wanted = name.removeprefix("torch.")
+    return next((entry for entry in DTYPES.values() if entry.torch_name == wanted), None)
+
+
+def widen(raw: Bytes, dtype: DType, out: Floats) -> None:
+    """(n * itemsize,) uint8 -> (n,) float32 or float64, in place in `out`; exact."""
+    # A cast of a signalling NaN raises the processor's "invalid" flag; finding NaNs is the engine's work, not numpy's.
+    with np.errstate(invalid="ignore", over="ignore"):
+        out[...] = raw.view(dtype.numpy)
+
+
+def narrow(values: Floats, dtype: DType, raw: Bytes) -> int:
+    """(n,) float32 or float64 -> (n * itemsize,) uint8, in place in `raw`; nearest even.
+
+    Returns how many finite values became NaN or Inf because the format is too small for them.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = values.astype(dtype.numpy)
+    raw.view(dtype.numpy)[...] = rounded
+    return int(np.count_nonzero(np.isfinite(values) & ~np.isfinite(rounded)))
