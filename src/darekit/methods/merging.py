@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merge methods: K deltas (or, for `linear` without a base, K models) -> one. Plain numpy: definition and oracle.
+
+Each takes `deltas`, (K, n) float32 or float64, and `weights`, (K,) float64, and returns (n,) of deltas' dtype: the
+merged delta before `lambda`. Sums run over models in recipe order. Whatever a method needs to know of a whole
+tensor beforehand (TIES' trim) is a stage of its own, so that these functions work on tiles of any size.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+
+from darekit.methods.parameters import Switch
+
+Deltas = npt.NDArray[np.floating]
+Weights = npt.NDArray[np.float64]
+
+WEIGHTS_TINY = 1e-8
+
+
+def total_weight(weights: Weights) -> float:
+    """Sum of the weights; 1 where it vanishes, as mergekit has it."""
+    total = float(np.sum(weights))
+    return total if abs(total) >= WEIGHTS_TINY else 1.0
+
+
+def weighted_sum(deltas: Deltas, weights: Weights, divisor: float) -> Deltas:
+    """(K, n), (K,) -> (n,): sum of w_k d_k, divided by `divisor` once at the end (so equal models stay exact)."""
+    number = deltas.dtype.type
+    merged = np.zeros(deltas.shape[1], dtype=deltas.dtype)
+    for delta, weight in zip(deltas, weights, strict=True):
+        merged += number(weight) * delta
+    return merged if divisor == 1.0 else merged / number(divisor)
+
+
+def linear(
+    deltas: Deltas,
+    weights: Weights,
+    *,
+    normalize: Annotated[bool, Switch("divide by the sum of the weights")] = True,
+) -> Deltas:
+    """Weighted average of the models (of their deltas, where there is a base: the same average, exactly rounded).
+
+    Source: model soups (arXiv 2203.05482); "average merging" of DARE (arXiv 2311.03099), section 3.3:
+    theta = sum w_k theta_k / sum w_k.
+    """
+    return weighted_sum(deltas, weights, total_weight(weights) if normalize else 1.0)
+
+
+def task_arithmetic(
+    deltas: Deltas,
+    weights: Weights,
+    *,
+    normalize: Annotated[bool, Switch("divide by the sum of the weights")] = False,
+) -> Deltas:
+    """Base plus lambda times the weighted sum of the deltas.
+
+    Source: task arithmetic (arXiv 2212.04089), section 2: theta = theta_pre + lambda sum w_k d_k.
+    """
+    return weighted_sum(deltas, weights, total_weight(weights) if normalize else 1.0)
+
+
+def ties(
+    deltas: Deltas,
+    weights: Weights,
+    *,
+    normalize: Annotated[bool, Switch("disjoint mean; false: the plain sum of those that agree")] = True,
+) -> Deltas:
+    """Elect a sign per element, then take the weighted mean of the deltas that agree with it (after the trim).
+
+    Source: TIES-Merging (arXiv 2306.01708), section 4: s = sgn(sum w_k d_k); mean of {d_k : sgn d_k = s}. A zero
+    is in no one's favour; a sum of exactly 0 elects +, as PEFT and mergekit do (the authors take the majority sign
+    of the whole vector there).
+    """
+    number = deltas.dtype.type
+    votes = [number(weight) * delta for delta, weight in zip(deltas, weights, strict=True)]
+    elected = np.zeros(deltas.shape[1], dtype=deltas.dtype)
+    for vote in votes:
+        elected += vote
+    positive = elected >= 0
+    merged, agreeing = np.zeros_like(elected), np.zeros_like(elected)
+    for vote, weight in zip(votes, weights, strict=True):
+        agrees = np.where(positive, vote > 0, vote < 0)
+        merged += np.where(agrees, vote, number(0))
+        agreeing += np.where(agrees, number(weight), number(0))
+    if not normalize:
+        return merged
+    return merged / np.where(agreeing == 0, number(1), agreeing)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters of methods, read from the functions themselves.
+
+A method's keyword-only arguments ARE its parameters: name, default, and (through `typing.Annotated`) range and one
+line of help. Recipe validation, the command line, the docs and the tests all read them from here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number in [low, high]; may be given per tensor, and per model where `per_model`."""
+
+    help: str
+    low: float = float("-inf")
+    high: float = float("inf")
+    per_model: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of a few words."""
+
+    help: str
+    of: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """True or false."""
+
+    help: str
+
+
+Kind = Number | Choice | Switch
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a method; `default` is None where the user must give it."""
+
+    name: str
+    kind: Kind
+    default: Any
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a single value (not a list of filters); None if nothing is."""
+        match self.kind:
+            case Number(low=low, high=high):
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    return f"{self.name} must be a number, found {value!r}"
+                if not low <= value <= high:
+                    hint = ""
+                    if high == 1 and 1 < value <= 100:
+                        hint = f"; a percentage? write {value / 100:g}"
+                    return f"{self.name} must be in [{low:g}, {high:g}], found {value!r}{hint}"
+            case Choice(of=of):
+                if value not in of:
+                    return f"{self.name} must be one of {', '.join(of)}, found {value!r}"
+            case Switch():
+                if not isinstance(value, bool):
+                    return f"{self.name} must be true or false, found {value!r}"
+        return None
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
+    """Keyword-only arguments of a method -> its parameters, in order."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    found = {}
+    for argument in inspect.signature(function).parameters.values():
+        if argument.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        kind = next(item for item in hints[argument.name].__metadata__ if isinstance(item, Kind))
+        default = None if argument.default is inspect.Parameter.empty else argument.default
+        name = argument.name.removesuffix("_")  # `lambda_`: the field's word is Python's too
+        found[name] = Parameter(name, kind, default)
+    return found
