@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write everything beside the weights. Only `config.json` is a necessity; no courtesy may cost the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from darekit.errors import OutputError
+from darekit.output.tokenizer import TemplateChoice, write_chat_template
+
+RECIPE_NAME = "darekit_recipe.yaml"
+
+
+def write_companions(
+    directory: Path,
+    *,
+    config: Mapping[str, Any] | None,
+    files: Sequence[Path],
+    chat_template: TemplateChoice | None = None,
+    recipe_text: str,
+    card: Callable[[], str],
+) -> list[str]:
+    """Config, tokenizer and other copied `files` (of two with one name the first), recipe, and the card last.
+
+    `card` makes the card's text; it is called here, so that whatever it raises becomes a warning.
+
+    Returns:
+        One warning for each courtesy that failed.
+
+    Raises:
+        OutputError: `config.json` cannot be written.
+    """
+    warnings: list[str] = []
+    if config is None:
+        warnings.append("no input has a config.json: the output has none, and transformers cannot load it by itself")
+    else:
+        path = directory / "config.json"
+        try:
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        except (OSError, TypeError, ValueError) as error:
+            raise OutputError(f"cannot write {path}: {error}; a model without it cannot be loaded") from error
+
+    targets: dict[Path, Path] = {}
+    for source in files:
+        nested = source.parent.name if source.parent.name == "additional_chat_templates" else ""
+        targets.setdefault(directory / nested / source.name, source)
+    for target, source in targets.items():
+        _try(warnings, f"could not copy {source}", _copy, source, target)
+    if chat_template is not None:
+        warnings.extend(chat_template.warnings)
+        if chat_template.borrowed and chat_template.template is not None:
+            _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template.template)
+    _try(warnings, f"could not write {RECIPE_NAME}", _write, directory / RECIPE_NAME, lambda: recipe_text)
+    _try(warnings, "could not write the model card", _write, directory / "README.md", card)
+    return warnings
+
+
+def _try(warnings: list[str], what: str, action: Callable[..., None], *arguments: Any) -> None:
+    try:
+        action(*arguments)
+    except Exception as error:  # whatever it is, it is not worth an hour of merging
+        warnings.append(f"{what}: {error or type(error).__name__}; the weights are not affected")
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    # Contents only: files in the Hub's cache are links, and may be read-only.
+    shutil.copyfile(source, target)
+
+
+def _write(path: Path, text: Callable[[], str]) -> None:
+    path.write_text(text(), encoding="utf-8")
