@@ -47,7 +47,7 @@ def model_card(
         metadata["license"] = license
     recipe = recipe_text.rstrip("\n")
     for given in sorted(names, key=len, reverse=True):  # a path may begin another
-        if names[given] != given and "/" in given:
+        if names[given] != given.split("@")[0]:  # a Hub id keeps its revision here
             recipe = recipe.replace(given, names[given])
     lines = [
         "---",

@@ -13,8 +13,9 @@ DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 writes the first and rea
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")  # where a composite model keeps its language model
 CODERS = ("encoder", "decoder")  # nested configs not named `*_config`
 
-# Model types whose embeddings are tied unless the config says otherwise (checked with transformers 5.23 by a test;
-# 4.48 agrees). All others default to untied, among them llama, mistral, mixtral, qwen2, qwen3, phi3, olmo, gpt_neox.
+# Model types whose embeddings are tied unless the config says otherwise, in transformers 4.48 and 5.23 alike (they
+# disagree about mt5, whose checkpoints say it). Untied by default are llama, mistral, mixtral, qwen2, qwen3, phi3,
+# olmo, gpt_neox and most others.
 TIED_MODEL_TYPES = frozenset(
     """
     albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert
@@ -22,10 +23,10 @@ TIED_MODEL_TYPES = frozenset(
     ernie4_5_moe esm falcon falcon_mamba flaubert fnet funnel gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text
     gemma4 gemma4_text gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese ibert jetmoe layoutlm led lfm2 lfm2_moe
     longformer longt5 luke m2m_100 mamba marian mbart megatron-bert mobilebert modernbert modernbert-decoder mpnet mpt
-    mra mt5 mvp nllb-moe nystromformer openai-gpt opt paligemma pegasus pegasus_x plbart prophetnet recurrent_gemma
+    mra mvp nllb-moe nystromformer openai-gpt opt paligemma pegasus pegasus_x plbart prophetnet recurrent_gemma
     roberta roberta-prelayernorm roc_bert roformer smollm3 squeezebert starcoder2 switch_transformers t5 t5gemma
     t5gemma2 tapas umt5 vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod yoso zamba zamba2
-    """.split()
+    """.split()  # noqa: SIM905 (read as a paragraph)
 )
 
 

@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files beside the weights: true to them, loadable, and never worth more than they are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from darekit.dtypes import DTYPES
+from darekit.errors import OutputError
+from darekit.output.card import agreed_license, front_matter, model_card, public_name
+from darekit.output.companions import write_companions
+from darekit.output.config import TIED_MODEL_TYPES, is_tied, merged_config, tied_by_default
+from darekit.output.tokenizer import (
+    TemplateChoice,
+    chat_template,
+    choose_chat_template,
+    companion_files,
+    model_files,
+    tokenizer_files,
+    write_chat_template,
+)
+
+BF16, F32 = DTYPES["BF16"], DTYPES["F32"]
+TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_directory(tmp_path_factory):
+    """A real tokenizer, built offline and saved by transformers."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "hello": 3, "world": 4}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    path = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(path)
+    return path
+
+
+def put(directory, name, value):
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return directory
+
+
+# --- config.json
+
+
+@pytest.mark.parametrize("keys", [["dtype"], ["torch_dtype"], ["torch_dtype", "dtype"]])
+def test_the_dtype_is_updated_where_it_is(keys):
+    config = {"a": 1, **dict.fromkeys(keys, "float16"), "z": {"dtype": "float16"}, "vocab_size": 7}
+    before = json.dumps(config)
+    merged = merged_config(config, dtype=BF16, vocab_size=None, tied=None)
+    assert merged == {**config, **dict.fromkeys(keys, "bfloat16")} and list(merged) == list(config)
+    assert json.dumps(config) == before, "the input is not changed"
+
+
+def test_the_dtype_is_added_where_it_is_missing():
+    merged = merged_config({"a": 1}, dtype=F32, vocab_size=None, tied=None)
+    assert merged == {"a": 1, "torch_dtype": "float32"}
+
+
+def test_parts_of_a_composite_config_follow():
+    config = {
+        "torch_dtype": {"": "float16", "vision_config": "float16"},
+        "text_config": {"torch_dtype": "float16", "vocab_size": 7, "rope": {"dtype": "x"}},
+        "vision_config": {"hidden_size": 3},
+        "encoder": {"dtype": None, "deep_config": {"dtype": "float16"}},
+        "vocabulary_map": {"dtype": "a token"},
+    }
+    assert merged_config(config, dtype=BF16, vocab_size=9, tied=True) == {
+        "torch_dtype": {"": "bfloat16", "vision_config": "bfloat16"},
+        "text_config": {
+            "torch_dtype": "bfloat16",
+            "vocab_size": 9,
+            "rope": {"dtype": "x"},
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {"hidden_size": 3},
+        "encoder": {"dtype": "bfloat16", "deep_config": {"dtype": "bfloat16"}},
+        "vocabulary_map": {"dtype": "a token"},
+        "tie_word_embeddings": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {"vocab_size": 9}),
+        ({"vocab_size": 7}, {"vocab_size": 9}),
+        ({"text_config": {}}, {"text_config": {"vocab_size": 9}}),
+        ({"vocab_size": 7, "text_config": {"vocab_size": 7}}, {"vocab_size": 9, "text_config": {"vocab_size": 9}}),
+    ],
+)
+def test_the_vocabulary_lands_where_it_lives(config, expected):
+    merged = merged_config(config, dtype=BF16, vocab_size=9, tied=None)
+    del merged["torch_dtype"]
+    assert merged == expected
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ties_are_written_and_read(tied):
+    assert is_tied(merged_config({"model_type": "llama"}, dtype=BF16, vocab_size=None, tied=tied)) is tied
+    assert is_tied({"text_config": {"tie_word_embeddings": tied}}) is tied
+    assert is_tied({"tie_word_embeddings": tied, "text_config": {"tie_word_embeddings": not tied}}) is tied
+    assert is_tied({"model_type": "llama", "tie_word_embeddings": None}) is None
+
+
+def test_default_ties_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    for model_type in [*sorted(TIED_MODEL_TYPES), "llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "gpt_neox"]:
+        if model_type in transformers.CONFIG_MAPPING:
+            config = transformers.CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+            assert bool(config.tie_word_embeddings) == tied_by_default(model_type), model_type
+    assert tied_by_default("gpt2") and not tied_by_default(None)
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32", "F8_E4M3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_what_the_config_says(tmp_path, name, tied):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=16, tie_word_embeddings=not tied)
+    weights = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, vocab_size=18, tie_word_embeddings=False)
+    ).state_dict()
+    if tied:
+        del weights["lm_head.weight"]
+    dtype = getattr(torch, DTYPES[name].torch_name)
+    save_file(
+        {key: value.to(dtype) for key, value in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    merged = merged_config(config.to_dict(), dtype=DTYPES[name], vocab_size=18, tied=tied)
+    put(tmp_path, "config.json", merged)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == (torch.bfloat16 if name == "F8_E4M3" else dtype)
+    embedding, head = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
+    assert embedding.shape == (18, 8) and (embedding.data_ptr() == head.data_ptr()) is tied
+    expected = weights["model.embed_tokens.weight" if tied else "lm_head.weight"].to(dtype).to(loaded.dtype)
+    assert torch.equal(head, expected)
+
+
+# --- tokenizer files and chat templates
+
+
+def test_companions_are_found_and_nothing_else(tmp_path):
+    wanted = ["tokenizer.json", "tokenizer_config.json", "merges.txt", "qwen.tiktoken", "chat_template.jinja"]
+    wanted += ["additional_chat_templates/tool_use.jinja"]
+    for name in [
+        *wanted,
+        "generation_config.json",
+        "README.md",
+        "training_args.bin",
+        "modeling_own.py",
+        "vocab.json/x",
+    ]:
+        put(tmp_path, name, "{}")
+    put(tmp_path, "config.json", {"model_type": "llama"})
+    put(tmp_path, "model.safetensors", "")
+
+    def names(paths):
+        return sorted(path.relative_to(tmp_path).as_posix() for path in paths)
+
+    assert names(tokenizer_files(tmp_path)) == sorted(wanted)
+    assert names(model_files(tmp_path)) == ["generation_config.json"]
+    assert names(companion_files(tmp_path)) == sorted([*wanted, "generation_config.json"])
+    put(tmp_path, "config.json", {"auto_map": {"AutoModel": "modeling_own.Own"}})
+    assert names(companion_files(tmp_path)) == sorted([*wanted, "generation_config.json", "modeling_own.py"])
+    assert companion_files(tmp_path / "nowhere") == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("chat_template.jinja", "T", "T"),
+        ("chat_template.json", {"chat_template": "T"}, "T"),
+        ("tokenizer_config.json", {"chat_template": "T"}, "T"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": "x", "template": "X"}, {"name": "default", "template": "T"}]},
+            "T",
+        ),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": "x", "template": "X"}, "junk", {"name": "default"}]},
+            None,
+        ),
+        ("tokenizer_config.json", {"chat_template": {"default": "T"}}, "T"),
+        ("tokenizer_config.json", {"chat_template": 3}, None),
+        ("tokenizer_config.json", {}, None),
+        ("tokenizer_config.json", "{torn", None),
+        ("tokenizer_config.json", "[]", None),
+        ("tokenizer_config.json", "[" * 100000, None),
+    ],
+)
+def test_chat_template_forms(tmp_path, name, value, expected):
+    assert chat_template(put(tmp_path, name, value)) == expected
+
+
+def test_chat_template_order(tmp_path):
+    put(tmp_path, "chat_template.json", {"chat_template": "json"})
+    put(tmp_path, "tokenizer_config.json", {"chat_template": "config"})
+    assert chat_template(tmp_path) == "config"
+    put(tmp_path, "chat_template.jinja", "jinja")
+    assert chat_template(tmp_path) == "jinja"
+
+
+def test_whose_chat_template(tmp_path):
+    bare = put(tmp_path / "bare", "tokenizer_config.json", {})
+    one = put(tmp_path / "one", "chat_template.jinja", "A\n")
+    same = put(tmp_path / "same", "tokenizer_config.json", {"chat_template": "A"})
+    other = put(tmp_path / "other", "chat_template.jinja", "B")
+    assert choose_chat_template(other, [("one", one)]) == TemplateChoice("B", "base")
+    assert choose_chat_template(bare, [("bare", bare)]) == TemplateChoice()
+    for base in (bare, None):
+        choice = choose_chat_template(base, [("bare", bare), ("one", one), ("same", same)])
+        assert (choice.template, choice.source, choice.borrowed, choice.warnings) == ("A\n", "one", True, ())
+        assert choice.note == "the base has no chat template: took the one of one, same"
+    choice = choose_chat_template(bare, [("one", one), ("other", other), ("same", same)])
+    assert (choice.template, choice.source, choice.borrowed) == (None, None, False)
+    assert "(one, same; other)" in choice.warnings[0]
+
+
+def test_a_written_template_is_loaded_by_transformers(tmp_path, tokenizer_directory):
+    transformers = pytest.importorskip("transformers")
+    choice = TemplateChoice(TEMPLATE, "wizard", True, "said")
+    assert (
+        write_companions(
+            tmp_path,
+            config={"model_type": "llama"},
+            files=companion_files(tokenizer_directory),
+            chat_template=choice,
+            recipe_text="",
+            card=lambda: "",
+        )
+        == []
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "hello"}]
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<user>hello\n"
+    assert tokenizer("hello world")["input_ids"] == [3, 4]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == TEMPLATE
+    (tmp_path / "chat_template.jinja").unlink()  # what transformers 4.48 sees
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == TEMPLATE
+
+
+def test_a_template_without_a_tokenizer_config(tmp_path):
+    write_chat_template(tmp_path, "T")
+    assert [path.name for path in tmp_path.iterdir()] == ["chat_template.jinja"]
+
+
+# --- the card
+
+
+def test_the_card_has_the_metadata_of_the_hub():
+    card = model_card(
+        base_model="org/base@main",
+        models=["/home/secret/me/wizard", "org/base", "org/math", "/home/secret/me/wizard"],
+        recipe_text="base_model: org/base@main\nmodels:\n- /home/secret/me/wizard\n- org/math\n",
+        license="apache-2.0",
+        title="wizard\n+ math",
+        summary=["90 % of each delta dropped"],
+    )
+    assert front_matter(card) == {
+        "base_model": ["org/base", "wizard", "org/math"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "darekit"],
+        "license": "apache-2.0",
+    }
+    assert "secret" not in card
+    assert "# wizard + math\n" in card and "- 90 % of each delta dropped\n" in card
+    assert "```yaml\nbase_model: org/base@main\nmodels:\n- wizard\n- org/math\n```" in card
+    assert "dare merge darekit_recipe.yaml OUT" in card and "darekit.lock.json" in card and "2311.03099" in card
+
+
+@pytest.mark.parametrize(
+    "name", ["a: b", "- x", "'q'", '"q"', "#c", "true", "1.0", "null", "{a}", "é", "a\nb: c", "---"]
+)
+def test_odd_names_survive_the_front_matter(name):
+    card = model_card(base_model=None, models=["/x/" + name], recipe_text="x", title=name, license=name)
+    metadata = front_matter(card)
+    assert metadata["base_model"] == [name] and metadata["license"] == name and "tags" in metadata
+
+
+def test_a_recipe_cannot_leave_its_block():
+    card = model_card(base_model=None, models=["a"], recipe_text="x: 1\n```\n# not a heading", title="t")
+    assert "````yaml\nx: 1\n```\n# not a heading\n````" in card
+
+
+def test_public_names(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_name("mine/model") == "model", "a directory, although it looks like a Hub id"
+    assert public_name("theirs/model") == "theirs/model"
+    assert public_name("a/b/c") == "c" and public_name("../x/") == "x" and public_name("~/m") == "m"
+    assert public_name(r"C:\Users\me\m") == "m" and public_name("gpt2") == "gpt2" and public_name(".") == "model"
+
+
+def test_front_matter_reads_what_it_can():
+    assert front_matter("---\r\nlicense: mit\r\n---\r\n# x") == {"license": "mit"}
+    for text in ("", "# x", "---\n: : [\n---\n", "---\n- a\n---\n", "---\nlicense: mit\n", "---\n!!python/x 1\n---\n"):
+        assert front_matter(text) == {}
+
+
+def test_the_license_needs_agreement(tmp_path):
+    mit = put(tmp_path / "a", "README.md", "---\nlicense: mit\n---\n")
+    mit2 = put(tmp_path / "b", "README.md", "---\nlicense: mit\n---\n")
+    llama = put(tmp_path / "c", "README.md", "---\nlicense: llama2\n---\n")
+    other = put(tmp_path / "d", "README.md", "---\nlicense: other\nlicense_name: mine\n---\n")
+    none = tmp_path / "e"
+    assert agreed_license([mit, mit2]) == "mit" and agreed_license([mit, llama]) is None
+    assert agreed_license([mit, none]) is None and agreed_license([other, other]) is None and agreed_license([]) is None
+
+
+# --- all together
+
+
+def test_companions_are_written(tmp_path):
+    blob = put(tmp_path / "blobs", "0123", '{"a": 1}') / "0123"
+    blob.chmod(0o400)
+    source = put(tmp_path / "snapshot", "merges.txt", "x")
+    (source / "tokenizer.json").symlink_to(blob)
+    put(source, "additional_chat_templates/tool_use.jinja", "tool")
+    second = put(tmp_path / "second", "merges.txt", "y")
+    out = tmp_path / "out"
+    out.mkdir()
+    warnings = write_companions(
+        out,
+        config={"z": 1, "a": "é"},
+        files=[*companion_files(source), *companion_files(second)],
+        recipe_text="recipe: 1\n",
+        card=lambda: "# card",
+    )
+    assert warnings == []
+    assert (out / "config.json").read_text(encoding="utf-8") == '{\n  "z": 1,\n  "a": "é"\n}\n'
+    assert (out / "tokenizer.json").read_text() == '{"a": 1}' and not (out / "tokenizer.json").is_symlink()
+    assert (out / "tokenizer.json").stat().st_mode & 0o600 == 0o600
+    assert (out / "merges.txt").read_text() == "x", "the first of two files with one name"
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "tool"
+    assert (out / "darekit_recipe.yaml").read_text() == "recipe: 1\n" and (out / "README.md").read_text() == "# card"
+
+
+def test_a_failing_courtesy_is_a_warning(tmp_path):
+    def card():
+        raise ZeroDivisionError("in the card")
+
+    put(tmp_path, "tokenizer_config.json", "{torn")
+    warnings = write_companions(
+        tmp_path,
+        config={},
+        files=[tmp_path / "nowhere" / "tokenizer.json"],
+        chat_template=TemplateChoice("T", "x", True, warnings=("choose",)),
+        recipe_text="\ud800",  # cannot be encoded
+        card=card,
+    )
+    assert [warning.split(":")[0] for warning in warnings] == [
+        f"could not copy {tmp_path / 'nowhere' / 'tokenizer.json'}",
+        "choose",
+        "could not write the chat template",
+        "could not write darekit_recipe.yaml",
+        "could not write the model card",
+    ]
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_failing_config_is_an_error(tmp_path):
+    for directory, config in ((tmp_path / "nowhere", {}), (tmp_path, {"a": {1, 2}})):
+        with pytest.raises(OutputError, match=r"config\.json"):
+            write_companions(directory, config=config, files=[], recipe_text="", card=lambda: "")
+    assert (
+        "transformers cannot load"
+        in write_companions(tmp_path, config=None, files=[], recipe_text="", card=lambda: "")[0]
+    )
+
+
+def test_reading_a_config_imports_nothing_heavy():
+    code = "import sys, darekit.output.config, darekit.output.tokenizer; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ}
+    ).stdout.split()
+    assert not {"numpy", "torch", "transformers", "pydantic", "numba", "yaml"} & set(modules)
+
+
+def test_the_recipe_in_the_card_is_still_yaml():
+    recipe = "models:\n- {model: /a/b c/d, parameters: {weight: 1.0}}\n- {model: /a/b, parameters: {weight: 0.5}}\n"
+    card = model_card(base_model="/a/b", models=["/a/b c/d"], recipe_text=recipe, title="t")
+    block = card.split("```yaml\n")[1].split("\n```")[0]
+    assert [entry["model"] for entry in yaml.safe_load(block)["models"]] == ["d", "b"]
+    assert Path("/a").as_posix() + "/" not in card
