@@ -1,4 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""darekit: absorb the abilities of fine-tuned models into one."""
+"""darekit: absorb the abilities of fine-tuned models into one.
+
+>>> import darekit as dk
+>>> dk.dare(0.9, seed=42).method
+'dare'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Name -> module: imported when first used, so that `import darekit` and `dare --help` stay instant.
+_LAZY = {
+    "merge": "api",
+    "drop": "api",
+    "plan": "api",
+    "inspect": "inspection",
+    "merge_tensors": "memory",
+    "read_recipe": "recipe",
+    "dare": "memory",
+    "drop_only": "memory",
+    "magnitude": "memory",
+    "della": "memory",
+    "breadcrumbs": "memory",
+    "linear": "memory",
+    "task_arithmetic": "memory",
+    "ties": "memory",
+    "DarekitError": "errors",
+}
+
+__all__ = [
+    "DarekitError",
+    "breadcrumbs",
+    "dare",
+    "della",
+    "drop",
+    "drop_only",
+    "inspect",
+    "linear",
+    "magnitude",
+    "merge",
+    "merge_tensors",
+    "plan",
+    "read_recipe",
+    "task_arithmetic",
+    "ties",
+]
+
+if TYPE_CHECKING:
+    from darekit.api import drop, merge, plan
+    from darekit.errors import DarekitError
+    from darekit.inspection import inspect
+    from darekit.memory import (
+        breadcrumbs,
+        dare,
+        della,
+        drop_only,
+        linear,
+        magnitude,
+        merge_tensors,
+        task_arithmetic,
+        ties,
+    )
+    from darekit.recipe import read_recipe
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"darekit.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'darekit' has no attribute {name!r}")

@@ -87,9 +87,9 @@ def widen(raw: Bytes, dtype: DType, out: Floats) -> None:
 def narrow(values: Floats, dtype: DType, raw: Bytes) -> int:
     """(n,) float32 or float64 -> (n * itemsize,) uint8, in place in `raw`; nearest even.
 
-    Returns how many finite values became NaN or Inf because the format is too small for them.
+    Returns how many results are NaN or Inf: of finite values, those for which the format is too small.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         rounded = values.astype(dtype.numpy)
     raw.view(dtype.numpy)[...] = rounded
-    return int(np.count_nonzero(np.isfinite(values) & ~np.isfinite(rounded)))
+    return int(rounded.size - np.count_nonzero(np.isfinite(rounded)))

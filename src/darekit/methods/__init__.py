@@ -59,7 +59,9 @@ class MergeMethod:
 def _trim(
     *,
     keep: Annotated[float, Number("fraction of largest magnitudes that survives the trim; 1: no trim", 0, 1)] = 1.0,
-    trim: Annotated[str, Choice("where the trim counts: each tensor, or the whole model", ("tensor", "model"))] = "tensor",
+    trim: Annotated[
+        str, Choice("what is trimmed to `keep`: each tensor, or the whole model", ("tensor", "model"))
+    ] = "tensor",
 ) -> None: ...
 
 

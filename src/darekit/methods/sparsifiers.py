@@ -127,7 +127,8 @@ def della_keep(rows: Delta, drop_rate: float, window: float) -> npt.NDArray[np.f
     order = np.argsort(np.abs(rows), axis=1, kind="stable")
     ranks = np.empty(rows.shape, dtype=np.float64)
     np.put_along_axis(ranks, order, np.arange(count, dtype=np.float64)[None, :], axis=1)
-    return (1.0 - drop_rate) - window / 2 + window * ranks / (count - 1)
+    keep: npt.NDArray[np.float64] = (1.0 - drop_rate) - window / 2 + window * ranks / (count - 1)
+    return keep
 
 
 def breadcrumbs(

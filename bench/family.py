@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LLaMA-shaped family for the benchmarks: a base and three models with deltas ~ N(0, 5e-4), bf16, in shards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from darekit.checkpoints import OutputTensor, Shard, index_json, lay_out
+
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 1536, 4096, 16, 38400  # 0.57e9 parameters
+SHARD_SIZE = 300_000_000
+MODELS = ("math", "code", "chat")
+CHUNK = 1 << 22
+
+
+def tensors(scale: int) -> Iterator[OutputTensor]:
+    """`scale` multiplies the number of layers and the vocabulary: about that many times the parameters."""
+    h, m = HIDDEN, INTERMEDIATE
+    yield OutputTensor("model.embed_tokens.weight", "BF16", (VOCABULARY * scale, h))
+    for i in range(LAYERS * scale):
+        p = f"model.layers.{i}."
+        yield OutputTensor(p + "input_layernorm.weight", "BF16", (h,))
+        for name, shape in (("q", (h, h)), ("k", (h, h)), ("v", (h, h)), ("o", (h, h))):
+            yield OutputTensor(f"{p}self_attn.{name}_proj.weight", "BF16", shape)
+        yield OutputTensor(p + "post_attention_layernorm.weight", "BF16", (h,))
+        for name, shape in (("gate", (m, h)), ("up", (m, h)), ("down", (h, m))):
+            yield OutputTensor(f"{p}mlp.{name}_proj.weight", "BF16", shape)
+    yield OutputTensor("model.norm.weight", "BF16", (h,))
+    yield OutputTensor("lm_head.weight", "BF16", (VOCABULARY * scale, h))
+
+
+def round_bf16(values: np.ndarray) -> np.ndarray:
+    bits = values.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def config(scale: int) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS * scale, "num_attention_heads": 12,
+        "num_key_value_heads": 12, "vocab_size": VOCABULARY * scale, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+
+
+def build(folder: Path, scale: int = 1) -> None:
+    """Write base, math, code and chat below `folder`, unless they are there."""
+    done = folder / "complete"
+    if done.exists():
+        return
+    shards = lay_out(list(tensors(scale)), SHARD_SIZE)
+    for name in ("base", *MODELS):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(config(scale), indent=1))
+        if len(shards) > 1:
+            (folder / name / "model.safetensors.index.json").write_text(index_json(shards))
+    for number, shard in enumerate(shards):
+        write_shard(folder, shard, np.random.default_rng(number))
+    done.touch()
+
+
+def write_shard(folder: Path, shard: Shard, rng: np.random.Generator) -> None:
+    files = {name: (folder / name / shard.filename).open("wb") for name in ("base", *MODELS)}
+    for file in files.values():
+        file.write(shard.header)
+    for place in shard.placements:
+        left = place.nbytes // 2
+        while left:
+            n = min(left, CHUNK)
+            base = rng.standard_normal(n, np.float32) * np.float32(0.02) + np.float32(len(place.shape) == 1)
+            files["base"].write(round_bf16(base).tobytes())
+            base = (round_bf16(base).astype(np.uint32) << 16).view(np.float32)
+            for name in MODELS:
+                delta = rng.standard_normal(n, np.float32) * np.float32(5e-4)
+                files[name].write(round_bf16(base + delta).tobytes())
+            left -= n
+    for file in files.values():
+        file.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--scale", type=int, default=1)
+    arguments = parser.parse_args()
+    build(arguments.folder, arguments.scale)

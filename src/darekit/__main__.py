@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m darekit`."""
+
+from darekit.cli import main
+
+main()

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as functions: what `import darekit as dk` offers, and what the command line calls.
+
+A merge: recipe > plan (headers) > homology (a sample of values) > stage > engine > companions > publish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from darekit.errors import HomologyError
+from darekit.recipe import Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from darekit.homology import Judgement
+    from darekit.planning import Plan
+    from darekit.running import Progress, Report
+
+SHARD_SIZE = 5_000_000_000  # bytes; what the Hub's tools write
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what to compute: but for `allow_nonfinite` none of these changes a weight."""
+
+    threads: int | None = None
+    shard_size: int = SHARD_SIZE
+    overwrite: bool = False
+    resume: bool = False
+    force: bool = False
+    allow_nonfinite: bool = False
+    tile: int | None = None
+    progress: Progress | None = None
+    say: Callable[[str], None] | None = None  # receives notes and warnings as they arise
+
+
+def merge(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    out: str | Path,
+    *,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Report:
+    """Merge models as a recipe says, from disk to disk, into a new model directory.
+
+    Args:
+        recipe: a recipe file, its data, or a `Recipe`.
+        out: the directory to write; must not exist yet, unless `overwrite`.
+        seed: replaces the recipe's seed.
+        settings: dotted overrides, as `{"parameters.lambda": 0.5}`.
+        **options: fields of `Options` (threads, shard_size, overwrite, resume, force, allow_nonfinite, progress).
+
+    Raises:
+        DarekitError: see `darekit.errors`; nothing is published then.
+    """
+    found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed)
+    return run(found, Path(out), Options(**options), search=search_path(recipe))
+
+
+def plan(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    shard_size: int = SHARD_SIZE,
+) -> Plan:
+    """Plan a merge from headers alone, without running it: its steps, files, bytes, notes.
+
+    Args:
+        recipe: a recipe file, its data, or a `Recipe`.
+        seed: replaces the recipe's seed.
+        settings: dotted overrides.
+        shard_size: largest output file in bytes.
+
+    Raises:
+        DarekitError: everything that can be foreseen about this merge.
+    """
+    from darekit.planning import open_plan
+
+    found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed)
+    with open_plan(found, search=search_path(recipe), shard_size=shard_size) as made:
+        return made
+
+
+def drop(
+    base: str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    drop_rate: float,
+    method: str = "dare",
+    rescale: str | None = None,
+    on: str = "delta",
+    keep_dense: Sequence[str] = (),
+    seed: int | None = None,
+    vocab: str = "strict",
+    parameters: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Report:
+    """Sparsify one model's delta: the paper's single-model operation, base + sparsified delta.
+
+    Args:
+        base: the checkpoint that `model` was fine-tuned from.
+        model: the fine-tuned model; its tokenizer goes with the output.
+        out: the directory to write.
+        drop_rate: fraction dropped, in [0, 1].
+        method: a sparsifier: dare, drop_only, magnitude, della, breadcrumbs.
+        rescale: paper, l1 or none; the method's default where not given.
+        on: `delta`, or `weights` for the paper's counter-experiment.
+        keep_dense: groups or glob patterns of tensors that are not dropped.
+        seed: the mask's effective seed, used as it is.
+        vocab: what to do with vocabularies that differ: strict, base or pad.
+        parameters: further parameters of the sparsifier (window, gamma).
+        **options: fields of `Options`.
+    """
+    recipe = drop_recipe(
+        str(base), str(model), drop_rate=drop_rate, method=method, rescale=rescale, on=on, keep_dense=keep_dense,
+        seed=seed, vocab=vocab, parameters=parameters,
+    )  # fmt: skip
+    return run(recipe, Path(out), Options(**options), search=())
+
+
+def drop_recipe(
+    base: str,
+    model: str,
+    *,
+    drop_rate: float,
+    method: str = "dare",
+    rescale: str | None = None,
+    on: str = "delta",
+    keep_dense: Sequence[str] = (),
+    seed: int | None = None,
+    vocab: str = "strict",
+    parameters: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe that `drop` runs."""
+    sparsify = {"method": method, "drop_rate": drop_rate, "on": on, "keep_dense": list(keep_dense)}
+    sparsify |= {"rescale": rescale} if rescale is not None else {}
+    entry: dict[str, Any] = {"model": model}
+    if seed is not None:
+        entry["parameters"] = {"seed": seed}
+    return read_recipe(
+        {
+            "base_model": base,
+            "models": [entry],
+            "sparsify": sparsify | dict(parameters or {}),
+            "merge_method": "linear" if on == "weights" else "task_arithmetic",
+            "vocab": vocab,
+            "tokenizer_source": model,
+        }
+    )
+
+
+def search_path(recipe: object) -> tuple[Path, ...]:
+    """Where a recipe's relative paths are looked up after the working directory: the recipe's own folder."""
+    return (Path(recipe).resolve().parent,) if isinstance(recipe, str | Path) else ()
+
+
+def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None = None) -> list[Judgement]:
+    """Numeric homology tests on a sample of the values; says warnings, raises on refusals.
+
+    Raises:
+        HomologyError: a model does not look like its base's child, or too much is dropped (unless `force`).
+        DataError: integer tensors differ.
+    """
+    from darekit.homology import check_integers, judge, sample_norms
+
+    check_integers(plan.alignment.tensors, [model.ref for model in plan.models])
+    if plan.base is None or (plan.recipe.sparsify is not None and plan.recipe.sparsify.on == "weights"):
+        return []
+    judgements = []
+    for k, model in enumerate(plan.models):
+        norms = sample_norms(plan.alignment.tensors, k, partial(plan.rate_of, k))
+        judgements.append(judge(model.ref, plan.base.ref, norms, plan.recipe.sparsify is not None))
+    stops = [j.stop for j in judgements if j.stop]
+    if stops and not force:
+        raise HomologyError("\n".join(stops))
+    for judgement in judgements:
+        if say and (judgement.stop or judgement.warning):
+            say(judgement.stop or judgement.warning or "")
+    return judgements
+
+
+def run(recipe: Recipe, out: Path, options: Options, *, search: Sequence[Path] = ()) -> Report:
+    """Plan, check, execute and publish one recipe."""
+    from darekit.planning import open_plan
+    from darekit.running import execute
+
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if options.say:
+            options.say(line)
+
+    with open_plan(recipe, search=search, shard_size=options.shard_size) as made:
+        for note in made.notes:
+            say(note)
+        check(made, force=options.force, say=say)
+        report = execute(
+            made,
+            out,
+            threads=options.threads,
+            tile=options.tile,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            allow_nonfinite=options.allow_nonfinite,
+            progress=options.progress,
+            say=say,
+        )
+    return replace(report, notes=tuple(said))

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `dare` command. Imports stay inside the commands: `dare --help` and usage errors must be instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from darekit.errors import DarekitError
+
+app = typer.Typer(
+    help="Absorb the abilities of fine-tuned models into one: DARE and model merging, streamed from disk to disk.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Options that several commands share.
+Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Worker threads; default: the processors, at most 8.")]
+ShardSize = Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB, 2GiB.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on although the base looks wrong or too much is dropped.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Where an input has NaN or Inf, take the base's element.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, check the models, write nothing.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of the masks.")]
+
+
+class SparsifierName(StrEnum):
+    """Words for --method; a test holds them to the table of methods."""
+
+    DARE = "dare"
+    DROP_ONLY = "drop_only"
+    MAGNITUDE = "magnitude"
+    DELLA = "della"
+    BREADCRUMBS = "breadcrumbs"
+
+
+class RescaleName(StrEnum):
+    """Words for --rescale."""
+
+    PAPER = "paper"
+    L1 = "l1"
+    NONE = "none"
+
+
+class Scope(StrEnum):
+    """Words for --on."""
+
+    DELTA = "delta"
+    WEIGHTS = "weights"
+
+
+class Vocab(StrEnum):
+    """Words for --vocab."""
+
+    STRICT = "strict"
+    BASE = "base"
+    PAD = "pad"
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Absorb the abilities of fine-tuned models into one: DARE and model merging, streamed from disk to disk."""
+    if version:
+        from darekit import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    seed: Seed = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: parameters.lambda=0.5.")
+    ] = None,
+    threads: Threads = None,
+    shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    as_json: Json = False,
+) -> None:
+    """Merge models as RECIPE says, into the model directory OUT."""
+    limit = _bytes_of(shard_size)
+    overrides = _overrides(settings or [])
+    with _errors_told():
+        from darekit.api import search_path
+        from darekit.recipe import read_recipe
+
+        found = read_recipe(recipe, settings=overrides, seed=seed)
+        _run(
+            found, out, search_path(recipe), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,
+            overwrite=overwrite, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
+
+
+@app.command()
+def drop(
+    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
+    model: Annotated[str, typer.Argument(help="The fine-tuned model: directory, file or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    drop_rate: Annotated[float, typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped.")],
+    method: Annotated[SparsifierName, typer.Option(help="How to choose what is dropped.")] = SparsifierName.DARE,
+    rescale: Annotated[RescaleName | None, typer.Option(help="What survivors are multiplied by.")] = None,
+    on: Annotated[Scope, typer.Option(help="Drop from the delta, or from the weights themselves.")] = Scope.DELTA,
+    keep_dense: Annotated[
+        list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
+    ] = None,
+    window: Annotated[float | None, typer.Option(help="della: width of the range of keep probabilities.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="breadcrumbs: fraction of largest magnitudes dropped.")] = None,
+    seed: Seed = None,
+    vocab: Annotated[Vocab, typer.Option(help="Vocabularies that differ: refuse, cut, or keep.")] = Vocab.STRICT,
+    threads: Threads = None,
+    shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    as_json: Json = False,
+) -> None:
+    """Drop most of one model's delta: base + sparsified (model - base), written to OUT."""
+    if not 0 <= drop_rate <= 1:
+        hint = f"; a percentage? write {drop_rate / 100:g}" if 1 < drop_rate <= 100 else ""
+        raise typer.BadParameter(f"{drop_rate:g} is outside [0, 1]{hint}", param_hint="-p")
+    limit = _bytes_of(shard_size)
+    with _errors_told():
+        from darekit.api import drop_recipe
+
+        extra = {name: value for name, value in (("window", window), ("gamma", gamma)) if value is not None}
+        found = drop_recipe(
+            base, model, drop_rate=drop_rate, method=method.value, rescale=rescale.value if rescale else None,
+            on=on.value, keep_dense=keep_dense or (), seed=seed, vocab=vocab.value, parameters=extra,
+        )  # fmt: skip
+        _run(
+            found, out, (), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,
+            overwrite=overwrite, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
+
+
+def _run(recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, **options: Any) -> None:
+    from darekit import api
+    from darekit.cli import display
+
+    if dry_run:
+        from darekit.planning import open_plan
+
+        with open_plan(recipe, search=search, shard_size=options["shard_size"]) as plan:
+            notes: list[str] = list(plan.notes)
+            judgements = api.check(plan, force=options["force"], say=notes.append)
+            display.show_plan(plan, judgements, notes, options["threads"], as_json=as_json)
+        return
+    with display.progress_bar("merging", quiet=as_json) as progress:
+        report = api.run(
+            recipe, out, api.Options(progress=progress, say=display.say_note, **options), search=search
+        )
+    display.show_report(report, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
+    model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Show how far MODEL is from BASE, tensor by tensor, and how much of it can be dropped."""
+    with _errors_told():
+        from darekit.cli import display
+        from darekit.inspection import inspect as inspect_models
+
+        with display.progress_bar("inspecting", quiet=as_json) as progress:
+            found = inspect_models(base, model, threads=threads, progress=progress)
+        display.show_inspection(found, as_json=as_json)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the sparsifiers and merge methods with their parameters and sources."""
+    from darekit.cli import display
+
+    display.show_methods(as_json=as_json)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(help="Where weights are cached and results written.")] = Path("demo"),
+) -> None:
+    """Train a tiny real family, merge it with and without DARE, and show what each model can do."""
+    with _errors_told():
+        from darekit.demo import run_demo
+
+        run_demo(directory)
+
+
+def _overrides(settings: list[str]) -> dict[str, str]:
+    overrides = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{setting!r} is not KEY=VALUE, as in parameters.lambda=0.5", param_hint="--set")
+        overrides[key.strip()] = value.strip()
+    return overrides
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def _bytes_of(text: str) -> int:
+    """`5GB`, `500 MB`, `2GiB` -> bytes."""
+    stripped = text.replace(" ", "").upper()
+    number = stripped.rstrip("KMGTIB")
+    try:
+        size = int(float(number) * _UNITS[stripped[len(number) :]])
+    except (ValueError, KeyError, OverflowError):
+        raise typer.BadParameter(f"{text!r} is not a size; write 5GB, 500MB or 2GiB", param_hint="--shard-size") from None
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is not a size above 0", param_hint="--shard-size")
+    return size
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """An error on purpose becomes its message and exit code 1; anything else is a bug and shows its stack."""
+    try:
+        yield
+    except DarekitError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"dare: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("dare: interrupted; nothing was published (--resume continues)", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Entry point of the `dare` command."""
+    app()

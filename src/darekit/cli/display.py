@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands show: plans, reports, inspections, tables. Results on standard output, the rest on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from darekit.api import Report
+    from darekit.homology import Judgement
+    from darekit.inspection import Inspection, TensorReport
+    from darekit.planning import Plan
+
+PERCENT_COLUMNS = ("10%", "50%", "90%", "max")
+
+
+def say_note(line: str) -> None:
+    """A note or warning while a command runs."""
+    print(f"note: {line}", file=sys.stderr)
+
+
+def size_of(count: float) -> str:
+    """Bytes for people, in powers of ten.
+
+    >>> size_of(1_234_000_000)
+    '1.23 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def count_of(count: float) -> str:
+    """Elements for people.
+
+    >>> count_of(570_000_000)
+    '570 M'
+    """
+    for unit in ("", " k", " M"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} B"
+
+
+@contextmanager
+def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on standard error with bytes, rate and time left; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(label, total=None)
+
+        def advance(done: int, total: int) -> None:
+            # A measuring pass reads a tensor again: never show more than everything.
+            progress.update(task, completed=min(done, total), total=total)
+
+        yield advance
+
+
+def show_report(report: Report, *, as_json: bool) -> None:
+    """What a finished merge did."""
+    if as_json:
+        print(json.dumps(report.to_data()))
+        return
+    rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
+    print(
+        f"{report.output}: {report.tensors} tensors, {count_of(report.parameters)} parameters, "
+        f"{size_of(report.bytes_written)} in {report.seconds:.2f} s ({size_of(rate)}/s, "
+        f"{size_of(report.peak_rss_bytes)} of memory)"
+    )
+    for model, kept in report.kept.items():
+        share = 100 * kept / report.parameters if report.parameters else 0
+        print(f"  {model}: {count_of(kept)} of its deltas kept ({share:.3g} %)")
+
+
+def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None) -> dict[str, Any]:
+    """A plan in JSON-able form."""
+    from darekit.engine import TILE, default_threads
+
+    return {
+        "tensors": len(plan.alignment.tensors),
+        "parameters": plan.parameters,
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "peak_memory_bytes": plan.peak_memory(threads or default_threads(), TILE),
+        "shards": [{"file": shard.filename, "bytes": shard.size} for shard in plan.shards],
+        "models": [
+            {
+                "model": summary.ref,
+                "parameters": summary.parameters,
+                "drop_rate": summary.drop_rate,
+                "kept": summary.kept,
+                "effective_seed": summary.seed,
+            }
+            for summary in plan.summaries
+        ],
+        "keep_dense": dense_tensors(plan),
+        "checks": [judgement.to_data() for judgement in judgements],
+        "notes": list(notes),
+    }
+
+
+def dense_tensors(plan: Plan) -> dict[str, list[str]]:
+    """What each entry of `keep_dense` matched."""
+    from darekit.naming import is_kept_dense
+
+    if plan.recipe.sparsify is None:
+        return {}
+    return {
+        pattern: [t.name for t in plan.alignment.tensors if is_kept_dense(t.name, t.shape, [pattern])]
+        for pattern in plan.recipe.sparsify.keep_dense
+    }
+
+
+def show_plan(
+    plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None, *, as_json: bool
+) -> None:
+    """A plan for people, or as JSON."""
+    data = plan_data(plan, judgements, notes, threads)
+    if as_json:
+        print(json.dumps(data))
+        return
+    console = Console(soft_wrap=True)
+    print(f"{data['tensors']} tensors, {count_of(plan.parameters)} parameters, method {plan.recipe.merge_method}")
+    print(f"reads {size_of(plan.bytes_in)}, writes {size_of(plan.bytes_out)} in {len(plan.shards)} files")
+    print(f"memory: about {size_of(data['peak_memory_bytes'])}")
+    table = Table("model", "parameters", "drop rate", "kept", "r", "rho", box=None, pad_edge=False)
+    checks = {judgement.model: judgement for judgement in judgements}
+    for summary in plan.summaries:
+        check = checks.get(summary.ref)
+        table.add_row(
+            summary.ref, count_of(summary.parameters), f"{summary.drop_rate:.4g}", count_of(summary.kept),
+            f"{check.r:.4f}" if check else "", f"{check.rho:.3f}" if check else "",
+        )  # fmt: skip
+    console.print(table)
+    for pattern, names in data["keep_dense"].items():
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        print(f"keep_dense {pattern}: {len(names)} tensors{': ' + shown if names else ' (matches nothing)'}")
+    for note in notes:
+        print(f"note: {note}")
+
+
+def show_inspection(found: Inspection, *, as_json: bool) -> None:
+    """Per tensor and in total, then the verdict."""
+    if as_json:
+        print(json.dumps(found.to_data()))
+        return
+    table = Table(
+        "tensor", "shape", "r", "p_max", "zeros", *(f"<{limit}" for limit in found.total.shares),
+        *(f"|d| {name}" for name in PERCENT_COLUMNS), box=None, pad_edge=False,
+    )  # fmt: skip
+    for report in (*found.tensors, found.total):
+        table.add_row(*_cells(report))
+    Console(soft_wrap=True).print(table)
+    print(f"\n{found.verdict}: {found.words}")
+
+
+def _cells(report: TensorReport) -> list[str]:
+    deciles = [report.deciles[i] for i in (1, 5, 9, 10)]
+    return [
+        report.name, "x".join(map(str, report.shape)), f"{report.r:.4f}", f"{report.p_max:.4f}",
+        f"{100 * report.zeros:.1f}%", *(f"{100 * share:.1f}%" for share in report.shares.values()),
+        *(f"{value:.1e}" for value in deciles),
+    ]  # fmt: skip
+
+
+def methods_data() -> dict[str, list[dict[str, Any]]]:
+    """The table of methods in JSON-able form."""
+    from darekit.methods import MERGE_METHODS, SPARSIFIERS
+
+    def described(entry: Any) -> dict[str, Any]:
+        text = (entry.function.__doc__ or "").strip()
+        summary, _, source = text.partition("Source: ")
+        return {
+            "name": entry.name,
+            "summary": " ".join(summary.split()),
+            "source": " ".join(source.split()),
+            "parameters": [
+                {"name": p.name, "default": p.default, "help": p.kind.help} for p in entry.parameters.values()
+            ],
+        }
+
+    return {
+        "sparsifiers": [described(entry) for entry in SPARSIFIERS.values()],
+        "merge_methods": [described(entry) for entry in MERGE_METHODS.values()],
+    }
+
+
+def show_methods(*, as_json: bool) -> None:
+    """The table of methods."""
+    data = methods_data()
+    if as_json:
+        print(json.dumps(data))
+        return
+    for title, entries in data.items():
+        print(title.replace("_", " ").upper())
+        for entry in entries:
+            print(f"\n  {entry['name']}: {entry['summary']}")
+            print(f"    source: {entry['source']}")
+            for parameter in entry["parameters"]:
+                default = "required" if parameter["default"] is None else f"default {_plain(parameter['default'])}"
+                print(f"    {parameter['name']} ({default}): {parameter['help']}")
+        print()
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

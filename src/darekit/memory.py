@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging arrays that are already in memory: the same plan, steps and engine, between arrays instead of files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, natural_key
+from darekit.dtypes import DTYPES, Bytes, DType, dtype_from_torch_name
+from darekit.errors import CheckpointError
+from darekit.recipe import Sparsify, read_recipe
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method and its parameters, as in a recipe."""
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _sparsify(method: str, drop_rate: float, seed: int, keep_dense: Sequence[str], on: str, **more: Any) -> Sparsify:
+    return Sparsify(
+        method=method,
+        parameters={"drop_rate": drop_rate, **more},
+        on=on,  # type: ignore[arg-type]
+        seed=seed,
+        keep_dense=tuple(keep_dense),
+    )
+
+
+def dare(
+    drop_rate: float, *, seed: int = 0, rescale: str = "paper", keep_dense: Sequence[str] = (), on: str = "delta"
+) -> Sparsify:
+    """DARE: random drop, survivors times 1/(1-p). See `darekit.methods.sparsifiers.dare`."""
+    return _sparsify("dare", drop_rate, seed, keep_dense, on, rescale=rescale)
+
+
+def drop_only(drop_rate: float, *, seed: int = 0, keep_dense: Sequence[str] = (), on: str = "delta") -> Sparsify:
+    """Random drop without rescale. See `darekit.methods.sparsifiers.drop_only`."""
+    return _sparsify("drop_only", drop_rate, seed, keep_dense, on)
+
+
+def magnitude(
+    drop_rate: float, *, rescale: str = "none", keep_dense: Sequence[str] = (), on: str = "delta"
+) -> Sparsify:
+    """Keep the largest magnitudes. See `darekit.methods.sparsifiers.magnitude`."""
+    return _sparsify("magnitude", drop_rate, 0, keep_dense, on, rescale=rescale)
+
+
+def della(
+    drop_rate: float,
+    *,
+    window: float = 0.14,
+    seed: int = 0,
+    rescale: str = "paper",
+    keep_dense: Sequence[str] = (),
+    on: str = "delta",
+) -> Sparsify:
+    """MAGPRUNE: small magnitudes drop more often. See `darekit.methods.sparsifiers.della`."""
+    return _sparsify("della", drop_rate, seed, keep_dense, on, window=window, rescale=rescale)
+
+
+def breadcrumbs(
+    drop_rate: float, *, gamma: float = 0.01, rescale: str = "none", keep_dense: Sequence[str] = (), on: str = "delta"
+) -> Sparsify:
+    """Drop the largest and the smallest magnitudes. See `darekit.methods.sparsifiers.breadcrumbs`."""
+    return _sparsify("breadcrumbs", drop_rate, 0, keep_dense, on, gamma=gamma, rescale=rescale)
+
+
+def linear(*, normalize: bool = True) -> Method:
+    """Weighted average of the models. See `darekit.methods.merging.linear`."""
+    return Method("linear", {"normalize": normalize})
+
+
+def task_arithmetic(*, lambda_: float = 1.0, normalize: bool = False) -> Method:
+    """Base + lambda times the weighted sum of the deltas. See `darekit.methods.merging.task_arithmetic`."""
+    return Method("task_arithmetic", {"lambda": lambda_, "normalize": normalize})
+
+
+def ties(*, keep: float = 1.0, lambda_: float = 1.0, normalize: bool = True, trim: str = "tensor") -> Method:
+    """Trim to `keep`, elect signs, disjoint mean. See `darekit.methods.merging.ties`."""
+    return Method("ties", {"keep": keep, "lambda": lambda_, "normalize": normalize, "trim": trim})
+
+
+def merge_tensors(
+    base: Mapping[str, Any] | None,
+    models: Sequence[Mapping[str, Any]],
+    *,
+    sparsify: Sparsify | None = None,
+    method: Method | None = None,
+    weights: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+) -> dict[str, Any]:
+    """Merge dicts of numpy arrays or torch tensors (read in place where they lie on the CPU) into a new dict.
+
+    Args:
+        base: name -> array; None only for `linear`.
+        models: one dict per model, with the base's names and shapes.
+        sparsify: what is done to each delta; None: nothing.
+        method: how the deltas are merged; `linear()` where not given.
+        weights: one per model; 1 each where not given.
+        seeds: one effective seed per model, used as they are; derived from `sparsify.seed` where not given.
+        dtype: output format (`bfloat16`, ...); each tensor's own where not given.
+        threads: worker threads.
+        allow_nonfinite: take the base's element where an input has NaN or Inf.
+
+    Returns:
+        name -> array of the base's kind (torch tensors for torch tensors), with the bits that a merge of the same
+        tensors on disk would write.
+    """
+    from darekit import engine
+    from darekit.planning import make_plan
+    from darekit.trimming import settle_model_trim
+
+    method = method or linear()
+    entries: list[dict[str, Any]] = [{"model": f"model {k}", "parameters": {}} for k in range(len(models))]
+    for name, values in (("weight", weights), ("seed", seeds)):
+        if values is not None and len(values) != len(models):
+            raise CheckpointError(f"{len(values)} {name}s for {len(models)} models")
+        for entry, value in zip(entries, values or (), strict=False):
+            entry["parameters"][name] = value
+    data: dict[str, Any] = {"models": entries, "merge_method": method.name, "parameters": dict(method.parameters)}
+    data |= {"base_model": "base"} if base is not None else {}
+    data |= {"dtype": dtype} if dtype is not None else {}
+    if sparsify is not None:
+        data["sparsify"] = {
+            "method": sparsify.method,
+            **sparsify.parameters,
+            "on": sparsify.on,
+            "seed": sparsify.seed,
+            "keep_dense": list(sparsify.keep_dense),
+        }
+    recipe = read_recipe(data)
+    opened = [_checkpoint(f"model {k}", tensors) for k, tensors in enumerate(models)]
+    plan = make_plan(recipe, _checkpoint("base", base) if base is not None else None, opened, shard_size=1)
+    threads = threads or engine.default_threads()
+    tile = engine.TILE
+    steps = settle_model_trim(plan.steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
+    template = base if base is not None else models[0]
+    merged, sinks = {}, []
+    for shard in plan.shards:  # shard_size=1: one tensor each
+        (place,) = shard.placements
+        array, raw = _empty(template[place.name], DTYPES[place.dtype], place.shape)
+        merged[place.name] = array
+        sinks.append(_ArraySink(raw, place.offset))
+    engine.execute(
+        steps, sinks, names=[c.ref for c in opened], threads=threads, tile=tile, allow_nonfinite=allow_nonfinite
+    )
+    return {name: merged[name] for name in template if name in merged}
+
+
+@dataclass(frozen=True)
+class _ArraySink:
+    raw: Bytes
+    origin: int
+
+    def write(self, buffer: Bytes, offset: int) -> None:
+        at = offset - self.origin
+        self.raw[at : at + buffer.size] = buffer
+
+
+def _is_torch(array: Any) -> bool:
+    return type(array).__module__.split(".")[0] == "torch"
+
+
+def _checkpoint(ref: str, tensors: Mapping[str, Any]) -> Checkpoint:
+    infos = {}
+    for name in sorted(tensors, key=natural_key):
+        array = tensors[name]
+        dtype = _dtype_of(array, name)
+        if _is_torch(array):
+            import torch
+
+            flat = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        else:
+            flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        infos[name] = TensorInfo(name, dtype.name, tuple(array.shape), ArrayBytes(flat))
+    return Checkpoint(ref=ref, directory=None, tensors=infos, config=None, files=(), revision=None)
+
+
+def _dtype_of(array: Any, name: str) -> DType:
+    if _is_torch(array):
+        found = dtype_from_torch_name(str(array.dtype))
+    else:
+        dtype = np.asarray(array).dtype.newbyteorder("<")
+        found = next((entry for entry in DTYPES.values() if entry.numpy == dtype), None)
+    if found is None:
+        raise CheckpointError(f"{name}: number format {array.dtype} is not supported; use one of {', '.join(DTYPES)}")
+    return found
+
+
+def _empty(like: Any, dtype: DType, shape: tuple[int, ...]) -> tuple[Any, Bytes]:
+    if _is_torch(like):
+        import torch
+
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype.torch_name))
+        return tensor, tensor.reshape(-1).view(torch.uint8).numpy()
+    array = np.empty(shape, dtype.numpy)
+    return array, array.reshape(-1).view(np.uint8)

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: a recipe meets the headers of real checkpoints and becomes steps with every byte offset known.
+
+Every foreseeable error is raised here, before one byte is written. A plan can be printed, counted and executed; it
+holds no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from darekit.checkpoints import (
+    Checkpoint,
+    OutputTensor,
+    Placement,
+    Shard,
+    TensorInfo,
+    lay_out,
+    open_checkpoint,
+    sample_digest,
+)
+from darekit.dtypes import DTYPES, dtype_named
+from darekit.errors import PlanError, RecipeError
+from darekit.homology import AlignedTensor, Alignment, align, label
+from darekit.masks import effective_seeds
+from darekit.methods import MERGE_METHODS, SPARSIFIERS, Sparsifier
+from darekit.methods.sparsifiers import dropped_to_density
+from darekit.naming import group_of, is_kept_dense
+from darekit.recipe import Recipe, resolve
+from darekit.stages import TRIM, TRIM_MODEL, tile_of
+from darekit.steps import Input, StageSpec, Step
+
+INTERPRETER_BYTES = 150 << 20  # Python, numpy, numba and LLVM, resident before the first tile
+SHARD_SIZE = 5_000_000_000
+EMBEDDING_WARNING_RATE = 0.9
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What a plan does to one model. `kept` is the expected number of surviving elements."""
+
+    ref: str
+    seed: int | None
+    parameters: int
+    kept: int
+
+    @property
+    def drop_rate(self) -> float:
+        """Over all of the model's float parameters."""
+        return 1 - self.kept / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Recipe x headers: the steps, the output's layout, the cost."""
+
+    recipe: Recipe
+    base: Checkpoint | None
+    models: tuple[Checkpoint, ...]
+    alignment: Alignment
+    steps: tuple[Step, ...]
+    shards: tuple[Shard, ...]
+    sample_digests: tuple[bytes, ...]  # base first, where there is one
+    seeds: tuple[int | None, ...]
+    summaries: tuple[ModelSummary, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Base (where there is one) and models."""
+        return (*([self.base] if self.base else []), *self.models)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of all input tensors: what is read at least once."""
+        return sum(info.nbytes for checkpoint in self.checkpoints for info in checkpoint.tensors.values())
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of the output's weight files."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the output."""
+        return sum(step.count for step in self.steps)
+
+    def peak_memory(self, threads: int, tile: int) -> int:
+        """Estimate in bytes: the interpreter, and per thread K + 3 tiles of the step that asks for most."""
+        def cost(step: Step) -> int:
+            width = 8 if step.wide else 4
+            return min(tile_of(step, tile), step.count) * width * (2 * len(step.models) + 6)
+
+        return INTERPRETER_BYTES + threads * max((cost(step) for step in self.steps), default=0)
+
+    def rate_of(self, model: int, tensor: AlignedTensor) -> tuple[float, bool]:
+        """Drop rate of one tensor of one model, and whether it is a random drop whose survivors are rescaled."""
+        return drop_rate_of(self.recipe, model, tensor)
+
+
+@contextmanager
+def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE) -> Iterator[Plan]:
+    """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving."""
+    opened: list[Checkpoint] = []
+    try:
+        if recipe.base_model is not None:
+            opened.append(open_checkpoint(recipe.base_model, search=search))
+        for entry in recipe.models:
+            opened.append(open_checkpoint(entry.model, search=search))
+        base = opened[0] if recipe.base_model is not None else None
+        models = tuple(opened[1:] if base else opened)
+        yield make_plan(recipe, base, models, shard_size=shard_size)
+    finally:
+        for checkpoint in opened:
+            checkpoint.close()
+
+
+def make_plan(
+    recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], *, shard_size: int = SHARD_SIZE
+) -> Plan:
+    """Recipe x open checkpoints -> the plan.
+
+    Raises:
+        HomologyError: the checkpoints do not belong together.
+        PlanError: a parameter is impossible for a tensor.
+    """
+    alignment = align(base, models, recipe.vocab)
+    digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
+    seeds = _seeds(recipe, digests[1:] if base else digests)
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
+    wanted = [
+        OutputTensor(t.name, dtype.name if dtype and _is_float(t.dtype) else t.dtype, t.shape)
+        for t in alignment.tensors
+    ]
+    shards = lay_out(wanted, shard_size)
+    places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
+    steps = [step for t in alignment.tensors for step in _steps(recipe, seeds, t, *places[t.name])]
+    notes = [*recipe.notes, *alignment.notes, *_notes(recipe, alignment, models, seeds)]
+    return Plan(
+        recipe, base, tuple(models), alignment, tuple(steps), shards, digests, seeds,
+        _summaries(recipe, models, alignment, seeds), tuple(notes),
+    )  # fmt: skip
+
+
+def _is_float(dtype: str) -> bool:
+    return dtype_named(dtype).kind == "float"
+
+
+def _seeds(recipe: Recipe, digests: Sequence[bytes]) -> tuple[int | None, ...]:
+    if recipe.sparsify is None or not SPARSIFIERS[recipe.sparsify.method].random:
+        return tuple(None for _ in recipe.models)
+    derived = effective_seeds(recipe.sparsify.seed, digests)
+    explicit = [entry.parameters.get("seed") for entry in recipe.models]
+    return tuple(own if own is None else int(own) for own in (d if e is None else e for d, e in zip(derived, explicit, strict=True)))
+
+
+def drop_rate_of(recipe: Recipe, model: int, tensor: AlignedTensor) -> tuple[float, bool]:
+    """Recipe, model, tensor -> (drop rate, whether survivors keep the expectation)."""
+    sparsify = recipe.sparsify
+    if sparsify is None or is_kept_dense(tensor.name, tensor.shape, sparsify.keep_dense):
+        return 0.0, False
+    entry = SPARSIFIERS[sparsify.method]
+    rescaled = _resolved(recipe, model, tensor.name, entry).get("rescale") != "none"
+    rate = float(_resolved(recipe, model, tensor.name, entry)["drop_rate"])
+    return rate, entry.unbiased and rescaled and sparsify.on == "delta"
+
+
+def _resolved(recipe: Recipe, model: int, name: str, entry: Sparsifier) -> dict[str, Any]:
+    """The sparsifier's parameters for one tensor: the model's own, else the recipe's, else the defaults."""
+    assert recipe.sparsify is not None
+    own, shared = recipe.models[model].parameters, recipe.sparsify.parameters
+    values = {}
+    for parameter in entry.parameters.values():
+        value = resolve((own.get(parameter.name), shared.get(parameter.name)), name)
+        value = parameter.default if value is None else value
+        if value is None:
+            raise RecipeError(
+                f"no {parameter.name} for tensor {name} of model {recipe.models[model].model}: none of its filters "
+                f"match; end the list with a value without a filter, or set sparsify.{parameter.name}"
+            )
+        values[parameter.name] = value
+    return values
+
+
+def _chain(recipe: Recipe, model: int, tensor: AlignedTensor, count: int, seed: int | None) -> tuple[StageSpec, ...]:
+    stages = []
+    sparsify = recipe.sparsify
+    rate, _ = drop_rate_of(recipe, model, tensor)
+    if sparsify is not None and rate > 0:
+        entry = SPARSIFIERS[sparsify.method]
+        values = _resolved(recipe, model, tensor.name, entry)
+        if sparsify.method == "della":
+            _check_window(values["drop_rate"], values["window"], tensor.name)
+        if sparsify.method == "breadcrumbs":
+            # mergekit's recipes count survivors from the density as written, never through 1 - p.
+            density = resolve((recipe.models[model].parameters.get("density"),), tensor.name)
+            values["keep_count"] = dropped_to_density(count, rate) if density is None else _count(density, count)
+        stages.append(StageSpec(sparsify.method, values, seed or 0))
+    method = MERGE_METHODS[recipe.merge_method]
+    if method.trims:
+        keep = resolve((recipe.models[model].parameters.get("keep"), recipe.parameters.get("keep")), tensor.name)
+        keep = 1.0 if keep is None else keep
+        if keep <= 0:
+            raise PlanError(f"keep 0 leaves nothing of {tensor.name}; use a value above 0, 1 for no trim")
+        if keep < 1 and recipe.parameters.get("trim") == "model":
+            stages.append(StageSpec(TRIM_MODEL, {"keep": keep}))
+        elif keep < 1:
+            stages.append(StageSpec(TRIM, {"keep_count": _count(keep, count)}))
+    return tuple(stages)
+
+
+def _count(keep: float, count: int) -> int:
+    """k = max(1, int(keep n)), from the number as written; nothing of nothing."""
+    return min(count, max(1, int(keep * count)))
+
+
+def _check_window(rate: float, window: float, name: str) -> None:
+    if rate - window / 2 < 0 or rate + window / 2 > 1:
+        largest = 2 * min(rate, 1 - rate)
+        raise PlanError(
+            f"della: drop rate {rate:g} with window {window:g} asks {name} for drop rates from {rate - window / 2:g} "
+            f"to {rate + window / 2:g}; they must stay within [0, 1]: use a window of at most {largest:g} "
+            "(mergekit's epsilon is half of it)"
+        )
+
+
+def _input(info: TensorInfo) -> Input:
+    return Input(info.source, dtype_named(info.dtype), info.count)
+
+
+def _steps(
+    recipe: Recipe, seeds: Sequence[int | None], tensor: AlignedTensor, output: int, place: Placement
+) -> Iterator[Step]:
+    """One step, or, where vocabularies differ, one per range of rows with the same owners."""
+    dtype = dtype_named(place.dtype)
+    owners = [k for k, info in enumerate(tensor.models) if info is not None]
+    inputs = [info for info in tensor.models if info is not None]
+    count = 1
+    for dimension in tensor.shape:
+        count *= dimension
+    frame = {"name": tensor.name, "dtype": dtype, "shape": tensor.shape, "output": output, "offset": place.offset}
+    if not _is_float(tensor.dtype) or not owners:  # integers, and buffers that only the base has
+        yield Step(
+            **frame, kind="copy", begin=0, count=count, base=_input(tensor.base) if tensor.base else None,
+            models=tuple(map(_input, inputs)), owners=tuple(owners),
+        )  # fmt: skip
+        return
+    weights = {k: _weight(recipe, k, tensor.name) for k in owners}
+    on_weights = recipe.sparsify is not None and recipe.sparsify.on == "weights"
+    shared = {
+        name: value
+        for name, parameter in MERGE_METHODS[recipe.merge_method].parameters.items()
+        if name not in ("lambda", "keep", "trim")
+        for value in [recipe.parameters.get(name, parameter.default)]
+    }
+    normalized = bool(shared.get("normalize"))
+    if recipe.merge_method == "linear" and tensor.base is not None and not normalized:
+        on_weights = True  # sum w_k theta_k: not base plus anything, unless the weights sum to 1
+    begin = 0
+    if tensor.base is not None:
+        rows = tensor.base.count
+        common = min(rows, count)
+        chains = tuple(_chain(recipe, k, tensor, common, seeds[k]) for k in owners)
+        factor = resolve((recipe.parameters.get("lambda"),), tensor.name)
+        factor = 1.0 if factor is None or recipe.merge_method == "linear" else float(factor)
+        scale = 1.0 if recipe.merge_method == "linear" and normalized else weights[owners[0]] * factor
+        if len(owners) == 1 and normalized and recipe.merge_method != "linear":
+            scale = factor
+        yield Step(
+            **frame, kind="merge", begin=0, count=common, base=_input(tensor.base),
+            models=tuple(map(_input, inputs)), owners=tuple(owners),
+            weights=tuple(weights[k] for k in owners), chains=chains,
+            method=recipe.merge_method, parameters=shared, factor=factor, on_weights=on_weights,
+            verbatim=len(owners) == 1 and not chains[0] and scale == 1.0 and inputs[0].count >= common,
+        )  # fmt: skip
+        begin = common
+    # Rows that the base does not have, or all of them without a base: the plain average of the models that do.
+    for end in sorted({min(info.count, count) for info in inputs}):
+        if end <= begin:
+            continue
+        here = [(k, info) for k, info in zip(owners, inputs, strict=True) if info.count >= end]
+        whole = tensor.base is None and begin == 0 and end == count
+        chains = tuple(_chain(recipe, k, tensor, count, seeds[k]) if whole else () for k, _ in here)
+        yield Step(
+            **frame, kind="merge", begin=begin, count=end - begin, base=None,
+            models=tuple(_input(info) for _, info in here), owners=tuple(k for k, _ in here),
+            weights=tuple(weights[k] for k, _ in here), chains=chains, method="linear",
+            parameters=shared if tensor.base is None else {"normalize": True},
+            verbatim=len(here) == 1 and not chains[0] and (weights[here[0][0]] == 1.0 or normalized),
+        )  # fmt: skip
+        begin = end
+
+
+def _weight(recipe: Recipe, model: int, name: str) -> float:
+    value = resolve((recipe.models[model].parameters.get("weight"), recipe.parameters.get("weight")), name)
+    return 1.0 if value is None else float(value)
+
+
+def _summaries(
+    recipe: Recipe, models: Sequence[Checkpoint], alignment: Alignment, seeds: Sequence[int | None]
+) -> tuple[ModelSummary, ...]:
+    summaries = []
+    for k, checkpoint in enumerate(models):
+        total = kept = 0
+        for tensor in alignment.tensors:
+            info = tensor.models[k]
+            if info is None or not _is_float(info.dtype):
+                continue
+            total += info.count
+            kept += round(info.count * (1 - drop_rate_of(recipe, k, tensor)[0]))
+        summaries.append(ModelSummary(checkpoint.ref, seeds[k], total, kept))
+    return tuple(summaries)
+
+
+def _notes(
+    recipe: Recipe, alignment: Alignment, models: Sequence[Checkpoint], seeds: Sequence[int | None]
+) -> Iterator[str]:
+    by_seed: dict[int, list[str]] = {}
+    for checkpoint, seed in zip(models, seeds, strict=True):
+        if seed is not None:
+            by_seed.setdefault(seed, []).append(label(checkpoint.ref))
+    for seed, names in by_seed.items():
+        if len(names) > 1:
+            yield (
+                f"{' and '.join(names)} have the same effective seed {seed}: their masks are equal and interfere "
+                "everywhere at once; give each its own"
+            )
+    if recipe.sparsify is None or recipe.sparsify.on == "weights":
+        return
+    rate, name = max(
+        (
+            (drop_rate_of(recipe, k, tensor)[0], tensor.name)
+            for tensor in alignment.tensors
+            if group_of(tensor.name, tensor.shape) == "embeddings"
+            for k in range(len(models))
+        ),
+        default=(0.0, ""),
+    )
+    if rate >= EMBEDDING_WARNING_RATE:
+        yield (
+            f"{name} is dropped at p = {rate:g}: one-hot inputs get no averaging; "
+            "keep_dense: [embeddings, norms] usually costs little and keeps more"
+        )
+
+
+def resolved_parameters(plan: Plan) -> list[Mapping[str, Any]]:
+    """What was really done to which tensors, for the lock: equal settings stand together."""
+    groups: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
+    for step in plan.steps:
+        if step.kind != "merge" or step.begin:
+            continue
+        setting = {
+            "weights": list(step.weights),
+            "lambda": step.factor,
+            "stages": [
+                [{"method": spec.method, **{n: v for n, v in spec.parameters.items() if n != "keep_count"}} for spec in chain]
+                for chain in step.chains
+            ],
+        }
+        groups.setdefault(repr(setting), (setting, []))[1].append(step.name)
+    return [{**setting, "tensors": names} for setting, names in groups.values()]

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages: sparsifiers (and TIES' trim) cut into tiles.
+
+A stage sees one model's delta of one tensor, tile by tile and in order. It may first ask for measuring passes over
+the whole tensor; then it is applied in place. What a stage computes is defined by the functions in
+`darekit.methods.sparsifiers`; the tests hold each stage to them, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from darekit.kernels import cpu
+from darekit.masks import DROP_ALL, stream_of, threshold_of
+from darekit.methods import SPARSIFIERS
+from darekit.methods.sparsifiers import (
+    L1_LANES,
+    breadcrumb_counts,
+    dropped_to_density,
+    l1_factor,
+    paper_factor,
+)
+from darekit.steps import StageSpec, Step
+
+Tile = npt.NDArray[np.floating]
+
+# The stages that belong to a merge method: per tensor; per model, before and after its threshold is known.
+TRIM, TRIM_MODEL, TRIM_AT = "trim", "trim_model", "trim_at"
+
+
+class Stage(Protocol):
+    """One operation on one delta, tile by tile."""
+
+    ready: bool  # False: wants a(nother) measuring pass
+    sampling: bool  # that pass may skip most tiles
+    ordered: bool  # tiles must come in order, from the tensor's first on
+
+    def begin(self) -> None:
+        """A pass over the tensor starts."""
+
+    def measure(self, delta: Tile, start: int) -> None:
+        """One tile of a measuring pass; may overwrite it."""
+
+    def settle(self) -> None:
+        """A measuring pass is over."""
+
+    def apply(self, delta: Tile, start: int) -> int:
+        """Sparsify one tile in place; returns how many elements survive."""
+
+
+def build(spec: StageSpec, step: Step) -> Stage:
+    """Spec and step -> a fresh stage, ready for the step's first pass."""
+    p = spec.parameters
+    if spec.method == TRIM_AT:
+        return Select.at(step.count, p["low"], p["low_left"])
+    if step.wide:
+        return Whole(spec, step)
+    if spec.method == TRIM:
+        return Select(step.count, 0, p["keep_count"])
+    rate, rescale = p["drop_rate"], p.get("rescale", "none")
+    stage: Stage
+    match spec.method:
+        case "dare" | "drop_only":
+            stage = RandomDrop(spec.seed, stream_of(step.name), rate, paper_factor(rate) if rescale == "paper" else None)
+        case "della":
+            stage = RankedDrop(spec, step, rescale == "paper")
+        case "magnitude":
+            stage = Select(step.count, 0, dropped_to_density(step.count, rate))
+        case "breadcrumbs":
+            stage = Select(step.count, *breadcrumb_counts(step.count, p["keep_count"], p["gamma"]))
+        case _:
+            return Whole(spec, step)
+    if rescale == "l1":
+        return RestoreL1(stage)
+    if rescale == "paper" and spec.method in ("magnitude", "breadcrumbs"):
+        return Scale(stage, paper_factor(rate))
+    return stage
+
+
+class RandomDrop:
+    """`dare` and `drop_only`: needs nothing but the element's index."""
+
+    ready = True
+    sampling = False
+    ordered = False
+
+    def __init__(self, seed: int, stream: int, drop_rate: float, factor: np.float32 | None) -> None:
+        self.seed, self.stream = np.uint64(seed), np.uint64(stream)
+        self.threshold = threshold_of(drop_rate)
+        self.factor = np.float32(1) if factor is None else factor
+
+    def begin(self) -> None: ...
+
+    def measure(self, delta: Tile, start: int) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def apply(self, delta: Tile, start: int) -> int:
+        if self.threshold == DROP_ALL:
+            delta[...] = 0
+            return 0
+        return int(cpu.random_drop(delta, self.seed, self.stream, start, self.threshold, self.factor))
+
+
+class RankedDrop:
+    """`della`: ranks within rows. Keep probability and factor depend on the rank alone, so both are tables."""
+
+    ready = True
+    sampling = False
+    ordered = False
+
+    def __init__(self, spec: StageSpec, step: Step, rescale: bool) -> None:
+        self.seed, self.stream, self.row = np.uint64(spec.seed), np.uint64(stream_of(step.name)), step.row
+        rate, window = spec.parameters["drop_rate"], spec.parameters["window"]
+        ranks = np.arange(self.row, dtype=np.float64)
+        keep = (1.0 - rate) - window / 2 + window * ranks / (self.row - 1) if self.row > 1 else np.full(1, 1.0 - rate)
+        self.limits = np.rint((1.0 - keep) * 4294967296.0).astype(np.uint64)
+        with np.errstate(divide="ignore"):
+            self.factors = (1.0 / keep).astype(np.float32) if rescale else np.ones(self.row, np.float32)
+
+    def begin(self) -> None: ...
+
+    def measure(self, delta: Tile, start: int) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def apply(self, delta: Tile, start: int) -> int:
+        rows = delta.reshape(-1, self.row)
+        # Magnitude above, index below: one vectorised sort gives ranks with ties by index.
+        keys = (delta.view(np.uint32) & np.uint32(0x7FFFFFFF)).astype(np.uint64).reshape(rows.shape)
+        keys <<= np.uint64(32)
+        keys |= np.arange(self.row, dtype=np.uint64)
+        keys.sort(axis=1)
+        order = (keys & np.uint64(0xFFFFFFFF)).astype(np.intp)
+        draws = np.empty(delta.size, np.uint32)
+        cpu.draws(self.seed, self.stream, start, draws)
+        ranked_draws = np.take_along_axis(draws.reshape(rows.shape), order, axis=1)
+        mask = ranked_draws >= self.limits
+        ranked = np.take_along_axis(rows, order, axis=1)
+        np.put_along_axis(rows, order, np.where(mask, ranked * self.factors, np.float32(0)), axis=1)
+        return int(np.count_nonzero(mask))
+
+
+class Select:
+    """Exactly `keep` elements of largest magnitude after the `top` largest: `magnitude`, `breadcrumbs`, the trim.
+
+    Magnitudes order like their bit patterns, so selection is counting. One pass over a few tiles guesses where the
+    boundary lies; one pass over all counts every magnitude by its upper 16 bits and, near the guess, by every bit.
+    Only a bad guess (or a second boundary) costs another pass. Of equals at a boundary the lower index survives:
+    passes run in order, and the kernel counts equals down.
+    """
+
+    ordered = True
+    FINE = 8  # buckets of 65536 magnitudes that are counted by every bit; +-2 % of the magnitude at the boundary
+    SAMPLE_FROM = 1 << 20  # elements from which a sampling pass pays
+
+    def __init__(self, count: int, top: int, keep: int) -> None:
+        self.low, self.low_left = (1 << 31, 0) if keep == 0 else (0, count)
+        self.high, self.high_left = 1 << 31, 0
+        # Descending ranks of the last element kept and of the last one dropped at the top.
+        self.wanted = {"low": top + keep} if 0 < keep < count else {}
+        if self.wanted and top:
+            self.wanted["high"] = top
+        self.count, self.top, self.keep = count, top, keep
+        self.found: dict[str, tuple[int, int, int]] = {}  # bit pattern, how many equal it, how many of them are in
+        self.sampling = count >= self.SAMPLE_FROM
+        self.first = 0
+        self.ready = not self.wanted
+        self.fine = np.zeros(0, np.int64)
+        self.coarse = np.zeros(0 if self.ready else 1 << 15, np.int64)
+
+    @classmethod
+    def at(cls, count: int, low: int, low_left: int) -> Select:
+        """A selection whose threshold is already known."""
+        select = cls(count, 0, count)
+        select.low, select.low_left = low, low_left
+        return select
+
+    def begin(self) -> None:
+        self.lows, self.highs = self.low_left, self.high_left
+        self.coarse[:] = 0
+        self.fine[:] = 0
+
+    def measure(self, delta: Tile, start: int) -> None:
+        cpu.count_magnitudes(delta, self.coarse, self.first, self.fine)
+
+    def settle(self) -> None:
+        above = np.cumsum(self.coarse[::-1])[::-1]  # how many are in this bucket or above
+        missing = []
+        for name, rank in self.wanted.items():
+            if self.sampling:
+                rank = max(1, round(rank * int(above[0]) / self.count))
+            bucket = int(np.searchsorted(-above, -rank, side="right")) - 1
+            if self.sampling or not self.first <= bucket < self.first + (self.fine.size >> 16):
+                missing.append(bucket)
+                continue
+            counts = self.fine[(bucket - self.first) << 16 : (bucket - self.first + 1) << 16]
+            inner = np.cumsum(counts[::-1])[::-1]
+            rest = rank - int(above[bucket] - self.coarse[bucket])
+            value = int(np.searchsorted(-inner, -rest, side="right")) - 1
+            self.found[name] = (bucket << 16) + value, int(counts[value]), rest - int(inner[value] - counts[value])
+        for name in self.found:
+            self.wanted.pop(name, None)
+        if missing:
+            # After a guess some buckets around it; once the bucket is known, that one alone.
+            self.first = max(0, missing[0] - self.FINE // 2) if self.sampling else missing[0]
+            self.fine = np.zeros((self.FINE if self.sampling else 1) << 16, np.int64)
+            self.sampling = False
+        else:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        self.low, equal, self.low_left = self.found["low"]
+        if "high" in self.found:
+            self.high, equal, dropped = self.found["high"]
+            self.high_left = equal - dropped
+            if self.high == self.low:  # one class of equals: `keep` of them survive, nothing above does
+                self.low_left, self.high, self.high_left = self.keep, self.low + 1, 0
+        self.ready = True
+        self.coarse = self.fine = np.zeros(0, np.int64)
+
+    def apply(self, delta: Tile, start: int) -> int:
+        kept, self.lows, self.highs = cpu.select(delta, self.low, self.lows, self.high, self.highs)
+        return int(kept)
+
+
+class Scale:
+    """A stage whose survivors are multiplied by a constant."""
+
+    ordered = True
+
+    def __init__(self, inner: Stage, factor: np.float32) -> None:
+        self.inner, self.factor = inner, factor
+
+    @property
+    def ready(self) -> bool:
+        return self.inner.ready
+
+    @property
+    def sampling(self) -> bool:
+        return self.inner.sampling
+
+    def begin(self) -> None:
+        self.inner.begin()
+
+    def measure(self, delta: Tile, start: int) -> None:
+        self.inner.measure(delta, start)
+
+    def settle(self) -> None:
+        self.inner.settle()
+
+    def apply(self, delta: Tile, start: int) -> int:
+        kept = self.inner.apply(delta, start)
+        cpu.scale(delta, self.factor)
+        return kept
+
+
+class RestoreL1:
+    """A stage whose survivors are scaled so that the tensor keeps its L1 norm: mergekit's `rescale`."""
+
+    ordered = True
+
+    def __init__(self, inner: Stage) -> None:
+        self.inner = inner
+        self.factor: np.float32 | None = None
+        self.before, self.after = np.zeros(L1_LANES), np.zeros(L1_LANES)
+
+    @property
+    def ready(self) -> bool:
+        return self.factor is not None
+
+    @property
+    def sampling(self) -> bool:
+        return not self.inner.ready and self.inner.sampling
+
+    def begin(self) -> None:
+        self.inner.begin()
+
+    def measure(self, delta: Tile, start: int) -> None:
+        if not self.inner.ready:
+            self.inner.measure(delta, start)
+            return
+        cpu.add_l1(delta, start, self.before)
+        self.inner.apply(delta, start)
+        cpu.add_l1(delta, start, self.after)
+
+    def settle(self) -> None:
+        if not self.inner.ready:
+            self.inner.settle()
+        else:
+            self.factor = l1_factor(float(sum(self.before.tolist())), float(sum(self.after.tolist())))
+
+    def apply(self, delta: Tile, start: int) -> int:
+        kept = self.inner.apply(delta, start)
+        cpu.scale(delta, self.factor)
+        return kept
+
+
+class Whole:
+    """Any sparsifier through its definition: float64 tensors, and methods without a kernel of their own.
+
+    The step's tiles are then as large as the method's scope asks for (`tile_of`).
+    """
+
+    ready = True
+    sampling = False
+    ordered = False
+
+    def __init__(self, spec: StageSpec, step: Step) -> None:
+        self.spec, self.step = spec, step
+
+    def begin(self) -> None: ...
+
+    def measure(self, delta: Tile, start: int) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def apply(self, delta: Tile, start: int) -> int:
+        from darekit.methods import sparsifiers
+
+        if self.spec.method == TRIM:
+            mask = sparsifiers.largest(np.abs(delta), self.spec.parameters["keep_count"])
+            delta[~mask] = 0
+            return int(np.count_nonzero(mask))
+        entry = SPARSIFIERS[self.spec.method]
+        draws = np.empty(delta.size, np.uint32)
+        cpu.draws(np.uint64(self.spec.seed), np.uint64(stream_of(self.step.name)), start, draws)
+        arguments: dict[str, Any] = {
+            name: self.spec.parameters[name] for name in entry.parameters if name in self.spec.parameters
+        }
+        rows = delta.reshape(-1, self.step.row)
+        rows[...] = entry.function(rows, draws.reshape(rows.shape), **arguments)
+        return int(np.count_nonzero(delta))
+
+
+def is_trim(spec: StageSpec) -> bool:
+    """Whether a stage belongs to the merge method rather than to the sparsifier."""
+    return spec.method in (TRIM, TRIM_MODEL, TRIM_AT)
+
+
+def tile_of(step: Step, wanted: int) -> int:
+    """Elements per tile of a step: `wanted`, whole rows, or the whole tensor, as its stages' scopes ask."""
+    scopes = []
+    for chain in step.chains:
+        for spec in chain:
+            entry = SPARSIFIERS.get(spec.method)
+            scope = entry.scope if entry else "tensor"
+            if step.wide and spec.parameters.get("rescale") == "l1":
+                scope = "tensor"
+            streamed = not step.wide and (is_trim(spec) or spec.method in ("magnitude", "breadcrumbs"))
+            scopes.append("element" if streamed else scope)
+    if "tensor" in scopes:
+        return max(1, step.count)
+    if "row" in scopes:
+        return max(1, wanted // max(1, step.row)) * max(1, step.row)
+    return wanted

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge written down as the formulas have it: whole tensors, plain numpy, no tiles, no threads, no plan."""
+
+import numpy as np
+
+from darekit import masks
+from darekit.dtypes import DTYPES
+from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods.sparsifiers import largest
+
+
+def raw_of(array):
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def merge(name, base, models, *, seeds, sparsify=None, method="linear", weights=None, lambda_=1.0, keep=1.0,
+          normalize=None, on="delta"):
+    """One tensor: arrays of one shape in any float dtype -> the merged array in base's (first model's) dtype."""
+    like = models[0] if base is None else base
+    wide = any(a.dtype == np.float64 for a in (like, *models))
+    number = np.float64 if wide else np.float32
+    origin = np.zeros(like.shape, number) if base is None or on == "weights" else base.astype(number)
+    rows = (1, like.size) if like.ndim < 2 else (like.size // max(1, like.shape[-1]), like.shape[-1])
+    deltas = []
+    for model, seed in zip(models, seeds, strict=True):
+        delta = (model.astype(number) - origin).reshape(rows)
+        if sparsify is not None:
+            kind, parameters = sparsify
+            draws = masks.draws(seed, masks.stream_of(name), 0, like.size).reshape(rows)
+            delta = SPARSIFIERS[kind].function(delta, draws, **parameters)
+        flat = delta.reshape(-1)
+        if keep < 1:
+            flat = np.where(largest(np.abs(flat), min(flat.size, max(1, int(keep * flat.size)))), flat, number(0))
+        deltas.append(flat)
+    entry = MERGE_METHODS[method]
+    parameters = {} if normalize is None else {"normalize": normalize}
+    weights = np.ones(len(models)) if weights is None else np.array(weights, dtype=np.float64)
+    merged = entry.function(np.array(deltas), weights, **parameters)
+    out_dtype = like.dtype
+    with np.errstate(all="ignore"):
+        if base is None or on == "weights":
+            return merged.astype(out_dtype).reshape(like.shape)
+        change = number(lambda_ if entry.needs_base else 1.0) * merged
+        result = (origin.reshape(-1) + change).astype(out_dtype)
+    word = f"u{out_dtype.itemsize}"
+    bits = np.where(change == 0, np.ascontiguousarray(base).reshape(-1).view(word), result.view(word))
+    return bits.astype(word).view(out_dtype).reshape(like.shape)
+
+
+def family(rng, shape, dtype, k=3, scale=5e-4):
+    """A base and k models with deltas of about `scale`, in a safetensors dtype."""
+    kind = DTYPES[dtype].numpy
+    base = rng.normal(0, 0.02, shape).astype(kind)
+    spread = scale if dtype not in ("F8_E4M3", "F8_E5M2") else 0.01
+    models = [(base.astype(np.float64) + rng.normal(0, spread, shape)).astype(kind) for _ in range(k)]
+    return base, models
