@@ -30,7 +30,7 @@ def run_demo(
 
     Args:
         directory: a new or empty directory, or one of an earlier demo, whose models are then used again.
-        quick: models of no ability, in seconds: for tests of the machinery.
+        quick: much smaller models, in seconds: for tests of the machinery.
         quiet: no progress bars; there are none either where stderr is not a terminal.
         settings: what to train and measure, instead of the default.
 

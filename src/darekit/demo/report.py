@@ -106,7 +106,15 @@ def draw_plot(result: DemoResult) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=12, loc="lower left")
+    axes.legend(
+        frameon=False,
+        fontsize=12,
+        loc="lower left",
+        bbox_to_anchor=(0, 0.05),
+        title="bands: lowest to highest run",
+        title_fontsize=11,
+        alignment="left",
+    )
     FigureCanvasAgg(figure)
     partial = result.plot.with_name(f".{result.plot.name}")
     figure.savefig(partial, format="png", dpi=150)

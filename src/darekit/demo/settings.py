@@ -52,16 +52,17 @@ def read_settings(data: Mapping[str, Any]) -> Settings:
 
 
 def quick_settings() -> Settings:
-    """Seconds instead of minutes, and models that have learned nothing: for tests of the machinery."""
+    """Seconds instead of minutes: enough is learned to test the machinery, too little to mean anything."""
     return Settings(
-        hidden=32,
+        hidden=64,
         layers=2,
-        mlp=64,
-        base=Course(steps=20, batch=16, rate=2e-3),
-        tune=Course(steps=4, batch=16, rate=1e-4),
+        mlp=128,
+        word_length=3,
+        base=Course(steps=150, batch=32, rate=4e-3),
+        tune=Course(steps=40, batch=32, rate=1e-3),
         tune_seeds=(0,),
         mask_seeds=(42,),
         drop_rates=(0.0, 0.5, 0.9),
-        items=16,
+        items=32,
         processes=1,
     )
