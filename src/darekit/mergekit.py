@@ -109,8 +109,8 @@ def advise(word: str, value: Any, method: str) -> str | None:
     if product and word == "drop_rate":
         kept = complement(value) if _is_rate(value) else "1 - drop_rate"
         return (
-            f"{method} is mergekit's form and takes density: write density: {kept}, or the native form "
-            f"`sparsify: {{method: {product.sparsifier}, drop_rate: {value}}}` with `merge_method: {product.merge}`"
+            f"{method} is mergekit's form and takes density (1 - drop_rate): write density: {kept}, or the native form "
+            f"`sparsify: {{method: {product.sparsifier}, drop_rate: ...}}` with `merge_method: {product.merge}`"
         )
     if product and word in _TRIM_WORDS:
         return (
@@ -120,6 +120,11 @@ def advise(word: str, value: Any, method: str) -> str | None:
     if product and word == "window":
         return "mergekit's form takes epsilon, half of the window"
     return None
+
+
+def drop_rate_words(density: Any) -> str:
+    """What to write as drop rate instead of a density."""
+    return str(complement(density)) if _is_rate(density) else "1 - density"
 
 
 def _is_rate(value: Any) -> bool:
@@ -225,12 +230,9 @@ def _translate_product(
     densities = [_chained(own.pop("density", None), shared_density, DENSITY.default) for own in parts.models]
     if product.random:
         _refuse_all_kept(method, densities, refuse)
-        parts.notes.extend(
-            f"{name} has density 1: nothing of it is dropped"
-            for name, density in zip(names, densities, strict=True)
-            if set(_numbers(density)) == {1.0}
-        )
-    for own, density in zip(parts.models, densities, strict=True):
+    for name, own, density in zip(names, parts.models, densities, strict=True):
+        if set(_numbers(density)) == {1.0}:
+            parts.notes.append(f"{name} has density 1: nothing of it is dropped")
         own["drop_rate"] = drop_rates(density)
         if product.sparsifier == "breadcrumbs":
             own["density"] = density  # survivors are counted from the number as written

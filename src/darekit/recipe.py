@@ -179,6 +179,10 @@ Key = tuple[str | int, ...]
 _LARGEST_FILE = 1 << 20
 _LARGEST_COUNT = 100_000  # keys and values after aliases are expanded: a bomb of nine lines has 1e9
 _DEEPEST = 32
+_LARGEST_INT = 1 << 128  # a hexadecimal number may be too long to print
+
+# What PyYAML's constructors let through for a value that its tag does not fit (`!!bool maybe`).
+_MALFORMED = (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,11 @@ def _where(document: _Document, path: Key) -> str:
         if path[:end] in document.places:
             return f"{document.name} {document.places[path[:end]]}"
     return document.name
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _open_file(path: Path) -> _Document:
@@ -265,14 +274,18 @@ def _plain(value: Any, depth: int) -> Any:
         return str(value)
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         return value.item()
+    if isinstance(value, int) and abs(value) >= _LARGEST_INT:
+        raise RecipeError("recipe: found an integer of 2^128 or more; no parameter is that large")
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise RecipeError(f"recipe: found a {type(value).__name__} ({value!r}); expected mappings, lists, numbers and text")
+    raise RecipeError(
+        f"recipe: found a {type(value).__name__} ({_shown(value)}); expected mappings, lists, numbers and text"
+    )
 
 
 def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Key, str]]:
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             raise RecipeError(f"{name} is empty; a recipe needs at least `models:` and `merge_method:`")
@@ -281,15 +294,14 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Key, str]]:
                 f"{name} line {node.start_mark.line + 1}: expected a mapping (`key: value` lines) at the top, found a "
                 f"{'list' if isinstance(node, yaml.SequenceNode) else 'single value'}"
             )
-        return cast(dict[str, Any], (walker := _Walker(loader, name)).build(node, ())), walker.places
+        walker = _Walker(loader, name)
+        return cast(dict[str, Any], walker.build(node, ())), walker.places
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_yaml_problem(error, name)) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError(f"{name}: nested deeper than {_DEEPEST} levels") from None
-    finally:
-        loader.dispose()
 
 
 def _yaml_problem(error: yaml.MarkedYAMLError, name: str) -> str:
@@ -327,10 +339,14 @@ class _Walker:
             return found
         if not isinstance(node, yaml.ScalarNode):
             raise RecipeError(f"{self.name} line {line}: the tag {node.tag!r} is not supported; remove it")
+        self.count += len(node.value) // 64
         try:
             value = self.loader.construct_object(node)
-        except ValueError as error:
-            raise RecipeError(f"{self.name} line {line}: {node.value[:40]!r} is not a value: {error}") from None
+        except _MALFORMED:
+            kind = node.tag.rpartition(":")[2]
+            raise RecipeError(f"{self.name} line {line}: {node.value[:40]!r} is not a valid {kind}") from None
+        if isinstance(value, int) and abs(value) >= _LARGEST_INT:
+            raise RecipeError(f"{self.name} line {line}: the number {node.value[:40]!r} is too large")
         if value is None or isinstance(value, str | bool | int | float):
             return value
         return str(node.value)  # a date is a model's name here
@@ -385,18 +401,22 @@ def _model_mapping(entry: Any) -> Any:
 
 
 def _override(document: _Document, settings: Mapping[str, Any], seed: int | None) -> _Document:
-    changes = {tuple(dotted.split(".")): (dotted, value) for dotted, value in settings.items()}
+    changes: dict[tuple[str, ...], tuple[str, Any]] = {
+        tuple(dotted.split(".")): (dotted, value) for dotted, value in settings.items()
+    }
     if seed is not None:
-        key = ("sparsify", "seed") if "sparsify" in document.data else ("parameters", "seed")
-        changes[key] = ("seed", seed)
+        changes["sparsify" if "sparsify" in document.data else "parameters", "seed"] = ("seed", seed)
     if not changes:
         return document
-    data, places = _plain(document.data, 0), dict(document.places)
+    data: dict[str, Any] = _plain(document.data, 0)
+    places = dict(document.places)
     for path, (dotted, value) in changes.items():
         if isinstance(value, str):
             value = _parse_setting(value, dotted)
-        _set(replace(document, data=data), path, dotted, _plain(value, 0))
-        places[tuple(int(p) if p.isdecimal() else p for p in path)] = f"setting {dotted}"
+        _set(data, path, dotted, _plain(value, 0))
+        key = tuple(int(part) if part.isdecimal() else part for part in path)
+        places = {other: place for other, place in places.items() if other[: len(key)] != key}
+        places[key] = f"setting {dotted}"
     listed = ", ".join(f"{dotted}={value}" for dotted, value in changes.values())
     return _normalize(replace(document, data=data, places=places, text=f"# overridden: {listed}\n{_dump(data)}"))
 
@@ -404,13 +424,13 @@ def _override(document: _Document, settings: Mapping[str, Any], seed: int | None
 def _parse_setting(text: str, dotted: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, *_MALFORMED) as error:
         raise RecipeError(f"setting {dotted}: {text!r} is not a YAML value: {' '.join(str(error).split())}") from None
 
 
-def _set(document: _Document, path: tuple[str, ...], dotted: str, value: Any) -> None:
-    """Write `value` at `path` in the document's data; the last key and `parameters` may be new."""
-    here: Any = document.data
+def _set(data: dict[str, Any], path: tuple[str, ...], dotted: str, value: Any) -> None:
+    """Write `value` at `path` in the data; the last key and `parameters` may be new."""
+    here: Any = data
     for depth, key in enumerate(path):
         last = depth == len(path) - 1
         around = ".".join(path[:depth]) or "the recipe"
@@ -424,9 +444,8 @@ def _set(document: _Document, path: tuple[str, ...], dotted: str, value: Any) ->
             if last:
                 here[key] = value
             elif key not in here and key != "parameters":
-                known = TOP_KEYS if depth == 0 else list(here)
-                hint = _did_you_mean(key, known) or f"; it has {', '.join(here) or 'no keys'}"
-                _fail_setting(dotted, f"{around} has no {key!r}{hint}")
+                known = ["parameters", *(name for name in here if name != "parameters")]
+                _fail_setting(dotted, f"{around} has no {key!r}{_suggest(key, known, 'it has')}")
             here = here.setdefault(key, {})
         else:
             _fail_setting(dotted, f"{around} is the single value {here!r} and has no {key!r}")
@@ -479,6 +498,12 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def _suggest(word: str, known: Sequence[str], verb: str = "allowed here") -> str:
+    """The nearest known word, if one is near, and all of them."""
+    hint = _did_you_mean(word, known)
+    return f"{hint} {verb.capitalize()}: {', '.join(known)}" if hint else f"; {verb}: {', '.join(known)}"
+
+
 def _check_names(document: _Document) -> _Words:
     """The recipe's methods and vocabulary; raises once for all the names that are not in it."""
     data = document.data
@@ -519,13 +544,13 @@ def _explain_top(key: str) -> str:
         return "is not a top-level key; write it under `parameters:`"
     if key in _SPARSIFY_KEYS or any(key in entry.parameters for entry in SPARSIFIERS.values()):
         return "is not a top-level key; write it under `sparsify:`"
-    return f"is not known{_did_you_mean(key, TOP_KEYS)}; allowed here: {', '.join(TOP_KEYS)}"
+    return f"is not known{_suggest(key, TOP_KEYS)}"
 
 
 def _explain_entry(key: str, words: _Words) -> str:
     if key in words.model:
         return "stands one level too high; write it under the model's `parameters:`"
-    return f"is not known{_did_you_mean(key, _MODEL_KEYS)}; allowed here: {', '.join(_MODEL_KEYS)}"
+    return f"is not known{_suggest(key, _MODEL_KEYS)}"
 
 
 def _words_of(document: _Document) -> _Words:
@@ -534,7 +559,11 @@ def _words_of(document: _Document) -> _Words:
         return _Words(method, None, mergekit.shared_words(method), mergekit.model_words(method), None)
     block = document.data["sparsify"]
     if not isinstance(block, dict):
-        _fail(document, ("sparsify",), f"expected a mapping such as {{method: dare, drop_rate: 0.9}}, found {block!r}")
+        _fail(
+            document,
+            ("sparsify",),
+            f"expected a mapping such as {{method: dare, drop_rate: 0.9}}, found {_shown(block)}",
+        )
     if method in mergekit.PRODUCTS:
         product = mergekit.PRODUCTS[method]
         _fail(
@@ -553,36 +582,37 @@ def _words_of(document: _Document) -> _Words:
 
 
 def _read_method(document: _Document) -> str:
-    method = document.data["merge_method"]
+    raw = document.data["merge_method"]
+    method = str(raw)
     known = (*MERGE_METHODS, *MERGE_ALIASES, *mergekit.PRODUCTS)
     if method in known:
-        return MERGE_ALIASES.get(method) or str(method)
+        return MERGE_ALIASES.get(method, method)
     if method in mergekit.LATER_METHODS:
         _fail(document, ("merge_method",), f"{method} comes in a later version of darekit; now: {', '.join(known)}")
-    hint = _did_you_mean(str(method), known)
+    hint = _suggest(method, known, "known")
     if method in SPARSIFIERS:
-        hint = f"; {method} is a sparsifier: write `sparsify: {{method: {method}, ...}}` and how to merge here"
-    _fail(document, ("merge_method",), f"unknown method {method!r}{hint}; known: {', '.join(known)}")
+        hint = f": {method} is a sparsifier, write `sparsify: {{method: {method}, ...}}`; here: {', '.join(known)}"
+    _fail(document, ("merge_method",), f"unknown method {_shown(raw)}{hint}")
 
 
 def _read_sparsifier(document: _Document, block: Mapping[str, Any]) -> str:
     if "method" not in block:
         _fail(document, ("sparsify",), f" has no method; add method: one of {', '.join(SPARSIFIERS)}")
-    method = block["method"]
-    if method not in SPARSIFIERS:
-        hint = _did_you_mean(str(method), list(SPARSIFIERS))
-        if method in mergekit.PRODUCTS:
-            product = mergekit.PRODUCTS[method]
-            hint = f"; write method: {product.sparsifier} here and merge_method: {product.merge}"
-        _fail(document, ("sparsify", "method"), f"unknown method {method!r}{hint}; known: {', '.join(SPARSIFIERS)}")
-    return cast(str, method)
+    method = str(block["method"])
+    if method in SPARSIFIERS:
+        return method
+    hint = _suggest(method, list(SPARSIFIERS), "known")
+    if method in mergekit.PRODUCTS:
+        product = mergekit.PRODUCTS[method]
+        hint = f"; write method: {product.sparsifier} here and merge_method: {product.merge}"
+    _fail(document, ("sparsify", "method"), f"unknown method {_shown(block['method'])}{hint}")
 
 
 def _unknown_parameters(
     document: _Document, path: Key, raw: Any, allowed: Mapping[str, Parameter], words: _Words
 ) -> Iterator[tuple[Key, str]]:
     if not isinstance(raw, dict):
-        _fail(document, path, f"expected a mapping such as {{weight: 1.0}}, found {raw!r}")
+        _fail(document, path, f"expected a mapping such as {{weight: 1.0}}, found {_shown(raw)}")
     for name, value in raw.items():
         if name not in allowed:
             yield (*path, name), _explain(name, value, path, allowed, words)
@@ -593,33 +623,30 @@ def _unknown_parameters(
                 here = (*path, name) if i is None else (*path, name, i)
                 for key in entry:
                     if key not in _FILTER_KEYS:
-                        yield (*here, key), f"is not known{_did_you_mean(key, _FILTER_KEYS)}; allowed: filter, value"
+                        yield (*here, key), f"is not known{_suggest(key, _FILTER_KEYS)}"
 
 
 def _explain(name: str, value: Any, path: Key, allowed: Mapping[str, Parameter], words: _Words) -> str:
     """Why a parameter cannot stand at `path`, and where it belongs."""
-    listed = f"; allowed here: {', '.join([*allowed, *(_SPARSIFY_KEYS if path == ('sparsify',) else ())])}"
-    if words.sparsify is None and (advice := mergekit.advise(name, value, words.method)):
+    sparse = words.sparsify
+    if sparse is None and (advice := mergekit.advise(name, value, words.method)):
         return f"cannot stand here: {advice}"
-    if name == "density":
-        rate = mergekit.complement(value) if isinstance(value, float) and 0 <= value <= 1 else "1 - density"
-        return f"is mergekit's word; with a `sparsify:` block write drop_rate: {rate}"
+    if name == mergekit.DENSITY.name:
+        return f"is mergekit's word; with a `sparsify:` block write drop_rate: {mergekit.drop_rate_words(value)}"
     if name in words.shared:
-        return f"is one for all models: write it under the top-level `parameters:`{listed}"
-    if name in (words.sparsify or {}) or (name in _SPARSIFY_KEYS and name != "method"):
-        block = "sparsify:" if words.sparsify is not None else "sparsify: {method: dare, ...}"
-        model = " or, for one model, under its `parameters:`" if name in words.model and path == ("parameters",) else ""
-        return f"belongs to the sparsifier: write it under `{block}`{model}{listed}"
-    if name in words.model:
-        return f"is set per model: write it under a model's `parameters:`{listed}"
+        return "is one for all models: write it under the top-level `parameters:`"
+    if sparse is not None and (name in sparse or name in ("on", "seed", "keep_dense")):
+        model = " or, for one model, under its `parameters:`" if name in words.model else ""
+        return f"belongs to the sparsifier: write it under `sparsify:`{model}"
     owners = [n for n, entry in SPARSIFIERS.items() if name in entry.parameters]
-    if owners and words.sparsify is None:
-        return f"belongs to a sparsifier: write `sparsify: {{method: {owners[0]}, {name}: {value}}}`{listed}"
+    if sparse is None and (owners or name in ("on", "keep_dense")):
+        owner = owners[0] if owners else "dare"
+        return f"belongs to a sparsifier: write `sparsify: {{method: {owner}, {name}: {_shown(value)}}}`"
     owners += [n for n, entry in MERGE_METHODS.items() if name in entry.parameters]
     if owners:
-        chosen = words.method if words.sparsifier is None else f"{words.sparsifier} with {words.method}"
-        return f"is a parameter of {' and '.join(owners)}, not of {chosen}{listed}"
-    return f"is not known{_did_you_mean(name, list(allowed))}{listed}"
+        chosen = words.method if words.sparsifier is None else f"{words.sparsifier} or {words.method}"
+        return f"is a parameter of {' and '.join(owners)}, not of {chosen}"
+    return f"is not known{_suggest(name, [*allowed, *(_SPARSIFY_KEYS if path == ('sparsify',) else ())])}"
 
 
 # --- values ---
@@ -651,7 +678,7 @@ def _read_value(document: _Document, path: Key, parameter: Parameter, raw: Any) 
             return _read_filters(document, path, parameter, raw)
         return _read_number(document, path, parameter, raw)
     if isinstance(raw, list | dict):
-        _fail(document, path, f" is one value for all tensors, found {raw!r}")
+        _fail(document, path, f" is one value for all tensors, found {_shown(raw)}")
     if isinstance(parameter.kind, Switch) and not isinstance(raw, str) and raw in (0, 1):
         raw = bool(raw)  # mergekit's users write `normalize: 1.0`
     if isinstance(parameter.kind, Choice) and isinstance(raw, bool):
@@ -675,7 +702,7 @@ def _read_number(document: _Document, path: Key, parameter: Parameter, raw: Any)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        _fail(document, path, f" must be a finite number, found {str(raw)[:40]}")
+        _fail(document, path, f" must be a finite number, found {_shown(raw)}")
     return number
 
 
@@ -688,29 +715,29 @@ def _number_of_text(document: _Document, path: Key, raw: str) -> float:
         hint = f"; a percentage? write {float(raw[:-1]) / 100:g}" if raw.endswith("%") else "; write it without quotes"
     except ValueError:
         pass
-    _fail(document, path, f" must be a number, found the text {raw!r}{hint}")
+    _fail(document, path, f" must be a number, found the text {_shown(raw)}{hint}")
 
 
 def _read_filters(document: _Document, path: Key, parameter: Parameter, raw: Any) -> tuple[Filtered, ...]:
     shape = "expected a number, or a list of {filter: part of a tensor's name, value: number}"
     if raw == [] or (isinstance(raw, dict) and "value" not in raw):
-        _fail(document, path, f"{shape}, found {raw!r}")
+        _fail(document, path, f"{shape}, found {_shown(raw)}")
     found: list[Filtered] = []
     for i, entry in enumerate(raw if isinstance(raw, list) else [raw]):
         here = (*path, i) if isinstance(raw, list) else path
         if not isinstance(entry, dict):
             if isinstance(entry, int | float) and not isinstance(entry, bool):
                 _refuse_gradient(document, path)
-            _fail(document, here, f"{shape}, found {entry!r}")
+            _fail(document, here, f"{shape}, found {_shown(entry)}")
         if entry.get("value") is None:
-            _fail(document, here, f"{shape}, found {entry!r} without a value")
+            _fail(document, here, f"{shape}, found {_shown(entry)} without a value")
         if isinstance(entry["value"], list):
             _refuse_gradient(document, here)
         pattern = entry.get("filter", "*")
         if not isinstance(pattern, str) or not pattern:
             _fail(document, (*here, "filter"), f"expected part of a tensor's name, a glob or '*', found {pattern!r}")
         if found and found[-1].filter == "*":
-            _fail(document, here, "is never reached: the entry before it matches every tensor; put that one last")
+            _fail(document, here, " is never reached: the entry before it matches every tensor; put that one last")
         found.append(Filtered(pattern, _read_number(document, here, parameter, entry["value"])))
     return tuple(found)
 
@@ -726,7 +753,7 @@ def _refuse_gradient(document: _Document, path: Key) -> NoReturn:
 
 def _read_seed(document: _Document, path: Key, raw: Any) -> int:
     if isinstance(raw, bool) or not isinstance(raw, int) or SEED.problem(raw) is not None:
-        _fail(document, path, f" must be a whole number from 0 to 2^64 - 1, found {raw!r}")
+        _fail(document, path, f" must be a whole number from 0 to 2^64 - 1, found {_shown(raw)}")
     return raw
 
 
@@ -741,7 +768,9 @@ def _text(document: _Document, path: Key, raw: Any) -> str:
     if raw is None or raw == "":
         _fail(document, path, " has no value; write a directory or a Hub id")
     if not isinstance(raw, str):
-        _fail(document, path, f"expected a directory or a Hub id, found {raw!r}; put a name that looks so in quotes")
+        _fail(
+            document, path, f"expected a directory or a Hub id, found {_shown(raw)}; put a name that looks so in quotes"
+        )
     if "+" in raw:
         _fail(
             document,
@@ -757,7 +786,7 @@ def _read_choice(document: _Document, path: tuple[str, ...], of: tuple[str, ...]
     block = document.data if len(path) == 1 else document.data[path[0]]
     raw = block.get(path[-1], of[0])
     if raw not in of:
-        _fail(document, path, f" must be one of {', '.join(of)}, found {raw!r}{_did_you_mean(str(raw), of)}")
+        _fail(document, path, f" must be one of {', '.join(of)}, found {_shown(raw)}{_did_you_mean(str(raw), of)}")
     return cast(str, raw)
 
 
@@ -765,10 +794,10 @@ def _raw_models(document: _Document) -> Iterator[tuple[int, dict[str, Any], Any]
     """Place in `models`, entry, its raw parameters."""
     raw = document.data["models"]
     if not isinstance(raw, list) or not raw:
-        _fail(document, ("models",), f"expected a list of at least one `- model: name`, found {raw!r}")
+        _fail(document, ("models",), f"expected a list of at least one `- model: name`, found {_shown(raw)}")
     for k, entry in enumerate(raw):
         if not isinstance(entry, dict):
-            _fail(document, ("models", k), f"expected `model: name` or a name, found {entry!r}")
+            _fail(document, ("models", k), f"expected `model: name` or a name, found {_shown(entry)}")
         yield k, entry, entry["parameters"]
 
 
@@ -808,7 +837,7 @@ def _read_keep_dense(document: _Document, raw: Any) -> tuple[str, ...]:
     path: Key = ("sparsify", "keep_dense")
     raw = [raw] if isinstance(raw, str) else raw
     if not isinstance(raw, list):
-        _fail(document, path, f"expected a list of {', '.join(GROUPS)} or glob patterns, found {raw!r}")
+        _fail(document, path, f"expected a list of {', '.join(GROUPS)} or glob patterns, found {_shown(raw)}")
     for i, entry in enumerate(raw):
         if not isinstance(entry, str) or not (entry in GROUPS or "." in entry or _is_glob(entry)):
             _fail(
@@ -833,10 +862,10 @@ def _dtype_name(document: _Document, key: str) -> str:
     if entry is not None and entry.kind == "float":
         return entry.name
     if entry is not None:
-        _fail(document, (key,), f" must be a floating point format, found {raw!r}; use one of {', '.join(known)}")
+        _fail(document, (key,), f" must be a floating point format, found {_shown(raw)}; use one of {', '.join(known)}")
     short = DTYPES.get(str(raw).upper().replace("FP", "F"))
     hint = f"; did you mean {short.torch_name!r}?" if short else _did_you_mean(str(raw), known)
-    _fail(document, (key,), f" must be one of {', '.join(known)}, found {raw!r}{hint}")
+    _fail(document, (key,), f" must be one of {', '.join(known)}, found {_shown(raw)}{hint}")
 
 
 def _read_tokenizer_source(document: _Document, base: str | None, models: Sequence[str]) -> str:
@@ -847,7 +876,7 @@ def _read_tokenizer_source(document: _Document, base: str | None, models: Sequen
         _fail(
             document,
             ("tokenizer_source",),
-            f" must be base or one of the models ({', '.join(models)}), found {raw!r}{_did_you_mean(str(raw), models)}",
+            f" must be base or one of the models, found {_shown(raw)}{_suggest(str(raw), ['base', *models], 'known')}",
         )
     return cast(str, raw)
 
@@ -893,8 +922,10 @@ def _notes(recipe: Recipe, seeded: bool) -> Iterator[str]:
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"{name} is listed {names.count(name)} times: each counts as a model of its own"
     given = {*recipe.parameters}.union(*(entry.parameters for entry in recipe.models))
-    if MERGE_METHODS[recipe.merge_method].trims and "keep" not in given:
-        yield f"{recipe.merge_method} without keep: no trim (the TIES paper keeps 0.2)"
+    whole = [entry.model for entry in recipe.models if "keep" not in {*entry.parameters} | {*recipe.parameters}]
+    if MERGE_METHODS[recipe.merge_method].trims and whole:
+        of = "" if "keep" not in given else f" for {' and '.join(whole)}"
+        yield f"{recipe.merge_method} without keep{of}: no trim (the TIES paper keeps 0.2)"
     random = recipe.sparsify is not None and SPARSIFIERS[recipe.sparsify.method].random
     if (seeded or "seed" in given) and not random:
         yield "seed has no effect: nothing is drawn at random in this recipe"

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mergekit's form of recipes: what its words mean here, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from darekit.errors import RecipeError
+from darekit.mergekit import LATER_METHODS, PRODUCTS, complement
+from darekit.recipe import Filtered, Recipe, Sparsify, read_recipe
+
+DARE_TIES = """\
+    models:
+      - model: mistralai/Mistral-7B-v0.1
+        # no parameters necessary for base model
+      - model: samir-fama/SamirGPT-v1
+        parameters:
+          density: 0.53
+          weight: 0.4
+      - model: abacusai/Slerp-CM-mist-dpo
+        parameters:
+          density: 0.3
+          weight: 0.3
+          seed: 11
+    merge_method: dare_ties
+    base_model: mistralai/Mistral-7B-v0.1
+    parameters:
+      int8_mask: true
+    dtype: bfloat16
+    """
+
+
+def make(method: str, *models: dict[str, Any], base: str | None = "b", **parameters: Any) -> Recipe:
+    entries = [{"model": f"m{i}", "parameters": own} for i, own in enumerate(models)]
+    return read_recipe({"base_model": base, "models": entries, "merge_method": method, "parameters": parameters})
+
+
+def refused(method: str, *models: dict[str, Any], **parameters: Any) -> str:
+    with pytest.raises(RecipeError) as caught:
+        make(method, *models, **parameters)
+    return str(caught.value)
+
+
+def test_a_recipe_from_the_hub(tmp_path: Path):
+    path = tmp_path / "mergekit_config.yml"
+    path.write_text(dedent(DARE_TIES))
+    recipe = read_recipe(path)
+    assert [entry.model for entry in recipe.models] == ["samir-fama/SamirGPT-v1", "abacusai/Slerp-CM-mist-dpo"]
+    assert recipe.models[0].parameters == {"weight": 0.4, "drop_rate": 0.47}
+    assert recipe.models[1].parameters == {"weight": 0.3, "drop_rate": 0.7, "seed": 11}
+    assert recipe.sparsify == Sparsify("dare", {}, "delta", 0, ())
+    assert recipe.merge_method == "ties"
+    assert recipe.parameters == {"keep": 1.0, "normalize": False}
+    assert recipe.dtype == "BF16"
+    assert any("int8_mask is accepted and has no effect" in note for note in recipe.notes)
+    assert not any("density 1" in note for note in recipe.notes)  # the base's is not counted
+    assert recipe.text == dedent(DARE_TIES)
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsify", "merge_method", "parameters"),
+    [
+        ("dare_linear", Sparsify("dare", {}), "task_arithmetic", {"normalize": False}),
+        ("dare_ties", Sparsify("dare", {}), "ties", {"normalize": False, "keep": 1.0}),
+        ("breadcrumbs", Sparsify("breadcrumbs", {}), "task_arithmetic", {"normalize": False}),
+        ("breadcrumbs_ties", Sparsify("breadcrumbs", {}), "ties", {"normalize": False, "keep": 1.0}),
+        ("della", Sparsify("della", {"window": 0.3}), "ties", {"normalize": True, "keep": 1.0}),
+        ("della_linear", Sparsify("della", {"window": 0.3}), "task_arithmetic", {"normalize": False}),
+    ],
+)
+def test_products(method, sparsify, merge_method, parameters):
+    recipe = make(method, {"density": 0.9, "weight": 0.5})
+    assert (recipe.sparsify, recipe.merge_method, recipe.parameters) == (sparsify, merge_method, parameters)
+    own = {"weight": 0.5, "drop_rate": 0.1} | ({"density": 0.9} if "breadcrumbs" in method else {})
+    assert recipe.models[0].parameters == own
+    assert read_recipe(recipe.to_data()) == recipe
+    inherited = make(method, {}, density=0.9, weight=0.5)
+    assert inherited.models[0].parameters["drop_rate"] == 0.1
+    assert inherited.parameters["weight"] == 0.5
+    assert (
+        make(method, {}, density=0.9, normalize=not parameters["normalize"]).parameters["normalize"]
+        is not parameters["normalize"]
+    )
+    assert make(method, {"density": 0.9}, **{"lambda": 0.5}).parameters["lambda"] == 0.5
+
+
+def test_defaults_of_the_table_are_mergekits():
+    """Only what is given is stored: rescale's defaults per sparsifier and gamma's must agree with mergekit's."""
+    from darekit.methods import SPARSIFIERS
+
+    assert SPARSIFIERS["dare"].parameters["rescale"].default == "paper"
+    assert SPARSIFIERS["della"].parameters["rescale"].default == "paper"
+    assert SPARSIFIERS["breadcrumbs"].parameters["rescale"].default == "none"
+    assert SPARSIFIERS["breadcrumbs"].parameters["gamma"].default == 0.01
+
+
+@pytest.mark.parametrize(
+    ("density", "rate"), [(0.1, 0.9), (0.9, 0.1), (0.3, 0.7), (0.53, 0.47), (0, 1), (1, 0), (1e-3, 0.999)]
+)
+def test_drop_rate_is_the_decimal_that_was_meant(density, rate):
+    assert complement(density) == rate
+
+
+@given(st.integers(0, 10**6))
+def test_complement_of_decimals(millionths):
+    assert complement(millionths / 10**6) == (10**6 - millionths) / 10**6
+
+
+def test_rescale():
+    def rescale(method: str, value: Any) -> Any:
+        recipe = make(method, {"density": 0.5}, rescale=value)
+        assert recipe.sparsify is not None
+        return recipe.sparsify.parameters["rescale"]
+
+    for method in PRODUCTS:
+        assert rescale(method, True) == rescale(method, "paper") == "paper"
+        assert rescale(method, False) == rescale(method, "none") == "none"
+        assert rescale(method, "l1") == "l1"
+    assert any("mergekit's is `rescale: l1`" in n for n in make("breadcrumbs", {"density": 0.5}, rescale=True).notes)
+    assert "parameters.rescale must be one of true, false, paper, l1, none" in refused("dare_ties", {}, rescale="L2")
+
+
+def test_ties_density_is_keep():
+    recipe = make("ties", {"density": 0.3, "weight": 1}, {"weight": 2}, density=0.2, normalize=True)
+    assert recipe.sparsify is None
+    assert recipe.models[0].parameters == {"keep": 0.3, "weight": 1.0}
+    assert recipe.models[1].parameters == {"weight": 2.0}
+    assert recipe.parameters == {"keep": 0.2, "normalize": True}
+    assert not any("no trim" in note for note in recipe.notes)
+    notes = make("ties", {"density": 0.3}, {}, {}).notes
+    assert any("ties without keep for m1 and m2: no trim" in note for note in notes)
+    assert any("ties without keep: no trim" in note for note in make("ties", {}).notes)
+    filters = [{"filter": "mlp", "value": 0.5}, {"value": 0.1}]
+    assert make("ties", {}, density=filters).parameters["keep"] == (Filtered("mlp", 0.5), Filtered("*", 0.1))
+    assert "density and keep are one quantity" in refused("ties", {"density": 0.3}, keep=0.2)
+    assert "density and keep are one quantity" in refused("ties", {"density": 0.3, "keep": 0.2})
+
+
+def test_ties_with_rescale():
+    assert make("ties", {"density": 0.3}, rescale=False).sparsify is None
+    assert "write rescale: l1 for mergekit's" in refused("ties", {"density": 0.3}, rescale=True)
+    recipe = make("ties", {"density": 0.3}, {}, rescale="l1")
+    assert recipe.sparsify == Sparsify("magnitude", {"drop_rate": 0.0, "rescale": "l1"})
+    assert recipe.models[0].parameters == {"drop_rate": 0.7}
+    assert recipe.parameters == {"keep": 1.0}
+    assert make("ties", {}, density=0.2, rescale="paper").sparsify == Sparsify(
+        "magnitude", {"drop_rate": 0.8, "rescale": "paper"}
+    )
+    assert "nothing to rescale" in refused("ties", {}, rescale="l1", keep=0.2)
+
+
+def test_della_window_is_twice_epsilon():
+    recipe = make("della", {"density": 0.5, "epsilon": 0.1}, {}, density=0.4, epsilon=0.2)
+    assert recipe.sparsify == Sparsify("della", {"window": 0.4})
+    assert recipe.models[0].parameters == {"drop_rate": 0.5, "window": 0.2}
+    assert "parameters.epsilon must be in [0, 0.5], found 0.6" in refused("della", {}, density=0.5, epsilon=0.6)
+
+
+def test_breadcrumbs_keeps_the_density_as_written():
+    """Also where it comes from the top level, or from both: a list of filters falls through to the next scope."""
+    recipe = make(
+        "breadcrumbs",
+        {"density": 0.8, "gamma": 0.02},
+        {"density": [{"filter": "mlp", "value": 0.3}]},
+        {},
+        density=[{"filter": "attn", "value": 0.9}],
+        gamma=0.03,
+    )
+    assert recipe.sparsify == Sparsify("breadcrumbs", {"gamma": 0.03})
+    assert recipe.models[0].parameters == {"density": 0.8, "drop_rate": 0.2, "gamma": 0.02}
+    assert recipe.models[1].parameters == {
+        "density": (Filtered("mlp", 0.3), Filtered("attn", 0.9), Filtered("*", 1.0)),
+        "drop_rate": (Filtered("mlp", 0.7), Filtered("attn", 0.1), Filtered("*", 0.0)),
+    }
+    assert recipe.models[2].parameters["density"] == (Filtered("attn", 0.9), Filtered("*", 1.0))
+    assert read_recipe(recipe.to_data()) == recipe
+
+
+def test_a_list_of_densities_falls_through():
+    recipe = make("dare_linear", {"density": [{"filter": "mlp", "value": 0.3}]}, density=0.6)
+    assert recipe.models[0].parameters["drop_rate"] == (Filtered("mlp", 0.7), Filtered("*", 0.4))
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_all_densities_1(method):
+    for models, shared in [
+        ([{}], {}),
+        ([{"density": 1.0}, {}], {}),
+        ([{}], {"density": 1}),
+        ([{"density": [{"filter": "a", "value": 1}]}], {}),
+    ]:
+        message = refused(method, *models, **shared)
+        assert f"{method} with density 1 for every model drops nothing" in message
+        assert "mergekit's silent default" in message
+    notes = make(method, {"density": 0.5}, {}).notes
+    assert any("m1 has density 1: nothing of it is dropped" in note for note in notes)
+
+
+def test_linear():
+    recipe = make("linear", {"weight": 0.3}, {"weight": 0.7}, base=None, normalize=False, int8_mask=False)
+    assert recipe.base_model is None
+    assert [entry.parameters["weight"] for entry in recipe.models] == [0.3, 0.7]
+    assert recipe.parameters == {"normalize": False}
+    data = {"base_model": "b", "models": [{"model": "b", "parameters": {"weight": 0.2}}, "a"], "merge_method": "linear"}
+    assert [entry.model for entry in read_recipe(data).models] == ["b", "a"]
+
+
+def test_the_base_among_the_models_takes_its_parameters_along():
+    data = {
+        "base_model": "b",
+        "models": [{"model": "b", "parameters": {"density": 0.1}}, {"model": "a", "parameters": {"density": 0.5}}],
+        "merge_method": "dare_ties",
+    }
+    assert [entry.model for entry in read_recipe(data).models] == ["a"]
+    data["models"] = [{"model": "b", "parameters": {"density": 0.1}}, {"model": "a"}]
+    with pytest.raises(RecipeError, match="density 1 for every model"):
+        read_recipe(data)
+
+
+def test_seed():
+    recipe = make("dare_ties", {"density": 0.5}, seed=42)
+    assert recipe.sparsify is not None and recipe.sparsify.seed == 42
+    assert recipe.models[0].parameters == {"drop_rate": 0.5}  # the recipe's seed is not a model's
+    data = {"base_model": "b", "models": ["a"], "merge_method": "dare_ties", "parameters": {"density": 0.5, "seed": 1}}
+    again = read_recipe(data, seed=43)
+    assert again.sparsify is not None and again.sparsify.seed == 43
+    assert any("seed has no effect" in note for note in make("ties", {}, seed=1).notes)
+
+
+def test_words_of_other_methods():
+    assert "epsilon belongs to della and della_linear, not to dare_ties" in refused("dare_ties", {"epsilon": 0.1})
+    assert "gamma belongs to breadcrumbs and breadcrumbs_ties, not to della" in refused("della", {}, gamma=0.1)
+    assert "task_arithmetic drops nothing; dare_linear" in refused("task_arithmetic", {"density": 0.5})
+    assert "linear drops nothing" in refused("linear", {}, density=0.5)
+    assert "nothing to rescale" in refused("task_arithmetic", {}, rescale=True)
+    assert make("task_arithmetic", {}, rescale=False).parameters == {}
+    assert "lambda is a parameter of task_arithmetic and ties, not of linear" in refused("linear", {}, **{"lambda": 1})
+    assert "dare_ties does not trim" in refused("dare_ties", {"density": 0.5}, keep=0.2)
+    assert "takes epsilon, half of the window" in refused("della", {"density": 0.5}, window=0.2)
+    message = refused("dare_ties", {"drop_rate": 0.9, "density": 0.1})
+    assert "write density: 0.1, or the native form" in message
+    assert "`sparsify: {method: dare, drop_rate: ...}` with `merge_method: ties`" in message
+    assert "density must be in [0, 1], found 53; a percentage? write 0.53" in refused("dare_ties", {"density": 53})
+    assert "did you mean 'density'?" in refused("dare_ties", {"densty": 0.5})
+    assert "gradients come in a later version" in refused("ties", {"density": [1, 0.7, 0.1]})
+
+
+@pytest.mark.parametrize("method", PRODUCTS)
+def test_a_sparsify_block_with_a_product(method):
+    product = PRODUCTS[method]
+    with pytest.raises(RecipeError, match=f"with it write merge_method: {product.merge}"):
+        read_recipe(
+            {
+                "base_model": "b",
+                "models": ["a"],
+                "merge_method": method,
+                "sparsify": {"method": "dare", "drop_rate": 0.9},
+            }
+        )
+
+
+@pytest.mark.parametrize("method", LATER_METHODS)
+def test_later_methods(method):
+    assert f"{method} comes in a later version" in refused(method, {})
+
+
+def test_near_misses():
+    assert "unknown method 'dare-ties'; did you mean 'dare_ties'?" in refused("dare-ties", {})
+    assert "did you mean 'breadcrumbs_ties'?" in refused("breadcrumb_ties", {})
+
+
+@given(
+    st.sampled_from([*PRODUCTS, "ties"]),
+    st.lists(
+        st.none()
+        | st.integers(0, 999).map(lambda n: n / 1000)
+        | st.lists(st.integers(0, 999), min_size=1, max_size=3).map(
+            lambda ns: [{"filter": f"layers.{i}", "value": n / 1000} for i, n in enumerate(ns)]
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 999),
+)
+def test_round_trip(method, densities, shared):
+    models = [{} if density is None else {"density": density} for density in densities]
+    recipe = make(method, *models, density=shared / 1000, seed=5)
+    assert read_recipe(recipe.to_data()) == recipe
