@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON from strangers: every way in which it can be broken is one line that names the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from darekit.checkpoints.files import InputFile
+from darekit.errors import CheckpointError
+
+DOCUMENT_LIMIT = 100_000_000  # bytes; the largest index files of published models have some 10 MB
+
+
+def parse_object(text: bytes, where: str, *, strict: bool) -> dict[str, Any]:
+    """UTF-8 JSON text of one object -> dict; `where` opens every message.
+
+    `strict` also refuses duplicate keys and NaN or Infinity, which are not JSON. A config.json is read without: the
+    published ones of Mamba models hold Infinity.
+    """
+
+    def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{where} has the key {shorten(twice)} twice")
+        return found
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise CheckpointError(f"{where} holds {name}, which is not JSON")
+
+    try:
+        if strict:
+            found = json.loads(text.decode(), object_pairs_hook=without_duplicates, parse_constant=refuse_constant)
+        else:
+            found = json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where} is not valid JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise CheckpointError(f"{where} is nested too deeply") from None
+    except ValueError:  # an integer of thousands of digits: Python refuses, its cost is quadratic
+        raise CheckpointError(f"{where} holds a number with too many digits") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where} is JSON, but {_kind(found)}; expected an object, {{...}}")
+    return found
+
+
+def read_object(path: Path, *, strict: bool) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else.
+    """
+    file = InputFile(path)
+    try:
+        if file.size > DOCUMENT_LIMIT:
+            raise CheckpointError(f"{path} has {file.size:,} bytes; expected JSON of at most {DOCUMENT_LIMIT:,}")
+        return parse_object(file.read(0, file.size), str(path), strict=strict)
+    finally:
+        file.close()
+
+
+def shorten(value: Any) -> str:
+    """A parsed value as JSON in ASCII, for a message: what a stranger wrote cannot flood or steer a terminal."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "something nested deeply"
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _kind(value: Any) -> str:
+    kinds = {list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null")

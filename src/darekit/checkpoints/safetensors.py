@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The safetensors format: strict parsing of a file's header, and the layout of files to be written.
+
+A file is the header's length (8 bytes, little-endian), the header (JSON), and the tensors' raw little-endian bytes.
+The header maps each name to its `dtype`, `shape` and `data_offsets` [begin, end), counted from the header's end;
+`__metadata__` may map strings to strings. The tensors cover the data exactly: no hole, no overlap, nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from darekit.checkpoints.documents import parse_object, shorten
+from darekit.checkpoints.files import InputFile
+from darekit.dtypes import DTYPES, dtype_named
+from darekit.errors import CheckpointError, PlanError, Unsupported
+
+HEADER_LIMIT = 100_000_000  # the format's own limit, in bytes
+DIMENSION_LIMIT = 64  # numpy's and torch's
+COUNT_LIMIT = (1 << 63) - 1  # of elements and bytes, everywhere a signed 64-bit number
+METADATA = "__metadata__"
+ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+SINGLE = "model.safetensors"
+LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor that is to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a tensor's bytes lie in a file; `offset` counts from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be written: `header` (with its length in front) at 0, then the tensors, `size` bytes in all."""
+
+    filename: str
+    header: bytes
+    size: int
+    placements: tuple[Placement, ...]
+
+
+def read_placements(file: InputFile) -> tuple[Placement, ...]:
+    """Header of a safetensors file -> its tensors, in the order of their bytes.
+
+    Raises:
+        CheckpointError: the file is malformed; the message says how and where.
+        Unsupported: a tensor's number format is not one of `DTYPES`.
+    """
+    where = str(file.path)
+    if file.size < 8:
+        raise CheckpointError(
+            f"{where} is no safetensors file: it has {file.size} bytes, and the header alone has more"
+        )
+    length = int.from_bytes(file.read(0, 8), "little")
+    _check_length(file, length)
+    text = file.read(8, length)
+    if not text.startswith(b"{"):
+        raise CheckpointError(f"{where} is no safetensors file: its header begins with {text[:8]!r}, expected '{{'")
+    header = parse_object(text, f"the header of {where}", strict=True)
+    _check_metadata(header.pop(METADATA, {}), where)
+    placements = [_read_entry(name, entry, 8 + length, where) for name, entry in header.items()]
+    placements.sort(key=lambda place: (place.offset, place.nbytes))  # an empty tensor before its full neighbour
+    _check_cover(placements, 8 + length, file)
+    return tuple(placements)
+
+
+def lay_out(tensors: Sequence[OutputTensor], shard_size: int) -> tuple[Shard, ...]:
+    """Tensors in canonical order -> files of at most `shard_size` bytes of data each, with every offset.
+
+    A shard takes tensors in the given order until the next one does not fit; a tensor larger than `shard_size` has
+    a shard of its own. Within a shard larger elements come first, so that every tensor is aligned to its elements.
+
+    Raises:
+        PlanError: `shard_size` or a name is impossible.
+    """
+    if shard_size < 1:
+        raise PlanError(f"shard size {shard_size} is impossible; expected at least 1 byte")
+    names = {tensor.name for tensor in tensors}
+    if len(names) != len(tensors) or METADATA in names:
+        twice = sorted(name for name in names if sum(t.name == name for t in tensors) > 1)
+        raise PlanError(f"tensors cannot be written under these names: {twice or METADATA!r} (reserved, or used twice)")
+    groups: list[list[tuple[OutputTensor, int]]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        nbytes = _count_bytes(tensor.dtype, tensor.shape)
+        if groups[-1] and filled + nbytes > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append((tensor, nbytes))
+        filled += nbytes
+    if len(groups) == 1:
+        return (_fill(SINGLE, groups[0]),)
+    return tuple(
+        _fill(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
+        for number, group in enumerate(groups, start=1)
+    )
+
+
+def index_json(shards: Sequence[Shard]) -> str:
+    """The text of `model.safetensors.index.json`: which file holds which tensor, and the bytes of all tensors."""
+    places = sorted((place.name, shard.filename) for shard in shards for place in shard.placements)
+    total = sum(place.nbytes for shard in shards for place in shard.placements)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(places)}, indent=2) + "\n"
+
+
+def _fill(filename: str, group: Sequence[tuple[OutputTensor, int]]) -> Shard:
+    # Sorting is stable: equal element sizes stay in canonical order.
+    ordered = sorted(group, key=lambda item: -DTYPES[item[0].dtype].itemsize)
+    header: dict[str, Any] = {METADATA: {"format": "pt"}}  # transformers refuses files without it
+    end = 0
+    for tensor, nbytes in ordered:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + nbytes],
+        }
+        end += nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data, and with it every tensor, begins aligned
+    if len(text) > HEADER_LIMIT:
+        raise PlanError(f"{filename} would need a header of {len(text):,} bytes; the format allows {HEADER_LIMIT:,}")
+    start = 8 + len(text)
+    placements = tuple(
+        Placement(tensor.name, tensor.dtype, tensor.shape, start + header[tensor.name]["data_offsets"][0], nbytes)
+        for tensor, nbytes in ordered
+    )
+    return Shard(filename, len(text).to_bytes(8, "little") + text, start + end, placements)
+
+
+def _count_bytes(dtype: str, shape: Sequence[int]) -> int:
+    count = dtype_named(dtype).itemsize
+    for dimension in shape:
+        count *= dimension
+    return count
+
+
+def _check_length(file: InputFile, length: int) -> None:
+    where = file.path
+    if length <= min(HEADER_LIMIT, file.size - 8):
+        if length < 2:
+            raise CheckpointError(f"{where} is no safetensors file: its header has {length} bytes, expected at least 2")
+        return
+    if file.read(0, min(file.size, 64)).startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{where} is a Git LFS pointer, not the weights themselves: run `git lfs pull` in its directory"
+        )
+    if length > HEADER_LIMIT:
+        raise CheckpointError(
+            f"{where} is no safetensors file: its header would have {length:,} bytes, the format allows "
+            f"{HEADER_LIMIT:,}"
+        )
+    raise CheckpointError(
+        f"{where} is truncated: its header has {length:,} bytes, but the file only {file.size:,}. Download it again"
+    )
+
+
+def _check_metadata(metadata: Any, where: str) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"the header of {where} has a {METADATA} that does not map strings to strings")
+
+
+def _read_entry(name: str, entry: Any, start: int, where: str) -> Placement:
+    at = f"{where}, tensor {shorten(name)}"
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise CheckpointError(f"{at}: the name is not Unicode text") from None
+    if not isinstance(entry, dict) or entry.keys() != ENTRY_KEYS:
+        raise CheckpointError(f"{at}: found {shorten(entry)}, expected an object with dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise Unsupported(f"{at}: number format {shorten(dtype)} is not supported; darekit reads {', '.join(DTYPES)}")
+    nbytes = _measure(dtype, shape, at)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):
+        raise CheckpointError(f"{at}: data_offsets {shorten(offsets)} are not two whole numbers, 0 or more")
+    begin, end = offsets
+    if begin > end:
+        raise CheckpointError(f"{at}: its data begins at {begin}, after its end at {end}")
+    if end - begin != nbytes:
+        raise CheckpointError(
+            f"{at}: shape {shape} of {dtype} needs {nbytes:,} bytes, data_offsets [{begin}, {end}] hold {end - begin:,}"
+        )
+    return Placement(name, dtype, tuple(shape), start + begin, nbytes)
+
+
+def _measure(dtype: str, shape: Any, at: str) -> int:
+    if not isinstance(shape, list) or not all(map(_is_natural, shape)):
+        raise CheckpointError(f"{at}: shape {shorten(shape)} is not a list of whole numbers, 0 or more")
+    if len(shape) > DIMENSION_LIMIT:
+        raise CheckpointError(f"{at}: shape has {len(shape)} dimensions; at most {DIMENSION_LIMIT} are possible")
+    nbytes = DTYPES[dtype].itemsize
+    for dimension in shape:
+        nbytes *= dimension
+        # Checked at each step: [2^62, 4, 0] is an attack too, on readers that multiply in 64 bits.
+        if max(nbytes, dimension) > COUNT_LIMIT:
+            raise CheckpointError(f"{at}: shape {shorten(shape)} overflows: no file has that many elements")
+    return nbytes
+
+
+def _check_cover(placements: Sequence[Placement], start: int, file: InputFile) -> None:
+    end, before = start, "the header"
+    for place in placements:
+        at = f"{file.path}, tensor {shorten(place.name)}"
+        if place.offset < end:
+            raise CheckpointError(f"{at}: its data overlaps that of {before} by {end - place.offset:,} bytes")
+        if place.offset > end:
+            raise CheckpointError(f"{at}: a hole of {place.offset - end:,} bytes lies between it and {before}")
+        end, before = place.offset + place.nbytes, shorten(place.name)
+    if file.size < end:
+        raise CheckpointError(
+            f"{file.path} is truncated: its tensors end at byte {end:,}, the file at {file.size:,}. Download it again"
+        )
+    if file.size > end:
+        raise CheckpointError(f"{file.path} has {file.size - end:,} bytes behind its last tensor; expected none")
+
+
+def _is_natural(value: Any) -> bool:
+    return type(value) is int and value >= 0  # bool is an int for isinstance
