@@ -13,8 +13,20 @@ def raw_of(array):
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def merge(name, base, models, *, seeds, sparsify=None, method="linear", weights=None, lambda_=1.0, keep=1.0,
-          normalize=None, on="delta"):
+def merge(
+    name,
+    base,
+    models,
+    *,
+    seeds,
+    sparsify=None,
+    method="linear",
+    weights=None,
+    lambda_=1.0,
+    keep=1.0,
+    normalize=None,
+    on="delta",
+):
     """One tensor: arrays of one shape in any float dtype -> the merged array in base's (first model's) dtype."""
     like = models[0] if base is None else base
     wide = any(a.dtype == np.float64 for a in (like, *models))

@@ -85,9 +85,7 @@ def test_every_number_format(dtype, sparsify):
         {"w": base}, [{"w": m} for m in models], sparsify=spec_of(SPARSIFY[sparsify]), method=dk.ties(keep=0.5),
         seeds=SEEDS,
     )["w"]  # fmt: skip
-    expected = oracle.merge(
-        "w", base, models, seeds=SEEDS, sparsify=SPARSIFY[sparsify], method="ties", keep=0.5
-    )
+    expected = oracle.merge("w", base, models, seeds=SEEDS, sparsify=SPARSIFY[sparsify], method="ties", keep=0.5)
     same_bits(merged, expected)
 
 
@@ -100,8 +98,12 @@ def test_tile_size_and_threads_do_not_matter(sparsify, monkeypatch):
         monkeypatch.setattr(engine, "TILE", tile)
         results.append(
             dk.merge_tensors(
-                {"w": base}, [{"w": m} for m in models], sparsify=spec_of(SPARSIFY[sparsify]),
-                method=dk.ties(keep=0.2), seeds=SEEDS, threads=threads,
+                {"w": base},
+                [{"w": m} for m in models],
+                sparsify=spec_of(SPARSIFY[sparsify]),
+                method=dk.ties(keep=0.2),
+                seeds=SEEDS,
+                threads=threads,
             )["w"]  # fmt: skip
         )
     for other in results[1:]:
@@ -121,9 +123,7 @@ def test_large_tensor_is_cut_into_spans_and_sampled(monkeypatch):
             {"w": base}, [{"w": m} for m in models], sparsify=spec_of(SPARSIFY[sparsify]),
             method=dk.ties(keep=0.2), seeds=SEEDS, threads=3,
         )["w"]  # fmt: skip
-        expected = oracle.merge(
-            "w", base, models, seeds=SEEDS, sparsify=SPARSIFY[sparsify], method="ties", keep=0.2
-        )
+        expected = oracle.merge("w", base, models, seeds=SEEDS, sparsify=SPARSIFY[sparsify], method="ties", keep=0.2)
         same_bits(merged, expected)
 
 

@@ -68,9 +68,7 @@ GOLDEN = "c357ead1960c188bd4723a466652dc3b3306df999254144a3568ad795083179a"
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 2**64 - 1), st.text(max_size=20), st.integers(0, 2**40), st.integers(0, 5000)
-)
+@given(st.integers(0, 2**64 - 1), st.text(max_size=20), st.integers(0, 2**40), st.integers(0, 5000))
 def test_fast_draws_equal_the_reference(seed, name, start, count):
     assert np.array_equal(fast_draws(seed, name, start, count), reference_draws(seed, name, start, count))
 
@@ -116,9 +114,7 @@ def test_effective_seeds_follow_the_model_and_not_its_place():
     same = masks.effective_seeds(0, [a, a])
     assert same[0] != same[1], "two equal models must not share a mask"
     text = b"darekit-seed-1" + (42).to_bytes(8, "little") + a
-    assert masks.effective_seeds(42, [a])[0] == int.from_bytes(
-        hashlib.blake2b(text, digest_size=8).digest(), "little"
-    )
+    assert masks.effective_seeds(42, [a])[0] == int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def test_seed_must_be_64_bits():

@@ -16,7 +16,7 @@ from pathlib import PurePath
 import numpy as np
 
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
-from darekit.dtypes import dtype_named, widen
+from darekit.dtypes import Floats, dtype_named, widen
 from darekit.errors import DataError, HomologyError
 from darekit.naming import HEAD_NAMES, embedding_for, has_vocabulary_rows, is_rebuilt
 from darekit.output.config import is_tied, tied_by_default
@@ -185,8 +185,10 @@ def _compare_shapes(
 
 def _some(names: Sequence[str], sep: str = ", ") -> str:
     shown = sep.join(names[:4])
-    return f"{len(names)} tensors ({shown}{', ...' if len(names) > 4 else ''})" if sep == ", " else shown + (
-        f"; ... {len(names) - 4} more" if len(names) > 4 else ""
+    return (
+        f"{len(names)} tensors ({shown}{', ...' if len(names) > 4 else ''})"
+        if sep == ", "
+        else shown + (f"; ... {len(names) - 4} more" if len(names) > 4 else "")
     )
 
 
@@ -275,11 +277,11 @@ def _chunks(count: int) -> list[tuple[int, int]]:
     return [(i * step, SAMPLED_ELEMENTS) for i in range(SAMPLED_CHUNKS)]
 
 
-def _read(info: TensorInfo, start: int, count: int) -> np.ndarray:
+def _read(info: TensorInfo, start: int, count: int) -> Floats:
     dtype = dtype_named(info.dtype)
     raw = np.empty(count * dtype.itemsize, np.uint8)
     info.source.read_into(raw, start * dtype.itemsize)
-    values = np.empty(count, np.float64 if dtype.name == "F64" else np.float32)
+    values: Floats = np.empty(count, np.float64 if dtype.name == "F64" else np.float32)
     widen(raw, dtype, values)
     return values
 

@@ -36,6 +36,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
     Content digests are those of `darekit.digests`; null where not every tensor of an input was read.
     """
+
     def content(key: str | None, index: int) -> str | None:
         checkpoint = plan.checkpoints[index]
         rows = []

@@ -7,11 +7,13 @@ holds no model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from darekit.checkpoints import (
     Checkpoint,
@@ -91,6 +93,7 @@ class Plan:
 
     def peak_memory(self, threads: int, tile: int) -> int:
         """Estimate in bytes: the interpreter, and per thread K + 3 tiles of the step that asks for most."""
+
         def cost(step: Step) -> int:
             width = 8 if step.wide else 4
             return min(tile_of(step, tile), step.count) * width * (2 * len(step.models) + 6)
@@ -155,7 +158,7 @@ def _seeds(recipe: Recipe, digests: Sequence[bytes]) -> tuple[int | None, ...]:
         return tuple(None for _ in recipe.models)
     derived = effective_seeds(recipe.sparsify.seed, digests)
     explicit = [entry.parameters.get("seed") for entry in recipe.models]
-    return tuple(own if own is None else int(own) for own in (d if e is None else e for d, e in zip(derived, explicit, strict=True)))
+    return tuple(d if e is None else cast(int, e) for d, e in zip(derived, explicit, strict=True))
 
 
 def drop_rate_of(recipe: Recipe, model: int, tensor: AlignedTensor) -> tuple[float, bool]:
@@ -236,63 +239,85 @@ def _steps(
     recipe: Recipe, seeds: Sequence[int | None], tensor: AlignedTensor, output: int, place: Placement
 ) -> Iterator[Step]:
     """One step, or, where vocabularies differ, one per range of rows with the same owners."""
-    dtype = dtype_named(place.dtype)
-    owners = [k for k, info in enumerate(tensor.models) if info is not None]
-    inputs = [info for info in tensor.models if info is not None]
-    count = 1
-    for dimension in tensor.shape:
-        count *= dimension
-    frame = {"name": tensor.name, "dtype": dtype, "shape": tensor.shape, "output": output, "offset": place.offset}
+    owners = tuple(k for k, info in enumerate(tensor.models) if info is not None)
+    inputs = tuple(_input(info) for info in tensor.models if info is not None)
+    base = _input(tensor.base) if tensor.base else None
+    count = math.prod(tensor.shape)
+    make = partial(
+        Step,
+        name=tensor.name,
+        dtype=dtype_named(place.dtype),
+        shape=tensor.shape,
+        output=output,
+        offset=place.offset,
+    )
     if not _is_float(tensor.dtype) or not owners:  # integers, and buffers that only the base has
-        yield Step(
-            **frame, kind="copy", begin=0, count=count, base=_input(tensor.base) if tensor.base else None,
-            models=tuple(map(_input, inputs)), owners=tuple(owners),
-        )  # fmt: skip
+        yield make(kind="copy", begin=0, count=count, base=base, models=inputs, owners=owners)
         return
     weights = {k: _weight(recipe, k, tensor.name) for k in owners}
-    on_weights = recipe.sparsify is not None and recipe.sparsify.on == "weights"
-    shared = {
-        name: value
+    own = {
+        name: recipe.parameters.get(name, parameter.default)
         for name, parameter in MERGE_METHODS[recipe.merge_method].parameters.items()
         if name not in ("lambda", "keep", "trim")
-        for value in [recipe.parameters.get(name, parameter.default)]
     }
-    normalized = bool(shared.get("normalize"))
-    if recipe.merge_method == "linear" and tensor.base is not None and not normalized:
-        on_weights = True  # sum w_k theta_k: not base plus anything, unless the weights sum to 1
     begin = 0
-    if tensor.base is not None:
-        rows = tensor.base.count
-        common = min(rows, count)
-        chains = tuple(_chain(recipe, k, tensor, common, seeds[k]) for k in owners)
-        factor = resolve((recipe.parameters.get("lambda"),), tensor.name)
-        factor = 1.0 if factor is None or recipe.merge_method == "linear" else float(factor)
-        scale = 1.0 if recipe.merge_method == "linear" and normalized else weights[owners[0]] * factor
-        if len(owners) == 1 and normalized and recipe.merge_method != "linear":
-            scale = factor
-        yield Step(
-            **frame, kind="merge", begin=0, count=common, base=_input(tensor.base),
-            models=tuple(map(_input, inputs)), owners=tuple(owners),
-            weights=tuple(weights[k] for k in owners), chains=chains,
-            method=recipe.merge_method, parameters=shared, factor=factor, on_weights=on_weights,
-            verbatim=len(owners) == 1 and not chains[0] and scale == 1.0 and inputs[0].count >= common,
-        )  # fmt: skip
-        begin = common
-    # Rows that the base does not have, or all of them without a base: the plain average of the models that do.
-    for end in sorted({min(info.count, count) for info in inputs}):
+    if base is not None:
+        begin = min(base.count, count)
+        chains = tuple(_chain(recipe, k, tensor, begin, seeds[k]) for k in owners)
+        factor = _factor(recipe, tensor.name)
+        # What the one model's delta is multiplied by, where there is but one.
+        scale = factor * (1.0 if own["normalize"] else weights[owners[0]])
+        yield make(
+            kind="merge",
+            begin=0,
+            count=begin,
+            base=base,
+            models=inputs,
+            owners=owners,
+            weights=tuple(weights.values()),
+            chains=chains,
+            method=recipe.merge_method,
+            parameters=own,
+            factor=factor,
+            on_weights=_on_weights(recipe, own),
+            verbatim=len(owners) == 1 and not chains[0] and scale == 1.0 and inputs[0].count >= begin,
+        )
+    # Rows that the base does not have, or all of them where there is no base: the average of the models that do.
+    for end in sorted({min(entry.count, count) for entry in inputs}):
         if end <= begin:
             continue
-        here = [(k, info) for k, info in zip(owners, inputs, strict=True) if info.count >= end]
-        whole = tensor.base is None and begin == 0 and end == count
-        chains = tuple(_chain(recipe, k, tensor, count, seeds[k]) if whole else () for k, _ in here)
-        yield Step(
-            **frame, kind="merge", begin=begin, count=end - begin, base=None,
-            models=tuple(_input(info) for _, info in here), owners=tuple(k for k, _ in here),
-            weights=tuple(weights[k] for k, _ in here), chains=chains, method="linear",
-            parameters=shared if tensor.base is None else {"normalize": True},
-            verbatim=len(here) == 1 and not chains[0] and (weights[here[0][0]] == 1.0 or normalized),
-        )  # fmt: skip
+        here = [k for k, entry in zip(owners, inputs, strict=True) if entry.count >= end]
+        whole = base is None and end - begin == count
+        chains = tuple(_chain(recipe, k, tensor, count, seeds[k]) if whole else () for k in here)
+        parameters = own if base is None else {"normalize": True}
+        scale = 1.0 if parameters["normalize"] else weights[here[0]]
+        yield make(
+            kind="merge",
+            begin=begin,
+            count=end - begin,
+            base=None,
+            models=tuple(inputs[owners.index(k)] for k in here),
+            owners=tuple(here),
+            weights=tuple(weights[k] for k in here),
+            chains=chains,
+            method="linear",
+            parameters=parameters,
+            verbatim=len(here) == 1 and not chains[0] and scale == 1.0,
+        )
         begin = end
+
+
+def _on_weights(recipe: Recipe, parameters: Mapping[str, Any]) -> bool:
+    """Whether the models themselves are merged: asked for, or an unnormalised sum of w_k theta_k, which is not the
+    base plus anything."""
+    if recipe.sparsify is not None and recipe.sparsify.on == "weights":
+        return True
+    return recipe.merge_method == "linear" and not parameters["normalize"]
+
+
+def _factor(recipe: Recipe, name: str) -> float:
+    value = resolve((recipe.parameters.get("lambda"),), name)
+    return 1.0 if value is None else float(value)
 
 
 def _weight(recipe: Recipe, model: int, name: str) -> float:
@@ -357,7 +382,10 @@ def resolved_parameters(plan: Plan) -> list[Mapping[str, Any]]:
             "weights": list(step.weights),
             "lambda": step.factor,
             "stages": [
-                [{"method": spec.method, **{n: v for n, v in spec.parameters.items() if n != "keep_count"}} for spec in chain]
+                [
+                    {"method": spec.method, **{n: v for n, v in spec.parameters.items() if n != "keep_count"}}
+                    for spec in chain
+                ]
                 for chain in step.chains
             ],
         }

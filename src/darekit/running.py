@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from darekit import engine
-from darekit.checkpoints import Checkpoint, OutputFile
+from darekit.checkpoints import Checkpoint, OutputFile, index_json
 from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.errors import CheckpointError
 from darekit.homology import label
@@ -29,6 +29,8 @@ from darekit.output.tokenizer import choose_chat_template, model_files, tokenize
 from darekit.planning import Plan
 from darekit.staging import open_stage
 from darekit.trimming import settle_model_trim
+
+INDEX_NAME = "model.safetensors.index.json"
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -175,7 +177,9 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
     donor = plan.base or plan.models[0]
     tokenizer: Checkpoint = donor
     if recipe.tokenizer_source != "base":
-        tokenizer = next(m for m, e in zip(plan.models, recipe.models, strict=True) if e.model == recipe.tokenizer_source)
+        tokenizer = next(
+            m for m, e in zip(plan.models, recipe.models, strict=True) if e.model == recipe.tokenizer_source
+        )
         if len(plan.models) == 1:
             donor = tokenizer
     config = None

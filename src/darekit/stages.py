@@ -21,6 +21,7 @@ from darekit.methods.sparsifiers import (
     breadcrumb_counts,
     dropped_to_density,
     l1_factor,
+    largest,
     paper_factor,
 )
 from darekit.steps import StageSpec, Step
@@ -32,23 +33,35 @@ TRIM, TRIM_MODEL, TRIM_AT = "trim", "trim_model", "trim_at"
 
 
 class Stage(Protocol):
-    """One operation on one delta, tile by tile."""
+    """One operation on one delta, tile by tile; as it stands here it needs no measuring."""
 
-    ready: bool  # False: wants a(nother) measuring pass
-    sampling: bool  # that pass may skip most tiles
-    ordered: bool  # tiles must come in order, from the tensor's first on
+    ordered: bool = False  # tiles must come in order, from the tensor's first on
+
+    @property
+    def ready(self) -> bool:
+        """False: wants a(nother) measuring pass."""
+        return True
+
+    @property
+    def sampling(self) -> bool:
+        """Whether that pass may skip most tiles."""
+        return False
 
     def begin(self) -> None:
         """A pass over the tensor starts."""
+        return
 
     def measure(self, delta: Tile, start: int) -> None:
         """One tile of a measuring pass; may overwrite it."""
+        return
 
     def settle(self) -> None:
         """A measuring pass is over."""
+        return
 
     def apply(self, delta: Tile, start: int) -> int:
         """Sparsify one tile in place; returns how many elements survive."""
+        ...
 
 
 def build(spec: StageSpec, step: Step) -> Stage:
@@ -64,7 +77,9 @@ def build(spec: StageSpec, step: Step) -> Stage:
     stage: Stage
     match spec.method:
         case "dare" | "drop_only":
-            stage = RandomDrop(spec.seed, stream_of(step.name), rate, paper_factor(rate) if rescale == "paper" else None)
+            stage = RandomDrop(
+                spec.seed, stream_of(step.name), rate, paper_factor(rate) if rescale == "paper" else None
+            )
         case "della":
             stage = RankedDrop(spec, step, rescale == "paper")
         case "magnitude":
@@ -80,23 +95,13 @@ def build(spec: StageSpec, step: Step) -> Stage:
     return stage
 
 
-class RandomDrop:
+class RandomDrop(Stage):
     """`dare` and `drop_only`: needs nothing but the element's index."""
-
-    ready = True
-    sampling = False
-    ordered = False
 
     def __init__(self, seed: int, stream: int, drop_rate: float, factor: np.float32 | None) -> None:
         self.seed, self.stream = np.uint64(seed), np.uint64(stream)
         self.threshold = threshold_of(drop_rate)
         self.factor = np.float32(1) if factor is None else factor
-
-    def begin(self) -> None: ...
-
-    def measure(self, delta: Tile, start: int) -> None: ...
-
-    def settle(self) -> None: ...
 
     def apply(self, delta: Tile, start: int) -> int:
         if self.threshold == DROP_ALL:
@@ -105,12 +110,8 @@ class RandomDrop:
         return int(cpu.random_drop(delta, self.seed, self.stream, start, self.threshold, self.factor))
 
 
-class RankedDrop:
+class RankedDrop(Stage):
     """`della`: ranks within rows. Keep probability and factor depend on the rank alone, so both are tables."""
-
-    ready = True
-    sampling = False
-    ordered = False
 
     def __init__(self, spec: StageSpec, step: Step, rescale: bool) -> None:
         self.seed, self.stream, self.row = np.uint64(spec.seed), np.uint64(stream_of(step.name)), step.row
@@ -120,12 +121,6 @@ class RankedDrop:
         self.limits = np.rint((1.0 - keep) * 4294967296.0).astype(np.uint64)
         with np.errstate(divide="ignore"):
             self.factors = (1.0 / keep).astype(np.float32) if rescale else np.ones(self.row, np.float32)
-
-    def begin(self) -> None: ...
-
-    def measure(self, delta: Tile, start: int) -> None: ...
-
-    def settle(self) -> None: ...
 
     def apply(self, delta: Tile, start: int) -> int:
         rows = delta.reshape(-1, self.row)
@@ -144,7 +139,7 @@ class RankedDrop:
         return int(np.count_nonzero(mask))
 
 
-class Select:
+class Select(Stage):
     """Exactly `keep` elements of largest magnitude after the `top` largest: `magnitude`, `breadcrumbs`, the trim.
 
     Magnitudes order like their bit patterns, so selection is counting. One pass over a few tiles guesses where the
@@ -153,7 +148,7 @@ class Select:
     passes run in order, and the kernel counts equals down.
     """
 
-    ordered = True
+    ordered: bool = True
     FINE = 8  # buckets of 65536 magnitudes that are counted by every bit; +-2 % of the magnitude at the boundary
     SAMPLE_FROM = 1 << 20  # elements from which a sampling pass pays
 
@@ -166,11 +161,11 @@ class Select:
             self.wanted["high"] = top
         self.count, self.top, self.keep = count, top, keep
         self.found: dict[str, tuple[int, int, int]] = {}  # bit pattern, how many equal it, how many of them are in
-        self.sampling = count >= self.SAMPLE_FROM
+        self._sampling = count >= self.SAMPLE_FROM
         self.first = 0
-        self.ready = not self.wanted
+        self._ready = not self.wanted
         self.fine = np.zeros(0, np.int64)
-        self.coarse = np.zeros(0 if self.ready else 1 << 15, np.int64)
+        self.coarse = np.zeros(0 if self._ready else 1 << 15, np.int64)
 
     @classmethod
     def at(cls, count: int, low: int, low_left: int) -> Select:
@@ -178,6 +173,14 @@ class Select:
         select = cls(count, 0, count)
         select.low, select.low_left = low, low_left
         return select
+
+    @property
+    def ready(self) -> bool:
+        return self._ready
+
+    @property
+    def sampling(self) -> bool:
+        return self._sampling
 
     def begin(self) -> None:
         self.lows, self.highs = self.low_left, self.high_left
@@ -208,7 +211,7 @@ class Select:
             # After a guess some buckets around it; once the bucket is known, that one alone.
             self.first = max(0, missing[0] - self.FINE // 2) if self.sampling else missing[0]
             self.fine = np.zeros((self.FINE if self.sampling else 1) << 16, np.int64)
-            self.sampling = False
+            self._sampling = False
         else:
             self._conclude()
 
@@ -219,7 +222,7 @@ class Select:
             self.high_left = equal - dropped
             if self.high == self.low:  # one class of equals: `keep` of them survive, nothing above does
                 self.low_left, self.high, self.high_left = self.keep, self.low + 1, 0
-        self.ready = True
+        self._ready = True
         self.coarse = self.fine = np.zeros(0, np.int64)
 
     def apply(self, delta: Tile, start: int) -> int:
@@ -227,10 +230,10 @@ class Select:
         return int(kept)
 
 
-class Scale:
+class Scale(Stage):
     """A stage whose survivors are multiplied by a constant."""
 
-    ordered = True
+    ordered: bool = True
 
     def __init__(self, inner: Stage, factor: np.float32) -> None:
         self.inner, self.factor = inner, factor
@@ -258,10 +261,10 @@ class Scale:
         return kept
 
 
-class RestoreL1:
+class RestoreL1(Stage):
     """A stage whose survivors are scaled so that the tensor keeps its L1 norm: mergekit's `rescale`."""
 
-    ordered = True
+    ordered: bool = True
 
     def __init__(self, inner: Stage) -> None:
         self.inner = inner
@@ -299,30 +302,18 @@ class RestoreL1:
         return kept
 
 
-class Whole:
+class Whole(Stage):
     """Any sparsifier through its definition: float64 tensors, and methods without a kernel of their own.
 
     The step's tiles are then as large as the method's scope asks for (`tile_of`).
     """
 
-    ready = True
-    sampling = False
-    ordered = False
-
     def __init__(self, spec: StageSpec, step: Step) -> None:
         self.spec, self.step = spec, step
 
-    def begin(self) -> None: ...
-
-    def measure(self, delta: Tile, start: int) -> None: ...
-
-    def settle(self) -> None: ...
-
     def apply(self, delta: Tile, start: int) -> int:
-        from darekit.methods import sparsifiers
-
         if self.spec.method == TRIM:
-            mask = sparsifiers.largest(np.abs(delta), self.spec.parameters["keep_count"])
+            mask = largest(np.abs(delta), self.spec.parameters["keep_count"])
             delta[~mask] = 0
             return int(np.count_nonzero(mask))
         entry = SPARSIFIERS[self.spec.method]

@@ -24,7 +24,9 @@ app = typer.Typer(
 )
 
 # Options that several commands share.
-Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Worker threads; default: the processors, at most 8.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=256, help="Worker threads; default: the processors, at most 8.")
+]
 ShardSize = Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB, 2GiB.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")]
@@ -171,9 +173,7 @@ def _run(recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, *
             display.show_plan(plan, judgements, notes, options["threads"], as_json=as_json)
         return
     with display.progress_bar("merging", quiet=as_json) as progress:
-        report = api.run(
-            recipe, out, api.Options(progress=progress, say=display.say_note, **options), search=search
-        )
+        report = api.run(recipe, out, api.Options(progress=progress, say=display.say_note, **options), search=search)
     display.show_report(report, as_json=as_json)
 
 
@@ -234,7 +234,9 @@ def _bytes_of(text: str) -> int:
     try:
         size = int(float(number) * _UNITS[stripped[len(number) :]])
     except (ValueError, KeyError, OverflowError):
-        raise typer.BadParameter(f"{text!r} is not a size; write 5GB, 500MB or 2GiB", param_hint="--shard-size") from None
+        raise typer.BadParameter(
+            f"{text!r} is not a size; write 5GB, 500MB or 2GiB", param_hint="--shard-size"
+        ) from None
     if size < 1:
         raise typer.BadParameter(f"{text!r} is not a size above 0", param_hint="--shard-size")
     return size

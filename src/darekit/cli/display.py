@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands show: plans, reports, inspections, tables. Results on standard output, the rest on standard error."""
+"""What the commands show: plans, reports, inspections, tables. Results go to standard output."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from darekit.api import Report
     from darekit.homology import Judgement
     from darekit.inspection import Inspection, TensorReport
     from darekit.planning import Plan
+    from darekit.running import Report
 
 PERCENT_COLUMNS = ("10%", "50%", "90%", "max")
 

@@ -47,9 +47,7 @@ def add_round(
     """
     number = merged.dtype.type
     if dtype.name == base_dtype.name == "BF16" and merged.dtype == np.float32:
-        return int(
-            cpu.add_round_bf16(base_raw.view(np.uint16), base, merged, number(factor), raw.view(np.uint16))
-        )
+        return int(cpu.add_round_bf16(base_raw.view(np.uint16), base, merged, number(factor), raw.view(np.uint16)))
     change = number(factor) * merged
     with np.errstate(over="ignore", invalid="ignore"):
         overflowed = narrow(base + change, dtype, raw)

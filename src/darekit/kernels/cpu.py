@@ -25,7 +25,7 @@ def _kernel(function: Any) -> Any:
 
 
 @njit(inline="always")
-def _round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _round(c0, c1, c2, c3, k0, k1):
     wide0, wide1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
     return (
         np.uint32(np.uint32(wide1 >> np.uint64(32)) ^ c1 ^ k0),
@@ -36,7 +36,7 @@ def _round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]  # noqa: ANN
 
 
 @_kernel
-def _draw_block(block, stream, seed, words):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _draw_block(block, stream, seed, words):
     """Draws of one aligned block of 1024 elements -> `words`, (1024,) uint32.
 
     The ten rounds stand unrolled: as a loop LLVM does not vectorise them and a core makes 0.2e9 draws/s, not 1.3e9.
@@ -74,7 +74,7 @@ def _draw_block(block, stream, seed, words):  # type: ignore[no-untyped-def]  # 
 
 
 @_kernel
-def draws(seed, stream, start, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def draws(seed, stream, start, out):
     """Draws of elements start .. start + n -> `out`, (n,) uint32."""
     words = np.empty(BLOCK, np.uint32)
     done = 0
@@ -87,7 +87,7 @@ def draws(seed, stream, start, out):  # type: ignore[no-untyped-def]  # noqa: AN
 
 
 @_kernel
-def random_drop(delta, seed, stream, start, threshold, factor):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def random_drop(delta, seed, stream, start, threshold, factor):
     """(n,) float32 in place: zero where draw < threshold (which is < 2^32), times `factor` elsewhere; counts kept."""
     words = np.empty(BLOCK, np.uint32)
     limit = np.uint32(threshold)
@@ -104,13 +104,13 @@ def random_drop(delta, seed, stream, start, threshold, factor):  # type: ignore[
             keep = chosen[i] >= limit
             part[i] = part[i] * factor if keep else np.float32(0)
             survivors += np.uint32(keep)
-        kept += survivors
+        kept += int(survivors)
         done += count
     return kept
 
 
 @_kernel
-def widen_bf16(raw, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def widen_bf16(raw, out):
     """(n,) uint16 -> (n,) float32: BF16 is float32's upper half."""
     bits = out.view(np.uint32)
     for i in range(raw.size):
@@ -118,7 +118,7 @@ def widen_bf16(raw, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN20
 
 
 @_kernel
-def subtract(values, base):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def subtract(values, base):
     """(n,) float32 in place: values -= base; counts NaN and Inf in the difference."""
     bits = values.view(np.uint32)
     bad = np.uint32(0)
@@ -129,7 +129,7 @@ def subtract(values, base):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN
 
 
 @_kernel
-def difference_bf16(raw, base, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def difference_bf16(raw, base, out):
     """`widen_bf16` and `subtract` in one pass."""
     bits = out.view(np.uint32)
     bad = np.uint32(0)
@@ -141,7 +141,7 @@ def difference_bf16(raw, base, out):  # type: ignore[no-untyped-def]  # noqa: AN
 
 
 @_kernel
-def weighted_sum(deltas, weights, divisor, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def weighted_sum(deltas, weights, divisor, out):
     """(K, n) float32, (K,) float32 -> `out`, (n,) float32: sum of w_k d_k in order of k, divided once."""
     for i in range(out.size):
         out[i] = np.float32(0) + weights[0] * deltas[0, i]
@@ -155,7 +155,7 @@ def weighted_sum(deltas, weights, divisor, out):  # type: ignore[no-untyped-def]
 
 
 @_kernel
-def elect(deltas, weights, normalize, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def elect(deltas, weights, normalize, out):
     """(K, n) float32, (K,) float32 -> `out`, (n,) float32: sign election, then (disjoint) mean or sum.
 
     Models are the outer loop over chunks that stay in L1: with an inner loop over K nothing vectorises.
@@ -186,7 +186,7 @@ def elect(deltas, weights, normalize, out):  # type: ignore[no-untyped-def]  # n
 
 
 @_kernel
-def count_magnitudes(delta, coarse, first, fine):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def count_magnitudes(delta, coarse, first, fine):
     """(n,) float32 -> counts of |delta| by its upper 16 bits in `coarse`, and, from bucket `first` on, of every
     single value in `fine` (as many buckets of 65536 as it holds)."""
     bits = delta.view(np.uint32)
@@ -200,7 +200,7 @@ def count_magnitudes(delta, coarse, first, fine):  # type: ignore[no-untyped-def
 
 
 @_kernel
-def select(delta, low, low_left, high, high_left):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def select(delta, low, low_left, high, high_left):
     """(n,) float32 in place: keep |delta| strictly between the bit patterns `low` and `high`, and of those equal to
     either only the first `low_left` and `high_left`; -> (kept, low_left, high_left) after this tile."""
     bits = delta.view(np.uint32)
@@ -225,7 +225,7 @@ def select(delta, low, low_left, high, high_left):  # type: ignore[no-untyped-de
                 keep = (key >= floor) & (key <= ceiling)
                 part[i] = part[i] if keep else np.float32(0)
                 survivors += np.uint32(keep)
-            kept += survivors
+            kept += int(survivors)
             low_left -= min(low_left, np.int64(at_low))
             high_left -= min(high_left, np.int64(at_high))
         else:
@@ -246,21 +246,21 @@ def select(delta, low, low_left, high, high_left):  # type: ignore[no-untyped-de
 
 
 @_kernel
-def add_l1(delta, start, lanes):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def add_l1(delta, start, lanes):
     """(n,) float32 -> lanes[(start + i) % 16] += |delta[i]| in float64, in order of i."""
     for i in range(delta.size):
         lanes[(start + i) % lanes.size] += np.float64(abs(delta[i]))
 
 
 @_kernel
-def scale(delta, factor):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def scale(delta, factor):
     """(n,) float32 in place: delta *= factor."""
     for i in range(delta.size):
         delta[i] = delta[i] * factor
 
 
 @_kernel
-def add_round_bf16(base_raw, base, merged, factor, raw):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def add_round_bf16(base_raw, base, merged, factor, raw):
     """base + factor * merged -> `raw`, (n,) uint16 BF16, to nearest even; base_raw's bits where that change is 0.
 
     Returns how many results are NaN or Inf.
@@ -277,7 +277,7 @@ def add_round_bf16(base_raw, base, merged, factor, raw):  # type: ignore[no-unty
 
 
 @_kernel
-def round_bf16(values, raw):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def round_bf16(values, raw):
     """(n,) float32 without NaN -> `raw`, (n,) uint16 BF16, to nearest even; returns how many results are Inf."""
     bits = values.view(np.uint32)
     bad = np.uint32(0)
@@ -289,7 +289,7 @@ def round_bf16(values, raw):  # type: ignore[no-untyped-def]  # noqa: ANN001, AN
 
 
 @_kernel
-def count_bins(delta, bins, dropped_bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def count_bins(delta, bins, dropped_bits):
     """(n,) float32 -> bins[bits of |delta| >> dropped_bits] += 1."""
     bits = delta.view(np.uint32)
     for i in range(bits.size):

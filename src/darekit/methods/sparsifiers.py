@@ -109,8 +109,7 @@ def della(
     Source: DELLA (arXiv 2406.11617), section 3: keep_i = (1 - p) - w/2 + w r_i / (n - 1), r_i the ascending rank
     of |d_i| in its row (ties by index), n the row's length; keep = 1 - p where n = 1.
     """
-    rows = delta.reshape(-1, delta.shape[-1])
-    keep = della_keep(rows, drop_rate, window).reshape(delta.shape)
+    keep = della_keep(delta, drop_rate, window)
     mask = draws.astype(np.float64) >= np.rint((1.0 - keep) * 4294967296.0)
     if rescale != "paper":
         return _rescaled(delta, mask, drop_rate, rescale)
