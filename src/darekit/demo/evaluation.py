@@ -91,7 +91,8 @@ def measure_sweep(family: Family, step: Step) -> tuple[Point, ...]:
         for method, rate, ability, seed in sweep_plan(family):
             model = family.model(ability, family.settings.tune_seeds[0])
             out = scratch / "dropped"
-            drop(family.base, model, out, drop_rate=rate, method=method, seed=seed, overwrite=True)
+            # force: the curve is meant to pass the point where darekit refuses, and to show that it is right to refuse
+            drop(family.base, model, out, drop_rate=rate, method=method, seed=seed, overwrite=True, force=True)
             right = accuracy(load_model(out), tokenizer, examples[ability])
             points.append(Point(method, rate, ability, seed, right))
             step()

@@ -40,13 +40,14 @@ def notes(result: DemoResult) -> tuple[str, ...]:
     pairs = [(title, rows[title].mean, rows[title + SUFFIX].mean) for title in rows if title + SUFFIX in rows]
     differences = ", ".join(f"{title} {after - before:+.1f}" for title, before, after in pairs)
     control = summarise(result.controls)[0]
+    tunings, masks = _count(tune_seeds, "fine-tuning"), _count(mask_seeds, "mask")
     return (
-        f"Exact match in % on {result.items} held-out words for each ability; means of {len(tune_seeds)} fine-tuning "
-        f"seed(s), with DARE also of {len(mask_seeds)} mask seed(s); ± is the standard deviation of those runs' means.",
+        f"Exact match in % on {result.items} held-out words for each ability. Means of {tunings}"
+        f", with DARE of {masks} each; ± is the standard deviation of those runs' means.",
         f"DARE drops {result.drop_rate:.0%} of each delta, embeddings and norms kept dense. "
         f"What it changes in the mean: {differences}.",
-        f"Do not credit DARE with a gain of TIES: it is mostly scale. Without DARE, {control.title} reaches "
-        f"{control.mean:.1f}. The average is low because it keeps only a third of each delta.",
+        "A gain of TIES is not DARE's own, but scale: trimming shrinks a delta and the rescale undoes it. TIES at lambda "
+        f"{result.control_lambda:g} without DARE reaches {control.mean:.1f}. The average is low because it keeps only a third of each delta.",
     )
 
 
@@ -124,6 +125,10 @@ def draw_plot(result: DemoResult) -> None:
 def _group(title: str) -> str:
     """Rows with one group stand together: the models, then each merge method with and without DARE."""
     return "models" if title == "base" or title.startswith("fine-tuned") else title.removesuffix(SUFFIX)
+
+
+def _count(seeds: set[int | None], kind: str) -> str:
+    return f"{len(seeds)} {kind} seed" + ("s" if len(seeds) != 1 else "")
 
 
 def _write(path: Path, text: str) -> None:
