@@ -105,7 +105,10 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
         raise CheckpointError(
             "the name of a checkpoint is empty; expected a directory, a file or an org/name on the Hub"
         )
-    path = Path(ref)
+    try:
+        path = Path(ref).expanduser()
+    except RuntimeError:  # ~somebody who has no home here
+        path = Path(ref)
     tried = [path, *(directory / path for directory in search if not path.is_absolute())]
     for candidate in tried:
         if _exists(candidate):

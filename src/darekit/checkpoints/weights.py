@@ -56,7 +56,8 @@ def find_weights(directory: Path) -> Weights:
     if others:
         raise CheckpointError(
             f"{directory} has {len(others)} safetensors files ({_some(others)}), but neither {SINGLE['safetensors']} "
-            f"nor {INDEX['safetensors']}, so their order and completeness are unknown. Restore the index, or give one file"
+            f"nor {INDEX['safetensors']}, so their order and completeness are unknown. "
+            "Restore the index, or give one file"
         )
     for suffix, reason in FOREIGN.items():
         foreign = [name for name in names if name.endswith(suffix)]
@@ -155,8 +156,8 @@ def refuse_config(config: Mapping[str, Any] | None, where: Path) -> None:
             method = found.get("quant_method") if isinstance(found, dict) else None
             raise Unsupported(
                 f"{where} has a quantization_config (quant_method {shorten(method)}): quantised weights cannot be "
-                "merged. Dequantise first: load it in transformers, call `model.dequantize()`, and save_pretrained that; or "
-                "give the checkpoint from which it was quantised"
+                "merged. Dequantise first: load it in transformers, call `model.dequantize()`, and save_pretrained "
+                "that; or give the checkpoint from which it was quantised"
             )
 
 
