@@ -46,8 +46,9 @@ def notes(result: DemoResult) -> tuple[str, ...]:
         f", with DARE of {masks} each; ± is the standard deviation of those runs' means.",
         f"DARE drops {result.drop_rate:.0%} of each delta, embeddings and norms kept dense. "
         f"What it changes in the mean: {differences}.",
-        "A gain of TIES is not DARE's own, but scale: trimming shrinks a delta and the rescale undoes it. TIES at lambda "
-        f"{result.control_lambda:g} without DARE reaches {control.mean:.1f}. The average is low because it keeps only a third of each delta.",
+        "A gain of TIES is not DARE's own, but scale: trimming shrinks a delta and the rescale undoes it. TIES at "
+        f"lambda {result.control_lambda:g} without DARE reaches {control.mean:.1f}. The average is low because it "
+        "keeps only a third of each delta.",
     )
 
 
