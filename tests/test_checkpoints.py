@@ -211,12 +211,16 @@ class TestRefused:
         (directory / "adapter_config.json").write_text("{}")
         save_file(weights(), directory / "adapter_model.safetensors")
         for ref in (directory, directory / "adapter_model.safetensors"):
-            with pytest.raises(Unsupported) as caught:
+            with pytest.raises(Unsupported, match="is a LoRA/PEFT adapter") as caught:
                 open_checkpoint(ref)
             code = [line[4:] for line in str(caught.value).splitlines() if line.startswith("    ")]
             compile("\n".join(code), "advice", "exec")
             assert "AutoPeftModelForCausalLM.from_pretrained" in code[1]
             assert "merge_and_unload().save_pretrained('my-lora-merged')" in code[2]
+        (directory / "adapter_config.json").rename(tmp_path / "adapter_config.json")
+        with pytest.raises(Unsupported, match="is a LoRA/PEFT adapter"):
+            open_checkpoint(directory)
+        (tmp_path / "adapter_config.json").rename(directory / "adapter_config.json")
         make_model(directory)  # a whole model that still has its adapter's settings
         open_checkpoint(directory).close()
 
@@ -292,7 +296,18 @@ class TestPickled:
 
     def test_safetensors_are_preferred(self, tmp_path):
         (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
-        open_checkpoint(make_model(tmp_path)).close()
+        make_model(tmp_path)
+        open_checkpoint(tmp_path).close()
+        (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+        open_checkpoint(tmp_path).close()
+
+    def test_an_adapter_beside_it_is_not_the_model(self, tmp_path):
+        torch.save(weights(), tmp_path / "pytorch_model.bin")
+        save_file({"lora": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text("{}")
+        checkpoint = open_checkpoint(tmp_path)
+        assert list(checkpoint.tensors) == list(EXPECTED)
+        checkpoint.close()
 
     def test_code_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

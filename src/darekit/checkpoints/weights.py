@@ -16,6 +16,7 @@ SAFETENSORS = ".safetensors"
 SINGLE = {"safetensors": "model.safetensors", "pickle": "pytorch_model.bin"}
 INDEX = {kind: f"{name}.index.json" for kind, name in SINGLE.items()}
 SHARD_NAME = re.compile(r".*-of-(\d{1,9})\.safetensors")
+ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 SCALES = (".weight_scale", "_scale_inv", ".input_scale")  # beside F8 weights: what they must be multiplied with
 FOREIGN = {
@@ -45,12 +46,10 @@ def find_weights(directory: Path) -> Weights:
         CheckpointError: there are none, or more than one answer.
         Unsupported: there are only files of a kind that darekit does not read.
     """
-    for kind in SINGLE:
-        found = _find_standard(directory, kind)  # type: ignore[arg-type]  # keys of a dict lose their literal type
-        if found:
-            return found
+    if found := _find_standard(directory, "safetensors"):
+        return found
     names = list_names(directory)
-    others = [name for name in names if name.endswith(SAFETENSORS)]
+    others = [name for name in names if name.endswith(SAFETENSORS) and name != ADAPTER]
     if len(others) == 1:
         return _take_only(directory, others[0])
     if others:
@@ -59,6 +58,10 @@ def find_weights(directory: Path) -> Weights:
             f"nor {INDEX['safetensors']}, so their order and completeness are unknown. "
             "Restore the index, or give one file"
         )
+    if found := _find_standard(directory, "pickle"):
+        return found
+    if ADAPTER in names:
+        raise Unsupported(_about_adapter(directory))
     for suffix, reason in FOREIGN.items():
         foreign = [name for name in names if name.endswith(suffix)]
         if foreign:
@@ -182,7 +185,7 @@ def refuse_file(path: Path) -> None:
     Raises:
         Unsupported: an adapter, or a kind that darekit does not read.
     """
-    if path.name == "adapter_model.safetensors":
+    if path.name == ADAPTER:
         raise Unsupported(_about_adapter(path.parent))
     if path.suffix in FOREIGN:
         raise Unsupported(f"{path} is not read: {FOREIGN[path.suffix]}")
@@ -215,8 +218,6 @@ def _find_standard(directory: Path, kind: Kind) -> Weights | None:
 
 
 def _take_only(directory: Path, name: str) -> Weights:
-    if name == "adapter_model.safetensors":
-        raise Unsupported(_about_adapter(directory))
     shard = SHARD_NAME.fullmatch(name)
     if shard and int(shard[1]) > 1:
         raise CheckpointError(
