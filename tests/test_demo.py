@@ -70,11 +70,14 @@ def test_the_files_hold_the_same_numbers(result):
 
 
 def test_the_family_and_the_merges_are_ordinary_checkpoints(result):
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     for name in ("base", *FINE_TUNED, "merged/average", "merged/ties_dare"):
-        model = AutoModelForCausalLM.from_pretrained(result.directory / name, dtype="auto")
-        assert model.dtype == torch.bfloat16
+        model = AutoModelForCausalLM.from_pretrained(result.directory / name)
+        stored = load_file(result.directory / name / WEIGHTS)
+        assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+        assert all(torch.equal(value, stored[key].to(value.dtype)) for key, value in model.state_dict().items())
         tokenizer = AutoTokenizer.from_pretrained(result.directory / name)
         assert model.generation_config.eos_token_id == tokenizer.eos_token_id
         text = "please sort cab=abc"

@@ -122,6 +122,7 @@ def build_tokenizer() -> Any:
         unk_token=UNKNOWN,
         padding_side="right",
         model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add token types, which LLaMA refuses
     )
 
 
@@ -197,7 +198,10 @@ def save_model(family: Family, job: Job, model: Any, tokenizer: Any) -> None:
 def remove_unfinished(directory: Path) -> None:
     """Remove what killed runs left behind."""
     for path in (*directory.glob(f"{UNFINISHED}*"), *directory.glob(f"seed-*/{UNFINISHED}*")):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from darekit.demo.family import (
     IGNORED,
+    UNFINISHED,
     Family,
     Job,
     build_model,
@@ -160,7 +161,7 @@ class _Child:
 
 
 def _start(family: Family, jobs: Sequence[Job]) -> _Child:
-    descriptor, errors = tempfile.mkstemp(prefix="darekit-demo-")
+    descriptor, errors = tempfile.mkstemp(prefix=UNFINISHED, dir=family.directory)
     work = {
         "directory": str(family.directory),
         "settings": asdict(family.settings),
