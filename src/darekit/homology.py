@@ -75,7 +75,7 @@ def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str) -> 
         shape = info.shape
         if name in rows_wanted:
             shape = (rows_wanted[name], *shape[1:])
-            if shape != info.shape and embedding_for(name, {name: shape}):
+            if embedding_for(name, {name: shape}):  # said even where it is the base's: the config may be a model's
                 vocab_size = shape[0]
         found = [view.get(name) for view in views]
         tensors.append(
