@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from darekit.errors import HomologyError
+from darekit.errors import HomologyError, PlanError
 from darekit.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def drop(
 
     Args:
         base: the checkpoint that `model` was fine-tuned from.
-        model: the fine-tuned model; its tokenizer goes with the output.
+        model: the fine-tuned model; its tokenizer goes with the output (the base's under `vocab: base`).
         out: the directory to write.
         drop_rate: fraction dropped, in [0, 1].
         method: a sparsifier: dare, drop_only, magnitude, della, breadcrumbs.
@@ -151,7 +151,8 @@ def drop_recipe(
             "sparsify": sparsify | dict(parameters or {}),
             "merge_method": "linear" if on == "weights" else "task_arithmetic",
             "vocab": vocab,
-            "tokenizer_source": model,
+            # Cut to the base's rows, the model no longer knows the tokens that its tokenizer has added.
+            "tokenizer_source": "base" if vocab == "base" else model,
         }
     )
 
@@ -191,6 +192,11 @@ def run(recipe: Recipe, out: Path, options: Options, *, search: Sequence[Path] =
     from darekit.planning import open_plan
     from darekit.running import execute
 
+    if options.allow_nonfinite and recipe.base_model is None:
+        raise PlanError(
+            "--allow-nonfinite takes the base's element where a model has NaN or Inf, and this recipe has no base; "
+            "add base_model, or repair the models"
+        )
     said: list[str] = []
 
     def say(line: str) -> None:

@@ -898,6 +898,13 @@ def _check_whole(document: _Document, recipe: Recipe, places: Sequence[int]) -> 
             ("sparsify", "on"),
             f"weights goes only with merge_method: linear; {recipe.merge_method} merges deltas: write on: delta",
         )
+    if on_delta and recipe.merge_method == "linear" and recipe.parameters.get("normalize") is False:
+        _fail(
+            document,
+            ("parameters", "normalize"),
+            "false makes linear a sum of whole models, which has no deltas to sparsify: write merge_method: "
+            "task_arithmetic (base + sum of deltas), or remove normalize",
+        )
     for parameter in SPARSIFIERS[sparsify.method].parameters.values():
         for place, entry in zip(places, recipe.models, strict=True):
             if parameter.default is None and not {parameter.name} & ({*sparsify.parameters} | {*entry.parameters}):
