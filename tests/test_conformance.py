@@ -6,7 +6,7 @@ import oracle
 import pytest
 
 import darekit as dk
-from darekit import engine
+from darekit import engine, tiles
 from darekit.dtypes import FLOAT_DTYPES
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 
@@ -95,7 +95,7 @@ def test_tile_size_and_threads_do_not_matter(sparsify, monkeypatch):
     base, models = oracle.family(rng, (300, 777), "BF16")
     results = []
     for tile, threads in ((64, 1), (1000, 2), (65536, 7)):
-        monkeypatch.setattr(engine, "TILE", tile)
+        monkeypatch.setattr(tiles, "TILE", tile)
         results.append(
             dk.merge_tensors(
                 {"w": base},
@@ -132,8 +132,8 @@ def test_selection_with_a_misleading_sample(monkeypatch):
     from darekit.stages import Select
 
     monkeypatch.setattr(Select, "SAMPLE_FROM", 1000)
-    monkeypatch.setattr(engine, "SAMPLED_TILES", 1)
-    monkeypatch.setattr(engine, "TILE", 1024)
+    monkeypatch.setattr(tiles, "SAMPLED_TILES", 1)
+    monkeypatch.setattr(tiles, "TILE", 1024)
     rng = np.random.default_rng(4)
     base = np.zeros(50_000, np.float32)
     model = rng.normal(0, 1, 50_000).astype(np.float32)
@@ -154,6 +154,27 @@ def test_ties_among_equal_magnitudes_keep_exactly_k_and_the_lower_index():
             there = np.flatnonzero(np.abs(model) == size)
             survivors = np.flatnonzero(np.abs(kept) == size)
             assert np.array_equal(survivors, there[: survivors.size]), "the lower index survives"
+
+
+def test_breadcrumbs_among_equals_keep_exactly_k_over_many_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 100)
+    rng = np.random.default_rng(8)
+    model = rng.choice(np.float32([-2, -1, 1, 2]), 5000)
+    base = np.zeros(5000, np.float32)
+    for rate, gamma in ((0.5, 0.1), (0.9, 0.1), (0.3, 0.3), (0.95, 0.0), (1.0, 0.5)):
+        parameters = {"drop_rate": rate, "gamma": gamma}
+        merged = dk.merge_tensors({"w": base}, [{"w": model}], sparsify=dk.breadcrumbs(rate, gamma=gamma))["w"]
+        assert np.count_nonzero(merged) == 5000 - int(rate * 5000)
+        same_bits(merged, oracle.merge("w", base, [model], seeds=[0], sparsify=("breadcrumbs", parameters)))
+
+
+@pytest.mark.parametrize("kind", ["dare", "drop_only", "magnitude", "breadcrumbs"])
+def test_drop_rates_zero_and_one(kind):
+    rng = np.random.default_rng(9)
+    base, (model,) = oracle.family(rng, (50, 41), "BF16", k=1)
+    for rate, expected in ((0.0, model), (1.0, base)):
+        merged = dk.merge_tensors({"w": base}, [{"w": model}], sparsify=getattr(dk, kind)(rate))["w"]
+        same_bits(merged, expected)
 
 
 def test_trim_over_the_whole_model_equals_a_flat_vector():

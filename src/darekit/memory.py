@@ -116,7 +116,7 @@ def merge_tensors(
         name -> array of the base's kind (torch tensors for torch tensors), with the bits that a merge of the same
         tensors on disk would write.
     """
-    from darekit import engine
+    from darekit import engine, tiles
     from darekit.planning import make_plan
     from darekit.trimming import settle_model_trim
 
@@ -142,7 +142,7 @@ def merge_tensors(
     opened = [_checkpoint(f"model {k}", tensors) for k, tensors in enumerate(models)]
     plan = make_plan(recipe, _checkpoint("base", base) if base is not None else None, opened, shard_size=1)
     threads = threads or engine.default_threads()
-    tile = engine.TILE
+    tile = tiles.TILE
     steps = settle_model_trim(plan.steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
     template = base if base is not None else models[0]
     merged, sinks = {}, []

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from darekit import engine
+from darekit import engine, tiles
 from darekit.checkpoints import Checkpoint, OutputFile, index_json
 from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.errors import CheckpointError
@@ -69,7 +69,7 @@ def execute(
 ) -> Report:
     """Execute a plan whose checkpoints are open, and publish the result at `out`."""
     threads = threads or engine.default_threads()
-    tile = tile or engine.TILE
+    tile = tile or tiles.TILE
     inputs = [file.path for checkpoint in plan.checkpoints for file in checkpoint.files]
     with open_stage(
         out,

@@ -139,33 +139,72 @@ class RankedDrop(Stage):
         return int(np.count_nonzero(mask))
 
 
+class Census:
+    """One pass' counts of magnitudes: by their upper 16 bits, or exactly inside a window of bit patterns."""
+
+    _GROUP = 1024  # places that are added up first when a rank is looked for
+
+    def __init__(self, window: tuple[int, int] | None) -> None:
+        self.first = window[0] if window else 0
+        self.above = 0
+        # Fresh zeros cost only the pages that are counted in.
+        self.counts = np.zeros(window[1] if window else 1 << 15, np.int64)
+        self._exact = window is not None
+
+    def count(self, delta: Tile) -> None:
+        """Take one tile."""
+        if self._exact:
+            self.above += int(cpu.count_window(delta, self.first, self.counts))
+        else:
+            cpu.count_coarse(delta, self.counts)
+
+    def add(self, other: Census) -> None:
+        """Take another census of the same pass."""
+        self.above += other.above
+        self.counts += other.counts
+
+    def at_rank(self, rank: int) -> tuple[int, int, int] | None:
+        """The place of the `rank`-th largest (from 1), how many are there, and how many of those have that rank or a
+        larger magnitude's; None where it lies outside the window."""
+        rest = rank - self.above
+        sums = self.counts.reshape(-1, self._GROUP).sum(axis=1)
+        above = np.cumsum(sums[::-1])[::-1] - sums  # how many are above each group of places
+        if not 1 <= rest <= int(above[0] + sums[0]):
+            return None
+        group = int(np.searchsorted(-above, -rest, side="right"))
+        counts = self.counts[group * self._GROUP : (group + 1) * self._GROUP]
+        rest -= int(above[group])
+        upto = np.cumsum(counts[::-1])[::-1]  # how many of this group are at a place or above it
+        place = int(np.searchsorted(-upto, -rest, side="right")) - 1
+        here = int(counts[place])
+        return self.first + group * self._GROUP + place, here, rest - int(upto[place]) + here
+
+
 class Select(Stage):
     """Exactly `keep` elements of largest magnitude after the `top` largest: `magnitude`, `breadcrumbs`, the trim.
 
-    Magnitudes order like their bit patterns, so selection is counting. One pass over a few tiles guesses where the
-    boundary lies; one pass over all counts every magnitude by its upper 16 bits and, near the guess, by every bit.
-    Only a bad guess (or a second boundary) costs another pass. Of equals at a boundary the lower index survives:
-    passes run in order, and the kernel counts equals down.
+    Magnitudes order like their bit patterns, so selection is counting. A pass over a few tiles guesses where the
+    boundary lies; a pass over all counts exactly in a window around it, and what is above. Only a bad guess (or a
+    second boundary) costs more passes. Of equals at a boundary the lower index survives: passes run in order, and
+    the kernel counts equals down.
     """
 
     ordered: bool = True
-    FINE = 8  # buckets of 65536 magnitudes that are counted by every bit; +-2 % of the magnitude at the boundary
+    BUCKET = 1 << 16  # bit patterns that share their upper 16 bits: 0.4 to 0.8 % of a magnitude
+    GUESS = 8  # buckets in the window around a guess
     SAMPLE_FROM = 1 << 20  # elements from which a sampling pass pays
 
     def __init__(self, count: int, top: int, keep: int) -> None:
+        self.count, self.top, self.keep = count, top, keep
         self.low, self.low_left = (1 << 31, 0) if keep == 0 else (0, count)
         self.high, self.high_left = 1 << 31, 0
         # Descending ranks of the last element kept and of the last one dropped at the top.
         self.wanted = {"low": top + keep} if 0 < keep < count else {}
         if self.wanted and top:
             self.wanted["high"] = top
-        self.count, self.top, self.keep = count, top, keep
-        self.found: dict[str, tuple[int, int, int]] = {}  # bit pattern, how many equal it, how many of them are in
-        self._sampling = count >= self.SAMPLE_FROM
-        self.first = 0
-        self._ready = not self.wanted
-        self.fine = np.zeros(0, np.int64)
-        self.coarse = np.zeros(0 if self._ready else 1 << 15, np.int64)
+        self.found: dict[str, tuple[int, int, int]] = {}
+        self.windows: dict[str, tuple[int, int]] = {}
+        self._sampling = bool(self.wanted) and count >= self.SAMPLE_FROM
 
     @classmethod
     def at(cls, count: int, low: int, low_left: int) -> Select:
@@ -176,54 +215,54 @@ class Select(Stage):
 
     @property
     def ready(self) -> bool:
-        return self._ready
+        return not self.wanted
 
     @property
     def sampling(self) -> bool:
         return self._sampling
 
+    def census(self) -> Census:
+        """An empty census of the kind that the coming pass needs."""
+        return Census(next((self.windows[name] for name in self.wanted if name in self.windows), None))
+
     def begin(self) -> None:
         self.lows, self.highs = self.low_left, self.high_left
-        self.coarse[:] = 0
-        self.fine[:] = 0
+        if not self.ready:
+            self.counted = self.census()
 
     def measure(self, delta: Tile, start: int) -> None:
-        cpu.count_magnitudes(delta, self.coarse, self.first, self.fine)
+        self.counted.count(delta)
 
     def settle(self) -> None:
-        above = np.cumsum(self.coarse[::-1])[::-1]  # how many are in this bucket or above
-        missing = []
-        for name, rank in self.wanted.items():
-            if self.sampling:
-                rank = max(1, round(rank * int(above[0]) / self.count))
-            bucket = int(np.searchsorted(-above, -rank, side="right")) - 1
-            if self.sampling or not self.first <= bucket < self.first + (self.fine.size >> 16):
-                missing.append(bucket)
-                continue
-            counts = self.fine[(bucket - self.first) << 16 : (bucket - self.first + 1) << 16]
-            inner = np.cumsum(counts[::-1])[::-1]
-            rest = rank - int(above[bucket] - self.coarse[bucket])
-            value = int(np.searchsorted(-inner, -rest, side="right")) - 1
-            self.found[name] = (bucket << 16) + value, int(counts[value]), rest - int(inner[value] - counts[value])
-        for name in self.found:
-            self.wanted.pop(name, None)
-        if missing:
-            # After a guess some buckets around it; once the bucket is known, that one alone.
-            self.first = max(0, missing[0] - self.FINE // 2) if self.sampling else missing[0]
-            self.fine = np.zeros((self.FINE if self.sampling else 1) << 16, np.int64)
-            self._sampling = False
-        else:
+        if not self.windows:
+            self._place_windows()
+            return
+        name, rank = next(iter(self.wanted.items()))
+        found = self.counted.at_rank(rank)
+        if found is None:  # the sample misled us: count all by bucket, and then the right one
+            self.windows = {}
+            return
+        self.found[name] = found
+        del self.wanted[name]
+        if not self.wanted:
             self._conclude()
 
+    def _place_windows(self) -> None:
+        total = int(self.counted.counts.sum())
+        for name, rank in self.wanted.items():
+            found = self.counted.at_rank(max(1, round(rank * total / self.count)) if self._sampling else rank)
+            assert found is not None
+            bucket, buckets = (max(0, found[0] - self.GUESS // 2), self.GUESS) if self._sampling else (found[0], 1)
+            self.windows[name] = bucket * self.BUCKET, buckets * self.BUCKET
+        self._sampling = False
+
     def _conclude(self) -> None:
-        self.low, equal, self.low_left = self.found["low"]
+        self.low, _, self.low_left = self.found["low"]
         if "high" in self.found:
             self.high, equal, dropped = self.found["high"]
             self.high_left = equal - dropped
             if self.high == self.low:  # one class of equals: `keep` of them survive, nothing above does
                 self.low_left, self.high, self.high_left = self.keep, self.low + 1, 0
-        self._ready = True
-        self.coarse = self.fine = np.zeros(0, np.int64)
 
     def apply(self, delta: Tile, start: int) -> int:
         kept, self.lows, self.highs = cpu.select(delta, self.low, self.lows, self.high, self.highs)

@@ -9,17 +9,19 @@ count in the order of the output's names.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 
-from darekit.engine import SAMPLED_TILES, Worker
+from darekit.engine import Worker
+from darekit.dtypes import Floats
 from darekit.errors import PlanError
-from darekit.kernels import cpu
-from darekit.stages import TRIM_AT, TRIM_MODEL, Select, build, tile_of
+from darekit.stages import TRIM_AT, TRIM_MODEL, Census, Select
 from darekit.steps import StageSpec, Step
+from darekit.tiles import SAMPLED_TILES, StepRun
 
 
 def settle_model_trim(steps: Sequence[Step], *, threads: int, tile: int, allow_nonfinite: bool = False) -> list[Step]:
@@ -40,17 +42,13 @@ def settle_model_trim(steps: Sequence[Step], *, threads: int, tile: int, allow_n
 
     while waiting := {k: select for k, select in selects.items() if not select.ready}:
         sampled = all(select.sampling for select in waiting.values())
-        for select in waiting.values():
-            select.begin()
         count = _Counting(waiting)
         _visit(concerned, count, threads=threads, tile=tile, sampled=sampled, allow_nonfinite=allow_nonfinite)
-        count.add_up()
-        for select in waiting.values():
-            select.settle()
+        count.settle()
 
     equals: dict[tuple[str, int], int] = {}
 
-    def count_equals(step: Step, k: int, delta: np.ndarray) -> None:
+    def count_equals(step: Step, k: int, delta: Floats) -> None:
         magnitude = delta.view(np.uint32) & np.uint32(0x7FFFFFFF)
         found = int(np.count_nonzero(magnitude == np.uint32(selects[k].low)))
         with ties_lock:
@@ -74,25 +72,27 @@ def settle_model_trim(steps: Sequence[Step], *, threads: int, tile: int, allow_n
 
 
 class _Counting:
-    """Histograms of one pass: each thread counts into its own, and they are added up at the end."""
+    """One pass: each thread counts into a census of its own, and they are added up at the end."""
 
     def __init__(self, selects: Mapping[int, Select]) -> None:
         self.selects = selects
-        self.parts: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self.parts: dict[tuple[int, int], Census] = {}
 
-    def __call__(self, step: Step, k: int, delta: np.ndarray) -> None:
+    def __call__(self, step: Step, k: int, delta: Floats) -> None:
         if k not in self.selects:
             return
-        select, key = self.selects[k], (threading.get_ident(), k)
+        key = threading.get_ident(), k
         if key not in self.parts:
-            self.parts[key] = np.zeros_like(select.coarse), np.zeros_like(select.fine)
-        coarse, fine = self.parts[key]
-        cpu.count_magnitudes(delta, coarse, select.first, fine)
+            self.parts[key] = self.selects[k].census()
+        self.parts[key].count(delta)
 
-    def add_up(self) -> None:
-        for (_, k), (coarse, fine) in self.parts.items():
-            self.selects[k].coarse += coarse
-            self.selects[k].fine += fine
+    def settle(self) -> None:
+        for k, select in self.selects.items():
+            select.begin()
+            for (_, owner), part in self.parts.items():
+                if owner == k:
+                    select.counted.add(part)
+            select.settle()
 
 
 def _trims(step: Step) -> list[tuple[int, StageSpec]]:
@@ -106,7 +106,7 @@ def _trims(step: Step) -> list[tuple[int, StageSpec]]:
 
 def _visit(
     steps: Sequence[Step],
-    see: Callable[[Step, int, np.ndarray], None],
+    see: Callable[[Step, int, Floats], None],
     *,
     threads: int,
     tile: int,
@@ -121,21 +121,20 @@ def _visit(
         worker = getattr(local, "worker", None)
         if worker is None:
             worker = local.worker = Worker((), tile, allow_nonfinite, broken)
-        size = tile_of(step, tile)
-        starts = range(0, step.count, size)
-        prefixes = [[build(s, step) for s in chain if s.method != TRIM_MODEL] for chain in step.chains]
-        while any(not stage.ready for prefix in prefixes for stage in prefix):
-            worker.measure(step, prefixes, starts, size, step.count, stop)
-        for prefix in prefixes:
-            for stage in prefix:
+        before = tuple(tuple(spec for spec in chain if spec.method != TRIM_MODEL) for chain in step.chains)
+        run = StepRun(replace(step, chains=before), worker, {}, Counter())
+        run.settle(stop)
+        for chain in run.chains:
+            for stage in chain:
                 stage.begin()
+        starts = range(0, step.count, run.tile)
         if sampled:
             starts = starts[:: max(1, len(starts) // SAMPLED_TILES)]
         trimmed = dict(_trims(step))
         for start in starts:
-            deltas = worker.load(step, start, min(size, step.count - start))
+            deltas = run.load(start, min(run.tile, step.count - start)).deltas
             for k, owner in enumerate(step.owners):
-                for stage in prefixes[k]:
+                for stage in run.chains[k]:
                     stage.apply(deltas[k], start)
                 if owner in trimmed:
                     see(step, owner, deltas[k])

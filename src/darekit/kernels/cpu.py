@@ -186,17 +186,34 @@ def elect(deltas, weights, normalize, out):
 
 
 @_kernel
-def count_magnitudes(delta, coarse, first, fine):
-    """(n,) float32 -> counts of |delta| by its upper 16 bits in `coarse`, and, from bucket `first` on, of every
-    single value in `fine` (as many buckets of 65536 as it holds)."""
+def count_coarse(delta, bins):
+    """(n,) float32 -> bins[upper 16 bits of |delta|] += 1."""
     bits = delta.view(np.uint32)
-    origin = np.int64(first) << 16
     for i in range(bits.size):
-        magnitude = np.int64(bits[i] & _ABS)
-        coarse[magnitude >> 16] += 1
-        place = magnitude - origin
-        if 0 <= place < fine.size:
-            fine[place] += 1
+        bins[(bits[i] & _ABS) >> np.uint32(16)] += 1
+
+
+@_kernel
+def count_window(delta, first, fine):
+    """(n,) float32 -> fine[|delta| - first] += 1, as bit patterns, where that is inside; returns how many are above.
+
+    The window is narrow: most elements only fail one comparison, which costs a quarter of counting them.
+    """
+    bits = delta.view(np.uint32)
+    lowest, width = np.uint32(first), np.uint32(fine.size)
+    end = np.uint32(lowest + width)  # at most 2^31
+    above = 0
+    for begin in range(0, bits.size, BLOCK):
+        keys = bits[begin : begin + BLOCK]
+        over = np.uint32(0)
+        for i in range(keys.size):
+            over += np.uint32((keys[i] & _ABS) >= end)
+        above += int(over)
+        for i in range(keys.size):
+            place = np.uint32((keys[i] & _ABS) - lowest)
+            if place < width:
+                fine[place] += 1
+    return above
 
 
 @_kernel
@@ -207,7 +224,6 @@ def select(delta, low, low_left, high, high_left):
     low_bits, high_bits = np.uint32(low), np.uint32(high)  # 64-bit comparisons would halve the vectors
     kept = 0
     for begin in range(0, delta.size, BLOCK):
-        part = delta[begin : begin + BLOCK]
         keys = bits[begin : begin + BLOCK]
         at_low, at_high = np.uint32(0), np.uint32(0)
         for i in range(keys.size):
@@ -217,14 +233,17 @@ def select(delta, low, low_left, high, high_left):
         low_whole = low_left == 0 or low_left >= at_low
         high_whole = high_left == 0 or high_left >= at_high
         if low_whole and high_whole:  # all or none of the equals: no counting, so it vectorises
-            floor = np.uint32(low if low_left > 0 else low + 1)
-            ceiling = np.uint32(high if high_left > 0 else high - 1)
+            floor = np.int64(low if low_left > 0 else low + 1)
+            ceiling = np.int64(high if high_left > 0 else high - 1)
             survivors = np.uint32(0)
-            for i in range(keys.size):
-                key = keys[i] & _ABS
-                keep = (key >= floor) & (key <= ceiling)
-                part[i] = part[i] if keep else np.float32(0)
-                survivors += np.uint32(keep)
+            if ceiling < floor:
+                keys[:] = np.uint32(0)
+            else:
+                lowest, width = np.uint32(floor), np.uint32(ceiling - floor)
+                for i in range(keys.size):  # bits alone: a second view of the same memory would not vectorise
+                    inside = np.uint32(np.uint32((keys[i] & _ABS) - lowest) <= width)
+                    keys[i] = keys[i] & np.uint32(np.uint32(0) - inside)
+                    survivors += inside
             kept += int(survivors)
             low_left -= min(low_left, np.int64(at_low))
             high_left -= min(high_left, np.int64(at_high))
@@ -241,7 +260,7 @@ def select(delta, low, low_left, high, high_left):
                 if keep:
                     kept += 1
                 else:
-                    part[i] = np.float32(0)
+                    keys[i] = np.uint32(0)
     return kept, low_left, high_left
 
 

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of one tile: read base and models > widen > subtract base > stages > merge > add base > round > write."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from darekit import kernels
+from darekit.digests import TensorDigest
+from darekit.dtypes import Bytes, Floats
+from darekit.kernels import cpu
+from darekit.methods import MERGE_METHODS
+from darekit.methods.merging import total_weight
+from darekit.stages import build, is_trim, tile_of
+from darekit.steps import Input, Step
+
+TILE = 65536  # elements
+SAMPLED_TILES = 4
+
+BASE = -1  # the base's place among digests and tallies, where models have their recipe index
+OUT = -2
+
+
+class Sink(Protocol):
+    """Where output bytes go."""
+
+    def write(self, buffer: Bytes, offset: int) -> None:
+        """Write all of `buffer` at a byte offset; thread-safe."""
+
+
+@dataclass
+class Tally:
+    """What went through: one per thread, added up at the end."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    nonfinite: Counter[tuple[int, str]] = field(default_factory=Counter)
+    overflow: Counter[str] = field(default_factory=Counter)
+    differing: Counter[tuple[int, str]] = field(default_factory=Counter)
+
+    def add(self, other: Tally) -> None:
+        """Add another thread's tally to this one."""
+        self.bytes_read += other.bytes_read
+        self.bytes_written += other.bytes_written
+        self.nonfinite += other.nonfinite
+        self.overflow += other.overflow
+        self.differing += other.differing
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing may be published."""
+        return bool(self.nonfinite or self.overflow or self.differing)
+
+
+class Scratch:
+    """The buffers of one tile of one kind of step."""
+
+    def __init__(self, models: int, count: int, number: type[np.floating]) -> None:
+        self.base_raw: Bytes = np.empty(count * 8, np.uint8)
+        self.raw: Bytes = np.empty(count * 8, np.uint8)
+        self.out: Bytes = np.empty(count * 8, np.uint8)
+        self.base: Floats = np.empty(count, number)
+        self.zeros: Floats = np.zeros(count, number)
+        self.merged: Floats = np.empty(count, number)
+        self.deltas: Floats = np.empty((models, count), number)
+
+
+class ScratchPool:
+    """One thread's scratch, kept from step to step; tiles of a tensor's end get their own."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[int, int, type[np.floating]], Scratch] = {}
+
+    def get(self, models: int, count: int, wide: bool) -> Scratch:
+        """Scratch for a tile of `count` elements."""
+        key = models, count, np.float64 if wide else np.float32
+        found = self._last.get(key)
+        if found is None:
+            if len(self._last) > 3:  # a few shapes recur: full tiles, norms, a matrix's last tile
+                self._last.clear()
+            found = self._last[key] = Scratch(*key)
+        return found
+
+
+class Hands(Protocol):
+    """What a step needs of the thread that runs it."""
+
+    outputs: Sequence[Sink]
+    tile: int
+    tally: Tally
+    scratch: ScratchPool
+    allow_nonfinite: bool
+    broken: threading.Event  # bad values were found: go on reading, to list them all, but write no more
+
+
+class StepRun:
+    """One step being run by one thread: its stages' state, its scratch, and the digests it feeds."""
+
+    def __init__(
+        self, step: Step, hands: Hands, digests: MutableMapping[int, TensorDigest], kept: Counter[int]
+    ) -> None:
+        self.step, self.hands, self.kept = step, hands, kept
+        self.tile = tile_of(step, hands.tile)
+        self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
+        self.combine = combiner(step)
+        self.bad_at: npt.NDArray[np.bool_] | None = None
+        for key, entry in zip(step.owners, step.models, strict=True):
+            digests.setdefault(key, TensorDigest(entry.dtype.itemsize))
+        if step.base is not None:
+            digests.setdefault(BASE, TensorDigest(step.base.dtype.itemsize))
+        digests.setdefault(OUT, TensorDigest(step.dtype.itemsize))
+        self.digests = digests
+
+    def settle(self, stop: threading.Event) -> None:
+        """Measuring passes over the whole step, until every stage is ready."""
+        while not stop.is_set() and not self.hands.broken.is_set():
+            waiting = [next((i for i, stage in enumerate(chain) if not stage.ready), None) for chain in self.chains]
+            busy = {k: i for k, i in enumerate(waiting) if i is not None}
+            if not busy:
+                return
+            self._measure(busy, stop)
+
+    def _measure(self, busy: dict[int, int], stop: threading.Event) -> None:
+        """One pass in which each model's first stage that is not ready measures what the ones before it leave."""
+        for k, i in busy.items():
+            for stage in self.chains[k][: i + 1]:
+                stage.begin()
+        starts = range(0, self.step.count, self.tile)
+        if all(self.chains[k][i].sampling for k, i in busy.items()):
+            starts = starts[:: max(1, len(starts) // SAMPLED_TILES)]
+        for start in starts:
+            if stop.is_set():
+                return
+            deltas = self.load(start, min(self.tile, self.step.count - start), only=busy).deltas
+            for k, i in busy.items():
+                for stage in self.chains[k][:i]:
+                    stage.apply(deltas[k], start)
+                self.chains[k][i].measure(deltas[k], start)
+        for k, i in busy.items():
+            self.chains[k][i].settle()
+
+    def merge(self, begin: int, end: int, stop: threading.Event) -> None:
+        """The tiles of elements begin .. end, from disk to disk."""
+        for chain in self.chains:
+            for stage in chain:
+                stage.begin()
+        for start in range(begin, end, self.tile):
+            if stop.is_set():
+                return
+            self._merge(start, min(self.tile, end - start))
+
+    def _merge(self, start: int, count: int) -> None:
+        step = self.step
+        scratch = self.load(start, count, final=True)
+        if self.hands.broken.is_set():
+            return
+        for k, chain in enumerate(self.chains):
+            kept = count
+            for spec, stage in zip(step.chains[k], chain, strict=True):
+                left = stage.apply(scratch.deltas[k], start)
+                kept = kept if is_trim(spec) else left
+            self.kept[step.owners[k]] += kept
+        out = scratch.out[: count * step.dtype.itemsize]
+        if step.verbatim and self.bad_at is None:
+            overflowed = self._verbatim(scratch, count, out)
+        else:
+            merged = self.combine(scratch.deltas, scratch.merged)
+            if step.base is None or step.on_weights:
+                overflowed = kernels.round_to(merged, step.dtype, out)
+            else:
+                base_raw = scratch.base_raw[: count * step.base.dtype.itemsize]
+                overflowed = kernels.add_round(
+                    base_raw, step.base.dtype, scratch.base, merged, step.factor, step.dtype, out
+                )
+        self._write(out, start, overflowed)
+
+    def load(self, start: int, count: int, *, only: object = None, final: bool = False) -> Scratch:
+        """Fill scratch with one tile: the base, and the models' deltas (their values, where there is no base or
+        `on_weights`); `only` these models. The final pass also feeds the digests and counts NaN and Inf."""
+        step = self.step
+        scratch = self.hands.scratch.get(len(step.models), count, step.wide)
+        at = step.begin + start
+        origin = scratch.zeros
+        if step.base is not None and (final or not step.on_weights):
+            raw = self._read(step.base, at, count, scratch.base_raw)
+            if final:
+                self.digests[BASE].update(raw)
+            kernels.widen(raw, step.base.dtype, scratch.base)
+            origin = scratch.zeros if step.on_weights else scratch.base
+        self.bad_at = None
+        for k, model in enumerate(step.models):
+            if only is not None and k not in only:  # type: ignore[operator]
+                continue
+            raw = self._read(model, at, count, scratch.raw)
+            if final:
+                self.digests[step.owners[k]].update(raw)
+            delta = scratch.deltas[k]
+            have = raw.size // model.dtype.itemsize
+            if have < count:  # rows that this model does not have: a delta of 0
+                delta[have:] = 0
+                delta, here = delta[:have], origin[:have]
+            else:
+                here = origin
+            if kernels.difference(raw, model.dtype, here, delta):
+                self._blame(k, raw, scratch, final)
+        if self.bad_at is not None and self.hands.allow_nonfinite:
+            scratch.deltas[:, self.bad_at] = 0
+        return scratch
+
+    def _read(self, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:
+        """Raw bytes of elements start .. start + count, as far as the input has them."""
+        size = entry.dtype.itemsize
+        raw = buffer[: max(0, min(count, entry.count - start)) * size]
+        if raw.size:
+            entry.source.read_into(raw, start * size)
+            self.hands.tally.bytes_read += raw.size
+        return raw
+
+    def _blame(self, k: int, raw: Bytes, scratch: Scratch, final: bool) -> None:
+        """Find out which input a NaN or Inf came from, and remember where this tile has any."""
+        step, tally = self.step, self.hands.tally
+        bad_at = ~np.isfinite(scratch.deltas[k])
+        if final and not self.hands.allow_nonfinite:
+            values = np.empty(raw.size // step.models[k].dtype.itemsize, scratch.deltas.dtype)
+            kernels.widen(raw, step.models[k].dtype, values)
+            in_model = kernels.count_nonfinite(values)
+            in_base = kernels.count_nonfinite(scratch.base) if step.base and not step.on_weights else 0
+            if in_model:
+                tally.nonfinite[step.owners[k], step.name] += in_model
+            if in_base and self.bad_at is None:
+                tally.nonfinite[BASE, step.name] += in_base
+            if not in_model and not in_base:
+                tally.overflow[step.name] += int(np.count_nonzero(bad_at))
+            self.hands.broken.set()
+        self.bad_at = bad_at if self.bad_at is None else bad_at | self.bad_at
+
+    def _verbatim(self, scratch: Scratch, count: int, out: Bytes) -> int:
+        """The one model's own bytes, in the output's format."""
+        dtype = self.step.models[0].dtype
+        raw = scratch.raw[: count * dtype.itemsize]
+        if dtype.name == self.step.dtype.name:
+            out[:] = raw
+            return 0
+        kernels.widen(raw, dtype, scratch.merged)
+        return kernels.round_to(scratch.merged, self.step.dtype, out)
+
+    def _write(self, out: Bytes, start: int, overflowed: int) -> None:
+        step = self.step
+        if overflowed:
+            self.hands.tally.overflow[step.name] += overflowed
+            self.hands.broken.set()
+            return
+        self.digests[OUT].update(out)
+        self.hands.outputs[step.output].write(out, step.offset + (step.begin + start) * step.dtype.itemsize)
+        self.hands.tally.bytes_written += out.size
+
+    def copy(self, stop: threading.Event) -> None:
+        """Integer and bool tensors: the base's bytes, when all agree."""
+        step = self.step
+        entries = [(BASE, step.base), *zip(step.owners, step.models, strict=True)]
+        present = [(key, entry) for key, entry in entries if entry is not None]
+        for start in range(0, step.count, self.tile):
+            if stop.is_set():
+                return
+            count = min(self.tile, step.count - start)
+            scratch = self.hands.scratch.get(0, count, False)
+            raw = self._read(present[0][1], step.begin + start, count, scratch.base_raw)
+            self.digests[present[0][0]].update(raw)
+            for key, entry in present[1:]:
+                other = self._read(entry, step.begin + start, count, scratch.raw)
+                self.digests[key].update(other)
+                if not np.array_equal(raw, other):
+                    self.hands.tally.differing[key, step.name] += 1
+                    self.hands.broken.set()
+            if not self.hands.broken.is_set():
+                self._write(raw, start, 0)
+        for key in step.owners:
+            self.kept[key] += step.count
+
+
+def combiner(step: Step) -> Callable[[Floats, Floats], Floats]:
+    """The step's merge method with its constants: deltas (K, n), scratch (n,) -> merged (n,)."""
+    weights = np.array(step.weights, np.float64)
+    narrow = weights.astype(np.float32)
+    if not step.wide and step.method == "ties":
+        normalize = bool(step.parameters["normalize"])
+
+        def elect(deltas: Floats, merged: Floats) -> Floats:
+            cpu.elect(deltas, narrow, normalize, merged)
+            return merged
+
+        return elect
+    if not step.wide and step.method in ("linear", "task_arithmetic"):
+        divisor = np.float32(total_weight(weights) if step.parameters.get("normalize") else 1.0)
+
+        def add_up(deltas: Floats, merged: Floats) -> Floats:
+            cpu.weighted_sum(deltas, narrow, divisor, merged)
+            return merged
+
+        return add_up
+    function = MERGE_METHODS[step.method].function
+
+    def define(deltas: Floats, merged: Floats) -> Floats:
+        result: Floats = function(deltas, weights, **step.parameters)
+        return result
+
+    return define
