@@ -177,7 +177,7 @@ def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None 
     judgements = []
     for k, model in enumerate(plan.models):
         norms = sample_norms(plan.alignment.tensors, k, partial(plan.rate_of, k))
-        judgements.append(judge(model.ref, plan.base.ref, norms, plan.recipe.sparsify is not None))
+        judgements.append(judge(model.ref, plan.base.ref, norms))
     stops = [j.stop for j in judgements if j.stop]
     if stops and not force:
         raise HomologyError("\n".join(stops))

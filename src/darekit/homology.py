@@ -322,16 +322,17 @@ class Judgement:
         return {"model": self.model, "r": self.r, "rho": self.rho, "warning": self.stop or self.warning}
 
 
-def judge(ref: str, base_ref: str, norms: Sequence[Norms], drops: bool) -> Judgement:
+def judge(ref: str, base_ref: str, norms: Sequence[Norms]) -> Judgement:
     """Norms of one model -> is this its base, and is as much dropped as deltas this large can bear?
 
     Args:
         ref: the model, as the recipe names it.
         base_ref: its base.
         norms: its sampled norms.
-        drops: whether the recipe drops anything; the medians then run over the tensors that are dropped.
+
+    The medians run over the tensors that are dropped, over all where none is.
     """
-    scope = [n for n in norms if n.drop_rate > 0] if drops else list(norms)
+    scope = [n for n in norms if n.drop_rate > 0] or list(norms)
     r = weighted_median((n.r, n.parameters) for n in scope)
     random = [n for n in scope if n.random]
     rho = weighted_median((n.rho, n.parameters) for n in random) if random else 0.0
