@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from darekit.dtypes import Bytes, DType
 from darekit.kernels import cpu
 from darekit.masks import DROP_ALL, stream_of, threshold_of
 from darekit.methods import SPARSIFIERS
@@ -59,6 +60,13 @@ class Stage(Protocol):
         """A measuring pass is over."""
         return
 
+    def take(self, raw: Bytes, dtype: DType, base: Tile, delta: Tile, start: int) -> tuple[int, int] | None:
+        """Make the delta from raw bytes and sparsify it in one go, where there is a kernel for that.
+
+        Returns how many elements of the delta are NaN or Inf (`delta` is then worthless) and how many survive.
+        """
+        return None
+
     def apply(self, delta: Tile, start: int) -> int:
         """Sparsify one tile in place; returns how many elements survive."""
         ...
@@ -102,6 +110,14 @@ class RandomDrop(Stage):
         self.seed, self.stream = np.uint64(seed), np.uint64(stream)
         self.threshold = threshold_of(drop_rate)
         self.factor = np.float32(1) if factor is None else factor
+
+    def take(self, raw: Bytes, dtype: DType, base: Tile, delta: Tile, start: int) -> tuple[int, int] | None:
+        if dtype.name != "BF16" or self.threshold == DROP_ALL:
+            return None
+        bad, kept = cpu.random_difference_bf16(
+            raw.view(np.uint16), base, self.seed, self.stream, start, self.threshold, self.factor, delta
+        )
+        return int(bad), int(kept)
 
     def apply(self, delta: Tile, start: int) -> int:
         if self.threshold == DROP_ALL:

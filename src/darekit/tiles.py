@@ -110,7 +110,10 @@ class StepRun:
         self.tile = tile_of(step, hands.tile)
         self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
         self.combine = combiner(step)
+        # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
+        # the survivors.
         self.bad_at: npt.NDArray[np.bool_] | None = None
+        self.taken: list[int | None] = []
         for key, entry in zip(step.owners, step.models, strict=True):
             digests.setdefault(key, TensorDigest(entry.dtype.itemsize))
         if step.base is not None:
@@ -162,11 +165,13 @@ class StepRun:
         if self.hands.broken.is_set():
             return
         for k, chain in enumerate(self.chains):
-            kept = count
+            kept = self.taken[k]
             for spec, stage in zip(step.chains[k], chain, strict=True):
+                if stage is chain[0] and kept is not None:
+                    continue
                 left = stage.apply(scratch.deltas[k], start)
                 kept = kept if is_trim(spec) else left
-            self.kept[step.owners[k]] += kept
+            self.kept[step.owners[k]] += count if kept is None else kept
         out = scratch.out[: count * step.dtype.itemsize]
         if step.verbatim and self.bad_at is None:
             overflowed = self._verbatim(scratch, count, out)
@@ -195,6 +200,7 @@ class StepRun:
             kernels.widen(raw, step.base.dtype, scratch.base)
             origin = scratch.zeros if step.on_weights else scratch.base
         self.bad_at = None
+        self.taken = [None] * len(step.models)
         for k, model in enumerate(step.models):
             if only is not None and k not in only:  # type: ignore[operator]
                 continue
@@ -208,6 +214,11 @@ class StepRun:
                 delta, here = delta[:have], origin[:have]
             else:
                 here = origin
+            if final and self.chains[k] and have == count and not step.wide:
+                taken = self.chains[k][0].take(raw, model.dtype, here, delta, start)
+                if taken is not None and not taken[0]:
+                    self.taken[k] = taken[1]
+                    continue
             if kernels.difference(raw, model.dtype, here, delta):
                 self._blame(k, raw, scratch, final)
         if self.bad_at is not None and self.hands.allow_nonfinite:

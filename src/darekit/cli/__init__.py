@@ -205,12 +205,17 @@ def methods(as_json: Json = False) -> None:
 @app.command()
 def demo(
     directory: Annotated[Path, typer.Argument(help="Where weights are cached and results written.")] = Path("demo"),
+    as_json: Json = False,
 ) -> None:
     """Train a tiny real family, merge it with and without DARE, and show what each model can do."""
     with _errors_told():
-        from darekit.demo import run_demo
+        from darekit.demo import run_demo, show
 
-        run_demo(directory)
+        result = run_demo(directory)
+        if as_json:
+            print(json.dumps(result.to_data()))
+        else:
+            show(result)
 
 
 def _overrides(settings: list[str]) -> dict[str, str]:

@@ -97,7 +97,8 @@ def show_report(report: Report, *, as_json: bool) -> None:
 
 def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None) -> dict[str, Any]:
     """A plan in JSON-able form."""
-    from darekit.engine import TILE, default_threads
+    from darekit.engine import default_threads
+    from darekit.tiles import TILE
 
     return {
         "tensors": len(plan.alignment.tensors),

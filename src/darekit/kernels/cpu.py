@@ -110,6 +110,39 @@ def random_drop(delta, seed, stream, start, threshold, factor):
 
 
 @_kernel
+def random_difference_bf16(raw, base, seed, stream, start, threshold, factor, out):
+    """`difference_bf16` and `random_drop` in one pass over memory; -> (NaN and Inf before the drop, kept)."""
+    words = np.empty(BLOCK, np.uint32)
+    limit = np.uint32(threshold)
+    bits = out.view(np.uint32)
+    kept = 0
+    bad = 0
+    done = 0
+    while done < out.size:
+        offset = (start + done) % BLOCK
+        count = min(BLOCK - offset, out.size - done)
+        _draw_block((start + done) // BLOCK, stream, seed, words)
+        chosen = words[offset : offset + count]
+        source = raw[done : done + count]
+        origin = base[done : done + count]
+        target = bits[done : done + count]
+        survivors = np.uint32(0)
+        faulty = np.uint32(0)
+        for i in range(count):
+            value = np.uint32(np.uint32(source[i]) << np.uint32(16)).view(np.float32)
+            change = np.float32(value - origin[i])
+            pattern = change.view(np.uint32)
+            faulty += np.uint32((pattern & _EXPONENT) == _EXPONENT)
+            keep = np.uint32(chosen[i] >= limit)
+            survivors += keep
+            target[i] = np.float32(change * factor).view(np.uint32) & np.uint32(np.uint32(0) - keep)
+        kept += int(survivors)
+        bad += int(faulty)
+        done += count
+    return bad, kept
+
+
+@_kernel
 def widen_bf16(raw, out):
     """(n,) uint16 -> (n,) float32: BF16 is float32's upper half."""
     bits = out.view(np.uint32)
