@@ -143,7 +143,6 @@ def show_plan(
     if as_json:
         print(json.dumps(data))
         return
-    console = Console(soft_wrap=True)
     print(f"{data['tensors']} tensors, {count_of(plan.parameters)} parameters, method {plan.recipe.merge_method}")
     print(f"reads {size_of(plan.bytes_in)}, writes {size_of(plan.bytes_out)} in {len(plan.shards)} files")
     print(f"memory: about {size_of(data['peak_memory_bytes'])}")
@@ -155,7 +154,7 @@ def show_plan(
             summary.ref, count_of(summary.parameters), f"{summary.drop_rate:.4g}", count_of(summary.kept),
             f"{check.r:.4f}" if check else "", f"{check.rho:.3f}" if check else "",
         )  # fmt: skip
-    console.print(table)
+    _print_table(table)
     for pattern, names in data["keep_dense"].items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         print(f"keep_dense {pattern}: {len(names)} tensors{': ' + shown if names else ' (matches nothing)'}")
@@ -174,8 +173,13 @@ def show_inspection(found: Inspection, *, as_json: bool) -> None:
     )  # fmt: skip
     for report in (*found.tensors, found.total):
         table.add_row(*_cells(report))
-    Console(soft_wrap=True).print(table)
+    _print_table(table)
     print(f"\n{found.verdict}: {found.words}")
+
+
+def _print_table(table: Table) -> None:
+    # As wide as its cells: on 80 columns rich would cut the names of tensors to `mod...`.
+    Console(soft_wrap=True, width=10_000).print(table)
 
 
 def _cells(report: TensorReport) -> list[str]:
