@@ -18,14 +18,14 @@ def identity(plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
     return {
         "version": __version__,
         "recipe": plan.recipe.to_data(),
-        "inputs": [
-            {
-                "ref": checkpoint.ref,
+        # A key of its own for each input, so that the refusal of a resume names the one that changed.
+        **{
+            f"input {checkpoint.ref}": {
                 "sample_digest": digest.hex(),
                 "files": [[file.path.name, file.size, file.mtime_ns] for file in checkpoint.files],
             }
             for checkpoint, digest in zip(plan.checkpoints, plan.sample_digests, strict=True)
-        ],
+        },
         "shards": [[shard.filename, shard.size] for shard in plan.shards],
         "allow_nonfinite": allow_nonfinite,
     }

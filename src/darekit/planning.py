@@ -33,7 +33,7 @@ from darekit.methods import MERGE_METHODS, SPARSIFIERS, Sparsifier
 from darekit.methods.sparsifiers import dropped_to_density
 from darekit.naming import group_of, is_kept_dense
 from darekit.recipe import Recipe, resolve
-from darekit.stages import TRIM, TRIM_MODEL, tile_of
+from darekit.stages import TRIM, TRIM_MODEL, build, tile_of
 from darekit.steps import Input, StageSpec, Step
 
 INTERPRETER_BYTES = 150 << 20  # Python, numpy, numba and LLVM, resident before the first tile
@@ -80,6 +80,16 @@ class Plan:
     def bytes_in(self) -> int:
         """Bytes of all input tensors: what is read at least once."""
         return sum(info.nbytes for checkpoint in self.checkpoints for info in checkpoint.tensors.values())
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes that the engine will read: a tensor that must be measured first is read twice, or a little more."""
+        total = 0
+        for step in self.steps:
+            measured = any(not build(spec, step).ready for chain in step.chains for spec in chain)
+            inputs = (*step.models, *([step.base] if step.base else []))
+            total += (2 if measured else 1) * step.count * sum(entry.dtype.itemsize for entry in inputs)
+        return total
 
     @property
     def bytes_out(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ import numpy as np
 from darekit import engine, tiles
 from darekit.checkpoints import Checkpoint, OutputFile, index_json
 from darekit.dtypes import DTYPES, DType, dtype_named
-from darekit.errors import CheckpointError
+from darekit.errors import CheckpointError, OutputError
 from darekit.homology import label
 from darekit.lock import LOCK_NAME, identity, make_lock
 from darekit.output.card import agreed_license, model_card
@@ -83,6 +84,7 @@ def execute(
         began = time.perf_counter()
         steps = settle_model_trim(plan.steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
         trimming = time.perf_counter() - began
+        _refuse_full_disk(plan, stage.path)
         outputs = [OutputFile.create(stage.path / shard.filename, shard.size) for shard in plan.shards]
 
         def sync() -> None:
@@ -102,7 +104,7 @@ def execute(
                 allow_nonfinite=allow_nonfinite,
                 on_tensor=stage.record,
                 flush=partial(stage.flush, sync),
-                progress=partial(_tell, progress, plan.bytes_in) if progress else None,
+                progress=partial(_tell, progress, plan.bytes_to_read) if progress else None,
             )
             began = time.perf_counter()
             stage.flush(sync)
@@ -113,8 +115,8 @@ def execute(
         _refuse_changed(plan)
         records = {**stage.finished, **execution.records}
         if len(plan.shards) > 1:
-            (stage.path / INDEX_NAME).write_text(index_json(plan.shards))
-        (stage.path / LOCK_NAME).write_text(json.dumps(make_lock(plan, records), indent=1) + "\n")
+            _write(stage.path / INDEX_NAME, index_json(plan.shards))
+        _write(stage.path / LOCK_NAME, json.dumps(make_lock(plan, records), indent=1) + "\n")
         for warning in _write_companions(plan, stage.path, out.name):
             say(warning)
         stage.publish()
@@ -130,6 +132,27 @@ def execute(
         parameters=plan.parameters,
         kept=_kept(plan, records),
     )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}. All tensors are there: free some space, then run again "
+            "with --resume"
+        ) from error
+
+
+def _refuse_full_disk(plan: Plan, directory: Path) -> None:
+    """What a resumed run has already written counts as free."""
+    there = sum(path.stat().st_blocks * 512 for path in directory.glob("*.safetensors"))
+    free = shutil.disk_usage(directory).free + there
+    if free < plan.bytes_out:
+        raise OutputError(
+            f"the output needs {plan.bytes_out} bytes, and the disk of {directory} has {free} free; make room, or "
+            "choose an OUT on another disk"
+        )
 
 
 def _tell(progress: Progress, total: int, done: int) -> None:

@@ -81,6 +81,8 @@ def build(spec: StageSpec, step: Step) -> Stage:
         return Whole(spec, step)
     if spec.method == TRIM:
         return Select(step.count, 0, p["keep_count"])
+    if spec.method == TRIM_MODEL:  # not settled yet: stands for a stage that will have to measure
+        return Select(step.count, 0, int(p["keep"] * step.count))
     rate, rescale = p["drop_rate"], p.get("rescale", "none")
     stage: Stage
     match spec.method:

@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from darekit.engine import Worker
 from darekit.dtypes import Floats
+from darekit.engine import Worker
 from darekit.errors import PlanError
 from darekit.stages import TRIM_AT, TRIM_MODEL, Census, Select
 from darekit.steps import StageSpec, Step

@@ -144,7 +144,7 @@ def show_plan(
         print(json.dumps(data))
         return
     print(f"{data['tensors']} tensors, {count_of(plan.parameters)} parameters, method {plan.recipe.merge_method}")
-    print(f"reads {size_of(plan.bytes_in)}, writes {size_of(plan.bytes_out)} in {len(plan.shards)} files")
+    print(f"reads {size_of(plan.bytes_in)}, writes {size_of(plan.bytes_out)} in {_plural(len(plan.shards), 'file')}")
     print(f"memory: about {size_of(data['peak_memory_bytes'])}")
     table = Table("model", "parameters", "drop rate", "kept", "r", "rho", box=None, pad_edge=False)
     checks = {judgement.model: judgement for judgement in judgements}
@@ -157,7 +157,7 @@ def show_plan(
     _print_table(table)
     for pattern, names in data["keep_dense"].items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        print(f"keep_dense {pattern}: {len(names)} tensors{': ' + shown if names else ' (matches nothing)'}")
+        print(f"keep_dense {pattern}: {_plural(len(names), 'tensor')}{': ' + shown if names else ' (matches nothing)'}")
     for note in notes:
         print(f"note: {note}")
 
@@ -228,6 +228,10 @@ def show_methods(*, as_json: bool) -> None:
                 default = "required" if parameter["default"] is None else f"default {_plain(parameter['default'])}"
                 print(f"    {parameter['name']} ({default}): {parameter['help']}")
         print()
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _plain(value: Any) -> str:

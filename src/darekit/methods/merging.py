@@ -42,7 +42,7 @@ def linear(
     *,
     normalize: Annotated[bool, Switch("divide by the sum of the weights")] = True,
 ) -> Deltas:
-    """Weighted average of the models (of their deltas, where there is a base: the same average, exactly rounded).
+    """Weighted average of the models (of their deltas, where there is a base: the same average).
 
     Source: model soups (arXiv 2203.05482); "average merging" of DARE (arXiv 2311.03099), section 3.3:
     theta = sum w_k theta_k / sum w_k.

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +51,19 @@ def write_companions(
         nested = source.parent.name if source.parent.name == "additional_chat_templates" else ""
         targets.setdefault(directory / nested / source.name, source)
     for target, source in targets.items():
-        _try(warnings, f"could not copy {source}", _copy, source, target)
+        _try(warnings, f"could not copy {source}", _whole, target, partial(_copy, source))
     if chat_template is not None:
         warnings.extend(chat_template.warnings)
         if chat_template.borrowed and chat_template.template is not None:
             _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template.template)
-    _try(warnings, f"could not write {RECIPE_NAME}", _write, directory / RECIPE_NAME, lambda: recipe_text)
-    _try(warnings, "could not write the model card", _write, directory / "README.md", card)
+    _try(
+        warnings,
+        f"could not write {RECIPE_NAME}",
+        _whole,
+        directory / RECIPE_NAME,
+        partial(_write, lambda: recipe_text),
+    )
+    _try(warnings, "could not write the model card", _whole, directory / "README.md", partial(_write, card))
     return warnings
 
 
@@ -66,11 +74,21 @@ def _try(warnings: list[str], what: str, action: Callable[..., None], *arguments
         warnings.append(f"{what}: {error or type(error).__name__}; the weights are not affected")
 
 
+def _whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a file, or leave none: half a tokenizer.json would keep the whole model from loading."""
+    try:
+        write(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            target.unlink()
+        raise
+
+
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
     # Contents only: files in the Hub's cache are links, and may be read-only.
     shutil.copyfile(source, target)
 
 
-def _write(path: Path, text: Callable[[], str]) -> None:
+def _write(text: Callable[[], str], path: Path) -> None:
     path.write_text(text(), encoding="utf-8")

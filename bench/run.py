@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make bench`: the numbers in README. Prints a table; `--write` puts it there.
+
+Machines are noisy, and floors vary by 3x between runs: all files are warmed, merge and I/O floor run in turn, and
+minima are compared. MERGEKIT=path/to/mergekit-yaml adds a comparison on the same recipe files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import family
+
+ROOT = Path(__file__).resolve().parent.parent
+DARE = Path(sys.executable).with_name("dare")
+CASES = {
+    "dare_linear": ("DARE p = 0.9, linear", {"density": 0.1}),
+    "dare_ties": ("DARE p = 0.9, TIES without trim", {"density": 0.1}),
+    "ties": ("TIES, keep 0.2", {"density": 0.2}),
+}
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def recipe(folder: Path, method: str, parameters: dict[str, float]) -> Path:
+    """A mergekit recipe, which both tools read."""
+    models = [{"model": str(folder / name), "parameters": {"weight": 1.0, **parameters}} for name in family.MODELS]
+    data = {"base_model": str(folder / "base"), "merge_method": method, "models": models, "dtype": "bfloat16"}
+    path = folder / f"{method}.yaml"
+    path.write_text(json.dumps(data))  # JSON is YAML
+    return path
+
+
+def warm(files: list[Path]) -> None:
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+
+
+def timed(command: list[str], **options: object) -> tuple[float, str]:
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+    return time.perf_counter() - began, done.stdout
+
+
+def merge(path: Path, out: Path, *more: str) -> tuple[float, dict[str, float]]:
+    """Whole command and its own report."""
+    shutil.rmtree(out, ignore_errors=True)
+    seconds, text = timed([str(DARE), "merge", str(path), str(out), "--seed", "42", "--json", *more])
+    report = json.loads(text)
+    shutil.rmtree(out)
+    return seconds, report
+
+
+def floor(files: list[Path], out: Path, size: int, threads: int) -> float:
+    script = Path(__file__).with_name("floor.py")
+    return float(timed([sys.executable, str(script), str(out), str(size), str(threads), *map(str, files)])[1])
+
+
+def mergekit(program: str, path: Path, out: Path) -> tuple[float, float]:
+    """Whole command's seconds and peak memory in bytes."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [program, str(path), str(out), "--random-seed", "42", "--no-copy-tokenizer"]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    text = process.stderr.read() if process.stderr else b""
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{text.decode()[-2000:]}")
+    shutil.rmtree(out)
+    return seconds, usage.ru_maxrss * 1024
+
+
+def run(folder: Path, pairs: int, threads: int, program: str | None) -> list[list[str]]:
+    files = sorted(folder.glob("*/*.safetensors"))
+    rows = []
+    for method, (title, parameters) in CASES.items():
+        path = recipe(folder, method, parameters)
+        merge(path, folder / "out")  # compiles the kernels, if need be
+        engines, wholes, floors, memory, moved = [], [], [], 0.0, 0.0
+        for _ in range(pairs):
+            warm(files)
+            whole, report = merge(path, folder / "out", "--threads", str(threads))
+            wholes.append(whole)
+            engines.append(report["seconds"])
+            memory = max(memory, report["peak_rss_bytes"])
+            moved = sum(file.stat().st_size for file in files) + report["bytes_written"]
+            floors.append(floor(files, folder / "floor.out", int(report["bytes_written"]), threads))
+        engine, whole, least = min(engines), min(wholes), min(floors)
+        row = [
+            title, f"{engine:.2f}", f"{moved / engine / 1e9:.1f}", f"{least:.2f}", f"{engine / least:.2f}",
+            f"{whole:.2f}", f"{memory / 1e6:.0f}",
+        ]  # fmt: skip
+        if program:
+            warm(files)
+            times = [mergekit(program, path, folder / "mk") for _ in range(2)]
+            theirs = min(seconds for seconds, _ in times)
+            row += [f"{theirs:.1f}", f"{theirs / whole:.0f}x", f"{max(m for _, m in times) / 1e6:.0f}"]
+        rows.append(row)
+        print(row, file=sys.stderr)
+    return rows
+
+
+def table(rows: list[list[str]], with_mergekit: bool) -> str:
+    heads = ["merge", "engine s", "GB/s", "I/O floor s", "engine / floor", "whole command s", "peak RSS MB"]
+    heads += ["mergekit s", "mergekit / darekit", "mergekit RSS MB"] if with_mergekit else []
+    lines = ["| " + " | ".join(heads) + " |", "|" + "|".join(["---"] + ["--:"] * (len(heads) - 1)) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def first_run(path: Path, out: Path) -> float:
+    """Whole command with an empty kernel cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        shutil.rmtree(out, ignore_errors=True)
+        command = [str(DARE), "merge", str(path), str(out), "--json"]
+        seconds, _ = timed(command, env={**os.environ, "NUMBA_CACHE_DIR": cache})
+        shutil.rmtree(out)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scratch", type=Path, default=ROOT / "bench" / "scratch")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--large", action="store_true", help="also the memory of a family four times larger")
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    arguments = parser.parse_args()
+    folder = arguments.scratch.resolve() / "family"
+    print("building the family (once) ...", file=sys.stderr)
+    family.build(folder)
+    program = os.environ.get("MERGEKIT")
+    text = table(run(folder, arguments.pairs, arguments.threads, program), bool(program))
+    path = folder / "dare_linear.yaml"
+    warm_whole = min(merge(path, folder / "out")[0] for _ in range(3))
+    help_seconds = min(timed([str(DARE), "--help"])[0] for _ in range(5))
+    text += (
+        f"\n\nFirst run with an empty kernel cache: {first_run(path, folder / 'out') - warm_whole:.1f} s more. "
+        f"`dare --help`: {help_seconds:.2f} s."
+    )
+    if arguments.large:
+        large = arguments.scratch.resolve() / "family4"
+        family.build(large, 4)
+        peak = merge(recipe(large, "dare_linear", {"density": 0.1}), large / "out")[1]["peak_rss_bytes"]
+        text += f" Peak RSS of DARE + linear on a family four times larger: {peak / 1e6:.0f} MB."
+    print(text)
+    if arguments.write:
+        readme = ROOT / "README.md"
+        old = readme.read_text()
+        before, after = old.index(BEGIN) + len(BEGIN), old.index(END)
+        readme.write_text(f"{old[:before]}\n{text}\n{old[after:]}")
+
+
+if __name__ == "__main__":
+    main()
