@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as its users meet it: exit codes, JSON, dry runs, verdicts, hints."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+
+import darekit as dk
+import families
+from darekit import cli
+from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods.parameters import Choice
+from darekit.recipe import Recipe, Sparsify
+
+REPORT = {
+    "seconds", "fsync_seconds", "bytes_read", "bytes_written", "peak_rss_bytes", "tensors", "parameters", "kept",
+    "output",
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(llamas, tmp_path):
+    def write(name="recipe.yaml", **keys):
+        path = tmp_path / name
+        keys = {"sparsify": {"method": "dare", "drop_rate": 0.5, "keep_dense": ["norms", "no.such.*"]}} | keys
+        path.write_text(json.dumps(families.recipe(llamas.path, **keys)))
+        return path
+
+    return write
+
+
+# --- exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["drop", "base", "m0", "out", "-p", "90"], "write 0.9"),
+        (["drop", "base", "m0", "out", "-p", "-0.5"], "outside [0, 1]"),
+        (["drop", "base", "m0", "out", "-p", "nan"], "outside [0, 1]"),
+        (["drop", "base", "m0", "out"], "--drop-rate"),
+        (["drop", "base", "m0", "out", "-p", "0.5", "--shard-size", "5 apples"], "write 5GB"),
+        (["drop", "base", "m0", "out", "-p", "0.5", "--shard-size", "0"], "above 0"),
+        (["drop", "base", "m0", "out", "-p", "0.5", "--threads", "0"], "--threads"),
+        (["drop", "base", "m0", "out", "-p", "0.5", "--seed", "-1"], "--seed"),
+        (["merge", "r.yaml", "out", "--set", "parameters.lambda"], "KEY=VALUE"),
+        (["merge", "r.yaml"], "OUT"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_usage_errors_are_2(dare, arguments, said):
+    result = dare(*arguments)
+    assert result.code == 2 and said.lower() in " ".join(result.err.replace("│", " ").split()).lower()
+
+
+def test_refusals_are_1_and_one_message(dare, llamas, recipe, tmp_path):
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy" / "config.json").write_text("{}")
+    for arguments in (
+        ["merge", tmp_path / "none.yaml", tmp_path / "out"],
+        ["merge", recipe("missing.yaml", models=["nowhere/at/all"]), tmp_path / "out"],
+        ["merge", recipe(), tmp_path / "busy"],
+        ["drop", llamas.path / "base", llamas.path / "none", tmp_path / "out", "-p", "0.5"],
+        ["inspect", llamas.path / "base", tmp_path / "busy"],
+    ):
+        result = dare(*arguments)
+        assert result.code == 1 and result.out == ""
+        assert result.err.startswith("dare: ") and "Traceback" not in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_json_too(dare, tmp_path):
+    result = dare("merge", tmp_path / "none.yaml", tmp_path / "out", "--json")
+    assert result.code == 1
+    assert result.data["error"] == "RecipeError" and "none.yaml" in result.data["message"]
+
+
+def test_version_and_help(dare):
+    assert dare("--version").out.strip() == dk.__version__
+    for command in ("merge", "drop", "inspect", "methods", "demo"):
+        assert command in dare("-h").out
+        assert dare(command, "--help").code == 0
+
+
+# --- results
+
+
+def test_json_of_a_merge(dare, recipe, llamas, tmp_path):
+    result = dare("merge", recipe(), tmp_path / "out", "--json", "--threads", "2")
+    assert result.code == 0, result.err
+    data = result.data
+    assert set(data) >= REPORT
+    elements = sum(array.size for array in llamas.base.values())
+    norms = sum(array.size for name, array in llamas.base.items() if array.ndim == 1)
+    assert data["output"] == str(tmp_path / "out")
+    assert data["tensors"] == len(llamas.base) and data["parameters"] == elements
+    assert data["bytes_read"] == 4 * 2 * elements and data["bytes_written"] == 2 * elements
+    assert data["seconds"] > 0 and data["fsync_seconds"] > 0 and data["peak_rss_bytes"] > 10 << 20
+    assert set(data["kept"]) == {str(llamas.path / f"m{i}") for i in range(3)}
+    for kept in data["kept"].values():
+        assert abs(kept - norms - (elements - norms) / 2) < 5 * np.sqrt((elements - norms) / 4)
+    assert "note:" not in result.out
+
+
+def test_a_merge_for_people(dare, recipe, tmp_path):
+    result = dare("merge", recipe(), tmp_path / "out")
+    assert result.code == 0 and str(tmp_path / "out") in result.out
+    assert "kept" in result.out and "m0" in result.out and "\x1b" not in result.out + result.err
+
+
+def test_seed_set_and_shard_size(dare, recipe, tmp_path):
+    path = recipe()
+    assert dare("merge", path, tmp_path / "a", "--seed", "1").code == 0
+    assert dare("merge", path, tmp_path / "b", "--set", "sparsify.seed=1", "--shard-size", "20kB").code == 0
+    assert dare("merge", path, tmp_path / "c", "--seed", "2", "--set", "parameters.lambda=0.25").code == 0
+    one, two, three = (families.load(tmp_path / name) for name in "abc")
+    families.same(two, one)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    assert (three["lm_head.weight"] != one["lm_head.weight"]).any()
+    lock = json.loads((tmp_path / "c" / "darekit.lock.json").read_text())
+    assert lock["recipe"]["parameters"]["lambda"] == 0.25 and lock["recipe"]["sparsify"]["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5kb", 1500), ("123", 123), ("7b", 7)],
+)
+def test_sizes(text, size):
+    assert cli._bytes_of(text) == size
+
+
+def test_recipes_are_relative_to_themselves(dare, llamas, tmp_path, monkeypatch):
+    families.copy(llamas.path / "base", tmp_path / "here" / "base")
+    families.copy(llamas.path / "m0", tmp_path / "here" / "m0")
+    (tmp_path / "here" / "r.yaml").write_text("base_model: base\nmodels: [m0]\nmerge_method: task_arithmetic\n")
+    monkeypatch.chdir(tmp_path)
+    result = dare("merge", "here/r.yaml", "out")
+    assert result.code == 0, result.err
+    families.same(families.load("out"), llamas.models[0])
+
+
+def test_every_option_of_drop_reaches_the_recipe(dare, llamas, tmp_path):
+    result = dare(
+        "drop", llamas.path / "base", llamas.path / "m0", tmp_path / "out", "-p", "0.6", "--method", "della",
+        "--window", "0.3", "--rescale", "none", "--keep-dense", "norms", "--keep-dense", "lm_head*", "--seed", "12",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    recipe = json.loads((tmp_path / "out" / "darekit.lock.json").read_text())["recipe"]
+    sparsify = {key: value for key, value in recipe["sparsify"].items() if key != "seed"}
+    assert sparsify == {
+        "method": "della", "drop_rate": 0.6, "window": 0.3, "rescale": "none", "on": "delta",
+        "keep_dense": ["norms", "lm_head*"],
+    }  # fmt: skip
+    assert recipe["models"][0]["parameters"]["seed"] == 12
+
+
+# --- dry runs
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(dare, recipe, llamas, tmp_path):
+    path = recipe()
+    before = sorted(tmp_path.iterdir())
+    result = dare("merge", path, tmp_path / "out", "--dry-run", "--json")
+    assert result.code == 0, result.err
+    assert sorted(tmp_path.iterdir()) == before
+    data = result.data
+    elements = sum(array.size for array in llamas.base.values())
+    norms = [name for name, array in llamas.base.items() if array.ndim == 1]
+    dense = sum(llamas.base[name].size for name in norms)
+    assert data["tensors"] == len(llamas.base) and data["parameters"] == elements
+    assert data["bytes_in"] == 8 * elements and 2 * elements < data["bytes_out"] < 2 * elements + 10_000
+    assert data["bytes_out"] == sum(shard["bytes"] for shard in data["shards"])
+    assert data["peak_memory_bytes"] > 0
+    for model in data["models"]:
+        assert model["kept"] == pytest.approx(dense + (elements - dense) / 2, abs=len(llamas.base))
+        assert model["drop_rate"] == pytest.approx(0.5 * (1 - dense / elements), abs=1e-3)
+        assert isinstance(model["effective_seed"], int)
+    assert sorted(data["keep_dense"]["norms"]) == sorted(norms) and data["keep_dense"]["no.such.*"] == []
+    assert [check["r"] for check in data["checks"]] == [pytest.approx(0.04, rel=0.2)] * 3
+    text = dare("merge", path, tmp_path / "out", "--dry-run").out
+    for part in ("tensors", "parameters", "reads", "writes", "memory", "drop rate", "kept", "m2", "matches nothing"):
+        assert part in text
+    assert dare("merge", path, tmp_path / "real").code == 0
+    written = sum(file.stat().st_size for file in (tmp_path / "real").glob("*.safetensors"))
+    assert written == data["bytes_out"]
+
+
+def test_a_dry_run_finds_what_a_run_would_refuse(dare, llamas, tmp_path):
+    rng = np.random.default_rng(9)
+    families.save(tmp_path / "base", families.llama(rng), families.config())
+    result = dare("drop", tmp_path / "base", llamas.path / "m0", tmp_path / "out", "-p", "0.5", "--dry-run")
+    assert result.code == 1 and "does not look like the base" in result.err
+    forced = dare("drop", tmp_path / "base", llamas.path / "m0", tmp_path / "out", "-p", "0.5", "--dry-run", "--force")
+    assert forced.code == 0 and "does not look like the base" in forced.out
+
+
+# --- inspect
+
+
+def scaled(path, base, r):
+    rng = np.random.default_rng(1)
+    model = {}
+    for name, array in base.items():
+        noise = rng.normal(0, 1, array.shape)
+        model[name] = (array + r * np.linalg.norm(array) / np.linalg.norm(noise) * noise).astype(np.float32)
+    families.save(path, model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("r", "verdict", "words"),
+    [
+        (0.01, "ok", "can be dropped"),
+        (0.24, "ok", "can be dropped"),
+        (0.26, "large", "large"),
+        (0.49, "large", "large"),
+        (0.52, "wrong_base", "does not look like the base"),
+    ],
+)
+def test_verdicts(dare, tmp_path, r, verdict, words):
+    base = families.llama(np.random.default_rng(0), np.float32)
+    families.save(tmp_path / "base", base)
+    scaled(tmp_path / "m0", base, r)
+    result = dare("inspect", tmp_path / "base", tmp_path / "m0", "--json")
+    assert result.code == 0 and result.data["verdict"] == verdict and words in result.data["words"]
+    assert result.data["median_r"] == pytest.approx(r, rel=1e-3)
+    text = dare("inspect", tmp_path / "base", tmp_path / "m0").out
+    assert f"{verdict}: " in text and words in text and "lm_head.weight" in text
+
+
+def test_the_numbers_of_inspect_are_those_of_numpy(dare, tmp_path):
+    rng = np.random.default_rng(0)
+    base = families.llama(rng, np.float32)
+    model = {n: (a + rng.normal(0, 0.003, a.shape) * (rng.random(a.shape) < 0.7)).astype(np.float32)
+             for n, a in base.items()}  # fmt: skip
+    families.save(tmp_path / "base", base)
+    families.save(tmp_path / "m0", model)
+    data = dare("inspect", tmp_path / "base", tmp_path / "m0", "--json").data
+    assert {tensor["name"] for tensor in data["tensors"]} == set(base)
+    deltas = {name: np.abs(model[name] - base[name]).reshape(-1) for name in base}
+    whole = np.concatenate(list(deltas.values()))
+    flat = np.concatenate([array.reshape(-1) for array in base.values()])
+    for report in (*data["tensors"], data["total"]):
+        delta = deltas.get(report["name"], whole)
+        weights = base[report["name"]].reshape(-1) if report["name"] in base else flat
+        assert report["parameters"] == delta.size
+        quantiles = np.quantile(delta, np.arange(11) / 10, method="inverted_cdf")
+        np.testing.assert_allclose(report["deciles"], quantiles, rtol=2**-11)
+        assert report["deciles"][0] == quantiles[0] and report["deciles"][10] == quantiles[10]
+        assert report["zeros"] == np.count_nonzero(delta == 0) / delta.size
+        assert {key: share * delta.size for key, share in report["shares"].items()} == pytest.approx(
+            {f"{limit:g}": np.count_nonzero(delta < np.float32(limit)) for limit in (0.0002, 0.002, 0.005, 0.01)}
+        )
+        r = np.linalg.norm(delta.astype(np.float64)) / np.linalg.norm(weights.astype(np.float64))
+        assert report["r"] == pytest.approx(r, rel=1e-5)
+        assert report["p_max"] == pytest.approx(0.04 / (0.04 + r * r), rel=1e-5)
+
+
+def test_inspecting_a_model_with_itself_and_with_nan(dare, llamas, tmp_path):
+    data = dare("inspect", llamas.path / "base", llamas.path / "base", "--json").data
+    assert data["verdict"] == "ok" and "identical" in data["words"]
+    assert data["total"]["zeros"] == 1 and data["total"]["r"] == 0 and data["total"]["p_max"] == 1
+    model = {name: array.copy() for name, array in llamas.models[0].items()}
+    model["lm_head.weight"][0, 0] = np.nan
+    families.save(tmp_path / "m0", model)
+    result = dare("inspect", llamas.path / "base", tmp_path / "m0")
+    assert result.code == 1 and "lm_head.weight" in result.err
+
+
+# --- the table of methods
+
+
+def test_methods_lists_the_table(dare):
+    text = dare("methods").out
+    data = dare("methods", "--json").data
+    for key, table in (("sparsifiers", SPARSIFIERS), ("merge_methods", MERGE_METHODS)):
+        assert [entry["name"] for entry in data[key]] == list(table)
+        for entry in data[key]:
+            assert f"  {entry['name']}: " in text and "arXiv" in entry["source"] and entry["summary"]
+            assert [p["name"] for p in entry["parameters"]] == list(table[entry["name"]].parameters)
+            for parameter in entry["parameters"]:
+                assert f"{parameter['name']} (" in text and parameter["help"]
+
+
+def test_the_words_of_the_options_are_the_tables():
+    assert [word.value for word in cli.SparsifierName] == list(SPARSIFIERS)
+    kinds = [entry.parameters["rescale"].kind for entry in SPARSIFIERS.values() if "rescale" in entry.parameters]
+    assert kinds and all(isinstance(kind, Choice) for kind in kinds)
+    assert {kind.of for kind in kinds} == {tuple(word.value for word in cli.RescaleName)}
+    for words, owner, name in ((cli.Scope, Sparsify, "on"), (cli.Vocab, Recipe, "vocab")):
+        assert [word.value for word in words] == list(get_args(get_type_hints(owner)[name]))
+
+
+# --- terminals
+
+
+def test_a_progress_bar_only_on_a_terminal(recipe, tmp_path):
+    """A pseudo terminal as standard error gets a bar; a pipe gets nothing but notes."""
+    pty = pytest.importorskip("pty")
+
+    command = [sys.executable, "-m", "darekit", "merge", str(recipe())]
+    piped = subprocess.run([*command, str(tmp_path / "a")], capture_output=True, text=True, timeout=60)
+    assert piped.returncode == 0 and "\x1b" not in piped.stderr + piped.stdout
+    assert all(line.startswith("note: ") for line in piped.stderr.splitlines())
+
+    def on_terminal(*more):
+        ours, theirs = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+        done = subprocess.Popen(
+            [*command, *more], stdout=subprocess.PIPE, stderr=theirs, env=environment, stdin=subprocess.DEVNULL
+        )
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # Linux says EIO where the other end is closed
+                break
+            if not part:
+                break
+            shown += part
+        out = done.communicate(timeout=60)[0]
+        os.close(ours)
+        assert done.returncode == 0
+        return shown.decode(), out.decode()
+
+    shown, out = on_terminal(str(tmp_path / "b"))
+    assert "merging" in shown and "\x1b" in shown and "\x1b" not in out
+    shown, out = on_terminal(str(tmp_path / "c"), "--json")
+    assert "merging" not in shown and json.loads(out)["tensors"]
+
+
+def test_python_m_works_like_the_command():
+    for module in ("darekit", "darekit.cli"):
+        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == dk.__version__

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may import whom, and what a command may load before it has work to do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import darekit
+
+PACKAGE = Path(darekit.__file__).parent
+HEAVY = ("numpy", "pydantic", "numba", "torch", "transformers", "yaml", "huggingface_hub", "ml_dtypes")
+
+
+# --- the source
+
+
+def imports(source, module=""):
+    """Absolute names of everything a module imports, wherever in it; those only for type checkers are left out."""
+    found = set()
+
+    def visit(node):
+        match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING"), orelse=orelse):
+                for child in orelse:
+                    visit(child)
+                return
+            case ast.Import(names=names):
+                found.update(alias.name for alias in names)
+            case ast.ImportFrom(module=origin, names=names, level=level):
+                above = module.split(".")[:-level] if level else []
+                origin = ".".join([*above, *([origin] if origin else [])])
+                found.update(f"{origin}.{alias.name}" for alias in names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return found
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        name = ".".join(parts)
+        yield name, imports(path.read_text(), name)
+
+
+def within(name, *packages):
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def offenders(rule, found=None):
+    """(module, import) pairs that break a rule: (module, import) -> allowed."""
+    return [(name, one) for name, many in found or modules() for one in sorted(many) if not rule(name, one)]
+
+
+RULES = {
+    "only kernels.cpu imports numba": lambda name, one: (
+        not within(one, "numba", "llvmlite") or within(name, "darekit.kernels.cpu")
+    ),
+    "torch only where tensors, pickles or the demo are": lambda name, one: (
+        not within(one, "torch", "transformers", "tokenizers")
+        or within(name, "darekit.demo", "darekit.memory", "darekit.checkpoints.pytorch")
+    ),
+    "matplotlib only in the demo": lambda name, one: not within(one, "matplotlib") or within(name, "darekit.demo"),
+    "methods know no checkpoint, kernel, recipe or engine": lambda name, one: (
+        not within(name, "darekit.methods")
+        or not within(one, "darekit")
+        or within(one, "darekit.methods", "darekit.masks", "darekit.dtypes", "darekit.errors")
+    ),
+    "checkpoints know no method": lambda name, one: (
+        not within(name, "darekit.checkpoints")
+        or not within(one, "darekit")
+        or within(one, "darekit.checkpoints", "darekit.masks", "darekit.dtypes", "darekit.errors")
+    ),
+    "kernels know arrays only": lambda name, one: (
+        not within(name, "darekit.kernels")
+        or not within(one, "darekit")
+        or within(one, "darekit.kernels", "darekit.masks", "darekit.dtypes", "darekit.errors")
+    ),
+    "masks, dtypes and errors know nobody": lambda name, one: (
+        not within(name, "darekit.masks", "darekit.dtypes", "darekit.errors")
+        or not within(one, "darekit")
+        or within(one, "darekit.errors")
+    ),
+    "nobody but the command imports typer and rich": lambda name, one: (
+        not within(one, "typer", "rich") or within(name, "darekit.cli", "darekit.demo")
+    ),
+    "nobody imports the command but itself": lambda name, one: (
+        not within(one, "darekit.cli") or within(name, "darekit.cli", "darekit.__main__")
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_package_keeps_the_rule(rule):
+    assert not offenders(RULES[rule])
+
+
+@pytest.mark.parametrize(
+    ("rule", "module", "source"),
+    [
+        ("only kernels.cpu imports numba", "darekit.tiles", "def f():\n    from numba import njit\n"),
+        ("torch only where tensors, pickles or the demo are", "darekit.engine", "import torch.nn as nn\n"),
+        ("matplotlib only in the demo", "darekit.inspection", "import matplotlib\n"),
+        ("methods know no checkpoint, kernel, recipe or engine", "darekit.methods.ties",
+         "from darekit.checkpoints import TensorInfo\n"),
+        ("methods know no checkpoint, kernel, recipe or engine", "darekit.methods.ties", "from .. import kernels\n"),
+        ("checkpoints know no method", "darekit.checkpoints.files", "import darekit.methods\n"),
+        ("kernels know arrays only", "darekit.kernels.cpu", "from darekit.steps import Step\n"),
+        ("masks, dtypes and errors know nobody", "darekit.masks", "from darekit import digests\n"),
+        ("nobody but the command imports typer and rich", "darekit.running", "from rich.table import Table\n"),
+        ("nobody imports the command but itself", "darekit.api", "from darekit.cli import display\n"),
+    ],
+)  # fmt: skip
+def test_each_rule_can_be_broken(rule, module, source):
+    assert offenders(RULES[rule], [(module, imports(source, module))])
+
+
+def test_type_checkers_imports_do_not_count():
+    source = "if TYPE_CHECKING:\n    import numba\nelse:\n    import yaml\n"
+    assert imports(source) == {"yaml"}
+
+
+# --- the process
+
+
+LIST = """
+import atexit, sys
+atexit.register(lambda: print("LOADED", *sorted({name.split(".")[0] for name in sys.modules}), file=sys.stderr))
+"""
+
+
+def loaded(code, *arguments):
+    """Top-level modules that a fresh interpreter has loaded at its end, and its exit code."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIST + code, *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
+    line = next(line for line in done.stderr.splitlines() if line.startswith("LOADED"))
+    return set(line.split()[1:]), done.returncode, done.stdout + done.stderr
+
+
+RUN = "import sys\nfrom darekit.cli import main\nsys.argv[0] = 'dare'\nmain()"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        ([], 2),
+        (["--version"], 0),
+        (["merge", "--help"], 0),
+        (["merge"], 2),
+        (["mrge", "a", "b"], 2),
+        (["drop", "a", "b", "c"], 2),
+        (["drop", "a", "b", "c", "-p", "90"], 2),
+        (["drop", "a", "b", "c", "-p", "0.9", "--method", "nonsense"], 2),
+        (["merge", "r.yaml", "out", "--shard-size", "large"], 2),
+        (["merge", "r.yaml", "out", "--set", "lambda"], 2),
+    ],
+)
+def test_help_and_usage_errors_load_nothing_heavy(arguments, code):
+    modules, returned, text = loaded(RUN, *arguments)
+    assert returned == code, text
+    # typer itself takes pydantic to convert arguments (0.29), so only help is free of it.
+    assert not modules & ({*HEAVY} if arguments in (["--help"], []) else {*HEAVY} - {"pydantic"})
+    assert "typer" in modules and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    "text", [None, "models: [", "merge_method: ties\nmodels: [a]\n", "merge_method: linear\nmodels: [a]\nlamda: 1\n"]
+)
+def test_a_recipe_error_compiles_nothing(tmp_path, text):
+    recipe = tmp_path / "recipe.yaml"
+    if text is not None:
+        recipe.write_text(text)
+    modules, returned, said = loaded(RUN, "merge", recipe, tmp_path / "out")
+    assert returned == 1 and "dare: " in said and "Traceback" not in said
+    assert not modules & {"numba", "torch", "transformers", "huggingface_hub"}
+
+
+def test_importing_the_package_is_light():
+    modules, returned, _ = loaded("import darekit")
+    assert returned == 0 and "darekit" in modules
+    assert not modules & {*HEAVY, "typer", "rich"}
+
+
+def test_the_list_of_loaded_modules_can_show_heavy_ones():
+    modules, _, _ = loaded("import darekit; darekit.merge_tensors; from darekit import engine")
+    assert {"numpy", "numba"} <= modules and "torch" not in modules
+
+
+def test_everything_in_all_exists():
+    for name in darekit.__all__:
+        assert getattr(darekit, name) is not None
+    with pytest.raises(AttributeError, match="marge"):
+        _ = darekit.marge
