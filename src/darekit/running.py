@@ -147,8 +147,9 @@ def _write(path: Path, text: str) -> None:
 def _refuse_full_disk(plan: Plan, directory: Path) -> None:
     """What a resumed run has already written counts as free."""
     there = sum(path.stat().st_blocks * 512 for path in directory.glob("*.safetensors"))
-    free = shutil.disk_usage(directory).free + there
-    if free < plan.bytes_out:
+    usage = shutil.disk_usage(directory)
+    free = usage.free + there
+    if usage.total and free < plan.bytes_out:  # some FUSE mounts report only zeros
         raise OutputError(
             f"the output needs {plan.bytes_out} bytes, and the disk of {directory} has {free} free; make room, or "
             "choose an OUT on another disk"

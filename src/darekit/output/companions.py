@@ -56,14 +56,9 @@ def write_companions(
         warnings.extend(chat_template.warnings)
         if chat_template.borrowed and chat_template.template is not None:
             _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template.template)
-    _try(
-        warnings,
-        f"could not write {RECIPE_NAME}",
-        _whole,
-        directory / RECIPE_NAME,
-        partial(_write, lambda: recipe_text),
-    )
-    _try(warnings, "could not write the model card", _whole, directory / "README.md", partial(_write, card))
+    texts = ((RECIPE_NAME, RECIPE_NAME, lambda: recipe_text), ("the model card", "README.md", card))
+    for what, name, text in texts:
+        _try(warnings, f"could not write {what}", _whole, directory / name, partial(_write, text))
     return warnings
 
 
