@@ -25,7 +25,7 @@ from darekit.steps import Step
 from darekit.tiles import BASE, OUT, TILE, ScratchPool, Sink, StepRun, Tally
 
 SPAN = 64 * LEAF  # elements of an unmeasured tensor that one thread takes at a time
-FLUSH_SECONDS = 20.0
+FLUSH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
