@@ -184,6 +184,29 @@ def test_misshaped_tensors_are_listed_with_both_shapes(llamas, tmp_path):
     assert "2 more" in message
 
 
+def test_classes_are_not_a_vocabulary(llamas, tmp_path):
+    """Two classifiers with 3 and 5 labels do not belong together, whatever `vocab` says."""
+    for name, labels in (("base", 3), ("m0", 5)):
+        head = {"score.weight": np.ones((labels, 32), np.float32), "classifier.bias": np.ones(labels, np.float32)}
+        families.save(tmp_path / name, {"model.embed_tokens.weight": llamas.base["model.embed_tokens.weight"]} | head)
+    for vocab in ("strict", "pad", "base"):
+        with pytest.raises(HomologyError, match=r"score.weight: \[3, 32\] in base, \[5, 32\] in m0") as error:
+            dk.merge(families.recipe(tmp_path, k=1, vocab=vocab), tmp_path / "out")
+        assert "vocabular" not in str(error.value) and "classifier.bias" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lm_head.bias", "cls.predictions.bias", "cls.predictions.decoder.weight"])
+def test_heads_and_their_biases_grow_with_the_vocabulary(llamas, tmp_path, name):
+    for model, rows in (("base", 96), ("m0", 97)):
+        shape = (rows, 32) if name.endswith("weight") else (rows,)
+        tensors = {"model.embed_tokens.weight": np.ones((rows, 32), BF16), name: np.ones(shape, BF16)}
+        families.save(tmp_path / model, tensors, families.config(vocab=rows))
+    with pytest.raises(HomologyError, match="vocab: pad"):
+        dk.merge(families.recipe(tmp_path, k=1), tmp_path / "out")
+    dk.merge(families.recipe(tmp_path, k=1, vocab="pad"), tmp_path / "out")
+    assert {len(array) for array in families.load(tmp_path / "out").values()} == {97}
+
+
 def test_a_float_that_is_an_integer_elsewhere_is_refused(llamas, tmp_path):
     model = llamas.models[0] | {"lm_head.weight": np.zeros((96, 32), np.uint8)}
     assert "lm_head.weight: U8" in refused(tmp_path, llamas, model)

@@ -16,7 +16,8 @@ _HEADS = ("lm_head*", "*classifier*", "score*", "*cls*")
 
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "lm_head.decoder.weight")
 EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-_POSITIONS = ("*position*", "*wpe*")
+_NOT_WORDS = ("*position*", "*wpe*", "*token_type*")
+_HEAD_BIASES = ("lm_head.bias", "cls.predictions.bias", "cls.predictions.decoder.bias", "lm_head.decoder.bias")
 
 # Buffers that older transformers wrote and newer ones rebuild: absent or extra, they say nothing about homology.
 _REBUILT = ("*rotary_emb.inv_freq", "*position_ids", "*token_type_ids", "*.attn.bias", "*.attn.masked_bias")
@@ -46,10 +47,14 @@ def is_kept_dense(name: str, shape: tuple[int, ...], patterns: Iterable[str]) ->
 
 
 def has_vocabulary_rows(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the first axis counts tokens: embeddings, heads and heads' biases, but not positions."""
-    if any(fnmatchcase(name, pattern) for pattern in _POSITIONS):
+    """Whether the first axis counts tokens: embeddings, heads and heads' biases, but not positions or classes.
+
+    >>> has_vocabulary_rows("model.embed_tokens.weight", (100, 64)), has_vocabulary_rows("classifier.weight", (3, 64))
+    (True, False)
+    """
+    if any(fnmatchcase(name, pattern) for pattern in _NOT_WORDS):
         return False
-    heads = any(fnmatchcase(name, pattern) for pattern in _HEADS)
+    heads = name.endswith((*HEAD_NAMES, *_HEAD_BIASES))
     return heads or (len(shape) == 2 and group_of(name, shape) == "embeddings")
 
 
