@@ -297,8 +297,8 @@ def _steps(
         if end <= begin:
             continue
         here = [k for k, entry in zip(owners, inputs, strict=True) if entry.count >= end]
-        whole = base is None and end - begin == count
-        chains = tuple(_chain(recipe, k, tensor, count, seeds[k]) if whole else () for k in here)
+        common = base is None and begin == 0  # rows of all models; those that only some have are never dropped
+        chains = tuple(_chain(recipe, k, tensor, end, seeds[k]) if common else () for k in here)
         parameters = own if base is None else {"normalize": True}
         scale = 1.0 if parameters["normalize"] else weights[here[0]]
         yield make(
