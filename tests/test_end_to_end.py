@@ -517,7 +517,7 @@ def test_nan_and_inf_are_all_listed_and_nothing_is_published(spoilt, tmp_path, k
     assert sum(line.endswith("m0: lm_head.weight: 2 values") for line in lines) == 1
     assert sum(line.endswith("m0: model.layers.1.mlp.up_proj.weight: 1 values") for line in lines) == 1
     assert not any("m1" in line for line in lines) and "--allow-nonfinite" in lines[-1]
-    assert not (tmp_path / "out").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "m0", "m1"], "nothing is left behind"
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "linear"])
@@ -550,6 +550,8 @@ def test_allow_nonfinite_without_a_base_is_refused(tmp_path):
     del data["base_model"]
     with pytest.raises(PlanError, match="no base"):
         dk.merge(data, tmp_path / "out", allow_nonfinite=True)
+    with pytest.raises(PlanError, match="needs a base"):
+        dk.merge_tensors(None, [{"w": model}] * 2, allow_nonfinite=True)
 
 
 # --- the forms of a recipe
@@ -583,6 +585,24 @@ def test_on_weights_drops_from_the_weights_themselves(llamas, tmp_path, dare, me
     )
     families.same(families.load(out), expected)
     assert np.count_nonzero(expected["lm_head.weight"].astype(np.float32)) < 0.6 * expected["lm_head.weight"].size
+
+
+def test_weights_without_a_base_are_dropped_on_the_rows_that_all_models_have(grown, tmp_path):
+    path, _, models = grown
+    data = families.recipe(
+        path, k=2, merge_method="linear", vocab="pad",
+        sparsify={"method": "drop_only", "drop_rate": 0.5, "on": "weights"},
+    )  # fmt: skip
+    del data["base_model"]
+    dk.merge(data, tmp_path / "out")
+    seeds = lock_of(tmp_path / "out")["effective_seeds"]
+    found = families.load(tmp_path / "out")
+    for name, array in found.items():
+        cut = [m[name][:96] for m in models[:2]]
+        expected = oracle.merge(name, None, cut, seeds=seeds, sparsify=("drop_only", {"drop_rate": 0.5}))
+        families.same({name: array[:96]}, {name: expected})
+        if name in HEADS:
+            assert array[96].tobytes() == models[0][name][96].tobytes()
 
 
 def test_an_unnormalised_sum_of_models_does_not_go_with_sparse_deltas(llamas, tmp_path):

@@ -207,6 +207,36 @@ def test_resume_after_an_input_changed_names_it(llamas, tmp_path, interrupt):
     assert str(tmp_path / "m1") in message and str(tmp_path / "m0") not in message
 
 
+def test_interrupted_from_the_keyboard(llamas, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps(families.recipe(llamas.path, sparsify=SPARSIFY)))
+    code = """
+import sys, time
+from darekit import cli
+from darekit.checkpoints import OutputFile
+write = OutputFile.write
+def slow(self, buffer, offset):
+    print("writing", flush=True)
+    time.sleep(0.2)
+    write(self, buffer, offset)
+OutputFile.write = slow
+sys.argv = ["dare", "merge", *sys.argv[1:]]
+cli.main()
+"""
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(recipe), str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert run.stdout.readline() == "writing\n"
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in said
+    assert "interrupted" in said and "--resume" in said and not (tmp_path / "out").exists()
+    dk.merge(recipe, tmp_path / "out", resume=True)
+    dk.merge(recipe, tmp_path / "whole" / "out")
+    assert families.contents(tmp_path / "out") == families.contents(tmp_path / "whole" / "out")
+
+
 # --- changed while it runs
 
 
@@ -236,6 +266,7 @@ def test_an_input_that_changes_during_the_run_is_named(llamas, tmp_path, monkeyp
         dk.merge(families.recipe(tmp_path, k=1, sparsify=SPARSIFY), tmp_path / "out", threads=1)
     assert str(victim) in str(error.value)
     assert ("changed while it was read" if how != "truncated" else "truncated") in str(error.value)
+    assert str(stage_of(tmp_path / "out")) in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

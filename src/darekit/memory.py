@@ -11,7 +11,7 @@ import numpy as np
 
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import DTYPES, Bytes, DType, dtype_from_torch_name
-from darekit.errors import CheckpointError
+from darekit.errors import CheckpointError, PlanError
 from darekit.recipe import Sparsify, read_recipe
 
 
@@ -120,6 +120,8 @@ def merge_tensors(
     from darekit.planning import make_plan
     from darekit.trimming import settle_model_trim
 
+    if allow_nonfinite and base is None:
+        raise PlanError("allow_nonfinite takes the base's element where a model has NaN or Inf: it needs a base")
     method = method or linear()
     entries: list[dict[str, Any]] = [{"model": f"model {k}", "parameters": {}} for k in range(len(models))]
     for name, values in (("weight", weights), ("seed", seeds)):

@@ -9,7 +9,8 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from darekit import engine, tiles
 from darekit.checkpoints import Checkpoint, OutputFile, index_json
 from darekit.dtypes import DTYPES, DType, dtype_named
-from darekit.errors import CheckpointError, OutputError
+from darekit.errors import CheckpointError, DataError, OutputError
 from darekit.homology import label
 from darekit.lock import LOCK_NAME, identity, make_lock
 from darekit.output.card import agreed_license, model_card
@@ -28,7 +29,7 @@ from darekit.output.companions import write_companions
 from darekit.output.config import merged_config
 from darekit.output.tokenizer import choose_chat_template, model_files, tokenizer_files
 from darekit.planning import Plan
-from darekit.staging import open_stage
+from darekit.staging import Stage, open_stage
 from darekit.trimming import settle_model_trim
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -72,13 +73,16 @@ def execute(
     threads = threads or engine.default_threads()
     tile = tile or tiles.TILE
     inputs = [file.path for checkpoint in plan.checkpoints for file in checkpoint.files]
-    with open_stage(
-        out,
-        identity=identity(plan, allow_nonfinite=allow_nonfinite),
-        overwrite=overwrite,
-        resume=resume,
-        inputs=inputs,
-    ) as stage:
+    with (
+        open_stage(
+            out,
+            identity=identity(plan, allow_nonfinite=allow_nonfinite),
+            overwrite=overwrite,
+            resume=resume,
+            inputs=inputs,
+        ) as stage,
+        _remains_told(stage),
+    ):
         for note in stage.notes:
             say(note)
         began = time.perf_counter()
@@ -132,6 +136,18 @@ def execute(
         parameters=plan.parameters,
         kept=_kept(plan, records),
     )
+
+
+@contextmanager
+def _remains_told(stage: Stage) -> Iterator[None]:
+    """What becomes of the unfinished files when the inputs fail a run."""
+    try:
+        yield
+    except DataError:
+        stage.discard()  # a repaired model, or --allow-nonfinite, is another run: nothing could resume this one
+        raise
+    except CheckpointError as error:
+        raise type(error)(f"{error}. The unfinished output is in {stage.root}: run again, or delete it") from error
 
 
 def _write(path: Path, text: str) -> None:

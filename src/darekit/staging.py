@@ -146,6 +146,17 @@ class Stage:
                     raise OutputError(_told(f"cannot bring {self._place.root} to the disk", error)) from error
                 raise
 
+    def discard(self) -> None:
+        """Give the unfinished output up: nothing of it is left, and no --resume can continue it."""
+        with contextlib.suppress(OSError):  # whatever made the run fail is what the user should read
+            _discard(self._place)
+            _remove_root(self._place)
+
+    @property
+    def root(self) -> Path:
+        """The directory that holds the unfinished files."""
+        return self._place.root
+
     def publish(self) -> None:
         """Put the complete files in their place, all at once, and remove the stage.
 
