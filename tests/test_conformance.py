@@ -2,10 +2,10 @@
 """Every sparsifier before every merge method, tiled and threaded, equals the formulas bit for bit."""
 
 import numpy as np
-import oracle
 import pytest
 
 import darekit as dk
+import oracle
 from darekit import engine, tiles
 from darekit.dtypes import FLOAT_DTYPES
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
@@ -104,7 +104,7 @@ def test_tile_size_and_threads_do_not_matter(sparsify, monkeypatch):
                 method=dk.ties(keep=0.2),
                 seeds=SEEDS,
                 threads=threads,
-            )["w"]  # fmt: skip
+            )["w"]
         )
     for other in results[1:]:
         same_bits(other, results[0])
