@@ -161,6 +161,9 @@ class Job:
     def _can_be_cut(step: Step, tile: int) -> bool:
         if tile_of(step, tile) != tile or SPAN % tile:
             return False
+        inputs = (*step.models, *([step.base] if step.base else []))
+        if any(entry.count != step.count for entry in inputs):  # one thread then digests what is cut off as well
+            return False
         stages = [build(spec, step) for chain in step.chains for spec in chain]
         return all(stage.ready and not stage.ordered for stage in stages)
 
@@ -205,7 +208,7 @@ class Worker:
         for step in job.steps:
             run = StepRun(step, self, digests, kept)
             if step.kind == "copy":
-                run.copy(stop)
+                run.copy(begin, end, stop)
             elif len(job.spans) > 1:
                 run.merge(begin, end, stop)
             else:

@@ -179,6 +179,8 @@ class StepRun:
             merged = self.combine(scratch.deltas, scratch.merged)
             if step.base is None or step.on_weights:
                 overflowed = kernels.round_to(merged, step.dtype, out)
+                if self.bad_at is not None and step.base is not None:
+                    self._put_base(scratch, self.bad_at, count, out)
             else:
                 base_raw = scratch.base_raw[: count * step.base.dtype.itemsize]
                 overflowed = kernels.add_round(
@@ -193,7 +195,8 @@ class StepRun:
         scratch = self.hands.scratch.get(len(step.models), count, step.wide)
         at = step.begin + start
         origin = scratch.zeros
-        if step.base is not None and (final or not step.on_weights):
+        lacking = any(model.count < at + count for model in step.models)
+        if step.base is not None and (final or lacking or not step.on_weights):
             raw = self._read(step.base, at, count, scratch.base_raw)
             if final:
                 self.digests[BASE].update(raw)
@@ -209,8 +212,8 @@ class StepRun:
                 self.digests[step.owners[k]].update(raw)
             delta = scratch.deltas[k]
             have = raw.size // model.dtype.itemsize
-            if have < count:  # rows that this model does not have: a delta of 0
-                delta[have:] = 0
+            if have < count:  # rows that this model does not have are the base's: a delta of 0
+                delta[have:] = scratch.base[have:] if step.on_weights else 0
                 delta, here = delta[:have], origin[:have]
             else:
                 here = origin
@@ -252,6 +255,16 @@ class StepRun:
             self.hands.broken.set()
         self.bad_at = bad_at if self.bad_at is None else bad_at | self.bad_at
 
+    def _put_base(self, scratch: Scratch, where: npt.NDArray[np.bool_], count: int, out: Bytes) -> None:
+        """The base's elements, in the output's format: its very bits, where that is its own."""
+        assert self.step.base is not None
+        size, dtype = self.step.dtype.itemsize, self.step.base.dtype
+        raw = scratch.base_raw[: count * dtype.itemsize]
+        if dtype.name != self.step.dtype.name:
+            raw = np.empty_like(out)
+            kernels.round_to(scratch.base, self.step.dtype, raw)
+        np.copyto(out.view(f"u{size}"), raw.view(f"u{size}"), where=where)
+
     def _verbatim(self, scratch: Scratch, count: int, out: Bytes) -> int:
         """The one model's own bytes, in the output's format."""
         dtype = self.step.models[0].dtype
@@ -272,15 +285,15 @@ class StepRun:
         self.hands.outputs[step.output].write(out, step.offset + (step.begin + start) * step.dtype.itemsize)
         self.hands.tally.bytes_written += out.size
 
-    def copy(self, stop: threading.Event) -> None:
-        """Integer and bool tensors: the base's bytes, when all agree."""
+    def copy(self, begin: int, end: int, stop: threading.Event) -> None:
+        """Elements begin .. end of a tensor that is not merged: the base's bytes, when all agree."""
         step = self.step
         entries = [(BASE, step.base), *zip(step.owners, step.models, strict=True)]
         present = [(key, entry) for key, entry in entries if entry is not None]
-        for start in range(0, step.count, self.tile):
+        for start in range(begin, end, self.tile):
             if stop.is_set():
                 return
-            count = min(self.tile, step.count - start)
+            count = min(self.tile, end - start)
             scratch = self.hands.scratch.get(0, count, False)
             raw = self._read(present[0][1], step.begin + start, count, scratch.base_raw)
             self.digests[present[0][0]].update(raw)
@@ -293,7 +306,7 @@ class StepRun:
             if not self.hands.broken.is_set():
                 self._write(raw, start, 0)
         for key in step.owners:
-            self.kept[key] += step.count
+            self.kept[key] += end - begin
 
 
 def combiner(step: Step) -> Callable[[Floats, Floats], Floats]:
