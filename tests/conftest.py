@@ -3,12 +3,18 @@
 
 import copy
 import json
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 
 import families
+
+# Examples are not timed: machines are noisy. CI repeats one fixed set; everyone else keeps looking for new ones.
+settings.register_profile("darekit", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("darekit")
 
 
 @pytest.fixture(scope="session")
