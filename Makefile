@@ -17,7 +17,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/run.py $(BENCH)
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/python docs/generate.py

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 import time
@@ -177,7 +176,11 @@ def _tell(progress: Progress, total: int, done: int) -> None:
 
 
 def peak_rss() -> int:
-    """The process's largest resident size so far, in bytes."""
+    """The process's largest resident size so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
