@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe: which models, sparsified how, merged how. Inert data (`data`), and the strict reading of it.
+
+`documents` turns YAML into plain data with the line of every key, `words` knows what may stand where, `reading` reads.
+Names and ranges of parameters come from the table of methods, never from here.
+"""
+
+from __future__ import annotations
+
+from darekit.recipe.data import Filtered, ModelEntry, Recipe, Sparsify, Value, resolve
+from darekit.recipe.reading import read_recipe
+from darekit.recipe.words import TOP_KEYS
+
+__all__ = ["TOP_KEYS", "Filtered", "ModelEntry", "Recipe", "Sparsify", "Value", "read_recipe", "resolve"]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe itself: inert data that knows no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from darekit.dtypes import DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """One entry of a per-tensor list: `value` for the tensors that `filter` matches ("*": all)."""
+
+    filter: str
+    value: Any
+
+
+Value = float | int | bool | str | tuple[Filtered, ...]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model: directory or Hub id as written, and the parameters that are set for it alone."""
+
+    model: str
+    parameters: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Sparsify:
+    """How each delta (or, `on` weights, each model) is made sparse; `parameters` holds only what was given."""
+
+    method: str
+    parameters: Mapping[str, Value]
+    on: Literal["delta", "weights"] = "delta"
+    seed: int = 0
+    keep_dense: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do, in native words and canonical names; knows no file. `dtype`: None keeps the base's."""
+
+    base_model: str | None
+    models: tuple[ModelEntry, ...]
+    sparsify: Sparsify | None
+    merge_method: str
+    parameters: Mapping[str, Value]
+    dtype: str | None = None
+    vocab: Literal["strict", "base", "pad"] = "strict"
+    tokenizer_source: str = "base"
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    text: str = field(default="", compare=False, repr=False)
+
+    def to_data(self) -> dict[str, Any]:
+        """The recipe as JSON-able data in native form: `read_recipe` of it gives an equal recipe."""
+        data: dict[str, Any] = {} if self.base_model is None else {"base_model": self.base_model}
+        data["models"] = [{"model": e.model, "parameters": _parameters_data(e.parameters)} for e in self.models]
+        if self.sparsify is not None:
+            data["sparsify"] = {
+                "method": self.sparsify.method,
+                **_parameters_data(self.sparsify.parameters),
+                "on": self.sparsify.on,
+                "seed": self.sparsify.seed,
+                "keep_dense": list(self.sparsify.keep_dense),
+            }
+        data["merge_method"] = self.merge_method
+        data["parameters"] = _parameters_data(self.parameters)
+        if self.dtype is not None:
+            data["dtype"] = DTYPES[self.dtype].torch_name
+        return data | {"vocab": self.vocab, "tokenizer_source": self.tokenizer_source}
+
+
+def _parameters_data(parameters: Mapping[str, Value]) -> dict[str, Any]:
+    return {
+        name: [{"filter": e.filter, "value": e.value} for e in value] if isinstance(value, tuple) else value
+        for name, value in parameters.items()
+    }
+
+
+def resolve(values: Sequence[Value | None], tensor: str) -> Any:
+    """Values in order of precedence (the model's, the recipe's), tensor name -> the value for that tensor.
+
+    The first scope that yields a value wins; a list of filters without a match falls through to the next scope.
+    None if nothing matches.
+
+    >>> resolve([(Filtered("mlp", 0.9),), 0.5], "model.layers.0.mlp.up_proj.weight")
+    0.9
+    >>> resolve([(Filtered("mlp", 0.9),), 0.5], "model.norm.weight")
+    0.5
+    """
+    for value in values:
+        if isinstance(value, tuple):
+            for entry in value:
+                if _matches(entry.filter, tensor):
+                    return entry.value
+        elif value is not None:
+            return value
+    return None
+
+
+def _matches(pattern: str, tensor: str) -> bool:
+    """A glob over the whole name if there is a glob character in it, else a substring."""
+    return pattern == "*" or (fnmatchcase(tensor, pattern) if is_glob(pattern) else pattern in tensor)
+
+
+def is_glob(pattern: str) -> bool:
+    """Whether a pattern is matched as a glob over the whole name."""
+    return any(character in pattern for character in "*?[")

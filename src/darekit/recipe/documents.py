@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YAML (or data) -> plain data that knows where each of its keys stands; overrides by dotted path."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import yaml
+
+from darekit.errors import RecipeError
+
+# --- YAML -> plain data, with the place of every key ---
+
+Key = tuple[str | int, ...]
+
+_LARGEST_FILE = 1 << 20
+_LARGEST_COUNT = 100_000  # keys and values after aliases are expanded: a bomb of nine lines has 1e9
+_DEEPEST = 32
+_LARGEST_INT = 1 << 128  # a hexadecimal number may be too long to print
+
+# What PyYAML's constructors let through for a value that its tag does not fit (`!!bool maybe`).
+_MALFORMED = (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain data, where each of its keys stands ("line 7"), and its text."""
+
+    name: str
+    data: dict[str, Any]
+    places: Mapping[Key, str]
+    text: str
+
+
+def fail(document: Document, path: Key, message: str) -> NoReturn:
+    """Raise with file, line and key; a message that starts with a space goes on from the key's name."""
+    dotted = ".".join(map(str, path))
+    joint = "" if not dotted or message.startswith(" ") else ": "
+    raise RecipeError(f"{_where(document, path)}: {dotted}{joint}{message}")
+
+
+def _where(document: Document, path: Key) -> str:
+    """File and line of a key, or of the nearest key around it."""
+    for end in range(len(path), 0, -1):
+        if path[:end] in document.places:
+            return f"{document.name} {document.places[path[:end]]}"
+    return document.name
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: its repr, shortened."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def open_file(path: Path) -> Document:
+    """A YAML file -> its document."""
+    name = str(path)
+    if "\n" in name:
+        raise RecipeError(
+            "a recipe is the path of a YAML file or a mapping, found text of several lines; for YAML text pass "
+            "yaml.safe_load(text)"
+        )
+    if path.is_dir():
+        raise RecipeError(f"{name} is a directory; a recipe is a YAML file: name the file in it")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise RecipeError(f"{name}: no such file{_similar_files(path)}") from None
+    except OSError as error:
+        raise RecipeError(f"{name} cannot be read: {error.strerror}") from None
+    if len(raw) > _LARGEST_FILE:
+        raise RecipeError(f"{name} is larger than 1 MiB; a recipe is a small YAML file: is this a checkpoint?")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{name} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save it as UTF-8") from None
+    data, places = _parse(text, name)
+    return _normalize(Document(name, data, places, text))
+
+
+def _similar_files(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
+    except OSError:
+        return ""
+    return did_you_mean(path.name, names)
+
+
+def open_data(source: Mapping[str, Any]) -> Document:
+    """Data in memory -> its document; None stands for "not given"."""
+    plain = _plain(source, 0)
+    # Programs pass None for "not given"; in a file an empty key is a slip.
+    data = {key: value for key, value in plain.items() if value is not None}
+    return _normalize(Document("recipe", data, {}, _dump(data)))
+
+
+def _dump(data: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """Mappings, sequences and numpy scalars of a caller -> dict, list and Python's own numbers."""
+    if depth > _DEEPEST:
+        raise RecipeError(f"recipe: nested deeper than {_DEEPEST} levels")
+    if isinstance(value, Mapping):
+        # YAML 1.1 reads the key `on` as true.
+        return {"on" if key is True else str(key): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        return value.item()
+    if isinstance(value, int) and abs(value) >= _LARGEST_INT:
+        raise RecipeError("recipe: found an integer of 2^128 or more; no parameter is that large")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise RecipeError(
+        f"recipe: found a {type(value).__name__} ({shown(value)}); expected mappings, lists, numbers and text"
+    )
+
+
+def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Key, str]]:
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            raise RecipeError(f"{name} is empty; a recipe needs at least `models:` and `merge_method:`")
+        if not isinstance(node, yaml.MappingNode):
+            raise RecipeError(
+                f"{name} line {node.start_mark.line + 1}: expected a mapping (`key: value` lines) at the top, found a "
+                f"{'list' if isinstance(node, yaml.SequenceNode) else 'single value'}"
+            )
+        walker = _Walker(loader, name)
+        return cast(dict[str, Any], walker.build(node, ())), walker.places
+    except yaml.MarkedYAMLError as error:
+        raise RecipeError(_yaml_problem(error, name)) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{name}: nested deeper than {_DEEPEST} levels") from None
+
+
+def _yaml_problem(error: yaml.MarkedYAMLError, name: str) -> str:
+    mark = error.problem_mark or error.context_mark
+    where = f"{name} line {mark.line + 1}" if mark else name
+    problem = error.problem or str(error)
+    if "single document" in (error.context or "") or "another document" in problem:
+        return f"{where}: a second document starts here (`---`); a recipe is one document: split the file"
+    hint = "; YAML indents with spaces, never with tabs" if r"'\t'" in problem else ""
+    return f"{where}: not YAML: {problem}{hint}"
+
+
+class _Walker:
+    """Nodes -> plain data. Keeps the lines, and counts, so that aliases cannot explode."""
+
+    def __init__(self, loader: yaml.SafeLoader, name: str) -> None:
+        self.loader, self.name, self.count = loader, name, 0
+        self.places: dict[Key, str] = {}
+
+    def build(self, node: yaml.Node, path: Key) -> Any:
+        self.count += 1
+        line = node.start_mark.line + 1
+        if self.count > _LARGEST_COUNT or len(path) > _DEEPEST:
+            raise RecipeError(
+                f"{self.name} line {line}: too large or too deep when its aliases are written out (at most "
+                f"{_LARGEST_COUNT} values, {_DEEPEST} levels)"
+            )
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            found = []
+            for i, item in enumerate(node.value):
+                self.places[(*path, i)] = f"line {item.start_mark.line + 1}"
+                found.append(self.build(item, (*path, i)))
+            return found
+        if not isinstance(node, yaml.ScalarNode):
+            raise RecipeError(f"{self.name} line {line}: the tag {node.tag!r} is not supported; remove it")
+        self.count += len(node.value) // 64
+        try:
+            value = self.loader.construct_object(node)
+        except _MALFORMED:
+            kind = node.tag.rpartition(":")[2]
+            raise RecipeError(f"{self.name} line {line}: {node.value[:40]!r} is not a valid {kind}") from None
+        if isinstance(value, int) and abs(value) >= _LARGEST_INT:
+            raise RecipeError(f"{self.name} line {line}: the number {node.value[:40]!r} is too large")
+        if value is None or isinstance(value, str | bool | int | float):
+            return value
+        return str(node.value)  # a date is a model's name here
+
+    def _mapping(self, node: yaml.MappingNode, path: Key) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        merged: list[yaml.Node] = []
+        for key, item in node.value:
+            line = key.start_mark.line + 1
+            if key.tag == "tag:yaml.org,2002:merge":
+                merged += item.value if isinstance(item, yaml.SequenceNode) else [item]
+                continue
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{self.name} line {line}: expected a word as a key, found a list or mapping")
+            name = str(key.value)  # the text, not what YAML 1.1 makes of it: it reads the key `on` as true
+            if name in lines:
+                raise RecipeError(
+                    f"{self.name} line {line}: {'.'.join(map(str, (*path, name)))} is given twice (first in line "
+                    f"{lines[name]}); keep one"
+                )
+            lines[name] = line
+            self.places[(*path, name)] = f"line {line}"
+            found[name] = self.build(item, (*path, name))
+        for other in merged:
+            extra = self.build(other, path)
+            if not isinstance(extra, dict):
+                raise RecipeError(f"{self.name} line {other.start_mark.line + 1}: `<<` merges mappings only")
+            found = extra | found
+        return found
+
+
+def _normalize(document: Document) -> Document:
+    """Give every model its mapping and every empty `parameters:` an empty one, so that all have the same paths."""
+    data = dict(document.data)
+    if data.get("parameters", 0) is None:
+        data["parameters"] = {}
+    if isinstance(data.get("models"), list):
+        data["models"] = [_model_mapping(entry) for entry in data["models"]]
+    return replace(document, data=data)
+
+
+def _model_mapping(entry: Any) -> Any:
+    if isinstance(entry, str):
+        return {"model": entry, "parameters": {}}
+    if isinstance(entry, dict) and entry.get("parameters") is None:
+        return entry | {"parameters": {}}
+    return entry
+
+
+# --- overrides ---
+
+
+def override(document: Document, settings: Mapping[str, Any], seed: int | None) -> Document:
+    """A document with values replaced by dotted path, and the seed where the form keeps it."""
+    changes: dict[tuple[str, ...], tuple[str, Any]] = {
+        tuple(dotted.split(".")): (dotted, value) for dotted, value in settings.items()
+    }
+    if seed is not None:
+        changes["sparsify" if "sparsify" in document.data else "parameters", "seed"] = ("seed", seed)
+    if not changes:
+        return document
+    data: dict[str, Any] = _plain(document.data, 0)
+    places = dict(document.places)
+    for path, (dotted, value) in changes.items():
+        if isinstance(value, str):
+            value = _parse_setting(value, dotted)
+        _set(data, path, dotted, _plain(value, 0))
+        key = tuple(int(part) if part.isdecimal() else part for part in path)
+        places = {other: place for other, place in places.items() if other[: len(key)] != key}
+        places[key] = f"setting {dotted}"
+    listed = ", ".join(f"{dotted}={value}" for dotted, value in changes.values())
+    return _normalize(replace(document, data=data, places=places, text=f"# overridden: {listed}\n{_dump(data)}"))
+
+
+def _parse_setting(text: str, dotted: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, *_MALFORMED) as error:
+        raise RecipeError(f"setting {dotted}: {text!r} is not a YAML value: {' '.join(str(error).split())}") from None
+
+
+def _set(data: dict[str, Any], path: tuple[str, ...], dotted: str, value: Any) -> None:
+    """Write `value` at `path` in the data; the last key and `parameters` may be new."""
+    here: Any = data
+    for depth, key in enumerate(path):
+        last = depth == len(path) - 1
+        around = ".".join(path[:depth]) or "the recipe"
+        if isinstance(here, list):
+            if not key.isdecimal() or int(key) >= len(here):
+                _fail_setting(dotted, f"{around} has the entries 0 to {len(here) - 1}, found {key!r}")
+            if last:
+                here[int(key)] = value
+            here = here[int(key)]
+        elif isinstance(here, dict):
+            if last:
+                here[key] = value
+            elif key not in here and key != "parameters":
+                known = ["parameters", *(name for name in here if name != "parameters")]
+                _fail_setting(dotted, f"{around} has no {key!r}{suggest(key, known, 'it has')}")
+            here = here.setdefault(key, {})
+        else:
+            _fail_setting(dotted, f"{around} is the single value {here!r} and has no {key!r}")
+
+
+def _fail_setting(dotted: str, message: str) -> NoReturn:
+    raise RecipeError(f"setting {dotted}: {message}")
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """ "; did you mean ...?" for the nearest known word, or nothing."""
+    close = difflib.get_close_matches(word.lower().replace("-", "_"), known, 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def suggest(word: str, known: Sequence[str], verb: str = "allowed here") -> str:
+    """The nearest known word, if one is near, and all of them."""
+    hint = did_you_mean(word, known)
+    return f"{hint} {verb.capitalize()}: {', '.join(known)}" if hint else f"; {verb}: {', '.join(known)}"

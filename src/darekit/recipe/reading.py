@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strict reading of a recipe, in passes over the whole of it: what is refused by name; unknown names; values;
+mergekit's words -> native ones; what belongs together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from darekit import mergekit
+from darekit.dtypes import DTYPES, FLOAT_DTYPES, dtype_from_torch_name
+from darekit.methods import MERGE_METHODS, SEED, SPARSIFIERS, Choice, Number, Parameter, Switch
+from darekit.naming import GROUPS
+from darekit.recipe.data import Filtered, ModelEntry, Recipe, Sparsify, Value, is_glob
+from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, override, shown, suggest
+from darekit.recipe.words import SPARSIFY_KEYS, Words, check_names, raw_models, refuse_later
+
+
+def read_recipe(
+    source: str | Path | Mapping[str, Any], *, settings: Mapping[str, Any] | None = None, seed: int | None = None
+) -> Recipe:
+    """A YAML file, or the same as data -> recipe; `settings` are overrides by dotted path, `seed` of `sparsify.seed`.
+
+    Raises:
+        RecipeError: the text is not a recipe: the message names file, line and key, and what to write instead.
+    """
+    document = open_data(source) if isinstance(source, Mapping) else open_file(Path(source))
+    document = override(document, settings or {}, seed)
+    refuse_later(document)
+    words = check_names(document)
+    models = _read_models(document, words)
+    shared = _read_parameters(document, ("parameters",), words.shared)
+    base = _read_text(document, "base_model")
+    notes = []
+    if base is not None and words.needs_base and any(_same(name, base) for _, name, _ in models):
+        notes.append(f"{base} is the base and also one of the models: its delta is 0, it is left out of the models")
+        models = [entry for entry in models if not _same(entry[1], base)]
+        if not models:
+            fail(document, ("models",), "only the base is listed; add a model that was fine-tuned from it")
+    if words.sparsify is None:
+        parts = mergekit.translate(words.method, shared, models, lambda path, why: fail(document, path, why))
+        notes.extend(parts.notes)
+        entries = [(k, ModelEntry(name, own)) for (k, name, _), own in zip(models, parts.models, strict=True)]
+        sparsify = Sparsify(parts.sparsifier, parts.sparsify, seed=parts.seed or 0) if parts.sparsifier else None
+        method, shared, seeded = parts.merge_method, parts.shared, parts.seed is not None
+    else:
+        entries = [(k, ModelEntry(name, own)) for k, name, own in models]
+        sparsify, method, seeded = _read_sparsify(document, words), words.method, "seed" in document.data["sparsify"]
+    recipe = Recipe(
+        base_model=base,
+        models=tuple(entry for _, entry in entries),
+        sparsify=sparsify,
+        merge_method=method,
+        parameters=shared,
+        dtype=_read_dtype(document),
+        vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),  # type: ignore[arg-type]
+        tokenizer_source=_read_tokenizer_source(document, base, [name for _, name, _ in _models_of(document)]),
+        text=document.text,
+    )
+    _check_whole(document, recipe, [k for k, _ in entries])
+    return replace(recipe, notes=(*notes, *_notes(recipe, seeded)))
+
+
+# --- values ---
+
+# PyYAML follows YAML 1.1, where 1e-5 without a point is text.
+_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]{1,4}")
+
+
+def _read_parameters(
+    document: Document, path: Key, allowed: Mapping[str, Parameter], skip: Sequence[str] = ()
+) -> dict[str, Value]:
+    raw: Any = document.data
+    for key in path:
+        raw = raw.get(key, {}) if isinstance(raw, dict) else raw[key]
+    return {
+        name: _read_value(document, (*path, name), allowed[name], value)
+        for name, value in raw.items()
+        if name not in skip
+    }
+
+
+def _read_value(document: Document, path: Key, parameter: Parameter, raw: Any) -> Value:
+    if raw is None:
+        fail(document, path, " has no value; give it one or remove the key")
+    if parameter.name == SEED.name:
+        return _read_seed(document, path, raw)
+    if isinstance(parameter.kind, Number):
+        if isinstance(raw, list | dict):
+            return _read_filters(document, path, parameter, raw)
+        return _read_number(document, path, parameter, raw)
+    if isinstance(raw, list | dict):
+        fail(document, path, f" is one value for all tensors, found {shown(raw)}")
+    if isinstance(parameter.kind, Switch) and not isinstance(raw, str) and raw in (0, 1):
+        raw = bool(raw)  # mergekit's users write `normalize: 1.0`
+    if isinstance(parameter.kind, Choice) and isinstance(raw, bool):
+        raw = str(raw).lower()
+    _check_range(document, path, parameter, raw)
+    return cast(Value, raw)
+
+
+def _check_range(document: Document, path: Key, parameter: Parameter, value: Any) -> None:
+    problem = parameter.problem(value)
+    if problem is not None:
+        fail(document, path, problem.removeprefix(parameter.name))
+
+
+def _read_number(document: Document, path: Key, parameter: Parameter, raw: Any) -> float:
+    if isinstance(raw, str):
+        raw = _number_of_text(document, path, raw)
+    _check_range(document, path, parameter, raw)
+    try:
+        number = float(raw)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        fail(document, path, f" must be a finite number, found {shown(raw)}")
+    return number
+
+
+def _number_of_text(document: Document, path: Key, raw: str) -> float:
+    if _EXPONENT.fullmatch(raw):
+        return float(raw)
+    hint = "; write a number"
+    try:
+        float(raw.removesuffix("%"))
+        hint = f"; a percentage? write {float(raw[:-1]) / 100:g}" if raw.endswith("%") else "; write it without quotes"
+    except ValueError:
+        pass
+    fail(document, path, f" must be a number, found the text {shown(raw)}{hint}")
+
+
+def _read_filters(document: Document, path: Key, parameter: Parameter, raw: Any) -> tuple[Filtered, ...]:
+    shape = "expected a number, or a list of {filter: part of a tensor's name, value: number}"
+    if raw == [] or (isinstance(raw, dict) and "value" not in raw):
+        fail(document, path, f"{shape}, found {shown(raw)}")
+    found: list[Filtered] = []
+    for i, entry in enumerate(raw if isinstance(raw, list) else [raw]):
+        here = (*path, i) if isinstance(raw, list) else path
+        if not isinstance(entry, dict):
+            if isinstance(entry, int | float) and not isinstance(entry, bool):
+                _refuse_gradient(document, path)
+            fail(document, here, f"{shape}, found {shown(entry)}")
+        if entry.get("value") is None:
+            fail(document, here, f"{shape}, found {shown(entry)} without a value")
+        if isinstance(entry["value"], list):
+            _refuse_gradient(document, here)
+        pattern = entry.get("filter", "*")
+        if not isinstance(pattern, str) or not pattern:
+            fail(document, (*here, "filter"), f"expected part of a tensor's name, a glob or '*', found {pattern!r}")
+        if found and found[-1].filter == "*":
+            fail(document, here, " is never reached: the entry before it matches every tensor; put that one last")
+        found.append(Filtered(pattern, _read_number(document, here, parameter, entry["value"])))
+    return tuple(found)
+
+
+def _refuse_gradient(document: Document, path: Key) -> NoReturn:
+    fail(
+        document,
+        path,
+        "a list of numbers is a gradient over the layers; gradients come in a later version of darekit: write one "
+        "number, or a list of {filter, value}",
+    )
+
+
+def _read_seed(document: Document, path: Key, raw: Any) -> int:
+    if isinstance(raw, bool) or not isinstance(raw, int) or SEED.problem(raw) is not None:
+        fail(document, path, f" must be a whole number from 0 to 2^64 - 1, found {shown(raw)}")
+    return raw
+
+
+def _read_text(document: Document, key: str) -> str | None:
+    return None if key not in document.data else _text(document, (key,), document.data[key])
+
+
+def _text(document: Document, path: Key, raw: Any) -> str:
+    """A checkpoint's name."""
+    if isinstance(raw, dict):
+        fail(document, path, "expected a directory or a Hub id as text (org/name@revision), found a mapping")
+    if raw is None or raw == "":
+        fail(document, path, " has no value; write a directory or a Hub id")
+    if not isinstance(raw, str):
+        fail(
+            document, path, f"expected a directory or a Hub id, found {shown(raw)}; put a name that looks so in quotes"
+        )
+    if "+" in raw:
+        fail(
+            document,
+            path,
+            f"{raw!r} names a LoRA adapter after the +; adapters as input come in a later version of darekit: merge "
+            "it first with PEFT's merge_and_unload(). (A directory with + in its name: use a link without it.)",
+        )
+    return raw
+
+
+def _read_choice(document: Document, path: tuple[str, ...], of: tuple[str, ...]) -> str:
+    """One of a few words at `path`; the first of them where the key is missing."""
+    block = document.data if len(path) == 1 else document.data[path[0]]
+    raw = block.get(path[-1], of[0])
+    if raw not in of:
+        fail(document, path, f" must be one of {', '.join(of)}, found {shown(raw)}{did_you_mean(str(raw), of)}")
+    return cast(str, raw)
+
+
+def _models_of(document: Document) -> list[tuple[int, str, Any]]:
+    found = []
+    for k, entry, own in raw_models(document):
+        if "model" not in entry:
+            fail(document, ("models", k), " has no model; add `model:` with a directory or a Hub id")
+        found.append((k, _text(document, ("models", k, "model"), entry["model"]), own))
+    return found
+
+
+def _read_models(document: Document, words: Words) -> list[tuple[int, str, dict[str, Value]]]:
+    return [
+        (k, name, _read_parameters(document, ("models", k, "parameters"), words.model))
+        for k, name, _ in _models_of(document)
+    ]
+
+
+def _same(one: str, other: str) -> bool:
+    return one.rstrip("/") == other.rstrip("/")
+
+
+def _read_sparsify(document: Document, words: Words) -> Sparsify:
+    assert words.sparsifier is not None and words.sparsify is not None
+    block = document.data["sparsify"]
+    return Sparsify(
+        method=words.sparsifier,
+        parameters=_read_parameters(document, ("sparsify",), words.sparsify, skip=SPARSIFY_KEYS),
+        on=_read_choice(document, ("sparsify", "on"), ("delta", "weights")),  # type: ignore[arg-type]
+        seed=_read_seed(document, ("sparsify", "seed"), block.get("seed", 0)),
+        keep_dense=_read_keep_dense(document, block.get("keep_dense", [])),
+    )
+
+
+def _read_keep_dense(document: Document, raw: Any) -> tuple[str, ...]:
+    path: Key = ("sparsify", "keep_dense")
+    raw = [raw] if isinstance(raw, str) else raw
+    if not isinstance(raw, list):
+        fail(document, path, f"expected a list of {', '.join(GROUPS)} or glob patterns, found {shown(raw)}")
+    for i, entry in enumerate(raw):
+        if not isinstance(entry, str) or not (entry in GROUPS or "." in entry or is_glob(entry)):
+            fail(
+                document,
+                (*path, i),
+                f"{entry!r} is neither a group ({', '.join(GROUPS)}) nor a glob over tensor names "
+                f"(*.q_proj.weight){did_you_mean(str(entry), GROUPS)}",
+            )
+    return tuple(raw)
+
+
+def _read_dtype(document: Document) -> str | None:
+    """Safetensors name of the output's dtype; `out_dtype` wins."""
+    names = {key: _dtype_name(document, key) for key in ("out_dtype", "dtype") if key in document.data}
+    return next(iter(names.values()), None)
+
+
+def _dtype_name(document: Document, key: str) -> str:
+    raw = document.data[key]
+    known = [DTYPES[name].torch_name for name in FLOAT_DTYPES]
+    entry = dtype_from_torch_name(raw) if isinstance(raw, str) else None
+    if entry is not None and entry.kind == "float":
+        return entry.name
+    if entry is not None:
+        fail(document, (key,), f" must be a floating point format, found {shown(raw)}; use one of {', '.join(known)}")
+    short = DTYPES.get(str(raw).upper().replace("FP", "F"))
+    hint = f"; did you mean {short.torch_name!r}?" if short else did_you_mean(str(raw), known)
+    fail(document, (key,), f" must be one of {', '.join(known)}, found {shown(raw)}{hint}")
+
+
+def _read_tokenizer_source(document: Document, base: str | None, models: Sequence[str]) -> str:
+    raw = document.data.get("tokenizer_source", "base")
+    if raw == "base" or (base is not None and isinstance(raw, str) and _same(raw, base)):
+        return "base"
+    if raw not in models:
+        fail(
+            document,
+            ("tokenizer_source",),
+            f" must be base or one of the models, found {shown(raw)}{suggest(str(raw), ['base', *models], 'known')}",
+        )
+    return cast(str, raw)
+
+
+# --- what belongs together ---
+
+
+def _check_whole(document: Document, recipe: Recipe, places: Sequence[int]) -> None:
+    method, sparsify = MERGE_METHODS[recipe.merge_method], recipe.sparsify
+    on_delta = sparsify is not None and sparsify.on == "delta"
+    if recipe.base_model is None and (method.needs_base or on_delta):
+        who = recipe.merge_method if method.needs_base else f"sparsify with {sparsify.method}"  # type: ignore[union-attr]
+        fail(document, (), f"no base_model; {who} works on differences to it: add base_model: the common ancestor")
+    if sparsify is None:
+        return
+    if sparsify.on == "weights" and method.needs_base:
+        fail(
+            document,
+            ("sparsify", "on"),
+            f"weights goes only with merge_method: linear; {recipe.merge_method} merges deltas: write on: delta",
+        )
+    if on_delta and recipe.merge_method == "linear" and recipe.parameters.get("normalize") is False:
+        fail(
+            document,
+            ("parameters", "normalize"),
+            "false makes linear a sum of whole models, which has no deltas to sparsify: write merge_method: "
+            "task_arithmetic (base + sum of deltas), or remove normalize",
+        )
+    for parameter in SPARSIFIERS[sparsify.method].parameters.values():
+        for place, entry in zip(places, recipe.models, strict=True):
+            if parameter.default is None and not {parameter.name} & ({*sparsify.parameters} | {*entry.parameters}):
+                fail(
+                    document,
+                    ("models", place),
+                    f"{entry.model} has no {parameter.name}; write it under `sparsify:` for all models or under this "
+                    "model's `parameters:`",
+                )
+    for place, entry in zip(places, recipe.models, strict=True):
+        _check_density(document, ("models", place, "parameters", "density"), entry.parameters)
+
+
+def _check_density(document: Document, path: Key, own: Mapping[str, Value]) -> None:
+    """Breadcrumbs counts survivors from mergekit's density as written: it must say the same as the drop rate."""
+    if "density" in own and own.get("drop_rate") != mergekit.drop_rates(own["density"]):
+        fail(document, path, " and drop_rate are one quantity; with a `sparsify:` block write only drop_rate")
+
+
+def _notes(recipe: Recipe, seeded: bool) -> Iterator[str]:
+    names = [entry.model for entry in recipe.models]
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        yield f"{name} is listed {names.count(name)} times: each counts as a model of its own"
+    given = {*recipe.parameters}.union(*(entry.parameters for entry in recipe.models))
+    whole = [entry.model for entry in recipe.models if "keep" not in {*entry.parameters} | {*recipe.parameters}]
+    if MERGE_METHODS[recipe.merge_method].trims and whole:
+        of = "" if "keep" not in given else f" for {' and '.join(whole)}"
+        yield f"{recipe.merge_method} without keep{of}: no trim (the TIES paper keeps 0.2)"
+    random = recipe.sparsify is not None and SPARSIFIERS[recipe.sparsify.method].random
+    if (seeded or "seed" in given) and not random:
+        yield "seed has no effect: nothing is drawn at random in this recipe"
