@@ -143,6 +143,19 @@ def test_links_lead_somewhere(document):
             assert (document.parent / target.split("#")[0]).exists(), f"{name_of(document)} links to {target}"
 
 
+def test_the_architecture_names_files_that_exist():
+    files = [f"/{path.relative_to(ROOT)}" for path in (ROOT / "src").rglob("*.py")] + ["/tests/test_imports.py"]
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").replace("\\", "")
+    named = set(re.findall(r"(?<![\w/])[a-z_]+(?:/[a-z_]+)*\.py\b", text))
+    assert {"planning.py", "tiles.py"} <= named
+    for name in named:
+        assert any(path.endswith(f"/{name}") for path in files), name
+    folders = re.findall(r"^ +\| +(?:\| +)?([a-z]+)/ ", text, re.M)
+    assert "checkpoints" in folders
+    for folder in folders:
+        assert (ROOT / "src" / "darekit" / folder).is_dir(), folder
+
+
 def test_make_has_the_targets_that_are_named():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     for document in DOCUMENTS:
@@ -157,7 +170,7 @@ def test_options_that_are_named_exist():
         text = document.read_text(encoding="utf-8")
         spans = [*re.findall(r"`([^`\n]*)`", text), *(block for kind, block, *_ in blocks(document) if kind == "sh")]
         for span in spans:
-            if re.search(r"\.py|pip |git |hf |ruff|pytest", span):  # another program's options
+            if re.search(r"\.py|pip |git |hf |ruff|pytest|BENCH=", span):  # another program's options
                 continue
             for flag in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", span):
                 assert flag in known, f"{name_of(document)} names {flag}"
