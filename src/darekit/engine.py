@@ -78,7 +78,7 @@ def execute(
     threads = threads or default_threads()
     began = time.perf_counter()
     jobs = [Job(group, tile) for group in _by_tensor(steps) if group[0].name not in finished]
-    queue = deque(_spans_in_order(jobs, threads))
+    queue = deque(_spans_in_order(jobs))
     records: dict[str, Mapping[str, Any]] = {}
     stop = threading.Event()
     broken = threading.Event()  # bad values were found: go on reading, to list them all, but write no more
@@ -91,7 +91,9 @@ def execute(
             except IndexError:
                 return
             worker.run(job, begin, end, stop)
-            record = job.close(begin, worker.tally)
+            if stop.is_set():  # somebody failed: this span may be cut short
+                return
+            record = job.close()
             if record is not None and not broken.is_set():
                 records[job.name] = record
                 if on_tensor:
@@ -133,7 +135,7 @@ def _by_tensor(steps: Sequence[Step]) -> list[list[Step]]:
     return groups
 
 
-def _spans_in_order(jobs: Sequence[Job], threads: int) -> list[tuple[Job, int, int]]:
+def _spans_in_order(jobs: Sequence[Job]) -> list[tuple[Job, int, int]]:
     """Jobs that one thread must do alone come first, largest first, so that none is left over at the end."""
     alone = sorted((job for job in jobs if len(job.spans) == 1), key=lambda job: -job.cost)
     shared = [job for job in jobs if len(job.spans) > 1]
@@ -174,7 +176,7 @@ class Job:
                 self._leaves.setdefault(key, {})[begin] = digest.finish()
             self._kept.update(kept)
 
-    def close(self, begin: int, tally: Tally) -> dict[str, Any] | None:
+    def close(self) -> dict[str, Any] | None:
         """One span is done; the tensor's record if it was the last."""
         with self._lock:
             self._open -= 1
