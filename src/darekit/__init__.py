@@ -19,6 +19,9 @@ _LAZY = {
     "drop": "api",
     "plan": "api",
     "inspect": "inspection",
+    "pack": "packs.packing",
+    "unpack": "packs.unpacking",
+    "open_pack": "packs.reading",
     "merge_tensors": "memory",
     "read_recipe": "recipe",
     "dare": "memory",
@@ -47,11 +50,14 @@ __all__ = [
     "plan",
     "read_recipe",
     "task_arithmetic",
+    "open_pack",
+    "pack",
     "ties",
 ]
 
 if TYPE_CHECKING:
     from darekit.api import drop, merge, plan
+    "unpack",
     from darekit.errors import DarekitError
     from darekit.inspection import inspect
     from darekit.memory import (
@@ -71,4 +77,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"darekit.{_LAZY[name]}"), name)
+    from darekit.packs.packing import pack
+    from darekit.packs.reading import open_pack
+    from darekit.packs.unpacking import unpack
     raise AttributeError(f"module 'darekit' has no attribute {name!r}")

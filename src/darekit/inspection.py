@@ -32,6 +32,7 @@ from darekit.homology import (
     weighted_median,
 )
 from darekit.kernels import cpu
+from darekit.packs.reading import open_model
 
 SHARES = (0.0002, 0.002, 0.005, 0.01)  # the limits that the paper discusses
 DECILES = tuple(i / 10 for i in range(11))
@@ -157,8 +158,8 @@ def inspect(
 
     opened: list[Checkpoint] = []
     try:
-        for ref in (base, model):
-            opened.append(open_checkpoint(ref))
+        opened.append(open_checkpoint(base))
+        opened.append(open_model(model, opened[0]))
         alignment = align(opened[0], opened[1:], "base")
         tensors = [t for t in alignment.tensors if t.models[0] and dtype_named(t.dtype).kind == "float"]
         total_bytes = sum(min(t.base.nbytes, t.models[0].nbytes) * 2 for t in tensors if t.base and t.models[0])

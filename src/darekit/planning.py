@@ -32,6 +32,7 @@ from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, Sparsifier
 from darekit.methods.sparsifiers import dropped_to_density
 from darekit.naming import group_of, is_kept_dense
+from darekit.packs.reading import open_model
 from darekit.recipe import Recipe, resolve
 from darekit.stages import TRIM, TRIM_MODEL, build, tile_of
 from darekit.steps import Input, StageSpec, Step
@@ -122,9 +123,9 @@ def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = 
     try:
         if recipe.base_model is not None:
             opened.append(open_checkpoint(recipe.base_model, search=search))
+        base = opened[0] if opened else None
         for entry in recipe.models:
-            opened.append(open_checkpoint(entry.model, search=search))
-        base = opened[0] if recipe.base_model is not None else None
+            opened.append(open_model(entry.model, base, search=search))
         models = tuple(opened[1:] if base else opened)
         yield make_plan(recipe, base, models, shard_size=shard_size)
     finally:

@@ -67,8 +67,10 @@ def execute(
     allow_nonfinite: bool,
     progress: Progress | None,
     say: Callable[[str], None],
+    accept: Callable[[Mapping[str, Mapping[str, Any]]], None] | None = None,
 ) -> Report:
-    """Execute a plan whose checkpoints are open, and publish the result at `out`."""
+    """Execute a plan whose checkpoints are open, and publish the result at `out`, unless `accept` of the tensors'
+    records raises."""
     threads = threads or engine.default_threads()
     tile = tile or tiles.TILE
     inputs = [file.path for checkpoint in plan.checkpoints for file in checkpoint.files]
@@ -121,6 +123,8 @@ def execute(
             _write(stage.path / INDEX_NAME, index_json(plan.shards))
         _write(stage.path / LOCK_NAME, json.dumps(make_lock(plan, records), indent=1) + "\n")
         for warning in _write_companions(plan, stage.path, out.name):
+        if accept:
+            accept(records)
             say(warning)
         stage.publish()
         publishing = time.perf_counter() - began

@@ -9,7 +9,15 @@ from __future__ import annotations
 from darekit.checkpoints.checkpoint import Checkpoint, TensorInfo, natural_key, sample_digest
 from darekit.checkpoints.files import ArrayBytes, FileRange, InputFile, OutputFile, Source, sync_directory
 from darekit.checkpoints.opening import open_checkpoint
-from darekit.checkpoints.safetensors import OutputTensor, Placement, Shard, index_json, lay_out, read_placements
+from darekit.checkpoints.safetensors import (
+    OutputTensor,
+    Placement,
+    Shard,
+    index_json,
+    lay_out,
+    read_header,
+    read_placements,
+)
 
 __all__ = [
     "ArrayBytes",
@@ -26,6 +34,7 @@ __all__ = [
     "lay_out",
     "natural_key",
     "open_checkpoint",
+    "read_header",
     "read_placements",
     "sample_digest",
     "sync_directory",

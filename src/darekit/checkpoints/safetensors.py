@@ -58,7 +58,12 @@ class Shard:
 
 
 def read_placements(file: InputFile) -> tuple[Placement, ...]:
-    """Header of a safetensors file -> its tensors, in the order of their bytes.
+    """Header of a safetensors file -> its tensors, in the order of their bytes; errors as `read_header`."""
+    return read_header(file)[1]
+
+
+def read_header(file: InputFile) -> tuple[dict[str, str], tuple[Placement, ...]]:
+    """Header of a safetensors file -> its metadata, and its tensors in the order of their bytes.
 
     Raises:
         CheckpointError: the file is malformed; the message says how and where.
@@ -75,11 +80,12 @@ def read_placements(file: InputFile) -> tuple[Placement, ...]:
     if not text.startswith(b"{"):
         raise CheckpointError(f"{where} is no safetensors file: its header begins with {text[:8]!r}, expected '{{'")
     header = parse_object(text, f"the header of {where}", strict=True)
-    _check_metadata(header.pop(METADATA, {}), where)
+    metadata = header.pop(METADATA, {})
+    _check_metadata(metadata, where)
     placements = [_read_entry(name, entry, 8 + length, where) for name, entry in header.items()]
     placements.sort(key=lambda place: (place.offset, place.nbytes))  # an empty tensor before its full neighbour
     _check_cover(placements, 8 + length, file)
-    return tuple(placements)
+    return metadata, tuple(placements)
 
 
 def lay_out(tensors: Sequence[OutputTensor], shard_size: int) -> tuple[Shard, ...]:

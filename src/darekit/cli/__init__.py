@@ -47,6 +47,13 @@ class SparsifierName(StrEnum):
     MAGNITUDE = "magnitude"
     DELLA = "della"
     BREADCRUMBS = "breadcrumbs"
+class PackRescale(StrEnum):
+    """Words for `pack --rescale`."""
+
+    PAPER = "paper"
+    NONE = "none"
+
+
 
 
 class RescaleName(StrEnum):
@@ -142,15 +149,19 @@ def drop(
     as_json: Json = False,
 ) -> None:
     """Drop most of one model's delta: base + sparsified (model - base), written to OUT."""
-    if not 0 <= drop_rate <= 1:
-        hint = f"; a percentage? write {drop_rate / 100:g}" if 1 < drop_rate <= 100 else ""
-        raise typer.BadParameter(f"{drop_rate:g} is outside [0, 1]{hint}", param_hint="-p")
+    _check_drop_rate(drop_rate)
     limit = _bytes_of(shard_size)
     with _errors_told():
         from darekit.api import drop_recipe
 
         extra = {name: value for name, value in (("window", window), ("gamma", gamma)) if value is not None}
         found = drop_recipe(
+def _check_drop_rate(drop_rate: float) -> None:
+    if not 0 <= drop_rate <= 1:
+        hint = f"; a percentage? write {drop_rate / 100:g}" if 1 < drop_rate <= 100 else ""
+        raise typer.BadParameter(f"{drop_rate:g} is outside [0, 1]{hint}", param_hint="-p")
+
+
             base, model, drop_rate=drop_rate, method=method.value, rescale=rescale.value if rescale else None,
             on=on.value, keep_dense=keep_dense or (), seed=seed, vocab=vocab.value, parameters=extra,
         )  # fmt: skip
@@ -192,6 +203,106 @@ def inspect(
         with display.progress_bar("inspecting", quiet=as_json) as progress:
             found = inspect_models(base, model, threads=threads, progress=progress)
         display.show_inspection(found, as_json=as_json)
+
+@app.command()
+def pack(
+    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
+    model: Annotated[str, typer.Argument(help="The fine-tuned model: directory, file or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="File to write, OUT.safetensors.")],
+    drop_rate: Annotated[float, typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped.")],
+    bits: Annotated[int, typer.Option(help="Per kept element: 64, 32, 16, 8, 4, 2 or 1.")] = 16,
+    dense_bits: Annotated[
+        int | None, typer.Option(help="The same for tensors that are not dropped; default: as --bits, at least 4.")
+    ] = None,
+    group: Annotated[
+        int, typer.Option(min=1, max=65536, help="Kept elements that share a scale (8 bits or less).")
+    ] = 64,
+    rescale: Annotated[PackRescale, typer.Option(help="What survivors are multiplied by.")] = PackRescale.PAPER,
+    keep_dense: Annotated[
+        list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
+    ] = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Store MODEL as its sparse delta from BASE, in the file OUT: no index, as the mask is a function of a seed."""
+    _check_drop_rate(drop_rate)
+    widths = (64, 32, 16, 8, 4, 2, 1)
+    for value, name in ((bits, "--bits"), (dense_bits, "--dense-bits")):
+        if value is not None and value not in widths:
+            raise typer.BadParameter(f"{value} is none of {', '.join(map(str, widths))}", param_hint=name)
+    with _errors_told():
+        from darekit.cli import display, packs
+        from darekit.packs.packing import pack as pack_model
+
+        with display.progress_bar("packing", quiet=as_json) as progress:
+            report = pack_model(
+                base, model, out, drop_rate=drop_rate, bits=bits, dense_bits=dense_bits, group=group,
+                rescale=rescale.value, keep_dense=keep_dense or (), seed=seed, threads=threads, overwrite=overwrite,
+                force=force, progress=progress, say=display.say_note,
+            )  # fmt: skip
+        packs.show_pack(report, as_json=as_json)
+
+
+@app.command()
+def unpack(
+    base: Annotated[str, typer.Argument(help="The checkpoint that PACK was made against.")],
+    pack: Annotated[Path, typer.Argument(help="A file that `dare pack` wrote.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    threads: Threads = None,
+    shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Write the packed model as an ordinary model directory, with the bits that `dare drop` gives."""
+    limit = _bytes_of(shard_size)
+    with _errors_told():
+        from darekit.cli import display
+        from darekit.packs.unpacking import unpack as unpack_model
+
+        with display.progress_bar("unpacking", quiet=as_json) as progress:
+            report = unpack_model(
+                base, pack, out, threads=threads, shard_size=limit, overwrite=overwrite, resume=resume,
+                progress=progress, say=display.say_note,
+            )  # fmt: skip
+        display.show_report(report, as_json=as_json)
+
+
+@app.command()
+def verify(
+    pack: Annotated[Path, typer.Argument(help="A file that `dare pack` wrote.")],
+    base: Annotated[str | None, typer.Argument(help="The checkpoint that it was made against.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Check PACK against its own digests, and with BASE every result; writes nothing, exits with 1 on a fault."""
+    with _errors_told():
+        from darekit.cli import display, packs
+        from darekit.packs.reading import open_pack
+
+        with open_pack(pack, base=base) as found, display.progress_bar("verifying", quiet=as_json) as progress:
+            verification = found.verify(threads=threads, progress=progress)
+        packs.show_verification(verification, as_json=as_json)
+    if verification.faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(
+    pack: Annotated[Path, typer.Argument(help="A file that `dare pack` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Show what PACK is: its model and base, size and ratio, drop rate, bits, license."""
+    with _errors_told():
+        from darekit.cli import packs
+        from darekit.packs.reading import open_pack
+
+        with open_pack(pack) as found:
+            packs.show_info(found.info(), as_json=as_json)
+
 
 
 @app.command()

@@ -346,3 +346,60 @@ def count_bins(delta, bins, dropped_bits):
     bits = delta.view(np.uint32)
     for i in range(bits.size):
         bins[(bits[i] & _ABS) >> np.uint32(dropped_bits)] += 1
+
+
+@_kernel
+def kept_indices(seed, stream, start, threshold, count, out):
+    """Which of elements start .. start + count survive -> the front of `out`, (count,) int32, counted from `start`.
+
+    Returns how many. `threshold` is below 2^32.
+    """
+    words = np.empty(BLOCK, np.uint32)
+    limit = np.uint32(threshold)
+    place = np.int64(0)
+    done = 0
+    while done < count:
+        offset = (start + done) % BLOCK
+        size = min(BLOCK - offset, count - done)
+        _draw_block((start + done) // BLOCK, stream, seed, words)
+        for i in range(size):  # no branch: at p = 0.9 it would be mispredicted for one element in ten
+            out[place] = done + i
+            place += np.int64(words[offset + i] >= limit)
+        done += size
+    return place
+
+
+@_kernel
+def count_kept(seed, stream, start, threshold, count):
+    """How many of elements start .. start + count survive; both are multiples of 1024."""
+    words = np.empty(BLOCK, np.uint32)
+    limit = np.uint32(threshold)
+    kept = 0
+    for block in range(start // BLOCK, (start + count) // BLOCK):
+        _draw_block(block, stream, seed, words)
+        survivors = np.uint32(0)
+        for i in range(BLOCK):
+            survivors += np.uint32(words[i] >= limit)
+        kept += int(survivors)
+    return kept
+
+
+@_kernel
+def restore_bf16(raw, indices, tuned, factor):
+    """(n,) uint16 BF16 base in place, (k,) int32, (k,) uint16 BF16: `difference_bf16`, `scale`, `add_round_bf16` there.
+
+    Returns how many of the results are NaN or Inf.
+    """
+    bad = np.uint32(0)
+    for j in range(indices.size):
+        bits = np.uint32(raw[indices[j]])
+        base = np.uint32(bits << np.uint32(16)).view(np.float32)
+        change = np.float32(
+            np.float32(np.uint32(np.uint32(tuned[j]) << np.uint32(16)).view(np.float32) - base) * factor
+        )
+        total = np.float32(base + change).view(np.uint32)
+        rounded = np.uint32(total + np.uint32(0x7FFF) + ((total >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        rounded = bits if change == np.float32(0) else rounded
+        bad += np.uint32((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80))
+        raw[indices[j]] = np.uint16(rounded)
+    return bad

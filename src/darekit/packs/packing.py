@@ -1,0 +1,524 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a pack: plan as `dare drop` does > what changed, what is kept > layout > leaves in any order > header.
+
+Sizes are known before the first byte, as the mask does not depend on the values: so leaves are written where they
+belong by any thread, and memory is a few leaves per thread, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from darekit import __version__, api
+from darekit.checkpoints import Checkpoint, OutputFile, OutputTensor, sync_directory
+from darekit.digests import LEAF, checkpoint_digest, tensor_digest
+from darekit.dtypes import DTYPES, Bytes, DType, dtype_named
+from darekit.errors import CheckpointError, DataError, OutputError, PlanError
+from darekit.homology import AlignedTensor
+from darekit.naming import has_vocabulary_rows
+from darekit.output.card import agreed_license, public_name
+from darekit.output.tokenizer import model_files, tokenizer_files
+from darekit.packs.format import (
+    FILE_ROLE,
+    GROUP_LIMIT,
+    CompanionFile,
+    Counts,
+    Document,
+    LeafTable,
+    PackedTensor,
+    full_counts,
+    lay_out_parts,
+    leaf_table,
+    needs_table,
+    render_header,
+    stored_digest,
+)
+from darekit.packs.leaves import Mask, encode, factor_of, restore, take
+from darekit.packs.workers import run_all
+from darekit.planning import Plan, drop_rate_of, open_plan
+from darekit.running import Progress, peak_rss
+
+LEAVES = 16  # one job: read, encoded and written at once
+BITS = (64, 32, 16, 8, 4, 2, 1)
+SAMPLE = 4096  # bytes at the start, in the middle and at the end, which tell most changed tensors at once
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What a finished pack is. `ratio`: the model's bytes over the pack's."""
+
+    output: str
+    seconds: float
+    bytes: int
+    model_bytes: int
+    tensors: int
+    same: int
+    parameters: int
+    kept: int
+    seed: int
+    peak_rss_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the model."""
+        return self.model_bytes / self.bytes
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**self.__dict__, "notes": list(self.notes), "ratio": self.ratio}
+
+
+def pack(
+    base: str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    drop_rate: float,
+    bits: int = 16,
+    dense_bits: int | None = None,
+    group: int = 64,
+    rescale: str = "paper",
+    keep_dense: Sequence[str] = (),
+    seed: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> PackReport:
+    """Store a fine-tuned model as its kept deltas from a base, in one safetensors file.
+
+    Args:
+        base: the checkpoint that `model` was fine-tuned from.
+        model: the fine-tuned model.
+        out: the file to write.
+        drop_rate: fraction of the delta that is dropped, in [0, 1].
+        bits: per kept element: 64, 32 or 16 (exact where the format has no more), 8, 4, 2 or 1.
+        dense_bits: the same for tensors that are not dropped; `bits` where not given, at least 4.
+        group: kept elements that share a scale, where bits are 8 or fewer.
+        rescale: paper (kept deltas times 1/(1-p)) or none.
+        keep_dense: groups or glob patterns of tensors that are not dropped.
+        seed: the mask's effective seed; derived from the model's content where not given, as `drop` does.
+        threads: worker threads.
+        overwrite: replace `out`.
+        force: go on although the base looks wrong or too much is dropped.
+        progress: called with (bytes done, bytes in all).
+        say: receives notes and warnings as they arise.
+
+    Raises:
+        DarekitError: see `darekit.errors`; nothing is written then.
+    """
+    from darekit.engine import default_threads
+
+    out = Path(out)
+    dense_bits = max(bits, 4) if dense_bits is None else dense_bits
+    if bits not in BITS or dense_bits not in BITS:
+        raise PlanError(f"{bits if bits not in BITS else dense_bits} bits are none of {', '.join(map(str, BITS))}")
+    if not 1 <= group <= GROUP_LIMIT:
+        raise PlanError(f"groups of {group} elements; expected 1 to {GROUP_LIMIT}")
+    if rescale not in ("paper", "none"):
+        raise PlanError(f"rescale {rescale!r}: a pack knows paper and none")
+    recipe = api.drop_recipe(
+        str(base), str(model), drop_rate=drop_rate, rescale=rescale, keep_dense=keep_dense, seed=seed
+    )
+    said: list[str] = []
+
+    def note(line: str) -> None:
+        said.append(line)
+        if say:
+            say(line)
+
+    began = time.perf_counter()
+    with open_plan(recipe) as plan:
+        _refuse_out(out, plan, overwrite)
+        for line in plan.notes:
+            note(line)
+        api.check(plan, force=force, say=note)
+        settings = {
+            "drop_rate": drop_rate, "bits": bits, "dense_bits": dense_bits, "group": group,
+            "keep_dense": list(keep_dense),
+        }  # fmt: skip
+        writer = Writer(plan, settings, rescale, threads or default_threads())
+        for line in writer.losses():
+            note(line)
+        size, document = writer.write(out, overwrite=overwrite, progress=progress)
+        model_bytes = sum(info.nbytes for info in plan.models[0].tensors.values())
+    tensors = document.tensors.values()
+    return PackReport(
+        str(out), time.perf_counter() - began, size, model_bytes, len(tensors),
+        sum(tensor.kind == "same" for tensor in tensors), sum(tensor.count for tensor in tensors),
+        sum(tensor.kept for tensor in tensors), document.seed, peak_rss(), tuple(said),
+    )  # fmt: skip
+
+
+def _refuse_out(out: Path, plan: Plan, overwrite: bool) -> None:
+    if out.suffix != ".safetensors":
+        raise OutputError(f"{out} must end in .safetensors: a pack is such a file, and is known by its name")
+    if out.is_dir():
+        raise OutputError(f"{out} is a directory; a pack is one file")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists; choose another name, or replace it with --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"there is no directory {out.absolute().parent} to write {out.name} in")
+    if any(file.path.resolve() == out.resolve() for checkpoint in plan.checkpoints for file in checkpoint.files):
+        raise OutputError(f"{out} is one of the inputs; choose another name")
+
+
+def encoding_for(bits: int, dtype: DType) -> tuple[str, DType]:
+    """Bits asked for and the fine-tuned tensor's format -> encoding, and the format of the values."""
+    if bits >= 8 * dtype.itemsize:
+        return "exact", dtype
+    if bits >= 16:
+        return "delta", DTYPES["F32" if bits == 32 else "BF16"]
+    return f"int{bits}", DTYPES["U8"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A tensor on its way into the pack. `digests`: of every leaf of base, result and stored bytes."""
+
+    source: AlignedTensor
+    tensor: PackedTensor
+    values: DType
+    counts: Counts
+    rows: Bytes | None
+    digests: Mapping[str, list[bytes]]
+
+
+class Writer:
+    """One pack being written."""
+
+    def __init__(self, plan: Plan, settings: Mapping[str, Any], rescale: str, threads: int) -> None:
+        assert plan.base is not None and plan.seeds[0] is not None
+        self.plan, self.settings, self.rescale, self.threads = plan, settings, rescale, threads
+        self.base, self.model, self.seed = plan.base, plan.models[0], plan.seeds[0]
+
+    def losses(self) -> Iterator[str]:
+        """What is lost beside what is dropped, where one would not expect it."""
+        found = {
+            info.dtype
+            for aligned in self.plan.alignment.tensors
+            if (info := aligned.models[0]) is not None
+            and dtype_named(info.dtype).kind == "float"
+            and encoding_for(self._bits(aligned), dtype_named(info.dtype))[0] == "delta"
+        }
+        for dtype in sorted(found):
+            yield (
+                f"{self.settings['bits']} bits are fewer than {dtype} has: deltas are rounded, and unpack differs from "
+                f"`dare drop` by that; --bits {8 * DTYPES[dtype].itemsize} is exact"
+            )
+
+    def write(self, out: Path, *, overwrite: bool, progress: Progress | None) -> tuple[int, Document]:
+        """Scan, lay out, write out of sight, publish."""
+        jobs = self._scan()
+        contents = dict(_companions(self.model))
+        files = tuple(
+            CompanionFile(name, not _is_same_file(self.base, name, raw), xxhash.xxh3_128_hexdigest(raw))
+            for name, raw in contents.items()
+        )
+        document = Document(
+            seed=self.seed,
+            rescale=self.rescale,
+            tensors={job.tensor.name: job.tensor for job in jobs},
+            files=files,
+            base={
+                "ref": public_name(self.base.ref),
+                "revision": self.base.revision,
+                "sample_digest": self.plan.sample_digests[0].hex(),
+                "content_digest": None,
+            },
+            model={
+                "ref": public_name(self.model.ref),
+                "revision": self.model.revision,
+                "sample_digest": self.plan.sample_digests[1].hex(),
+            },
+            settings=self.settings,
+            license=agreed_license([self.model.directory] if self.model.directory else []),
+            tool=f"darekit {__version__}",
+        )
+        # The digest is not known yet, but its size is.
+        document = replace(document, base={**document.base, "content_digest": "0" * 32})
+        stored = [file for file in files if file.stored]
+        parts = [part for job in jobs for part in _parts_of(job)]
+        parts += [OutputTensor(f"{FILE_ROLE}:{file.name}", "U8", (len(contents[file.name]),)) for file in stored]
+        layout = lay_out_parts(parts, document)
+        hidden = out.with_name(f".{out.name}.darekit-part")
+        try:
+            output = OutputFile.create(hidden, layout.size)
+            try:
+                for file in stored:
+                    place = layout.places[f"{FILE_ROLE}:{file.name}"]
+                    output.write(np.frombuffer(contents[file.name], np.uint8), place.offset)
+                offsets = {name: place.offset for name, place in layout.places.items()}
+                self._write_leaves(jobs, offsets, output, progress)
+                document = self._with_digests(document, jobs)
+                header = render_header(document, list(layout.places.values()), layout.data)
+                output.write(np.frombuffer(header, np.uint8), 0)
+                output.sync()
+            finally:
+                output.close()
+            self._refuse_changed()
+            _publish(hidden, out, overwrite)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                hidden.unlink()
+            raise
+        return layout.size, document
+
+    def _bits(self, aligned: AlignedTensor) -> int:
+        rate, _ = drop_rate_of(self.plan.recipe, 0, aligned)
+        return int(self.settings["bits" if rate > 0 else "dense_bits"])
+
+    def _scan(self) -> list[_Job]:
+        """What is stored of each tensor: nothing where nothing changed, and no row that did not."""
+        aligned = self.plan.alignment.tensors
+        found: dict[str, _Job] = {}
+
+        def scan(one: AlignedTensor) -> int:
+            found[one.name] = self._scan_tensor(one)
+            return 1
+
+        run_all(sorted(aligned, key=lambda one: -(one.base.nbytes if one.base else 0)), scan, threads=self.threads)
+        return [found[one.name] for one in aligned]
+
+    def _scan_tensor(self, aligned: AlignedTensor) -> _Job:
+        base, tuned = aligned.base, aligned.models[0]
+        assert base is not None
+        rate, _ = drop_rate_of(self.plan.recipe, 0, aligned)
+        tensor = PackedTensor(aligned.name, base.dtype, base.shape, "same")
+        floats = dtype_named(base.dtype).kind == "float"
+        if tuned is None:
+            return _same(aligned, tensor, _leaf_digests(aligned))
+        bitmap = None
+        alike = tuned.dtype == base.dtype
+        if alike and (not floats or rate == 0 or has_vocabulary_rows(base.name, base.shape) or _looks_same(aligned)):
+            changed, leaves = _changed_rows(aligned, tensor)
+            if not changed.any():
+                return _same(aligned, tensor, leaves)
+            if not changed.all():
+                bitmap = np.packbits(changed, bitorder="little")
+        if not floats:
+            raise DataError(
+                f"{base.name} ({base.dtype}) differs from the base's. The delta of integers cannot be stored; if the "
+                "model is quantised, dequantise it first"
+            )
+        encoding, values = encoding_for(self._bits(aligned), dtype_named(tuned.dtype))
+        group = self.settings["group"] if values.name == "U8" else 0
+        tensor = replace(tensor, kind="delta", drop_rate=rate, encoding=encoding, group=group)
+        if bitmap is not None:
+            saved = (1 - changed.mean()) * tensor.count * (1 - rate) * (tensor.bits or 8 * values.itemsize) / 8
+            if saved <= bitmap.size + 2 * tensor.leaves:
+                bitmap = None
+        mask = Mask(tensor, self.seed, bitmap)
+        counts = np.array([mask.count(leaf) for leaf in range(tensor.leaves)], np.int64).reshape(-1)
+        tensor = replace(tensor, kept=int(counts.sum()))
+        return _Job(aligned, tensor, values, counts, bitmap, _digest_lists(tensor))
+
+    def _write_leaves(
+        self, jobs: Sequence[_Job], offsets: Mapping[str, int], output: OutputFile, progress: Progress | None
+    ) -> None:
+        total = sum(info.nbytes for checkpoint in self.plan.checkpoints for info in checkpoint.tensors.values())
+        spans = []
+        for job in jobs:
+            tensor = job.tensor
+            if tensor.kind == "same":
+                continue
+            head = []
+            if job.rows is not None:
+                output.write(job.rows, offsets[f"rows:{tensor.name}"])
+                head.append(xxhash.xxh3_128_digest(job.rows))
+            if needs_table(tensor, job.rows is not None):
+                raw = job.counts.astype(_table_dtype(job.counts)).view(np.uint8)
+                output.write(raw, offsets[f"leaves:{tensor.name}"])
+                head.append(xxhash.xxh3_128_digest(raw))
+            job.digests["stored"][:] = [*head, *job.digests["stored"]]
+            table = leaf_table(tensor, job.counts, job.values.itemsize)
+            spans += [(job, table, len(head), first) for first in range(0, tensor.leaves, LEAVES)]
+
+        def work(span: tuple[_Job, LeafTable, int, int]) -> int:
+            return self._write_span(*span, offsets, output)
+
+        def tell(done: int) -> None:
+            if progress:
+                progress(done, total)
+
+        run_all(spans, work, threads=self.threads, tell=tell)
+        tell(total)
+
+    def _write_span(
+        self, job: _Job, table: LeafTable, head: int, first: int, offsets: Mapping[str, int], output: OutputFile
+    ) -> int:
+        """Some leaves of one tensor, from disk to disk; returns the bytes read."""
+        tensor, info = job.tensor, job.source.models[0]
+        assert job.source.base is not None and info is not None
+        formats = DTYPES[tensor.dtype], DTYPES[info.dtype]
+        mask, factor = Mask(tensor, self.seed, job.rows), factor_of(tensor, self.rescale)
+        last = min(first + LEAVES, tensor.leaves)
+        values, scales, done = [], [], 0
+        for leaf in range(first, last):
+            raws = []
+            for source, dtype in zip((job.source.base.source, info.source), formats, strict=True):
+                raw = np.empty(min(LEAF, tensor.count - leaf * LEAF) * dtype.itemsize, np.uint8)
+                source.read_into(raw, leaf * LEAF * dtype.itemsize)
+                raws.append(raw)
+                done += raw.size
+            before, after = raws
+            job.digests["base"][leaf] = xxhash.xxh3_128_digest(before)
+            indices = None if mask.whole else mask.indices(leaf)
+            kept = (before, after) if indices is None else (
+                take(before, formats[0], indices), take(after, formats[1], indices)
+            )  # fmt: skip
+            stored, scale = encode(tensor, *kept, job.values, formats[1])
+            try:
+                restore(tensor, job.values, factor, indices, stored, scale, before)
+            except CheckpointError as error:
+                raise DataError(f"{tensor.name}: the result would be NaN or Inf: smaller drop rate?") from error
+            job.digests["result"][leaf] = xxhash.xxh3_128_digest(before)
+            job.digests["stored"][head + leaf] = xxhash.xxh3_128_digest(stored.tobytes() + scale.tobytes())
+            values.append(stored)
+            scales.append(scale)
+        for role, pieces, starts in (("values", values, table.values), ("scales", scales, table.scales)):
+            whole = np.concatenate(pieces)
+            if whole.size:
+                output.write(whole, offsets[f"{role}:{tensor.name}"] + int(starts[first]))
+        return done
+
+    def _with_digests(self, document: Document, jobs: Sequence[_Job]) -> Document:
+        tensors = {}
+        for job in jobs:
+            base = tensor_digest(job.digests["base"])
+            result = base if job.tensor.kind == "same" else tensor_digest(job.digests["result"])
+            stored = stored_digest(job.digests["stored"])
+            tensors[job.tensor.name] = replace(job.tensor, base=base, result=result, stored=stored)
+
+        def content(which: str) -> str:
+            return checkpoint_digest((t.name, t.dtype, t.shape, getattr(t, which)) for t in tensors.values())
+
+        return replace(
+            document,
+            tensors=tensors,
+            base={**document.base, "content_digest": content("base")},
+            content_digest=content("result"),
+        )
+
+    def _refuse_changed(self) -> None:
+        changed = [str(f.path) for checkpoint in self.plan.checkpoints for f in checkpoint.files if f.changed()]
+        if changed:
+            raise CheckpointError(
+                f"{', '.join(changed)} changed while it was read; nothing was written. Run again when it is still"
+            )
+
+
+def _digest_lists(tensor: PackedTensor) -> dict[str, list[bytes]]:
+    return {key: [b""] * tensor.leaves for key in ("base", "result", "stored")}
+
+
+def _same(aligned: AlignedTensor, tensor: PackedTensor, leaves: list[bytes]) -> _Job:
+    digests = {"base": leaves, "result": leaves, "stored": []}
+    return _Job(aligned, tensor, DTYPES[tensor.dtype], full_counts(tensor), None, digests)
+
+
+def _leaf_digests(aligned: AlignedTensor) -> list[bytes]:
+    return [xxhash.xxh3_128_digest(raw) for raw, _ in _leaf_pairs(aligned)]
+
+
+def _leaf_pairs(aligned: AlignedTensor) -> Iterator[tuple[Bytes, Bytes]]:
+    """Raw leaves of the base and of the model (of the base twice, where the model has nothing)."""
+    base, tuned = aligned.base, aligned.models[0] or aligned.base
+    assert base is not None and tuned is not None
+    size = LEAF * dtype_named(base.dtype).itemsize
+    buffers = np.empty(size, np.uint8), np.empty(size, np.uint8)
+    for start in range(0, base.nbytes, size):
+        count = min(size, base.nbytes - start)
+        base.source.read_into(buffers[0][:count], start)
+        tuned.source.read_into(buffers[1][:count], start)
+        yield buffers[0][:count], buffers[1][:count]
+
+
+def _looks_same(aligned: AlignedTensor) -> bool:
+    base, tuned = aligned.base, aligned.models[0]
+    assert base is not None and tuned is not None
+    size = min(SAMPLE, base.nbytes)
+    raws = np.empty(size, np.uint8), np.empty(size, np.uint8)
+    for at in (0, (base.nbytes - size) // 2, base.nbytes - size):
+        base.source.read_into(raws[0], at)
+        tuned.source.read_into(raws[1], at)
+        if not np.array_equal(*raws):
+            return False
+    return True
+
+
+def _changed_rows(aligned: AlignedTensor, tensor: PackedTensor) -> tuple[np.ndarray, list[bytes]]:
+    """(rows,) bool: whether any bit of the row differs; and the digests of the base's leaves."""
+    word = f"u{DTYPES[tensor.dtype].itemsize}"
+    rows = tensor.shape[0] if tensor.shape else 1
+    changed = np.zeros(rows if tensor.count else 0, bool)
+    digests = []
+    start = 0
+    for before, after in _leaf_pairs(aligned):
+        digests.append(xxhash.xxh3_128_digest(before))
+        differs = before.view(word) != after.view(word)
+        if differs.any():
+            first, end = start // tensor.row, -(-(start + differs.size) // tensor.row)
+            begins = np.maximum(np.arange(first, end, dtype=np.int64) * tensor.row - start, 0)
+            changed[first:end] |= np.bitwise_or.reduceat(differs, begins)
+        start += differs.size
+    return changed, digests
+
+
+def _table_dtype(counts: Counts) -> np.dtype:
+    return np.dtype("<u4" if counts.max(initial=0) > 0xFFFF else "<u2")
+
+
+def _parts_of(job: _Job) -> Iterator[OutputTensor]:
+    tensor = job.tensor
+    if tensor.kind == "same":
+        return
+    table = leaf_table(tensor, job.counts, job.values.itemsize)
+    yield OutputTensor(f"values:{tensor.name}", job.values.name, (int(table.values[-1]) // job.values.itemsize,))
+    if tensor.bits:
+        yield OutputTensor(f"scales:{tensor.name}", "BF16", (int(table.scales[-1]) // 2,))
+    if job.rows is not None:
+        yield OutputTensor(f"rows:{tensor.name}", "U8", (job.rows.size,))
+    if needs_table(tensor, job.rows is not None):
+        dtype = "U32" if _table_dtype(job.counts).itemsize == 4 else "U16"
+        yield OutputTensor(f"leaves:{tensor.name}", dtype, (tensor.leaves,))
+
+
+def _companions(model: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """Name -> content of the small files that make the result an ordinary model directory."""
+    directory = model.directory
+    if directory is None:
+        return
+    paths = [path for path in (directory / "config.json",) if path.is_file()]
+    for path in dict.fromkeys((*paths, *tokenizer_files(directory), *model_files(directory))):
+        with contextlib.suppress(OSError):
+            yield path.relative_to(directory).as_posix(), path.read_bytes()
+
+
+def _is_same_file(base: Checkpoint, name: str, raw: bytes) -> bool:
+    if base.directory is None:
+        return False
+    try:
+        return (base.directory / name).read_bytes() == raw
+    except OSError:
+        return False
+
+
+def _publish(hidden: Path, out: Path, overwrite: bool) -> None:
+    try:
+        if out.exists() and not overwrite:
+            raise OutputError(f"{out} appeared while the pack was written; nothing was replaced")
+        hidden.replace(out)
+        sync_directory(out.absolute().parent)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error

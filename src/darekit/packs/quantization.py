@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deltas as integers of 8, 4, 2 or 1 bits with one BF16 scale per group, and integers as packed bits.
+
+8 and 4 bits: q in [-(2^(b-1)-1), 2^(b-1)-1], scale max|d| / qmax rounded up, so that nothing is clipped. 2 bits: q in
+{-1, 0, 1}. 1 bit: the sign, scale mean|d| (BitDelta, arXiv 2402.10193, in groups). A value is q * scale.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from darekit.dtypes import Bytes, Floats
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+LARGEST = np.float32(3.3895314e38)  # of BF16
+# Measured on 2e6 values: three levels lose least of a normal distribution at 1.53 mean|d| (19.0 % of its energy), of a
+# Laplace distribution at 1.99 (26.4 %; here 28.8 %). Deltas of fine-tuning are nearer to the former.
+TERNARY = 1.53
+
+Codes = npt.NDArray[np.uint8]
+
+
+def quantize(delta: Floats, bits: int, group: int) -> tuple[Codes, Bytes]:
+    """(k,) -> codes (k,) uint8 below 2^bits, and scales (ceil(k / group),) BF16 as raw bytes.
+
+    A code is q + 2^(bits-1); of 1 bit, 1 for values of 0 or more.
+    """
+    groups = -(-delta.size // group)
+    size = np.zeros(groups * group, np.float64)
+    np.abs(delta, out=size[: delta.size], dtype=np.float64, casting="same_kind")
+    by_group = size.reshape(groups, group)
+    if bits >= 4:
+        scales = _round_up(by_group.max(axis=1, initial=0.0) / _largest(bits))
+    else:
+        members = np.full(groups, group, np.int64)
+        if groups:
+            members[-1] = delta.size - (groups - 1) * group
+        mean = by_group.sum(axis=1) / members
+        scales = np.minimum(mean * (TERNARY if bits == 2 else 1.0), float(LARGEST)).astype(BFLOAT16)
+    if bits == 1:
+        return (delta >= 0).astype(np.uint8), scales.view(np.uint8)
+    wide = np.repeat(scales.astype(np.float64), group)[: delta.size]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(wide > 0, delta / wide, 0.0)
+    limit = _largest(bits)
+    whole = np.clip(np.rint(ratio), -limit, limit).astype(np.int16)
+    return (whole + (1 << (bits - 1))).astype(np.uint8), scales.view(np.uint8)
+
+
+def dequantize(codes: Codes, scales: Floats, bits: int, group: int, out: Floats) -> None:
+    """Codes (k,) and scales (ceil(k / group),) float32 -> `out`, (k,) float32 or float64; exact."""
+    if bits == 1:
+        np.multiply(codes, 2.0, out=out, casting="same_kind")
+        out -= 1
+    else:
+        np.subtract(codes, float(1 << (bits - 1)), out=out, casting="same_kind")
+    out *= np.repeat(scales, group)[: out.size]
+
+
+def pack_bits(codes: Codes, bits: int) -> Bytes:
+    """(k,) codes -> (ceil(k * bits / 8),) bytes, the first code in the lowest bits."""
+    if bits == 8:
+        return codes
+    each = 8 // bits
+    padded = np.zeros(-(-codes.size // each) * each, np.uint8)
+    padded[: codes.size] = codes
+    columns = padded.reshape(-1, each)
+    packed = np.zeros(columns.shape[0], np.uint8)
+    for i in range(each):
+        packed |= columns[:, i] << np.uint8(i * bits)
+    return packed
+
+
+def unpack_bits(packed: Bytes, bits: int, count: int) -> Codes:
+    """The inverse of `pack_bits`.
+
+    >>> unpack_bits(pack_bits(np.array([3, 1, 2], np.uint8), 2), 2, 3).tolist()
+    [3, 1, 2]
+    """
+    if bits == 8:
+        return packed
+    each = 8 // bits
+    codes = np.empty((packed.size, each), np.uint8)
+    for i in range(each):
+        codes[:, i] = (packed >> np.uint8(i * bits)) & np.uint8((1 << bits) - 1)
+    return codes.reshape(-1)[:count]
+
+
+def _largest(bits: int) -> int:
+    return (1 << (bits - 1)) - 1
+
+
+def _round_up(values: npt.NDArray[np.float64]) -> npt.NDArray[np.generic]:
+    """(n,) float64, 0 or more -> (n,) BF16, none below its value."""
+    nearest = values.astype(BFLOAT16)
+    low = nearest.astype(np.float64) < values
+    # Positive floats order like their bit patterns: the next one up is one more.
+    raised = (nearest.view(np.uint16) + low.astype(np.uint16)).view(BFLOAT16)
+    found: npt.NDArray[np.generic] = np.where(raised.astype(np.float64) <= float(LARGEST), raised, LARGEST)
+    return found.astype(BFLOAT16)

@@ -1,0 +1,502 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading packs: what they are, single deltas at random access, applied in place, or bound to a base as a checkpoint.
+
+A bound pack decodes ranges on the fly, so it goes wherever a model goes, and no model is ever expanded on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import xxhash
+
+from darekit import kernels
+from darekit.checkpoints import Checkpoint, InputFile, TensorInfo, open_checkpoint, sample_digest
+from darekit.digests import LEAF, TensorDigest, tensor_digest
+from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
+from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, PlanError
+from darekit.packs.format import PackedTensor, PackFile, is_pack, read_pack, stored_digest
+from darekit.packs.leaves import Mask, decode, factor_of, number_for, restore, take
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What `verify` found wrong with one tensor."""
+
+    tensor: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. `against_base`: whether results were compared, or only what is stored."""
+
+    pack: str
+    against_base: bool
+    tensors: int
+    faults: tuple[Fault, ...]
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "pack": self.pack,
+            "ok": not self.faults,
+            "against_base": self.against_base,
+            "tensors": self.tensors,
+            "faults": [{"tensor": fault.tensor, "words": fault.words} for fault in self.faults],
+        }
+
+
+class Pack:
+    """An open pack; close it, or use it in a `with` statement.
+
+    Attributes:
+        path: the file.
+        tensors: name -> what is stored of it.
+        base: the checkpoint it is bound to, None where there is none.
+    """
+
+    def __init__(self, path: Path, source: PackFile, base: Checkpoint | None, owned: bool) -> None:
+        self.path, self.base = path, base
+        self._source, self._owned = source, owned
+        self.tensors: Mapping[str, PackedTensor] = source.document.tensors
+        if base is not None:
+            bind(source, base)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, and the base where this pack opened it."""
+        self._source.file.close()
+        if self.base is not None and self._owned:
+            self.base.close()
+
+    def info(self) -> dict[str, Any]:
+        """What the pack is, JSON-able: sizes, ratio, and the document without its tensors."""
+        document = self._source.document
+        tensors = self.tensors.values()
+        model_bytes = sum(tensor.count * DTYPES[tensor.dtype].itemsize for tensor in tensors)
+        data = document.to_data()
+        del data["tensors"]
+        encodings: dict[str, int] = {}
+        for tensor in tensors:
+            key = tensor.encoding if tensor.kind == "delta" else tensor.kind
+            encodings[key] = encodings.get(key, 0) + 1
+        return {
+            "pack": str(self.path),
+            "bytes": self._source.file.size,
+            "model_bytes": model_bytes,
+            "ratio": model_bytes / self._source.file.size,
+            "parameters": sum(tensor.count for tensor in tensors),
+            "kept": sum(tensor.kept for tensor in tensors),
+            "tensors": len(self.tensors),
+            "encodings": encodings,
+            **data,
+        }
+
+    def delta(self, name: str, rows: slice | None = None) -> Floats:
+        """(rows, ...) float32 (float64 for F64): one tensor's delta as it is added to the base, 0 where dropped.
+
+        Args:
+            name: a tensor.
+            rows: of the first axis, without a step; all where not given. Only their leaves are read.
+
+        Raises:
+            PlanError: no such tensor, or an exact pack without its base.
+        """
+        tensor = self._tensor(name)
+        count = tensor.shape[0] if tensor.shape else 1
+        first, last, step = (rows or slice(None)).indices(count)
+        if step != 1:
+            raise PlanError(f"rows of {name} with a step of {step}; only ranges can be read")
+        last = max(first, last)
+        begin, end = first * tensor.row, last * tensor.row
+        wide = tensor.kind == "delta" and number_for(tensor, self._source.value_dtype(tensor)) is np.float64
+        out: Floats = np.zeros(end - begin, np.float64 if wide or tensor.dtype == "F64" else np.float32)
+        if tensor.kind == "delta":
+            for leaf in range(begin // LEAF, -(-end // LEAF)):
+                at, values = self._leaf_delta(tensor, leaf)
+                inside = (at >= begin) & (at < end)
+                out[at[inside] - begin] = values[inside]
+        found: Floats = out.reshape((last - first, *tensor.shape[1:]) if tensor.shape else ())
+        return found
+
+    def apply_(self, tensors: MutableMapping[str, Any] | Any) -> None:
+        """Turn the base's weights into the packed model's, in place; every bit as `unpack` writes it.
+
+        Args:
+            tensors: name -> numpy array or torch tensor on the CPU, contiguous, with the base's values; or a torch
+                module. Tied tensors need to stand there once. Names that the pack lacks are left alone.
+
+        Raises:
+            HomologyError: a tensor is missing, or has another shape or format.
+        """
+        state = tensors.state_dict() if hasattr(tensors, "state_dict") else tensors
+        views = {}
+        for name, tensor in self.tensors.items():
+            if tensor.kind == "same":
+                continue
+            if name not in state:
+                raise HomologyError(f"there is no tensor {name} to apply {self.path} to")
+            views[name] = _bytes_of(state[name], tensor)
+        for name, raw in views.items():
+            decoder = Decoder(self._source, self.tensors[name])
+            for leaf in range(self.tensors[name].leaves):
+                decoder.restore(leaf, raw[leaf * decoder.leaf_bytes : (leaf + 1) * decoder.leaf_bytes])
+
+    def checkpoint(self, base: Checkpoint | None = None) -> Checkpoint:
+        """The packed model as a checkpoint that decodes what is read of it; `base` where none is bound yet.
+
+        Closing it closes the pack's file, and not the base.
+
+        Raises:
+            HomologyError: another base.
+        """
+        base = base or self.base
+        if base is None:
+            raise PlanError(f"{self.path} is a pack: it needs its base, {self._source.document.base['ref']}")
+        bind(self._source, base)
+        infos = {}
+        for name, tensor in self.tensors.items():
+            origin = base.tensors[name]
+            source = origin.source if tensor.kind == "same" else PackedSource(Decoder(self._source, tensor), origin)
+            infos[name] = TensorInfo(name, tensor.dtype, tensor.shape, source)
+        directory, config = self._companions(base)
+        found = Checkpoint(str(self.path), directory, infos, config, (self._source.file,), None)
+        if directory is not None:
+            weakref.finalize(found, shutil.rmtree, directory, ignore_errors=True)
+        return found
+
+    def verify(self, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None) -> Verification:
+        """Compare what is stored with its digests, and with a base bound also every result."""
+        from darekit.engine import default_threads
+        from darekit.packs.workers import run_all
+
+        faults: list[Fault] = []
+        total = sum(tensor.count * DTYPES[tensor.dtype].itemsize for tensor in self.tensors.values())
+
+        def work(tensor: PackedTensor) -> int:
+            try:
+                words = self._fault_of(tensor)
+            except DarekitError as error:
+                words = str(error)
+            if words:
+                faults.append(Fault(tensor.name, words))
+            return tensor.count * DTYPES[tensor.dtype].itemsize
+
+        def tell(done: int) -> None:
+            if progress:
+                progress(done, total)
+
+        largest = sorted(self.tensors.values(), key=lambda tensor: -tensor.count)
+        run_all(largest, work, threads=threads or default_threads(), tell=tell)
+        for file in self._source.document.files:
+            if file.stored and _digest_of(self._source.read_part(self._source.files[file.name])) != file.digest:
+                faults.append(Fault(file.name, "the stored file does not have its digest: the pack is damaged"))
+        order = {name: place for place, name in enumerate(self.tensors)}
+        faults.sort(key=lambda fault: order.get(fault.tensor, len(order)))
+        return Verification(str(self.path), self.base is not None, len(self.tensors), tuple(faults))
+
+    def explain(self, name: str) -> str:
+        """Why a tensor's result is not the one that was packed: its base, or what is stored."""
+        assert self.base is not None
+        tensor = self.tensors[name]
+        if _source_digest(self.base.tensors[name], tensor) != tensor.base:
+            return (
+                f"{name} of {self.base.ref} is not the tensor that the pack was made against, "
+                f"{self._source.document.base['ref']}; give that base"
+            )
+        return f"{name} does not have the digest of its result: the pack is damaged; download it again"
+
+    def _fault_of(self, tensor: PackedTensor) -> str | None:
+        """One line on what is wrong with a tensor, None where nothing is."""
+        source = self._source
+        info = self.base.tensors[tensor.name] if self.base is not None else None
+        if tensor.kind == "same":
+            return self.explain(tensor.name) if info and _source_digest(info, tensor) != tensor.result else None
+        digests = [_part_digest(source, tensor.name, role) for role in ("rows", "leaves")]
+        decoder = Decoder(source, tensor)
+        results = []
+        for leaf in range(tensor.leaves):
+            stored, scales = source.read_leaf(tensor, leaf)
+            digests.append(_bytes_digest(stored, scales))
+            if info is not None:
+                raw = np.empty(min(decoder.leaf_bytes, info.nbytes - leaf * decoder.leaf_bytes), np.uint8)
+                info.source.read_into(raw, leaf * decoder.leaf_bytes)
+                decoder.restore(leaf, raw, (stored, scales))
+                results.append(xxhash.xxh3_128_digest(raw))
+            else:
+                decoder.check(leaf, stored, scales)
+        if stored_digest([digest for digest in digests if digest]) != tensor.stored:
+            return "what is stored does not have its digest: the pack is damaged; download it again"
+        if info is not None and tensor_digest(results) != tensor.result:
+            return self.explain(tensor.name)
+        return None
+
+    def _tensor(self, name: str) -> PackedTensor:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise PlanError(f"{self.path} has no tensor {name}; see its `tensors`") from None
+
+    def _leaf_delta(self, tensor: PackedTensor, leaf: int) -> tuple[np.ndarray, Floats]:
+        decoder = Decoder(self._source, tensor)
+        indices = decoder.indices(leaf)
+        stored, scales = self._source.read_leaf(tensor, leaf)
+        base: Floats = np.zeros(indices.size, decoder.number)
+        if tensor.encoding == "exact":
+            if self.base is None:
+                raise PlanError(
+                    f"{self.path} stores fine-tuned values: their delta needs the base; open_pack(path, base=...)"
+                )
+            info = self.base.tensors[tensor.name]
+            raw = np.empty(min(decoder.leaf_bytes, info.nbytes - leaf * decoder.leaf_bytes), np.uint8)
+            info.source.read_into(raw, leaf * decoder.leaf_bytes)
+            kernels.widen(take(raw, DTYPES[tensor.dtype], indices), DTYPES[tensor.dtype], base)
+        delta = decode(tensor, decoder.values, stored, scales, indices.size, base)
+        delta *= base.dtype.type(decoder.factor)
+        return indices.astype(np.int64) + leaf * LEAF, delta
+
+    def _companions(self, base: Checkpoint) -> tuple[Path | None, Mapping[str, Any] | None]:
+        """A temporary directory with the model's small files, and its config."""
+        files = self._source.document.files
+        if not files:
+            return None, base.config
+        directory = Path(tempfile.mkdtemp(prefix="darekit-pack-"))
+        config = None
+        try:
+            for file in files:
+                raw = self._file(file.name, base)
+                if _digest_of(raw) != file.digest:
+                    where = self.path if file.stored else base.ref
+                    raise CheckpointError(f"{file.name} of {where} is not the file that was packed")
+                target = directory / file.name
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(raw.tobytes())
+                if file.name == "config.json":
+                    config = json.loads(raw.tobytes())
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        return directory, config
+
+    def _file(self, name: str, base: Checkpoint) -> Bytes:
+        if name in self._source.files:
+            return self._source.read_part(self._source.files[name])
+        if base.directory is None or not (base.directory / name).is_file():
+            raise CheckpointError(f"{base.ref} has no {name}, which {self.path} takes from it")
+        return np.frombuffer((base.directory / name).read_bytes(), np.uint8)
+
+
+class Decoder:
+    """One tensor of a pack, leaf by leaf; threads may share it."""
+
+    def __init__(self, source: PackFile, tensor: PackedTensor) -> None:
+        self.source, self.tensor = source, tensor
+        self.leaf_bytes = LEAF * DTYPES[tensor.dtype].itemsize
+        self.values = source.value_dtype(tensor)
+        self.number = number_for(tensor, self.values)
+        self.factor = factor_of(tensor, source.document.rescale)
+        self.mask = Mask(tensor, source.document.seed, source.rows.get(tensor.name))
+
+    def indices(self, leaf: int) -> np.ndarray:
+        """(k,) int32: the leaf's kept elements.
+
+        Raises:
+            CheckpointError: the mask keeps another number of them than the pack holds.
+        """
+        indices = self.mask.indices(leaf)
+        expected = int(self.source.tables[self.tensor.name].counts[leaf])
+        if indices.size != expected:
+            raise CheckpointError(
+                f"{self.source.file.path}, tensor {self.tensor.name}: leaf {leaf} holds {expected} elements, its mask "
+                f"keeps {indices.size}: seed, drop rate or rows are not those that it was packed with"
+            )
+        return indices
+
+    def check(self, leaf: int, stored: Bytes, scales: Bytes) -> None:
+        """Refuse what no base could make sense of."""
+        count = self.indices(leaf).size
+        if self.tensor.encoding == "exact":
+            values: Floats = np.empty(count, self.number)
+            kernels.widen(stored, self.values, values)
+            if kernels.count_nonfinite(values):
+                raise DataError(f"tensor {self.tensor.name}: a stored value is NaN or Inf")
+        else:
+            decode(self.tensor, self.values, stored, scales, count, np.zeros(count, self.number))
+
+    def restore(self, leaf: int, raw: Bytes, found: tuple[Bytes, Bytes] | None = None) -> None:
+        """One leaf of the base, raw, in place -> the result."""
+        stored, scales = found or self.source.read_leaf(self.tensor, leaf)
+        indices = None if self.mask.whole else self.indices(leaf)
+        restore(self.tensor, self.values, self.factor, indices, stored, scales, raw)
+
+
+@dataclass(frozen=True)
+class PackedSource:
+    """A tensor of a bound pack: ranges of the base's, decoded leaf by leaf."""
+
+    decoder: Decoder
+    base: TensorInfo
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.base.nbytes
+
+    def read_into(self, buffer: Bytes, offset: int) -> None:
+        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
+        size = self.decoder.leaf_bytes
+        if offset < 0 or offset + buffer.nbytes > self.nbytes:
+            raise ValueError(f"bytes {offset} to {offset + buffer.nbytes} lie outside a tensor of {self.nbytes}")
+        done = 0
+        while done < buffer.size:
+            leaf, skip = divmod(offset + done, size)
+            whole = min(size, self.nbytes - leaf * size)
+            count = min(whole - skip, buffer.size - done)
+            target = buffer[done : done + count]
+            aligned = target.ctypes.data % DTYPES[self.base.dtype].itemsize == 0
+            raw = target if count == whole and aligned else np.empty(whole, np.uint8)
+            self.base.source.read_into(raw, leaf * size)
+            self.decoder.restore(leaf, raw)
+            if raw is not target:
+                target[:] = raw[skip : skip + count]
+            done += count
+
+
+def open_pack(path: str | Path, base: str | Path | Checkpoint | None = None) -> Pack:
+    """Open a pack, and bind it to its base where one is given; nothing but headers and tables is read.
+
+    Args:
+        path: the file.
+        base: the checkpoint that it was packed against: directory, file, Hub id, or an open `Checkpoint`.
+
+    Raises:
+        CheckpointError: it is malformed or damaged, or of another version.
+        HomologyError: another base.
+    """
+    file = InputFile(Path(path))
+    opened = None
+    try:
+        source = read_pack(file)
+        if base is not None:
+            opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+        return Pack(Path(path), source, opened, owned=not isinstance(base, Checkpoint))
+    except BaseException:
+        file.close()
+        if opened is not None and not isinstance(base, Checkpoint):
+            opened.close()
+        raise
+
+
+def find_pack(ref: str | Path, search: Sequence[Path] = ()) -> Path | None:
+    """A model's name -> the file, where it is that of a pack."""
+    if Path(ref).suffix != SUFFIX:
+        return None
+    for candidate in (Path(ref).expanduser(), *(directory / ref for directory in search)):
+        if candidate.is_file():
+            file = InputFile(candidate)
+            try:
+                return candidate if is_pack(file) else None
+            finally:
+                file.close()
+    return None
+
+
+def open_model(ref: str | Path, base: Checkpoint | None, *, search: Sequence[Path] = ()) -> Checkpoint:
+    """Open what stands where a model stands: a checkpoint, or a pack of one that was fine-tuned from `base`."""
+    path = find_pack(ref, search)
+    if path is None:
+        return open_checkpoint(ref, search=search)
+    if base is None:
+        raise PlanError(f"{path} is a pack: what it holds needs its base; name it as base_model")
+    found = open_pack(path)
+    try:
+        return found.checkpoint(base)
+    except BaseException:
+        found.close()
+        raise
+
+
+def bind(source: PackFile, base: Checkpoint) -> None:
+    """Refuse a base that is not the pack's.
+
+    Raises:
+        HomologyError: a tensor is missing, or has another shape or format; or the samples differ.
+    """
+    wanted = source.document.base
+    for name, tensor in source.document.tensors.items():
+        info = base.tensors.get(name)
+        found = "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
+        if info is None or (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+            raise HomologyError(
+                f"{base.ref} is not the base of {source.file.path}: {name} should be {tensor.dtype} "
+                f"{list(tensor.shape)}, found {found}. It was packed against {wanted['ref']}"
+            )
+    if sample_digest(base).hex() != wanted["sample_digest"]:
+        raise HomologyError(
+            f"{base.ref} is not the base of {source.file.path}: its tensors have the same shapes but other values. It "
+            f"was packed against {wanted['ref']}"
+            + (f" at commit {wanted['revision']}" if wanted.get("revision") else "")
+        )
+
+
+def _bytes_of(array: Any, tensor: PackedTensor) -> Bytes:
+    """(n,) uint8: the memory of a numpy array or torch tensor itself."""
+    torch = type(array).__module__.split(".")[0] == "torch"
+    dtype = dtype_from_torch_name(str(array.dtype)) if torch else None
+    if not torch:
+        dtype = next((entry for entry in DTYPES.values() if entry.numpy == array.dtype), None)
+    if dtype is None or dtype.name != tensor.dtype or tuple(array.shape) != tensor.shape:
+        raise HomologyError(
+            f"{tensor.name} should be {tensor.dtype} {list(tensor.shape)}, found {array.dtype} {list(array.shape)}"
+        )
+    if torch:
+        if array.device.type != "cpu" or not array.is_contiguous():
+            raise HomologyError(f"{tensor.name} must be contiguous and on the CPU to be changed in place")
+        raw: Bytes = array.detach().reshape(-1).view(array.new_empty(0).byte().dtype).numpy()
+        return raw
+    if not (array.flags.c_contiguous and array.flags.writeable):
+        raise HomologyError(f"{tensor.name} must be contiguous and writable to be changed in place")
+    found: Bytes = array.reshape(-1).view(np.uint8)
+    return found
+
+
+def _digest_of(raw: Bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(raw)
+
+
+def _bytes_digest(*raws: Bytes) -> bytes:
+    return xxhash.xxh3_128_digest(b"".join(raw.tobytes() for raw in raws))
+
+
+def _part_digest(source: PackFile, name: str, role: str) -> bytes:
+    place = getattr(source.parts[name], role)
+    return b"" if place is None else xxhash.xxh3_128_digest(source.read_part(place))
+
+
+def _source_digest(info: TensorInfo, tensor: PackedTensor) -> str:
+    digest = TensorDigest(DTYPES[tensor.dtype].itemsize)
+    size = LEAF * DTYPES[tensor.dtype].itemsize
+    for start in range(0, info.nbytes, size):
+        raw = np.empty(min(size, info.nbytes - start), np.uint8)
+        info.source.read_into(raw, start)
+        digest.update(raw)
+    return tensor_digest(digest.finish())

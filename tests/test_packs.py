@@ -1,0 +1,561 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs: exact restores, every width and format, random access, corruption, and packs in the place of models."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+import darekit as dk
+import families
+import oracle
+from darekit import masks
+from darekit.checkpoints import open_checkpoint
+from darekit.dtypes import DTYPES, FLOAT_DTYPES
+from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, OutputError, PlanError, Unsupported
+from darekit.packs import packing
+from darekit.packs.quantization import dequantize, pack_bits, quantize, unpack_bits
+
+SHAPES = (*((n,) for n in (0, 1, 63, 64, 65, 1023, 1024, 1025)), (7, 33), (300, 257))
+
+
+def sizes(directory, dtype="BF16", *, shapes=SHAPES, seed=0, spread=2e-3):
+    """Base and m0 with one tensor of each shape."""
+    rng = np.random.default_rng(seed)
+    base, tuned = {}, {}
+    for shape in shapes:
+        b, (m,) = oracle.family(rng, shape, dtype, k=1, scale=spread)
+        base[f"t{'x'.join(map(str, shape))}.weight"], tuned[f"t{'x'.join(map(str, shape))}.weight"] = b, m
+    families.save(directory / "base", base)
+    families.save(directory / "m0", tuned)
+    return base, tuned
+
+
+def pack(directory, name="m.safetensors", **options):
+    options = {"drop_rate": 0.9, "seed": 7, "force": True, "threads": 2} | options
+    return dk.pack(directory / "base", directory / "m0", directory / name, **options)
+
+
+def restored(directory, name="m.safetensors"):
+    dk.unpack(directory / "base", directory / name, directory / f"{name}.unpacked", threads=2)
+    return families.load(directory / f"{name}.unpacked")
+
+
+# --- exact packs restore what `dare drop` writes
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("rate", [0.0, 0.9, 1.0])
+def test_unpack_is_byte_for_byte_what_drop_writes(tmp_path, dtype, rate):
+    sizes(tmp_path, dtype)
+    bits = 8 * DTYPES[dtype].itemsize
+    pack(tmp_path, drop_rate=rate, bits=bits)
+    dk.drop(tmp_path / "base", tmp_path / "m0", tmp_path / "dropped", drop_rate=rate, seed=7, force=True)
+    restored(tmp_path)
+    found = (tmp_path / "m.safetensors.unpacked/model.safetensors").read_bytes()
+    assert found == (tmp_path / "dropped/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("options", [{"rescale": "none"}, {"keep_dense": ["norms"]}, {"keep_dense": ["t300*"]}])
+def test_settings_of_drop_are_settings_of_pack(tmp_path, options):
+    sizes(tmp_path)
+    pack(tmp_path, drop_rate=0.7, **options)
+    dk.drop(tmp_path / "base", tmp_path / "m0", tmp_path / "dropped", drop_rate=0.7, seed=7, force=True, **options)
+    families.same(restored(tmp_path), families.load(tmp_path / "dropped"))
+
+
+def test_without_a_seed_the_mask_is_that_of_drop(llamas, tmp_path):
+    report = dk.pack(llamas.path / "base", llamas.path / "m0", tmp_path / "m.safetensors", drop_rate=0.9)
+    dk.drop(llamas.path / "base", llamas.path / "m0", tmp_path / "dropped", drop_rate=0.9)
+    dk.unpack(llamas.path / "base", tmp_path / "m.safetensors", tmp_path / "out")
+    families.same(families.load(tmp_path / "out"), families.load(tmp_path / "dropped"))
+    assert report.seed == json.loads((tmp_path / "dropped/darekit.lock.json").read_text())["effective_seeds"][0]
+    lock = json.loads((tmp_path / "dropped/darekit.lock.json").read_text())
+    with dk.open_pack(tmp_path / "m.safetensors") as found:
+        assert found.info()["content_digest"] == lock["output"]["content_digest"]
+        assert found.info()["base"]["content_digest"] == lock["inputs"][0]["content_digest"]
+
+
+def test_formats_that_differ_between_base_and_model(tmp_path):
+    rng = np.random.default_rng(1)
+    base = {"w.weight": rng.normal(0, 0.02, (50, 60)).astype(np.float32)}
+    tuned = {"w.weight": (base["w.weight"] + rng.normal(0, 1e-2, (50, 60))).astype(families.KINDS["BF16"])}
+    families.save(tmp_path / "base", base)
+    families.save(tmp_path / "m0", tuned)
+    for rate in (0.0, 0.8):
+        pack(tmp_path, f"m{rate}.safetensors", drop_rate=rate)
+        out = tmp_path / f"dropped{rate}"
+        dk.drop(tmp_path / "base", tmp_path / "m0", out, drop_rate=rate, seed=7, force=True)
+        families.same(restored(tmp_path, f"m{rate}.safetensors"), families.load(out))
+
+
+def test_an_unpacked_model_is_an_ordinary_directory(real, tmp_path):
+    dk.pack(real.path / "base", real.path / "m0", tmp_path / "m.safetensors", drop_rate=0.9, bits=32)
+    dk.unpack(real.path / "base", tmp_path / "m.safetensors", tmp_path / "out")
+    model = real.cls.from_pretrained(tmp_path / "out")
+    assert sum(p.numel() for p in model.parameters()) > 0
+    assert (tmp_path / "out/config.json").exists()
+
+
+# --- integers
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_integers_restore_base_plus_factor_times_value(tmp_path, bits, dtype):
+    base, tuned = sizes(tmp_path, dtype)
+    pack(tmp_path, bits=bits, group=32)
+    found = restored(tmp_path)
+    number = np.float64 if dtype == "F64" else np.float32
+    errors = []
+    for name, b in base.items():
+        kept = masks.kept(7, masks.stream_of(name), 0, b.size, 0.9).reshape(b.shape)
+        delta = (tuned[name].astype(number) - b.astype(number))[kept]
+        value = np.empty(delta.size, number)
+        first = np.count_nonzero(kept.reshape(-1)[:65536])
+        for part in (slice(0, first), slice(first, None)):  # groups begin anew in every leaf
+            codes, scales = quantize(delta[part], bits, 32)
+            dequantize(codes, scales.view(families.KINDS["BF16"]).astype(np.float32), bits, 32, value[part])
+        change = np.zeros(b.shape, number)
+        change[kept] = value * number(np.float32(1 / (1 - 0.9)))
+        expected = np.where(change == 0, b, (b.astype(number) + change).astype(b.dtype))
+        assert oracle.raw_of(found[name]).tobytes() == oracle.raw_of(expected.astype(b.dtype)).tobytes()
+        if delta.size > 100 and np.linalg.norm(delta):
+            errors.append(np.linalg.norm(value - delta) / np.linalg.norm(delta))
+    assert max(errors) < {8: 0.01, 4: 0.15, 2: 0.55, 1: 0.75}[bits]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("count", [0, 1, 7, 63, 64, 65, 1000])
+def test_quantised_values(bits, count):
+    rng = np.random.default_rng(count)
+    delta = rng.normal(0, 1e-3, count).astype(np.float32)
+    delta[::5] = 0
+    codes, scales = quantize(delta, bits, 64)
+    assert np.array_equal(unpack_bits(pack_bits(codes, bits), bits, count), codes)
+    assert pack_bits(codes, bits).size == -(-count * bits // 8) and scales.size == 2 * -(-count // 64)
+    wide = scales.view(families.KINDS["BF16"]).astype(np.float32)
+    value = np.empty(count, np.float32)
+    dequantize(codes, wide, bits, 64, value)
+    if bits > 1:
+        assert not value[::5].any(), "zero deltas stay zero"
+    if bits >= 4:
+        assert np.all(np.abs(value - delta) <= np.repeat(wide, 64)[:count] * 0.501), "nothing is clipped"
+
+
+def test_groups_of_zeros_and_of_huge_values():
+    for bits in (8, 4, 2, 1):
+        for delta in (np.zeros(70, np.float32), np.full(70, 3e38, np.float32), np.full(70, 1e-45, np.float32)):
+            codes, scales = quantize(delta, bits, 64)
+            wide = scales.view(families.KINDS["BF16"]).astype(np.float32)
+            assert np.all(np.isfinite(wide)) and np.all(wide >= 0)
+            value = np.empty(70, np.float32)
+            dequantize(codes, wide, bits, 64, value)
+            assert np.all(np.isfinite(value))
+
+
+def test_fewer_bits_than_the_format_are_said_to_be_lossy(tmp_path):
+    base, tuned = sizes(tmp_path, "F32")
+    assert any("--bits 32 is exact" in note for note in pack(tmp_path, bits=16).notes)
+    assert not any("exact" in note for note in pack(tmp_path, "n.safetensors", bits=32).notes)
+    found = restored(tmp_path)
+    name = "t300x257.weight"
+    kept = masks.kept(7, masks.stream_of(name), 0, base[name].size, 0.9).reshape(base[name].shape)
+    wanted = (tuned[name] - base[name])[kept] * 10
+    assert np.allclose((found[name] - base[name])[kept], wanted, rtol=2**-7)
+
+
+def test_dense_bits(tmp_path):
+    sizes(tmp_path)
+    pack(tmp_path, bits=1, keep_dense=["norms"])
+    with dk.open_pack(tmp_path / "m.safetensors") as found:
+        encodings = {name: tensor.encoding for name, tensor in found.tensors.items() if tensor.kind == "delta"}
+    assert encodings["t300x257.weight"] == "int1" and encodings["t1024.weight"] == "int4"
+    pack(tmp_path, "n.safetensors", bits=1, dense_bits=16, keep_dense=["norms"])
+    with dk.open_pack(tmp_path / "n.safetensors") as found:
+        assert found.tensors["t1024.weight"].encoding == "exact"
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 2, 1])
+def test_size_is_what_the_formula_says(tmp_path, bits):
+    sizes(tmp_path, shapes=((1500, 2000),))
+    report = pack(tmp_path, bits=bits)
+    header = 8 + int.from_bytes((tmp_path / "m.safetensors").read_bytes()[:8], "little")
+    expected = report.kept * (bits + (16 / 64 if bits < 16 else 0)) / 8
+    assert abs(report.bytes - header - expected) < 0.02 * expected
+    assert (tmp_path / "m.safetensors").stat().st_size == report.bytes
+    assert abs(report.kept - 300_000) < 5 * math.sqrt(3e6 * 0.09)
+
+
+def test_what_did_not_change_costs_nothing(tmp_path):
+    rng = np.random.default_rng(3)
+    base, (tuned,) = oracle.family(rng, (2000, 64), "BF16", k=1)
+    tuned[100:] = base[100:]
+    families.save(tmp_path / "base", {"embed_tokens.weight": base, "w.weight": base})
+    families.save(tmp_path / "m0", {"embed_tokens.weight": tuned, "w.weight": base})
+    for rate in (0.0, 0.5):
+        name = f"m{rate}.safetensors"
+        pack(tmp_path, name, drop_rate=rate)
+        with dk.open_pack(tmp_path / name, base=tmp_path / "base") as found:
+            assert found.tensors["w.weight"].kind == "same"
+            assert found.tensors["embed_tokens.weight"].kept <= 100 * 64
+            assert not found.verify().faults
+        dk.drop(tmp_path / "base", tmp_path / "m0", tmp_path / f"d{rate}", drop_rate=rate, seed=7, force=True)
+        families.same(restored(tmp_path, name), families.load(tmp_path / f"d{rate}"))
+
+
+# --- random access and use in place
+
+
+def test_random_access_equals_the_whole(tmp_path):
+    base, _ = sizes(tmp_path, shapes=((1000, 300), (5,)))
+    for bits in (16, 4):
+        pack(tmp_path, f"m{bits}.safetensors", bits=bits)
+        with dk.open_pack(tmp_path / f"m{bits}.safetensors", base=tmp_path / "base") as found:
+            whole = found.delta("t1000x300.weight")
+            for rows in (slice(0, 1), slice(217, 220), slice(200, 700), slice(999, 1000), slice(3, 3), slice(-5, None)):
+                assert np.array_equal(found.delta("t1000x300.weight", rows), whole[rows])
+            out = restored(tmp_path, f"m{bits}.safetensors")["t1000x300.weight"]
+            b = base["t1000x300.weight"]
+            assert np.array_equal((b.astype(np.float32) + whole).astype(b.dtype), out)
+            source = found.checkpoint().tensors["t1000x300.weight"].source
+            for offset, count in ((0, 2), (131070, 4), (100_000, 300_000), (599_998, 2), (7 * 2, 1001 * 2)):
+                raw = np.empty(count, np.uint8)
+                source.read_into(raw, offset)
+                assert raw.tobytes() == oracle.raw_of(out)[offset : offset + count].tobytes()
+    with dk.open_pack(tmp_path / "m4.safetensors") as found:
+        assert np.array_equal(found.delta("t1000x300.weight"), whole)
+        with pytest.raises(PlanError, match="no tensor"):
+            found.delta("nothing")
+    with dk.open_pack(tmp_path / "m16.safetensors") as found, pytest.raises(PlanError, match="needs the base"):
+        found.delta("t1000x300.weight")
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_apply_in_place(tmp_path, bits):
+    torch = pytest.importorskip("torch")
+    base, _ = sizes(tmp_path)
+    pack(tmp_path, bits=bits)
+    expected = restored(tmp_path)
+    arrays = {name: array.copy() for name, array in base.items()}
+    tensors = {n: torch.from_numpy(a.view(np.int16).copy()).view(torch.bfloat16) for n, a in base.items()}
+    with dk.open_pack(tmp_path / "m.safetensors") as found:
+        found.apply_(arrays)
+        found.apply_(tensors)
+        with pytest.raises(HomologyError, match="no tensor"):
+            found.apply_({})
+        with pytest.raises(HomologyError, match="should be BF16"):
+            found.apply_({name: array.astype(np.float32) for name, array in base.items()})
+    families.same(arrays, expected)
+    families.same({n: t.view(torch.int16).numpy().view(families.KINDS["BF16"]) for n, t in tensors.items()}, expected)
+
+
+# --- packs where models go
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_merging_packs_equals_merging_what_they_unpack_to(llamas, tmp_path, bits, method):
+    base = llamas.path / "base"
+    for k in range(3):
+        dk.pack(base, llamas.path / f"m{k}", tmp_path / f"m{k}.safetensors", drop_rate=0.8, bits=bits)
+        dk.unpack(base, tmp_path / f"m{k}.safetensors", tmp_path / f"m{k}")
+    outputs = []
+    for suffix in (".safetensors", ""):
+        recipe = {
+            "base_model": str(base),
+            "models": [{"model": str(tmp_path / f"m{k}{suffix}")} for k in range(3)],
+            "sparsify": {"method": "magnitude", "drop_rate": 0.5},
+            "merge_method": method,
+        }
+        dk.merge(recipe, tmp_path / f"out{suffix}", force=True)
+        outputs.append(families.load(tmp_path / f"out{suffix}"))
+    families.same(*outputs)
+    assert not np.array_equal(outputs[0]["lm_head.weight"], llamas.base["lm_head.weight"])
+
+
+def test_a_recipe_finds_packs_beside_itself_and_inspect_takes_them(llamas, tmp_path, dare):
+    base = llamas.path / "base"
+    dk.pack(base, llamas.path / "m0", tmp_path / "m0.pack.safetensors", drop_rate=0.5)
+    (tmp_path / "r.yaml").write_text(
+        f"base_model: {base}\nmodels:\n- model: m0.pack.safetensors\nmerge_method: task_arithmetic\n"
+    )
+    assert dare("merge", tmp_path / "r.yaml", tmp_path / "out").code == 0
+    with dk.open_pack(tmp_path / "m0.pack.safetensors", base=base) as found:
+        expected = dict(llamas.base)
+        found.apply_(expected := {name: array.copy() for name, array in expected.items()})
+    families.same(families.load(tmp_path / "out"), expected)
+    assert 0.4 < dk.inspect(base, tmp_path / "m0.pack.safetensors").total.zeros < 0.6
+
+
+def test_a_pack_without_a_base_is_refused(llamas, tmp_path):
+    dk.pack(llamas.path / "base", llamas.path / "m0", tmp_path / "m.safetensors", drop_rate=0.5)
+    recipe = {"models": [{"model": str(tmp_path / "m.safetensors")}], "merge_method": "linear"}
+    with pytest.raises(PlanError, match="needs its base"):
+        dk.merge(recipe, tmp_path / "out")
+
+
+# --- what is wrong is found
+
+
+def test_another_base_is_refused_by_name(llamas, tmp_path):
+    dk.pack(llamas.path / "base", llamas.path / "m0", tmp_path / "m.safetensors", drop_rate=0.9)
+    for action in (
+        lambda: dk.unpack(llamas.path / "m1", tmp_path / "m.safetensors", tmp_path / "out"),
+        lambda: dk.open_pack(tmp_path / "m.safetensors", base=llamas.path / "m1"),
+    ):
+        with pytest.raises(HomologyError, match=r"m1 is not the base of .*m\.safetensors.*packed against base"):
+            action()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_differs_behind_the_sample_is_named(tmp_path):
+    base, _ = sizes(tmp_path)
+    pack(tmp_path)
+    base["t300x257.weight"][299, 256] += 1  # beyond the sampled bytes, and dropped or not: some result changes
+    families.save(tmp_path / "base", base)
+    with dk.open_pack(tmp_path / "m.safetensors", base=tmp_path / "base") as found:
+        (fault,) = found.verify().faults
+    assert fault.tensor == "t300x257.weight" and "not the tensor that the pack was made against" in fault.words
+    with pytest.raises(CheckpointError, match=r"t300x257.weight of .*base is not the tensor"):
+        dk.unpack(tmp_path / "base", tmp_path / "m.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_flipped_bit_in_any_region_is_found(tmp_path, bits):
+    rng = np.random.default_rng(4)
+    base, (tuned,) = oracle.family(rng, (400, 300), "BF16", k=1)
+    tuned[:200] = base[:200]
+    config = {"hidden_size": 300}
+    families.save(tmp_path / "base", {"embed.weight": base, "w.weight": base}, config)
+    families.save(tmp_path / "m0", {"embed.weight": tuned, "w.weight": base + tuned}, config | {"vocab_size": 400})
+    pack(tmp_path, bits=bits)
+    whole = (tmp_path / "m.safetensors").read_bytes()
+    size = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:size])
+    parts = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    assert {name.split(":")[0] for name in parts} == {"values", "leaves", "rows", "file"} | (
+        {"scales"} if bits == 4 else set()
+    )
+    places = [*range(0, 8), *rng.integers(8, size, 60), size - 1]
+    places += [size + at for begin, end in parts.values() for at in (begin, (begin + end) // 2, end - 1)]
+    for place in places:
+        broken = bytearray(whole)
+        broken[place] ^= 1 << rng.integers(8)
+        (tmp_path / "b.safetensors").write_bytes(broken)
+        for where in (None, tmp_path / "base"):
+            try:
+                with dk.open_pack(tmp_path / "b.safetensors", base=where) as found:
+                    assert found.verify().faults, place
+            except DarekitError:
+                pass
+    (tmp_path / "b.safetensors").write_bytes(whole)
+    with dk.open_pack(tmp_path / "b.safetensors", base=tmp_path / "base") as found:
+        assert not found.verify().faults
+
+
+def test_nan_in_a_kept_element_is_refused(tmp_path):
+    _, tuned = sizes(tmp_path)
+    tuned["t300x257.weight"][:] = np.nan
+    families.save(tmp_path / "m0", tuned)
+    with pytest.raises(DataError, match=r"t300x257.weight .*NaN or Inf"):
+        pack(tmp_path)
+    assert not list(tmp_path.glob("*m.safetensors*"))
+
+
+def test_a_killed_pack_leaves_nothing_visible(tmp_path, monkeypatch):
+    sizes(tmp_path)
+    pack(tmp_path, "whole.safetensors")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packing, "_publish", die)
+    with pytest.raises(KeyboardInterrupt):
+        pack(tmp_path)
+    assert not list(tmp_path.glob("*m.safetensors*")) and not list(tmp_path.glob(".m*"))
+    monkeypatch.undo()
+    (tmp_path / ".m.safetensors.darekit-part").write_bytes(b"x" * (tmp_path / "whole.safetensors").stat().st_size)
+    pack(tmp_path)
+    assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_outputs_that_are_refused(tmp_path):
+    sizes(tmp_path)
+    for name, words in (("m.bin", "must end in"), ("none/m.safetensors", "no directory"), ("base", "must end in")):
+        with pytest.raises(OutputError, match=words):
+            pack(tmp_path, name)
+    pack(tmp_path)
+    with pytest.raises(OutputError, match="exists"):
+        pack(tmp_path)
+    pack(tmp_path, overwrite=True)
+    with pytest.raises(OutputError, match="one of the inputs"):
+        pack(tmp_path, "base/model.safetensors", overwrite=True)
+
+
+def test_threads_do_not_matter(tmp_path):
+    sizes(tmp_path, shapes=((1300, 1300), (64,)))
+    pack(tmp_path, threads=1)
+    pack(tmp_path, "n.safetensors", threads=5)
+    assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "n.safetensors").read_bytes()
+
+
+# --- hostile files
+
+
+def rewrite(path: Path, change):
+    """A pack whose document and header are changed, with a header digest that fits again."""
+    whole = path.read_bytes()
+    size = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:size])
+    document = json.loads(header["__metadata__"]["darekit_pack"])
+    data = change(document, header, whole[size:])
+    header["__metadata__"]["darekit_pack"] = json.dumps(document)
+    header["__metadata__"]["darekit_header_digest"] = "0" * 32
+    text = json.dumps(header).encode()
+    text = text.replace(b"0" * 32, xxhash.xxh3_128_hexdigest(text).encode(), 1)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + (whole[size:] if data is None else data))
+
+
+def tensor(**changes):
+    return lambda document, header, data: document["tensors"]["t300x257.weight"].update(changes)
+
+
+def top(**changes):
+    return lambda document, header, data: document.update(changes)
+
+
+def part(name, **changes):
+    return lambda document, header, data: header[name].update(changes)
+
+
+def nan_scales(document, header, data):
+    begin, _ = header["scales:t300x257.weight"]["data_offsets"]
+    return data[:begin] + b"\xc0\x7f" + data[begin + 2 :]
+
+
+def lying_counts(document, header, data):
+    begin, end = header["leaves:t300x257.weight"]["data_offsets"]
+    counts = np.frombuffer(data[begin:end], "<u2") + np.array([64, -64], np.int16).astype(np.uint16)
+    return data[:begin] + counts.astype("<u2").tobytes() + data[end:]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (top(version=2), Unsupported, "pack version 2"),
+        (top(version=True), Unsupported, "pack version true"),
+        (top(mask="philox/9"), Unsupported, "pack mask"),
+        (top(format="other"), Unsupported, "pack format"),
+        (top(seed=-1), CheckpointError, "seed"),
+        (top(seed=1 << 64), CheckpointError, "seed"),
+        (top(rescale="l1"), Unsupported, "rescale"),
+        (top(tensors=[]), CheckpointError, "tensors"),
+        (top(files=[{"name": "../x", "stored": True, "digest": "0" * 32}]), CheckpointError, "plain name"),
+        (top(files=[{"name": "x.json", "stored": True, "digest": "0" * 32}]), CheckpointError, "is missing"),
+        (tensor(kind="new"), Unsupported, "kind"),
+        (tensor(encoding="int3"), Unsupported, "encoding"),
+        (tensor(dtype="F4"), Unsupported, "number format"),
+        (tensor(dtype="I64"), CheckpointError, "not a floating-point"),
+        (tensor(shape=[-300, 257]), CheckpointError, "shape"),
+        (tensor(shape=[1 << 40, 1 << 40]), CheckpointError, "more elements"),
+        (tensor(shape=[1 << 40]), CheckpointError, "leaves"),
+        (tensor(shape=[300, 258]), HomologyError, r"should be BF16 \[300, 258\]"),
+        (tensor(drop_rate=-0.1), CheckpointError, "drop rate"),
+        (tensor(drop_rate=0.5), CheckpointError, "mask keeps"),
+        (tensor(drop_rate="x"), CheckpointError, "drop rate"),
+        (tensor(group=0), CheckpointError, "group 0"),
+        (tensor(group=32), CheckpointError, "scales take"),
+        (tensor(kept=5), CheckpointError, "document says 5"),
+        (tensor(kept=1 << 50), CheckpointError, "kept elements"),
+        (tensor(result="zz"), CheckpointError, "hexadecimal"),
+        (tensor(kind="same"), CheckpointError, "has the parts"),
+        (lambda d, h, x: d["tensors"].pop("t300x257.weight"), CheckpointError, "belongs to no tensor"),
+        (lambda d, h, x: d["tensors"].update({"more": d["tensors"]["t300x257.weight"]}), CheckpointError, "parts"),
+        (part("scales:t300x257.weight", dtype="F16"), CheckpointError, "role does not allow"),
+        (nan_scales, CheckpointError, "NaN or Inf"),
+        (lying_counts, CheckpointError, "its mask keeps"),
+    ],
+)  # fmt: skip
+def test_hostile_packs_get_a_named_error(tmp_path, change, kind, words):
+    sizes(tmp_path)
+    pack(tmp_path, bits=4)
+
+    def altered(document, header, data):
+        found = change(document, header, data)
+        return found if isinstance(found, bytes) else None
+
+    rewrite(tmp_path / "m.safetensors", altered)
+    with pytest.raises(kind, match=words), dk.open_pack(tmp_path / "m.safetensors", base=tmp_path / "base") as found:
+        faults = found.verify().faults
+        raise CheckpointError("; ".join(fault.words for fault in faults))
+    with pytest.raises(DarekitError, match=words):
+        dk.unpack(tmp_path / "base", tmp_path / "m.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_safetensors_files_are_no_packs(llamas, tmp_path):
+    with pytest.raises(CheckpointError, match="no pack"):
+        dk.open_pack(llamas.path / "base/model.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError):
+        dk.open_pack(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        dk.open_pack(tmp_path / "none.safetensors")
+
+
+def test_a_large_integer_tensor_is_copied_once(tmp_path, monkeypatch):
+    from darekit import engine
+
+    monkeypatch.setattr(engine, "SPAN", 65536)
+    numbers = np.arange(200_000, dtype=np.int64)
+    families.save(tmp_path / "base", {"n": numbers, "w": np.ones(3, np.float32)})
+    families.save(tmp_path / "m0", {"n": numbers, "w": np.full(3, 1.1, np.float32)})
+    dk.drop(tmp_path / "base", tmp_path / "m0", tmp_path / "out", drop_rate=1.0, threads=3, force=True)
+    families.same(families.load(tmp_path / "out"), families.load(tmp_path / "base"))
+    lock = json.loads((tmp_path / "out/darekit.lock.json").read_text())
+    assert lock["output"]["content_digest"] == lock["inputs"][0]["content_digest"]
+
+
+# --- the command
+
+
+def test_the_command_packs_shows_verifies_and_unpacks(llamas, tmp_path, dare):
+    base, out = llamas.path / "base", tmp_path / "m.pack.safetensors"
+    found = dare("pack", base, llamas.path / "m0", out, "-p", "0.9", "--bits", "4", "--json")
+    assert found.code == 0 and found.data["bytes"] == out.stat().st_size and found.data["ratio"] > 1
+    shown = dare("info", out)
+    assert shown.code == 0 and "int4" in shown.out and "drop_rate 0.9" in shown.out and "base" in shown.out
+    assert dare("info", out, "--json").data["seed"] == found.data["seed"]
+    for arguments in ((out,), (out, base)):
+        assert dare("verify", *arguments).code == 0
+        assert dare("verify", *arguments, "--json").data["ok"]
+    wrong = dare("verify", out, llamas.path / "m1")
+    assert wrong.code == 1 and "is not the base of" in wrong.err
+    assert dare("unpack", base, out, tmp_path / "out").code == 0
+    broken = bytearray(out.read_bytes())
+    broken[-1] ^= 1
+    out.write_bytes(broken)
+    found = dare("verify", out)
+    assert found.code == 1 and "does not have its digest" in found.out
+    for arguments in (("-p", "9"), ("-p", "0.9", "--bits", "3")):
+        assert dare("pack", base, llamas.path / "m0", tmp_path / "x.safetensors", *arguments).code == 2
+
+
+def test_closing_a_packs_checkpoint_removes_its_directory(real, tmp_path):
+    dk.pack(real.path / "base", real.path / "m0", tmp_path / "m.safetensors", drop_rate=0.9, bits=32)
+    opened = open_checkpoint(real.path / "base")
+    with dk.open_pack(tmp_path / "m.safetensors", base=opened) as found:
+        model = found.checkpoint()
+        directory = model.directory
+        assert (directory / "config.json").exists() and model.config
+        del model
+        assert not directory.exists()
+    opened.close()
