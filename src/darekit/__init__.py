@@ -47,17 +47,17 @@ __all__ = [
     "magnitude",
     "merge",
     "merge_tensors",
+    "open_pack",
+    "pack",
     "plan",
     "read_recipe",
     "task_arithmetic",
-    "open_pack",
-    "pack",
     "ties",
+    "unpack",
 ]
 
 if TYPE_CHECKING:
     from darekit.api import drop, merge, plan
-    "unpack",
     from darekit.errors import DarekitError
     from darekit.inspection import inspect
     from darekit.memory import (
@@ -71,13 +71,13 @@ if TYPE_CHECKING:
         task_arithmetic,
         ties,
     )
+    from darekit.packs.packing import pack
+    from darekit.packs.reading import open_pack
+    from darekit.packs.unpacking import unpack
     from darekit.recipe import read_recipe
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"darekit.{_LAZY[name]}"), name)
-    from darekit.packs.packing import pack
-    from darekit.packs.reading import open_pack
-    from darekit.packs.unpacking import unpack
     raise AttributeError(f"module 'darekit' has no attribute {name!r}")

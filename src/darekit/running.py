@@ -119,12 +119,12 @@ def execute(
                 output.close()
         _refuse_changed(plan)
         records = {**stage.finished, **execution.records}
+        if accept:
+            accept(records)
         if len(plan.shards) > 1:
             _write(stage.path / INDEX_NAME, index_json(plan.shards))
         _write(stage.path / LOCK_NAME, json.dumps(make_lock(plan, records), indent=1) + "\n")
         for warning in _write_companions(plan, stage.path, out.name):
-        if accept:
-            accept(records)
             say(warning)
         stage.publish()
         publishing = time.perf_counter() - began

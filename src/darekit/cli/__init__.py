@@ -47,13 +47,6 @@ class SparsifierName(StrEnum):
     MAGNITUDE = "magnitude"
     DELLA = "della"
     BREADCRUMBS = "breadcrumbs"
-class PackRescale(StrEnum):
-    """Words for `pack --rescale`."""
-
-    PAPER = "paper"
-    NONE = "none"
-
-
 
 
 class RescaleName(StrEnum):
@@ -61,6 +54,13 @@ class RescaleName(StrEnum):
 
     PAPER = "paper"
     L1 = "l1"
+    NONE = "none"
+
+
+class PackRescale(StrEnum):
+    """Words for `pack --rescale`."""
+
+    PAPER = "paper"
     NONE = "none"
 
 
@@ -156,12 +156,6 @@ def drop(
 
         extra = {name: value for name, value in (("window", window), ("gamma", gamma)) if value is not None}
         found = drop_recipe(
-def _check_drop_rate(drop_rate: float) -> None:
-    if not 0 <= drop_rate <= 1:
-        hint = f"; a percentage? write {drop_rate / 100:g}" if 1 < drop_rate <= 100 else ""
-        raise typer.BadParameter(f"{drop_rate:g} is outside [0, 1]{hint}", param_hint="-p")
-
-
             base, model, drop_rate=drop_rate, method=method.value, rescale=rescale.value if rescale else None,
             on=on.value, keep_dense=keep_dense or (), seed=seed, vocab=vocab.value, parameters=extra,
         )  # fmt: skip
@@ -169,6 +163,12 @@ def _check_drop_rate(drop_rate: float) -> None:
             found, out, (), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,
             overwrite=overwrite, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
         )  # fmt: skip
+
+
+def _check_drop_rate(drop_rate: float) -> None:
+    if not 0 <= drop_rate <= 1:
+        hint = f"; a percentage? write {drop_rate / 100:g}" if 1 < drop_rate <= 100 else ""
+        raise typer.BadParameter(f"{drop_rate:g} is outside [0, 1]{hint}", param_hint="-p")
 
 
 def _run(recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, **options: Any) -> None:
@@ -203,6 +203,7 @@ def inspect(
         with display.progress_bar("inspecting", quiet=as_json) as progress:
             found = inspect_models(base, model, threads=threads, progress=progress)
         display.show_inspection(found, as_json=as_json)
+
 
 @app.command()
 def pack(
@@ -302,7 +303,6 @@ def info(
 
         with open_pack(pack) as found:
             packs.show_info(found.info(), as_json=as_json)
-
 
 
 @app.command()
