@@ -26,10 +26,15 @@ SPARSIFY = {
 }
 METHODS = {
     "linear": ({}, {}),
-    "task_arithmetic": ({"lambda_": 0.5}, {"lambda_": 0.5}),
-    "ties": ({"keep": 0.3, "lambda_": 1.2}, {"keep": 0.3, "lambda_": 1.2}),
+    "task_arithmetic": ({"lambda": 0.5}, {"lambda_": 0.5}),
+    "ties": ({"keep": 0.3, "lambda": 1.2}, {"keep": 0.3, "lambda_": 1.2}),
     "ties_sum": ({"normalize": False}, {"normalize": False}),
 }
+# A method without a row above is held to its formula with its defaults.
+SPARSIFY |= {
+    n: (n, {"drop_rate": 0.7}) for n in SPARSIFIERS if all(row is None or row[0] != n for row in SPARSIFY.values())
+}
+METHODS |= {n: ({}, {}) for n in MERGE_METHODS if n not in METHODS}
 SEEDS = (11, 22, 33)
 WEIGHTS = (1.0, 0.7, 0.3)
 
@@ -38,7 +43,7 @@ def spec_of(sparsify):
     if sparsify is None:
         return None
     kind, parameters = sparsify
-    return getattr(dk, kind)(**parameters)
+    return dk.sparsifier(kind, **parameters)
 
 
 def same_bits(found, expected):
@@ -46,9 +51,14 @@ def same_bits(found, expected):
     assert np.array_equal(oracle.raw_of(found), oracle.raw_of(expected))
 
 
-def test_the_tables_above_name_every_method():
-    assert {kind for kind, _ in filter(None, SPARSIFY.values())} == set(SPARSIFIERS)
-    assert {name.removesuffix("_sum") for name in METHODS} == set(MERGE_METHODS)
+def test_the_typed_functions_are_the_table():
+    for name, entry in SPARSIFIERS.items():
+        typed = getattr(dk, name)(0.5)
+        assert (typed.method, typed.parameters) == (name, {"drop_rate": 0.5} | {
+            p.name: p.default for p in entry.parameters.values() if p.default is not None
+        })  # fmt: skip
+    for name, entry in MERGE_METHODS.items():
+        assert getattr(dk, name)() == dk.merge_method(name, **{p.name: p.default for p in entry.parameters.values()})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,7 +75,7 @@ def test_every_combination_equals_the_formulas(sparsify, method):
                 model[f"t{shape}"] = array
         name = method.removesuffix("_sum")
         merged = dk.merge_tensors(
-            base, models, sparsify=spec_of(SPARSIFY[sparsify]), method=getattr(dk, name)(**ours),
+            base, models, sparsify=spec_of(SPARSIFY[sparsify]), method=dk.merge_method(name, **ours),
             weights=WEIGHTS, seeds=SEEDS, threads=2,
         )  # fmt: skip
         for key, b in base.items():
@@ -87,6 +97,17 @@ def test_every_number_format(dtype, sparsify):
     )["w"]  # fmt: skip
     expected = oracle.merge("w", base, models, seeds=SEEDS, sparsify=SPARSIFY[sparsify], method="ties", keep=0.5)
     same_bits(merged, expected)
+
+
+@pytest.mark.parametrize("kind", SPARSIFIERS)
+@pytest.mark.parametrize("dtype", ["F64", "F32"])
+def test_tiles_that_are_no_whole_rows(kind, dtype):
+    """65536 is no multiple of 1536, and 100 x 1536 is more than one tile."""
+    rng = np.random.default_rng(10)
+    base, (model,) = oracle.family(rng, (100, 1536), dtype, k=1)
+    sparsify = (kind, {"drop_rate": 0.7})
+    merged = dk.merge_tensors({"w": base}, [{"w": model}], sparsify=spec_of(sparsify), seeds=[5], threads=2)["w"]
+    same_bits(merged, oracle.merge("w", base, [model], seeds=[5], sparsify=sparsify))
 
 
 @pytest.mark.parametrize("sparsify", ["dare", "magnitude_l1", "breadcrumbs", "della_l1", "dare_l1"])
@@ -173,7 +194,7 @@ def test_drop_rates_zero_and_one(kind):
     rng = np.random.default_rng(9)
     base, (model,) = oracle.family(rng, (50, 41), "BF16", k=1)
     for rate, expected in ((0.0, model), (1.0, base)):
-        merged = dk.merge_tensors({"w": base}, [{"w": model}], sparsify=getattr(dk, kind)(rate))["w"]
+        merged = dk.merge_tensors({"w": base}, [{"w": model}], sparsify=dk.sparsifier(kind, rate))["w"]
         same_bits(merged, expected)
 
 

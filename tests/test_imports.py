@@ -156,7 +156,6 @@ RUN = "import sys\nfrom darekit.cli import main\nsys.argv[0] = 'dare'\nmain()"
         (["mrge", "a", "b"], 2),
         (["drop", "a", "b", "c"], 2),
         (["drop", "a", "b", "c", "-p", "90"], 2),
-        (["drop", "a", "b", "c", "-p", "0.9", "--method", "nonsense"], 2),
         (["merge", "r.yaml", "out", "--shard-size", "large"], 2),
         (["merge", "r.yaml", "out", "--set", "lambda"], 2),
     ],
@@ -167,6 +166,12 @@ def test_help_and_usage_errors_load_nothing_heavy(arguments, code):
     # typer itself takes pydantic to convert arguments (0.29), so only help is free of it.
     assert not modules & ({*HEAVY} if arguments in (["--help"], []) else {*HEAVY} - {"pydantic"})
     assert "typer" in modules and "Traceback" not in text
+
+
+def test_an_unknown_method_loads_the_table_and_nothing_that_compiles():
+    modules, returned, text = loaded(RUN, "drop", "a", "b", "c", "-p", "0.9", "--method", "nonsense")
+    assert returned == 2 and "magnitude" in text
+    assert not modules & {"numba", "torch", "transformers", "huggingface_hub", "yaml"}
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ _LAZY = {
     "linear": "memory",
     "task_arithmetic": "memory",
     "ties": "memory",
+    "sparsifier": "memory",
+    "merge_method": "memory",
     "DarekitError": "errors",
 }
 
@@ -46,11 +48,13 @@ __all__ = [
     "linear",
     "magnitude",
     "merge",
+    "merge_method",
     "merge_tensors",
     "open_pack",
     "pack",
     "plan",
     "read_recipe",
+    "sparsifier",
     "task_arithmetic",
     "ties",
     "unpack",
@@ -67,7 +71,9 @@ if TYPE_CHECKING:
         drop_only,
         linear,
         magnitude,
+        merge_method,
         merge_tensors,
+        sparsifier,
         task_arithmetic,
         ties,
     )

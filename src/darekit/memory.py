@@ -23,7 +23,10 @@ class Method:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _sparsify(method: str, drop_rate: float, seed: int, keep_dense: Sequence[str], on: str, **more: Any) -> Sparsify:
+def sparsifier(
+    method: str, drop_rate: float, *, seed: int = 0, keep_dense: Sequence[str] = (), on: str = "delta", **more: Any
+) -> Sparsify:
+    """Any sparsifier of the table by name, with its parameters; the functions below are the same, typed."""
     return Sparsify(
         method=method,
         parameters={"drop_rate": drop_rate, **more},
@@ -37,19 +40,19 @@ def dare(
     drop_rate: float, *, seed: int = 0, rescale: str = "paper", keep_dense: Sequence[str] = (), on: str = "delta"
 ) -> Sparsify:
     """DARE: random drop, survivors times 1/(1-p). See `darekit.methods.sparsifiers.dare`."""
-    return _sparsify("dare", drop_rate, seed, keep_dense, on, rescale=rescale)
+    return sparsifier("dare", drop_rate, seed=seed, keep_dense=keep_dense, on=on, rescale=rescale)
 
 
 def drop_only(drop_rate: float, *, seed: int = 0, keep_dense: Sequence[str] = (), on: str = "delta") -> Sparsify:
     """Random drop without rescale. See `darekit.methods.sparsifiers.drop_only`."""
-    return _sparsify("drop_only", drop_rate, seed, keep_dense, on)
+    return sparsifier("drop_only", drop_rate, seed=seed, keep_dense=keep_dense, on=on)
 
 
 def magnitude(
     drop_rate: float, *, rescale: str = "none", keep_dense: Sequence[str] = (), on: str = "delta"
 ) -> Sparsify:
     """Keep the largest magnitudes. See `darekit.methods.sparsifiers.magnitude`."""
-    return _sparsify("magnitude", drop_rate, 0, keep_dense, on, rescale=rescale)
+    return sparsifier("magnitude", drop_rate, keep_dense=keep_dense, on=on, rescale=rescale)
 
 
 def della(
@@ -62,14 +65,19 @@ def della(
     on: str = "delta",
 ) -> Sparsify:
     """MAGPRUNE: small magnitudes drop more often. See `darekit.methods.sparsifiers.della`."""
-    return _sparsify("della", drop_rate, seed, keep_dense, on, window=window, rescale=rescale)
+    return sparsifier("della", drop_rate, seed=seed, keep_dense=keep_dense, on=on, window=window, rescale=rescale)
 
 
 def breadcrumbs(
     drop_rate: float, *, gamma: float = 0.01, rescale: str = "none", keep_dense: Sequence[str] = (), on: str = "delta"
 ) -> Sparsify:
     """Drop the largest and the smallest magnitudes. See `darekit.methods.sparsifiers.breadcrumbs`."""
-    return _sparsify("breadcrumbs", drop_rate, 0, keep_dense, on, gamma=gamma, rescale=rescale)
+    return sparsifier("breadcrumbs", drop_rate, keep_dense=keep_dense, on=on, gamma=gamma, rescale=rescale)
+
+
+def merge_method(name: str, **parameters: Any) -> Method:
+    """Any merge method of the table by name, with its parameters; the functions below are the same, typed."""
+    return Method(name, parameters)
 
 
 def linear(*, normalize: bool = True) -> Method:

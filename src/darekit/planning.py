@@ -103,7 +103,7 @@ class Plan:
         return sum(step.count for step in self.steps)
 
     def peak_memory(self, threads: int, tile: int) -> int:
-        """Estimate in bytes: the interpreter, and per thread K + 3 tiles of the step that asks for most."""
+        """Estimate in bytes: the interpreter, and per thread the buffers of the step whose tiles are largest."""
 
         def cost(step: Step) -> int:
             width = 8 if step.wide else 4
@@ -178,9 +178,9 @@ def drop_rate_of(recipe: Recipe, model: int, tensor: AlignedTensor) -> tuple[flo
     if sparsify is None or is_kept_dense(tensor.name, tensor.shape, sparsify.keep_dense):
         return 0.0, False
     entry = SPARSIFIERS[sparsify.method]
-    rescaled = _resolved(recipe, model, tensor.name, entry).get("rescale") != "none"
-    rate = float(_resolved(recipe, model, tensor.name, entry)["drop_rate"])
-    return rate, entry.unbiased and rescaled and sparsify.on == "delta"
+    values = _resolved(recipe, model, tensor.name, entry)
+    unbiased = entry.unbiased and values.get("rescale") != "none" and sparsify.on == "delta"
+    return float(values["drop_rate"]), unbiased
 
 
 def _resolved(recipe: Recipe, model: int, name: str, entry: Sparsifier) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def _steps(
         chains = tuple(_chain(recipe, k, tensor, begin, seeds[k]) for k in owners)
         factor = _factor(recipe, tensor.name)
         # What the one model's delta is multiplied by, where there is but one.
-        scale = factor * (1.0 if own["normalize"] else weights[owners[0]])
+        scale = factor * (1.0 if own.get("normalize") else weights[owners[0]])
         yield make(
             kind="merge",
             begin=0,
@@ -291,7 +291,13 @@ def _steps(
             parameters=own,
             factor=factor,
             on_weights=_on_weights(recipe, own),
-            verbatim=len(owners) == 1 and not chains[0] and scale == 1.0 and inputs[0].count >= begin,
+            verbatim=(
+                MERGE_METHODS[recipe.merge_method].keeps_one
+                and len(owners) == 1
+                and not chains[0]
+                and scale == 1.0
+                and inputs[0].count >= begin
+            ),
         )
     # Rows that the base does not have, or all of them where there is no base: the average of the models that do.
     for end in sorted({min(entry.count, count) for entry in inputs}):
@@ -323,7 +329,7 @@ def _on_weights(recipe: Recipe, parameters: Mapping[str, Any]) -> bool:
     base plus anything."""
     if recipe.sparsify is not None and recipe.sparsify.on == "weights":
         return True
-    return recipe.merge_method == "linear" and not parameters["normalize"]
+    return recipe.merge_method == "linear" and not parameters.get("normalize")
 
 
 def _factor(recipe: Recipe, name: str) -> float:

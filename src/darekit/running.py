@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -114,6 +114,10 @@ def execute(
             began = time.perf_counter()
             stage.flush(sync)
             sync()
+        except BaseException:  # Ctrl-C, a full disk: --resume shall find all that was finished
+            with suppress(Exception):
+                stage.flush(sync)
+            raise
         finally:
             for output in outputs:
                 output.close()

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from darekit.dtypes import Bytes, DType
 from darekit.kernels import cpu
 from darekit.masks import DROP_ALL, stream_of, threshold_of
-from darekit.methods import SPARSIFIERS
+from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.methods.sparsifiers import (
     L1_LANES,
     breadcrumb_counts,
@@ -379,7 +379,8 @@ class Whole(Stage):
         arguments: dict[str, Any] = {
             name: self.spec.parameters[name] for name in entry.parameters if name in self.spec.parameters
         }
-        rows = delta.reshape(-1, self.step.row)
+        # An element-scoped method does not care, and its tiles need not be whole rows.
+        rows = delta.reshape(1 if entry.scope == "element" else -1, -1 if entry.scope == "element" else self.step.row)
         rows[...] = entry.function(rows, draws.reshape(rows.shape), **arguments)
         return int(np.count_nonzero(delta))
 
@@ -391,7 +392,7 @@ def is_trim(spec: StageSpec) -> bool:
 
 def tile_of(step: Step, wanted: int) -> int:
     """Elements per tile of a step: `wanted`, whole rows, or the whole tensor, as its stages' scopes ask."""
-    scopes = []
+    scopes: list[str] = [MERGE_METHODS[step.method].scope]
     for chain in step.chains:
         for spec in chain:
             entry = SPARSIFIERS.get(spec.method)

@@ -18,7 +18,7 @@ from darekit.dtypes import Bytes, Floats
 from darekit.kernels import cpu
 from darekit.methods import MERGE_METHODS
 from darekit.methods.merging import total_weight
-from darekit.stages import build, is_trim, tile_of
+from darekit.stages import build, tile_of
 from darekit.steps import Input, Step
 
 TILE = 65536  # elements
@@ -104,7 +104,7 @@ class StepRun:
     """One step being run by one thread: its stages' state, its scratch, and the digests it feeds."""
 
     def __init__(
-        self, step: Step, hands: Hands, digests: MutableMapping[int, TensorDigest], kept: Counter[int]
+        self, step: Step, hands: Hands, digests: MutableMapping[int, TensorDigest], kept: Counter[tuple[int, int]]
     ) -> None:
         self.step, self.hands, self.kept = step, hands, kept
         self.tile = tile_of(step, hands.tile)
@@ -165,13 +165,14 @@ class StepRun:
         if self.hands.broken.is_set():
             return
         for k, chain in enumerate(self.chains):
-            kept = self.taken[k]
-            for spec, stage in zip(step.chains[k], chain, strict=True):
-                if stage is chain[0] and kept is not None:
-                    continue
-                left = stage.apply(scratch.deltas[k], start)
-                kept = kept if is_trim(spec) else left
-            self.kept[step.owners[k]] += count if kept is None else kept
+            taken = self.taken[k]
+            for i, stage in enumerate(chain):
+                if i == 0 and taken is not None:
+                    self.kept[step.owners[k], i] += taken
+                else:
+                    self.kept[step.owners[k], i] += stage.apply(scratch.deltas[k], start)
+            if not chain:
+                self.kept[step.owners[k], 0] += count
         out = scratch.out[: count * step.dtype.itemsize]
         if step.verbatim and self.bad_at is None:
             overflowed = self._verbatim(scratch, count, out)
@@ -305,8 +306,6 @@ class StepRun:
                     self.hands.broken.set()
             if not self.hands.broken.is_set():
                 self._write(raw, start, 0)
-        for key in step.owners:
-            self.kept[key] += end - begin
 
 
 def combiner(step: Step) -> Callable[[Floats, Floats], Floats]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fast twins of `darekit.kernels.reference`: same names, same signatures, same bits; float32 tiles that stay in L2.
+"""Fast twins of the functions in `darekit.methods` and `darekit.masks`, to the bit; float32 tiles that stay in L2.
 
 Every kernel is a short loop over contiguous data that LLVM can vectorise. Without `fastmath` it neither reorders sums
 nor fuses multiply and add, so results equal numpy's bit for bit. All release the GIL: threads are Python's.

@@ -36,12 +36,17 @@ class Sparsifier:
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """K deltas -> one. `trims`: each delta is first trimmed to its largest `keep` fraction."""
+    """K deltas -> one.
+
+    `trims`: each delta is first trimmed to its largest `keep` fraction. `keeps_one`: of a single delta with weight 1
+    it makes that delta, so that an untouched model can be copied to the bit.
+    """
 
     function: Callable[..., Any]
     scope: Scope = "element"
     needs_base: bool = True
     trims: bool = False
+    keeps_one: bool = False
 
     @property
     def name(self) -> str:
@@ -82,9 +87,9 @@ SPARSIFIERS: dict[str, Sparsifier] = {
 MERGE_METHODS: dict[str, MergeMethod] = {
     entry.name: entry
     for entry in (
-        MergeMethod(merging.linear, needs_base=False),
-        MergeMethod(merging.task_arithmetic),
-        MergeMethod(merging.ties, trims=True),
+        MergeMethod(merging.linear, needs_base=False, keeps_one=True),
+        MergeMethod(merging.task_arithmetic, keeps_one=True),
+        MergeMethod(merging.ties, trims=True, keeps_one=True),
     )
 }
 

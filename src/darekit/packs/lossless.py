@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One leaf of a fine-tuned tensor exactly, from its base: a frame that is as small as three ways can make it.
+
+Nothing where nothing changed; else one byte that says how, and then: 0 the fine-tuned bytes; 1 their XOR with the
+base's, cut into byte planes, through zstd (BitX, NSDI'26); 2 of the changed elements only, gaps between them and
+XORs, both in byte planes, through zstd. RL-tuned models change 5 to 30 % of their elements, others nearly all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import zstandard
+
+from darekit.dtypes import Bytes
+from darekit.errors import CheckpointError
+
+RAW, PLANES, SPARSE = 0, 1, 2
+LEVEL = 1  # higher levels gain 1 % on XORs of weights, and cost several times as long
+SPARSE_BELOW = 0.75  # fraction of changed elements above which gaps cannot pay
+
+
+def compress(base: Bytes, tuned: Bytes, itemsize: int) -> Bytes:
+    """(n * itemsize,) uint8 twice -> the smallest frame, (m,) uint8 with m <= n * itemsize + 1."""
+    changed = np.flatnonzero(base.view(f"u{itemsize}") != tuned.view(f"u{itemsize}"))
+    if not changed.size:
+        return np.empty(0, np.uint8)
+    planes = (base ^ tuned).reshape(-1, itemsize)
+    codec = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False)
+    frames = [bytes([RAW]) + tuned.tobytes()]
+    if changed.size > SPARSE_BELOW * planes.shape[0] or changed.size > planes.shape[0] // 16:
+        frames.append(bytes([PLANES]) + codec.compress(planes.T.tobytes()))
+    if changed.size <= SPARSE_BELOW * planes.shape[0]:
+        gaps = (np.diff(changed, prepend=-1) - 1).astype("<u2").view(np.uint8).reshape(-1, 2)
+        frames.append(bytes([SPARSE]) + codec.compress(gaps.T.tobytes() + planes[changed].T.tobytes()))
+    return np.frombuffer(min(frames, key=len), np.uint8)
+
+
+def decompress(frame: Bytes, raw: Bytes, itemsize: int, name: str) -> None:
+    """A frame and the base's leaf, (n * itemsize,) uint8 -> the fine-tuned bytes, in place of the latter.
+
+    Raises:
+        CheckpointError: the frame makes no sense; nothing larger than twice the leaf is ever made of it.
+    """
+    if not frame.size:
+        return
+    method, count = int(frame[0]), raw.size // itemsize
+    if method == RAW and frame.size == raw.size + 1:
+        raw[:] = frame[1:]
+        return
+    if method not in (PLANES, SPARSE):
+        raise CheckpointError(f"tensor {name}: a frame of kind {method} with {frame.size:,} bytes; the pack is damaged")
+    limit = raw.size if method == PLANES else (2 + itemsize) * count
+    body = _inflate(frame[1:], limit, name)
+    words = raw.reshape(-1, itemsize)
+    if method == PLANES:
+        if body.size != raw.size:
+            raise CheckpointError(f"tensor {name}: a frame of {body.size:,} bytes for {raw.size:,}; the pack is damaged")
+        words ^= body.reshape(itemsize, -1).T
+        return
+    kept, rest = divmod(body.size, 2 + itemsize)
+    gaps = np.ascontiguousarray(body[: 2 * kept].reshape(2, kept).T).view("<u2").reshape(-1)
+    places = np.cumsum(gaps.astype(np.int64) + 1) - 1
+    if rest or not kept or places[-1] >= count:
+        raise CheckpointError(f"tensor {name}: a frame whose elements lie outside its leaf; the pack is damaged")
+    words[places] ^= body[2 * kept :].reshape(itemsize, kept).T
+
+
+def _inflate(frame: Bytes, limit: int, name: str) -> Bytes:
+    data = frame.tobytes()
+    try:
+        size = zstandard.frame_content_size(data)
+        if not 0 <= size <= limit:
+            raise CheckpointError(f"tensor {name}: a frame of {size:,} bytes, expected at most {limit:,}")
+        return np.frombuffer(zstandard.ZstdDecompressor().decompress(data, max_output_size=max(1, limit)), np.uint8)
+    except zstandard.ZstdError as error:
+        raise CheckpointError(f"tensor {name}: a frame that zstd cannot read ({error}); the pack is damaged") from None
