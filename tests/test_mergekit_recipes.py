@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from darekit.errors import RecipeError
 from darekit.mergekit import LATER_METHODS, PRODUCTS, complement
+from darekit.methods import MERGE_METHODS
 from darekit.recipe import Filtered, Recipe, Sparsify, read_recipe
 
 DARE_TIES = """\
@@ -240,7 +241,8 @@ def test_words_of_other_methods():
     assert "linear drops nothing" in refused("linear", {}, density=0.5)
     assert "nothing to rescale" in refused("task_arithmetic", {}, rescale=True)
     assert make("task_arithmetic", {}, rescale=False).parameters == {}
-    assert "lambda is a parameter of task_arithmetic and ties, not of linear" in refused("linear", {}, **{"lambda": 1})
+    owners = " and ".join(name for name, entry in MERGE_METHODS.items() if "lambda" in entry.parameters)
+    assert f"lambda is a parameter of {owners}, not of linear" in refused("linear", {}, **{"lambda": 1})
     assert "dare_ties does not trim" in refused("dare_ties", {"density": 0.5}, keep=0.2)
     assert "takes epsilon, half of the window" in refused("della", {"density": 0.5}, window=0.2)
     message = refused("dare_ties", {"drop_rate": 0.9, "density": 0.1})
