@@ -109,7 +109,8 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
         path = Path(ref).expanduser()
     except RuntimeError:  # ~somebody who has no home here
         path = Path(ref)
-    tried = [path, *(directory / path for directory in search if not path.is_absolute())]
+    places = [path, *(directory / path for directory in search if not path.is_absolute())]
+    tried = list({place.absolute(): place for place in places}.values())  # the recipe's folder may be this one
     for candidate in tried:
         if _exists(candidate):
             return Location(candidate, _commit_of(candidate))
