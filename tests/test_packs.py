@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+import zstandard
 
 import darekit as dk
 import families
@@ -17,6 +18,7 @@ from darekit.checkpoints import open_checkpoint
 from darekit.dtypes import DTYPES, FLOAT_DTYPES
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, OutputError, PlanError, Unsupported
 from darekit.packs import packing
+from darekit.packs.lossless import compress, decompress
 from darekit.packs.quantization import dequantize, pack_bits, quantize, unpack_bits
 
 SHAPES = (*((n,) for n in (0, 1, 63, 64, 65, 1023, 1024, 1025)), (7, 33), (300, 257))
@@ -177,6 +179,78 @@ def test_dense_bits(tmp_path):
     pack(tmp_path, "n.safetensors", bits=1, dense_bits=16, keep_dense=["norms"])
     with dk.open_pack(tmp_path / "n.safetensors") as found:
         assert found.tensors["t1024.weight"].encoding == "exact"
+
+
+# --- lossless
+
+
+def rl_tuned(directory, share=0.1, dtype="BF16"):
+    """A base and a model of which only a share of the elements changed; odd values and integers among them."""
+    rng = np.random.default_rng(8)
+    base, tuned = sizes(directory, dtype, shapes=((1000, 200), (1025,), (0,), (3, 5)))
+    for name, b in base.items():
+        m = tuned[name]
+        m[...] = np.where(rng.random(m.shape) < share, m, b)
+    tuned["t3x5.weight"][0] = np.nan
+    tuned["t3x5.weight"][1] = -0.0
+    base |= {"n": np.arange(200, dtype=np.int64), "same.weight": base["t1000x200.weight"]}
+    tuned |= {"n": np.arange(200, dtype=np.int64)[::-1].copy(), "same.weight": base["t1000x200.weight"]}
+    families.save(directory / "base", base)
+    families.save(directory / "m0", tuned)
+    return base, tuned
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 1.0])
+def test_a_lossless_pack_restores_every_bit(tmp_path, dtype, share, monkeypatch):
+    # Integers that differ are refused where models are merged; a lossless pack keeps them.
+    monkeypatch.setattr(packing.api, "check", lambda *_, **__: [])
+    base, tuned = rl_tuned(tmp_path, share, dtype)
+    report = dk.pack(tmp_path / "base", tmp_path / "m0", tmp_path / "m.safetensors", lossless=True, threads=2)
+    families.same(restored(tmp_path), tuned)
+    with dk.open_pack(tmp_path / "m.safetensors", base=tmp_path / "base") as found:
+        kinds = {name: tensor.kind for name, tensor in found.tensors.items()}
+        assert kinds["same.weight"] == "same" and kinds["t1000x200.weight"] == "lossless"
+        assert not found.verify().faults
+        name = "t1000x200.weight"
+        number = np.float64 if dtype == "F64" else np.float32
+        delta = tuned[name].astype(number) - base[name].astype(number)
+        assert np.array_equal(found.delta(name, slice(300, 400)), delta[300:400])
+        arrays = {n: array.copy() for n, array in base.items()}
+        found.apply_(arrays)
+    families.same(arrays, tuned)
+    if share == 0.02:
+        assert report.bytes < 0.15 * report.model_bytes
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_lossless_packs_that_are_refused(tmp_path):
+    base, _ = sizes(tmp_path)
+    with pytest.raises(PlanError, match="either a drop rate or lossless"):
+        dk.pack(tmp_path / "base", tmp_path / "m0", tmp_path / "m.safetensors")
+    with pytest.raises(PlanError, match="not both"):
+        pack(tmp_path, lossless=True)
+    families.save(tmp_path / "m0", {name: array.astype(np.float32) for name, array in base.items()})
+    with pytest.raises(PlanError, match="F32 in the model and BF16"):
+        pack(tmp_path, lossless=True, drop_rate=None)
+    assert not list(tmp_path.glob("*m.safetensors*")) and not list(tmp_path.glob(".m*"))
+
+
+@pytest.mark.parametrize("method", [0, 1, 2, 3, 255])
+def test_hostile_frames(method):
+    base = np.zeros(2000, np.uint8)
+    bodies = (b"", b"x", b"\xff" * 2000, zstandard.compress(b"\0" * 10**8), zstandard.compress(b"\xff" * 4000),
+              zstandard.compress(b"abc"), zstandard.compress(b"\xff" * 400)[:-3], b"\0" * 1999)  # fmt: skip
+    for body in bodies:
+        if (method, len(body)) == (0, 2000):
+            continue
+        with pytest.raises(CheckpointError, match="tensor w"):
+            decompress(np.frombuffer(bytes([method]) + body, np.uint8), base.copy(), 2, "w")
+    tuned = base.copy()
+    tuned[::30] = 1
+    raw = base.copy()
+    decompress(compress(base, tuned, 2), raw, 2, "w")
+    assert np.array_equal(raw, tuned) and compress(base, base, 2).size == 0
 
 
 # --- sizes

@@ -209,7 +209,10 @@ def pack(
     base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
     model: Annotated[str, typer.Argument(help="The fine-tuned model: directory, file or Hub id.")],
     out: Annotated[Path, typer.Argument(help="File to write, OUT.safetensors.")],
-    drop_rate: Annotated[float, typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped.")],
+    drop_rate: Annotated[
+        float | None, typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped.")
+    ] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Drop nothing: the exact model, compressed.")] = False,
     bits: Annotated[int, typer.Option(help="Per kept element: 64, 32, 16, 8, 4, 2 or 1.")] = 16,
     dense_bits: Annotated[
         int | None, typer.Option(help="The same for tensors that are not dropped; default: as --bits, at least 4.")
@@ -228,7 +231,9 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Store MODEL as its sparse delta from BASE, in the file OUT: no index, as the mask is a function of a seed."""
-    _check_drop_rate(drop_rate)
+    if (drop_rate is None) != lossless:
+        raise typer.BadParameter("give either -p or --lossless", param_hint="-p")
+    _check_drop_rate(drop_rate or 0.0)
     widths = (64, 32, 16, 8, 4, 2, 1)
     for value, name in ((bits, "--bits"), (dense_bits, "--dense-bits")):
         if value is not None and value not in widths:
@@ -239,7 +244,7 @@ def pack(
 
         with display.progress_bar("packing", quiet=as_json) as progress:
             report = pack_model(
-                base, model, out, drop_rate=drop_rate, bits=bits, dense_bits=dense_bits, group=group,
+                base, model, out, drop_rate=drop_rate, lossless=lossless, bits=bits, dense_bits=dense_bits, group=group,
                 rescale=rescale.value, keep_dense=keep_dense or (), seed=seed, threads=threads, overwrite=overwrite,
                 force=force, progress=progress, say=display.say_note,
             )  # fmt: skip

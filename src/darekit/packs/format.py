@@ -484,7 +484,7 @@ def _read_table(tensor: PackedTensor, parts: Parts, file: InputFile, at: str) ->
         starts = _starts(counts)
         if parts.frames.nbytes != starts[-1]:
             raise CheckpointError(f"{at}: its leaves take {starts[-1]:,} bytes, the file has {parts.frames.nbytes:,}")
-        if np.any(counts > full * DTYPES[tensor.dtype].itemsize + 16):
+        if np.any(counts > full * DTYPES[tensor.dtype].itemsize + 1):
             raise CheckpointError(f"{at}: a leaf is longer than its uncompressed bytes")
         return LeafTable(counts, starts, np.zeros(tensor.leaves + 1, np.int64)), None
     if np.any(counts > full) or int(counts.sum()) != tensor.kept:

@@ -54,7 +54,9 @@ def decompress(frame: Bytes, raw: Bytes, itemsize: int, name: str) -> None:
     words = raw.reshape(-1, itemsize)
     if method == PLANES:
         if body.size != raw.size:
-            raise CheckpointError(f"tensor {name}: a frame of {body.size:,} bytes for {raw.size:,}; the pack is damaged")
+            raise CheckpointError(
+                f"tensor {name}: a frame of {body.size:,} bytes for {raw.size:,}; the pack is damaged"
+            )
         words ^= body.reshape(itemsize, -1).T
         return
     kept, rest = divmod(body.size, 2 + itemsize)

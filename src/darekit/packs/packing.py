@@ -8,6 +8,7 @@ belong by any thread, and memory is a few leaves per thread, whatever the model'
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import numpy as np
 import xxhash
 
 from darekit import __version__, api
-from darekit.checkpoints import Checkpoint, OutputFile, OutputTensor, sync_directory
+from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, sync_directory
 from darekit.digests import LEAF, checkpoint_digest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, DType, dtype_named
 from darekit.errors import CheckpointError, DataError, OutputError, PlanError
@@ -42,6 +43,7 @@ from darekit.packs.format import (
     stored_digest,
 )
 from darekit.packs.leaves import Mask, encode, factor_of, restore, take
+from darekit.packs.lossless import compress
 from darekit.packs.workers import run_all
 from darekit.planning import Plan, drop_rate_of, open_plan
 from darekit.running import Progress, peak_rss
@@ -82,7 +84,8 @@ def pack(
     model: str | Path,
     out: str | Path,
     *,
-    drop_rate: float,
+    drop_rate: float | None = None,
+    lossless: bool = False,
     bits: int = 16,
     dense_bits: int | None = None,
     group: int = 64,
@@ -101,7 +104,8 @@ def pack(
         base: the checkpoint that `model` was fine-tuned from.
         model: the fine-tuned model.
         out: the file to write.
-        drop_rate: fraction of the delta that is dropped, in [0, 1].
+        drop_rate: fraction of the delta that is dropped, in [0, 1]; to be given unless `lossless`.
+        lossless: store the exact model instead, bit for bit; bits, group, rescale and keep_dense mean nothing then.
         bits: per kept element: 64, 32 or 16 (exact where the format has no more), 8, 4, 2 or 1.
         dense_bits: the same for tensors that are not dropped; `bits` where not given, at least 4.
         group: kept elements that share a scale, where bits are 8 or fewer.
@@ -127,8 +131,10 @@ def pack(
         raise PlanError(f"groups of {group} elements; expected 1 to {GROUP_LIMIT}")
     if rescale not in ("paper", "none"):
         raise PlanError(f"rescale {rescale!r}: a pack knows paper and none")
+    if (drop_rate is None) != lossless:
+        raise PlanError("a pack needs either a drop rate or lossless" + (", not both" if lossless else ""))
     recipe = api.drop_recipe(
-        str(base), str(model), drop_rate=drop_rate, rescale=rescale, keep_dense=keep_dense, seed=seed
+        str(base), str(model), drop_rate=drop_rate or 0.0, rescale=rescale, keep_dense=keep_dense, seed=seed
     )
     said: list[str] = []
 
@@ -143,12 +149,12 @@ def pack(
         for line in plan.notes:
             note(line)
         api.check(plan, force=force, say=note)
-        settings = {
+        settings = {"lossless": True} if lossless else {
             "drop_rate": drop_rate, "bits": bits, "dense_bits": dense_bits, "group": group,
             "keep_dense": list(keep_dense),
         }  # fmt: skip
         writer = Writer(plan, settings, rescale, threads or default_threads())
-        for line in writer.losses():
+        for line in () if lossless else writer.losses():
             note(line)
         size, document = writer.write(out, overwrite=overwrite, progress=progress)
         model_bytes = sum(info.nbytes for info in plan.models[0].tensors.values())
@@ -194,11 +200,22 @@ class _Job:
     digests: Mapping[str, list[bytes]]
 
 
+@dataclass(frozen=True)
+class _Frames:
+    """Compressed leaves of one tensor from `first` on, as they wait in a spool file."""
+
+    name: str
+    first: int
+    offset: int
+    size: int
+
+
 class Writer:
     """One pack being written."""
 
     def __init__(self, plan: Plan, settings: Mapping[str, Any], rescale: str, threads: int) -> None:
         assert plan.base is not None and plan.seeds[0] is not None
+        self.lossless = bool(settings.get("lossless"))
         self.plan, self.settings, self.rescale, self.threads = plan, settings, rescale, threads
         self.base, self.model, self.seed = plan.base, plan.models[0], plan.seeds[0]
 
@@ -219,7 +236,28 @@ class Writer:
 
     def write(self, out: Path, *, overwrite: bool, progress: Progress | None) -> tuple[int, Document]:
         """Scan, lay out, write out of sight, publish."""
+        self._refuse_other_tensors()
         jobs = self._scan()
+        hidden = out.with_name(f".{out.name}.darekit-part")
+        if not self.lossless:
+            return self._write_jobs(jobs, [], None, hidden, out, overwrite, progress)
+        # How long frames are is known when they are made: they wait beside the output until all are.
+        spool = out.with_name(f".{out.name}.darekit-spool")
+        try:
+            frames = self._compress(jobs, spool, progress)
+            waiting = InputFile(spool)
+            try:
+                return self._write_jobs(jobs, frames, waiting, hidden, out, overwrite, None)
+            finally:
+                waiting.close()
+        finally:
+            with contextlib.suppress(OSError):
+                spool.unlink()
+
+    def _write_jobs(
+        self, jobs: Sequence[_Job], frames: Sequence[_Frames], spool: InputFile | None, hidden: Path, out: Path,
+        overwrite: bool, progress: Progress | None,
+    ) -> tuple[int, Document]:  # fmt: skip
         contents = dict(_companions(self.model))
         files = tuple(
             CompanionFile(name, not _is_same_file(self.base, name, raw), xxhash.xxh3_128_hexdigest(raw))
@@ -251,7 +289,6 @@ class Writer:
         parts = [part for job in jobs for part in _parts_of(job)]
         parts += [OutputTensor(f"{FILE_ROLE}:{file.name}", "U8", (len(contents[file.name]),)) for file in stored]
         layout = lay_out_parts(parts, document)
-        hidden = out.with_name(f".{out.name}.darekit-part")
         try:
             output = OutputFile.create(hidden, layout.size)
             try:
@@ -260,6 +297,8 @@ class Writer:
                     output.write(np.frombuffer(contents[file.name], np.uint8), place.offset)
                 offsets = {name: place.offset for name, place in layout.places.items()}
                 self._write_leaves(jobs, offsets, output, progress)
+                if spool is not None:
+                    self._write_frames(jobs, frames, spool, offsets, output)
                 document = self._with_digests(document, jobs)
                 header = render_header(document, list(layout.places.values()), layout.data)
                 output.write(np.frombuffer(header, np.uint8), 0)
@@ -296,6 +335,8 @@ class Writer:
         rate, _ = drop_rate_of(self.plan.recipe, 0, aligned)
         tensor = PackedTensor(aligned.name, base.dtype, base.shape, "same")
         floats = dtype_named(base.dtype).kind == "float"
+        if self.lossless:
+            return self._scan_exactly(aligned, tensor)
         if tuned is None:
             return _same(aligned, tensor, _leaf_digests(aligned))
         bitmap = None
@@ -323,6 +364,67 @@ class Writer:
         tensor = replace(tensor, kept=int(counts.sum()))
         return _Job(aligned, tensor, values, counts, bitmap, _digest_lists(tensor))
 
+    def _scan_exactly(self, aligned: AlignedTensor, tensor: PackedTensor) -> _Job:
+        base, tuned = aligned.base, aligned.models[0]
+        assert base is not None and tuned is not None
+        if tuned.dtype != base.dtype:
+            raise PlanError(
+                f"{base.name} is {tuned.dtype} in the model and {base.dtype} in the base; a lossless pack needs equal "
+                "formats. Convert the base, or pack with a drop rate"
+            )
+        if _looks_same(aligned):
+            changed, leaves = _changed_rows(aligned, tensor)
+            if not changed.any():
+                return _same(aligned, tensor, leaves)
+        tensor = replace(tensor, kind="lossless")
+        counts = np.zeros(tensor.leaves, np.int64)
+        return _Job(aligned, tensor, DTYPES["U8"], counts, None, _digest_lists(tensor))
+
+    def _compress(self, jobs: Sequence[_Job], spool: Path, progress: Progress | None) -> list[_Frames]:
+        """All leaves of all tensors that changed, in any order, into one file."""
+        spans = [(job, first) for job in jobs if job.tensor.kind == "lossless"
+                 for first in range(0, job.tensor.leaves, LEAVES)]  # fmt: skip
+        total = sum(info.nbytes for checkpoint in self.plan.checkpoints for info in checkpoint.tensors.values())
+        found: list[_Frames] = []
+        lock = threading.Lock()
+        with _told(spool), spool.open("wb") as file:
+
+            def work(span: tuple[_Job, int]) -> int:
+                job, first = span
+                raw, done = _compress_span(job, first)
+                with lock:
+                    found.append(_Frames(job.tensor.name, first, file.tell(), len(raw)))
+                    file.write(raw)
+                return done
+
+            def tell(done: int) -> None:
+                if progress:
+                    progress(done, total)
+
+            run_all(spans, work, threads=self.threads, tell=tell)
+            tell(total)
+        return found
+
+    def _write_frames(
+        self, jobs: Sequence[_Job], frames: Sequence[_Frames], spool: InputFile, offsets: Mapping[str, int],
+        output: OutputFile,
+    ) -> None:  # fmt: skip
+        starts = {job.tensor.name: leaf_table(job.tensor, job.counts, 1).values for job in jobs}
+        for part in frames:
+            raw = np.empty(part.size, np.uint8)
+            if raw.size:
+                spool.read_into(raw, part.offset)
+                output.write(raw, offsets[f"frames:{part.name}"] + int(starts[part.name][part.first]))
+
+    def _refuse_other_tensors(self) -> None:
+        """A lossless pack is the whole model, and nothing but it."""
+        names = {aligned.name for aligned in self.plan.alignment.tensors}
+        if self.lossless and names != set(self.model.tensors):
+            other = sorted(names ^ set(self.model.tensors))
+            raise PlanError(
+                f"a lossless pack needs the same tensors in base and model; they differ in {', '.join(other[:4])}"
+            )
+
     def _write_leaves(
         self, jobs: Sequence[_Job], offsets: Mapping[str, int], output: OutputFile, progress: Progress | None
     ) -> None:
@@ -337,10 +439,12 @@ class Writer:
                 output.write(job.rows, offsets[f"rows:{tensor.name}"])
                 head.append(xxhash.xxh3_128_digest(job.rows))
             if needs_table(tensor, job.rows is not None):
-                raw = job.counts.astype(_table_dtype(job.counts)).view(np.uint8)
+                raw = job.counts.astype(_table_dtype(tensor, job.counts)).view(np.uint8)
                 output.write(raw, offsets[f"leaves:{tensor.name}"])
                 head.append(xxhash.xxh3_128_digest(raw))
             job.digests["stored"][:] = [*head, *job.digests["stored"]]
+            if tensor.kind == "lossless":
+                continue
             table = leaf_table(tensor, job.counts, job.values.itemsize)
             spans += [(job, table, len(head), first) for first in range(0, tensor.leaves, LEAVES)]
 
@@ -475,13 +579,39 @@ def _changed_rows(aligned: AlignedTensor, tensor: PackedTensor) -> tuple[np.ndar
     return changed, digests
 
 
-def _table_dtype(counts: Counts) -> np.dtype:
-    return np.dtype("<u4" if counts.max(initial=0) > 0xFFFF else "<u2")
+def _compress_span(job: _Job, first: int) -> tuple[bytes, int]:
+    """Some leaves of one tensor -> their frames, and the bytes read."""
+    base, tuned = job.source.base, job.source.models[0]
+    assert base is not None and tuned is not None
+    itemsize = DTYPES[job.tensor.dtype].itemsize
+    frames, done = [], 0
+    for leaf in range(first, min(first + LEAVES, job.tensor.leaves)):
+        raws = []
+        for source in (base.source, tuned.source):
+            raw = np.empty(min(LEAF * itemsize, base.nbytes - leaf * LEAF * itemsize), np.uint8)
+            source.read_into(raw, leaf * LEAF * itemsize)
+            raws.append(raw)
+            done += raw.size
+        frame = compress(raws[0], raws[1], itemsize)
+        job.counts[leaf] = frame.size
+        for key, raw in (("base", raws[0]), ("result", raws[1]), ("stored", frame)):
+            job.digests[key][leaf] = xxhash.xxh3_128_digest(raw)
+        frames.append(frame.tobytes())
+    return b"".join(frames), done
+
+
+def _table_dtype(tensor: PackedTensor, counts: Counts) -> np.dtype:
+    small = tensor.kind == "delta" and counts.max(initial=0) <= 0xFFFF
+    return np.dtype("<u2" if small else "<u4")
 
 
 def _parts_of(job: _Job) -> Iterator[OutputTensor]:
     tensor = job.tensor
     if tensor.kind == "same":
+        return
+    if tensor.kind == "lossless":
+        yield OutputTensor(f"frames:{tensor.name}", "U8", (int(job.counts.sum()),))
+        yield OutputTensor(f"leaves:{tensor.name}", "U32", (tensor.leaves,))
         return
     table = leaf_table(tensor, job.counts, job.values.itemsize)
     yield OutputTensor(f"values:{tensor.name}", job.values.name, (int(table.values[-1]) // job.values.itemsize,))
@@ -490,7 +620,7 @@ def _parts_of(job: _Job) -> Iterator[OutputTensor]:
     if job.rows is not None:
         yield OutputTensor(f"rows:{tensor.name}", "U8", (job.rows.size,))
     if needs_table(tensor, job.rows is not None):
-        dtype = "U32" if _table_dtype(job.counts).itemsize == 4 else "U16"
+        dtype = "U32" if _table_dtype(tensor, job.counts).itemsize == 4 else "U16"
         yield OutputTensor(f"leaves:{tensor.name}", dtype, (tensor.leaves,))
 
 
@@ -514,11 +644,17 @@ def _is_same_file(base: Checkpoint, name: str, raw: bytes) -> bool:
         return False
 
 
-def _publish(hidden: Path, out: Path, overwrite: bool) -> None:
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
     try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _publish(hidden: Path, out: Path, overwrite: bool) -> None:
+    with _told(out):
         if out.exists() and not overwrite:
             raise OutputError(f"{out} appeared while the pack was written; nothing was replaced")
         hidden.replace(out)
         sync_directory(out.absolute().parent)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error

@@ -26,6 +26,7 @@ from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, PlanError
 from darekit.packs.format import PackedTensor, PackFile, is_pack, read_pack, stored_digest
 from darekit.packs.leaves import Mask, decode, factor_of, number_for, restore, take
+from darekit.packs.lossless import decompress
 
 SUFFIX = ".safetensors"
 
@@ -128,9 +129,11 @@ class Pack:
             raise PlanError(f"rows of {name} with a step of {step}; only ranges can be read")
         last = max(first, last)
         begin, end = first * tensor.row, last * tensor.row
+        if DTYPES[tensor.dtype].kind != "float":
+            raise PlanError(f"{name} is {tensor.dtype}: integers have no delta")
         wide = tensor.kind == "delta" and number_for(tensor, self._source.value_dtype(tensor)) is np.float64
         out: Floats = np.zeros(end - begin, np.float64 if wide or tensor.dtype == "F64" else np.float32)
-        if tensor.kind == "delta":
+        if tensor.kind != "same":
             for leaf in range(begin // LEAF, -(-end // LEAF)):
                 at, values = self._leaf_delta(tensor, leaf)
                 inside = (at >= begin) & (at < end)
@@ -238,7 +241,7 @@ class Pack:
             stored, scales = source.read_leaf(tensor, leaf)
             digests.append(_bytes_digest(stored, scales))
             if info is not None:
-                raw = np.empty(min(decoder.leaf_bytes, info.nbytes - leaf * decoder.leaf_bytes), np.uint8)
+                raw = np.empty(decoder.size(leaf), np.uint8)
                 info.source.read_into(raw, leaf * decoder.leaf_bytes)
                 decoder.restore(leaf, raw, (stored, scales))
                 results.append(xxhash.xxh3_128_digest(raw))
@@ -258,21 +261,37 @@ class Pack:
 
     def _leaf_delta(self, tensor: PackedTensor, leaf: int) -> tuple[np.ndarray, Floats]:
         decoder = Decoder(self._source, tensor)
+        if tensor.kind == "lossless":
+            return self._exact_delta(decoder, leaf)
         indices = decoder.indices(leaf)
         stored, scales = self._source.read_leaf(tensor, leaf)
         base: Floats = np.zeros(indices.size, decoder.number)
         if tensor.encoding == "exact":
-            if self.base is None:
-                raise PlanError(
-                    f"{self.path} stores fine-tuned values: their delta needs the base; open_pack(path, base=...)"
-                )
-            info = self.base.tensors[tensor.name]
-            raw = np.empty(min(decoder.leaf_bytes, info.nbytes - leaf * decoder.leaf_bytes), np.uint8)
-            info.source.read_into(raw, leaf * decoder.leaf_bytes)
+            raw = self._base_leaf(decoder, leaf)
             kernels.widen(take(raw, DTYPES[tensor.dtype], indices), DTYPES[tensor.dtype], base)
         delta = decode(tensor, decoder.values, stored, scales, indices.size, base)
         delta *= base.dtype.type(decoder.factor)
         return indices.astype(np.int64) + leaf * LEAF, delta
+
+    def _exact_delta(self, decoder: Decoder, leaf: int) -> tuple[np.ndarray, Floats]:
+        """Every element of a leaf: the fine-tuned values minus the base's."""
+        dtype = DTYPES[decoder.tensor.dtype]
+        raw = self._base_leaf(decoder, leaf)
+        base: Floats = np.empty(raw.size // dtype.itemsize, decoder.number)
+        delta = np.empty_like(base)
+        kernels.widen(raw, dtype, base)
+        decoder.restore(leaf, raw)
+        kernels.difference(raw, dtype, base, delta)
+        return np.arange(leaf * LEAF, leaf * LEAF + base.size), delta
+
+    def _base_leaf(self, decoder: Decoder, leaf: int) -> Bytes:
+        if self.base is None:
+            raise PlanError(
+                f"{self.path} stores fine-tuned values: their delta needs the base; open_pack(path, base=...)"
+            )
+        raw = np.empty(decoder.size(leaf), np.uint8)
+        self.base.tensors[decoder.tensor.name].source.read_into(raw, leaf * decoder.leaf_bytes)
+        return raw
 
     def _companions(self, base: Checkpoint) -> tuple[Path | None, Mapping[str, Any] | None]:
         """A temporary directory with the model's small files, and its config."""
@@ -311,10 +330,14 @@ class Decoder:
     def __init__(self, source: PackFile, tensor: PackedTensor) -> None:
         self.source, self.tensor = source, tensor
         self.leaf_bytes = LEAF * DTYPES[tensor.dtype].itemsize
-        self.values = source.value_dtype(tensor)
+        self.values = source.value_dtype(tensor) if tensor.kind == "delta" else DTYPES["U8"]
         self.number = number_for(tensor, self.values)
         self.factor = factor_of(tensor, source.document.rescale)
         self.mask = Mask(tensor, source.document.seed, source.rows.get(tensor.name))
+
+    def size(self, leaf: int) -> int:
+        """Bytes of a leaf."""
+        return min(self.leaf_bytes, self.tensor.count * DTYPES[self.tensor.dtype].itemsize - leaf * self.leaf_bytes)
 
     def indices(self, leaf: int) -> np.ndarray:
         """(k,) int32: the leaf's kept elements.
@@ -333,6 +356,9 @@ class Decoder:
 
     def check(self, leaf: int, stored: Bytes, scales: Bytes) -> None:
         """Refuse what no base could make sense of."""
+        if self.tensor.kind == "lossless":
+            self.restore(leaf, np.zeros(self.size(leaf), np.uint8), (stored, scales))
+            return
         count = self.indices(leaf).size
         if self.tensor.encoding == "exact":
             values: Floats = np.empty(count, self.number)
@@ -345,6 +371,9 @@ class Decoder:
     def restore(self, leaf: int, raw: Bytes, found: tuple[Bytes, Bytes] | None = None) -> None:
         """One leaf of the base, raw, in place -> the result."""
         stored, scales = found or self.source.read_leaf(self.tensor, leaf)
+        if self.tensor.kind == "lossless":
+            decompress(stored, raw, DTYPES[self.tensor.dtype].itemsize, self.tensor.name)
+            return
         indices = None if self.mask.whole else self.indices(leaf)
         restore(self.tensor, self.values, self.factor, indices, stored, scales, raw)
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second reader of packs: plain numpy, from docs/pack-format.md alone; nothing of darekit takes part.
+
+`restore(pack, base)`: path of a pack, name -> (dtype, raw bytes) of its base -> name -> raw bytes of the result.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+LEAF = 65536
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "U16": 2, "U32": 4}
+M = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+
+def open_file(path):
+    """Document and parts."""
+    raw = Path(path).read_bytes()
+    size = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:size])
+    document = json.loads(header.pop("__metadata__")["darekit_pack"])
+    assert (document["format"], document["version"], document["mask"]) == ("darekit-pack", 1, "philox4x32-10/1")
+    parts = {n: (e["dtype"], raw[size + e["data_offsets"][0] : size + e["data_offsets"][1]]) for n, e in header.items()}
+    return document, parts
+
+
+def draws(seed, name, start, count):
+    """Draws of elements start .. start + count; start is a multiple of 1024."""
+    stream = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    blocks = -(-count // 1024)
+    t = np.arange(start // 4, start // 4 + blocks * 256, dtype=np.uint64)
+    c = [t & M[0], t >> M[1], np.full_like(t, stream & 0xFFFFFFFF), np.full_like(t, stream >> 32)]
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(b >> M[1]) ^ c[1] ^ np.uint64(k0), b & M[0], (a >> M[1]) ^ c[3] ^ np.uint64(k1), a & M[0]]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([w.reshape(blocks, 256) for w in c], axis=1).reshape(-1)[:count]
+
+
+def widen(dtype, raw, number):
+    """Raw bytes -> numbers; exact."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).astype(number)
+    return np.frombuffer(raw, f"<f{SIZES[dtype]}").astype(number)
+
+
+def narrow(dtype, values):
+    """Numbers -> raw bytes as unsigned words; to nearest even."""
+    if dtype == "BF16":
+        bits = values.astype(np.float32).view(np.uint32)
+        return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
+    return values.astype(f"<f{SIZES[dtype]}").view(f"<u{SIZES[dtype]}")
+
+
+def delta_leaf(document, parts, name, tensor, leaf, base):
+    """One leaf of the base, raw -> of the result, raw."""
+    size, count = SIZES[tensor["dtype"]], len(base) // SIZES[tensor["dtype"]]
+    kept = draws(document["seed"], name, leaf * LEAF, count) >= np.uint64(round(tensor["drop_rate"] * 2**32))
+    if f"rows:{name}" in parts:
+        bits = np.unpackbits(np.frombuffer(parts[f"rows:{name}"][1], np.uint8), bitorder="little")
+        kept &= bits[(leaf * LEAF + np.arange(count)) // max(1, math.prod(tensor["shape"][1:]))] == 1
+    counts = [min(LEAF, math.prod(tensor["shape"]) - i * LEAF) for i in range(leaf + 1)]
+    if f"leaves:{name}" in parts:
+        dtype, raw = parts[f"leaves:{name}"]
+        counts = np.frombuffer(raw, f"<u{SIZES[dtype]}").astype(int).tolist()
+    assert counts[leaf] == np.count_nonzero(kept)
+    k, before = counts[leaf], counts[:leaf]
+    stored, raw = parts[f"values:{name}"]
+    number = np.float64 if "F64" in (tensor["dtype"], stored) else np.float32
+    words = np.frombuffer(base, f"<u{size}").copy()
+    origin = widen(tensor["dtype"], words[kept].tobytes(), number)
+    if tensor["encoding"].startswith("int"):
+        bits, group = int(tensor["encoding"][3:]), tensor["group"]
+        begin = sum(-(-n * bits // 8) for n in before)
+        packed = np.frombuffer(raw[begin : begin + -(-k * bits // 8)], np.uint8)
+        codes = np.unpackbits(packed, bitorder="little")[: k * bits].reshape(k, bits) @ (1 << np.arange(bits))
+        q = 2 * codes - 1 if bits == 1 else codes - (1 << (bits - 1))
+        first = sum(-(-n // group) for n in before)
+        scales = widen("BF16", parts[f"scales:{name}"][1], np.float32)[first : first + -(-k // group)]
+        delta = q.astype(number) * np.repeat(scales, group)[:k].astype(number)
+    else:
+        begin = sum(before) * SIZES[stored]
+        values = raw[begin : begin + k * SIZES[stored]]
+        if tensor["encoding"] == "exact" and tensor["drop_rate"] == 0:
+            same = stored == tensor["dtype"]
+            words[kept] = np.frombuffer(values, f"<u{size}") if same else narrow(
+                tensor["dtype"], widen(stored, values, number))  # fmt: skip
+            return words.tobytes()
+        delta = widen(stored, values, number) - (origin if tensor["encoding"] == "exact" else number(0))
+    p = tensor["drop_rate"]
+    factor = np.float32(1 / (1 - p)) if document["rescale"] == "paper" and p < 1 else np.float32(1)
+    change = delta * number(factor)
+    words[kept] = np.where(change == 0, words[kept], narrow(tensor["dtype"], origin + change))
+    return words.tobytes()
+
+
+def lossless_leaf(parts, name, tensor, leaf, base):
+    """One leaf of the base, raw -> of the result, raw."""
+    size = SIZES[tensor["dtype"]]
+    lengths = np.frombuffer(parts[f"leaves:{name}"][1], "<u4").astype(int)
+    begin = lengths[:leaf].sum()
+    frame = parts[f"frames:{name}"][1][begin : begin + lengths[leaf]]
+    if not frame:
+        return base
+    if frame[0] == 0:
+        return frame[1:]
+    body = zstandard.ZstdDecompressor().decompress(frame[1:], max_output_size=2 * len(base) + 16)
+    words = np.frombuffer(base, np.uint8).reshape(-1, size).copy()
+    if frame[0] == 1:
+        return (words ^ np.frombuffer(body, np.uint8).reshape(size, -1).T).tobytes()
+    assert frame[0] == 2
+    k = len(body) // (2 + size)
+    gaps = np.frombuffer(body[: 2 * k], np.uint8).reshape(2, k).T.copy().view("<u2").reshape(-1)
+    places = np.cumsum(gaps.astype(int) + 1) - 1
+    words[places] ^= np.frombuffer(body[2 * k :], np.uint8).reshape(size, k).T
+    return words.tobytes()
+
+
+def restore(path, base):
+    """Path of a pack, name -> raw bytes of its base -> name -> raw bytes of the result."""
+    document, parts = open_file(path)
+    results = {}
+    for name, tensor in document["tensors"].items():
+        size, whole = LEAF * SIZES[tensor["dtype"]], base[name]
+        leaves = [whole[i : i + size] for i in range(0, len(whole), size)]
+        if tensor["kind"] == "delta":
+            leaves = [delta_leaf(document, parts, name, tensor, i, leaf) for i, leaf in enumerate(leaves)]
+        if tensor["kind"] == "lossless":
+            leaves = [lossless_leaf(parts, name, tensor, i, leaf) for i, leaf in enumerate(leaves)]
+        results[name] = b"".join(leaves)
+    return results
