@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from darekit.errors import RecipeError
-from darekit.mergekit import LATER_METHODS, PRODUCTS, complement
 from darekit.methods import MERGE_METHODS
 from darekit.recipe import Filtered, Recipe, Sparsify, read_recipe
+from darekit.recipe.mergekit import LATER_METHODS, PRODUCTS, complement
 
 DARE_TIES = """\
     models:

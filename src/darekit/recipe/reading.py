@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from darekit import mergekit
 from darekit.dtypes import DTYPES, FLOAT_DTYPES, dtype_from_torch_name
 from darekit.methods import MERGE_METHODS, SEED, SPARSIFIERS, Choice, Number, Parameter, Switch
 from darekit.naming import GROUPS
+from darekit.recipe import mergekit
 from darekit.recipe.data import Filtered, ModelEntry, Recipe, Sparsify, Value, is_glob
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, override, shown, suggest
 from darekit.recipe.words import SPARSIFY_KEYS, Words, check_names, raw_models, refuse_later

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from darekit import mergekit
 from darekit.errors import RecipeError
 from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SEED, SPARSIFIERS, WEIGHT, Number, Parameter
+from darekit.recipe import mergekit
 from darekit.recipe.documents import Document, Key, fail, shown, suggest
 
 # --- what later versions will do ---

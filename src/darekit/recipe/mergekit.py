@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from darekit.methods import MERGE_METHODS, SEED, SPARSIFIERS, WEIGHT, Choice, Number, Parameter, Switch
 
 if TYPE_CHECKING:
-    from darekit.recipe import Value
+    from darekit.recipe.data import Value
 
 Refuse = Callable[[tuple[str | int, ...], str], NoReturn]
 
