@@ -18,8 +18,8 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from darekit import cli
 from darekit.cli.display import methods_data
-from darekit.mergekit import LATER_METHODS, PRODUCTS
 from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SEED, SPARSIFIERS, WEIGHT, Choice, Number, Parameter
+from darekit.recipe.mergekit import LATER_METHODS, PRODUCTS
 
 DOCS = Path(__file__).resolve().parent
 NOTICE = "<!-- Written by docs/generate.py from the code: change it there and run `make docs`. -->"
