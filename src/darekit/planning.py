@@ -8,7 +8,7 @@ holds no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -82,11 +82,15 @@ class Plan:
         """Bytes of all input tensors: what is read at least once."""
         return sum(info.nbytes for checkpoint in self.checkpoints for info in checkpoint.tensors.values())
 
-    @property
-    def bytes_to_read(self) -> int:
-        """Bytes that the engine will read: a tensor that must be measured first is read twice, or a little more."""
+    def bytes_to_read(self, finished: Container[str] = ()) -> int:
+        """Bytes that the engine will read: a tensor that must be measured first is read twice, or a little more.
+
+        Tensors in `finished` are left out.
+        """
         total = 0
         for step in self.steps:
+            if step.name in finished:
+                continue
             measured = any(not build(spec, step).ready for chain in step.chains for spec in chain)
             inputs = (*step.models, *([step.base] if step.base else []))
             total += (2 if measured else 1) * step.count * sum(entry.dtype.itemsize for entry in inputs)

@@ -109,7 +109,7 @@ def execute(
                 allow_nonfinite=allow_nonfinite,
                 on_tensor=stage.record,
                 flush=partial(stage.flush, sync),
-                progress=partial(_tell, progress, plan.bytes_to_read) if progress else None,
+                progress=partial(_tell, progress, plan.bytes_to_read(stage.finished)) if progress else None,
             )
             began = time.perf_counter()
             stage.flush(sync)
