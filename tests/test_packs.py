@@ -330,6 +330,55 @@ def test_apply_in_place(tmp_path, bits):
     families.same({n: t.view(torch.int16).numpy().view(families.KINDS["BF16"]) for n, t in tensors.items()}, expected)
 
 
+def test_one_live_model_takes_pack_after_pack_and_returns_exactly(llamas, tmp_path):
+    torch = pytest.importorskip("torch")
+    base = llamas.path / "base"
+    expected = {}
+    for k, options in enumerate(({"drop_rate": 0.9}, {"drop_rate": 0.5, "bits": 4}, {"lossless": True})):
+        dk.pack(base, llamas.path / f"m{k}", tmp_path / f"m{k}.safetensors", force=True, **options)
+        dk.unpack(base, tmp_path / f"m{k}.safetensors", tmp_path / f"u{k}")
+        expected[k] = families.load(tmp_path / f"u{k}")
+
+    module = torch.nn.Module()
+    for name, array in llamas.base.items():
+        tensor = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+        at = module
+        *path, last = name.split(".")
+        for part in path:
+            if not hasattr(at, part):
+                at.add_module(part, torch.nn.Module())
+            at = getattr(at, part)
+        at.register_parameter(last, torch.nn.Parameter(tensor))
+
+    def weights():
+        kind = families.KINDS["BF16"]
+        return {n: t.detach().view(torch.int16).numpy().view(kind).copy() for n, t in module.state_dict().items()}
+
+    with dk.Switcher(module, base, threads=2) as switcher:
+        for k in (0, 1, 2, 1, None, 2, 0):
+            switcher.switch(None if k is None else tmp_path / f"m{k}.safetensors")
+            families.same(weights(), llamas.base if k is None else expected[k])
+        assert switcher.current == tmp_path / "m0.safetensors"
+        dk.pack(llamas.path / "m1", llamas.path / "m2", tmp_path / "other.safetensors", drop_rate=0.9)
+        with pytest.raises(HomologyError, match="is not the base"):
+            switcher.switch(tmp_path / "other.safetensors")
+        families.same(weights(), expected[0])
+
+        def broken(document, header, data):
+            document["seed"] += 1
+
+        rewrite(tmp_path / "m1.safetensors", broken)
+        with pytest.raises(CheckpointError, match="its mask keeps"):
+            switcher.switch(tmp_path / "m1.safetensors")
+        families.same(weights(), llamas.base)
+        switcher.switch(tmp_path / "m0.safetensors")
+    families.same(weights(), llamas.base)
+    with pytest.raises(HomologyError, match="are not those of"):
+        dk.Switcher(module, llamas.path / "m1")
+    with pytest.raises(HomologyError, match="has no tensor"):
+        dk.Switcher({}, base)
+
+
 # --- packs where models go
 
 
@@ -366,6 +415,12 @@ def test_a_recipe_finds_packs_beside_itself_and_inspect_takes_them(llamas, tmp_p
         found.apply_(expected := {name: array.copy() for name, array in expected.items()})
     families.same(families.load(tmp_path / "out"), expected)
     assert 0.4 < dk.inspect(base, tmp_path / "m0.pack.safetensors").total.zeros < 0.6
+
+
+def test_a_pack_is_no_base(llamas, tmp_path):
+    dk.pack(llamas.path / "base", llamas.path / "m0", tmp_path / "m.safetensors", drop_rate=0.5)
+    with pytest.raises(Unsupported, match=r"m\.safetensors is a darekit pack"):
+        dk.inspect(tmp_path / "m.safetensors", llamas.path / "m1")
 
 
 def test_a_pack_without_a_base_is_refused(llamas, tmp_path):

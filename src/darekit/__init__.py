@@ -22,6 +22,7 @@ _LAZY = {
     "pack": "packs.packing",
     "unpack": "packs.unpacking",
     "open_pack": "packs.reading",
+    "Switcher": "packs.switching",
     "merge_tensors": "memory",
     "read_recipe": "recipe",
     "dare": "memory",
@@ -39,6 +40,7 @@ _LAZY = {
 
 __all__ = [
     "DarekitError",
+    "Switcher",
     "breadcrumbs",
     "dare",
     "della",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     )
     from darekit.packs.packing import pack
     from darekit.packs.reading import open_pack
+    from darekit.packs.switching import Switcher
     from darekit.packs.unpacking import unpack
     from darekit.recipe import read_recipe
 

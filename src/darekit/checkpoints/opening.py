@@ -15,7 +15,7 @@ from darekit.checkpoints.documents import read_object
 from darekit.checkpoints.files import FileRange, InputFile
 from darekit.checkpoints.hub import fetch_snapshot, looks_like_hub_id
 from darekit.checkpoints.pytorch import read_pickled
-from darekit.checkpoints.safetensors import read_placements
+from darekit.checkpoints.safetensors import read_header
 from darekit.checkpoints.weights import (
     SAFETENSORS,
     Weights,
@@ -30,6 +30,7 @@ from darekit.checkpoints.weights import (
 from darekit.errors import CheckpointError, Unsupported
 
 COMMIT = re.compile("[0-9a-f]{40}")
+PACK = "darekit_pack"  # metadata key of what `darekit.packs` writes
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,15 @@ def _read_config(directory: Path) -> dict[str, object] | None:
 def _read_header(weights: Weights, file: InputFile) -> Iterable[TensorInfo]:
     if weights.kind == "pickle":
         return (TensorInfo(t.name, t.dtype, t.shape, t.source) for t in read_pickled(file.path))
+    metadata, placements = read_header(file)
+    if PACK in metadata:
+        raise Unsupported(
+            f"{file.path} is a darekit pack, a delta and no checkpoint: give it as a model beside its base, or write "
+            "the whole model with `dare unpack BASE PACK OUT`"
+        )
     return (
         TensorInfo(place.name, place.dtype, place.shape, FileRange(file, place.offset, place.nbytes))
-        for place in read_placements(file)
+        for place in placements
     )
 
 

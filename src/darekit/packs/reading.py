@@ -25,7 +25,7 @@ from darekit.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, PlanError
 from darekit.packs.format import PackedTensor, PackFile, is_pack, read_pack, stored_digest
-from darekit.packs.leaves import Mask, decode, factor_of, number_for, restore, take
+from darekit.packs.leaves import Indices, Mask, decode, factor_of, number_for, restore, take
 from darekit.packs.lossless import decompress
 
 SUFFIX = ".safetensors"
@@ -151,18 +151,30 @@ class Pack:
         Raises:
             HomologyError: a tensor is missing, or has another shape or format.
         """
+        for decoder, raw in self.decoders(tensors):
+            for leaf in range(decoder.tensor.leaves):
+                decoder.restore(leaf, raw[leaf * decoder.leaf_bytes : (leaf + 1) * decoder.leaf_bytes])
+
+    def refuse_base(self, base: Checkpoint, digest: bytes | None = None) -> None:
+        """Refuse a base that is not this pack's; `digest`: its sample digest, where that is known.
+
+        Raises:
+            HomologyError: it is another.
+        """
+        bind(self._source, base, digest)
+
+    def decoders(self, tensors: Mapping[str, Any] | Any) -> list[tuple[Decoder, Bytes]]:
+        """What decodes each tensor that changes, and the memory, (n,) uint8, of its counterpart in `tensors`."""
         state = tensors.state_dict() if hasattr(tensors, "state_dict") else tensors
-        views = {}
+        found = []
         for name, tensor in self.tensors.items():
             if tensor.kind == "same":
                 continue
             if name not in state:
                 raise HomologyError(f"there is no tensor {name} to apply {self.path} to")
-            views[name] = _bytes_of(state[name], tensor)
-        for name, raw in views.items():
-            decoder = Decoder(self._source, self.tensors[name])
-            for leaf in range(self.tensors[name].leaves):
-                decoder.restore(leaf, raw[leaf * decoder.leaf_bytes : (leaf + 1) * decoder.leaf_bytes])
+            raw = bytes_of(state[name], name, tensor.dtype, tensor.shape)
+            found.append((Decoder(self._source, tensor), raw))
+        return found
 
     def checkpoint(self, base: Checkpoint | None = None) -> Checkpoint:
         """The packed model as a checkpoint that decodes what is read of it; `base` where none is bound yet.
@@ -339,7 +351,7 @@ class Decoder:
         """Bytes of a leaf."""
         return min(self.leaf_bytes, self.tensor.count * DTYPES[self.tensor.dtype].itemsize - leaf * self.leaf_bytes)
 
-    def indices(self, leaf: int) -> np.ndarray:
+    def indices(self, leaf: int) -> Indices:
         """(k,) int32: the leaf's kept elements.
 
         Raises:
@@ -370,11 +382,22 @@ class Decoder:
 
     def restore(self, leaf: int, raw: Bytes, found: tuple[Bytes, Bytes] | None = None) -> None:
         """One leaf of the base, raw, in place -> the result."""
+        self.swap(leaf, raw, None, found)
+
+    def swap(
+        self, leaf: int, raw: Bytes, keep: Callable[[Indices | None, Bytes], None] | None = None,
+        found: tuple[Bytes, Bytes] | None = None,
+    ) -> None:  # fmt: skip
+        """`restore`, after `keep` has seen what will be overwritten: where (None: everywhere), and raw bytes."""
         stored, scales = found or self.source.read_leaf(self.tensor, leaf)
+        if keep and (self.tensor.kind == "lossless" or self.mask.whole) and stored.size:
+            keep(None, raw.copy())
         if self.tensor.kind == "lossless":
             decompress(stored, raw, DTYPES[self.tensor.dtype].itemsize, self.tensor.name)
             return
         indices = None if self.mask.whole else self.indices(leaf)
+        if keep and indices is not None and indices.size:
+            keep(indices, take(raw, DTYPES[self.tensor.dtype], indices))
         restore(self.tensor, self.values, self.factor, indices, stored, scales, raw)
 
 
@@ -464,7 +487,7 @@ def open_model(ref: str | Path, base: Checkpoint | None, *, search: Sequence[Pat
         raise
 
 
-def bind(source: PackFile, base: Checkpoint) -> None:
+def bind(source: PackFile, base: Checkpoint, digest: bytes | None = None) -> None:
     """Refuse a base that is not the pack's.
 
     Raises:
@@ -479,7 +502,7 @@ def bind(source: PackFile, base: Checkpoint) -> None:
                 f"{base.ref} is not the base of {source.file.path}: {name} should be {tensor.dtype} "
                 f"{list(tensor.shape)}, found {found}. It was packed against {wanted['ref']}"
             )
-    if sample_digest(base).hex() != wanted["sample_digest"]:
+    if (digest or sample_digest(base)).hex() != wanted["sample_digest"]:
         raise HomologyError(
             f"{base.ref} is not the base of {source.file.path}: its tensors have the same shapes but other values. It "
             f"was packed against {wanted['ref']}"
@@ -487,23 +510,21 @@ def bind(source: PackFile, base: Checkpoint) -> None:
         )
 
 
-def _bytes_of(array: Any, tensor: PackedTensor) -> Bytes:
+def bytes_of(array: Any, name: str, wanted: str, shape: tuple[int, ...]) -> Bytes:
     """(n,) uint8: the memory of a numpy array or torch tensor itself."""
     torch = type(array).__module__.split(".")[0] == "torch"
     dtype = dtype_from_torch_name(str(array.dtype)) if torch else None
     if not torch:
         dtype = next((entry for entry in DTYPES.values() if entry.numpy == array.dtype), None)
-    if dtype is None or dtype.name != tensor.dtype or tuple(array.shape) != tensor.shape:
-        raise HomologyError(
-            f"{tensor.name} should be {tensor.dtype} {list(tensor.shape)}, found {array.dtype} {list(array.shape)}"
-        )
+    if dtype is None or dtype.name != wanted or tuple(array.shape) != shape:
+        raise HomologyError(f"{name} should be {wanted} {list(shape)}, found {array.dtype} {list(array.shape)}")
     if torch:
         if array.device.type != "cpu" or not array.is_contiguous():
-            raise HomologyError(f"{tensor.name} must be contiguous and on the CPU to be changed in place")
+            raise HomologyError(f"{name} must be contiguous and on the CPU to be changed in place")
         raw: Bytes = array.detach().reshape(-1).view(array.new_empty(0).byte().dtype).numpy()
         return raw
     if not (array.flags.c_contiguous and array.flags.writeable):
-        raise HomologyError(f"{tensor.name} must be contiguous and writable to be changed in place")
+        raise HomologyError(f"{name} must be contiguous and writable to be changed in place")
     found: Bytes = array.reshape(-1).view(np.uint8)
     return found
 
