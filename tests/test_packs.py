@@ -19,7 +19,7 @@ from darekit.dtypes import DTYPES, FLOAT_DTYPES
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, OutputError, PlanError, Unsupported
 from darekit.packs import packing
 from darekit.packs.lossless import compress, decompress
-from darekit.packs.quantization import dequantize, pack_bits, quantize, unpack_bits
+from darekit.packs.quantization import decode_values, dequantize, encode_values, pack_bits, quantize, unpack_bits
 
 SHAPES = (*((n,) for n in (0, 1, 63, 64, 65, 1023, 1024, 1025)), (7, 33), (300, 257))
 
@@ -138,10 +138,15 @@ def test_quantised_values(bits, count):
     delta[::5] = 0
     codes, scales = quantize(delta, bits, 64)
     assert np.array_equal(unpack_bits(pack_bits(codes, bits), bits, count), codes)
+    for twin, own in zip(encode_values(delta, bits, 64), (pack_bits(codes, bits), scales), strict=True):
+        assert np.array_equal(twin, own)
     assert pack_bits(codes, bits).size == -(-count * bits // 8) and scales.size == 2 * -(-count // 64)
     wide = scales.view(families.KINDS["BF16"]).astype(np.float32)
     value = np.empty(count, np.float32)
     dequantize(codes, wide, bits, 64, value)
+    twin = np.empty(count, np.float32)
+    decode_values(pack_bits(codes, bits), wide, bits, 64, twin)
+    assert np.array_equal(twin, value)
     if bits > 1:
         assert not value[::5].any(), "zero deltas stay zero"
     if bits >= 4:

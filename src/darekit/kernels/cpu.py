@@ -403,3 +403,62 @@ def restore_bf16(raw, indices, tuned, factor):
         bad += np.uint32((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80))
         raw[indices[j]] = np.uint16(rounded)
     return bad
+
+
+@_kernel
+def restore_changes_bf16(raw, indices, delta, factor):
+    """(n,) uint16 BF16 base in place, (k,) int32, (k,) float32: `scale` and `add_round_bf16` at those elements.
+
+    Returns how many of the results are NaN or Inf.
+    """
+    bad = np.uint32(0)
+    for j in range(indices.size):
+        bits = np.uint32(raw[indices[j]])
+        base = np.uint32(bits << np.uint32(16)).view(np.float32)
+        change = np.float32(delta[j] * factor)
+        total = np.float32(base + change).view(np.uint32)
+        rounded = np.uint32(total + np.uint32(0x7FFF) + ((total >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        rounded = bits if change == np.float32(0) else rounded
+        bad += np.uint32((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80))
+        raw[indices[j]] = np.uint16(rounded)
+    return bad
+
+
+@_kernel
+def group_sizes(delta, group, largest, total):
+    """(k,) float32 -> max |d| and, in order, sum |d| of each group: (ceil(k / group),) float64 each."""
+    for g in range(largest.size):
+        most, sum_ = np.float64(0), np.float64(0)
+        for i in range(g * group, min((g + 1) * group, delta.size)):
+            size = np.float64(abs(delta[i]))
+            most = max(most, size)
+            sum_ += size
+        largest[g] = most
+        total[g] = sum_
+
+
+@_kernel
+def pack_codes(delta, scales, bits, group, packed):
+    """(k,) float32, (ceil(k / group),) float32 -> codes in `packed`, zeroed uint8; see `packs.quantization`."""
+    half = np.int64(1) << np.int64(bits - 1)
+    each = 8 // bits
+    for i in range(delta.size):
+        if bits == 1:
+            code = np.int64(delta[i] >= np.float32(0))
+        else:
+            scale = np.float64(scales[i // group])
+            whole = np.int64(np.rint(np.float64(delta[i]) / scale)) if scale > 0 else np.int64(0)
+            code = min(max(whole, np.int64(1) - half), half - np.int64(1)) + half
+        packed[i // each] |= np.uint8(code << np.int64(bits * (i % each)))
+
+
+@_kernel
+def unpack_values(packed, scales, bits, group, out):
+    """Packed codes and (ceil(k / group),) float32 scales -> `out`, (k,) float32: the inverse of `pack_codes`."""
+    half = np.int64(1) << np.int64(bits - 1)
+    mask = (np.int64(1) << np.int64(bits)) - np.int64(1)
+    each = 8 // bits
+    for i in range(out.size):
+        code = (np.int64(packed[i // each]) >> np.int64(bits * (i % each))) & mask
+        whole = code * np.int64(2) - np.int64(1) if bits == 1 else code - half
+        out[i] = np.float32(whole) * scales[i // group]

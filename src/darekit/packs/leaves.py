@@ -18,7 +18,7 @@ from darekit.kernels import cpu
 from darekit.masks import DROP_ALL, stream_of, threshold_of
 from darekit.methods.sparsifiers import paper_factor
 from darekit.packs.format import PackedTensor
-from darekit.packs.quantization import BFLOAT16, dequantize, pack_bits, quantize, unpack_bits
+from darekit.packs.quantization import BFLOAT16, decode_values, encode_values
 
 Indices = npt.NDArray[np.int32]
 
@@ -102,8 +102,7 @@ def encode(tensor: PackedTensor, base: Bytes, tuned: Bytes, values: DType, tuned
         raw = np.empty(delta.size * values.itemsize, np.uint8)
         _refuse_overflow(kernels.round_to(delta, values, raw), tensor.name)
         return raw, np.empty(0, np.uint8)
-    codes, scales = quantize(delta, tensor.bits, tensor.group)
-    return pack_bits(codes, tensor.bits), scales
+    return encode_values(delta, tensor.bits, tensor.group)
 
 
 def decode(tensor: PackedTensor, values: DType, stored: Bytes, scales: Bytes, count: int, base: Floats) -> Floats:
@@ -117,7 +116,7 @@ def decode(tensor: PackedTensor, values: DType, stored: Bytes, scales: Bytes, co
         factors = scales.view(BFLOAT16).astype(np.float32)
         if not np.all((factors >= 0) & (factors < np.inf)):
             raise CheckpointError(f"tensor {tensor.name}: a scale is negative, NaN or Inf; the pack is damaged")
-        dequantize(unpack_bits(stored, tensor.bits, count), factors, tensor.bits, tensor.group, delta)
+        decode_values(stored, factors, tensor.bits, tensor.group, delta)
         return delta
     if tensor.encoding == "exact":
         bad = kernels.difference(stored, values, base, delta)
@@ -151,9 +150,16 @@ def restore(
             word = f"u{dtype.itemsize}"
             raw.view(word)[indices] = stored.view(word)
         return
-    if tensor.encoding == "exact" and indices is not None and values.name == dtype.name == "BF16":
+    if dtype.name == "BF16" and indices is not None and number_for(tensor, values) is np.float32 and (
+        tensor.encoding != "exact" or values.name == "BF16"
+    ):  # fmt: skip
         # Exactly what follows, in one pass over the kept elements.
-        bad = cpu.restore_bf16(raw.view(np.uint16), indices, stored.view(np.uint16), factor)
+        words = raw.view(np.uint16)
+        if tensor.encoding == "exact":
+            bad = cpu.restore_bf16(words, indices, stored.view(np.uint16), factor)
+        else:
+            delta = decode(tensor, values, stored, scales, indices.size, np.empty(indices.size, np.float32))
+            bad = cpu.restore_changes_bf16(words, indices, delta, factor)
         if bad:
             raise CheckpointError(
                 f"tensor {tensor.name}: {bad} results are NaN or Inf; the pack is damaged, or the base is another"

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from darekit.dtypes import Bytes, Floats
+from darekit.kernels import cpu
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 LARGEST = np.float32(3.3895314e38)  # of BF16
@@ -20,6 +21,7 @@ LARGEST = np.float32(3.3895314e38)  # of BF16
 TERNARY = 1.53
 
 Codes = npt.NDArray[np.uint8]
+Doubles = npt.NDArray[np.float64]
 
 
 def quantize(delta: Floats, bits: int, group: int) -> tuple[Codes, Bytes]:
@@ -31,14 +33,7 @@ def quantize(delta: Floats, bits: int, group: int) -> tuple[Codes, Bytes]:
     size = np.zeros(groups * group, np.float64)
     np.abs(delta, out=size[: delta.size], dtype=np.float64, casting="same_kind")
     by_group = size.reshape(groups, group)
-    if bits >= 4:
-        scales = _round_up(by_group.max(axis=1, initial=0.0) / _largest(bits))
-    else:
-        members = np.full(groups, group, np.int64)
-        if groups:
-            members[-1] = delta.size - (groups - 1) * group
-        mean = by_group.sum(axis=1) / members
-        scales = np.minimum(mean * (TERNARY if bits == 2 else 1.0), float(LARGEST)).astype(BFLOAT16)
+    scales = _scales(by_group.max(axis=1, initial=0.0), by_group.sum(axis=1), delta.size, bits, group)
     if bits == 1:
         return (delta >= 0).astype(np.uint8), scales.view(np.uint8)
     wide = np.repeat(scales.astype(np.float64), group)[: delta.size]
@@ -47,6 +42,27 @@ def quantize(delta: Floats, bits: int, group: int) -> tuple[Codes, Bytes]:
     limit = _largest(bits)
     whole = np.clip(np.rint(ratio), -limit, limit).astype(np.int16)
     return (whole + (1 << (bits - 1))).astype(np.uint8), scales.view(np.uint8)
+
+
+def encode_values(delta: Floats, bits: int, group: int) -> tuple[Bytes, Bytes]:
+    """(k,) -> `quantize` and `pack_bits`: packed codes, and scales as raw bytes."""
+    if delta.dtype != np.float32:
+        codes, scales = quantize(delta, bits, group)
+        return pack_bits(codes, bits), scales
+    largest, total = np.empty((2, -(-delta.size // group)))
+    cpu.group_sizes(delta, group, largest, total)
+    found = _scales(largest, total, delta.size, bits, group)
+    packed = np.zeros(-(-delta.size * bits // 8), np.uint8)
+    cpu.pack_codes(delta, found.astype(np.float32), bits, group, packed)
+    return packed, found.view(np.uint8)
+
+
+def decode_values(packed: Bytes, scales: Floats, bits: int, group: int, out: Floats) -> None:
+    """Packed codes and (ceil(k / group),) float32 scales -> `out`, (k,): `unpack_bits` and `dequantize`."""
+    if out.dtype == np.float32:
+        cpu.unpack_values(packed, scales, bits, group, out)
+    else:
+        dequantize(unpack_bits(packed, bits, out.size), scales, bits, group, out)
 
 
 def dequantize(codes: Codes, scales: Floats, bits: int, group: int, out: Floats) -> None:
@@ -88,11 +104,23 @@ def unpack_bits(packed: Bytes, bits: int, count: int) -> Codes:
     return codes.reshape(-1)[:count]
 
 
+def _scales(largest: Doubles, total: Doubles, count: int, bits: int, group: int) -> npt.NDArray[np.generic]:
+    """Max |d| and sum |d| of each group of `count` values -> their scales, BF16."""
+    if bits >= 4:
+        return _round_up(largest / _largest(bits))
+    members = np.full(total.size, group, np.int64)
+    if members.size:
+        members[-1] = count - (members.size - 1) * group
+    mean = total / members * (TERNARY if bits == 2 else 1.0)
+    scales: npt.NDArray[np.generic] = np.minimum(mean, float(LARGEST)).astype(BFLOAT16)
+    return scales
+
+
 def _largest(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
-def _round_up(values: npt.NDArray[np.float64]) -> npt.NDArray[np.generic]:
+def _round_up(values: Doubles) -> npt.NDArray[np.generic]:
     """(n,) float64, 0 or more -> (n,) BF16, none below its value."""
     nearest = values.astype(BFLOAT16)
     low = nearest.astype(np.float64) < values
