@@ -442,14 +442,18 @@ def pack_codes(delta, scales, bits, group, packed):
     """(k,) float32, (ceil(k / group),) float32 -> codes in `packed`, zeroed uint8; see `packs.quantization`."""
     half = np.int64(1) << np.int64(bits - 1)
     each = 8 // bits
-    for i in range(delta.size):
-        if bits == 1:
-            code = np.int64(delta[i] >= np.float32(0))
-        else:
-            scale = np.float64(scales[i // group])
-            whole = np.int64(np.rint(np.float64(delta[i]) / scale)) if scale > 0 else np.int64(0)
-            code = min(max(whole, np.int64(1) - half), half - np.int64(1)) + half
-        packed[i // each] |= np.uint8(code << np.int64(bits * (i % each)))
+    shift = 0
+    while each >> (shift + 1):
+        shift += 1
+    for g in range(scales.size):
+        scale = np.float64(scales[g])
+        for i in range(g * group, min((g + 1) * group, delta.size)):
+            if bits == 1:
+                code = np.int64(delta[i] >= np.float32(0))
+            else:
+                whole = np.int64(np.rint(np.float64(delta[i]) / scale)) if scale > 0 else np.int64(0)
+                code = min(max(whole, np.int64(1) - half), half - np.int64(1)) + half
+            packed[i >> shift] |= np.uint8(code << np.int64(bits * (i & (each - 1))))
 
 
 @_kernel
@@ -458,7 +462,12 @@ def unpack_values(packed, scales, bits, group, out):
     half = np.int64(1) << np.int64(bits - 1)
     mask = (np.int64(1) << np.int64(bits)) - np.int64(1)
     each = 8 // bits
-    for i in range(out.size):
-        code = (np.int64(packed[i // each]) >> np.int64(bits * (i % each))) & mask
-        whole = code * np.int64(2) - np.int64(1) if bits == 1 else code - half
-        out[i] = np.float32(whole) * scales[i // group]
+    shift = 0
+    while each >> (shift + 1):
+        shift += 1
+    for g in range(scales.size):
+        scale = scales[g]
+        for i in range(g * group, min((g + 1) * group, out.size)):
+            code = (np.int64(packed[i >> shift]) >> np.int64(bits * (i & (each - 1)))) & mask
+            whole = code * np.int64(2) - np.int64(1) if bits == 1 else code - half
+            out[i] = np.float32(whole) * scale

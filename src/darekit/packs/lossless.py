@@ -9,6 +9,7 @@ XORs, both in byte planes, through zstd. RL-tuned models change 5 to 30 % of the
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 
 from darekit.dtypes import Bytes
@@ -16,23 +17,38 @@ from darekit.errors import CheckpointError
 
 RAW, PLANES, SPARSE = 0, 1, 2
 LEVEL = 1  # higher levels gain 1 % on XORs of weights, and cost several times as long
-SPARSE_BELOW = 0.75  # fraction of changed elements above which gaps cannot pay
+# Fractions of changed elements. In BF16 deltas of 2 % of the weights gaps and planes are equal at 0.46 (0.70 of the
+# leaf); between these two limits both are tried.
+SPARSE_BELOW = 0.6
+PLANES_ABOVE = 0.3
 
 
 def compress(base: Bytes, tuned: Bytes, itemsize: int) -> Bytes:
     """(n * itemsize,) uint8 twice -> the smallest frame, (m,) uint8 with m <= n * itemsize + 1."""
-    changed = np.flatnonzero(base.view(f"u{itemsize}") != tuned.view(f"u{itemsize}"))
-    if not changed.size:
+    words = base.view(f"u{itemsize}") ^ tuned.view(f"u{itemsize}")
+    count = np.count_nonzero(words)
+    if not count:
         return np.empty(0, np.uint8)
-    planes = (base ^ tuned).reshape(-1, itemsize)
     codec = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False)
-    frames = [bytes([RAW]) + tuned.tobytes()]
-    if changed.size > SPARSE_BELOW * planes.shape[0] or changed.size > planes.shape[0] // 16:
-        frames.append(bytes([PLANES]) + codec.compress(planes.T.tobytes()))
-    if changed.size <= SPARSE_BELOW * planes.shape[0]:
-        gaps = (np.diff(changed, prepend=-1) - 1).astype("<u2").view(np.uint8).reshape(-1, 2)
-        frames.append(bytes([SPARSE]) + codec.compress(gaps.T.tobytes() + planes[changed].T.tobytes()))
-    return np.frombuffer(min(frames, key=len), np.uint8)
+    frames = []
+    if count > PLANES_ABOVE * words.size:
+        frames.append(bytes([PLANES]) + codec.compress(_planes(words).data))
+    if count <= SPARSE_BELOW * words.size:
+        changed = np.flatnonzero(words)
+        gaps = (np.diff(changed, prepend=-1) - 1).astype(np.uint16)
+        frames.append(bytes([SPARSE]) + codec.compress(np.concatenate([_planes(gaps), _planes(words[changed])]).data))
+    best = min(frames, key=len)
+    return np.frombuffer(best if len(best) <= tuned.size else bytes([RAW]) + tuned.tobytes(), np.uint8)
+
+
+def _planes(words: npt.NDArray[np.unsignedinteger]) -> Bytes:
+    """(n,) unsigned -> (n * itemsize,) uint8: all lowest bytes, then all second ones, and so on."""
+    # Shifts read whole words, three times as fast as a transposed copy of bytes.
+    itemsize = words.dtype.itemsize
+    planes = np.empty((itemsize, words.size), np.uint8)
+    for i in range(itemsize):
+        planes[i] = (words >> words.dtype.type(8 * i)).astype(np.uint8)
+    return planes.reshape(-1)
 
 
 def decompress(frame: Bytes, raw: Bytes, itemsize: int, name: str) -> None:
