@@ -103,6 +103,34 @@ def test_every_number_format(dtype, sparsify):
     same_bits(merged, expected)
 
 
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_the_fast_lane_gives_way_where_a_value_is_not_finite(method):
+    rng = np.random.default_rng(11)
+    base, models = oracle.family(rng, 600_000, "BF16")
+    at = [5, 150_000, 599_999]
+    spoilt = models[1].copy()
+    spoilt[at] = np.nan
+    arguments = {"sparsify": dk.dare(0.5), "method": dk.merge_method(method), "seeds": SEEDS, "threads": 2}
+    whole = dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)["w"]
+    found = dk.merge_tensors(
+        {"w": base}, [{"w": models[0]}, {"w": spoilt}, {"w": models[2]}], allow_nonfinite=True, **arguments
+    )["w"]
+    whole[at] = base[at]
+    same_bits(found, whole)
+
+
+def test_the_fast_lane_and_the_general_way_give_the_same_bits(monkeypatch):
+    rng = np.random.default_rng(12)
+    base, models = oracle.family(rng, (700, 1001), "BF16")
+    for sparsify in (None, dk.dare(0.9), dk.drop_only(0.3)):
+        for method in (dk.linear(), dk.task_arithmetic(lambda_=0.3), dk.ties(), dk.ties(normalize=False)):
+            arguments = {"sparsify": sparsify, "method": method, "weights": WEIGHTS, "seeds": SEEDS}
+            with monkeypatch.context() as patch:
+                patch.setattr(tiles, "fuse", lambda step: None)
+                general = dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)["w"]
+            same_bits(dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)["w"], general)
+
+
 @pytest.mark.parametrize("kind", SPARSIFIERS)
 @pytest.mark.parametrize("dtype", ["F64", "F32"])
 def test_tiles_that_are_no_whole_rows(kind, dtype):

@@ -28,9 +28,9 @@ class TensorDigest:
 
     def update(self, raw: Bytes) -> None:
         """Take the next bytes."""
-        if self._filled == 0 and raw.size == self.leaf_bytes:
-            self.leaves.append(xxhash.xxh3_128_digest(raw))
-            return
+        while self._filled == 0 and raw.size >= self.leaf_bytes:  # whole leaves need no state
+            self.leaves.append(xxhash.xxh3_128_digest(raw[: self.leaf_bytes]))
+            raw = raw[self.leaf_bytes :]
         while raw.size:
             part = raw[: self.leaf_bytes - self._filled]
             self._open.update(part)

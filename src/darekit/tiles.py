@@ -15,7 +15,9 @@ import numpy.typing as npt
 from darekit import kernels
 from darekit.digests import TensorDigest
 from darekit.dtypes import Bytes, Floats
+from darekit.fused import TILES, FusedStep, fuse
 from darekit.kernels import cpu
+from darekit.masks import BLOCK
 from darekit.methods import MERGE_METHODS
 from darekit.methods.merging import total_weight
 from darekit.stages import build, tile_of
@@ -77,6 +79,7 @@ class ScratchPool:
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, int, type[np.floating]], Scratch] = {}
+        self._raw: npt.NDArray[np.uint16] | None = None
 
     def get(self, models: int, count: int, wide: bool) -> Scratch:
         """Scratch for a tile of `count` elements."""
@@ -87,6 +90,13 @@ class ScratchPool:
                 self._last.clear()
             found = self._last[key] = Scratch(*key)
         return found
+
+    def raw_only(self, models: int, count: int) -> tuple[Bytes, npt.NDArray[np.uint16], Bytes]:
+        """Buffers of BF16 for the fast lane: the base's bytes, the models' elements (K, count), the output's bytes."""
+        if self._raw is None or self._raw.size < (models + 2) * count:
+            self._raw = np.empty((models + 2) * count, np.uint16)
+        rows = self._raw[: (models + 2) * count].reshape(models + 2, count)
+        return rows[0].view(np.uint8), rows[2:], rows[1].view(np.uint8)
 
 
 class Hands(Protocol):
@@ -110,6 +120,7 @@ class StepRun:
         self.tile = tile_of(step, hands.tile)
         self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
         self.combine = combiner(step)
+        self.fused = fuse(step)
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
         # the survivors.
         self.bad_at: npt.NDArray[np.bool_] | None = None
@@ -151,6 +162,13 @@ class StepRun:
 
     def merge(self, begin: int, end: int, stop: threading.Event) -> None:
         """The tiles of elements begin .. end, from disk to disk."""
+        if self.fused is not None and begin % BLOCK == 0 and self.tile % BLOCK == 0:
+            size = TILES * self.tile
+            for start in range(begin, end, size):
+                if stop.is_set():
+                    return
+                self._absorb(self.fused, start, min(size, end - start))
+            return
         for chain in self.chains:
             for stage in chain:
                 stage.begin()
@@ -158,6 +176,25 @@ class StepRun:
             if stop.is_set():
                 return
             self._merge(start, min(self.tile, end - start))
+
+    def _absorb(self, fused: FusedStep, start: int, count: int) -> None:
+        """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf."""
+        step = self.step
+        assert step.base is not None
+        base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
+        self._read(step.base, step.begin + start, count, base_raw)
+        for k, model in enumerate(step.models):
+            self._read(model, step.begin + start, count, raws[k].view(np.uint8))
+        kept = np.zeros(len(step.models), np.int64)
+        if self.hands.broken.is_set() or not fused.absorb(base_raw, raws, step.begin + start, kept, out):
+            for at in range(start, start + count, self.tile):
+                self._merge(at, min(self.tile, start + count - at))
+            return
+        self.digests[BASE].update(base_raw)
+        for k, owner in enumerate(step.owners):
+            self.digests[owner].update(raws[k].view(np.uint8))
+            self.kept[owner, 0] += int(kept[k])
+        self._write(out, start, 0)
 
     def _merge(self, start: int, count: int) -> None:
         step = self.step

@@ -329,6 +329,94 @@ def add_round_bf16(base_raw, base, merged, factor, raw):
 
 
 @_kernel
+def absorb_bf16(
+    base_raw, raws, seeds, stream, start, thresholds, factors, weights, election, normalize, divisor, scale, kept, out
+):
+    """The whole way of a BF16 tile whose work is element by element, in blocks that never leave L1.
+
+    base_raw (n,), raws (K, n), out (n,) uint16; seeds (K,) uint64; thresholds (K,) uint32, 0: nothing is dropped;
+    factors and weights (K,) float32; `kept` (K,) int64 is added to. Does what `random_difference_bf16` (or
+    `difference_bf16`), `weighted_sum` or `elect`, and `add_round_bf16` do one after another, to the bit. `start`
+    must be a multiple of 1024. Returns how many differences or results are NaN or Inf; `out` is then worthless.
+    """
+    models = weights.size
+    words = np.empty(BLOCK, np.uint32)
+    base = np.empty(BLOCK, np.float32)
+    merged = np.empty(BLOCK, np.float32)
+    agreeing = np.empty(BLOCK, np.float32)
+    elected = np.empty(BLOCK, np.float32)
+    deltas = np.empty((models, BLOCK), np.float32)
+    base_bits = base.view(np.uint32)
+    delta_bits = deltas.view(np.uint32)
+    bad = 0
+    for begin in range(0, out.size, BLOCK):
+        count = min(BLOCK, out.size - begin)
+        origin = base_raw[begin : begin + count]
+        for i in range(count):
+            base_bits[i] = np.uint32(origin[i]) << np.uint32(16)
+        faulty = np.uint32(0)
+        for k in range(models):
+            source, target = raws[k, begin : begin + count], delta_bits[k]
+            limit, factor = thresholds[k], factors[k]
+            if limit == 0:
+                for i in range(count):
+                    change = np.float32(np.uint32(np.uint32(source[i]) << np.uint32(16)).view(np.float32) - base[i])
+                    pattern = change.view(np.uint32)
+                    faulty += np.uint32((pattern & _EXPONENT) == _EXPONENT)
+                    target[i] = pattern
+                kept[k] += count
+            else:
+                _draw_block((start + begin) // BLOCK, stream, seeds[k], words)
+                survivors = np.uint32(0)
+                for i in range(count):
+                    change = np.float32(np.uint32(np.uint32(source[i]) << np.uint32(16)).view(np.float32) - base[i])
+                    faulty += np.uint32((change.view(np.uint32) & _EXPONENT) == _EXPONENT)
+                    keep = np.uint32(words[i] >= limit)
+                    survivors += keep
+                    target[i] = np.float32(change * factor).view(np.uint32) & np.uint32(np.uint32(0) - keep)
+                kept[k] += int(survivors)
+        if election:
+            for i in range(count):
+                elected[i] = np.float32(0)
+                agreeing[i] = np.float32(0)
+                merged[i] = np.float32(0)
+            for k in range(models):
+                weight, delta = weights[k], deltas[k]
+                for i in range(count):
+                    elected[i] += weight * delta[i]
+            for k in range(models):
+                weight, delta = weights[k], deltas[k]
+                for i in range(count):
+                    vote = weight * delta[i]
+                    agrees = (vote != np.float32(0)) & ((vote > np.float32(0)) == (elected[i] >= np.float32(0)))
+                    merged[i] += vote if agrees else np.float32(0)
+                    agreeing[i] += weight if agrees else np.float32(0)
+            if normalize:
+                for i in range(count):
+                    merged[i] = merged[i] / (agreeing[i] if agreeing[i] != np.float32(0) else np.float32(1))
+        else:
+            for i in range(count):
+                merged[i] = np.float32(0) + weights[0] * deltas[0, i]
+            for k in range(1, models):
+                weight, delta = weights[k], deltas[k]
+                for i in range(count):
+                    merged[i] += weight * delta[i]
+            if divisor != np.float32(1):
+                for i in range(count):
+                    merged[i] = merged[i] / divisor
+        result = out[begin : begin + count]
+        for i in range(count):
+            change = np.float32(scale * merged[i])
+            bits = np.float32(base[i] + change).view(np.uint32)
+            rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            same = change == np.float32(0)
+            faulty += np.uint32(((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)) & (not same))
+            result[i] = origin[i] if same else np.uint16(rounded)
+        bad += int(faulty)
+    return bad
+
+
+@_kernel
 def round_bf16(values, raw):
     """(n,) float32 without NaN -> `raw`, (n,) uint16 BF16, to nearest even; returns how many results are Inf."""
     bits = values.view(np.uint32)
