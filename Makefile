@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test bench bench-packs docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/dare demo
@@ -18,6 +18,9 @@ test: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python bench/run.py $(BENCH)
+
+bench-packs: $(VENV)/dev.stamp
+	$(BIN)/python bench/packs.py $(BENCH)
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/python docs/generate.py
