@@ -422,6 +422,24 @@ def test_a_recipe_finds_packs_beside_itself_and_inspect_takes_them(llamas, tmp_p
     assert 0.4 < dk.inspect(base, tmp_path / "m0.pack.safetensors").total.zeros < 0.6
 
 
+def test_packs_with_one_seed_are_warned_of(llamas, tmp_path):
+    base = llamas.path / "base"
+    for k, seed in enumerate((5, 5, 6)):
+        dk.pack(base, llamas.path / f"m{k}", tmp_path / f"m{k}.safetensors", drop_rate=0.8, seed=seed)
+
+    def notes(*names, **keys):
+        models = [{"model": str(tmp_path / f"{name}.safetensors")} for name in names]
+        return [
+            note
+            for note in dk.plan({"base_model": str(base), "models": models, "merge_method": "linear", **keys}).notes
+            if "same effective seed" in note
+        ]
+
+    (note,) = notes("m0", "m1", "m2")
+    assert note.startswith("m0.safetensors and m1.safetensors have the same effective seed 5")
+    assert not notes("m0", "m2")
+
+
 def test_a_pack_is_no_base(llamas, tmp_path):
     dk.pack(llamas.path / "base", llamas.path / "m0", tmp_path / "m.safetensors", drop_rate=0.5)
     with pytest.raises(Unsupported, match=r"m\.safetensors is a darekit pack"):
@@ -457,9 +475,9 @@ def test_a_base_that_differs_behind_the_sample_is_named(tmp_path):
     with dk.open_pack(tmp_path / "m.safetensors", base=tmp_path / "base") as found:
         (fault,) = found.verify().faults
     assert fault.tensor == "t300x257.weight" and "not the tensor that the pack was made against" in fault.words
-    with pytest.raises(CheckpointError, match=r"t300x257.weight of .*base is not the tensor"):
+    with pytest.raises(DataError, match=r"t300x257.weight of .*base is not the tensor"):
         dk.unpack(tmp_path / "base", tmp_path / "m.safetensors", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -519,6 +537,45 @@ def test_a_killed_pack_leaves_nothing_visible(tmp_path, monkeypatch):
     (tmp_path / ".m.safetensors.darekit-part").write_bytes(b"x" * (tmp_path / "whole.safetensors").stat().st_size)
     pack(tmp_path)
     assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+def test_a_run_that_is_shot_leaves_nothing_visible_and_can_be_repeated(tmp_path, command):
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    sizes(tmp_path, shapes=((3000, 1000),))
+    pack(tmp_path, "whole.safetensors")
+    out = tmp_path / ("m.safetensors" if command == "pack" else "out")
+    inputs = ("base", "m0") if command == "pack" else ("base", "whole.safetensors")
+    options = ", drop_rate=0.9, seed=7, force=True" if command == "pack" else ""
+    code = f"""
+import sys, time
+import darekit as dk
+from darekit.checkpoints import OutputFile
+def slow(self, buffer, offset, write=OutputFile.write):
+    write(self, buffer, offset)
+    print("written", flush=True)
+    time.sleep(0.5)
+OutputFile.write = slow
+dk.{command}({str(tmp_path / inputs[0])!r}, {str(tmp_path / inputs[1])!r}, {str(out)!r}{options})
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"written\n"
+        time.sleep(0.1)
+        child.send_signal(signal.SIGKILL)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not out.exists() and any(name.startswith(f".{out.name}.darekit-") for name in names)
+    if command == "pack":
+        pack(tmp_path)
+        assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    else:
+        dk.unpack(tmp_path / "base", tmp_path / "whole.safetensors", out, resume=True)
+        dk.drop(tmp_path / "base", tmp_path / "m0", tmp_path / "dropped", drop_rate=0.9, seed=7, force=True)
+        families.same(families.load(out), families.load(tmp_path / "dropped"))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_outputs_that_are_refused(tmp_path):

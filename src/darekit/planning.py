@@ -32,7 +32,7 @@ from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, Sparsifier
 from darekit.methods.sparsifiers import dropped_to_density
 from darekit.naming import group_of, is_kept_dense
-from darekit.packs.reading import open_model
+from darekit.packs.reading import open_model, packed_seed
 from darekit.recipe import Recipe, resolve
 from darekit.stages import TRIM, TRIM_MODEL, build, tile_of
 from darekit.steps import Input, StageSpec, Step
@@ -367,8 +367,8 @@ def _notes(
 ) -> Iterator[str]:
     by_seed: dict[int, list[str]] = {}
     for checkpoint, seed in zip(models, seeds, strict=True):
-        if seed is not None:
-            by_seed.setdefault(seed, []).append(label(checkpoint.ref))
+        for one in {seed, packed_seed(checkpoint)} - {None}:
+            by_seed.setdefault(cast(int, one), []).append(label(checkpoint.ref))
     for seed, names in by_seed.items():
         if len(names) > 1:
             yield (

@@ -487,6 +487,14 @@ def open_model(ref: str | Path, base: Checkpoint | None, *, search: Sequence[Pat
         raise
 
 
+def packed_seed(model: Checkpoint) -> int | None:
+    """The seed of the mask by which a model was packed; None where it is no pack, or nothing of it was dropped."""
+    for info in model.tensors.values():
+        if isinstance(info.source, PackedSource) and 0 < info.source.decoder.tensor.drop_rate < 1:
+            return info.source.decoder.source.document.seed
+    return None
+
+
 def bind(source: PackFile, base: Checkpoint, digest: bytes | None = None) -> None:
     """Refuse a base that is not the pack's.
 

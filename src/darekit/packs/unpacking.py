@@ -11,7 +11,7 @@ from typing import Any
 
 from darekit.api import Options
 from darekit.checkpoints import open_checkpoint
-from darekit.errors import CheckpointError
+from darekit.errors import DataError
 from darekit.packs.reading import Pack, open_pack
 from darekit.planning import make_plan
 from darekit.recipe import read_recipe
@@ -31,7 +31,8 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Any) 
 
     Raises:
         HomologyError: another base.
-        CheckpointError: the pack is damaged; nothing is published then.
+        CheckpointError: the pack cannot be decoded.
+        DataError: what it decodes to is not what was packed, because it or the base is damaged.
     """
     settings = Options(**options)
     checkpoint = open_checkpoint(base)
@@ -65,4 +66,5 @@ def _refuse_wrong(pack: Pack, records: Mapping[str, Mapping[str, Any]]) -> None:
     if wrong:
         lines = [pack.explain(name) for name in wrong[:SHOWN]]
         more = [f"... and {len(wrong) - SHOWN} more tensors"] if len(wrong) > SHOWN else []
-        raise CheckpointError("\n  ".join(["The result is not what was packed; nothing was published:", *lines, *more]))
+        # Not a CheckpointError: there is nothing here that another run should resume.
+        raise DataError("\n  ".join(["The result is not what was packed; nothing was published:", *lines, *more]))
