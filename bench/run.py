@@ -83,7 +83,7 @@ def mergekit(program: str, path: Path, out: Path) -> tuple[float, float]:
 
 
 def run(folder: Path, pairs: int, threads: int, program: str | None) -> list[list[str]]:
-    files = sorted(folder.glob("*/*.safetensors"))
+    files = [path for name in ("base", *family.MODELS) for path in sorted((folder / name).glob("*.safetensors"))]
     rows = []
     for method, (title, parameters) in CASES.items():
         path = recipe(folder, method, parameters)
