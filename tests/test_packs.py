@@ -578,6 +578,24 @@ dk.{command}({str(tmp_path / inputs[0])!r}, {str(tmp_path / inputs[1])!r}, {str(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("lossless", [False, True])
+def test_two_runs_do_not_write_one_file(tmp_path, monkeypatch, lossless):
+    sizes(tmp_path)
+    options = {"lossless": True, "drop_rate": None} if lossless else {}
+    publish = packing._publish
+
+    def meanwhile(*arguments):
+        with pytest.raises(OutputError, match="another run is writing"):
+            pack(tmp_path, **options)
+        publish(*arguments)
+
+    monkeypatch.setattr(packing, "_publish", meanwhile)
+    pack(tmp_path, **options)
+    with dk.open_pack(tmp_path / "m.safetensors", base=tmp_path / "base") as found:
+        assert not found.verify().faults
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 def test_outputs_that_are_refused(tmp_path):
     sizes(tmp_path)
     for name, words in (("m.bin", "must end in"), ("none/m.safetensors", "no directory"), ("base", "must end in")):

@@ -8,6 +8,7 @@ belong by any thread, and memory is a few leaves per thread, whatever the model'
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from darekit.output.tokenizer import model_files, tokenizer_files
 from darekit.packs.format import (
     FILE_ROLE,
     GROUP_LIMIT,
+    NO_DIGEST,
     CompanionFile,
     Counts,
     Document,
@@ -47,6 +49,11 @@ from darekit.packs.lossless import compress
 from darekit.packs.workers import run_all
 from darekit.planning import Plan, drop_rate_of, open_plan
 from darekit.running import Progress, peak_rss
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LEAVES = 16  # one job: read, encoded and written at once
 BITS = (64, 32, 16, 8, 4, 2, 1)
@@ -237,33 +244,60 @@ class Writer:
     def write(self, out: Path, *, overwrite: bool, progress: Progress | None) -> tuple[int, Document]:
         """Scan, lay out, write out of sight, publish."""
         self._refuse_other_tensors()
-        jobs = self._scan()
-        hidden = out.with_name(f".{out.name}.darekit-part")
-        if not self.lossless:
-            return self._write_jobs(jobs, [], None, hidden, out, overwrite, progress)
-        # How long frames are is known when they are made: they wait beside the output until all are.
-        spool = out.with_name(f".{out.name}.darekit-spool")
-        try:
-            frames = self._compress(jobs, spool, progress)
-            waiting = InputFile(spool)
-            try:
-                return self._write_jobs(jobs, frames, waiting, hidden, out, overwrite, None)
-            finally:
-                waiting.close()
-        finally:
-            with contextlib.suppress(OSError):
-                spool.unlink()
+        hidden, spool = (out.with_name(f".{out.name}.darekit-{word}") for word in ("part", "spool"))
+        with _claimed(hidden, out):
+            jobs = self._scan()
+            if self.lossless:
+                # How long frames are is known when they are made: they wait beside the output until all are.
+                try:
+                    frames = self._compress(jobs, spool, progress)
+                    waiting = InputFile(spool)
+                    try:
+                        size, document = self._write_jobs(jobs, hidden, None, frames, waiting)
+                    finally:
+                        waiting.close()
+                finally:
+                    with contextlib.suppress(OSError):
+                        spool.unlink()
+            else:
+                size, document = self._write_jobs(jobs, hidden, progress, [], None)
+            self._refuse_changed()
+            _publish(hidden, out, overwrite)
+        return size, document
 
     def _write_jobs(
-        self, jobs: Sequence[_Job], frames: Sequence[_Frames], spool: InputFile | None, hidden: Path, out: Path,
-        overwrite: bool, progress: Progress | None,
+        self, jobs: Sequence[_Job], hidden: Path, progress: Progress | None, frames: Sequence[_Frames],
+        spool: InputFile | None,
     ) -> tuple[int, Document]:  # fmt: skip
         contents = dict(_companions(self.model))
         files = tuple(
             CompanionFile(name, not _is_same_file(self.base, name, raw), xxhash.xxh3_128_hexdigest(raw))
             for name, raw in contents.items()
         )
-        document = Document(
+        # No digest but the files' is known yet; the size of all of them is.
+        document = self._document(jobs, files)
+        stored = [file for file in files if file.stored]
+        parts = [part for job in jobs for part in _parts_of(job)]
+        parts += [OutputTensor(f"{FILE_ROLE}:{file.name}", "U8", (len(contents[file.name]),)) for file in stored]
+        layout = lay_out_parts(parts, document)
+        offsets = {name: place.offset for name, place in layout.places.items()}
+        output = OutputFile.create(hidden, layout.size)
+        try:
+            for file in stored:
+                output.write(np.frombuffer(contents[file.name], np.uint8), offsets[f"{FILE_ROLE}:{file.name}"])
+            self._write_leaves(jobs, offsets, output, progress)
+            if spool is not None:
+                self._write_frames(jobs, frames, spool, offsets, output)
+            document = self._with_digests(document, jobs)
+            header = render_header(document, list(layout.places.values()), layout.data)
+            output.write(np.frombuffer(header, np.uint8), 0)
+            output.sync()
+        finally:
+            output.close()
+        return layout.size, document
+
+    def _document(self, jobs: Sequence[_Job], files: tuple[CompanionFile, ...]) -> Document:
+        return Document(
             seed=self.seed,
             rescale=self.rescale,
             tensors={job.tensor.name: job.tensor for job in jobs},
@@ -272,7 +306,7 @@ class Writer:
                 "ref": public_name(self.base.ref),
                 "revision": self.base.revision,
                 "sample_digest": self.plan.sample_digests[0].hex(),
-                "content_digest": None,
+                "content_digest": NO_DIGEST,
             },
             model={
                 "ref": public_name(self.model.ref),
@@ -283,35 +317,6 @@ class Writer:
             license=agreed_license([self.model.directory] if self.model.directory else []),
             tool=f"darekit {__version__}",
         )
-        # The digest is not known yet, but its size is.
-        document = replace(document, base={**document.base, "content_digest": "0" * 32})
-        stored = [file for file in files if file.stored]
-        parts = [part for job in jobs for part in _parts_of(job)]
-        parts += [OutputTensor(f"{FILE_ROLE}:{file.name}", "U8", (len(contents[file.name]),)) for file in stored]
-        layout = lay_out_parts(parts, document)
-        try:
-            output = OutputFile.create(hidden, layout.size)
-            try:
-                for file in stored:
-                    place = layout.places[f"{FILE_ROLE}:{file.name}"]
-                    output.write(np.frombuffer(contents[file.name], np.uint8), place.offset)
-                offsets = {name: place.offset for name, place in layout.places.items()}
-                self._write_leaves(jobs, offsets, output, progress)
-                if spool is not None:
-                    self._write_frames(jobs, frames, spool, offsets, output)
-                document = self._with_digests(document, jobs)
-                header = render_header(document, list(layout.places.values()), layout.data)
-                output.write(np.frombuffer(header, np.uint8), 0)
-                output.sync()
-            finally:
-                output.close()
-            self._refuse_changed()
-            _publish(hidden, out, overwrite)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                hidden.unlink()
-            raise
-        return layout.size, document
 
     def _bits(self, aligned: AlignedTensor) -> int:
         rate, _ = drop_rate_of(self.plan.recipe, 0, aligned)
@@ -642,6 +647,27 @@ def _is_same_file(base: Checkpoint, name: str, raw: bytes) -> bool:
         return (base.directory / name).read_bytes() == raw
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def _claimed(hidden: Path, out: Path) -> Iterator[None]:
+    """Hold the hidden file alone; whatever goes wrong, it is gone then."""
+    with _told(out):
+        descriptor = os.open(hidden, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OutputError(f"another run is writing {out}; wait for it, or choose another name") from error
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                hidden.unlink()
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
