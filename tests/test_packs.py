@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs: exact restores, every width and format, random access, corruption, and packs in the place of models."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -20,7 +21,9 @@ from darekit.errors import CheckpointError, DarekitError, DataError, HomologyErr
 from darekit.packs import packing
 from darekit.packs.lossless import compress, decompress
 from darekit.packs.quantization import decode_values, dequantize, encode_values, pack_bits, quantize, unpack_bits
+from golden_base import base_of
 
+GOLDEN = Path(__file__).parent / "golden"
 SHAPES = (*((n,) for n in (0, 1, 63, 64, 65, 1023, 1024, 1025)), (7, 33), (300, 257))
 
 
@@ -708,6 +711,45 @@ def test_hostile_packs_get_a_named_error(tmp_path, change, kind, words):
     with pytest.raises(DarekitError, match=words):
         dk.unpack(tmp_path / "base", tmp_path / "m.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+VALUES = (None, True, -1, 0, 1, 1 << 31, 1 << 63, 1 << 70, 1e308, "", "x", "0" * 32, [], {}, [1], "F64", "U8", "int8",
+          "exact", "delta", "lossless", "same", 0.5)  # fmt: skip
+
+
+def mutated(rng, value):
+    """A JSON value with one thing in it removed or replaced."""
+    if isinstance(value, dict | list) and value and rng.random() < 0.9:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = keys[rng.integers(len(keys))]
+        if rng.random() < 0.15:
+            del value[key]
+        else:
+            value[key] = mutated(rng, value[key])
+        return value
+    return VALUES[rng.integers(len(VALUES))]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_document_causes_anything_but_a_named_error(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    families.save(tmp_path / "base", base_of())
+    for _ in range(60):
+        name = ("exact", "int4", "lossless", "rounded")[rng.integers(4)]
+        (tmp_path / "m.safetensors").write_bytes((GOLDEN / f"{name}.safetensors").read_bytes())
+
+        def change(document, header, data):
+            mutated(rng, document if rng.random() < 0.8 else header)
+
+        try:
+            rewrite(tmp_path / "m.safetensors", change)
+        except (KeyError, TypeError):  # it is the metadata that was lost
+            continue
+        where = tmp_path / "base"
+        with contextlib.suppress(DarekitError), dk.open_pack(tmp_path / "m.safetensors", base=where) as found:
+            found.info()
+            found.verify(threads=1)
+            found.checkpoint()
 
 
 def test_other_safetensors_files_are_no_packs(llamas, tmp_path):
