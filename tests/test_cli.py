@@ -27,7 +27,7 @@ REPORT = {
 def recipe(llamas, tmp_path):
     def write(name="recipe.yaml", **keys):
         path = tmp_path / name
-        keys = {"sparsify": {"method": "dare", "drop_rate": 0.5, "keep_dense": ["norms", "no.such.*"]}} | keys
+        keys = {"sparsify": {"method": "dare", "drop_rate": 0.5, "keep_dense": ["norms"]}} | keys
         path.write_text(json.dumps(families.recipe(llamas.path, **keys)))
         return path
 
@@ -128,7 +128,7 @@ def test_seed_set_and_shard_size(dare, recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5kb", 1500), ("123", 123), ("7b", 7)],
+    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5kb", 1500), ("12345", 12345), ("7b", 7)],
 )
 def test_sizes(text, size):
     assert cli._bytes_of(text) == size
@@ -180,14 +180,28 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(dare, recipe, llamas, tmp_p
         assert model["kept"] == pytest.approx(dense + (elements - dense) / 2, abs=len(llamas.base))
         assert model["drop_rate"] == pytest.approx(0.5 * (1 - dense / elements), abs=1e-3)
         assert isinstance(model["effective_seed"], int)
-    assert sorted(data["keep_dense"]["norms"]) == sorted(norms) and data["keep_dense"]["no.such.*"] == []
+    assert sorted(data["keep_dense"]["norms"]) == sorted(norms)
     assert [check["r"] for check in data["checks"]] == [pytest.approx(0.04, rel=0.2)] * 3
     text = dare("merge", path, tmp_path / "out", "--dry-run").out
-    for part in ("tensors", "parameters", "reads", "writes", "memory", "drop rate", "kept", "m2", "matches nothing"):
+    for part in ("tensors", "parameters", "reads", "writes", "memory", "drop rate", "kept", "m2", "keep_dense norms"):
         assert part in text
     assert dare("merge", path, tmp_path / "real").code == 0
     written = sum(file.stat().st_size for file in (tmp_path / "real").glob("*.safetensors"))
     assert written == data["bytes_out"]
+
+
+def test_filters_and_patterns_that_match_nothing_are_said(dare, recipe, tmp_path):
+    rates = [{"filter": "mpl", "value": 0.5}, {"value": 0.6}]
+    path = recipe(sparsify={"method": "dare", "drop_rate": rates, "keep_dense": ["*.nomatch"]})
+    said = dare("merge", path, tmp_path / "out", "--json").data["notes"]
+    assert "drop_rate: the filter 'mpl' matches no tensor" in said
+    assert "keep_dense: '*.nomatch' matches no tensor" in said
+    assert not any("'*'" in line for line in said)
+
+
+def test_a_bare_small_shard_size_is_asked_about(dare, recipe, tmp_path):
+    found = dare("merge", recipe(), tmp_path / "out", "--shard-size", "5")
+    assert found.code == 2 and "5GB" in found.err
 
 
 def test_a_dry_run_finds_what_a_run_would_refuse(dare, llamas, tmp_path):

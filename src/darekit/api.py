@@ -6,8 +6,9 @@ A merge: recipe > plan (headers) > homology (a sample of values) > stage > engin
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,13 +54,15 @@ def merge(
         out: the directory to write; must not exist yet, unless `overwrite`.
         seed: replaces the recipe's seed.
         settings: dotted overrides, as `{"parameters.lambda": 0.5}`.
-        **options: fields of `Options` (threads, shard_size, overwrite, resume, force, allow_nonfinite, progress).
+        **options: threads: int, shard_size: int in bytes, overwrite, resume, force, allow_nonfinite: bool, progress:
+            called with (bytes done, bytes in all), say: called with each note (see `Options`). To look without
+            running: `darekit.plan`.
 
     Raises:
         DarekitError: see `darekit.errors`; nothing is published then.
     """
     found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed)
-    return run(found, Path(out), Options(**options), search=search_path(recipe))
+    return run(found, Path(out), _options(options), search=search_path(recipe))
 
 
 def plan(
@@ -122,7 +125,7 @@ def drop(
         str(base), str(model), drop_rate=drop_rate, method=method, rescale=rescale, on=on, keep_dense=keep_dense,
         seed=seed, vocab=vocab, parameters=parameters,
     )  # fmt: skip
-    return run(recipe, Path(out), Options(**options), search=())
+    return run(recipe, Path(out), _options(options), search=())
 
 
 def drop_recipe(
@@ -155,6 +158,23 @@ def drop_recipe(
             "tokenizer_source": "base" if vocab == "base" else model,
         }
     )
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    """Keyword arguments of `merge` and `drop` -> options.
+
+    Raises:
+        TypeError: a name that is no option, or a size or a number of threads that is no positive integer.
+    """
+    known = [entry.name for entry in fields(Options)]
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{name!r} is not an option{hint}; options: {', '.join(known)}")
+        if name in ("threads", "shard_size", "tile") and value is not None and (type(value) is not int or value < 1):
+            raise TypeError(f"{name} must be a whole number above 0 (shard_size: bytes), found {value!r}")
+    return Options(**given)
 
 
 def search_path(recipe: object) -> tuple[Path, ...]:

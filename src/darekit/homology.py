@@ -345,7 +345,7 @@ def judge(ref: str, base_ref: str, norms: Sequence[Norms]) -> Judgement:
         )
     elif rho > RHO_STOP:
         stop = (
-            f"Too much is dropped of {ref} for deltas this large: predicted perturbation rho = {rho:.2f} "
+            f"Too much is dropped of {ref} for deltas this large: predicted perturbation rho = {rho:.3f} "
             f"(r = {r:.3f}), more than {RHO_STOP} is refused {RULE_OF_THUMB}. A drop rate of "
             f"{_shown_rate(r)} brings it to {TAU}; --force goes on all the same"
         )

@@ -22,7 +22,10 @@ def identity(plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
         **{
             f"input {checkpoint.ref}": {
                 "sample_digest": digest.hex(),
-                "files": [[file.path.name, file.size, file.mtime_ns] for file in checkpoint.files],
+                "files": {
+                    file.path.name: {"bytes": file.size, "time of last change": file.mtime_ns}
+                    for file in checkpoint.files
+                },
             }
             for checkpoint, digest in zip(plan.checkpoints, plan.sample_digests, strict=True)
         },

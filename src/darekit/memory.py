@@ -100,7 +100,7 @@ def merge_tensors(
     models: Sequence[Mapping[str, Any]],
     *,
     sparsify: Sparsify | None = None,
-    method: Method | None = None,
+    method: Method | str | None = None,
     weights: Sequence[float] | None = None,
     seeds: Sequence[int] | None = None,
     dtype: str | None = None,
@@ -113,7 +113,7 @@ def merge_tensors(
         base: name -> array; None only for `linear`.
         models: one dict per model, with the base's names and shapes.
         sparsify: what is done to each delta; None: nothing.
-        method: how the deltas are merged; `linear()` where not given.
+        method: how the deltas are merged, `ties(keep=0.2)` or just a name; `linear()` where not given.
         weights: one per model; 1 each where not given.
         seeds: one effective seed per model, used as they are; derived from `sparsify.seed` where not given.
         dtype: output format (`bfloat16`, ...); each tensor's own where not given.
@@ -130,7 +130,9 @@ def merge_tensors(
 
     if allow_nonfinite and base is None:
         raise PlanError("allow_nonfinite takes the base's element where a model has NaN or Inf: it needs a base")
-    method = method or linear()
+    method = Method(method) if isinstance(method, str) else method or linear()
+    if isinstance(models, Mapping):
+        raise CheckpointError("models must be a list of dicts, one per model; found one dict")
     entries: list[dict[str, Any]] = [{"model": f"model {k}", "parameters": {}} for k in range(len(models))]
     for name, values in (("weight", weights), ("seed", seeds)):
         if values is not None and len(values) != len(models):

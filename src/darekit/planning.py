@@ -375,7 +375,12 @@ def _notes(
                 f"{' and '.join(names)} have the same effective seed {seed}: their masks are equal and interfere "
                 "everywhere at once; give each its own"
             )
+    yield from _idle(recipe, [tensor.name for tensor in alignment.tensors], alignment)
     if recipe.sparsify is None or recipe.sparsify.on == "weights":
+        return
+    rates = [drop_rate_of(recipe, k, tensor)[0] for tensor in alignment.tensors for k in range(len(models))]
+    if rates and min(rates) == 1:
+        yield "the drop rate is 1: everything is dropped, and the output is the base"
         return
     rate, name = max(
         (
@@ -391,6 +396,24 @@ def _notes(
             f"{name} is dropped at p = {rate:g}: one-hot inputs get no averaging; "
             "keep_dense: [embeddings, norms] usually costs little and keeps more"
         )
+
+
+def _idle(recipe: Recipe, names: Sequence[str], alignment: Alignment) -> Iterator[str]:
+    """Filters and patterns that match no tensor: most are misspelt."""
+    sparsify = recipe.sparsify
+    scopes = [
+        recipe.parameters,
+        *(entry.parameters for entry in recipe.models),
+        *([sparsify.parameters] if sparsify else []),
+    ]
+    for parameters in scopes:
+        for parameter, value in parameters.items():
+            for entry in value if isinstance(value, tuple) else ():
+                if not any(resolve(((entry,),), name) is not None for name in names):
+                    yield f"{parameter}: the filter {entry.filter!r} matches no tensor"
+    for pattern in sparsify.keep_dense if sparsify else ():
+        if not any(is_kept_dense(tensor.name, tensor.shape, [pattern]) for tensor in alignment.tensors):
+            yield f"keep_dense: {pattern!r} matches no tensor"
 
 
 def resolved_parameters(plan: Plan) -> list[Mapping[str, Any]]:

@@ -231,8 +231,10 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
         tokenizer = next(
             m for m, e in zip(plan.models, recipe.models, strict=True) if e.model == recipe.tokenizer_source
         )
-        if len(plan.models) == 1:
+        if len(plan.models) == 1 and tokenizer.config is not None:
             donor = tokenizer
+        if tokenizer.directory is None or not tokenizer_files(tokenizer.directory):
+            tokenizer = donor  # weights alone: the base's is better than none
     config = None
     if donor.config is not None:
         config = merged_config(

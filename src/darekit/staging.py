@@ -401,7 +401,7 @@ def _begin(place: Place, identity: Mapping[str, Any], resume: bool, notes: list[
     if resume and header is not None:
         differing = [key for key in {**header, **identity} if header.get(key) != identity.get(key)]
         if differing:
-            changes = "; ".join(f"{key}: {_short(header.get(key))} -> {_short(identity.get(key))}" for key in differing)
+            changes = "; ".join(_changes(header, identity))
             raise OutputError(
                 f"the unfinished run in {place.root} cannot be resumed, because it is not the same run ({changes}); "
                 f"undo the change, or run without --resume to discard its {len(finished)} finished tensors"
@@ -567,6 +567,20 @@ def _told(what: str, error: OSError) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _changes(before: Any, after: Any, at: str = "") -> Iterator[str]:
+    """Where two JSON documents differ, as "recipe.sparsify.seed: 0 -> 5"."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in {**before, **after}:
+            if before.get(key) != after.get(key):
+                yield from _changes(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            if old != new:
+                yield from _changes(old, new, f"{at}.{i}")
+    else:
+        yield f"{at}: {_short(before)} -> {_short(after)}"
 
 
 def _short(value: Any) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -75,6 +76,8 @@ def open_checkpoint(ref: str | Path, *, search: Sequence[Path] = ()) -> Checkpoi
 
 def _choose(path: Path) -> Weights:
     if path.is_dir():
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise CheckpointError(f"{path} cannot be read: no permission to look into this directory")
         refuse_directory(path)
         # Before the weights are looked for: of a quantised model this is the more useful message.
         _read_config(path)

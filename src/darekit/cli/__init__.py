@@ -102,7 +102,7 @@ def merge(
     """Merge models as RECIPE says, into the model directory OUT."""
     limit = _bytes_of(shard_size)
     overrides = _overrides(settings or [])
-    with _errors_told():
+    with _errors_told(resumes=True):
         from darekit.api import search_path
         from darekit.recipe import read_recipe
 
@@ -142,7 +142,7 @@ def drop(
     _check_drop_rate(drop_rate)
     limit = _bytes_of(shard_size)
     _check_method(method)
-    with _errors_told():
+    with _errors_told(resumes=True):
         from darekit.api import drop_recipe
 
         extra = {name: value for name, value in (("window", window), ("gamma", gamma)) if value is not None}
@@ -264,7 +264,7 @@ def unpack(
 ) -> None:
     """Write the packed model as an ordinary model directory, with the bits that `dare drop` gives."""
     limit = _bytes_of(shard_size)
-    with _errors_told():
+    with _errors_told(resumes=True):
         from darekit.cli import display
         from darekit.packs.unpacking import unpack as unpack_model
 
@@ -359,11 +359,13 @@ def _bytes_of(text: str) -> int:
         ) from None
     if size < 1:
         raise typer.BadParameter(f"{text!r} is not a size above 0", param_hint="--shard-size")
+    if stripped.isdigit() and size < 1000:
+        raise typer.BadParameter(f"{text!r} would be bytes; write 5GB, 500MB or 2GiB", param_hint="--shard-size")
     return size
 
 
 @contextmanager
-def _errors_told() -> Iterator[None]:
+def _errors_told(resumes: bool = False) -> Iterator[None]:
     """An error on purpose becomes its message and exit code 1; anything else is a bug and shows its stack."""
     try:
         yield
@@ -373,7 +375,8 @@ def _errors_told() -> Iterator[None]:
         print(f"dare: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        print("dare: interrupted; nothing was published (--resume continues)", file=sys.stderr)
+        told = "; nothing was published (--resume continues)" if resumes else ""
+        print(f"dare: interrupted{told}", file=sys.stderr)
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None

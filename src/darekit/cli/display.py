@@ -146,7 +146,7 @@ def show_plan(
     print(f"{data['tensors']} tensors, {count_of(plan.parameters)} parameters, method {plan.recipe.merge_method}")
     print(f"reads {size_of(plan.bytes_in)}, writes {size_of(plan.bytes_out)} in {_plural(len(plan.shards), 'file')}")
     print(f"memory: about {size_of(data['peak_memory_bytes'])}")
-    table = Table("model", "parameters", "drop rate", "kept", "r", "rho", box=None, pad_edge=False)
+    table = Table("model", "parameters", "mean drop rate", "kept", "r", "rho", box=None, pad_edge=False)
     checks = {judgement.model: judgement for judgement in judgements}
     for summary in plan.summaries:
         check = checks.get(summary.ref)
