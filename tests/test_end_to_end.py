@@ -681,3 +681,12 @@ def test_a_checkpoint_may_be_one_file(llamas, tmp_path, dare):
 def test_a_missing_checkpoint_is_named(llamas, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         dk.drop(llamas.path / "base", llamas.path / "nowhere", tmp_path / "out", drop_rate=0.5)
+
+
+def test_weights_alone_take_the_bases_config_and_tokenizer(real, tmp_path):
+    """A model directory with nothing but weights: the output still loads."""
+    (tmp_path / "bare").mkdir()
+    for path in (real.path / "m0").glob("*.safetensors"):
+        (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
+    dk.drop(real.path / "base", tmp_path / "bare", tmp_path / "out", drop_rate=0.5)
+    assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / "tokenizer.json").exists()

@@ -439,3 +439,10 @@ def test_unreadable_input(llamas, tmp_path):
     with pytest.raises(CheckpointError, match="m0/model"):
         dk.merge(families.recipe(tmp_path, k=1), tmp_path / "out")
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["base", "m0"]
+
+
+def test_a_refused_resume_says_what_differs(llamas, tmp_path, interrupt):
+    interrupt(tmp_path / "out", 20_000)
+    changed = families.recipe(llamas.path, sparsify=SPARSIFY | {"seed": 77})
+    with pytest.raises(OutputError, match=r"recipe\.sparsify\.seed: \d+ -> 77"):
+        dk.merge(changed, tmp_path / "out", resume=True)
