@@ -82,7 +82,7 @@ def mergekit(program: str, path: Path, out: Path) -> tuple[float, float]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def run(folder: Path, pairs: int, threads: int, program: str | None) -> list[list[str]]:
+def run(folder: Path, pairs: int, threads: int, program: str | None, runs: int) -> list[list[str]]:
     files = [path for name in ("base", *family.MODELS) for path in sorted((folder / name).glob("*.safetensors"))]
     rows = []
     for method, (title, parameters) in CASES.items():
@@ -104,7 +104,7 @@ def run(folder: Path, pairs: int, threads: int, program: str | None) -> list[lis
         ]  # fmt: skip
         if program:
             warm(files)
-            times = [mergekit(program, path, folder / "mk") for _ in range(2)]
+            times = [mergekit(program, path, folder / "mk") for _ in range(runs)]
             theirs = min(seconds for seconds, _ in times)
             row += [f"{theirs:.1f}", f"{theirs / whole:.0f}x", f"{max(m for _, m in times) / 1e6:.0f}"]
         rows.append(row)
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=ROOT / "bench" / "scratch")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--mergekit-runs", type=int, default=2)
     parser.add_argument("--large", action="store_true", help="also the memory of a family four times larger")
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     arguments = parser.parse_args()
@@ -141,7 +142,7 @@ def main() -> None:
     print("building the family (once) ...", file=sys.stderr)
     family.build(folder)
     program = os.environ.get("MERGEKIT")
-    text = table(run(folder, arguments.pairs, arguments.threads, program), bool(program))
+    text = table(run(folder, arguments.pairs, arguments.threads, program, arguments.mergekit_runs), bool(program))
     path = folder / "dare_linear.yaml"
     warm_whole = min(merge(path, folder / "out")[0] for _ in range(3))
     help_seconds = min(timed([str(DARE), "--help"])[0] for _ in range(5))
