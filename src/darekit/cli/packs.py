@@ -27,9 +27,9 @@ def show_pack(report: PackReport, *, as_json: bool) -> None:
     )
     same = f", {report.same} of them the base's own" if report.same else ""
     share = 100 * report.kept / report.parameters if report.parameters else 0
-    print(
-        f"  {report.tensors} tensors{same}; {count_of(report.kept)} elements kept ({share:.3g} %), seed {report.seed}"
-    )
+    kept = f"{count_of(report.kept)} elements kept ({share:.3g} %), seed {report.seed}"
+    kept = "lossless" if report.lossless else kept
+    print(f"  {report.tensors} tensors{same}; {kept}")
 
 
 def show_info(info: Mapping[str, Any], *, as_json: bool) -> None:

@@ -75,6 +75,7 @@ class PackReport:
     seed: int
     peak_rss_bytes: int
     notes: tuple[str, ...] = ()
+    lossless: bool = False
 
     @property
     def ratio(self) -> float:
@@ -170,7 +171,7 @@ def pack(
     return PackReport(
         str(out), time.perf_counter() - began, size, model_bytes, len(tensors),
         sum(tensor.kind == "same" for tensor in tensors), sum(tensor.count for tensor in tensors),
-        sum(tensor.kept for tensor in tensors), document.seed, peak_rss(), tuple(said),
+        sum(tensor.kept for tensor in tensors), document.seed, peak_rss(), tuple(said), lossless,
     )  # fmt: skip
 
 
