@@ -13,6 +13,7 @@ import pytest
 import darekit as dk
 import families
 from darekit import cli
+from darekit.cli import options
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.methods.parameters import Choice
 from darekit.recipe import Recipe, Sparsify
@@ -131,7 +132,7 @@ def test_seed_set_and_shard_size(dare, recipe, tmp_path):
     [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5kb", 1500), ("12345", 12345), ("7b", 7)],
 )
 def test_sizes(text, size):
-    assert cli._bytes_of(text) == size
+    assert options.bytes_of(text) == size
 
 
 def test_recipes_are_relative_to_themselves(dare, llamas, tmp_path, monkeypatch):
@@ -304,8 +305,8 @@ def test_methods_lists_the_table(dare):
 def test_the_words_of_the_options_are_the_tables():
     kinds = [entry.parameters["rescale"].kind for entry in SPARSIFIERS.values() if "rescale" in entry.parameters]
     assert kinds and all(isinstance(kind, Choice) for kind in kinds)
-    assert {kind.of for kind in kinds} == {tuple(word.value for word in cli.RescaleName)}
-    for words, owner, name in ((cli.Scope, Sparsify, "on"), (cli.Vocab, Recipe, "vocab")):
+    assert {kind.of for kind in kinds} == {tuple(word.value for word in options.RescaleName)}
+    for words, owner, name in ((options.Scope, Sparsify, "on"), (options.Vocab, Recipe, "vocab")):
         assert [word.value for word in words] == list(get_args(get_type_hints(owner)[name]))
 
 

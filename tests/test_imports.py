@@ -60,11 +60,28 @@ RULES = {
     "only kernels.cpu imports numba": lambda name, one: (
         not within(one, "numba", "llvmlite") or within(name, "darekit.kernels.cpu")
     ),
-    "torch only where tensors, pickles or the demo are": lambda name, one: (
+    "torch only where models run, and where tensors, pickles or the demo are": lambda name, one: (
         not within(one, "torch", "transformers", "tokenizers")
-        or within(name, "darekit.demo", "darekit.memory", "darekit.checkpoints.pytorch")
+        or within(name, "darekit.live", "darekit.demo", "darekit.memory", "darekit.checkpoints.pytorch")
     ),
-    "matplotlib only in the demo": lambda name, one: not within(one, "matplotlib") or within(name, "darekit.demo"),
+    "matplotlib only in plots and the demo": lambda name, one: (
+        not within(one, "matplotlib") or within(name, "darekit.plots", "darekit.demo")
+    ),
+    "merging needs no model that runs": lambda name, one: (
+        not within(one, "darekit.live", "darekit.plots")
+        or not within(
+            name,
+            "darekit.methods",
+            "darekit.checkpoints",
+            "darekit.kernels",
+            "darekit.recipe",
+            "darekit.planning",
+            "darekit.engine",
+            "darekit.tiles",
+            "darekit.running",
+            "darekit.packs",
+        )
+    ),
     "methods know no checkpoint, kernel, recipe or engine": lambda name, one: (
         not within(name, "darekit.methods")
         or not within(one, "darekit")
@@ -103,14 +120,16 @@ def test_the_package_keeps_the_rule(rule):
     ("rule", "module", "source"),
     [
         ("only kernels.cpu imports numba", "darekit.tiles", "def f():\n    from numba import njit\n"),
-        ("torch only where tensors, pickles or the demo are", "darekit.engine", "import torch.nn as nn\n"),
-        ("matplotlib only in the demo", "darekit.inspection", "import matplotlib\n"),
+        ("torch only where models run, and where tensors, pickles or the demo are", "darekit.engine",
+         "import torch.nn as nn\n"),
+        ("matplotlib only in plots and the demo", "darekit.inspection", "import matplotlib\n"),
         ("methods know no checkpoint, kernel, recipe or engine", "darekit.methods.ties",
          "from darekit.checkpoints import TensorInfo\n"),
         ("methods know no checkpoint, kernel, recipe or engine", "darekit.methods.ties", "from .. import kernels\n"),
         ("checkpoints know no method", "darekit.checkpoints.files", "import darekit.methods\n"),
         ("kernels know arrays only", "darekit.kernels.cpu", "from darekit.steps import Step\n"),
         ("masks, dtypes and errors know nobody", "darekit.masks", "from darekit import digests\n"),
+        ("merging needs no model that runs", "darekit.engine", "from darekit.live import models\n"),
         ("nobody but the command imports typer and rich", "darekit.running", "from rich.table import Table\n"),
         ("nobody imports the command but itself", "darekit.api", "from darekit.cli import display\n"),
     ],

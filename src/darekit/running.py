@@ -26,7 +26,7 @@ from darekit.lock import LOCK_NAME, identity, make_lock
 from darekit.output.card import agreed_license, model_card
 from darekit.output.companions import write_companions
 from darekit.output.config import merged_config
-from darekit.output.tokenizer import choose_chat_template, model_files, tokenizer_files
+from darekit.output.tokenizer import TemplateChoice, choose_chat_template, model_files, tokenizer_files
 from darekit.planning import Plan
 from darekit.staging import Stage, open_stage
 from darekit.trimming import settle_model_trim
@@ -222,7 +222,16 @@ def _main_dtype(plan: Plan) -> DType:
     return DTYPES[sizes.most_common(1)[0][0]] if sizes else DTYPES["F32"]
 
 
-def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
+@dataclass(frozen=True)
+class Companions:
+    """What lies beside an output's weights: config.json (None: no input has one), copied files, the chat template."""
+
+    config: dict[str, Any] | None
+    files: tuple[Path, ...]
+    chat_template: TemplateChoice | None
+
+
+def companions_of(plan: Plan) -> Companions:
     """Config of the base (of the model, where there is only one and the tokenizer is its own too), and the rest."""
     recipe = plan.recipe
     donor = plan.base or plan.models[0]
@@ -240,13 +249,18 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
         config = merged_config(
             donor.config, dtype=_main_dtype(plan), vocab_size=plan.alignment.vocab_size, tied=plan.alignment.tied
         )
-    files = [
+    files = (
         *(tokenizer_files(tokenizer.directory) if tokenizer.directory else ()),
         *(model_files(donor.directory) if donor.directory else ()),
-    ]
+    )
     template = choose_chat_template(
         tokenizer.directory, [(label(model.ref), model.directory) for model in plan.models if model.directory]
     )
+    return Companions(config, files, template)
+
+
+def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
+    recipe, found = plan.recipe, companions_of(plan)
     directories = [checkpoint.directory for checkpoint in plan.checkpoints if checkpoint.directory]
 
     def card() -> str:
@@ -260,6 +274,11 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
         )
 
     warnings = write_companions(
-        directory, config=config, files=files, chat_template=template, recipe_text=recipe.text, card=card
+        directory,
+        config=found.config,
+        files=found.files,
+        chat_template=found.chat_template,
+        recipe_text=recipe.text,
+        card=card,
     )
-    return ([template.note] if template.note else []) + warnings
+    return ([found.chat_template.note] if found.chat_template and found.chat_template.note else []) + warnings

@@ -1,85 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands about packs show."""
+"""`dare pack`, `unpack`, `verify` and `info`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Annotated
 
-from darekit.cli.display import count_of, size_of
+import typer
 
-if TYPE_CHECKING:
-    from darekit.packs.packing import PackReport
-    from darekit.packs.reading import Verification
-
-SHOWN = 10
-
-
-def show_pack(report: PackReport, *, as_json: bool) -> None:
-    """What a finished pack is."""
-    if as_json:
-        print(json.dumps(report.to_data()))
-        return
-    print(
-        f"{report.output}: {size_of(report.bytes)}, {report.ratio:.3g} times smaller than the model "
-        f"({size_of(report.model_bytes)}), in {report.seconds:.2f} s ({size_of(report.peak_rss_bytes)} of memory)"
-    )
-    same = f", {report.same} of them the base's own" if report.same else ""
-    share = 100 * report.kept / report.parameters if report.parameters else 0
-    kept = f"{count_of(report.kept)} elements kept ({share:.3g} %), seed {report.seed}"
-    kept = "lossless" if report.lossless else kept
-    print(f"  {report.tensors} tensors{same}; {kept}")
+from darekit.cli.options import (
+    Force,
+    Json,
+    Overwrite,
+    PackRescale,
+    Resume,
+    Seed,
+    ShardSize,
+    Threads,
+    bytes_of,
+    check_drop_rate,
+    errors_told,
+)
 
 
-def show_info(info: Mapping[str, Any], *, as_json: bool) -> None:
-    """What a pack is."""
-    if as_json:
-        print(json.dumps(info))
-        return
-    settings = info["settings"]
-    share = 100 * info["kept"] / info["parameters"] if info["parameters"] else 0
-    lines = {
-        "pack": f"{info['pack']}, version {info['version']}, by {info['tool']}",
-        "size": f"{size_of(info['bytes'])}, {info['ratio']:.3g} times smaller than the model "
-        f"({size_of(info['model_bytes'])})",
-        "model": _ref(info["model"]),
-        "base": _ref(info["base"]),
-        "license": info["license"] or "unknown",
-        "kept": f"{count_of(info['kept'])} of {count_of(info['parameters'])} elements ({share:.3g} %)",
-        "tensors": ", ".join(f"{count} {word}" for word, count in sorted(info["encodings"].items())),
-        "mask": f"{info['mask']}, seed {info['seed']}, rescale {info['rescale']}",
-        "settings": ", ".join(f"{key} {_plain(value)}" for key, value in settings.items()),
-        "files": ", ".join(file["name"] + ("" if file["stored"] else " (the base's)") for file in info["files"]),
-    }
-    for word, line in lines.items():
-        if line:
-            print(f"{word:9} {line}")
+def pack(
+    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
+    model: Annotated[str, typer.Argument(help="The fine-tuned model: directory, file or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="File to write, OUT.safetensors.")],
+    drop_rate: Annotated[
+        float | None, typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped.")
+    ] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Drop nothing: the exact model, compressed.")] = False,
+    bits: Annotated[int, typer.Option(help="Per kept element: 64, 32, 16, 8, 4, 2 or 1.")] = 16,
+    dense_bits: Annotated[
+        int | None, typer.Option(help="The same for tensors that are not dropped; default: as --bits, at least 4.")
+    ] = None,
+    group: Annotated[
+        int, typer.Option(min=1, max=65536, help="Kept elements that share a scale (8 bits or less).")
+    ] = 64,
+    rescale: Annotated[PackRescale, typer.Option(help="What survivors are multiplied by.")] = PackRescale.PAPER,
+    keep_dense: Annotated[
+        list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
+    ] = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Store MODEL as its sparse delta from BASE, in the file OUT: no index, as the mask is a function of a seed."""
+    if (drop_rate is None) != lossless:
+        raise typer.BadParameter("give either -p or --lossless", param_hint="-p")
+    check_drop_rate(drop_rate or 0.0)
+    widths = (64, 32, 16, 8, 4, 2, 1)
+    for value, name in ((bits, "--bits"), (dense_bits, "--dense-bits")):
+        if value is not None and value not in widths:
+            raise typer.BadParameter(f"{value} is none of {', '.join(map(str, widths))}", param_hint=name)
+    with errors_told():
+        from darekit.cli import display, display_packs
+        from darekit.packs.packing import pack as pack_model
+
+        with display.progress_bar("packing", quiet=as_json) as progress:
+            report = pack_model(
+                base, model, out, drop_rate=drop_rate, lossless=lossless, bits=bits, dense_bits=dense_bits, group=group,
+                rescale=rescale.value, keep_dense=keep_dense or (), seed=seed, threads=threads, overwrite=overwrite,
+                force=force, progress=progress, say=display.say_note,
+            )  # fmt: skip
+        display_packs.show_pack(report, as_json=as_json)
 
 
-def show_verification(found: Verification, *, as_json: bool) -> None:
-    """Whether a pack is what it says."""
-    if as_json:
-        print(json.dumps(found.to_data()))
-        return
-    if not found.faults:
-        what = "its base and every result agree" if found.against_base else "what is stored agrees; give BASE to check"
-        more = "" if found.against_base else " the results as well"
-        print(f"{found.pack}: {found.tensors} tensors, {what}{more}")
-        return
-    print(f"{found.pack}: {len(found.faults)} of {found.tensors} tensors are wrong")
-    for fault in found.faults[:SHOWN]:
-        print(f"  {fault.tensor}: {fault.words}")
-    if len(found.faults) > SHOWN:
-        print(f"  ... and {len(found.faults) - SHOWN} more")
+def unpack(
+    base: Annotated[str, typer.Argument(help="The checkpoint that PACK was made against.")],
+    pack: Annotated[Path, typer.Argument(help="A file that `dare pack` wrote.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    threads: Threads = None,
+    shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Write the packed model as an ordinary model directory, with the bits that `dare drop` gives."""
+    limit = bytes_of(shard_size)
+    with errors_told(resumes=True):
+        from darekit.cli import display
+        from darekit.packs.unpacking import unpack as unpack_model
+
+        with display.progress_bar("unpacking", quiet=as_json) as progress:
+            report = unpack_model(
+                base, pack, out, threads=threads, shard_size=limit, overwrite=overwrite, resume=resume,
+                progress=progress, say=display.say_note,
+            )  # fmt: skip
+        display.show_report(report, as_json=as_json)
 
 
-def _ref(entry: Mapping[str, Any]) -> str:
-    commit = f" at commit {entry['revision']}" if entry.get("revision") else ""
-    return f"{entry.get('ref', 'unknown')}{commit}"
+def verify(
+    pack: Annotated[Path, typer.Argument(help="A file that `dare pack` wrote.")],
+    base: Annotated[str | None, typer.Argument(help="The checkpoint that it was made against.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Check PACK against its own digests, and with BASE every result; writes nothing, exits with 1 on a fault."""
+    with errors_told():
+        from darekit.cli import display, display_packs
+        from darekit.packs.reading import open_pack
+
+        with open_pack(pack, base=base) as found, display.progress_bar("verifying", quiet=as_json) as progress:
+            verification = found.verify(threads=threads, progress=progress)
+        display_packs.show_verification(verification, as_json=as_json)
+    if verification.faults:
+        raise typer.Exit(1)
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return "+".join(map(str, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def info(
+    pack: Annotated[Path, typer.Argument(help="A file that `dare pack` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Show what PACK is: its model and base, size and ratio, drop rate, bits, license."""
+    with errors_told():
+        from darekit.cli import display_packs
+        from darekit.packs.reading import open_pack
+
+        with open_pack(pack) as found:
+            display_packs.show_info(found.info(), as_json=as_json)

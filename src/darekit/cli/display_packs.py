@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands about packs show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from darekit.cli.display import count_of, size_of
+
+if TYPE_CHECKING:
+    from darekit.packs.packing import PackReport
+    from darekit.packs.reading import Verification
+
+SHOWN = 10
+
+
+def show_pack(report: PackReport, *, as_json: bool) -> None:
+    """What a finished pack is."""
+    if as_json:
+        print(json.dumps(report.to_data()))
+        return
+    print(
+        f"{report.output}: {size_of(report.bytes)}, {report.ratio:.3g} times smaller than the model "
+        f"({size_of(report.model_bytes)}), in {report.seconds:.2f} s ({size_of(report.peak_rss_bytes)} of memory)"
+    )
+    same = f", {report.same} of them the base's own" if report.same else ""
+    share = 100 * report.kept / report.parameters if report.parameters else 0
+    kept = f"{count_of(report.kept)} elements kept ({share:.3g} %), seed {report.seed}"
+    kept = "lossless" if report.lossless else kept
+    print(f"  {report.tensors} tensors{same}; {kept}")
+
+
+def show_info(info: Mapping[str, Any], *, as_json: bool) -> None:
+    """What a pack is."""
+    if as_json:
+        print(json.dumps(info))
+        return
+    settings = info["settings"]
+    share = 100 * info["kept"] / info["parameters"] if info["parameters"] else 0
+    lines = {
+        "pack": f"{info['pack']}, version {info['version']}, by {info['tool']}",
+        "size": f"{size_of(info['bytes'])}, {info['ratio']:.3g} times smaller than the model "
+        f"({size_of(info['model_bytes'])})",
+        "model": _ref(info["model"]),
+        "base": _ref(info["base"]),
+        "license": info["license"] or "unknown",
+        "kept": f"{count_of(info['kept'])} of {count_of(info['parameters'])} elements ({share:.3g} %)",
+        "tensors": ", ".join(f"{count} {word}" for word, count in sorted(info["encodings"].items())),
+        "mask": f"{info['mask']}, seed {info['seed']}, rescale {info['rescale']}",
+        "settings": ", ".join(f"{key} {_plain(value)}" for key, value in settings.items()),
+        "files": ", ".join(file["name"] + ("" if file["stored"] else " (the base's)") for file in info["files"]),
+    }
+    for word, line in lines.items():
+        if line:
+            print(f"{word:9} {line}")
+
+
+def show_verification(found: Verification, *, as_json: bool) -> None:
+    """Whether a pack is what it says."""
+    if as_json:
+        print(json.dumps(found.to_data()))
+        return
+    if not found.faults:
+        what = "its base and every result agree" if found.against_base else "what is stored agrees; give BASE to check"
+        more = "" if found.against_base else " the results as well"
+        print(f"{found.pack}: {found.tensors} tensors, {what}{more}")
+        return
+    print(f"{found.pack}: {len(found.faults)} of {found.tensors} tensors are wrong")
+    for fault in found.faults[:SHOWN]:
+        print(f"  {fault.tensor}: {fault.words}")
+    if len(found.faults) > SHOWN:
+        print(f"  ... and {len(found.faults) - SHOWN} more")
+
+
+def _ref(entry: Mapping[str, Any]) -> str:
+    commit = f" at commit {entry['revision']}" if entry.get("revision") else ""
+    return f"{entry.get('ref', 'unknown')}{commit}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dare merge`, `drop`, `methods` and `demo`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from darekit.cli.options import (
+    AllowNonfinite,
+    DryRun,
+    Force,
+    Json,
+    Overwrite,
+    RescaleName,
+    Resume,
+    Scope,
+    Seed,
+    ShardSize,
+    Threads,
+    Vocab,
+    bytes_of,
+    check_drop_rate,
+    errors_told,
+)
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    seed: Seed = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: parameters.lambda=0.5.")
+    ] = None,
+    threads: Threads = None,
+    shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    as_json: Json = False,
+) -> None:
+    """Merge models as RECIPE says, into the model directory OUT."""
+    limit = bytes_of(shard_size)
+    overrides = _overrides(settings or [])
+    with errors_told(resumes=True):
+        from darekit.api import search_path
+        from darekit.recipe import read_recipe
+
+        found = read_recipe(recipe, settings=overrides, seed=seed)
+        _run(
+            found, out, search_path(recipe), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,
+            overwrite=overwrite, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
+
+
+def drop(
+    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
+    model: Annotated[str, typer.Argument(help="The fine-tuned model: directory, file or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    drop_rate: Annotated[float, typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped.")],
+    method: Annotated[str, typer.Option(help="How to choose what is dropped: see `dare methods`.")] = "dare",
+    rescale: Annotated[RescaleName | None, typer.Option(help="What survivors are multiplied by.")] = None,
+    on: Annotated[Scope, typer.Option(help="Drop from the delta, or from the weights themselves.")] = Scope.DELTA,
+    keep_dense: Annotated[
+        list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
+    ] = None,
+    window: Annotated[float | None, typer.Option(help="della: width of the range of keep probabilities.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="breadcrumbs: fraction of largest magnitudes dropped.")] = None,
+    seed: Seed = None,
+    vocab: Annotated[Vocab, typer.Option(help="Vocabularies that differ: refuse, cut, or keep.")] = Vocab.STRICT,
+    threads: Threads = None,
+    shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    as_json: Json = False,
+) -> None:
+    """Drop most of one model's delta: base + sparsified (model - base), written to OUT."""
+    check_drop_rate(drop_rate)
+    limit = bytes_of(shard_size)
+    _check_method(method)
+    with errors_told(resumes=True):
+        from darekit.api import drop_recipe
+
+        extra = {name: value for name, value in (("window", window), ("gamma", gamma)) if value is not None}
+        found = drop_recipe(
+            base, model, drop_rate=drop_rate, method=method, rescale=rescale.value if rescale else None,
+            on=on.value, keep_dense=keep_dense or (), seed=seed, vocab=vocab.value, parameters=extra,
+        )  # fmt: skip
+        _run(
+            found, out, (), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,
+            overwrite=overwrite, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
+
+
+def methods(as_json: Json = False) -> None:
+    """List the sparsifiers and merge methods with their parameters and sources."""
+    from darekit.cli import display
+
+    display.show_methods(as_json=as_json)
+
+
+def demo(
+    directory: Annotated[Path, typer.Argument(help="Where weights are cached and results written.")] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """Train a tiny real family, merge it with and without DARE, and show what each model can do."""
+    with errors_told():
+        from darekit.demo import run_demo, show
+
+        result = run_demo(directory)
+        if as_json:
+            print(json.dumps(result.to_data()))
+        else:
+            show(result)
+
+
+def _check_method(method: str) -> None:
+    if method != "dare":  # the default needs no import of the table
+        from darekit.methods import SPARSIFIERS
+
+        if method not in SPARSIFIERS:
+            raise typer.BadParameter(f"{method!r} is none of {', '.join(SPARSIFIERS)}", param_hint="--method")
+
+
+def _run(recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, **options: Any) -> None:
+    from darekit import api
+    from darekit.cli import display
+
+    if dry_run:
+        from darekit.planning import open_plan
+
+        with open_plan(recipe, search=search, shard_size=options["shard_size"]) as plan:
+            notes: list[str] = list(plan.notes)
+            judgements = api.check(plan, force=options["force"], say=notes.append)
+            display.show_plan(plan, judgements, notes, options["threads"], as_json=as_json)
+        return
+    with display.progress_bar("merging", quiet=as_json) as progress:
+        report = api.run(recipe, out, api.Options(progress=progress, say=display.say_note, **options), search=search)
+    display.show_report(report, as_json=as_json)
+
+
+def _overrides(settings: list[str]) -> dict[str, str]:
+    overrides = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{setting!r} is not KEY=VALUE, as in parameters.lambda=0.5", param_hint="--set")
+        overrides[key.strip()] = value.strip()
+    return overrides

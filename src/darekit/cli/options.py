@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several commands share: options, the words of their choices, and how errors are told."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from darekit.errors import DarekitError
+
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=256, help="Worker threads; default: the processors, at most 8.")
+]
+ShardSize = Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB, 2GiB.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on although the base looks wrong or too much is dropped.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Where an input has NaN or Inf, take the base's element.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, check the models, write nothing.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of the masks.")]
+
+
+class RescaleName(StrEnum):
+    """Words for --rescale."""
+
+    PAPER = "paper"
+    L1 = "l1"
+    NONE = "none"
+
+
+class PackRescale(StrEnum):
+    """Words for `pack --rescale`."""
+
+    PAPER = "paper"
+    NONE = "none"
+
+
+class Scope(StrEnum):
+    """Words for --on."""
+
+    DELTA = "delta"
+    WEIGHTS = "weights"
+
+
+class Vocab(StrEnum):
+    """Words for --vocab."""
+
+    STRICT = "strict"
+    BASE = "base"
+    PAD = "pad"
+
+
+def check_drop_rate(drop_rate: float) -> None:
+    """A drop rate outside [0, 1] is a usage error."""
+    if not 0 <= drop_rate <= 1:
+        hint = f"; a percentage? write {drop_rate / 100:g}" if 1 < drop_rate <= 100 else ""
+        raise typer.BadParameter(f"{drop_rate:g} is outside [0, 1]{hint}", param_hint="-p")
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def bytes_of(text: str) -> int:
+    """`5GB`, `500 MB`, `2GiB` -> bytes."""
+    stripped = text.replace(" ", "").upper()
+    number = stripped.rstrip("KMGTIB")
+    try:
+        size = int(float(number) * _UNITS[stripped[len(number) :]])
+    except (ValueError, KeyError, OverflowError):
+        raise typer.BadParameter(
+            f"{text!r} is not a size; write 5GB, 500MB or 2GiB", param_hint="--shard-size"
+        ) from None
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is not a size above 0", param_hint="--shard-size")
+    if stripped.isdigit() and size < 1000:
+        raise typer.BadParameter(f"{text!r} would be bytes; write 5GB, 500MB or 2GiB", param_hint="--shard-size")
+    return size
+
+
+@contextmanager
+def errors_told(resumes: bool = False) -> Iterator[None]:
+    """An error on purpose becomes its message and exit code 1; anything else is a bug and shows its stack."""
+    try:
+        yield
+    except DarekitError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"dare: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        told = "; nothing was published (--resume continues)" if resumes else ""
+        print(f"dare: interrupted{told}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise typer.Exit(1) from None

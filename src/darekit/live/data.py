@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples to feed a model with: JSON lines or a dataset's name -> rows -> batches of tokens. No torch in here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from darekit.errors import CheckpointError, DataError, Unsupported
+
+FORMS = '{"text": ...}, {"prompt": ..., "completion": ...} or {"text": ..., "label": ...}'
+LISTED = 3  # rows of a file that an error quotes
+IGNORED = -100  # a target that has no part in the loss; torch's own default
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example. A causal model sees `text` + `completion` and is asked for the completion (for all of the text,
+    where there is none); a classifier sees `text` and is asked for `label`. `place`: where it stands, for errors."""
+
+    text: str
+    completion: str | None = None
+    label: int | float | str | None = None
+    place: str = ""
+
+
+def read_rows(source: str | Path, *, limit: int | None = None, split: str = "train") -> tuple[Row, ...]:
+    """A file of JSON lines, or the name of a Hugging Face dataset (`name`, `name:config`) -> its rows.
+
+    Args:
+        source: the file; what is no file and has no suffix is taken as a dataset's name.
+        limit: only the first rows.
+        split: of a dataset; a file has none.
+
+    Raises:
+        CheckpointError: there is no such file.
+        DataError: no row is usable; the message quotes the first ones.
+        Unsupported: a dataset, and the library `datasets` is not installed.
+    """
+    path = Path(source)
+    if path.is_file():
+        raw: Iterator[tuple[str, Any]] = _read_lines(path)
+    elif path.suffix in (".jsonl", ".json", ".txt", ".csv") or path.exists():
+        raise CheckpointError(f"{path} is not a file; give a file of JSON lines, one {FORMS} each")
+    else:
+        raw = _read_dataset(str(source), split)
+    rows: list[Row] = []
+    refused: list[str] = []
+    for place, value in raw:
+        if limit is not None and len(rows) >= limit:
+            break
+        found = _row_of(value, place)
+        if isinstance(found, Row):
+            rows.append(found)
+        else:
+            refused.append(found)
+    if not rows:
+        seen = "".join(f"\n  {line}" for line in refused[:LISTED]) or "\n  it is empty"
+        raise DataError(f"{source} has no usable row; expected {FORMS}:{seen}")
+    if refused:
+        more = f" and {len(refused) - LISTED} more" if len(refused) > LISTED else ""
+        quoted = "".join(f"\n  {line}" for line in refused[:LISTED])
+        raise DataError(f"{source}: {len(refused)} rows cannot be used; expected {FORMS}:{quoted}{more}")
+    return tuple(rows)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    yield place, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{place}: not JSON ({error.msg}); expected one {FORMS} on each line") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text; expected JSON lines") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_dataset(name: str, split: str) -> Iterator[tuple[str, Any]]:
+    if find_spec("datasets") is None:
+        raise Unsupported(
+            f"{name} is no file here. If it is a dataset of the Hub, it needs pip install 'darekit[eval]'; a file of "
+            f"JSON lines needs nothing: one {FORMS} each"
+        )
+    import datasets
+
+    path, _, config = name.partition(":")
+    try:
+        loaded = datasets.load_dataset(path, config or None, split=split)
+    except Exception as error:  # the library's own, the network's, the Hub's
+        raise CheckpointError(
+            f"cannot load dataset {name} (split {split}): {str(error).splitlines()[0] if str(error) else error!r}. "
+            "Is it a file? Then check its path"
+        ) from error
+    for number, value in enumerate(loaded):
+        yield f"{name}[{number}]", value
+
+
+def _row_of(value: Any, place: str) -> Row | str:
+    """The row, or why there is none."""
+    if not isinstance(value, Mapping):
+        return f"{place}: not an object"
+    text, prompt = value.get("text"), value.get("prompt")
+    if isinstance(prompt, str) and isinstance(value.get("completion"), str):
+        if not value["completion"]:
+            return f"{place}: the completion is empty"
+        return Row(prompt, completion=value["completion"], place=place)
+    if not isinstance(text, str):
+        return f"{place}: keys {', '.join(map(str, value)) or 'none'}"
+    if not text.strip():
+        return f"{place}: the text is empty"
+    label = value.get("label")
+    if label is not None and not isinstance(label, int | float | str):
+        return f"{place}: label {label!r} is neither a number nor a word"
+    return Row(text, label=label, place=place)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One example as token ids. `asked`: whether the token at i is a target (predicted from those before it)."""
+
+    ids: tuple[int, ...]
+    asked: tuple[bool, ...]
+    label: int | float | str | None
+    place: str
+
+
+def tokenize(tokenizer: Any, rows: Sequence[Row], *, max_length: int, end: bool = True) -> list[Tokens]:
+    """Rows -> tokens, cut to `max_length` (of the prompt the beginning is cut, so that a target remains).
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        rows: the examples.
+        max_length: tokens per example.
+        end: put the end-of-text token behind a completion.
+
+    Raises:
+        DataError: no example leaves a token.
+    """
+    found = []
+    for row in rows:
+        if row.completion is None:
+            ids = tokenizer(row.text, truncation=True, max_length=max_length)["input_ids"]
+            asked = [False] + [True] * (len(ids) - 1)
+        else:
+            head = tokenizer(row.text)["input_ids"]
+            if head and head[-1] == tokenizer.eos_token_id:
+                head = head[:-1]
+            tail = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
+            if end and tokenizer.eos_token_id is not None:
+                tail = [*tail, tokenizer.eos_token_id]
+            tail = tail[: max_length - 1]
+            head = head[-(max_length - len(tail)) :]
+            ids, asked = [*head, *tail], [False] * len(head) + [True] * len(tail)
+        if ids:
+            found.append(Tokens(tuple(ids), tuple(asked), row.label, row.place))
+    if not found:
+        raise DataError("the tokenizer makes no token of any row: is it the model's own tokenizer?")
+    return found
+
+
+def batches(tokens: Sequence[Tokens], size: int) -> Iterator[Sequence[Tokens]]:
+    """Runs of `size` examples, in order."""
+    for start in range(0, len(tokens), size):
+        yield tokens[start : start + size]

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models in torch's memory: opened from a checkpoint or a plan, and their weights replaced through the engine.
+
+The engine writes its tiles straight into the live model's tensors: no checkpoint is written, and besides the model
+there are only a few tiles in memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from darekit import engine, tiles
+from darekit.dtypes import Bytes, DType, dtype_named
+from darekit.errors import CheckpointError, DataError, HomologyError, PlanError, Unsupported
+from darekit.output.companions import write_companions
+from darekit.planning import Plan, open_plan
+from darekit.recipe import Recipe, read_recipe
+from darekit.running import companions_of
+from darekit.trimming import settle_model_trim
+
+CAUSAL, CLASSIFIER, REGRESSOR = "causal", "classifier", "regressor"
+
+
+@dataclass
+class LiveModel:
+    """A model that runs.
+
+    Attributes:
+        model: the torch module, in evaluation mode.
+        tokenizer: its tokenizer, None where there is none.
+        task: causal, classifier or regressor.
+        device: where it computes.
+        config: the content of its config.json.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: str
+    device: Any
+    config: Mapping[str, Any]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that one example may have."""
+        for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+            if isinstance(getattr(self.model.config, name, None), int):
+                return int(getattr(self.model.config, name))
+        return 2048
+
+    def put(self, plan: Plan, *, threads: int | None = None) -> None:
+        """Replace the weights by those that the plan makes, to the bit that a merge would write.
+
+        The plan's checkpoints must be open, and its output must have this model's shapes.
+
+        Raises:
+            HomologyError: the output has other tensors than this model.
+            DataError: NaN, Inf or an overflow; the weights are undefined then.
+        """
+        targets, tied = self._targets()
+        threads = threads or engine.default_threads()
+        steps = settle_model_trim(plan.steps, threads=threads, tile=tiles.TILE, allow_nonfinite=False)
+        names = {place.name: place for shard in plan.shards for place in shard.placements}
+        unknown = [name for name in names if self._name(name, targets) is None]
+        wrong = [
+            f"{name} {tuple(place.shape)}"
+            for name, place in names.items()
+            if name not in unknown and tuple(targets[self._name(name, targets) or ""].shape) != tuple(place.shape)
+        ]
+        given = {self._name(name, targets) for name in names}
+        lacking = [name for name in targets if name not in given and name not in tied]
+        if wrong or lacking:
+            what = "other shapes" if wrong else "no value"
+            raise HomologyError(
+                f"the merged tensors are not this model's: {what} for {', '.join((wrong or lacking)[:4])}"
+                f"{', ...' if len(wrong or lacking) > 4 else ''}"
+            )
+        sinks = [_Shard(self, shard.placements, targets) for shard in plan.shards]
+        engine.execute(steps, sinks, names=[model.ref for model in plan.models], threads=threads, tile=tiles.TILE)
+
+    def _targets(self) -> tuple[dict[str, Any], set[str]]:
+        """Name -> tensor of everything that a checkpoint holds, and the names that only repeat another's memory."""
+        import torch
+
+        state = {k: v for k, v in self.model.state_dict(keep_vars=True).items() if isinstance(v, torch.Tensor)}
+        seen: set[tuple[int, tuple[int, ...]]] = set()
+        tied = set()
+        for name, tensor in state.items():
+            key = tensor.data_ptr(), tuple(tensor.shape)
+            if tensor.numel() and key in seen:
+                tied.add(name)
+            seen.add(key)
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
+        optional = {name for name in state if any(re.search(pattern, name) for pattern in ignored)}
+        return state, tied | optional
+
+    def _name(self, name: str, targets: Mapping[str, Any]) -> str | None:
+        """The module's name for a checkpoint's: checkpoints of the bare backbone lack its prefix, and the reverse."""
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if candidate in targets:
+                return candidate
+        return None
+
+
+class _Shard:
+    """Where one shard's bytes go: into the live tensors, converted to the format that they compute in."""
+
+    def __init__(self, live: LiveModel, placements: Sequence[Any], targets: Mapping[str, Any]) -> None:
+        self.places = []
+        for place in placements:
+            name = live._name(place.name, targets)
+            flat = None if name is None else targets[name].detach().view(-1)
+            self.places.append((place.offset, place.offset + place.nbytes, flat, dtype_named(place.dtype)))
+        self.places.sort(key=lambda entry: entry[0])
+        self.starts = [entry[0] for entry in self.places]
+
+    def write(self, buffer: Bytes, offset: int) -> None:
+        """Tiles never cross tensors."""
+        import torch
+
+        begin, _, flat, dtype = self.places[bisect.bisect_right(self.starts, offset) - 1]
+        if flat is None:
+            return
+        values = torch.frombuffer(buffer, dtype=_torch_dtype(dtype))
+        at = (offset - begin) // dtype.itemsize
+        with torch.no_grad():
+            flat[at : at + values.numel()].copy_(values)
+
+
+def _torch_dtype(dtype: DType) -> Any:
+    import torch
+
+    return getattr(torch, dtype.torch_name)
+
+
+@contextmanager
+def open_live(
+    source: str | Path | Recipe | Mapping[str, Any],
+    *,
+    search: Sequence[Path] = (),
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Iterator[LiveModel]:
+    """A model directory, Hub id, recipe file, recipe or recipe's data -> a model that runs, merged in memory.
+
+    Args:
+        source: a `.yaml`/`.yml` file is a recipe; any other text names a checkpoint.
+        search: where relative names of a recipe are looked up after the working directory.
+        device: cpu, cuda, cuda:1, mps; the fastest there is where not given.
+        dtype: what it computes in; float32 on a CPU, else the checkpoint's own.
+
+    Raises:
+        DarekitError: see `darekit.errors`.
+    """
+    recipe, folders = recipe_of(source)
+    with open_plan(recipe, search=(*folders, *search)) as plan:
+        yield build(plan, device=device, dtype=dtype)
+
+
+def recipe_of(source: str | Path | Recipe | Mapping[str, Any]) -> tuple[Recipe, tuple[Path, ...]]:
+    """What `open_live` takes -> the recipe (a checkpoint's: itself alone, untouched), and where its names are."""
+    if isinstance(source, Recipe):
+        return source, ()
+    if isinstance(source, Mapping):
+        return read_recipe(source), ()
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        return read_recipe(path), (path.resolve().parent,)
+    return read_recipe({"models": [{"model": str(source)}], "merge_method": "linear"}), ()
+
+
+def build(plan: Plan, *, device: str | None = None, dtype: str | None = None) -> LiveModel:
+    """The plan's output as a live model; the plan's checkpoints must be open.
+
+    Raises:
+        Unsupported: torch or transformers is missing, or transformers does not know the model.
+        PlanError: no such device.
+    """
+    live = _empty(plan, device, dtype)
+    live.put(plan)
+    return live
+
+
+def _empty(plan: Plan, device: str | None, dtype: str | None) -> LiveModel:
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise Unsupported(f"running a model needs {' and '.join(missing)}: pip install 'darekit[torch]'")
+    import torch
+    import transformers
+
+    where = _device(device)
+    with tempfile.TemporaryDirectory(prefix="darekit-") as folder, quiet_transformers():
+        found = companions_of(plan)
+        if found.config is None:
+            raise CheckpointError(
+                f"{plan.checkpoints[0].ref} has no config.json, so nobody can say what model its weights are"
+            )
+        write_companions(
+            Path(folder), config=found.config, files=found.files, chat_template=found.chat_template, recipe_text="",
+            card=lambda: "",
+        )  # fmt: skip
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            cls = _class_of(config, found.config)
+        except (ValueError, KeyError, OSError, AttributeError) as error:
+            raise Unsupported(f"transformers {transformers.__version__} does not know this model: {error}") from error
+        own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        compute = dtype or ("float32" if where.type == "cpu" else own)
+        if not isinstance(getattr(torch, compute, None), torch.dtype):
+            raise PlanError(f"dtype {compute!r} is none of torch's; use float32, bfloat16 or float16")
+        config.dtype = compute
+        with _no_init(), torch.device(where):
+            model = cls(config)
+        model.tie_weights()  # skipped with the initial values
+        model = model.to(device=where, dtype=getattr(torch, compute)).eval()
+        model.requires_grad_(False)
+        generation = Path(folder) / "generation_config.json"
+        if generation.is_file() and model.can_generate():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = _tokenizer(folder)
+    return LiveModel(model, tokenizer, _task_of(model, config), where, found.config)
+
+
+def _tokenizer(folder: str) -> Any:
+    import transformers
+
+    if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("*vocab*")):
+        return None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"the tokenizer cannot be read: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def _class_of(config: Any, data: Mapping[str, Any]) -> Any:
+    import transformers
+
+    for name in data.get("architectures") or ():
+        found = getattr(transformers, str(name), None)
+        if found is not None:
+            return found
+    auto = transformers.AutoModelForCausalLM
+    mapped = auto._model_mapping.get(type(config), None)
+    if mapped is None:
+        raise ValueError(f"no architecture named, and {config.model_type} has no causal model")
+    return mapped[0] if isinstance(mapped, tuple | list) else mapped
+
+
+def _task_of(model: Any, config: Any) -> str:
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+        return REGRESSOR if regression else CLASSIFIER
+    return CAUSAL
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        mps = getattr(torch.backends, "mps", None)
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise PlanError(f"no device {name!r} here ({str(error).splitlines()[0]}); use cpu") from error
+    return device
+
+
+@contextmanager
+def _no_init() -> Iterator[None]:
+    """Random initial values would cost more than reading the real ones."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # transformers 4
+        from transformers.modeling_utils import no_init_weights
+    with no_init_weights():
+        yield
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice on standard error, restored afterwards."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def one_thread(device: Any) -> Iterator[None]:
+    """One torch thread where the CPU computes, restored afterwards: on two shared cores a second one made small models
+    3 to 13 times slower. `OMP_NUM_THREADS`, where it is set, is respected."""
+    import torch
+
+    before = torch.get_num_threads()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def memory_told(what: str) -> Iterator[None]:
+    """Out of memory becomes an error that says what to do."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise DataError(
+            f"out of memory while {what}; use a smaller --batch-size or --max-length, --dtype bfloat16, or "
+            f"--device cpu ({str(error).splitlines()[0] if str(error) else 'no more was said'})"
+        ) from error
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        raise DataError(f"out of memory while {what}; use a smaller --batch-size or --max-length") from error
