@@ -12,7 +12,6 @@ import pytest
 
 import darekit as dk
 import families
-from darekit import cli
 from darekit.cli import options
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.methods.parameters import Choice
