@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench bench-packs docs clean
+.PHONY: demo test bench bench-packs docs site clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/dare demo
@@ -14,6 +14,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 bench: $(VENV)/dev.stamp
@@ -24,6 +25,9 @@ bench-packs: $(VENV)/dev.stamp
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/python docs/generate.py
+
+site: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # torch first and alone: pinned, it is the CPU build where one is at hand, and nothing later replaces it.
 $(VENV)/torch.stamp: constraints.txt
@@ -41,4 +45,4 @@ $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
