@@ -595,6 +595,7 @@ def recipes(draw) -> Recipe:
         dtype=draw(st.sampled_from([None, "BF16", "F32", "F8_E4M3"])),
         vocab=draw(st.sampled_from(["strict", "base", "pad"])),
         tokenizer_source=draw(st.sampled_from(["base", *names])),
+        heads=draw(st.sampled_from([None, "base", *names])),
     )
 
 
@@ -653,6 +654,7 @@ JSON = st.recursive(
             "dtype": JSON,
             "vocab": JSON,
             "tokenizer_source": JSON,
+            "heads": JSON | st.sampled_from(["a", "base"]),
         },
     )
 )

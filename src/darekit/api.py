@@ -102,6 +102,7 @@ def drop(
     keep_dense: Sequence[str] = (),
     seed: int | None = None,
     vocab: str = "strict",
+    heads: str | None = None,
     parameters: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
@@ -118,12 +119,13 @@ def drop(
         keep_dense: groups or glob patterns of tensors that are not dropped.
         seed: the mask's effective seed, used as it is.
         vocab: what to do with vocabularies that differ: strict, base or pad.
+        heads: `base` or `model`: whose heads the output has, as they are; None: they are sparsified like the rest.
         parameters: further parameters of the sparsifier (window, gamma).
         **options: fields of `Options`.
     """
     recipe = drop_recipe(
         str(base), str(model), drop_rate=drop_rate, method=method, rescale=rescale, on=on, keep_dense=keep_dense,
-        seed=seed, vocab=vocab, parameters=parameters,
+        seed=seed, vocab=vocab, heads=heads, parameters=parameters,
     )  # fmt: skip
     return run(recipe, Path(out), _options(options), search=())
 
@@ -139,6 +141,7 @@ def drop_recipe(
     keep_dense: Sequence[str] = (),
     seed: int | None = None,
     vocab: str = "strict",
+    heads: str | None = None,
     parameters: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe that `drop` runs."""
@@ -147,8 +150,10 @@ def drop_recipe(
     entry: dict[str, Any] = {"model": model}
     if seed is not None:
         entry["parameters"] = {"seed": seed}
+    given = {} if heads is None else {"heads": model if heads == "model" else heads}
     return read_recipe(
         {
+            **given,
             "base_model": base,
             "models": [entry],
             "sparsify": sparsify | dict(parameters or {}),

@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
+from typing import Literal
 
 import numpy as np
 
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import Floats, dtype_named, widen
 from darekit.errors import DataError, HomologyError
-from darekit.naming import HEAD_NAMES, embedding_for, has_vocabulary_rows, is_rebuilt
+from darekit.naming import HEAD_NAMES, HEAD_PATTERNS, embedding_for, has_vocabulary_rows, is_head, is_rebuilt
 from darekit.output.config import is_tied, tied_by_default
 
 TAU = 0.2  # rho up to which abilities stayed in every small model that was measured
@@ -29,18 +30,25 @@ R_STOP = 0.5
 SAMPLED_CHUNKS = 4
 SAMPLED_ELEMENTS = 4096  # per chunk
 
+HEADS_HINT = (
+    "Only heads differ: `heads: base` or `heads: MODEL` (--heads) takes them from one model, and merges the rest"
+)
 RULE_OF_THUMB = "(a rule of thumb from small models)"
 
 
 @dataclass(frozen=True, slots=True)
 class AlignedTensor:
-    """One output tensor and the inputs it is made of; None: that checkpoint has nothing to say about it."""
+    """One output tensor and the inputs it is made of; None: that checkpoint has nothing to say about it.
+
+    `head`: taken as it is from the one checkpoint that has a say.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     base: TensorInfo | None
     models: tuple[TensorInfo | None, ...]
+    head: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,14 +66,30 @@ def label(ref: str) -> str:
     return PurePath(ref).name or ref
 
 
-def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str) -> Alignment:
+Heads = Checkpoint | Literal["merged", "common"]
+
+
+def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, heads: Heads = "merged") -> Alignment:
     """Headers of all checkpoints -> which tensors correspond, or an error that lists what does not.
 
+    Args:
+        base: the base, None where the recipe has none.
+        models: the models, in recipe order.
+        vocab: what to do with vocabularies that differ: strict, base or pad.
+        heads: `merged`: as all other tensors; `common`: those that are not everywhere alike are left out, with a note;
+            one of the checkpoints: its heads are the output's, and nobody compares those of the others.
+
     Raises:
-        HomologyError: missing, extra or differently shaped tensors; vocabularies that differ under `vocab: strict`.
+        HomologyError: missing, extra or differently shaped tensors; vocabularies that differ under `vocab: strict`;
+            a checkpoint without heads that is to give them.
     """
     checkpoints = [*([base] if base else []), *models]
     views, tied, notes = _untie(checkpoints)
+    taken: dict[str, TensorInfo] = {}
+    if isinstance(heads, Checkpoint):
+        taken = _take_heads(heads, checkpoints, views, notes)
+    elif heads == "common":
+        _leave_out_heads(views, notes)
     reference = views[0]
     _compare_names(checkpoints, views, notes)
     rows_wanted = _compare_shapes(checkpoints, views, vocab)
@@ -81,6 +105,12 @@ def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str) -> 
         tensors.append(
             AlignedTensor(name, info.dtype, shape, found[0] if base else None, tuple(found[1:] if base else found))
         )
+    if isinstance(heads, Checkpoint):
+        for name, info in taken.items():
+            owners = tuple(info if model is heads else None for model in models)
+            tensors.append(AlignedTensor(name, info.dtype, info.shape, info if heads is base else None, owners, True))
+        tensors.sort(key=lambda tensor: natural_key(tensor.name))
+        _compare_head_rows(heads, tensors)
     return Alignment(tuple(tensors), tied, vocab_size, tuple(notes))
 
 
@@ -117,6 +147,61 @@ def _says_tied(checkpoint: Checkpoint) -> bool:
     return tied_by_default(str(config.get("model_type", ""))) if said is None else said
 
 
+def _take_heads(
+    giver: Checkpoint, checkpoints: Sequence[Checkpoint], views: Sequence[dict[str, TensorInfo]], notes: list[str]
+) -> dict[str, TensorInfo]:
+    """Remove the heads from all views; those of one checkpoint are the output's."""
+    taken: dict[str, TensorInfo] = {}
+    others = []
+    for checkpoint, view in zip(checkpoints, views, strict=True):
+        own = {name: view.pop(name) for name in list(view) if is_head(name)}
+        if checkpoint is giver:
+            taken = own
+        elif own:
+            others.append(label(checkpoint.ref))
+    if not taken:
+        raise HomologyError(
+            f"heads are to come from {giver.ref}, which has none: no tensor named {', '.join(HEAD_PATTERNS)} (a head "
+            "that is tied to the embedding counts as embedding). Name another model, or remove `heads`"
+        )
+    if others:
+        notes.append(
+            f"heads ({_some(list(taken))}) are {label(giver.ref)}'s; those of {', '.join(others)} are left out"
+        )
+    return taken
+
+
+def _leave_out_heads(views: Sequence[dict[str, TensorInfo]], notes: list[str]) -> None:
+    names = dict.fromkeys(name for view in views for name in view if is_head(name))
+    unlike = [
+        name
+        for name in names
+        if len({view[name].shape if name in view else None for view in views}) > 1 and not _are_words(views, name)
+    ]
+    for name in unlike:
+        for view in views:
+            view.pop(name, None)
+    if unlike:
+        notes.append(f"heads that differ in shape, or that not all have, are left out: {', '.join(unlike)}")
+
+
+def _are_words(views: Sequence[dict[str, TensorInfo]], name: str) -> bool:
+    """Whether a head is everywhere, and differs in the size of the vocabulary at most."""
+    return all(name in view and has_vocabulary_rows(name, view[name].shape) for view in views)
+
+
+def _compare_head_rows(giver: Checkpoint, tensors: Sequence[AlignedTensor]) -> None:
+    """A language model's head must have a row for each token of the output's vocabulary."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    for tensor in tensors:
+        embedding = embedding_for(tensor.name, shapes) if tensor.head else None
+        if embedding and has_vocabulary_rows(tensor.name, tensor.shape) and shapes[embedding][0] != tensor.shape[0]:
+            raise HomologyError(
+                f"{tensor.name} of {giver.ref} has {tensor.shape[0]} rows, and {embedding} of the output "
+                f"{shapes[embedding][0]}: take the heads of a model with the same vocabulary, or change `vocab`"
+            )
+
+
 def _compare_names(checkpoints: Sequence[Checkpoint], views: Sequence[dict[str, TensorInfo]], notes: list[str]) -> None:
     reference = views[0]
     problems = []
@@ -133,6 +218,8 @@ def _compare_names(checkpoints: Sequence[Checkpoint], views: Sequence[dict[str, 
             problems.append(f"{checkpoint.ref} has {_some(extra)} that {checkpoints[0].ref} lacks")
         if missing and extra:
             problems += _prefix_hint(missing, extra)
+        if (missing or extra) and all(is_head(name) for name in (*missing, *extra)):
+            problems.append(HEADS_HINT)
     if problems:
         raise HomologyError(
             "The models do not have the same tensors, so they were not fine-tuned from one base as they stand:\n  "
@@ -154,11 +241,13 @@ def _compare_shapes(
 ) -> dict[str, int]:
     """Rows of every output tensor whose vocabulary differs; raises where anything else does."""
     problems, vocabularies, rows = [], [], {}
+    foreign = True  # all problems so far are shapes of heads
     for name, info in views[0].items():
         found = [(c, view[name]) for c, view in zip(checkpoints, views, strict=True) if name in view]
         for checkpoint, other in found[1:]:
             floats = dtype_named(other.dtype).kind == "float", dtype_named(info.dtype).kind == "float"
             if floats[0] != floats[1] or (not floats[0] and other.dtype != info.dtype):
+                foreign = False
                 problems.append(f"{name}: {other.dtype} in {checkpoint.ref}, {info.dtype} in {checkpoints[0].ref}")
         shapes = {other.shape for _, other in found}
         if len(shapes) == 1:
@@ -171,6 +260,9 @@ def _compare_shapes(
             )
         else:
             problems.append(f"{name}: " + ", ".join(f"{list(other.shape)} in {label(c.ref)}" for c, other in found))
+            foreign = foreign and is_head(name)
+    if problems and foreign:
+        problems.append(HEADS_HINT)
     if problems:
         raise HomologyError(f"Tensors of the same name differ in shape or kind: {_some(problems, sep='; ')}")
     if vocabularies and vocab == "strict":

@@ -160,7 +160,7 @@ def inspect(
     try:
         opened.append(open_checkpoint(base))
         opened.append(open_model(model, opened[0]))
-        alignment = align(opened[0], opened[1:], "base")
+        alignment = align(opened[0], opened[1:], "base", heads="common")
         tensors = [t for t in alignment.tensors if t.models[0] and dtype_named(t.dtype).kind == "float"]
         total_bytes = sum(min(t.base.nbytes, t.models[0].nbytes) * 2 for t in tensors if t.base and t.models[0])
         total, reports, done = _Counts(), [], 0

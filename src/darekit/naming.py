@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 GROUPS: tuple[str, ...] = ("embeddings", "norms", "biases", "heads")
 
 _EMBEDDINGS = ("*embed*", "*wte*", "*wpe*")
-_HEADS = ("lm_head*", "*classifier*", "score*", "*cls*")
+HEAD_PATTERNS = ("lm_head*", "*classifier*", "score*", "*cls*")
 
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "lm_head.decoder.weight")
 EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -33,11 +33,20 @@ def group_of(name: str, shape: tuple[int, ...]) -> str | None:
         return "biases"
     if len(shape) <= 1:
         return "norms"
-    if any(fnmatchcase(name, pattern) for pattern in _HEADS):
+    if any(fnmatchcase(name, pattern) for pattern in HEAD_PATTERNS):
         return "heads"
     if any(fnmatchcase(name, pattern) for pattern in _EMBEDDINGS):
         return "embeddings"
     return None
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to a head, its bias and norms included: what the recipe's key `heads` is about.
+
+    >>> is_head("classifier.bias"), is_head("lm_head.weight"), is_head("bert.pooler.dense.weight")
+    (True, True, False)
+    """
+    return any(fnmatchcase(name, pattern) for pattern in HEAD_PATTERNS)
 
 
 def is_kept_dense(name: str, shape: tuple[int, ...], patterns: Iterable[str]) -> bool:

@@ -27,7 +27,7 @@ from darekit.checkpoints import (
 )
 from darekit.dtypes import DTYPES, dtype_named
 from darekit.errors import PlanError, RecipeError
-from darekit.homology import AlignedTensor, Alignment, align, label
+from darekit.homology import AlignedTensor, Alignment, Heads, align, label
 from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, Sparsifier
 from darekit.methods.sparsifiers import dropped_to_density
@@ -146,7 +146,7 @@ def make_plan(
         HomologyError: the checkpoints do not belong together.
         PlanError: a parameter is impossible for a tensor.
     """
-    alignment = align(base, models, recipe.vocab)
+    alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models))
     digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
     seeds = _seeds(recipe, digests[1:] if base else digests)
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
@@ -164,6 +164,20 @@ def make_plan(
     )  # fmt: skip
 
 
+def _heads_of(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Heads:
+    giver = heads_giver(recipe, base, models)
+    return "merged" if giver is None else giver
+
+
+def heads_giver(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint that `heads` names; None: heads are merged like all tensors."""
+    if recipe.heads is None:
+        return None
+    if recipe.heads == "base" and base is not None:
+        return base
+    return next(model for model, entry in zip(models, recipe.models, strict=True) if entry.model == recipe.heads)
+
+
 def _is_float(dtype: str) -> bool:
     return dtype_named(dtype).kind == "float"
 
@@ -179,7 +193,7 @@ def _seeds(recipe: Recipe, digests: Sequence[bytes]) -> tuple[int | None, ...]:
 def drop_rate_of(recipe: Recipe, model: int, tensor: AlignedTensor) -> tuple[float, bool]:
     """Recipe, model, tensor -> (drop rate, whether survivors keep the expectation)."""
     sparsify = recipe.sparsify
-    if sparsify is None or is_kept_dense(tensor.name, tensor.shape, sparsify.keep_dense):
+    if sparsify is None or tensor.head or is_kept_dense(tensor.name, tensor.shape, sparsify.keep_dense):
         return 0.0, False
     entry = SPARSIFIERS[sparsify.method]
     values = _resolved(recipe, model, tensor.name, entry)
@@ -268,6 +282,12 @@ def _steps(
     )
     if not _is_float(tensor.dtype) or not owners:  # integers, and buffers that only the base has
         yield make(kind="copy", begin=0, count=count, base=base, models=inputs, owners=owners)
+        return
+    if tensor.head:  # the one model's own
+        yield make(
+            kind="merge", begin=0, count=count, base=None, models=inputs, owners=owners, weights=(1.0,), chains=((),),
+            method="linear", parameters={"normalize": True}, verbatim=True,
+        )  # fmt: skip
         return
     weights = {k: _weight(recipe, k, tensor.name) for k in owners}
     own = {

@@ -27,7 +27,7 @@ from darekit.output.card import agreed_license, model_card
 from darekit.output.companions import write_companions
 from darekit.output.config import merged_config
 from darekit.output.tokenizer import TemplateChoice, choose_chat_template, model_files, tokenizer_files
-from darekit.planning import Plan
+from darekit.planning import Plan, heads_giver
 from darekit.staging import Stage, open_stage
 from darekit.trimming import settle_model_trim
 
@@ -244,6 +244,9 @@ def companions_of(plan: Plan) -> Companions:
             donor = tokenizer
         if tokenizer.directory is None or not tokenizer_files(tokenizer.directory):
             tokenizer = donor  # weights alone: the base's is better than none
+    giver = heads_giver(recipe, plan.base, plan.models)
+    if giver is not None and giver.config is not None:  # class, number of labels and their names go with the head
+        donor = giver
     config = None
     if donor.config is not None:
         config = merged_config(

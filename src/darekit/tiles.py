@@ -324,7 +324,8 @@ class StepRun:
         self.hands.tally.bytes_written += out.size
 
     def copy(self, begin: int, end: int, stop: threading.Event) -> None:
-        """Elements begin .. end of a tensor that is not merged: the base's bytes, when all agree."""
+        """Elements begin .. end of a tensor that is not merged: the base's bytes (in the output's format, where that of
+        a float is another), when all agree."""
         step = self.step
         entries = [(BASE, step.base), *zip(step.owners, step.models, strict=True)]
         present = [(key, entry) for key, entry in entries if entry is not None]
@@ -332,7 +333,7 @@ class StepRun:
             if stop.is_set():
                 return
             count = min(self.tile, end - start)
-            scratch = self.hands.scratch.get(0, count, False)
+            scratch = self.hands.scratch.get(0, count, step.wide)
             raw = self._read(present[0][1], step.begin + start, count, scratch.base_raw)
             self.digests[present[0][0]].update(raw)
             for key, entry in present[1:]:
@@ -341,8 +342,14 @@ class StepRun:
                 if not np.array_equal(raw, other):
                     self.hands.tally.differing[key, step.name] += 1
                     self.hands.broken.set()
-            if not self.hands.broken.is_set():
-                self._write(raw, start, 0)
+            if self.hands.broken.is_set():
+                continue
+            overflowed, dtype = 0, present[0][1].dtype
+            if dtype.name != step.dtype.name:
+                kernels.widen(raw, dtype, scratch.base)
+                raw = scratch.out[: count * step.dtype.itemsize]
+                overflowed = kernels.round_to(scratch.base, step.dtype, raw)
+            self._write(raw, start, overflowed)
 
 
 def combiner(step: Step) -> Callable[[Floats, Floats], Floats]:

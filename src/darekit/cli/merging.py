@@ -13,6 +13,7 @@ from darekit.cli.options import (
     AllowNonfinite,
     DryRun,
     Force,
+    HeadsOf,
     Json,
     Overwrite,
     RescaleName,
@@ -73,6 +74,9 @@ def drop(
     gamma: Annotated[float | None, typer.Option(help="breadcrumbs: fraction of largest magnitudes dropped.")] = None,
     seed: Seed = None,
     vocab: Annotated[Vocab, typer.Option(help="Vocabularies that differ: refuse, cut, or keep.")] = Vocab.STRICT,
+    heads: Annotated[
+        HeadsOf | None, typer.Option(help="Take heads (classifiers, lm_head) from one of the two as they are.")
+    ] = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
@@ -92,7 +96,8 @@ def drop(
         extra = {name: value for name, value in (("window", window), ("gamma", gamma)) if value is not None}
         found = drop_recipe(
             base, model, drop_rate=drop_rate, method=method, rescale=rescale.value if rescale else None,
-            on=on.value, keep_dense=keep_dense or (), seed=seed, vocab=vocab.value, parameters=extra,
+            on=on.value, keep_dense=keep_dense or (), seed=seed, vocab=vocab.value,
+            heads=heads.value if heads else None, parameters=extra,
         )  # fmt: skip
         _run(
             found, out, (), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,

@@ -51,6 +51,13 @@ class Scope(StrEnum):
     WEIGHTS = "weights"
 
 
+class HeadsOf(StrEnum):
+    """Words for --heads."""
+
+    BASE = "base"
+    MODEL = "model"
+
+
 class Vocab(StrEnum):
     """Words for --vocab."""
 

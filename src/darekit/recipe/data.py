@@ -53,6 +53,7 @@ class Recipe:
     dtype: str | None = None
     vocab: Literal["strict", "base", "pad"] = "strict"
     tokenizer_source: str = "base"
+    heads: str | None = None  # whose heads the output has: "base", or a model as written; None: heads are merged
     notes: tuple[str, ...] = field(default=(), compare=False)
     text: str = field(default="", compare=False, repr=False)
 
@@ -72,7 +73,8 @@ class Recipe:
         data["parameters"] = _parameters_data(self.parameters)
         if self.dtype is not None:
             data["dtype"] = DTYPES[self.dtype].torch_name
-        return data | {"vocab": self.vocab, "tokenizer_source": self.tokenizer_source}
+        data |= {"vocab": self.vocab, "tokenizer_source": self.tokenizer_source}
+        return data | ({} if self.heads is None else {"heads": self.heads})
 
 
 def _parameters_data(parameters: Mapping[str, Value]) -> dict[str, Any]:

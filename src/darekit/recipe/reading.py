@@ -59,6 +59,7 @@ def read_recipe(
         dtype=_read_dtype(document),
         vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),  # type: ignore[arg-type]
         tokenizer_source=_read_tokenizer_source(document, base, [name for _, name, _ in _models_of(document)]),
+        heads=_read_heads(document, base, [name for _, name, _ in _models_of(document)]),
         text=document.text,
     )
     _check_whole(document, recipe, [k for k, _ in entries])
@@ -282,6 +283,25 @@ def _read_tokenizer_source(document: Document, base: str | None, models: Sequenc
             document,
             ("tokenizer_source",),
             f" must be base or one of the models, found {shown(raw)}{suggest(str(raw), ['base', *models], 'known')}",
+        )
+    return cast(str, raw)
+
+
+def _read_heads(document: Document, base: str | None, models: Sequence[str]) -> str | None:
+    raw = document.data.get("heads")
+    if "heads" not in document.data:
+        return None
+    if isinstance(raw, str) and base is not None and (raw == "base" or _same(raw, base)):
+        return "base"
+    if raw == "base" and "base" not in models:
+        fail(document, ("heads",), " is base, and there is no base_model: name one of the models, or add base_model")
+    if raw not in models:
+        known = [*(["base"] if base else []), *models]
+        fail(
+            document,
+            ("heads",),
+            f" must be {'base or ' if base else ''}one of the models, found {shown(raw)}"
+            f"{suggest(str(raw), known, 'known')}",
         )
     return cast(str, raw)
 

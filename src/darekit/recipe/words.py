@@ -30,6 +30,7 @@ def refuse_later(document: Document) -> None:
 
 TOP_KEYS: tuple[str, ...] = (
     "base_model", "models", "sparsify", "merge_method", "parameters", "dtype", "out_dtype", "vocab", "tokenizer_source",
+    "heads",
 )  # fmt: skip
 _MODEL_KEYS = ("model", "parameters")
 SPARSIFY_KEYS = ("method", "on", "seed", "keep_dense")
