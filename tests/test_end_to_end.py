@@ -690,3 +690,16 @@ def test_weights_alone_take_the_bases_config_and_tokenizer(real, tmp_path):
         (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
     dk.drop(real.path / "base", tmp_path / "bare", tmp_path / "out", drop_rate=0.5)
     assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "models", "says"),
+    [
+        ({"w": [1.0, 2.0]}, [{"w": np.zeros(2, np.float32)}], r"base: w must be a numpy array .* found list"),
+        ({"w": np.zeros(2, np.float32)}, [[1.0, 2.0]], r"model 0 must be a dict of name -> array; found list"),
+        ({"w": np.zeros(2, np.complex64)}, [{"w": np.zeros(2, np.complex64)}], "number format complex64"),
+    ],
+)
+def test_memory_refuses_what_is_no_tensor(base, models, says):
+    with pytest.raises(dk.DarekitError, match=says):
+        dk.merge_tensors(base, models)

@@ -185,8 +185,15 @@ def _is_torch(array: Any) -> bool:
 
 def _checkpoint(ref: str, tensors: Mapping[str, Any]) -> Checkpoint:
     infos = {}
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"{ref} must be a dict of name -> array; found {type(tensors).__name__}")
     for name in sorted(tensors, key=natural_key):
         array = tensors[name]
+        if not hasattr(array, "dtype"):
+            raise CheckpointError(
+                f"{ref}: {name} must be a numpy array or a torch tensor; found {type(array).__name__}: numpy.asarray "
+                "makes one"
+            )
         dtype = _dtype_of(array, name)
         if _is_torch(array):
             import torch
