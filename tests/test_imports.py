@@ -62,13 +62,20 @@ RULES = {
     ),
     "torch only where models run, and where tensors, pickles or the demo are": lambda name, one: (
         not within(one, "torch", "transformers", "tokenizers")
-        or within(name, "darekit.live", "darekit.demo", "darekit.memory", "darekit.checkpoints.pytorch")
+        or within(
+            name, "darekit.live", "darekit.evaluation", "darekit.demo", "darekit.memory", "darekit.checkpoints.pytorch"
+        )
+    ),
+    "lm-eval only in evaluation, datasets there and where rows are read": lambda name, one: (
+        not within(one, "lm_eval", "datasets", "evaluate")
+        or within(name, "darekit.evaluation")
+        or (within(one, "datasets") and within(name, "darekit.live.data"))
     ),
     "matplotlib only in plots and the demo": lambda name, one: (
         not within(one, "matplotlib") or within(name, "darekit.plots", "darekit.demo")
     ),
     "merging needs no model that runs": lambda name, one: (
-        not within(one, "darekit.live", "darekit.plots")
+        not within(one, "darekit.live", "darekit.plots", "darekit.evaluation")
         or not within(
             name,
             "darekit.methods",
@@ -123,6 +130,8 @@ def test_the_package_keeps_the_rule(rule):
         ("torch only where models run, and where tensors, pickles or the demo are", "darekit.engine",
          "import torch.nn as nn\n"),
         ("matplotlib only in plots and the demo", "darekit.inspection", "import matplotlib\n"),
+        ("lm-eval only in evaluation, datasets there and where rows are read", "darekit.live.data",
+         "def f():\n    from lm_eval import evaluator\n"),
         ("methods know no checkpoint, kernel, recipe or engine", "darekit.methods.ties",
          "from darekit.checkpoints import TensorInfo\n"),
         ("methods know no checkpoint, kernel, recipe or engine", "darekit.methods.ties", "from .. import kernels\n"),

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judging by rows of data: one forward pass over each, and what the model makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from darekit.errors import DataError
+from darekit.evaluation import scores
+from darekit.evaluation.scores import Score
+from darekit.live.data import Row, Tokens, tokenize
+from darekit.live.models import CAUSAL, REGRESSOR, LiveModel, memory_told, one_thread
+
+BATCH_SIZE = 16
+COMPLETION, LABEL, TEXT = "a completion", "a label", "text alone"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Examples:
+    """The judge of `{data: FILE}`. What it measures follows from the rows and the model:
+
+    - prompt and completion: `exact_match` (every token of the completion and its end is the likeliest one: what
+      greedy decoding gives, in one pass) and `loss` per token of the completion;
+    - text and label: `accuracy`, `matthews` and, for two classes, `f1`; for a regressor `pearson` and `spearman`;
+    - text: `loss` per token, and `perplexity`.
+    """
+
+    rows: Sequence[Row]
+    source: str
+    batch_size: int = BATCH_SIZE
+    max_length: int | None = None
+    progress: Progress | None = None
+    _tokens: tuple[Any, int, list[Tokens]] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.form = form_of(self.rows[0])
+        for row in self.rows:
+            if form_of(row) != self.form:
+                raise DataError(
+                    f"{self.rows[0].place} has {self.form} and {row.place} has {form_of(row)}; one file is judged in "
+                    "one way: split it, and name several judges"
+                )
+
+    def __call__(self, live: LiveModel) -> Mapping[str, Score]:
+        """Scores of the model as it is now."""
+        self._refuse(live)
+        import torch
+
+        tokens = self._tokenized(live)
+        told = memory_told(f"judging by {self.source} in batches of {self.batch_size}")
+        with one_thread(live.device), told, torch.inference_mode(), _padding_known(live):
+            if live.task == CAUSAL:
+                return self._causal(live, tokens)
+            return self._labelled(live, tokens)
+
+    def _refuse(self, live: LiveModel) -> None:
+        if live.tokenizer is None:
+            raise DataError(f"judging by {self.source} needs a tokenizer, and the model has none beside it")
+        if live.task == CAUSAL and self.form == LABEL:
+            raise DataError(
+                f"{self.source} has labels, and the model is a causal one that writes text: give it "
+                '{"prompt": ..., "completion": ...} with the label as a word'
+            )
+        if live.task != CAUSAL and self.form != LABEL:
+            raise DataError(
+                f"{self.source} has {self.form}, and the model is a {live.task}: it needs "
+                '{"text": ..., "label": ...} on each line'
+            )
+
+    def _tokenized(self, live: LiveModel) -> list[Tokens]:
+        longest = min(live.max_length, getattr(live.tokenizer, "model_max_length", None) or live.max_length)
+        length = min(self.max_length or longest, longest)
+        if self._tokens is None or self._tokens[0] is not live.tokenizer or self._tokens[1] != length:
+            tokens = tokenize(live.tokenizer, self.rows, max_length=length)
+            end = live.tokenizer.eos_token_id
+            for row in tokens if self.form == COMPLETION and end is not None else ():
+                if row.ids[-1] != end:
+                    raise DataError(
+                        f"{row.place}: the completion does not fit into {length} tokens, so whether it is right cannot "
+                        "be said; shorten it or raise max_length"
+                    )
+            if live.task == CAUSAL and not any(any(row.asked) for row in tokens):
+                raise DataError(f"{self.source}: no row has two tokens, so there is nothing to predict")
+            self._tokens = live.tokenizer, length, tokens
+        return self._tokens[2]
+
+    def _causal(self, live: LiveModel, tokens: list[Tokens]) -> dict[str, Score]:
+        import torch
+
+        loss, right = np.zeros(len(tokens)), np.zeros(len(tokens), bool)
+        counts = np.array([sum(row.asked) for row in tokens], np.int64)
+        for places, batch, inputs in self._batches(live, tokens):
+            asked = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+            for at, row in enumerate(batch):
+                asked[at, : len(row.asked)] = torch.tensor(row.asked)
+            asked = asked.to(live.device)
+            targets = inputs["input_ids"][:, 1:][asked[:, 1:]]
+            # Only what is asked becomes float32: (targets, vocabulary), not (batch, length, vocabulary).
+            logits = live.model(**inputs, use_cache=False).logits[:, :-1][asked[:, 1:]].float()
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double().cpu().numpy()
+            hits = (logits.argmax(-1) == targets).cpu().numpy()
+            begin = 0
+            for at, place in enumerate(places):
+                own = slice(begin, begin := begin + int(counts[place]))
+                loss[place], right[place] = losses[own].sum(), bool(hits[own].all())
+                _refuse_nonfinite(loss[place], "loss", batch[at])
+        asked_rows = counts > 0
+        mean = scores.mean_loss(loss[asked_rows], counts[asked_rows])
+        if self.form == TEXT:
+            return {"loss": mean, "perplexity": scores.perplexity(mean)}
+        return {"exact_match": scores.share(right), "loss": mean}
+
+    def _labelled(self, live: LiveModel, tokens: list[Tokens]) -> dict[str, Score]:
+        classes = int(live.model.config.num_labels)
+        labels = [label_of(row, live) for row in tokens]
+        outputs = np.zeros((len(tokens), classes))
+        for places, batch, inputs in self._batches(live, tokens):
+            logits = live.model(**inputs).logits.double().cpu().numpy()
+            for at, place in enumerate(places):
+                outputs[place] = logits[at]
+                _refuse_nonfinite(logits[at].sum(), "output", batch[at])
+        if live.task == REGRESSOR:
+            return scores.regression(outputs[:, 0], np.array(labels, np.float64))
+        return scores.classification(outputs.argmax(1), np.array(labels, np.int64), classes=classes)
+
+    def _batches(
+        self, live: LiveModel, tokens: Sequence[Tokens]
+    ) -> Iterator[tuple[list[int], list[Tokens], dict[str, Any]]]:
+        """(places in `tokens`, rows, inputs) of each batch, longest first: little padding, the largest at once.
+
+        Padding stands to the right: a causal model never looks back at it, and positions count from 0 as in training;
+        the mask hides it from the others.
+        """
+        import torch
+
+        order = sorted(range(len(tokens)), key=lambda place: -len(tokens[place].ids))
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            rows = [tokens[place] for place in places]
+            ids = torch.full((len(rows), len(rows[0].ids)), live.tokenizer.pad_token_id or 0)
+            mask = torch.zeros_like(ids)
+            for at, row in enumerate(rows):
+                ids[at, : len(row.ids)] = torch.tensor(row.ids)
+                mask[at, : len(row.ids)] = 1
+            yield places, rows, {"input_ids": ids.to(live.device), "attention_mask": mask.to(live.device)}
+            if self.progress:
+                self.progress(start + len(rows), len(tokens))
+
+
+@contextmanager
+def _padding_known(live: LiveModel) -> Iterator[None]:
+    """A decoder with a classifier's head reads at the last token that is no padding: its config must say which is."""
+    config = live.model.config
+    before = getattr(config, "pad_token_id", None)
+    if before is None:
+        config.pad_token_id = live.tokenizer.pad_token_id
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
+
+
+def _refuse_nonfinite(value: float, what: str, row: Tokens) -> None:
+    if not np.isfinite(value):
+        raise DataError(
+            f"{row.place}: the model's {what} is {value}. Its weights are broken, or too large for what it computes "
+            "in: try --dtype float32"
+        )
+
+
+def form_of(row: Row) -> str:
+    """Which kind of row it is."""
+    return COMPLETION if row.completion is not None else LABEL if row.label is not None else TEXT
+
+
+def label_of(row: Tokens, live: LiveModel) -> int | float:
+    """A row's label as the model's head counts them; a word is looked up in the config's `label2id`.
+
+    Raises:
+        DataError: the head has no such label.
+    """
+    label, config = row.label, live.model.config
+    if live.task == REGRESSOR:
+        if isinstance(label, str):
+            raise DataError(f"{row.place}: label {label!r} is a word, and the model is a regressor: it needs a number")
+        return float(label or 0)
+    if isinstance(label, str):
+        named = {str(name): int(index) for name, index in (config.label2id or {}).items()}
+        if label not in named:
+            raise DataError(f"{row.place}: label {label!r} is none of the model's: {', '.join(named)}")
+        return named[label]
+    if label is None or label != int(label) or not 0 <= label < config.num_labels:
+        raise DataError(f"{row.place}: label {label}; the model has the classes 0 to {config.num_labels - 1}")
+    return int(label)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a judge is, and how it is written down: data, a command, a Python function, or several.
+
+::
+
+    data: test.jsonl                  # rows as in docs/evaluating.md; also batch_size, max_length, limit
+    command: [python, judge.py]       # gets a model directory, prints JSON
+    python: judge.py:score            # gets the live model, returns numbers
+    math: {data: math.jsonl}          # several by name: scores are called math/exact_match
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from darekit.errors import RecipeError
+from darekit.evaluation.examples import BATCH_SIZE, Examples, Progress
+from darekit.evaluation.outside import command_of, function_judge, function_of
+from darekit.evaluation.scores import Score
+from darekit.live.data import read_rows
+from darekit.live.models import LiveModel
+
+__all__ = ["Judge", "Score", "judge_of"]
+
+KEYS = {
+    "data": ("data", "batch_size", "max_length", "limit", "split"),
+    "command": ("command",),
+    "python": ("python",),
+}
+DATA_FILES = (".jsonl", ".json")
+
+
+class Judge(Protocol):
+    """Gives a model that runs its scores, by name."""
+
+    def __call__(self, live: LiveModel, /) -> Mapping[str, Score]:
+        """Scores of the model as it is now; it may have other weights at the next call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Several:
+    """Judges by name; each score's name begins with its judge's."""
+
+    judges: Mapping[str, Judge]
+
+    def __call__(self, live: LiveModel) -> Mapping[str, Score]:
+        """Every judge's scores, in order."""
+        return {
+            f"{name}/{score}" if name else score: found
+            for name, judge in self.judges.items()
+            for score, found in judge(live).items()
+        }
+
+
+def judge_of(
+    spec: Mapping[str, Any] | str | Sequence[Any] | Callable[[Any], Any],
+    *,
+    search: Sequence[Path] = (),
+    progress: Progress | None = None,
+) -> Judge:
+    """What is written down -> a judge. Files are read and functions loaded here, so that mistakes are found at once.
+
+    Args:
+        spec: a mapping as at the top of this file, or short: a text that ends in .jsonl (data), is `file.py:function`
+            or `module:function` (Python), or else a command line; a list of words (a command); a Python function.
+        search: folders where relative files are looked up after the working directory.
+        progress: called with (rows done, rows in all) by judges of data.
+
+    Raises:
+        RecipeError: it says no judge.
+        DarekitError: its file cannot be read.
+    """
+    match spec:
+        case str():
+            return judge_of(_short_form(spec), search=search, progress=progress)
+        case Mapping():
+            return _from_mapping(spec, search, progress)
+        case Sequence() if spec and all(isinstance(word, str) for word in spec):
+            return command_of(spec, search=search)
+        case _ if callable(spec):
+            return function_judge(spec, getattr(spec, "__name__", "given"))
+    raise RecipeError(f"a judge is one of {', '.join(KEYS)}, or several by name; found {spec!r}")
+
+
+def _short_form(text: str) -> dict[str, str]:
+    if Path(text).suffix in DATA_FILES:
+        return {"data": text}
+    module, _, function = text.rpartition(":")
+    if module and function.isidentifier() and " " not in module:
+        return {"python": text}
+    return {"command": text}
+
+
+def _from_mapping(spec: Mapping[str, Any], search: Sequence[Path], progress: Progress | None) -> Judge:
+    kinds = [kind for kind in KEYS if kind in spec]
+    if len(kinds) > 1:
+        raise RecipeError(f"a judge says both {' and '.join(kinds)}; give each a name: {{a: {{data: ...}}, b: ...}}")
+    if not kinds:
+        nested = {name: value for name, value in spec.items() if isinstance(value, Mapping | str | list | tuple)}
+        if not spec or len(nested) < len(spec):
+            raise RecipeError(f"a judge is one of {', '.join(KEYS)}, or several by name; found {dict(spec)}")
+        for name, value in spec.items():
+            near = difflib.get_close_matches(str(name), KEYS, 1, 0.75)
+            if near and not isinstance(value, Mapping):
+                raise RecipeError(f"a judge has no key {name!r}; did you mean {near[0]!r}?")
+        return Several({str(n): judge_of(value, search=search, progress=progress) for n, value in nested.items()})
+    kind = kinds[0]
+    for key in spec:
+        if key not in KEYS[kind]:
+            near = difflib.get_close_matches(str(key), KEYS[kind], 1)
+            hint = f"; did you mean {near[0]!r}" if near else ""
+            raise RecipeError(f"a judge of {kind} has no key {key!r}{hint}. It takes {', '.join(KEYS[kind])}")
+    return _MAKERS[kind](spec, search, progress)
+
+
+def _of_data(spec: Mapping[str, Any], search: Sequence[Path], progress: Progress | None) -> Judge:
+    limit, batch_size, max_length = (_count(spec, key) for key in ("limit", "batch_size", "max_length"))
+    given = spec["data"]
+    path = next((folder / given for folder in (Path.cwd(), *search) if (folder / given).is_file()), Path(given))
+    source = path if path.is_file() else str(given)
+    rows = read_rows(source, limit=limit, split=str(spec.get("split", "test")))
+    return Examples(rows, str(given), batch_size or BATCH_SIZE, max_length, progress)
+
+
+def _count(spec: Mapping[str, Any], key: str) -> int | None:
+    value = spec.get(key)
+    if value is not None and (type(value) is not int or value < 1):
+        raise RecipeError(f"a judge's {key} must be a whole number above 0, found {value!r}")
+    return value
+
+
+_MAKERS: Mapping[str, Callable[[Mapping[str, Any], Sequence[Path], Progress | None], Judge]] = {
+    "data": _of_data,
+    "command": lambda spec, search, progress: command_of(spec["command"], search=search),
+    "python": lambda spec, search, progress: function_of(str(spec["python"]), search=search),
+}

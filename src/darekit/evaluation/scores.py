@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores and their standard errors: arrays -> numbers, no model in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from darekit.errors import DataError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One number about one model. `stderr`: its standard error, None where nobody knows it; `higher_is_better`: None
+    where it is neither."""
+
+    value: float
+    stderr: float | None = None
+    higher_is_better: bool | None = True
+
+    def to_data(self) -> dict[str, Any]:
+        """In JSON-able form."""
+        return {"value": self.value, "stderr": self.stderr, "higher_is_better": self.higher_is_better}
+
+
+def share(right: npt.NDArray[np.bool_]) -> Score:
+    """(n,) bool -> the share of True, with the binomial standard error sqrt(v (1 - v) / (n - 1))."""
+    value = float(right.mean())
+    return Score(value, math.sqrt(value * (1 - value) / (len(right) - 1)) if len(right) > 1 else None)
+
+
+def mean_loss(losses: Floats, targets: Ints) -> Score:
+    """(n,) summed loss and number of targets of each row -> mean loss per target.
+
+    The rows are what varies, not the tokens within them: the standard error is that of a ratio of two sums over rows
+    (Cochran, Sampling Techniques, section 2.11).
+    """
+    total = targets.sum()
+    value = math.fsum(losses) / total
+    n = len(losses)
+    if n < 2:
+        return Score(float(value), None, False)
+    spread = math.sqrt(math.fsum((losses - value * targets) ** 2) * n / (n - 1))
+    return Score(float(value), float(spread / total), False)
+
+
+def perplexity(loss: Score) -> Score:
+    """exp(loss), and its standard error to first order. Above 1e308 it is infinite, as the loss of a broken model."""
+    value = math.exp(loss.value) if loss.value < 709 else math.inf
+    return Score(value, None if loss.stderr is None else value * loss.stderr, False)
+
+
+def classification(predicted: Ints, labels: Ints, *, classes: int) -> dict[str, Score]:
+    """(n,), (n,) -> accuracy, Matthews correlation, and for two classes F1 of class 1."""
+    table = np.zeros((classes, classes))
+    np.add.at(table, (labels, predicted), 1)
+    found = {"accuracy": share(predicted == labels)}
+    if classes == 2:
+        found["f1"] = _jackknifed_table(_f1, table)
+    return found | {"matthews": _jackknifed_table(_matthews, table)}
+
+
+def regression(predicted: Floats, values: Floats) -> dict[str, Score]:
+    """(n,), (n,) -> Pearson's and Spearman's correlation."""
+    return {"pearson": _correlation(predicted, values), "spearman": _correlation(_ranks(predicted), _ranks(values))}
+
+
+def _f1(table: Floats) -> float:
+    """2x2, rows the truth -> F1 of class 1; 0 where nothing is 1 in either."""
+    twice = 2 * table[1, 1]
+    either = twice + table[0, 1] + table[1, 0]
+    return float(twice / either) if either else 0.0
+
+
+def _matthews(table: Floats) -> float:
+    """CxC, rows the truth -> Matthews correlation (Gorodkin 2004 for C > 2); 0 where one side is constant."""
+    n, right = table.sum(), np.trace(table)
+    truth, guess = table.sum(1), table.sum(0)
+    scale = math.sqrt(n * n - guess @ guess) * math.sqrt(n * n - truth @ truth)
+    return float((right * n - truth @ guess) / scale) if scale else 0.0
+
+
+def _jackknifed_table(measure: Callable[[Floats], float], table: Floats) -> Score:
+    """A measure of a table of counts with its jackknife error: leaving out one row is one of C x C cases."""
+    n = table.sum()
+    if n < 3:
+        return Score(measure(table))
+    counts, without = [], []
+    for cell in np.argwhere(table > 0):
+        less = table.copy()
+        less[tuple(cell)] -= 1
+        counts.append(table[tuple(cell)])
+        without.append(measure(less))
+    return Score(measure(table), _jackknife(np.array(without), np.array(counts)))
+
+
+def _correlation(x: Floats, y: Floats) -> Score:
+    """Pearson's r, 0 where either is constant (it explains nothing then); jackknife error, O(n)."""
+    n = len(x)
+    x, y = x - x.mean(), y - y.mean()
+    r = float(_ratio(x @ y, x @ x, y @ y))
+    if n < 4:
+        return Score(r)
+    # Leaving out row i takes d_i e_i n/(n-1) from a centred sum of products.
+    factor = n / (n - 1)
+    without = _ratio(x @ y - factor * x * y, x @ x - factor * x * x, y @ y - factor * y * y)
+    return Score(r, _jackknife(without, np.ones(n)))
+
+
+def _ratio(xy: Any, xx: Any, yy: Any) -> Any:
+    scale = np.sqrt(np.maximum(xx, 0)) * np.sqrt(np.maximum(yy, 0))
+    safe = scale > 1e-12 * np.maximum(np.abs(xy), 1e-300)
+    return np.where(safe, xy / np.where(safe, scale, 1), 0.0)
+
+
+def _jackknife(without: Floats, counts: Floats) -> float:
+    n = counts.sum()
+    mean = (without * counts).sum() / n
+    return math.sqrt((n - 1) / n * (((without - mean) ** 2) * counts).sum())
+
+
+def _ranks(x: Floats) -> Floats:
+    """Ranks from 1; ties share their mean rank."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[inverse])
+
+
+def scores_of(found: Any, who: str) -> dict[str, Score]:
+    """What somebody else's judge returned -> scores: a number, name -> number, or name -> {value, stderr, ...}.
+
+    Raises:
+        DataError: it is something else, or not finite.
+    """
+    if isinstance(found, Score) or _is_number(found):
+        found = {"score": found}
+    if not isinstance(found, Mapping) or not found:
+        raise DataError(f"{who} gave {_short(found)}; expected a number, or an object of names and numbers")
+    scores = {}
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            unknown = set(value) - {"value", "stderr", "higher_is_better"}
+            if unknown or "value" not in value:
+                raise DataError(
+                    f"{who} gave {name}: {_short(value)}; expected a number, or value, stderr and higher_is_better"
+                )
+            score = Score(value["value"], value.get("stderr"), value.get("higher_is_better", True))
+        else:
+            score = value if isinstance(value, Score) else Score(value)
+        for part in (score.value, score.stderr):
+            if part is not None and not _is_number(part):
+                raise DataError(f"{who} gave {name}: {_short(part)}; expected a number")
+            if part is not None and not math.isfinite(part):
+                raise DataError(f"{who} gave {name}: {part}; no number can be compared with that")
+        stderr = None if score.stderr is None else float(score.stderr)
+        scores[str(name)] = Score(float(score.value), stderr, score.higher_is_better)
+    return scores
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 100 else f"{text[:97]}..."
