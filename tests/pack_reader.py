@@ -57,6 +57,22 @@ def narrow(dtype, values):
     return values.astype(f"<f{SIZES[dtype]}").view(f"<u{SIZES[dtype]}")
 
 
+def read_values(parts, name, tensor, leaf, sizes, itemsize, origin=b""):
+    """The bytes of one leaf's values; `sizes`: of all leaves', `origin`: the base's elements at their places."""
+    if "codec" not in tensor:
+        return parts[f"values:{name}"][1][sum(sizes[:leaf]) :][: sizes[leaf]]
+    assert tensor["codec"] == "zstd"
+    dtype, raw = parts[f"sizes:{name}"]
+    lengths = np.frombuffer(raw, f"<u{SIZES[dtype]}").astype(int)
+    frame = parts[f"frames:{name}"][1][lengths[:leaf].sum() :][: lengths[leaf]]
+    if not frame or frame[0] == 0:
+        return frame[1:]
+    body = zstandard.ZstdDecompressor().decompress(frame[1:], max_output_size=sizes[leaf])
+    values = np.frombuffer(body, np.uint8).reshape(itemsize, -1).T.tobytes()
+    assert frame[0] in (1, 2)
+    return values if frame[0] == 1 else bytes(a ^ b for a, b in zip(values, origin, strict=True))
+
+
 def delta_leaf(document, parts, name, tensor, leaf, base):
     """One leaf of the base, raw -> of the result, raw."""
     size, count = SIZES[tensor["dtype"]], len(base) // SIZES[tensor["dtype"]]
@@ -67,25 +83,29 @@ def delta_leaf(document, parts, name, tensor, leaf, base):
     counts = [min(LEAF, math.prod(tensor["shape"]) - i * LEAF) for i in range(leaf + 1)]
     if f"leaves:{name}" in parts:
         dtype, raw = parts[f"leaves:{name}"]
-        counts = np.frombuffer(raw, f"<u{SIZES[dtype]}").astype(int).tolist()
+        found = np.frombuffer(raw, "i1" if dtype == "I8" else f"<u{SIZES[dtype]}").astype(int).tolist()
+        threshold = round(tensor["drop_rate"] * 2**32)
+        average = [
+            min(LEAF, math.prod(tensor["shape"]) - i * LEAF) * (2**32 - threshold) >> 32 for i in range(len(found))
+        ]
+        counts = [n + a for n, a in zip(found, average, strict=True)] if dtype == "I8" else found
     assert counts[leaf] == np.count_nonzero(kept)
-    k, before = counts[leaf], counts[:leaf]
-    stored, raw = parts[f"values:{name}"]
+    k = counts[leaf]
+    stored = tensor["values"] if "codec" in tensor else parts[f"values:{name}"][0]
     number = np.float64 if "F64" in (tensor["dtype"], stored) else np.float32
     words = np.frombuffer(base, f"<u{size}").copy()
     origin = widen(tensor["dtype"], words[kept].tobytes(), number)
     if tensor["encoding"].startswith("int"):
         bits, group = int(tensor["encoding"][3:]), tensor["group"]
-        begin = sum(-(-n * bits // 8) for n in before)
-        packed = np.frombuffer(raw[begin : begin + -(-k * bits // 8)], np.uint8)
+        packed = np.frombuffer(read_values(parts, name, tensor, leaf, [-(-n * bits // 8) for n in counts], 1), np.uint8)
         codes = np.unpackbits(packed, bitorder="little")[: k * bits].reshape(k, bits) @ (1 << np.arange(bits))
         q = 2 * codes - 1 if bits == 1 else codes - (1 << (bits - 1))
-        first = sum(-(-n // group) for n in before)
-        scales = widen("BF16", parts[f"scales:{name}"][1], np.float32)[first : first + -(-k // group)]
-        delta = q.astype(number) * np.repeat(scales, group)[:k].astype(number)
+        groups = [min(n, max(1, (2 * n + group) // (2 * group))) for n in counts]
+        scales = widen("BF16", parts[f"scales:{name}"][1], np.float32)[sum(groups[:leaf]) :][: groups[leaf]]
+        delta = q.astype(number) * scales[np.minimum(np.arange(k) // group, groups[leaf] - 1)].astype(number)
     else:
-        begin = sum(before) * SIZES[stored]
-        values = raw[begin : begin + k * SIZES[stored]]
+        sizes = [n * SIZES[stored] for n in counts]
+        values = read_values(parts, name, tensor, leaf, sizes, SIZES[stored], words[kept].tobytes())
         if tensor["encoding"] == "exact" and tensor["drop_rate"] == 0:
             same = stored == tensor["dtype"]
             words[kept] = np.frombuffer(values, f"<u{size}") if same else narrow(

@@ -16,14 +16,17 @@ from golden_base import base_of
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 FILES = {
-    "exact": "76ba90059c27ae43",
-    "int1": "4168f5a30470572c",
-    "int2": "57b04aa90a882e6f",
-    "int4": "8358e2a0191e95a7",
-    "int8": "10e24b28fff9366c",
-    "lossless": "91078154b9856f5b",
-    "none": "127d797269254444",
-    "rounded": "fcea9fb82fa5af2b",
+    "exact": "a8ced5e24be6e01c",
+    "int1": "0ee452a026e4c735",
+    "int2": "1b7de79916390432",
+    "int4": "f91438b8bc7ef5f3",
+    "int8": "da2a8e47cacc6912",
+    "lossless": "2d31a4b5a937344e",
+    "none": "785593d5b262b604",
+    "rounded": "24bff576c7778a03",
+    "zstd-exact": "074a65be65523ee1",
+    "zstd-int4": "f4f01689c0da2d46",
+    "zstd-rounded": "cf390ac3d3895494",
 }
 
 

@@ -134,7 +134,7 @@ def test_integers_restore_base_plus_factor_times_value(tmp_path, bits, dtype):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
-@pytest.mark.parametrize("count", [0, 1, 7, 63, 64, 65, 1000])
+@pytest.mark.parametrize("count", [0, 1, 7, 63, 64, 65, 95, 96, 97, 1000])
 def test_quantised_values(bits, count):
     rng = np.random.default_rng(count)
     delta = rng.normal(0, 1e-3, count).astype(np.float32)
@@ -143,7 +143,8 @@ def test_quantised_values(bits, count):
     assert np.array_equal(unpack_bits(pack_bits(codes, bits), bits, count), codes)
     for twin, own in zip(encode_values(delta, bits, 64), (pack_bits(codes, bits), scales), strict=True):
         assert np.array_equal(twin, own)
-    assert pack_bits(codes, bits).size == -(-count * bits // 8) and scales.size == 2 * -(-count // 64)
+    groups = max(min(count, 1), round(count / 64 + 1e-9))  # the nearest: the last group takes the rest
+    assert pack_bits(codes, bits).size == -(-count * bits // 8) and scales.size == 2 * groups
     wide = scales.view(families.KINDS["BF16"]).astype(np.float32)
     value = np.empty(count, np.float32)
     dequantize(codes, wide, bits, 64, value)
@@ -153,7 +154,8 @@ def test_quantised_values(bits, count):
     if bits > 1:
         assert not value[::5].any(), "zero deltas stay zero"
     if bits >= 4:
-        assert np.all(np.abs(value - delta) <= np.repeat(wide, 64)[:count] * 0.501), "nothing is clipped"
+        scale = wide[np.minimum(np.arange(count) // 64, groups - 1)]
+        assert np.all(np.abs(value - delta) <= scale * 0.501), "nothing is clipped"
 
 
 def test_groups_of_zeros_and_of_huge_values():
@@ -259,18 +261,76 @@ def test_hostile_frames(method):
     assert np.array_equal(raw, tuned) and compress(base, base, 2).size == 0
 
 
+def lying_sizes(document, header, data):
+    begin, end = header["sizes:t300x257.weight"]["data_offsets"]
+    sizes = np.frombuffer(data[begin:end], "<u2") + np.array([1, -1], np.int16).astype(np.uint16)
+    return data[:begin] + sizes.tobytes() + data[end:]
+
+
+def bomb(document, header, data):
+    """The second frame of a tensor of two becomes one that would inflate to 100 MB, with a size that fits."""
+    begin, end = header["sizes:t300x257.weight"]["data_offsets"]
+    sizes = np.frombuffer(data[begin:end], "<u2")
+    first, last = header["frames:t300x257.weight"]["data_offsets"]
+    frame = (b"\x01" + zstandard.compress(b"\0" * 10**8)).ljust(int(sizes[1]), b"\0")[: sizes[1]]
+    return data[: first + sizes[0]] + frame + data[last:]
+
+
+def no_frame(document, header, data):
+    first, _ = header["frames:t300x257.weight"]["data_offsets"]
+    return data[:first] + b"\x07" + data[first + 1 :]
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lying_sizes, "frame"), (bomb, "frame of 100,000,000 bytes, expected at most"), (no_frame, "frame of kind 7")],
+)
+def test_hostile_frames_of_values(tmp_path, bits, change, words):
+    sizes(tmp_path, shapes=((300, 257),))
+    pack(tmp_path, bits=bits, codec="zstd")
+    rewrite(tmp_path / "m.safetensors", change)
+    with pytest.raises(CheckpointError, match=words), dk.open_pack(tmp_path / "m.safetensors") as found:
+        raise CheckpointError("; ".join(fault.words for fault in found.verify().faults))
+    with pytest.raises(DarekitError, match=words):
+        dk.unpack(tmp_path / "base", tmp_path / "m.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- sizes
 
 
+@pytest.mark.parametrize("rate", [0.9, 0.99])
 @pytest.mark.parametrize("bits", [16, 8, 4, 2, 1])
-def test_size_is_what_the_formula_says(tmp_path, bits):
+def test_size_is_what_the_formula_says(tmp_path, bits, rate):
     sizes(tmp_path, shapes=((1500, 2000),))
-    report = pack(tmp_path, bits=bits)
+    report = pack(tmp_path, drop_rate=rate, bits=bits, codec="none")
     header = 8 + int.from_bytes((tmp_path / "m.safetensors").read_bytes()[:8], "little")
     expected = report.kept * (bits + (16 / 64 if bits < 16 else 0)) / 8
     assert abs(report.bytes - header - expected) < 0.02 * expected
     assert (tmp_path / "m.safetensors").stat().st_size == report.bytes
-    assert abs(report.kept - 300_000) < 5 * math.sqrt(3e6 * 0.09)
+    assert abs(report.kept - 3e6 * (1 - rate)) < 5 * math.sqrt(3e6 * rate * (1 - rate))
+
+
+def test_a_codec_is_used_where_it_pays(tmp_path):
+    """Values of 16 bits halve, codes lose a little, signs nothing; auto asks for a twentieth, zstd for anything."""
+    sizes(tmp_path, shapes=((700, 1000), (3,)), spread=5e-4)
+    found = {}
+    for bits in (16, 8, 4, 2, 1):
+        for codec in ("none", "auto", "zstd"):
+            report = pack(tmp_path, f"{bits}{codec}.safetensors", bits=bits, codec=codec)
+            with dk.open_pack(tmp_path / f"{bits}{codec}.safetensors", base=tmp_path / "base") as opened:
+                used = opened.tensors["t700x1000.weight"].codec
+                assert opened.tensors["t3.weight"].codec == "none" and not opened.verify().faults
+                results = {name: tensor.result for name, tensor in opened.tensors.items()}
+            found[bits, codec] = report.bytes, used, results
+        assert found[bits, "none"][1] == "none"
+        assert found[bits, "none"][2] == found[bits, "auto"][2] == found[bits, "zstd"][2]
+        assert found[bits, "zstd"][0] <= found[bits, "auto"][0] <= found[bits, "none"][0]
+    assert [found[bits, "auto"][1] for bits in (16, 8, 4, 2, 1)] == ["zstd"] * 4 + ["none"]
+    assert found[16, "auto"][0] < 0.55 * found[16, "none"][0] and found[2, "auto"][0] < 0.9 * found[2, "none"][0]
+    with pytest.raises(PlanError, match="a pack knows auto, none and zstd"):
+        pack(tmp_path, codec="lz4")
 
 
 def test_what_did_not_change_costs_nothing(tmp_path):
@@ -481,22 +541,23 @@ def test_a_base_that_differs_behind_the_sample_is_named(tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("bits", [16, 4])
-def test_a_flipped_bit_in_any_region_is_found(tmp_path, bits):
+def test_a_flipped_bit_in_any_region_is_found(tmp_path, bits, codec):
     rng = np.random.default_rng(4)
     base, (tuned,) = oracle.family(rng, (400, 300), "BF16", k=1)
     tuned[:200] = base[:200]
     config = {"hidden_size": 300}
     families.save(tmp_path / "base", {"embed.weight": base, "w.weight": base}, config)
     families.save(tmp_path / "m0", {"embed.weight": tuned, "w.weight": base + tuned}, config | {"vocab_size": 400})
-    pack(tmp_path, bits=bits)
+    pack(tmp_path, bits=bits, codec=codec)
     whole = (tmp_path / "m.safetensors").read_bytes()
     size = 8 + int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:size])
     parts = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-    assert {name.split(":")[0] for name in parts} == {"values", "leaves", "rows", "file"} | (
-        {"scales"} if bits == 4 else set()
-    )
+    wanted = {"leaves", "rows", "file"} | ({"scales"} if bits == 4 else set())
+    wanted |= {"values"} if codec == "none" else {"frames", "sizes"}
+    assert {name.split(":")[0] for name in parts} - ({"values"} if codec == "zstd" else set()) == wanted
     places = [*range(0, 8), *rng.integers(8, size, 60), size - 1]
     places += [size + at for begin, end in parts.values() for at in (begin, (begin + end) // 2, end - 1)]
     for place in places:
@@ -653,8 +714,9 @@ def nan_scales(document, header, data):
 
 def lying_counts(document, header, data):
     begin, end = header["leaves:t300x257.weight"]["data_offsets"]
-    counts = np.frombuffer(data[begin:end], "<u2") + np.array([64, -64], np.int16).astype(np.uint16)
-    return data[:begin] + counts.astype("<u2").tobytes() + data[end:]
+    kind = {"I8": "i1", "U16": "<u2"}[header["leaves:t300x257.weight"]["dtype"]]
+    counts = np.frombuffer(data[begin:end], kind).astype(int) + np.array([16, -16])  # as many bytes and scales
+    return data[:begin] + counts.astype(kind).tobytes() + data[end:]
 
 
 @pytest.mark.parametrize(
@@ -677,9 +739,16 @@ def lying_counts(document, header, data):
         (tensor(shape=[-300, 257]), CheckpointError, "shape"),
         (tensor(shape=[1 << 40, 1 << 40]), CheckpointError, "more elements"),
         (tensor(shape=[1 << 40]), CheckpointError, "leaves"),
-        (tensor(shape=[300, 258]), HomologyError, r"should be BF16 \[300, 258\]"),
+        (tensor(shape=[257, 300]), HomologyError, r"should be BF16 \[257, 300\]"),
+        (tensor(shape=[300, 258]), CheckpointError, "document says"),
         (tensor(drop_rate=-0.1), CheckpointError, "drop rate"),
-        (tensor(drop_rate=0.5), CheckpointError, "mask keeps"),
+        (tensor(drop_rate=0.5), CheckpointError, "document says|mask keeps"),
+        (top(seed=8), CheckpointError, "mask keeps"),
+        (tensor(codec="lz4"), Unsupported, "codec"),
+        (tensor(codec="zstd"), CheckpointError, "does not allow"),
+        (tensor(codec="zstd", values="U8"), CheckpointError, "has the parts"),
+        (tensor(values="U8"), CheckpointError, "does not allow"),
+        (tensor(values=[]), CheckpointError, "does not allow"),
         (tensor(drop_rate="x"), CheckpointError, "drop rate"),
         (tensor(group=0), CheckpointError, "group 0"),
         (tensor(group=32), CheckpointError, "scales take"),
@@ -696,7 +765,7 @@ def lying_counts(document, header, data):
 )  # fmt: skip
 def test_hostile_packs_get_a_named_error(tmp_path, change, kind, words):
     sizes(tmp_path)
-    pack(tmp_path, bits=4)
+    pack(tmp_path, bits=4, codec="none")
 
     def altered(document, header, data):
         found = change(document, header, data)
@@ -733,7 +802,8 @@ def test_no_document_causes_anything_but_a_named_error(tmp_path, seed):
     rng = np.random.default_rng(seed)
     families.save(tmp_path / "base", base_of())
     for _ in range(60):
-        name = ("exact", "int4", "lossless", "rounded")[rng.integers(4)]
+        names = ("exact", "int4", "lossless", "rounded", "zstd-exact", "zstd-int4")
+        name = names[rng.integers(len(names))]
         (tmp_path / "m.safetensors").write_bytes((GOLDEN / f"{name}.safetensors").read_bytes())
 
         def change(document, header, data):
@@ -793,7 +863,7 @@ def test_the_command_packs_shows_verifies_and_unpacks(llamas, tmp_path, dare):
     broken[-1] ^= 1
     out.write_bytes(broken)
     found = dare("verify", out)
-    assert found.code == 1 and "does not have its digest" in found.out
+    assert found.code == 1 and "tensor" in found.err + found.out
     for arguments in (("-p", "9"), ("-p", "0.9", "--bits", "3")):
         assert dare("pack", base, llamas.path / "m0", tmp_path / "x.safetensors", *arguments).code == 2
 

@@ -44,6 +44,14 @@ class PackRescale(StrEnum):
     NONE = "none"
 
 
+class Codec(StrEnum):
+    """Words for `pack --codec`."""
+
+    AUTO = "auto"
+    NONE = "none"
+    ZSTD = "zstd"
+
+
 class Scope(StrEnum):
     """Words for --on."""
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from darekit.cli.options import (
+    Codec,
     Force,
     Json,
     Overwrite,
@@ -38,6 +39,9 @@ def pack(
     group: Annotated[
         int, typer.Option(min=1, max=65536, help="Kept elements that share a scale (8 bits or less).")
     ] = 64,
+    codec: Annotated[
+        Codec, typer.Option(help="Compress values: auto, where that saves 5 %; zstd, where it saves anything; none.")
+    ] = Codec.AUTO,
     rescale: Annotated[PackRescale, typer.Option(help="What survivors are multiplied by.")] = PackRescale.PAPER,
     keep_dense: Annotated[
         list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
@@ -63,8 +67,8 @@ def pack(
         with display.progress_bar("packing", quiet=as_json) as progress:
             report = pack_model(
                 base, model, out, drop_rate=drop_rate, lossless=lossless, bits=bits, dense_bits=dense_bits, group=group,
-                rescale=rescale.value, keep_dense=keep_dense or (), seed=seed, threads=threads, overwrite=overwrite,
-                force=force, progress=progress, say=display.say_note,
+                codec=codec.value, rescale=rescale.value, keep_dense=keep_dense or (), seed=seed, threads=threads,
+                overwrite=overwrite, force=force, progress=progress, say=display.say_note,
             )  # fmt: skip
         display_packs.show_pack(report, as_json=as_json)
 

@@ -514,10 +514,10 @@ def restore_changes_bf16(raw, indices, delta, factor):
 
 @_kernel
 def group_sizes(delta, group, largest, total):
-    """(k,) float32 -> max |d| and, in order, sum |d| of each group: (ceil(k / group),) float64 each."""
+    """(k,) float32 -> max |d| and, in order, sum |d| of each group, the last with the rest: (groups,) float64 each."""
     for g in range(largest.size):
         most, sum_ = np.float64(0), np.float64(0)
-        for i in range(g * group, min((g + 1) * group, delta.size)):
+        for i in range(g * group, delta.size if g + 1 == largest.size else (g + 1) * group):
             size = np.float64(abs(delta[i]))
             most = max(most, size)
             sum_ += size
@@ -527,7 +527,7 @@ def group_sizes(delta, group, largest, total):
 
 @_kernel
 def pack_codes(delta, scales, bits, group, packed):
-    """(k,) float32, (ceil(k / group),) float32 -> codes in `packed`, zeroed uint8; see `packs.quantization`."""
+    """(k,) float32, (groups,) float32 -> codes in `packed`, zeroed uint8; see `packs.quantization`."""
     half = np.int64(1) << np.int64(bits - 1)
     each = 8 // bits
     shift = 0
@@ -535,7 +535,7 @@ def pack_codes(delta, scales, bits, group, packed):
         shift += 1
     for g in range(scales.size):
         scale = np.float64(scales[g])
-        for i in range(g * group, min((g + 1) * group, delta.size)):
+        for i in range(g * group, delta.size if g + 1 == scales.size else (g + 1) * group):
             if bits == 1:
                 code = np.int64(delta[i] >= np.float32(0))
             else:
@@ -546,7 +546,7 @@ def pack_codes(delta, scales, bits, group, packed):
 
 @_kernel
 def unpack_values(packed, scales, bits, group, out):
-    """Packed codes and (ceil(k / group),) float32 scales -> `out`, (k,) float32: the inverse of `pack_codes`."""
+    """Packed codes and (groups,) float32 scales -> `out`, (k,) float32: the inverse of `pack_codes`."""
     half = np.int64(1) << np.int64(bits - 1)
     mask = (np.int64(1) << np.int64(bits)) - np.int64(1)
     each = 8 // bits
@@ -555,7 +555,7 @@ def unpack_values(packed, scales, bits, group, out):
         shift += 1
     for g in range(scales.size):
         scale = scales[g]
-        for i in range(g * group, min((g + 1) * group, out.size)):
+        for i in range(g * group, out.size if g + 1 == scales.size else (g + 1) * group):
             code = (np.int64(packed[i >> shift]) >> np.int64(bits * (i & (each - 1)))) & mask
             whole = code * np.int64(2) - np.int64(1) if bits == 1 else code - half
             out[i] = np.float32(whole) * scale

@@ -24,6 +24,8 @@ from darekit.checkpoints.safetensors import HEADER_LIMIT
 from darekit.digests import LEAF
 from darekit.dtypes import DTYPES, Bytes, DType
 from darekit.errors import CheckpointError, PlanError, Unsupported
+from darekit.masks import threshold_of
+from darekit.packs.quantization import groups_in
 
 FORMAT = "darekit-pack"
 VERSION = 1
@@ -35,14 +37,17 @@ NO_DIGEST = "0" * 32
 Kind = Literal["same", "delta", "lossless"]
 Counts = npt.NDArray[np.int64]
 
+CODECS = ("none", "zstd")
 # Bits per stored integer; the other encodings store one number of the values part's own format per kept element.
 INTEGER_BITS = {"int8": 8, "int4": 4, "int2": 2, "int1": 1}
 ENCODINGS = ("exact", "delta", *INTEGER_BITS)
 RESCALES = ("paper", "none")
-ROLES = ("values", "scales", "leaves", "rows", "frames")
+ROLES = ("values", "scales", "leaves", "rows", "frames", "sizes")
 FILE_ROLE = "file"
 GROUP_LIMIT = 1 << 16
-ROLE_DTYPES = {"scales": ("BF16",), "leaves": ("U16", "U32"), "rows": ("U8",), "frames": ("U8",)}
+ROLE_DTYPES = {
+    "scales": ("BF16",), "leaves": ("I8", "U16", "U32"), "rows": ("U8",), "frames": ("U8",), "sizes": ("U16", "U32"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,8 @@ class PackedTensor:
         encoding: of a delta's values.
         group: kept elements that share a scale, counted anew in every leaf; 0 where there are no scales.
         kept: stored elements.
+        codec: zstd: the values stand in compressed frames, one per leaf.
+        values: format of the values within frames, by its safetensors name; empty where there are none.
         base: content digest of the base's tensor.
         result: content digest of the result.
         stored: digest of the parts, see `stored_digest`.
@@ -71,6 +78,8 @@ class PackedTensor:
     encoding: str = "exact"
     group: int = 0
     kept: int = 0
+    codec: str = "none"
+    values: str = ""
     base: str = NO_DIGEST
     result: str = NO_DIGEST
     stored: str = NO_DIGEST
@@ -102,7 +111,8 @@ class PackedTensor:
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form, without what the kind has no use for."""
-        unused = () if self.kind == "delta" else ("drop_rate", "encoding", "group", "kept")
+        unused = [] if self.kind == "delta" else ["drop_rate", "encoding", "group", "kept"]
+        unused += [] if self.codec != "none" else ["codec", "values"]
         data = {key: value for key, value in asdict(self).items() if key not in ("name", *unused)}
         return {**data, "shape": list(self.shape)}
 
@@ -165,18 +175,35 @@ class Document:
 
 @dataclass(frozen=True)
 class LeafTable:
-    """Where each leaf's values and scales begin. `counts`: kept elements, (leaves,); the others (leaves + 1,) bytes."""
+    """Where each leaf's values (or frame) and scales begin.
+
+    `counts`: kept elements, of lossless tensors bytes, (leaves,); the others (leaves + 1,) bytes.
+    """
 
     counts: Counts
     values: Counts
     scales: Counts
 
 
-def leaf_table(tensor: PackedTensor, counts: Counts, itemsize: int) -> LeafTable:
-    """Kept elements of each leaf, (leaves,) -> where its bytes lie; every leaf begins at a whole byte and group."""
-    sizes = -(-counts * tensor.bits // 8) if tensor.bits else counts * itemsize
-    groups = -(-counts // tensor.group) if tensor.group else np.zeros_like(counts)
+def leaf_table(tensor: PackedTensor, counts: Counts, itemsize: int, frames: Counts | None = None) -> LeafTable:
+    """Kept elements of each leaf, (leaves,) -> where its bytes lie; every leaf begins at a whole byte and group.
+
+    `frames`: bytes of each leaf's frame, where there are frames.
+    """
+    sizes = value_sizes(tensor, counts, itemsize) if frames is None else frames
+    groups = groups_in(counts, tensor.group) if tensor.group else np.zeros_like(counts)
     return LeafTable(counts, _starts(sizes), _starts(2 * groups))
+
+
+def value_sizes(tensor: PackedTensor, counts: Any, itemsize: int) -> Any:
+    """Kept elements, a number or (leaves,) -> bytes of their values outside frames."""
+    return -(-counts * tensor.bits // 8) if tensor.bits else counts * itemsize
+
+
+def expected_counts(tensor: PackedTensor) -> Counts:
+    """What a mask keeps of each leaf on average, rounded down, (leaves,); `leaves` of I8 hold differences from it."""
+    found: Counts = full_counts(tensor) * ((1 << 32) - int(threshold_of(tensor.drop_rate))) >> 32
+    return found
 
 
 def full_counts(tensor: PackedTensor) -> Counts:
@@ -258,6 +285,7 @@ class Parts:
     leaves: Placement | None = None
     rows: Placement | None = None
     frames: Placement | None = None
+    sizes: Placement | None = None
 
 
 @dataclass(frozen=True)
@@ -274,8 +302,7 @@ class PackFile:
     def value_dtype(self, tensor: PackedTensor) -> DType:
         """Format of the stored values."""
         place = self.parts[tensor.name].values
-        assert place is not None
-        return DTYPES[place.dtype]
+        return DTYPES[tensor.values if place is None else place.dtype]
 
     def read_leaf(self, tensor: PackedTensor, leaf: int) -> tuple[Bytes, Bytes]:
         """Raw bytes of one leaf's values (or frame) and of its scales."""
@@ -418,9 +445,15 @@ def _read_tensor(name: str, entry: Any, at: str) -> PackedTensor:
         raise CheckpointError(f"{at}: group {shorten(group)} is impossible for {encoding}")
     if type(kept) is not int or not 0 <= kept <= math.prod(shape):
         raise CheckpointError(f"{at}: {shorten(kept)} kept elements of {math.prod(shape)}")
+    codec, values = entry.get("codec", "none"), entry.get("values", "")
+    if codec not in CODECS:
+        raise Unsupported(f"{at}: codec {shorten(codec)} is none of {', '.join(CODECS)}")
+    if not isinstance(values, str) or values not in (DTYPES if codec != "none" else ("",)):
+        raise CheckpointError(f"{at}: values of {shorten(values)}, which the codec {codec} does not allow")
     return PackedTensor(
-        name, dtype, tuple(shape), "delta", float(cast(float, rate)), cast(str, encoding), group, kept, **digests
-    )
+        name, dtype, tuple(shape), "delta", float(cast(float, rate)), cast(str, encoding), group, kept, codec, values,
+        **digests,
+    )  # fmt: skip
 
 
 def _check_digest(value: Any, at: str) -> None:
@@ -466,7 +499,8 @@ def _roles_of(tensor: PackedTensor, rows: bool) -> tuple[str, ...]:
         return ()
     if tensor.kind == "lossless":
         return ("frames", "leaves")
-    roles = ["values", *(["scales"] if tensor.bits else []), *(["rows"] if rows else [])]
+    roles = ["values"] if tensor.codec == "none" else ["frames", "sizes"]
+    roles += [*(["scales"] if tensor.bits else []), *(["rows"] if rows else [])]
     return (*roles, *(["leaves"] if needs_table(tensor, rows) else []))
 
 
@@ -478,7 +512,9 @@ def _read_table(tensor: PackedTensor, parts: Parts, file: InputFile, at: str) ->
     if parts.leaves is not None:
         if parts.leaves.shape != (tensor.leaves,):
             raise CheckpointError(f"{at}: counts of {parts.leaves.shape[0]} leaves, its shape has {tensor.leaves}")
-        counts = _read_raw(file, parts.leaves).view(DTYPES[parts.leaves.dtype].numpy).astype(np.int64)
+        counts = _read_counts(file, parts.leaves)
+        if parts.leaves.dtype == "I8":
+            counts += expected_counts(tensor)
     if tensor.kind == "lossless":
         assert parts.frames is not None
         starts = _starts(counts)
@@ -487,7 +523,7 @@ def _read_table(tensor: PackedTensor, parts: Parts, file: InputFile, at: str) ->
         if np.any(counts > full * DTYPES[tensor.dtype].itemsize + 1):
             raise CheckpointError(f"{at}: a leaf is longer than its uncompressed bytes")
         return LeafTable(counts, starts, np.zeros(tensor.leaves + 1, np.int64)), None
-    if np.any(counts > full) or int(counts.sum()) != tensor.kept:
+    if np.any((counts < 0) | (counts > full)) or int(counts.sum()) != tensor.kept:
         raise CheckpointError(
             f"{at}: its leaves keep {int(counts.sum()):,} elements, the document says {tensor.kept:,}"
         )
@@ -496,15 +532,28 @@ def _read_table(tensor: PackedTensor, parts: Parts, file: InputFile, at: str) ->
         if parts.rows.nbytes != -(-rows // 8):
             raise CheckpointError(f"{at}: a bitmap of {parts.rows.nbytes} bytes for {rows} rows")
         bitmap = _read_raw(file, parts.rows)
-    assert parts.values is not None
-    dtype = DTYPES[parts.values.dtype]
+    dtype = DTYPES[tensor.values if parts.values is None else parts.values.dtype]
     if (tensor.bits and dtype.name != "U8") or (not tensor.bits and dtype.kind != "float"):
         raise CheckpointError(f"{at}: values of {dtype.name} for the encoding {tensor.encoding}")
-    table = leaf_table(tensor, counts, dtype.itemsize)
-    for place, starts, role in ((parts.values, table.values, "values"), (parts.scales, table.scales, "scales")):
+    frames = None
+    if parts.sizes is not None:
+        if parts.sizes.shape != (tensor.leaves,):
+            raise CheckpointError(f"{at}: sizes of {parts.sizes.shape[0]} leaves, its shape has {tensor.leaves}")
+        frames = _read_counts(file, parts.sizes)
+        raw = value_sizes(tensor, counts, dtype.itemsize)
+        if np.any(frames > raw + 1) or np.any((frames == 0) != (raw == 0)):
+            raise CheckpointError(f"{at}: a frame is longer than its uncompressed bytes, or missing")
+    table = leaf_table(tensor, counts, dtype.itemsize, frames)
+    stored = parts.frames or parts.values
+    for place, starts, role in ((stored, table.values, "values"), (parts.scales, table.scales, "scales")):
         if place is not None and place.nbytes != starts[-1]:
             raise CheckpointError(f"{at}: its {role} take {int(starts[-1]):,} bytes, the file has {place.nbytes:,}")
     return table, bitmap
+
+
+def _read_counts(file: InputFile, place: Placement) -> Counts:
+    found: Counts = _read_raw(file, place).view(DTYPES[place.dtype].numpy).astype(np.int64)
+    return found
 
 
 def _read_raw(file: InputFile, place: Placement) -> Bytes:

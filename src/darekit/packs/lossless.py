@@ -32,16 +32,18 @@ def compress(base: Bytes, tuned: Bytes, itemsize: int) -> Bytes:
     codec = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False)
     frames = []
     if count > PLANES_ABOVE * words.size:
-        frames.append(bytes([PLANES]) + codec.compress(_planes(words).data))
+        frames.append(bytes([PLANES]) + codec.compress(cut_planes(words).data))
     if count <= SPARSE_BELOW * words.size:
         changed = np.flatnonzero(words)
         gaps = (np.diff(changed, prepend=-1) - 1).astype(np.uint16)
-        frames.append(bytes([SPARSE]) + codec.compress(np.concatenate([_planes(gaps), _planes(words[changed])]).data))
+        frames.append(
+            bytes([SPARSE]) + codec.compress(np.concatenate([cut_planes(gaps), cut_planes(words[changed])]).data)
+        )
     best = min(frames, key=len)
     return np.frombuffer(best if len(best) <= tuned.size else bytes([RAW]) + tuned.tobytes(), np.uint8)
 
 
-def _planes(words: npt.NDArray[np.unsignedinteger]) -> Bytes:
+def cut_planes(words: npt.NDArray[np.unsignedinteger]) -> Bytes:
     """(n,) unsigned -> (n * itemsize,) uint8: all lowest bytes, then all second ones, and so on."""
     # Shifts read whole words, three times as fast as a transposed copy of bytes.
     itemsize = words.dtype.itemsize
@@ -66,7 +68,7 @@ def decompress(frame: Bytes, raw: Bytes, itemsize: int, name: str) -> None:
     if method not in (PLANES, SPARSE):
         raise CheckpointError(f"tensor {name}: a frame of kind {method} with {frame.size:,} bytes; the pack is damaged")
     limit = raw.size if method == PLANES else (2 + itemsize) * count
-    body = _inflate(frame[1:], limit, name)
+    body = inflate(frame[1:], limit, name)
     words = raw.reshape(-1, itemsize)
     if method == PLANES:
         if body.size != raw.size:
@@ -83,7 +85,21 @@ def decompress(frame: Bytes, raw: Bytes, itemsize: int, name: str) -> None:
     words[places] ^= body[2 * kept :].reshape(itemsize, kept).T
 
 
-def _inflate(frame: Bytes, limit: int, name: str) -> Bytes:
+def join_planes(body: Bytes, itemsize: int) -> npt.NDArray[np.unsignedinteger]:
+    """The inverse of `cut_planes`."""
+    count = body.size // itemsize
+    words = np.zeros(count, f"u{itemsize}")
+    for i in range(itemsize):
+        words |= body[i * count : (i + 1) * count].astype(words.dtype) << words.dtype.type(8 * i)
+    return words
+
+
+def inflate(frame: Bytes, limit: int, name: str) -> Bytes:
+    """The content of one zstd frame, at most `limit` bytes.
+
+    Raises:
+        CheckpointError: it is damaged, or larger.
+    """
     data = frame.tobytes()
     try:
         size = zstandard.frame_content_size(data)

@@ -29,6 +29,7 @@ from darekit.naming import has_vocabulary_rows
 from darekit.output.card import agreed_license, public_name
 from darekit.output.tokenizer import model_files, tokenizer_files
 from darekit.packs.format import (
+    CODECS,
     FILE_ROLE,
     GROUP_LIMIT,
     NO_DIGEST,
@@ -37,13 +38,16 @@ from darekit.packs.format import (
     Document,
     LeafTable,
     PackedTensor,
+    expected_counts,
     full_counts,
     lay_out_parts,
     leaf_table,
     needs_table,
     render_header,
     stored_digest,
+    value_sizes,
 )
+from darekit.packs.frames import can_shrink, compress_values
 from darekit.packs.leaves import Mask, encode, factor_of, restore, take
 from darekit.packs.lossless import compress
 from darekit.packs.workers import run_all
@@ -57,6 +61,7 @@ except ImportError:  # Windows
 
 LEAVES = 16  # one job: read, encoded and written at once
 BITS = (64, 32, 16, 8, 4, 2, 1)
+WORTH = 0.95  # of the values' size: what a codec must get below, as decoding costs time
 SAMPLE = 4096  # bytes at the start, in the middle and at the end, which tell most changed tensors at once
 
 
@@ -97,6 +102,7 @@ def pack(
     bits: int = 16,
     dense_bits: int | None = None,
     group: int = 64,
+    codec: str = "auto",
     rescale: str = "paper",
     keep_dense: Sequence[str] = (),
     seed: int | None = None,
@@ -117,6 +123,8 @@ def pack(
         bits: per kept element: 64, 32 or 16 (exact where the format has no more), 8, 4, 2 or 1.
         dense_bits: the same for tensors that are not dropped; `bits` where not given, at least 4.
         group: kept elements that share a scale, where bits are 8 or fewer.
+        codec: what is done to the stored values of a tensor: none; zstd, wherever that is smaller; or auto, where it
+            saves at least a twentieth. A lossless pack is always compressed.
         rescale: paper (kept deltas times 1/(1-p)) or none.
         keep_dense: groups or glob patterns of tensors that are not dropped.
         seed: the mask's effective seed; derived from the model's content where not given, as `drop` does.
@@ -137,6 +145,8 @@ def pack(
         raise PlanError(f"{bits if bits not in BITS else dense_bits} bits are none of {', '.join(map(str, BITS))}")
     if not 1 <= group <= GROUP_LIMIT:
         raise PlanError(f"groups of {group} elements; expected 1 to {GROUP_LIMIT}")
+    if codec not in ("auto", *CODECS):
+        raise PlanError(f"codec {codec!r}: a pack knows auto, {' and '.join(CODECS)}")
     if rescale not in ("paper", "none"):
         raise PlanError(f"rescale {rescale!r}: a pack knows paper and none")
     if (drop_rate is None) != lossless:
@@ -159,7 +169,7 @@ def pack(
         if not lossless:  # which another base would only make larger, and integers that differ do not trouble
             api.check(plan, force=force, say=note)
         settings = {"lossless": True} if lossless else {
-            "drop_rate": drop_rate, "bits": bits, "dense_bits": dense_bits, "group": group,
+            "drop_rate": drop_rate, "bits": bits, "dense_bits": dense_bits, "group": group, "codec": codec,
             "keep_dense": list(keep_dense),
         }  # fmt: skip
         writer = Writer(plan, settings, rescale, threads or default_threads())
@@ -199,7 +209,10 @@ def encoding_for(bits: int, dtype: DType) -> tuple[str, DType]:
 
 @dataclass(frozen=True)
 class _Job:
-    """A tensor on its way into the pack. `digests`: of every leaf of base, result and stored bytes."""
+    """A tensor on its way into the pack.
+
+    `digests`: of every leaf of base, result and stored bytes; `frames`: bytes of every leaf's frame, where there are.
+    """
 
     source: AlignedTensor
     tensor: PackedTensor
@@ -207,16 +220,29 @@ class _Job:
     counts: Counts
     rows: Bytes | None
     digests: Mapping[str, list[bytes]]
+    frames: Counts | None = None
 
 
 @dataclass(frozen=True)
 class _Frames:
-    """Compressed leaves of one tensor from `first` on, as they wait in a spool file."""
+    """Leaves of one tensor from `first` on, as they wait in a spool file.
+
+    Of a lossless tensor `size` bytes of frames; of a delta all values, then all frames, then all scales.
+    """
 
     name: str
     first: int
     offset: int
     size: int
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """What one leaf becomes: its values, its frame where there is a codec, and its scales, all as they are stored."""
+
+    values: Bytes
+    frame: Bytes | None
+    scales: Bytes
 
 
 class Writer:
@@ -225,6 +251,7 @@ class Writer:
     def __init__(self, plan: Plan, settings: Mapping[str, Any], rescale: str, threads: int) -> None:
         assert plan.base is not None and plan.seeds[0] is not None
         self.lossless = bool(settings.get("lossless"))
+        self.codec = str(settings.get("codec", "none"))
         self.plan, self.settings, self.rescale, self.threads = plan, settings, rescale, threads
         self.base, self.model, self.seed = plan.base, plan.models[0], plan.seeds[0]
 
@@ -249,10 +276,11 @@ class Writer:
         hidden, spool = (out.with_name(f".{out.name}.darekit-{word}") for word in ("part", "spool"))
         with _claimed(hidden, out):
             jobs = self._scan()
-            if self.lossless:
+            if self.lossless or self.codec != "none":
                 # How long frames are is known when they are made: they wait beside the output until all are.
                 try:
                     frames = self._compress(jobs, spool, progress)
+                    jobs = [_settled(job, self.codec) for job in jobs]
                     waiting = InputFile(spool)
                     try:
                         size, document = self._write_jobs(jobs, hidden, None, frames, waiting)
@@ -287,8 +315,10 @@ class Writer:
         try:
             for file in stored:
                 output.write(np.frombuffer(contents[file.name], np.uint8), offsets[f"{FILE_ROLE}:{file.name}"])
-            self._write_leaves(jobs, offsets, output, progress)
-            if spool is not None:
+            self._write_tables(jobs, offsets, output)
+            if spool is None:
+                self._write_leaves(jobs, offsets, output, progress)
+            else:
                 self._write_frames(jobs, frames, spool, offsets, output)
             document = self._with_digests(document, jobs)
             header = render_header(document, list(layout.places.values()), layout.data)
@@ -369,7 +399,8 @@ class Writer:
         mask = Mask(tensor, self.seed, bitmap)
         counts = np.array([mask.count(leaf) for leaf in range(tensor.leaves)], np.int64).reshape(-1)
         tensor = replace(tensor, kept=int(counts.sum()))
-        return _Job(aligned, tensor, values, counts, bitmap, _digest_lists(tensor))
+        frames = np.zeros(tensor.leaves, np.int64) if self.codec != "none" and can_shrink(tensor) else None
+        return _Job(aligned, tensor, values, counts, bitmap, _digest_lists(tensor), frames)
 
     def _scan_exactly(self, aligned: AlignedTensor, tensor: PackedTensor) -> _Job:
         base, tuned = aligned.base, aligned.models[0]
@@ -389,7 +420,7 @@ class Writer:
 
     def _compress(self, jobs: Sequence[_Job], spool: Path, progress: Progress | None) -> list[_Frames]:
         """All leaves of all tensors that changed, in any order, into one file."""
-        spans = [(job, first) for job in jobs if job.tensor.kind == "lossless"
+        spans = [(job, first) for job in jobs if job.tensor.kind != "same"
                  for first in range(0, job.tensor.leaves, LEAVES)]  # fmt: skip
         total = sum(info.nbytes for checkpoint in self.plan.checkpoints for info in checkpoint.tensors.values())
         found: list[_Frames] = []
@@ -398,7 +429,7 @@ class Writer:
 
             def work(span: tuple[_Job, int]) -> int:
                 job, first = span
-                raw, done = _compress_span(job, first)
+                raw, done = _compress_span(job, first) if self.lossless else self._spool_span(job, first)
                 with lock:
                     found.append(_Frames(job.tensor.name, first, file.tell(), len(raw)))
                     file.write(raw)
@@ -416,12 +447,26 @@ class Writer:
         self, jobs: Sequence[_Job], frames: Sequence[_Frames], spool: InputFile, offsets: Mapping[str, int],
         output: OutputFile,
     ) -> None:  # fmt: skip
-        starts = {job.tensor.name: leaf_table(job.tensor, job.counts, 1).values for job in jobs}
+        found = {job.tensor.name: job for job in jobs}
+        tables = {name: _table_of(job) for name, job in found.items() if job.tensor.kind != "same"}
         for part in frames:
             raw = np.empty(part.size, np.uint8)
             if raw.size:
                 spool.read_into(raw, part.offset)
-                output.write(raw, offsets[f"frames:{part.name}"] + int(starts[part.name][part.first]))
+            job, table = found[part.name], tables[part.name]
+            last = min(part.first + LEAVES, job.tensor.leaves)
+            if job.tensor.kind == "lossless":
+                pieces = [("frames", raw, table.values)]
+            else:
+                bare = int(value_sizes(job.tensor, job.counts[part.first : last], job.values.itemsize).sum())
+                scales = raw.size - int(table.scales[last] - table.scales[part.first])
+                stored = raw[:bare] if job.tensor.codec == "none" else raw[bare:scales]
+                pieces = [("values" if job.tensor.codec == "none" else "frames", stored, table.values),
+                          ("scales", raw[scales:], table.scales)]  # fmt: skip
+                _digest_leaves(job, table, part.first, last, stored, raw[scales:])
+            for role, piece, starts in pieces:
+                if piece.size:
+                    output.write(piece, offsets[f"{role}:{part.name}"] + int(starts[part.first]))
 
     def _refuse_other_tensors(self) -> None:
         """A lossless pack is the whole model, and nothing but it."""
@@ -432,30 +477,28 @@ class Writer:
                 f"a lossless pack needs the same tensors in base and model; they differ in {', '.join(other[:4])}"
             )
 
+    def _write_tables(self, jobs: Sequence[_Job], offsets: Mapping[str, int], output: OutputFile) -> None:
+        """Everything but the leaves: changed rows, counts and sizes of leaves; their digests come first."""
+        for job in jobs:
+            head = []
+            for role, raw in _tables(job).items():
+                output.write(raw.view(np.uint8), offsets[f"{role}:{job.tensor.name}"])
+                head.append(xxhash.xxh3_128_digest(raw))
+            job.digests["head"][:] = head
+
     def _write_leaves(
         self, jobs: Sequence[_Job], offsets: Mapping[str, int], output: OutputFile, progress: Progress | None
     ) -> None:
         total = sum(info.nbytes for checkpoint in self.plan.checkpoints for info in checkpoint.tensors.values())
-        spans = []
-        for job in jobs:
-            tensor = job.tensor
-            if tensor.kind == "same":
-                continue
-            head = []
-            if job.rows is not None:
-                output.write(job.rows, offsets[f"rows:{tensor.name}"])
-                head.append(xxhash.xxh3_128_digest(job.rows))
-            if needs_table(tensor, job.rows is not None):
-                raw = job.counts.astype(_table_dtype(tensor, job.counts)).view(np.uint8)
-                output.write(raw, offsets[f"leaves:{tensor.name}"])
-                head.append(xxhash.xxh3_128_digest(raw))
-            job.digests["stored"][:] = [*head, *job.digests["stored"]]
-            if tensor.kind == "lossless":
-                continue
-            table = leaf_table(tensor, job.counts, job.values.itemsize)
-            spans += [(job, table, len(head), first) for first in range(0, tensor.leaves, LEAVES)]
+        spans = [
+            (job, table, first)
+            for job in jobs
+            if job.tensor.kind != "same"
+            for table in (_table_of(job),)
+            for first in range(0, job.tensor.leaves, LEAVES)
+        ]
 
-        def work(span: tuple[_Job, LeafTable, int, int]) -> int:
+        def work(span: tuple[_Job, LeafTable, int]) -> int:
             return self._write_span(*span, offsets, output)
 
         def tell(done: int) -> None:
@@ -466,15 +509,36 @@ class Writer:
         tell(total)
 
     def _write_span(
-        self, job: _Job, table: LeafTable, head: int, first: int, offsets: Mapping[str, int], output: OutputFile
+        self, job: _Job, table: LeafTable, first: int, offsets: Mapping[str, int], output: OutputFile
     ) -> int:
         """Some leaves of one tensor, from disk to disk; returns the bytes read."""
+        leaves, done = self._encode_span(job, first)
+        values, scales = (np.concatenate([getattr(leaf, key) for leaf in leaves]) for key in ("values", "scales"))
+        _digest_leaves(job, table, first, first + len(leaves), values, scales)
+        for role, whole, starts in (("values", values, table.values), ("scales", scales, table.scales)):
+            if whole.size:
+                output.write(whole, offsets[f"{role}:{job.tensor.name}"] + int(starts[first]))
+        return done
+
+    def _spool_span(self, job: _Job, first: int) -> tuple[bytes, int]:
+        """Some leaves of one tensor -> their values, frames and scales, and the bytes read."""
+        leaves, done = self._encode_span(job, first)
+        if job.frames is not None:
+            job.frames[first : first + len(leaves)] = [leaf.frame.size for leaf in leaves if leaf.frame is not None]
+        values, frames, scales = (
+            b"".join(getattr(leaf, key).tobytes() for leaf in leaves if getattr(leaf, key) is not None)
+            for key in ("values", "frame", "scales")
+        )
+        return values + frames + scales, done
+
+    def _encode_span(self, job: _Job, first: int) -> tuple[list[_Leaf], int]:
+        """Some leaves of one tensor, and the bytes read; digests of base and result are taken."""
         tensor, info = job.tensor, job.source.models[0]
         assert job.source.base is not None and info is not None
         formats = DTYPES[tensor.dtype], DTYPES[info.dtype]
         mask, factor = Mask(tensor, self.seed, job.rows), factor_of(tensor, self.rescale)
         last = min(first + LEAVES, tensor.leaves)
-        values, scales, done = [], [], 0
+        leaves, done = [], 0
         for leaf in range(first, last):
             raws = []
             for source, dtype in zip((job.source.base.source, info.source), formats, strict=True):
@@ -489,26 +553,21 @@ class Writer:
                 take(before, formats[0], indices), take(after, formats[1], indices)
             )  # fmt: skip
             stored, scale = encode(tensor, *kept, job.values, formats[1])
+            frame = None if job.frames is None else compress_values(tensor, job.values, stored, kept[0])
             try:
                 restore(tensor, job.values, factor, indices, stored, scale, before)
             except CheckpointError as error:
                 raise DataError(f"{tensor.name}: the result would be NaN or Inf: smaller drop rate?") from error
             job.digests["result"][leaf] = xxhash.xxh3_128_digest(before)
-            job.digests["stored"][head + leaf] = xxhash.xxh3_128_digest(stored.tobytes() + scale.tobytes())
-            values.append(stored)
-            scales.append(scale)
-        for role, pieces, starts in (("values", values, table.values), ("scales", scales, table.scales)):
-            whole = np.concatenate(pieces)
-            if whole.size:
-                output.write(whole, offsets[f"{role}:{tensor.name}"] + int(starts[first]))
-        return done
+            leaves.append(_Leaf(stored, frame, scale))
+        return leaves, done
 
     def _with_digests(self, document: Document, jobs: Sequence[_Job]) -> Document:
         tensors = {}
         for job in jobs:
             base = tensor_digest(job.digests["base"])
             result = base if job.tensor.kind == "same" else tensor_digest(job.digests["result"])
-            stored = stored_digest(job.digests["stored"])
+            stored = stored_digest([*job.digests["head"], *job.digests["stored"]])
             tensors[job.tensor.name] = replace(job.tensor, base=base, result=result, stored=stored)
 
         def content(which: str) -> str:
@@ -530,11 +589,40 @@ class Writer:
 
 
 def _digest_lists(tensor: PackedTensor) -> dict[str, list[bytes]]:
-    return {key: [b""] * tensor.leaves for key in ("base", "result", "stored")}
+    return {"head": [], **{key: [b""] * tensor.leaves for key in ("base", "result", "stored")}}
+
+
+def _digest_leaves(job: _Job, table: LeafTable, first: int, last: int, values: Bytes, scales: Bytes) -> None:
+    """Digests of what is stored of some leaves, whose values (or frames) and scales stand one after another."""
+    for leaf in range(first, last):
+        parts = (
+            whole[int(starts[leaf] - starts[first]) : int(starts[leaf + 1] - starts[first])].tobytes()
+            for whole, starts in ((values, table.values), (scales, table.scales))
+        )
+        job.digests["stored"][leaf] = xxhash.xxh3_128_digest(b"".join(parts))
+
+
+def _settled(job: _Job, codec: str) -> _Job:
+    """Whether the frames of a tensor, which are made now, are worth their while."""
+    if job.frames is None:
+        return job
+    sizes = int(job.frames.sum()) + job.tensor.leaves * _sizes_dtype(job.frames).itemsize
+    bare = int(value_sizes(job.tensor, job.counts, job.values.itemsize).sum())
+    if sizes < bare * (WORTH if codec == "auto" else 1):
+        return replace(job, tensor=replace(job.tensor, codec="zstd", values=job.values.name))
+    return replace(job, frames=None)
+
+
+def _table_of(job: _Job) -> LeafTable:
+    return leaf_table(job.tensor, job.counts, job.values.itemsize, job.frames)
+
+
+def _sizes_dtype(frames: Counts) -> np.dtype:
+    return np.dtype("<u2" if frames.max(initial=0) <= 0xFFFF else "<u4")
 
 
 def _same(aligned: AlignedTensor, tensor: PackedTensor, leaves: list[bytes]) -> _Job:
-    digests = {"base": leaves, "result": leaves, "stored": []}
+    digests: dict[str, list[bytes]] = {"head": [], "base": leaves, "result": leaves, "stored": []}
     return _Job(aligned, tensor, DTYPES[tensor.dtype], full_counts(tensor), None, digests)
 
 
@@ -607,28 +695,39 @@ def _compress_span(job: _Job, first: int) -> tuple[bytes, int]:
     return b"".join(frames), done
 
 
-def _table_dtype(tensor: PackedTensor, counts: Counts) -> np.dtype:
-    small = tensor.kind == "delta" and counts.max(initial=0) <= 0xFFFF
-    return np.dtype("<u2" if small else "<u4")
+def _tables(job: _Job) -> dict[str, np.ndarray]:
+    """Role -> content of the small parts that say where things are."""
+    tensor, found = job.tensor, {}
+    if job.rows is not None:
+        found["rows"] = job.rows
+    if tensor.kind == "lossless":
+        found["leaves"] = job.counts.astype("<u4")
+    elif tensor.kind == "delta" and needs_table(tensor, job.rows is not None):
+        # At p = 0.99 the U16 of each leaf would be 2 % of a pack of 1 bit.
+        differences = job.counts - expected_counts(tensor)
+        if np.all(np.abs(differences) <= 127):
+            found["leaves"] = differences.astype("i1")
+        else:
+            found["leaves"] = job.counts.astype("<u2" if job.counts.max() <= 0xFFFF else "<u4")
+    if job.frames is not None:
+        found["sizes"] = job.frames.astype(_sizes_dtype(job.frames))
+    return found
 
 
 def _parts_of(job: _Job) -> Iterator[OutputTensor]:
     tensor = job.tensor
     if tensor.kind == "same":
         return
-    if tensor.kind == "lossless":
-        yield OutputTensor(f"frames:{tensor.name}", "U8", (int(job.counts.sum()),))
-        yield OutputTensor(f"leaves:{tensor.name}", "U32", (tensor.leaves,))
-        return
-    table = leaf_table(tensor, job.counts, job.values.itemsize)
-    yield OutputTensor(f"values:{tensor.name}", job.values.name, (int(table.values[-1]) // job.values.itemsize,))
+    table = _table_of(job)
+    if tensor.kind == "lossless" or job.frames is not None:
+        yield OutputTensor(f"frames:{tensor.name}", "U8", (int(table.values[-1]),))
+    else:
+        yield OutputTensor(f"values:{tensor.name}", job.values.name, (int(table.values[-1]) // job.values.itemsize,))
     if tensor.bits:
         yield OutputTensor(f"scales:{tensor.name}", "BF16", (int(table.scales[-1]) // 2,))
-    if job.rows is not None:
-        yield OutputTensor(f"rows:{tensor.name}", "U8", (job.rows.size,))
-    if needs_table(tensor, job.rows is not None):
-        dtype = "U32" if _table_dtype(tensor, job.counts).itemsize == 4 else "U16"
-        yield OutputTensor(f"leaves:{tensor.name}", dtype, (tensor.leaves,))
+    for role, content in _tables(job).items():
+        dtype = next(entry.name for entry in DTYPES.values() if entry.numpy == content.dtype)
+        yield OutputTensor(f"{role}:{tensor.name}", dtype, content.shape)
 
 
 def _companions(model: Checkpoint) -> Iterator[tuple[str, bytes]]:

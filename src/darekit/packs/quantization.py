@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -24,19 +26,29 @@ Codes = npt.NDArray[np.uint8]
 Doubles = npt.NDArray[np.float64]
 
 
+def groups_in(count: Any, group: int) -> Any:
+    """Numbers of kept elements -> of groups, the nearest: the last takes the rest, from half a group to one and a half.
+
+    Groups that were only rounded up would cost half a scale per leaf, 0.9 % of a 1 bit pack at p = 0.99.
+
+    >>> groups_in(np.array([0, 1, 95, 96, 128]), 64).tolist()
+    [0, 1, 1, 2, 2]
+    """
+    return np.maximum((2 * count + group) // (2 * group), np.minimum(count, 1))
+
+
 def quantize(delta: Floats, bits: int, group: int) -> tuple[Codes, Bytes]:
-    """(k,) -> codes (k,) uint8 below 2^bits, and scales (ceil(k / group),) BF16 as raw bytes.
+    """(k,) -> codes (k,) uint8 below 2^bits, and scales (groups,) BF16 as raw bytes.
 
     A code is q + 2^(bits-1); of 1 bit, 1 for values of 0 or more.
     """
-    groups = -(-delta.size // group)
-    size = np.zeros(groups * group, np.float64)
-    np.abs(delta, out=size[: delta.size], dtype=np.float64, casting="same_kind")
-    by_group = size.reshape(groups, group)
-    scales = _scales(by_group.max(axis=1, initial=0.0), by_group.sum(axis=1), delta.size, bits, group)
+    begins = group * np.arange(groups_in(delta.size, group))
+    size = np.abs(delta.astype(np.float64))
+    largest, total = np.maximum.reduceat(size, begins), np.add.reduceat(size, begins)
+    scales = _scales(largest, total, delta.size, bits, group)
     if bits == 1:
         return (delta >= 0).astype(np.uint8), scales.view(np.uint8)
-    wide = np.repeat(scales.astype(np.float64), group)[: delta.size]
+    wide = spread(scales.astype(np.float64), group, delta.size)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(wide > 0, delta / wide, 0.0)
     limit = _largest(bits)
@@ -49,7 +61,7 @@ def encode_values(delta: Floats, bits: int, group: int) -> tuple[Bytes, Bytes]:
     if delta.dtype != np.float32:
         codes, scales = quantize(delta, bits, group)
         return pack_bits(codes, bits), scales
-    largest, total = np.empty((2, -(-delta.size // group)))
+    largest, total = np.empty((2, int(groups_in(delta.size, group))))
     cpu.group_sizes(delta, group, largest, total)
     found = _scales(largest, total, delta.size, bits, group)
     packed = np.zeros(-(-delta.size * bits // 8), np.uint8)
@@ -58,7 +70,7 @@ def encode_values(delta: Floats, bits: int, group: int) -> tuple[Bytes, Bytes]:
 
 
 def decode_values(packed: Bytes, scales: Floats, bits: int, group: int, out: Floats) -> None:
-    """Packed codes and (ceil(k / group),) float32 scales -> `out`, (k,): `unpack_bits` and `dequantize`."""
+    """Packed codes and (groups,) float32 scales -> `out`, (k,): `unpack_bits` and `dequantize`."""
     if out.dtype == np.float32:
         cpu.unpack_values(packed, scales, bits, group, out)
     else:
@@ -66,13 +78,19 @@ def decode_values(packed: Bytes, scales: Floats, bits: int, group: int, out: Flo
 
 
 def dequantize(codes: Codes, scales: Floats, bits: int, group: int, out: Floats) -> None:
-    """Codes (k,) and scales (ceil(k / group),) float32 -> `out`, (k,) float32 or float64; exact."""
+    """Codes (k,) and scales (groups,) float32 -> `out`, (k,) float32 or float64; exact."""
     if bits == 1:
         np.multiply(codes, 2.0, out=out, casting="same_kind")
         out -= 1
     else:
         np.subtract(codes, float(1 << (bits - 1)), out=out, casting="same_kind")
-    out *= np.repeat(scales, group)[: out.size]
+    out *= spread(scales, group, out.size)
+
+
+def spread(scales: Floats, group: int, count: int) -> Floats:
+    """(groups,) -> (count,): each element's scale."""
+    found: Floats = scales[np.minimum(np.arange(count) // group, scales.size - 1)]
+    return found
 
 
 def pack_bits(codes: Codes, bits: int) -> Bytes:
@@ -110,7 +128,7 @@ def _scales(largest: Doubles, total: Doubles, count: int, bits: int, group: int)
         return _round_up(largest / _largest(bits))
     members = np.full(total.size, group, np.int64)
     if members.size:
-        members[-1] = count - (members.size - 1) * group
+        members[-1] = count - (members.size - 1) * group  # the rest as well
     mean = total / members * (TERNARY if bits == 2 else 1.0)
     scales: npt.NDArray[np.generic] = np.minimum(mean, float(LARGEST)).astype(BFLOAT16)
     return scales

@@ -24,7 +24,8 @@ from darekit.checkpoints import Checkpoint, InputFile, TensorInfo, open_checkpoi
 from darekit.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, PlanError
-from darekit.packs.format import PackedTensor, PackFile, is_pack, read_pack, stored_digest
+from darekit.packs.format import PackedTensor, PackFile, is_pack, read_pack, stored_digest, value_sizes
+from darekit.packs.frames import decompress_values
 from darekit.packs.leaves import Indices, Mask, decode, factor_of, number_for, restore, take
 from darekit.packs.lossless import decompress
 
@@ -246,7 +247,7 @@ class Pack:
         info = self.base.tensors[tensor.name] if self.base is not None else None
         if tensor.kind == "same":
             return self.explain(tensor.name) if info and _source_digest(info, tensor) != tensor.result else None
-        digests = [_part_digest(source, tensor.name, role) for role in ("rows", "leaves")]
+        digests = [_part_digest(source, tensor.name, role) for role in ("rows", "leaves", "sizes")]
         decoder = Decoder(source, tensor)
         results = []
         for leaf in range(tensor.leaves):
@@ -278,9 +279,11 @@ class Pack:
         indices = decoder.indices(leaf)
         stored, scales = self._source.read_leaf(tensor, leaf)
         base: Floats = np.zeros(indices.size, decoder.number)
+        kept = None
         if tensor.encoding == "exact":
-            raw = self._base_leaf(decoder, leaf)
-            kernels.widen(take(raw, DTYPES[tensor.dtype], indices), DTYPES[tensor.dtype], base)
+            kept = take(self._base_leaf(decoder, leaf), DTYPES[tensor.dtype], indices)
+            kernels.widen(kept, DTYPES[tensor.dtype], base)
+        stored = decoder.bare(stored, indices.size, kept)
         delta = decode(tensor, decoder.values, stored, scales, indices.size, base)
         delta *= base.dtype.type(decoder.factor)
         return indices.astype(np.int64) + leaf * LEAF, delta
@@ -372,6 +375,9 @@ class Decoder:
             self.restore(leaf, np.zeros(self.size(leaf), np.uint8), (stored, scales))
             return
         count = self.indices(leaf).size
+        stored = self.bare(stored, count, None)
+        if self.tensor.encoding == "exact" and self.tensor.codec != "none":
+            return  # differences from elements that are not at hand
         if self.tensor.encoding == "exact":
             values: Floats = np.empty(count, self.number)
             kernels.widen(stored, self.values, values)
@@ -379,6 +385,13 @@ class Decoder:
                 raise DataError(f"tensor {self.tensor.name}: a stored value is NaN or Inf")
         else:
             decode(self.tensor, self.values, stored, scales, count, np.zeros(count, self.number))
+
+    def bare(self, stored: Bytes, count: int, base: Bytes | None) -> Bytes:
+        """What is stored of a leaf's `count` values, without its frame; `base`: its elements at their places."""
+        if self.tensor.codec == "none":
+            return stored
+        nbytes = value_sizes(self.tensor, count, self.values.itemsize)
+        return decompress_values(self.tensor, self.values, stored, nbytes, base)
 
     def restore(self, leaf: int, raw: Bytes, found: tuple[Bytes, Bytes] | None = None) -> None:
         """One leaf of the base, raw, in place -> the result."""
@@ -398,6 +411,9 @@ class Decoder:
         indices = None if self.mask.whole else self.indices(leaf)
         if keep and indices is not None and indices.size:
             keep(indices, take(raw, DTYPES[self.tensor.dtype], indices))
+        if self.tensor.codec != "none":
+            kept = raw if indices is None else take(raw, DTYPES[self.tensor.dtype], indices)
+            stored = self.bare(stored, kept.size // DTYPES[self.tensor.dtype].itemsize, kept)
         restore(self.tensor, self.values, self.factor, indices, stored, scales, raw)
 
 
