@@ -16,6 +16,7 @@ SPARSIFY = {
     "none": None,
     "dare": ("dare", {"drop_rate": 0.7}),
     "dare_l1": ("dare", {"drop_rate": 0.7, "rescale": "l1"}),
+    "dare_q": ("dare", {"drop_rate": 0.7, "q": 0.45}),
     "drop_only": ("drop_only", {"drop_rate": 0.9}),
     "magnitude": ("magnitude", {"drop_rate": 0.8}),
     "magnitude_rescaled": ("magnitude", {"drop_rate": 0.8, "rescale": "paper"}),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
@@ -389,7 +390,7 @@ def test_names_at_the_wrong_level(refuse):
     refuse(
         f"{sparse}, desnity: 1}}",
         "is not known",
-        "llowed here: drop_rate, rescale, method, on",
+        "llowed here: drop_rate, rescale, q, tau, method, on",
     )
     refuse("models: [{model: a, parameters: {rescale: l1}}]\nmerge_method: ties\nbase_model: b", "one for all models")
     refuse(
@@ -552,7 +553,8 @@ def values(parameter: Parameter) -> st.SearchStrategy[Value]:
             return st.sampled_from(of)
         case Switch():
             return st.booleans()
-    entry = st.builds(Filtered, st.text("abc.*?[]", min_size=1).filter(lambda text: text != "*"), numbers(parameter))
+    names = st.text("abc.*?[]=", min_size=1).filter(lambda text: text not in ("*", "="))
+    entry = st.builds(Filtered, names, numbers(parameter))
     return numbers(parameter) | st.lists(entry, min_size=1, max_size=3).map(tuple)
 
 
@@ -576,6 +578,9 @@ def recipes(draw) -> Recipe:
             draw(st.integers(0, 2**64 - 1)),
             tuple(draw(st.lists(st.sampled_from(["norms", "heads", "*.q", "a.b"]), max_size=3))),
         )
+        if sparsify.parameters.get("rescale") in ("l1", "none"):  # two ways to rescale are refused
+            sparsify = replace(sparsify, parameters={n: v for n, v in sparsify.parameters.items() if n != "q"})
+            own.pop("q", None)
     shared = dict(MERGE_METHODS[method].parameters)
     if method == "linear" and sparsify is not None and sparsify.on == "delta":
         del shared["normalize"]  # false would make it a sum of whole models, which is refused

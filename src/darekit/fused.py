@@ -16,7 +16,7 @@ from darekit.dtypes import Bytes
 from darekit.kernels import cpu
 from darekit.masks import DROP_ALL, stream_of, threshold_of
 from darekit.methods.merging import total_weight
-from darekit.methods.sparsifiers import paper_factor
+from darekit.methods.sparsifiers import survivor_factor
 from darekit.steps import StageSpec, Step
 
 TILES = 4  # raw bytes of so many tiles of all inputs still fit a third-level cache
@@ -61,12 +61,17 @@ def fuse(step: Step) -> FusedStep | None:
     weights = np.array(step.weights, np.float64)
     normalize = bool(step.parameters.get("normalize"))
     rates = [chain[0].parameters["drop_rate"] if chain else 0.0 for chain in step.chains]
-    rescaled = [bool(chain) and chain[0].parameters.get("rescale") == "paper" for chain in step.chains]
+    factors = [
+        survivor_factor(rate, chain[0].parameters.get("rescale", "none"), chain[0].parameters.get("q", 0.0))
+        if chain
+        else np.float32(1)
+        for rate, chain in zip(rates, step.chains, strict=True)
+    ]
     return FusedStep(
         stream=np.uint64(stream_of(step.name)),
         seeds=np.array([chain[0].seed if chain else 0 for chain in step.chains], np.uint64),
         thresholds=np.array([threshold_of(rate) for rate in rates], np.uint32),
-        factors=np.array([paper_factor(r) if on else 1 for r, on in zip(rates, rescaled, strict=True)], np.float32),
+        factors=np.array(factors, np.float32),
         weights=weights.astype(np.float32),
         election=step.method == "ties",
         normalize=normalize,

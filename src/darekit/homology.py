@@ -293,7 +293,7 @@ class Norms:
     delta: float
     base: float
     drop_rate: float  # 0: not dropped
-    random: bool  # random drop with rescale: rho means something
+    noise: float  # of one element, as a multiple of it; 0: not a random drop that is rescaled, rho says nothing
 
     @property
     def r(self) -> float:
@@ -305,19 +305,18 @@ class Norms:
     @property
     def rho(self) -> float:
         """Predicted relative perturbation of the output."""
-        p = self.drop_rate
-        return self.r * math.sqrt(p / (1 - p)) if p < 1 else 0.0
+        return self.r * self.noise if self.noise else 0.0
 
 
 def sample_norms(
-    tensors: Iterable[AlignedTensor], model: int, rate_of: Callable[[AlignedTensor], tuple[float, bool]]
+    tensors: Iterable[AlignedTensor], model: int, rate_of: Callable[[AlignedTensor], tuple[float, float]]
 ) -> list[Norms]:
     """Read a few evenly spread chunks of each float tensor of one model and its base.
 
     Args:
         tensors: the alignment's tensors.
         model: the model's index in the recipe.
-        rate_of: tensor -> (drop rate, random drop with rescale).
+        rate_of: tensor -> (drop rate, noise of one element where it is a random drop that is rescaled).
     """
     norms = []
     for tensor in tensors:
@@ -333,8 +332,8 @@ def sample_norms(
                 usable = np.isfinite(change)
                 delta += float(np.sum(np.square(change[usable], dtype=np.float64)))
                 square += float(np.sum(np.square(before[usable], dtype=np.float64)))
-        rate, random = rate_of(tensor)
-        norms.append(Norms(tensor.name, common, delta, square, rate, random))
+        rate, noise = rate_of(tensor)
+        norms.append(Norms(tensor.name, common, delta, square, rate, noise))
     return norms
 
 
@@ -426,7 +425,7 @@ def judge(ref: str, base_ref: str, norms: Sequence[Norms]) -> Judgement:
     """
     scope = [n for n in norms if n.drop_rate > 0] or list(norms)
     r = weighted_median((n.r, n.parameters) for n in scope)
-    random = [n for n in scope if n.random]
+    random = [n for n in scope if n.noise]
     rho = weighted_median((n.rho, n.parameters) for n in random) if random else 0.0
     stop = warning = None
     if r > R_STOP:

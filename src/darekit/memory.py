@@ -37,10 +37,16 @@ def sparsifier(
 
 
 def dare(
-    drop_rate: float, *, seed: int = 0, rescale: str = "paper", keep_dense: Sequence[str] = (), on: str = "delta"
+    drop_rate: float,
+    *,
+    seed: int = 0,
+    rescale: str = "paper",
+    q: float = 0.0,
+    keep_dense: Sequence[str] = (),
+    on: str = "delta",
 ) -> Sparsify:
-    """DARE: random drop, survivors times 1/(1-p). See `darekit.methods.sparsifiers.dare`."""
-    return sparsifier("dare", drop_rate, seed=seed, keep_dense=keep_dense, on=on, rescale=rescale)
+    """DARE: random drop, survivors times 1/(1-p), or 1/q where q > 0. See `darekit.methods.sparsifiers.dare`."""
+    return sparsifier("dare", drop_rate, seed=seed, keep_dense=keep_dense, on=on, rescale=rescale, q=q)
 
 
 def drop_only(drop_rate: float, *, seed: int = 0, keep_dense: Sequence[str] = (), on: str = "delta") -> Sparsify:

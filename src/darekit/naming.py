@@ -11,6 +11,9 @@ from fnmatch import fnmatchcase
 
 GROUPS: tuple[str, ...] = ("embeddings", "norms", "biases", "heads")
 
+# Each of their outputs is one delta times one input: no sum in which the noise of dropping could average out.
+ONE_TERM: tuple[str, ...] = ("embeddings", "norms", "biases")
+
 _EMBEDDINGS = ("*embed*", "*wte*", "*wpe*")
 HEAD_PATTERNS = ("lm_head*", "*classifier*", "score*", "*cls*")
 

@@ -30,10 +30,11 @@ from darekit.errors import PlanError, RecipeError
 from darekit.homology import AlignedTensor, Alignment, Heads, align, label
 from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, Sparsifier
-from darekit.methods.sparsifiers import dropped_to_density
+from darekit.methods.sparsifiers import dropped_to_density, noise_gain
 from darekit.naming import group_of, is_kept_dense
 from darekit.packs.reading import open_model, packed_seed
-from darekit.recipe import Recipe, resolve
+from darekit.recipe import Recipe, is_exact, resolve
+from darekit.recommendation.rates import MOST, settle
 from darekit.stages import TRIM, TRIM_MODEL, build, tile_of
 from darekit.steps import Input, StageSpec, Step
 
@@ -71,6 +72,7 @@ class Plan:
     seeds: tuple[int | None, ...]
     summaries: tuple[ModelSummary, ...]
     notes: tuple[str, ...]
+    rates: tuple[Mapping[str, float], ...] = ()  # per model: what `drop_rate: auto` came to, by tensor
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -115,8 +117,8 @@ class Plan:
 
         return INTERPRETER_BYTES + threads * max((cost(step) for step in self.steps), default=0)
 
-    def rate_of(self, model: int, tensor: AlignedTensor) -> tuple[float, bool]:
-        """Drop rate of one tensor of one model, and whether it is a random drop whose survivors are rescaled."""
+    def rate_of(self, model: int, tensor: AlignedTensor) -> tuple[float, float]:
+        """Drop rate of one tensor of one model, and the noise of one element of it: see `drop_rate_of`."""
         return drop_rate_of(self.recipe, model, tensor)
 
 
@@ -147,6 +149,7 @@ def make_plan(
         PlanError: a parameter is impossible for a tensor.
     """
     alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models))
+    recipe, rates = settle(recipe, alignment.tensors)
     digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
     seeds = _seeds(recipe, digests[1:] if base else digests)
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
@@ -157,10 +160,10 @@ def make_plan(
     shards = lay_out(wanted, shard_size)
     places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
     steps = [step for t in alignment.tensors for step in _steps(recipe, seeds, t, *places[t.name])]
-    notes = [*recipe.notes, *alignment.notes, *_notes(recipe, alignment, models, seeds)]
+    notes = [*recipe.notes, *alignment.notes, *_notes(recipe, alignment, models, seeds), *_rate_notes(models, rates)]
     return Plan(
         recipe, base, tuple(models), alignment, tuple(steps), shards, digests, seeds,
-        _summaries(recipe, models, alignment, seeds), tuple(notes),
+        _summaries(recipe, models, alignment, seeds), tuple(notes), rates,
     )  # fmt: skip
 
 
@@ -190,15 +193,16 @@ def _seeds(recipe: Recipe, digests: Sequence[bytes]) -> tuple[int | None, ...]:
     return tuple(d if e is None else cast(int, e) for d, e in zip(derived, explicit, strict=True))
 
 
-def drop_rate_of(recipe: Recipe, model: int, tensor: AlignedTensor) -> tuple[float, bool]:
-    """Recipe, model, tensor -> (drop rate, whether survivors keep the expectation)."""
+def drop_rate_of(recipe: Recipe, model: int, tensor: AlignedTensor) -> tuple[float, float]:
+    """Recipe, model, tensor -> (drop rate, noise of one element where it is a random drop that is rescaled, else 0)."""
     sparsify = recipe.sparsify
     if sparsify is None or tensor.head or is_kept_dense(tensor.name, tensor.shape, sparsify.keep_dense):
-        return 0.0, False
+        return 0.0, 0.0
     entry = SPARSIFIERS[sparsify.method]
     values = _resolved(recipe, model, tensor.name, entry)
-    unbiased = entry.unbiased and values.get("rescale") != "none" and sparsify.on == "delta"
-    return float(values["drop_rate"]), unbiased
+    rate, q = float(values["drop_rate"]), float(values.get("q", 0.0))
+    rescaled = entry.unbiased and (values.get("rescale") != "none" or q > 0) and sparsify.on == "delta"
+    return rate, noise_gain(rate, q) if rescaled else 0.0
 
 
 def _resolved(recipe: Recipe, model: int, name: str, entry: Sparsifier) -> dict[str, Any]:
@@ -418,9 +422,18 @@ def _notes(
         )
 
 
+def _rate_notes(models: Sequence[Checkpoint], rates: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    for checkpoint, found in zip(models, rates, strict=True):
+        if found:
+            yield (
+                f"{label(checkpoint.ref)}: drop_rate auto, by a sample of each tensor, is {min(found.values()):g} to "
+                f"{max(found.values()):g} in {len(found)} tensors (at most {MOST})"
+            )
+
+
 def _idle(recipe: Recipe, names: Sequence[str], alignment: Alignment) -> Iterator[str]:
     """Filters and patterns that match no tensor: most are misspelt."""
-    sparsify = recipe.sparsify
+    sparsify, known = recipe.sparsify, {*names}
     scopes = [
         recipe.parameters,
         *(entry.parameters for entry in recipe.models),
@@ -429,7 +442,11 @@ def _idle(recipe: Recipe, names: Sequence[str], alignment: Alignment) -> Iterato
     for parameters in scopes:
         for parameter, value in parameters.items():
             for entry in value if isinstance(value, tuple) else ():
-                if not any(resolve(((entry,),), name) is not None for name in names):
+                if is_exact(entry.filter):
+                    used = entry.filter[1:] in known
+                else:
+                    used = any(resolve(((entry,),), name) is not None for name in names)
+                if not used:
                     yield f"{parameter}: the filter {entry.filter!r} matches no tensor"
     for pattern in sparsify.keep_dense if sparsify else ():
         if not any(is_kept_dense(tensor.name, tensor.shape, [pattern]) for tensor in alignment.tensors):

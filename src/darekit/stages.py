@@ -24,6 +24,7 @@ from darekit.methods.sparsifiers import (
     l1_factor,
     largest,
     paper_factor,
+    survivor_factor,
 )
 from darekit.steps import StageSpec, Step
 
@@ -87,9 +88,7 @@ def build(spec: StageSpec, step: Step) -> Stage:
     stage: Stage
     match spec.method:
         case "dare" | "drop_only":
-            stage = RandomDrop(
-                spec.seed, stream_of(step.name), rate, paper_factor(rate) if rescale == "paper" else None
-            )
+            stage = RandomDrop(spec.seed, stream_of(step.name), rate, survivor_factor(rate, rescale, p.get("q", 0.0)))
         case "della":
             stage = RankedDrop(spec, step, rescale == "paper")
         case "magnitude":
@@ -108,10 +107,10 @@ def build(spec: StageSpec, step: Step) -> Stage:
 class RandomDrop(Stage):
     """`dare` and `drop_only`: needs nothing but the element's index."""
 
-    def __init__(self, seed: int, stream: int, drop_rate: float, factor: np.float32 | None) -> None:
+    def __init__(self, seed: int, stream: int, drop_rate: float, factor: np.float32) -> None:
         self.seed, self.stream = np.uint64(seed), np.uint64(stream)
         self.threshold = threshold_of(drop_rate)
-        self.factor = np.float32(1) if factor is None else factor
+        self.factor = factor
 
     def take(self, raw: Bytes, dtype: DType, base: Tile, delta: Tile, start: int) -> tuple[int, int] | None:
         if dtype.name != "BF16" or self.threshold == DROP_ALL:

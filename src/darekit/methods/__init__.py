@@ -96,6 +96,11 @@ MERGE_METHODS: dict[str, MergeMethod] = {
 MERGE_ALIASES: dict[str, str] = {"average": "linear"}
 
 WEIGHT = Parameter("weight", Number("the model's factor in the merge"), 1.0)
+TAU = Parameter(
+    "tau",
+    Number("with drop_rate: auto: the relative perturbation of a layer's output that it may cause", 0.001, 1),
+    None,
+)
 SEED = Parameter("seed", Number("effective seed of the model's mask, used as it is", 0, 2**64 - 1), None)
 
 __all__ = [
@@ -103,6 +108,7 @@ __all__ = [
     "MERGE_METHODS",
     "SEED",
     "SPARSIFIERS",
+    "TAU",
     "WEIGHT",
     "Choice",
     "MergeMethod",

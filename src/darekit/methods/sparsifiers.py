@@ -8,6 +8,7 @@ A tensor's rows are its last axis; a 1-D tensor is one row. Elements count in C 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import numpy as np
@@ -28,6 +29,13 @@ Rescale = Annotated[
     ),
 ]
 
+Divisor = Annotated[
+    float,
+    Number(
+        "what survivors are divided by instead of 1-p (DAREx); 0: as `rescale` says; also `rescale: {q: 0.15}`", 0, 1
+    ),
+]
+
 L1_LANES = 16
 L1_TINY = 1e-7
 
@@ -35,6 +43,21 @@ L1_TINY = 1e-7
 def paper_factor(drop_rate: float) -> np.float32:
     """The paper's 1/(1-p) in float32; 1 at p = 1, where nothing is left to scale."""
     return np.float32(1.0) if drop_rate == 1.0 else np.float32(1.0 / (1.0 - drop_rate))
+
+
+def survivor_factor(drop_rate: float, rescale: str, q: float = 0.0) -> np.float32:
+    """What survivors are multiplied by, in float32: 1/q where there is a q, 1/(1-p) for `paper`, else 1."""
+    if q > 0 and drop_rate < 1.0:
+        return np.float32(1.0 / q)
+    return paper_factor(drop_rate) if rescale == "paper" else np.float32(1.0)
+
+
+def noise_gain(drop_rate: float, q: float = 0.0) -> float:
+    """Standard deviation of one surviving-or-dropped element, as a multiple of it: sqrt(p (1-p)) / q, where q = 1-p
+    unless it is given: sqrt(p / (1-p)); 0 at p = 1, where all that is left is the base."""
+    if drop_rate == 1.0:
+        return 0.0
+    return math.sqrt(drop_rate * (1.0 - drop_rate)) / (q or 1.0 - drop_rate)
 
 
 def l1_norm(values: Delta) -> float:
@@ -71,12 +94,16 @@ def _rescaled(delta: Delta, mask: npt.NDArray[np.bool_], drop_rate: float, resca
     return sparse * delta.dtype.type(factor)
 
 
-def dare(delta: Delta, draws: Draws, *, drop_rate: DropRate, rescale: Rescale = "paper") -> Delta:
+def dare(delta: Delta, draws: Draws, *, drop_rate: DropRate, rescale: Rescale = "paper", q: Divisor = 0.0) -> Delta:
     """Drop at random, rescale the survivors by 1/(1-p), so that every element keeps its expectation.
 
-    Source: DARE (arXiv 2311.03099), section 3.2: d~ = (1 - m) * d, m ~ Bernoulli(p); d^ = d~ / (1 - p).
+    Source: DARE (arXiv 2311.03099), section 3.2: d~ = (1 - m) * d, m ~ Bernoulli(p); d^ = d~ / (1 - p). With q
+    DAREx (arXiv 2410.09344): d^ = d~ / q.
     """
-    return _rescaled(delta, draws >= np.uint64(threshold_of(drop_rate)), drop_rate, rescale)
+    mask = draws >= np.uint64(threshold_of(drop_rate))
+    if q == 0:
+        return _rescaled(delta, mask, drop_rate, rescale)
+    return _rescaled(delta, mask, drop_rate, "none") * delta.dtype.type(survivor_factor(drop_rate, rescale, q))
 
 
 def drop_only(delta: Delta, draws: Draws, *, drop_rate: DropRate) -> Delta:

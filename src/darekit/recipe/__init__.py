@@ -7,8 +7,19 @@ Names and ranges of parameters come from the table of methods, never from here.
 
 from __future__ import annotations
 
-from darekit.recipe.data import Filtered, ModelEntry, Recipe, Sparsify, Value, resolve
+from darekit.recipe.data import AUTO, Filtered, Filters, ModelEntry, Recipe, Sparsify, Value, is_exact, resolve
 from darekit.recipe.reading import read_recipe
 from darekit.recipe.words import TOP_KEYS
 
-__all__ = ["TOP_KEYS", "Filtered", "ModelEntry", "Recipe", "Sparsify", "Value", "read_recipe", "resolve"]
+__all__ = [
+    "AUTO",
+    "TOP_KEYS",
+    "Filtered",
+    "Filters",
+    "ModelEntry",
+    "Recipe",
+    "Sparsify",
+    "Value",
+    "read_recipe",
+    "resolve",
+]

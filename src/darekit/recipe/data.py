@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal
 
 from darekit.dtypes import DTYPES
@@ -18,6 +19,36 @@ class Filtered:
     filter: str
     value: Any
 
+
+class Filters(tuple[Filtered, ...]):
+    """A list of filters in order, with an index of the exact names: a recipe may give every tensor its own value."""
+
+    @cached_property
+    def exact(self) -> dict[str, int]:
+        """Name -> place of the first filter that is that very name."""
+        places: dict[str, int] = {}
+        for place, entry in enumerate(self):
+            if is_exact(entry.filter):
+                places.setdefault(entry.filter[1:], place)
+        return places
+
+    @cached_property
+    def others(self) -> tuple[int, ...]:
+        """Places of the filters that are patterns."""
+        return tuple(place for place, entry in enumerate(self) if not is_exact(entry.filter))
+
+    def find(self, tensor: str) -> Filtered | None:
+        """The first filter that matches a tensor's name."""
+        end = self.exact.get(tensor, len(self))
+        for place in self.others:
+            if place > end:
+                break
+            if _matches(self[place].filter, tensor):
+                return self[place]
+        return self[end] if end < len(self) else None
+
+
+AUTO = "auto"  # the drop rate that follows from the size of each tensor's delta
 
 Value = float | int | bool | str | tuple[Filtered, ...]
 
@@ -97,17 +128,24 @@ def resolve(values: Sequence[Value | None], tensor: str) -> Any:
     """
     for value in values:
         if isinstance(value, tuple):
-            for entry in value:
-                if _matches(entry.filter, tensor):
-                    return entry.value
+            found = (value if isinstance(value, Filters) else Filters(value)).find(tensor)
+            if found is not None:
+                return found.value
         elif value is not None:
             return value
     return None
 
 
 def _matches(pattern: str, tensor: str) -> bool:
-    """A glob over the whole name if there is a glob character in it, else a substring."""
+    """The whole name after `=`; a glob over the whole name if there is a glob character in it; else a substring."""
+    if is_exact(pattern):
+        return pattern[1:] == tensor
     return pattern == "*" or (fnmatchcase(tensor, pattern) if is_glob(pattern) else pattern in tensor)
+
+
+def is_exact(pattern: str) -> bool:
+    """Whether a pattern is one tensor's whole name, written `=name`."""
+    return pattern.startswith("=")
 
 
 def is_glob(pattern: str) -> bool:

@@ -13,11 +13,11 @@ from typing import Any, NoReturn, cast
 
 from darekit.dtypes import DTYPES, FLOAT_DTYPES, dtype_from_torch_name
 from darekit.methods import MERGE_METHODS, SEED, SPARSIFIERS, Choice, Number, Parameter, Switch
-from darekit.naming import GROUPS
+from darekit.naming import GROUPS, ONE_TERM
 from darekit.recipe import mergekit
-from darekit.recipe.data import Filtered, ModelEntry, Recipe, Sparsify, Value, is_glob
+from darekit.recipe.data import AUTO, Filtered, Filters, ModelEntry, Recipe, Sparsify, Value, is_glob
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, override, shown, suggest
-from darekit.recipe.words import SPARSIFY_KEYS, Words, check_names, raw_models, refuse_later
+from darekit.recipe.words import AUTOMATIC, SPARSIFY_KEYS, Words, check_names, raw_models, refuse_later
 
 
 def read_recipe(
@@ -31,6 +31,7 @@ def read_recipe(
     document = open_data(source) if isinstance(source, Mapping) else open_file(Path(source))
     document = override(document, settings or {}, seed)
     refuse_later(document)
+    document = _spell_out(document)
     words = check_names(document)
     models = _read_models(document, words)
     shared = _read_parameters(document, ("parameters",), words.shared)
@@ -50,6 +51,14 @@ def read_recipe(
     else:
         entries = [(k, ModelEntry(name, own)) for k, name, own in models]
         sparsify, method, seeded = _read_sparsify(document, words), words.method, "seed" in document.data["sparsify"]
+        if "keep_dense" not in document.data["sparsify"] and any(
+            _is_auto(scope.get("drop_rate")) for scope in (sparsify.parameters, *(own for _, _, own in models))
+        ):
+            sparsify = replace(sparsify, keep_dense=ONE_TERM)
+            notes.append(
+                f"drop_rate: auto keeps {', '.join(ONE_TERM)} dense, whose outputs average nothing out; write "
+                "keep_dense: [] to drop them too"
+            )
     recipe = Recipe(
         base_model=base,
         models=tuple(entry for _, entry in entries),
@@ -64,6 +73,40 @@ def read_recipe(
     )
     _check_whole(document, recipe, [k for k, _ in entries])
     return replace(recipe, notes=(*notes, *_notes(recipe, seeded)))
+
+
+def _spell_out(document: Document) -> Document:
+    """`rescale: {q: 0.15}`, as DAREx is written, -> `q: 0.15`."""
+    data, places = dict(document.data), dict(document.places)
+
+    def spell(block: Any, path: Key) -> Any:
+        raw = block.get("rescale") if isinstance(block, dict) else None
+        if not isinstance(raw, dict):
+            return block
+        here = (*path, "rescale")
+        if list(raw) != ["q"] or raw["q"] is None:
+            fail(document, here, f" must be paper, l1, none or {{q: number}}, found {shown(raw)}")
+        if raw["q"] == 0:
+            fail(document, (*here, "q"), " must be above 0: survivors are divided by it")
+        if "q" in block:
+            fail(document, (*path, "q"), " is given twice: also in rescale; keep one")
+        places[*path, "q"] = places.get((*here, "q"), places.get(here, "in"))
+        return {
+            key if key != "rescale" else "q": raw["q"] if key == "rescale" else value for key, value in block.items()
+        }
+
+    if "sparsify" in data:
+        data["sparsify"] = spell(data["sparsify"], ("sparsify",))
+        models = data["models"] if isinstance(data.get("models"), list) else []
+        data["models"] = [
+            entry | {"parameters": spell(entry["parameters"], ("models", k, "parameters"))}
+            if isinstance(entry, dict) and "parameters" in entry
+            else entry
+            for k, entry in enumerate(models)
+        ] or data.get("models")
+        if data["models"] is None:
+            del data["models"]
+    return replace(document, data=data, places=places)
 
 
 # --- values ---
@@ -110,8 +153,10 @@ def _check_range(document: Document, path: Key, parameter: Parameter, value: Any
         fail(document, path, problem.removeprefix(parameter.name))
 
 
-def _read_number(document: Document, path: Key, parameter: Parameter, raw: Any) -> float:
+def _read_number(document: Document, path: Key, parameter: Parameter, raw: Any) -> float | str:
     if isinstance(raw, str):
+        if raw == AUTO and parameter.name == "drop_rate":
+            return AUTO
         raw = _number_of_text(document, path, raw)
     _check_range(document, path, parameter, raw)
     try:
@@ -151,12 +196,16 @@ def _read_filters(document: Document, path: Key, parameter: Parameter, raw: Any)
         if isinstance(entry["value"], list):
             _refuse_gradient(document, here)
         pattern = entry.get("filter", "*")
-        if not isinstance(pattern, str) or not pattern:
-            fail(document, (*here, "filter"), f"expected part of a tensor's name, a glob or '*', found {pattern!r}")
+        if not isinstance(pattern, str) or not pattern.removeprefix("="):
+            fail(
+                document,
+                (*here, "filter"),
+                f"expected part of a tensor's name, a glob or '*', found {pattern!r}",
+            )
         if found and found[-1].filter == "*":
             fail(document, here, " is never reached: the entry before it matches every tensor; put that one last")
         found.append(Filtered(pattern, _read_number(document, here, parameter, entry["value"])))
-    return tuple(found)
+    return Filters(found)
 
 
 def _refuse_gradient(document: Document, path: Key) -> NoReturn:
@@ -339,8 +388,37 @@ def _check_whole(document: Document, recipe: Recipe, places: Sequence[int]) -> N
                     f"{entry.model} has no {parameter.name}; write it under `sparsify:` for all models or under this "
                     "model's `parameters:`",
                 )
+    _check_auto(document, sparsify, [(k, entry.parameters) for k, entry in zip(places, recipe.models, strict=True)])
     for place, entry in zip(places, recipe.models, strict=True):
         _check_density(document, ("models", place, "parameters", "density"), entry.parameters)
+
+
+def _check_auto(document: Document, sparsify: Sparsify, models: Sequence[tuple[int, Mapping[str, Value]]]) -> None:
+    """`auto`, `tau` and `q` go only where they mean something."""
+    scopes: list[tuple[Key, Mapping[str, Value]]] = [(("sparsify",), sparsify.parameters)]
+    scopes += [(("models", k, "parameters"), own) for k, own in models]
+    automatic = [path for path, own in scopes if _is_auto(own.get("drop_rate"))]
+    if automatic and (sparsify.method not in AUTOMATIC or sparsify.on == "weights"):
+        what = sparsify.method if sparsify.on == "delta" else "on: weights"
+        fail(
+            document,
+            (*automatic[0], "drop_rate"),
+            f"auto goes with {' and '.join(AUTOMATIC)} on deltas, whose perturbation can be predicted, not with "
+            f"{what}: write a number",
+        )
+    for path, own in scopes:
+        if "tau" in own and not automatic:
+            fail(document, (*path, "tau"), " goes with drop_rate: auto, which is nowhere in this recipe; remove it")
+        if "q" in own and sparsify.parameters.get("rescale") in ("l1", "none"):
+            fail(
+                document,
+                (*path, "q"),
+                f" and rescale: {sparsify.parameters['rescale']} are two ways to rescale; keep one",
+            )
+
+
+def _is_auto(value: Value | None) -> bool:
+    return value == AUTO or (isinstance(value, tuple) and any(entry.value == AUTO for entry in value))
 
 
 def _check_density(document: Document, path: Key, own: Mapping[str, Value]) -> None:

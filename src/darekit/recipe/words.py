@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from darekit.errors import RecipeError
-from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SEED, SPARSIFIERS, WEIGHT, Number, Parameter
+from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SEED, SPARSIFIERS, TAU, WEIGHT, Number, Parameter
 from darekit.recipe import mergekit
 from darekit.recipe.documents import Document, Key, fail, shown, suggest
 
@@ -32,6 +32,7 @@ TOP_KEYS: tuple[str, ...] = (
     "base_model", "models", "sparsify", "merge_method", "parameters", "dtype", "out_dtype", "vocab", "tokenizer_source",
     "heads",
 )  # fmt: skip
+AUTOMATIC = ("dare",)  # sparsifiers whose perturbation is predicted, so that they take drop_rate: auto
 _MODEL_KEYS = ("model", "parameters")
 SPARSIFY_KEYS = ("method", "on", "seed", "keep_dense")
 _FILTER_KEYS = ("filter", "value")
@@ -122,7 +123,9 @@ def _words_of(document: Document) -> Words:
             f"{product.merge}",
         )
     sparsifier = _read_sparsifier(document, block)
-    sparse, merge = SPARSIFIERS[sparsifier].parameters, MERGE_METHODS[method].parameters
+    sparse, merge = dict(SPARSIFIERS[sparsifier].parameters), MERGE_METHODS[method].parameters
+    if sparsifier in AUTOMATIC:
+        sparse["tau"] = TAU
     numbers = {n: p for n, p in (sparse | merge).items() if isinstance(p.kind, Number) and p.kind.per_model}
     model = {"weight": WEIGHT, **numbers, "seed": SEED}
     if sparsifier == "breadcrumbs":
