@@ -120,7 +120,7 @@ def drop(
         seed: the mask's effective seed, used as it is.
         vocab: what to do with vocabularies that differ: strict, base or pad.
         heads: `base` or `model`: whose heads the output has, as they are; None: they are sparsified like the rest.
-        parameters: further parameters of the sparsifier (window, gamma).
+        parameters: further parameters of the sparsifier (window, gamma, q).
         **options: fields of `Options`.
     """
     recipe = drop_recipe(

@@ -31,7 +31,7 @@ from darekit.homology import AlignedTensor, Alignment, Heads, align, label
 from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, Sparsifier
 from darekit.methods.sparsifiers import dropped_to_density, noise_gain
-from darekit.naming import group_of, is_kept_dense
+from darekit.naming import ONE_TERM, group_of, is_kept_dense
 from darekit.packs.reading import open_model, packed_seed
 from darekit.recipe import Recipe, is_exact, resolve
 from darekit.recommendation.rates import MOST, settle
@@ -72,7 +72,7 @@ class Plan:
     seeds: tuple[int | None, ...]
     summaries: tuple[ModelSummary, ...]
     notes: tuple[str, ...]
-    rates: tuple[Mapping[str, float], ...] = ()  # per model: what `drop_rate: auto` came to, by tensor
+    rates: tuple[Mapping[str, float], ...]  # per model: what `drop_rate: auto` came to, by tensor
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -448,7 +448,7 @@ def _idle(recipe: Recipe, names: Sequence[str], alignment: Alignment) -> Iterato
                     used = any(resolve(((entry,),), name) is not None for name in names)
                 if not used:
                     yield f"{parameter}: the filter {entry.filter!r} matches no tensor"
-    for pattern in sparsify.keep_dense if sparsify else ():
+    for pattern in sparsify.keep_dense if sparsify and sparsify.keep_dense != ONE_TERM else ():
         if not any(is_kept_dense(tensor.name, tensor.shape, [pattern]) for tensor in alignment.tensors):
             yield f"keep_dense: {pattern!r} matches no tensor"
 

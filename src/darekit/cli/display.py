@@ -114,8 +114,9 @@ def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str],
                 "drop_rate": summary.drop_rate,
                 "kept": summary.kept,
                 "effective_seed": summary.seed,
+                **({"drop_rates": dict(rates)} if rates else {}),
             }
-            for summary in plan.summaries
+            for summary, rates in zip(plan.summaries, plan.rates, strict=True)
         ],
         "keep_dense": dense_tensors(plan),
         "checks": [judgement.to_data() for judgement in judgements],
@@ -155,11 +156,23 @@ def show_plan(
             f"{check.r:.4f}" if check else "", f"{check.rho:.3f}" if check else "",
         )  # fmt: skip
     _print_table(table)
+    _show_rates(plan)
     for pattern, names in data["keep_dense"].items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         print(f"keep_dense {pattern}: {_plural(len(names), 'tensor')}{': ' + shown if names else ' (matches nothing)'}")
     for note in notes:
         print(f"note: {note}")
+
+
+def _show_rates(plan: Plan) -> None:
+    """What `drop_rate: auto` came to, a row for each tensor."""
+    automatic = [(s.ref, rates) for s, rates in zip(plan.summaries, plan.rates, strict=True) if rates]
+    if not automatic:
+        return
+    table = Table("drop_rate: auto", *(ref for ref, _ in automatic), box=None, pad_edge=False)
+    for name in dict.fromkeys(name for _, rates in automatic for name in rates):
+        table.add_row(name, *(f"{rates[name]:g}" if name in rates else "" for _, rates in automatic))
+    _print_table(table)
 
 
 def show_inspection(found: Inspection, *, as_json: bool) -> None:

@@ -66,6 +66,9 @@ def drop(
     drop_rate: Annotated[float, typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped.")],
     method: Annotated[str, typer.Option(help="How to choose what is dropped: see `dare methods`.")] = "dare",
     rescale: Annotated[RescaleName | None, typer.Option(help="What survivors are multiplied by.")] = None,
+    rescale_q: Annotated[
+        float | None, typer.Option(min=0, max=1, help="dare: divide survivors by this instead of 1 - p (DAREx's q).")
+    ] = None,
     on: Annotated[Scope, typer.Option(help="Drop from the delta, or from the weights themselves.")] = Scope.DELTA,
     keep_dense: Annotated[
         list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
@@ -88,12 +91,15 @@ def drop(
 ) -> None:
     """Drop most of one model's delta: base + sparsified (model - base), written to OUT."""
     check_drop_rate(drop_rate)
+    if rescale_q == 0:
+        raise typer.BadParameter("0 divides survivors by nothing; leave it out for 1 - p", param_hint="--rescale-q")
     limit = bytes_of(shard_size)
     _check_method(method)
     with errors_told(resumes=True):
         from darekit.api import drop_recipe
 
-        extra = {name: value for name, value in (("window", window), ("gamma", gamma)) if value is not None}
+        given = (("window", window), ("gamma", gamma), ("q", rescale_q))
+        extra = {name: value for name, value in given if value is not None}
         found = drop_recipe(
             base, model, drop_rate=drop_rate, method=method, rescale=rescale.value if rescale else None,
             on=on.value, keep_dense=keep_dense or (), seed=seed, vocab=vocab.value,

@@ -20,6 +20,7 @@ __all__ = [
     "Recipe",
     "Sparsify",
     "Value",
+    "is_exact",
     "read_recipe",
     "resolve",
 ]

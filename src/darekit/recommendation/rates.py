@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop rates from the size of each tensor's delta: within a tolerance tau, or within a budget of kept elements.
 
-Dropping at random with rescale replaces an element d by d / (1-p) with probability 1-p and by 0 otherwise: the mean stays,
-the variance is p/(1-p) d^2. So the output of a linear layer moves by
+Dropping at random with rescale replaces an element d by d / (1-p) with probability 1-p and by 0 otherwise: the mean
+stays, the variance is p/(1-p) d^2. So the output of a linear layer moves by
 
     E ||noise||^2 = p/(1-p) sum_ij dW_ij^2 ||X_j||^2
 
@@ -45,7 +45,7 @@ def rounded_down(rate: float) -> float:
     0.9785
     """
     scale = 10**_DIGITS
-    return math.floor(rate * scale + 1e-9) / scale
+    return float(math.floor(rate * scale + 1e-9) / scale)
 
 
 def spend(sizes: Sequence[int], costs: Sequence[float], kept: float) -> list[float]:
