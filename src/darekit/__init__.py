@@ -19,6 +19,7 @@ _LAZY = {
     "drop": "api",
     "plan": "api",
     "inspect": "inspection",
+    "sweep": "sweeps.running",
     "pack": "packs.packing",
     "unpack": "packs.unpacking",
     "open_pack": "packs.reading",
@@ -57,6 +58,7 @@ __all__ = [
     "plan",
     "read_recipe",
     "sparsifier",
+    "sweep",
     "task_arithmetic",
     "ties",
     "unpack",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from darekit.packs.switching import Switcher
     from darekit.packs.unpacking import unpack
     from darekit.recipe import read_recipe
+    from darekit.sweeps.running import sweep
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dare inspect`."""
+"""`dare inspect` and `sweep`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from darekit.cli.options import Json, Threads, errors_told
+from darekit.cli.options import DryRun, Json, Threads, errors_told
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the fastest there is.")]
+Dtype = Annotated[str | None, typer.Option(help="What the model computes in; default: float32 on a CPU.")]
 
 
 def inspect(
@@ -24,3 +28,42 @@ def inspect(
         with display.progress_bar("inspecting", quiet=as_json) as progress:
             found = inspect_models(base, model, threads=threads, progress=progress)
         display.show_inspection(found, as_json=as_json)
+
+
+def sweep(
+    source: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="Sweep file (YAML).")],
+    out: Annotated[Path | None, typer.Argument(help="Directory for results; default: SWEEP.yaml's name.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes; each holds one model in memory.")] = 1,
+    threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the scores.")] = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Judge every combination of a recipe's settings; finished cells are kept, and the same command goes on."""
+    place = out or source.with_suffix("")
+    try:
+        with errors_told():
+            from darekit.cli import display, display_analysis
+            from darekit.sweeps.grid import cells_of
+            from darekit.sweeps.reading import read_sweep
+
+            found = read_sweep(source)
+            if dry_run:
+                display_analysis.show_cells(*cells_of(found), as_json=as_json)
+                return
+            from darekit.sweeps.running import sweep as run_sweep
+
+            with display.progress_bar("sweeping", quiet=as_json, unit="evaluations") as progress:
+                result = run_sweep(
+                    found, place, jobs=jobs, threads=threads, device=device, dtype=dtype, plots=plots,
+                    progress=progress, say=None if as_json else display.say_note,
+                )  # fmt: skip
+            display_analysis.show_sweep(result, as_json=as_json)
+    except typer.Exit as stop:
+        if stop.exit_code == 130:
+            typer.echo(f"dare: finished cells are in {place}; the same command goes on from there", err=True)
+        raise
+    if len(result.failed) == len(result.finished):
+        raise typer.Exit(1)

@@ -53,8 +53,9 @@ def count_of(count: float) -> str:
 
 
 @contextmanager
-def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error with bytes, rate and time left; nothing where that is no terminal."""
+def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on standard error with bytes and rate (or a count of `unit`) and time left; nothing where that is no
+    terminal."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield None
@@ -62,14 +63,20 @@ def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], No
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
+    if unit is not None:
+        counts = (MofNCompleteColumn(), TextColumn(unit))
+    with Progress(
+        TextColumn(label), BarColumn(), *counts, TimeRemainingColumn(), console=console, transient=True
+    ) as progress:
         task = progress.add_task(label, total=None)
 
         def advance(done: int, total: int) -> None:
@@ -155,7 +162,7 @@ def show_plan(
             summary.ref, count_of(summary.parameters), f"{summary.drop_rate:.4g}", count_of(summary.kept),
             f"{check.r:.4f}" if check else "", f"{check.rho:.3f}" if check else "",
         )  # fmt: skip
-    _print_table(table)
+    print_table(table)
     _show_rates(plan)
     for pattern, names in data["keep_dense"].items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -172,7 +179,7 @@ def _show_rates(plan: Plan) -> None:
     table = Table("drop_rate: auto", *(ref for ref, _ in automatic), box=None, pad_edge=False)
     for name in dict.fromkeys(name for _, rates in automatic for name in rates):
         table.add_row(name, *(f"{rates[name]:g}" if name in rates else "" for _, rates in automatic))
-    _print_table(table)
+    print_table(table)
 
 
 def show_inspection(found: Inspection, *, as_json: bool) -> None:
@@ -186,11 +193,12 @@ def show_inspection(found: Inspection, *, as_json: bool) -> None:
     )  # fmt: skip
     for report in (*found.tensors, found.total):
         table.add_row(*_cells(report))
-    _print_table(table)
+    print_table(table)
     print(f"\n{found.verdict}: {found.words}")
 
 
-def _print_table(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """A table on standard output."""
     # As wide as its cells: on 80 columns rich would cut the names of tensors to `mod...`.
     Console(soft_wrap=True, width=10_000).print(table)
 

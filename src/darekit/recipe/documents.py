@@ -57,16 +57,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def open_file(path: Path) -> Document:
-    """A YAML file -> its document."""
+def open_file(path: Path, kind: str = "recipe") -> Document:
+    """A YAML file -> its document; `kind` is what errors call it."""
     name = str(path)
     if "\n" in name:
         raise RecipeError(
-            "a recipe is the path of a YAML file or a mapping, found text of several lines; for YAML text pass "
+            f"a {kind} is the path of a YAML file or a mapping, found text of several lines; for YAML text pass "
             "yaml.safe_load(text)"
         )
     if path.is_dir():
-        raise RecipeError(f"{name} is a directory; a recipe is a YAML file: name the file in it")
+        raise RecipeError(f"{name} is a directory; a {kind} is a YAML file: name the file in it")
     try:
         with path.open("rb") as file:
             raw = file.read(_LARGEST_FILE + 1)
@@ -75,13 +75,13 @@ def open_file(path: Path) -> Document:
     except OSError as error:
         raise RecipeError(f"{name} cannot be read: {error.strerror}") from None
     if len(raw) > _LARGEST_FILE:
-        raise RecipeError(f"{name} is larger than 1 MiB; a recipe is a small YAML file: is this a checkpoint?")
+        raise RecipeError(f"{name} is larger than 1 MiB; a {kind} is a small YAML file: is this a checkpoint?")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise RecipeError(f"{name} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save it as UTF-8") from None
-    data, places = _parse(text, name)
+    data, places = _parse(text, name, kind)
     return _normalize(Document(name, data, places, text))
 
 
@@ -93,12 +93,12 @@ def _similar_files(path: Path) -> str:
     return did_you_mean(path.name, names)
 
 
-def open_data(source: Mapping[str, Any]) -> Document:
+def open_data(source: Mapping[str, Any], kind: str = "recipe") -> Document:
     """Data in memory -> its document; None stands for "not given"."""
     plain = _plain(source, 0)
     # Programs pass None for "not given"; in a file an empty key is a slip.
     data = {key: value for key, value in plain.items() if value is not None}
-    return _normalize(Document("recipe", data, {}, _dump(data)))
+    return _normalize(Document(kind, data, {}, _dump(data)))
 
 
 def _dump(data: Mapping[str, Any]) -> str:
@@ -127,12 +127,15 @@ def _plain(value: Any, depth: int) -> Any:
     )
 
 
-def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Key, str]]:
+_LEAST = {"recipe": "`models:` and `merge_method:`", "sweep": "`recipe:`, `axes:` and `test:`"}
+
+
+def _parse(text: str, name: str, kind: str) -> tuple[dict[str, Any], dict[Key, str]]:
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
-            raise RecipeError(f"{name} is empty; a recipe needs at least `models:` and `merge_method:`")
+            raise RecipeError(f"{name} is empty; a {kind} needs at least {_LEAST[kind]}")
         if not isinstance(node, yaml.MappingNode):
             raise RecipeError(
                 f"{name} line {node.start_mark.line + 1}: expected a mapping (`key: value` lines) at the top, found a "
@@ -245,7 +248,10 @@ def _model_mapping(entry: Any) -> Any:
 
 
 def override(document: Document, settings: Mapping[str, Any], seed: int | None) -> Document:
-    """A document with values replaced by dotted path, and the seed where the form keeps it."""
+    """A document with values replaced by dotted path, and the seed where the form keeps it.
+
+    None takes a key away.
+    """
     changes: dict[tuple[str, ...], tuple[str, Any]] = {
         tuple(dotted.split(".")): (dotted, value) for dotted, value in settings.items()
     }
@@ -283,11 +289,16 @@ def _set(data: dict[str, Any], path: tuple[str, ...], dotted: str, value: Any) -
             if not key.isdecimal() or int(key) >= len(here):
                 _fail_setting(dotted, f"{around} has the entries 0 to {len(here) - 1}, found {key!r}")
             if last:
-                here[int(key)] = value
+                here[int(key) : int(key) + 1] = [] if value is None else [value]
+                return
             here = here[int(key)]
         elif isinstance(here, dict):
-            if last:
+            if last and value is not None:
                 here[key] = value
+            elif last:
+                if here.pop(key, None) is None:
+                    _fail_setting(dotted, f"{around} has no {key!r} to take away{suggest(key, list(here), 'it has')}")
+                return
             elif key not in here and key != "parameters":
                 known = ["parameters", *(name for name in here if name != "parameters")]
                 _fail_setting(dotted, f"{around} has no {key!r}{suggest(key, known, 'it has')}")

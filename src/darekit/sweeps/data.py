@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep itself: inert data that knows no file handle and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from darekit.recipe import Recipe
+
+SPLITS = ("validation", "test")
+DROP_RATE = "sparsify.drop_rate"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on an axis: what it is called, the settings that it stands for (None takes a key away), and which
+    judges are asked there (None: all)."""
+
+    label: Any
+    settings: Mapping[str, Any]
+    judges: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing that is varied. `setting`: the dotted key whose values its points are; None: its points have names."""
+
+    name: str
+    points: tuple[Point, ...]
+    setting: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the plot shows where; None: chosen by what the axes are."""
+
+    x: str | None = None
+    lines: str | None = None
+    score: str | None = None
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says. `recipe`: a file, or a recipe's data; `judges`: split -> name -> what judges."""
+
+    name: str
+    recipe: Path | Mapping[str, Any]
+    axes: tuple[Axis, ...]
+    seeds: tuple[int, ...]
+    judges: Mapping[str, Mapping[str, Any]]
+    choose: str | None
+    layout: Layout
+    search: tuple[Path, ...]
+    text: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination: where it stands on each axis that concerns it, and the recipe that this makes.
+
+    Attributes:
+        kind: grid; or what was added for comparison: undropped, single, base.
+        at: axis -> label.
+        seed: of the masks; None where nothing is drawn.
+        recipe: what is evaluated.
+        judges: names of the judges that are asked.
+    """
+
+    kind: str
+    at: Mapping[str, Any]
+    seed: int | None
+    recipe: Recipe
+    judges: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """For people: `method=DARE sparsify.drop_rate=0.9 seed=1`."""
+        if self.kind in ("single", "base"):
+            return f"{self.kind} {self.recipe.models[0].model}"
+        parts = [f"{name}={label}" for name, label in self.at.items()]
+        parts += [] if self.seed is None else [f"seed={self.seed}"]
+        return " ".join(parts) or self.kind

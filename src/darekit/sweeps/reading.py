@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strict reading of a sweep file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, shown, suggest
+from darekit.sweeps.data import DROP_RATE, SPLITS, Axis, Layout, Point, Sweep
+
+KEYS = ("recipe", "axes", "seeds", "validation", "test", "choose", "plot")
+_LAYOUT = ("x", "lines", "score", "title")
+_JUDGES = "judges"
+
+
+def read_sweep(source: str | Path | Mapping[str, Any]) -> Sweep:
+    """A YAML file, or the same as data -> sweep. Relative names in a file are looked up in the working directory, then
+    beside the file.
+
+    Raises:
+        RecipeError: the text is no sweep: the message names file, line and key, and what to write instead.
+    """
+    if isinstance(source, Mapping):
+        document, name = open_data(source, "sweep"), "sweep"
+        search: tuple[Path, ...] = ()
+    else:
+        path = Path(source)
+        document, name, search = open_file(path, "sweep"), path.stem, (path.resolve().parent,)
+    data = document.data
+    for key in data:
+        if key not in KEYS:
+            _explain(document, key)
+    for key in ("recipe", "axes"):
+        if key not in data:
+            fail(document, (), f"no {key}; a sweep needs recipe, axes, and judges under validation or test")
+    judges = {split: _read_judges(document, split) for split in SPLITS if split in data}
+    if not judges:
+        fail(document, (), "nobody judges; add `test: {NAME: {data: FILE}}`, and `validation:` if settings are chosen")
+    notes: list[str] = []
+    axes = _read_axes(document, tuple(dict.fromkeys(n for named in judges.values() for n in named)), notes)
+    choose = data.get("choose")
+    if choose is not None and not isinstance(choose, str):
+        fail(document, ("choose",), f"expected the name of a score, found {shown(choose)}")
+    return Sweep(
+        name, _read_recipe_place(document, search), axes, _read_seeds(document), judges, choose,
+        _read_layout(document, axes), search, document.text, tuple(notes),
+    )  # fmt: skip
+
+
+def found_in(name: str, search: tuple[Path, ...]) -> str:
+    """A relative name as it is in the working directory, else beside the sweep's file where it is there."""
+    if not Path(name).is_absolute() and not Path(name).exists():
+        for folder in search:
+            if (folder / name).exists():
+                return str(folder / name)
+    return name
+
+
+def _explain(document: Document, key: str) -> None:
+    if key in ("seed", "mask_seeds"):
+        fail(document, (key,), f" is not known; write seeds: {shown(document.data[key])}")
+    if key in ("models", "base_model", "merge_method", "sparsify", "parameters"):
+        fail(document, (key,), " belongs to the recipe; write it under `recipe:`")
+    if key in (_JUDGES, "judge", "tasks", "data"):
+        fail(
+            document, (key,), " is not known; judges stand under `validation:` and `test:`, as test: {NAME: {data: F}}"
+        )
+    if "." in key:
+        fail(document, (key,), " is a setting of the recipe; write it under `axes:`")
+    fail(document, (key,), f" is not known{suggest(key, KEYS)}")
+
+
+def _read_recipe_place(document: Document, search: tuple[Path, ...]) -> Path | Mapping[str, Any]:
+    raw = document.data["recipe"]
+    if isinstance(raw, str) and raw:
+        return Path(found_in(raw, search))
+    if isinstance(raw, dict) and raw:
+        return cast(dict[str, Any], raw)
+    fail(document, ("recipe",), f"expected a recipe or a recipe's file, found {shown(raw)}")
+
+
+def _read_axes(document: Document, judges: tuple[str, ...], notes: list[str]) -> tuple[Axis, ...]:
+    raw = document.data["axes"]
+    if not isinstance(raw, dict) or not raw:
+        fail(
+            document, ("axes",),
+            f"expected settings and their values, such as {{{DROP_RATE}: [0, 0.5, 0.9]}}, found {shown(raw)}",
+        )  # fmt: skip
+    axes = []
+    for name, value in raw.items():
+        path = ("axes", name)
+        if name in ("seed", "seeds", "sparsify.seed"):
+            fail(document, path, f" is no axis: means are taken over it; write at the top: seeds: {shown(value)}")
+        if isinstance(value, dict) and value:
+            if name in _JUDGES or name == "kind":
+                fail(document, path, " is no name for an axis; use another word")
+            points = tuple(_read_point(document, (*path, label), label, one, judges) for label, one in value.items())
+            axes.append(Axis(name, points))
+        elif isinstance(value, list) and value:
+            axes.append(_read_values(document, path, name, value, notes))
+        else:
+            fail(
+                document, path,
+                "expected a list of values, or names with their settings, such as {DARE: {sparsify.method: dare}}, "
+                f"found {shown(value)}",
+            )  # fmt: skip
+    return tuple(axes)
+
+
+def _read_values(document: Document, path: Key, name: str, values: list[Any], notes: list[str]) -> Axis:
+    if any(value is None for value in values):
+        fail(document, path, "holds an empty value; name that point: {none: {KEY: null}, ...}")
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            fail(document, (*path, i), f"{shown(value)} is given twice; keep one")
+    if name == DROP_RATE and 0 not in values:
+        values = [0, *values]
+        notes.append("drop rate 0 was added: without it no drop rate has anything to be compared with")
+    return Axis(name, tuple(Point(_label(value), {name: value}) for value in values), name)
+
+
+def _label(value: Any) -> Any:
+    return value if isinstance(value, int | float | str) else shown(value)
+
+
+def _read_point(document: Document, path: Key, label: str, raw: Any, judges: tuple[str, ...]) -> Point:
+    if raw is None:
+        return Point(label, {})
+    if not isinstance(raw, dict):
+        fail(document, path, f"expected settings, such as {{sparsify.method: dare}}, found {shown(raw)}")
+    asked = raw.get(_JUDGES)
+    if asked is not None:
+        for one in asked if isinstance(asked, list) else [asked]:
+            if one not in judges:
+                fail(document, (*path, _JUDGES), f" names {shown(one)}{suggest(str(one), judges, 'known')}")
+        asked = tuple(asked) if isinstance(asked, list) else (asked,)
+    return Point(label, {key: value for key, value in raw.items() if key != _JUDGES}, asked)
+
+
+def _read_seeds(document: Document) -> tuple[int, ...]:
+    raw = document.data.get("seeds", [])
+    for one in raw if isinstance(raw, list) else [raw]:
+        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < 1 << 64:
+            fail(
+                document,
+                ("seeds",),
+                f"expected whole numbers from 0 to 2^64 - 1, such as [1, 2, 3], found {shown(one)}",
+            )
+    seeds = tuple(raw) if isinstance(raw, list) else (raw,)
+    if len(set(seeds)) != len(seeds):
+        fail(document, ("seeds",), f"{shown(raw)} has a seed twice; keep one")
+    return seeds
+
+
+def _read_judges(document: Document, split: str) -> Mapping[str, Any]:
+    raw = document.data[split]
+    shape = "expected names and what judges, such as {reverse: {data: reverse.jsonl}}"
+    if not isinstance(raw, dict) or not raw:
+        fail(document, (split,), f"{shape}, found {shown(raw)}")
+    for name, spec in raw.items():
+        if name in ("data", "tasks", "command", "python") and not isinstance(spec, dict):
+            fail(document, (split,), f"{shape}: give this judge a name, {split}: {{NAME: {{{name}: {shown(spec)}}}}}")
+        if not isinstance(spec, dict) or not spec:
+            fail(document, (split, name), f"expected what judges, such as {{data: FILE}}, found {shown(spec)}")
+        if name in ("mean", *SPLITS):
+            fail(document, (split, name), " is the name of something else; use another one")
+    return cast(dict[str, Any], raw)
+
+
+def _read_layout(document: Document, axes: tuple[Axis, ...]) -> Layout:
+    raw = document.data.get("plot", {})
+    if not isinstance(raw, dict):
+        fail(document, ("plot",), f"expected {{x: AXIS, lines: AXIS}}, found {shown(raw)}")
+    names = [axis.name for axis in axes]
+    for key, value in raw.items():
+        if key not in _LAYOUT:
+            fail(document, ("plot", key), f" is not known{suggest(key, _LAYOUT)}")
+        if not isinstance(value, str):
+            fail(document, ("plot", key), f"expected a word, found {shown(value)}")
+        if key in ("x", "lines") and value not in names:
+            fail(document, ("plot", key), f"{value!r} is no axis{did_you_mean(value, names)}; axes: {', '.join(names)}")
+    return Layout(**raw)

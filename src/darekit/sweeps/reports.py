@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of a sweep (for the terminal and as Markdown), its summary as JSON, its plots on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from darekit.sweeps.data import SPLITS, Sweep
+from darekit.sweeps.store import CELLS
+from darekit.sweeps.summaries import Row, Summary, figure_of, roles_of, shown, shown_label, summarise, title_of
+
+if TYPE_CHECKING:
+    from darekit.sweeps.running import SweepResult
+
+TABLES, SUMMARY = "tables.md", "summary.json"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text; the first columns (as many as `words`) hold words, the others numbers."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int
+
+
+def tables_of(sweep: Sweep, summary: Summary) -> tuple[Table, ...]:
+    """What validation chose; the chosen score over the x axis, for each split; every setting with every score."""
+    return tuple(table for table in (_chosen(sweep, summary), *_crossed(sweep, summary), _all(sweep, summary)) if table)
+
+
+def short_tables(sweep: Sweep, summary: Summary) -> tuple[Table, ...]:
+    """Those that a terminal shows: the choice, and the test split (else validation)."""
+    crossed = list(_crossed(sweep, summary))
+    return tuple(table for table in (_chosen(sweep, summary), *(crossed[-1:] or [_all(sweep, summary)])) if table)
+
+
+def _splits(sweep: Sweep) -> list[str]:
+    return [split for split in SPLITS if split in sweep.judges]
+
+
+def _score(row: Row, split: str, score: str) -> str:
+    found = row.scores.get(split, {}).get(score)
+    return shown(found) if found else "failed" if row.failed else ""
+
+
+def _chosen(sweep: Sweep, summary: Summary) -> Table | None:
+    if summary.chosen is None:
+        return None
+    splits = _splits(sweep)
+    rows = [row for row in summary.by_name if row is not summary.chosen]
+    lines = [("chosen", summary.chosen), *(("best of its kind", row) for row in rows)]
+    lines += [("best single model", summary.single)] if summary.single else []
+    lines += [("nothing fine-tuned", row) for row in summary.rows if row.kind == "base"][:1]
+    return Table(
+        f"Chosen by {summary.score} on validation",
+        ("", "setting", *(f"{summary.score}, {split}" for split in splits)),
+        tuple((what, row.title, *(_score(row, split, summary.score) for split in splits)) for what, row in lines),
+        2,
+    )
+
+
+def _crossed(sweep: Sweep, summary: Summary) -> Iterator[Table]:
+    x, _ = roles_of(sweep)
+    if x is None:
+        return
+    rest = [axis for axis in sweep.axes if axis is not x]
+    for split in _splits(sweep):
+        groups: dict[tuple[str, ...], dict[Any, Row]] = {}
+        lone: list[tuple[tuple[str, ...], Row]] = []
+        for row in summary.rows:
+            if row.kind not in ("grid", "undropped"):
+                lone.append(((row.title, *[""] * (len(rest) - 1)), row))
+                continue
+            place = tuple(shown_label(row.at[axis.name]) if axis.name in row.at else "" for axis in rest)
+            if x.name in row.at:
+                groups.setdefault(place, {})[row.at[x.name]] = row
+            else:
+                lone.append((place, row))
+        labels = [point.label for point in x.points]
+        rows = [
+            (*(place or ("",)), *(_score(found[one], split, summary.score) if one in found else "" for one in labels))
+            for place, found in groups.items()
+        ]
+        # What the x axis does not concern stands in the first column.
+        rows += [
+            (*(place or (row.title,)), _score(row, split, summary.score), *[""] * (len(labels) - 1))
+            for place, row in lone
+        ]
+        header = (*([title_of(axis.name) for axis in rest] or [""]),
+                  *(f"{title_of(x.name)} {shown_label(one)}" if i == 0 else shown_label(one)
+                    for i, one in enumerate(labels)))  # fmt: skip
+        yield Table(f"{summary.score} on {split}", header, tuple(rows), max(1, len(rest)))
+
+
+def _all(sweep: Sweep, summary: Summary) -> Table:
+    splits = _splits(sweep)
+    header = ("setting", "runs", *(f"{score}, {split}" for score in summary.scores for split in splits))
+    rows = []
+    for row in summary.rows:
+        runs = max((one.runs for found in row.scores.values() for one in found.values()), default=0)
+        count = f"{runs}" if not row.failed else f"{runs}, {row.failed} failed"
+        rows.append((row.title, count, *(_score(row, s, score) for score in summary.scores for s in splits)))
+    return Table("Every setting", header, tuple(rows), 1)
+
+
+def words_of(result: SweepResult, summary: Summary) -> tuple[str, ...]:
+    """What must be said with the tables."""
+    lines = []
+    seeds = len(result.sweep.seeds)
+    if seeds > 1:
+        lines.append(f"± is the standard deviation over {seeds} mask seeds; without it nothing was drawn.")
+    if summary.chosen is None and "validation" not in result.sweep.judges:
+        lines.append("No setting is chosen: there are no judges under `validation:`. The best cell of a test split is "
+                     "no fair estimate of its setting.")  # fmt: skip
+    elif "test" not in result.sweep.judges:
+        lines.append("Chosen on validation, and that value is too good: report a setting by `test:` judges of its own.")
+    lines += [f"{note}." for note in result.notes]
+    failed = result.failed
+    if failed:
+        lines.append(f"{len(failed)} of {len(result.finished)} cells failed; the first: {failed[0].cell.title}: "
+                     f"{failed[0].outcome.error}")  # fmt: skip
+    warned = {line for row in summary.rows for line in row.warnings}
+    if warned:
+        lines.append(f"{len(warned)} warnings, beside their cells in {CELLS}; the first: {min(warned)}")
+    return tuple(lines)
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown."""
+    rule = "|" + "---|" * table.words + "---:|" * (len(table.header) - table.words)
+    lines = [f"| {' | '.join(row)} |" for row in (table.header, *table.rows)]
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def data_of(result: SweepResult, summary: Summary) -> dict[str, Any]:
+    """The summary in JSON-able form."""
+
+    def row_data(row: Row) -> dict[str, Any]:
+        scores = {split: {name: asdict(one) for name, one in found.items()} for split, found in row.scores.items()}
+        return {"kind": row.kind, "at": dict(row.at), "models": list(row.models), "judges": list(row.judges),
+                "scores": scores, "failed": row.failed, "warnings": list(row.warnings)}  # fmt: skip
+
+    return {
+        "out": str(result.out),
+        "score": summary.score,
+        "higher_is_better": summary.higher,
+        "chosen": row_data(summary.chosen) if summary.chosen else None,
+        "chosen_by_name": [row_data(row) for row in summary.by_name],
+        "best_single_model": row_data(summary.single) if summary.single else None,
+        "rows": [row_data(row) for row in summary.rows],
+        "failed": [{"cell": one.cell.title, "error": one.outcome.error} for one in result.failed],
+        "notes": list(result.notes),
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def write_reports(result: SweepResult, *, plots: bool) -> None:
+    """Write tables.md, summary.json and, with matplotlib, the plots."""
+    summary = summarise(result.sweep, result.finished)
+    parts = [f"# {result.sweep.layout.title or result.sweep.name}"]
+    for table in tables_of(result.sweep, summary):
+        parts += [f"## {table.title}", markdown(table)]
+    parts += ["\n\n".join(words_of(result, summary))]
+    _write(result.out / TABLES, "\n\n".join(parts) + "\n")
+    _write(result.out / SUMMARY, json.dumps(data_of(result, summary), indent=1) + "\n")
+    if plots and find_spec("matplotlib") is not None:
+        from darekit.plots.sweeps import draw_sweep
+
+        for split in _splits(result.sweep):
+            figure = figure_of(result.sweep, summary, split)
+            if figure is not None:
+                draw_sweep(figure, result.out / split)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a sweep: every cell's recipe goes into one live model, is judged, and is kept on disk at once."""
+
+from __future__ import annotations
+
+import gc
+import math
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from darekit import api
+from darekit.checkpoints import open_checkpoint, sample_digest
+from darekit.engine import default_threads
+from darekit.errors import DarekitError, DataError, PlanError
+from darekit.evaluation.judges import Judge, judge_of
+from darekit.live.models import LiveModel, build, memory_told
+from darekit.packs.reading import open_model
+from darekit.planning import Plan, open_plan
+from darekit.recipe import Recipe
+from darekit.running import companions_of
+from darekit.sweeps.data import SPLITS, Cell, Sweep
+from darekit.sweeps.grid import cells_of, essence
+from darekit.sweeps.reading import found_in, read_sweep
+from darekit.sweeps.store import FAILED, OK, Finished, Outcome, Store, digest_of, open_store
+
+FORMAT = 1  # of what a digest stands for
+STOP_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All cells of a sweep with their outcomes, in the order of the grid. `notes`: what was added, reused, cut off."""
+
+    sweep: Sweep
+    out: Path
+    finished: tuple[Finished, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def failed(self) -> tuple[Finished, ...]:
+        """The cells that came to nothing."""
+        return tuple(one for one in self.finished if one.outcome.status == FAILED)
+
+
+@dataclass
+class _Unit:
+    """What is evaluated once: one recipe, judged by some, for all cells that come to the same."""
+
+    digest: str
+    recipe: Recipe
+    judges: tuple[str, ...]
+    cells: list[Cell] = field(default_factory=list)
+
+
+def sweep(
+    source: str | Path | Mapping[str, Any] | Sweep,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    threads: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    plots: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> SweepResult:
+    """Evaluate every cell of a sweep without writing a checkpoint; what is finished is kept, and is not done again.
+
+    Args:
+        source: a sweep file, its data, or a `Sweep`.
+        out: directory for `cells.jsonl`, `tables.md`, `summary.json` and the plots.
+        jobs: processes; each holds one model.
+        threads: of the merging in each process.
+        device: cpu, cuda, mps; the fastest there is where not given.
+        dtype: what the model computes in.
+        plots: draw them (needs matplotlib).
+        progress: called with (evaluations done, evaluations in all), without those found on disk.
+        say: receives notes as they arise.
+
+    Raises:
+        DarekitError: the sweep cannot be run. A cell that fails is recorded, and does not stop the others.
+    """
+    from darekit.sweeps.reports import write_reports
+
+    began = time.perf_counter()
+    found = source if isinstance(source, Sweep) else read_sweep(source)
+    out, tell = Path(out), say or (lambda line: None)
+    if jobs < 1:
+        raise PlanError(f"jobs must be at least 1, found {jobs}")
+    cells, said = cells_of(found)
+    notes = list(said)
+    search = search_of(found)
+    judges_of(found)  # mistakes in them are found before anything runs; each process makes its own
+    units = _units(found, cells, search, dtype)
+    with open_store(out) as store:
+        if store.dropped:
+            notes.append(f"the last line of {store.path} was written by half and is cut off")
+        todo = [unit for unit in units if unit.digest not in store.known]
+        if len(todo) < len(units):
+            notes.append(f"{_evaluations(len(units) - len(todo))} of {len(units)} found in {store.path}")
+        for note in notes:
+            tell(note)
+        outcomes: dict[str, Outcome] = {}
+        for unit in units:
+            if unit.digest in store.known:
+                outcomes[unit.digest] = store.known[unit.digest]
+                _keep(store, unit, outcomes[unit.digest])
+        shared = max(1, default_threads() // jobs)
+        workplace = _Workplace(found, search, device, dtype, threads or shared)
+        if progress and todo:
+            progress(0, len(todo))
+        for done, (unit, outcome) in enumerate(_evaluated(workplace, todo, min(jobs, len(todo))), 1):
+            outcomes[unit.digest] = outcome
+            _keep(store, unit, outcome)
+            if outcome.error:
+                tell(f"{unit.cells[0].title} failed: {outcome.error}")
+            if progress:
+                progress(done, len(todo))
+    by_cell = {id(cell): unit.digest for unit in units for cell in unit.cells}
+    finished = tuple(Finished(cell, outcomes[by_cell[id(cell)]], by_cell[id(cell)]) for cell in cells)
+    result = SweepResult(found, out, finished, tuple(notes), time.perf_counter() - began)
+    write_reports(result, plots=plots)
+    return result
+
+
+def _evaluations(count: int) -> str:
+    return "1 evaluation" if count == 1 else f"{count} evaluations"
+
+
+def _keep(store: Store, unit: _Unit, outcome: Outcome) -> None:
+    store.add([Finished(cell, outcome, unit.digest) for cell in unit.cells])
+
+
+def search_of(sweep: Sweep) -> tuple[Path, ...]:
+    """Where a sweep's relative names are looked up after the working directory."""
+    folders = sweep.search
+    if isinstance(sweep.recipe, Path):
+        folders = (sweep.recipe.resolve().parent, *folders)
+    return tuple(dict.fromkeys(folders))
+
+
+def judges_of(sweep: Sweep) -> dict[str, dict[str, Judge]]:
+    """Split -> name -> judge.
+
+    Raises:
+        DarekitError: a judge cannot be made; the message says which.
+    """
+    made: dict[str, dict[str, Judge]] = {}
+    for split, named in sweep.judges.items():
+        for name, spec in named.items():
+            try:
+                made.setdefault(split, {})[name] = judge_of(spec, search=sweep.search)
+            except DarekitError as error:
+                raise type(error)(f"{sweep.name}: {split}.{name}: {error}") from error
+    return made
+
+
+# --- what is evaluated once ---
+
+
+def _units(sweep: Sweep, cells: Sequence[Cell], search: Sequence[Path], dtype: str | None) -> list[_Unit]:
+    inputs = _inputs([cell.recipe for cell in cells], search)
+    judges = {
+        split: {name: _identity(spec, sweep.search) for name, spec in named.items()}
+        for split, named in sweep.judges.items()
+    }
+    units: dict[str, _Unit] = {}
+    for cell in cells:
+        recipe = essence(cell.recipe)
+        names = [*(entry.model for entry in recipe.models), *([recipe.base_model] if recipe.base_model else [])]
+        asked = {split: {n: one for n, one in named.items() if n in cell.judges} for split, named in judges.items()}
+        digest = digest_of(FORMAT, recipe.to_data(), [inputs[name] for name in names], asked, dtype)
+        units.setdefault(digest, _Unit(digest, recipe, cell.judges)).cells.append(cell)
+    return [*units.values()]
+
+
+def _inputs(recipes: Sequence[Recipe], search: Sequence[Path]) -> dict[str, str]:
+    """Name of each checkpoint -> digest of a sample of its content. All are opened, so that none is missing later."""
+    found: dict[str, str] = {}
+    for recipe in recipes:
+        missing = [e.model for e in recipe.models if e.model not in found]
+        if not missing and (recipe.base_model is None or recipe.base_model in found):
+            continue
+        base = None if recipe.base_model is None else open_checkpoint(recipe.base_model, search=search)
+        try:
+            if base is not None and recipe.base_model is not None:
+                found[recipe.base_model] = sample_digest(base).hex()
+            for name in missing:
+                model = open_model(name, base, search=search)
+                try:
+                    found[name] = sample_digest(model).hex()
+                finally:
+                    model.close()
+        finally:
+            if base is not None:
+                base.close()
+    return found
+
+
+def _identity(spec: Any, search: tuple[Path, ...]) -> Any:
+    """A judge's words, with the content of every file that they name."""
+    if isinstance(spec, Mapping):
+        return {str(key): _identity(value, search) for key, value in spec.items()}
+    if isinstance(spec, list | tuple):
+        return [_identity(value, search) for value in spec]
+    if isinstance(spec, str):
+        path = Path(found_in(spec.rpartition(":")[0] if ".py:" in spec else spec, search))
+        if path.is_file():
+            return [spec, digest_of(path.read_bytes().hex())]
+    return spec
+
+
+# --- evaluating ---
+
+
+@dataclass(frozen=True)
+class _Workplace:
+    """What a process needs to evaluate anything of one sweep."""
+
+    sweep: Sweep
+    search: tuple[Path, ...]
+    device: str | None
+    dtype: str | None
+    threads: int
+
+
+class _Evaluator:
+    """One live model whose weights are replaced, and the judges. Never more than one model in memory."""
+
+    def __init__(self, workplace: _Workplace) -> None:
+        self.workplace = workplace
+        self.judges = judges_of(workplace.sweep)
+        self.live: LiveModel | None = None
+        self.kind: Any = None
+
+    def __call__(self, recipe: Recipe, names: Sequence[str]) -> Outcome:
+        """Evaluate one recipe; whatever goes wrong is in the outcome."""
+        began = time.perf_counter()
+        warnings: list[str] = []
+        scores: dict[str, dict[str, dict[str, Any]]] = {}
+        error = None
+        try:
+            with open_plan(recipe, search=self.workplace.search) as plan:
+                # A sweep is meant to pass the points where a merge refuses, and to show what happens there.
+                api.check(plan, force=True, say=warnings.append)
+                live = self._put(plan)
+            for split in SPLITS:
+                for name in names if split in self.judges else ():
+                    if name in self.judges[split]:
+                        scores.setdefault(split, {}).update(_scores(name, self.judges[split][name], live))
+        except DarekitError as failure:
+            error = str(failure)
+        except Exception as failure:  # a judge's, torch's, transformers': the other cells must not suffer
+            error = f"{type(failure).__name__}: {failure}"
+        if error is not None:
+            self.live, self.kind = None, None  # its weights may be half replaced
+            return Outcome(FAILED, scores, tuple(warnings), error, time.perf_counter() - began)
+        return Outcome(OK, scores, tuple(warnings), None, time.perf_counter() - began)
+
+    def _put(self, plan: Plan) -> LiveModel:
+        kind = _kind(plan)
+        if self.live is None or kind != self.kind:
+            self.live = None
+            gc.collect()  # the old model goes before the new one comes
+            with memory_told("building the model"):
+                self.live = build(plan, device=self.workplace.device, dtype=self.workplace.dtype)
+            self.kind = kind
+        else:
+            self.live.put(plan, threads=self.workplace.threads)
+        return self.live
+
+
+def _kind(plan: Plan) -> Any:
+    """Plans of one kind fill the same live model: equal shapes, config and tokenizer."""
+    companions = companions_of(plan)
+    shapes = tuple((place.name, place.shape, place.dtype) for shard in plan.shards for place in shard.placements)
+    return shapes, companions.config, tuple(map(str, companions.files))
+
+
+def _scores(name: str, judge: Judge, live: LiveModel) -> dict[str, dict[str, Any]]:
+    found = {}
+    for metric, score in judge(live).items():
+        if not math.isfinite(score.value):
+            raise DataError(f"{name}/{metric} is {score.value}")
+        found[f"{name}/{metric}"] = score.to_data()
+    return found
+
+
+def _evaluated(workplace: _Workplace, units: Sequence[_Unit], jobs: int) -> Iterator[tuple[_Unit, Outcome]]:
+    """Units as they end."""
+    if jobs <= 1:
+        evaluate = _Evaluator(workplace) if units else None
+        for unit in units:
+            assert evaluate is not None
+            yield unit, evaluate(unit.recipe, unit.judges)
+        return
+    waiting = list(reversed(units))
+    workers: dict[Connection, tuple[Any, _Unit]] = {}
+    with _workers(workplace) as start:
+        while waiting or workers:
+            while waiting and len(workers) < jobs:
+                process, connection = start()
+                workers[connection] = process, waiting.pop()
+                connection.send((workers[connection][1].recipe, workers[connection][1].judges))
+            for ready in wait(list(workers)):
+                assert isinstance(ready, Connection)
+                process, unit = workers.pop(ready)
+                try:
+                    outcome = ready.recv()
+                except (EOFError, ConnectionError):
+                    process.join()
+                    yield unit, Outcome(FAILED, {}, (), _died(process.exitcode))
+                    continue
+                yield unit, outcome
+                if waiting:
+                    workers[ready] = process, waiting.pop()
+                    ready.send((workers[ready][1].recipe, workers[ready][1].judges))
+
+
+def _died(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"its process was killed by {name}{' (out of memory? use fewer --jobs)' if name == 'SIGKILL' else ''}"
+    return f"its process ended with code {code}"
+
+
+@contextmanager
+def _workers(workplace: _Workplace) -> Iterator[Callable[[], tuple[Any, Connection]]]:
+    """Starts processes; all are gone on leaving."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
+    started: list[tuple[Any, Connection]] = []
+
+    def start() -> tuple[Any, Connection]:
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there, workplace), daemon=True)
+        process.start()
+        there.close()
+        started.append((process, here))
+        return process, here
+
+    try:
+        yield start
+    finally:
+        for _, connection in started:
+            connection.close()  # a worker that waits for work ends
+        for process, _ in started:
+            process.join(STOP_SECONDS if process.is_alive() else None)
+            if process.is_alive():
+                process.terminate()
+                process.join()
+
+
+def _work(connection: Connection, workplace: _Workplace) -> None:
+    """A worker's life: recipes in, outcomes out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    evaluate = None
+    while True:
+        try:
+            recipe, names = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        evaluate = evaluate or _Evaluator(workplace)
+        connection.send(evaluate(recipe, names))

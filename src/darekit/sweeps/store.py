@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is finished, on disk: one JSON line per cell, appended as cells end, found again by digest after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from darekit.errors import OutputError
+from darekit.sweeps.data import SPLITS, Cell
+
+CELLS = "cells.jsonl"
+OK, FAILED = "ok", "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one evaluation. `scores`: split -> name -> {value, stderr, higher_is_better}."""
+
+    status: str
+    scores: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    warnings: tuple[str, ...] = ()
+    error: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cell and its outcome."""
+
+    cell: Cell
+    outcome: Outcome
+    digest: str
+
+    def to_data(self) -> dict[str, Any]:
+        """One line of `cells.jsonl`."""
+        cell, outcome = self.cell, self.outcome
+        return {
+            "kind": cell.kind,
+            "at": dict(cell.at),
+            "seed": cell.seed,
+            "status": outcome.status,
+            **{split: outcome.scores[split] for split in SPLITS if split in outcome.scores},
+            "error": outcome.error,
+            "warnings": list(outcome.warnings),
+            "seconds": round(outcome.seconds, 3),
+            "judges": list(cell.judges),
+            "recipe": cell.recipe.to_data(),
+            "digest": self.digest,
+        }
+
+
+def digest_of(*parts: Any) -> str:
+    """32 hexadecimal digits of anything JSON-able."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Store:
+    """The file of finished cells, open for appending. `known`: digest -> outcome, of those that did not fail."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path, self.descriptor = path, descriptor
+        self.known: dict[str, Outcome] = {}
+        self.lines: set[str] = set()
+        self.dropped = self._read()
+
+    def _read(self) -> bool:
+        """Fill `known`; a last line without its end (a kill in the middle of it) is cut off: whether there was one."""
+        raw = self.path.read_bytes()
+        whole = raw.rfind(b"\n") + 1
+        if whole < len(raw):
+            os.ftruncate(self.descriptor, whole)
+        for number, line in enumerate(raw[:whole].splitlines(), 1):
+            try:
+                found = json.loads(line)
+                scores = {split: found[split] for split in SPLITS if split in found}
+                outcome = Outcome(
+                    found["status"], scores, tuple(found["warnings"]), found["error"], float(found["seconds"])
+                )
+                digest, name = found["digest"], self._name(found["kind"], found["at"], found["seed"], found["digest"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise OutputError(
+                    f"{self.path} line {number} is no finished cell ({error!r}): another file of this name? Give "
+                    "another OUT, or remove that line"
+                ) from None
+            if outcome.status == OK:
+                self.known[digest] = outcome
+                self.lines.add(name)
+        return whole < len(raw)
+
+    @staticmethod
+    def _name(kind: str, at: Mapping[str, Any], seed: int | None, digest: str) -> str:
+        return json.dumps([kind, dict(at), seed, digest], sort_keys=True)
+
+    def add(self, finished: Sequence[Finished]) -> None:
+        """Append cells that are not there yet; on the disk when this returns."""
+        text = b""
+        for one in finished:
+            name = self._name(one.cell.kind, one.cell.at, one.cell.seed, one.digest)
+            if name in self.lines:
+                continue
+            text += json.dumps(one.to_data(), allow_nan=False).encode() + b"\n"
+            if one.outcome.status == OK:
+                self.known[one.digest] = one.outcome
+                self.lines.add(name)
+        if text:
+            os.write(self.descriptor, text)
+            os.fsync(self.descriptor)
+
+
+@contextmanager
+def open_store(out: Path) -> Iterator[Store]:
+    """OUT/cells.jsonl, made where it is missing, for one run at a time.
+
+    Raises:
+        OutputError: it cannot be written, is something else, or another run has it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out / CELLS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    except FileExistsError:
+        raise OutputError(f"{out} is a file; OUT is a directory: give another name") from None
+    except OSError as error:
+        raise OutputError(f"cannot write {out / CELLS}: {error.strerror}; give another OUT") from None
+    try:
+        _lock(descriptor, out)
+        yield Store(out / CELLS, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs at once are the user's own affair
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"another run of this sweep is writing to {out}; wait for it, or give another OUT") from None
+    except OSError:  # a file system without locks
+        return
