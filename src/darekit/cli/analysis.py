@@ -37,7 +37,7 @@ def sweep(
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the scores.")] = True,
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="Write tables only.")] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -57,7 +57,7 @@ def sweep(
 
             with display.progress_bar("sweeping", quiet=as_json, unit="evaluations") as progress:
                 result = run_sweep(
-                    found, place, jobs=jobs, threads=threads, device=device, dtype=dtype, plots=plots,
+                    found, place, jobs=jobs, threads=threads, device=device, dtype=dtype, plots=not no_plots,
                     progress=progress, say=None if as_json else display.say_note,
                 )  # fmt: skip
             display_analysis.show_sweep(result, as_json=as_json)
