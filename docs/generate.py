@@ -29,8 +29,9 @@ Any sparsifier goes before any merge method. In a recipe a sparsifier's paramete
 method's under `parameters:`, and what is marked "per model" may also stand under one model's `parameters:`. A number
 may be a list of `{filter, value}`: the first filter that matches the tensor's name decides ([recipes](recipes.md)).
 
-The formulas are plain numpy functions: [sparsifiers.py](../src/darekit/methods/sparsifiers.py) and
-[merging.py](../src/darekit/methods/merging.py). What runs equals them bit for bit; the tests compare every pair. Here
+The formulas are plain numpy functions: [sparsifiers.py](../src/darekit/methods/sparsifiers.py),
+[merging.py](../src/darekit/methods/merging.py) and
+[informed.py](../src/darekit/methods/informed.py). What runs equals them bit for bit; the tests compare every pair. Here
 `d` is a delta, `p` the drop rate, `w_k` a model's weight."""
 
 MODEL_HEAD = "Every model may have these, whatever the methods are."
@@ -93,6 +94,8 @@ def _range(parameter: Parameter) -> str:
         return "`true`, `false`"
     if parameter.name == SEED.name:
         return "0 to 2^64 - 1"
+    if kind.low > float("-inf") and kind.high == float("inf"):
+        return f"{kind.low:g} or more"
     return "any number" if kind.low == float("-inf") else f"{kind.low:g} to {kind.high:g}"
 
 
@@ -106,9 +109,8 @@ Exit codes: 0 done; 1 refused or failed, with the reason; 2 a mistake in the com
 def cli_page() -> str:
     """The text of cli.md."""
     lines = ["# The command line", "", NOTICE, "", CLI_HEAD, ""]
-    for command in cli.app.registered_commands:
+    for name, command in _commands(cli.app):
         assert command.callback is not None
-        name = command.name or command.callback.__name__
         arguments, options = [], []
         for parameter, kind, info in _described(command.callback):
             if isinstance(info, ArgumentInfo):
@@ -124,6 +126,14 @@ def cli_page() -> str:
         lines += [f"| {_option(p, kind, info)} | {_preset(p, kind)} | {info.help} |" for p, kind, info in options]
         lines += [""]
     return "\n".join(lines)
+
+
+def _commands(app: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its full name, those of groups after the others."""
+    for command in app.registered_commands:
+        yield prefix + (command.name or command.callback.__name__.replace("_", "-")), command
+    for group in app.registered_groups:
+        yield from _commands(group.typer_instance, f"{prefix}{group.name} ")
 
 
 def _described(function: Callable[..., Any]) -> Iterator[tuple[inspect.Parameter, Any, Any]]:
@@ -153,7 +163,7 @@ def _option(parameter: inspect.Parameter, kind: Any, info: OptionInfo) -> str:
 def _preset(parameter: inspect.Parameter, kind: Any) -> str:
     if parameter.default is parameter.empty:
         return "required"
-    if parameter.default in (None, False):
+    if parameter.default is None or parameter.default is False:
         return ""
     return f"`{getattr(parameter.default, 'value', parameter.default)}`"
 

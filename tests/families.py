@@ -57,15 +57,23 @@ def load(directory):
     """All tensors of a directory, by name."""
     tensors = {}
     for path in sorted(Path(directory).glob("*.safetensors")):
-        raw = path.read_bytes()
-        size = int.from_bytes(raw[:8], "little")
-        header = json.loads(raw[8 : 8 + size])
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            assert name not in tensors
-            data = np.frombuffer(raw[8 + size + begin : 8 + size + end], KINDS[entry["dtype"]])
-            tensors[name] = data.reshape(entry["shape"])
+        found = load_file(path)
+        assert not found.keys() & tensors.keys()
+        tensors |= found
+    return tensors
+
+
+def load_file(path):
+    """All tensors of one file, by name."""
+    raw = Path(path).read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        data = np.frombuffer(raw[8 + size + begin : 8 + size + end], KINDS[entry["dtype"]])
+        tensors[name] = data.reshape(entry["shape"])
     return tensors
 
 

@@ -26,6 +26,7 @@ def merge(
     keep=1.0,
     normalize=None,
     on="delta",
+    statistics=None,
 ):
     """One tensor: arrays of one shape in any float dtype -> the merged array in base's (first model's) dtype."""
     like = models[0] if base is None else base
@@ -47,7 +48,15 @@ def merge(
     entry = MERGE_METHODS[method]
     parameters = {} if normalize is None else {"normalize": normalize}
     weights = np.ones(len(models)) if weights is None else np.array(weights, dtype=np.float64)
-    merged = entry.function(np.array(deltas), weights, **parameters)
+    if entry.statistics is None:
+        merged = entry.function(np.array(deltas), weights, **parameters)
+    elif statistics is None:
+        merged = MERGE_METHODS["linear"].function(np.array(deltas), weights)
+    else:
+        shape = (len(models), *(like.shape if entry.rows else (like.size,)))
+        known = [np.asarray(s) if entry.rows else np.asarray(s).reshape(-1) for s in statistics]
+        merged = entry.function(np.array(deltas).reshape(shape), weights, known, np.ones(len(models)), **parameters)
+        merged = merged.reshape(-1)
     out_dtype = like.dtype
     with np.errstate(all="ignore"):
         if base is None or on == "weights":

@@ -36,6 +36,24 @@ SPARSIFY |= {
     n: (n, {"drop_rate": 0.7}) for n in SPARSIFIERS if all(row is None or row[0] != n for row in SPARSIFY.values())
 }
 METHODS |= {n: ({}, {}) for n in MERGE_METHODS if n not in METHODS}
+
+
+def statistics_of(method, base):
+    """What a method must know of three models beside their weights: name -> array, one dict of each; None: nothing."""
+    rng = np.random.default_rng(99)
+    match MERGE_METHODS[method].statistics:
+        case "fisher":
+            return [{n: (rng.random(b.shape) ** 4).astype(np.float32) for n, b in base.items()} for _ in SEEDS]
+        case "gram":
+            sizes = {n: b.shape[1] for n, b in base.items() if b.ndim == 2}
+            return [
+                {n: np.cov(rng.normal(size=(size, 2 * size + 9))).reshape(size, size).astype(np.float32)
+                 for n, size in sizes.items()}
+                for _ in SEEDS
+            ]  # fmt: skip
+    return None
+
+
 SEEDS = (11, 22, 33)
 WEIGHTS = (1.0, 0.7, 0.3)
 
@@ -79,14 +97,16 @@ def test_every_combination_equals_the_formulas(sparsify, method):
             for model, array in zip(models, ms, strict=True):
                 model[f"t{shape}"] = array
         name = method.removesuffix("_sum")
+        statistics = statistics_of(name, base)
         merged = dk.merge_tensors(
             base, models, sparsify=spec_of(SPARSIFY[sparsify]), method=dk.merge_method(name, **ours),
-            weights=WEIGHTS, seeds=SEEDS, threads=2,
+            weights=WEIGHTS, seeds=SEEDS, statistics=statistics, threads=2,
         )  # fmt: skip
         for key, b in base.items():
             expected = oracle.merge(
                 key, b, [m[key] for m in models], seeds=SEEDS, sparsify=SPARSIFY[sparsify],
                 method=name, weights=WEIGHTS, **theirs,
+                statistics=[s[key] for s in statistics] if statistics and key in statistics[0] else None,
             )  # fmt: skip
             same_bits(merged[key], expected)
 

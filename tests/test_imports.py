@@ -63,7 +63,14 @@ RULES = {
     "torch only where models run, and where tensors, pickles or the demo are": lambda name, one: (
         not within(one, "torch", "transformers", "tokenizers")
         or within(
-            name, "darekit.live", "darekit.evaluation", "darekit.demo", "darekit.memory", "darekit.checkpoints.pytorch"
+            name,
+            "darekit.live",
+            "darekit.evaluation",
+            "darekit.statistics.passes",
+            "darekit.statistics.running",
+            "darekit.demo",
+            "darekit.memory",
+            "darekit.checkpoints.pytorch",
         )
     ),
     "lm-eval only in evaluation, datasets there and where rows are read": lambda name, one: (
@@ -75,7 +82,14 @@ RULES = {
         not within(one, "matplotlib") or within(name, "darekit.plots", "darekit.demo")
     ),
     "merging needs no model that runs": lambda name, one: (
-        not within(one, "darekit.live", "darekit.plots", "darekit.evaluation")
+        not within(
+            one,
+            "darekit.live",
+            "darekit.plots",
+            "darekit.evaluation",
+            "darekit.statistics.passes",
+            "darekit.statistics.running",
+        )
         or not within(
             name,
             "darekit.methods",

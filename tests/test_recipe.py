@@ -585,12 +585,13 @@ def recipes(draw) -> Recipe:
     if method == "linear" and sparsify is not None and sparsify.on == "delta":
         del shared["normalize"]  # false would make it a sum of whole models, which is refused
     own = {name: p for name, p in own.items() if isinstance(p.kind, Number) and p.kind.per_model}
-    weight = Parameter("weight", Number(""), 1.0)
+    weight = Parameter("weight", Number("", 0 if MERGE_METHODS[method].statistics else float("-inf")), 1.0)
     names = draw(st.lists(st.text("abz/09.@-é 'x:#", min_size=1), min_size=1, max_size=3))
     entries = []
     for name in names:
         seed = {"seed": draw(st.integers(0, 2**64 - 1))} if draw(st.booleans()) else {}
-        entries.append(ModelEntry(name, draw(some(own | {"weight": weight})) | seed))
+        stats = draw(st.text("ab/.", min_size=1)) if MERGE_METHODS[method].statistics else None
+        entries.append(ModelEntry(name, draw(some(own | {"weight": weight})) | seed, stats))
     return Recipe(
         base_model="the base",
         models=tuple(entries),

@@ -24,6 +24,7 @@ _LAZY = {
     "unpack": "packs.unpacking",
     "open_pack": "packs.reading",
     "Switcher": "packs.switching",
+    "make_statistics": "statistics.running",
     "merge_tensors": "memory",
     "read_recipe": "recipe",
     "dare": "memory",
@@ -34,6 +35,8 @@ _LAZY = {
     "linear": "memory",
     "task_arithmetic": "memory",
     "ties": "memory",
+    "fisher": "memory",
+    "regmean": "memory",
     "sparsifier": "memory",
     "merge_method": "memory",
     "DarekitError": "errors",
@@ -47,9 +50,11 @@ __all__ = [
     "della",
     "drop",
     "drop_only",
+    "fisher",
     "inspect",
     "linear",
     "magnitude",
+    "make_statistics",
     "merge",
     "merge_method",
     "merge_tensors",
@@ -57,6 +62,7 @@ __all__ = [
     "pack",
     "plan",
     "read_recipe",
+    "regmean",
     "sparsifier",
     "sweep",
     "task_arithmetic",
@@ -73,10 +79,12 @@ if TYPE_CHECKING:
         dare,
         della,
         drop_only,
+        fisher,
         linear,
         magnitude,
         merge_method,
         merge_tensors,
+        regmean,
         sparsifier,
         task_arithmetic,
         ties,
@@ -86,6 +94,7 @@ if TYPE_CHECKING:
     from darekit.packs.switching import Switcher
     from darekit.packs.unpacking import unpack
     from darekit.recipe import read_recipe
+    from darekit.statistics.running import make_statistics
     from darekit.sweeps.running import sweep
 
 

@@ -20,6 +20,8 @@ import numpy as np
 
 from darekit.digests import LEAF, TensorDigest, tensor_digest
 from darekit.errors import DataError
+from darekit.informed import HEAVY, matrix_memory
+from darekit.methods import MERGE_METHODS
 from darekit.stages import build, tile_of
 from darekit.steps import Step
 from darekit.tiles import BASE, OUT, TILE, ScratchPool, Sink, StepRun, Tally
@@ -82,7 +84,8 @@ def execute(
     records: dict[str, Mapping[str, Any]] = {}
     stop = threading.Event()
     broken = threading.Event()  # bad values were found: go on reading, to list them all, but write no more
-    workers = [Worker(outputs, tile, allow_nonfinite, broken) for _ in range(threads)]
+    one_at_a_time = threading.Lock()
+    workers = [Worker(outputs, tile, allow_nonfinite, broken, one_at_a_time) for _ in range(threads)]
 
     def work(worker: Worker) -> None:
         while not stop.is_set():
@@ -161,7 +164,7 @@ class Job:
 
     @staticmethod
     def _can_be_cut(step: Step, tile: int) -> bool:
-        if tile_of(step, tile) != tile or SPAN % tile:
+        if tile_of(step, tile) != tile or SPAN % tile or MERGE_METHODS[step.method].rows:
             return False
         inputs = (*step.models, *([step.base] if step.base else []))
         if any(entry.count != step.count for entry in inputs):  # one thread then digests what is cut off as well
@@ -202,8 +205,16 @@ class Job:
 class Worker:
     """One thread: runs whole jobs or spans of them, and counts what went through."""
 
-    def __init__(self, outputs: Sequence[Sink], tile: int, allow_nonfinite: bool, broken: threading.Event) -> None:
+    def __init__(
+        self,
+        outputs: Sequence[Sink],
+        tile: int,
+        allow_nonfinite: bool,
+        broken: threading.Event,
+        one_at_a_time: threading.Lock | None = None,
+    ) -> None:
         self.outputs, self.tile, self.allow_nonfinite, self.broken = outputs, tile, allow_nonfinite, broken
+        self.one_at_a_time = one_at_a_time or threading.Lock()
         self.tally = Tally()
         self.scratch = ScratchPool()
 
@@ -217,12 +228,20 @@ class Worker:
                 run.copy(begin, end, stop)
             elif len(job.spans) > 1:
                 run.merge(begin, end, stop)
+            elif matrix_memory(step) > HEAVY:  # its algebra runs on all processors anyway
+                with self.one_at_a_time:
+                    self._run_whole(run, stop)
+                    self.scratch = ScratchPool()
             else:
-                run.settle(stop)
-                run.merge(0, step.count, stop)
+                self._run_whole(run, stop)
         if len(job.spans) == 1:
             self._digest_rest(job, digests)
         job.add(begin, digests, kept)
+
+    @staticmethod
+    def _run_whole(run: StepRun, stop: threading.Event) -> None:
+        run.settle(stop)
+        run.merge(0, run.step.count, stop)
 
     def _digest_rest(self, job: Job, digests: dict[int, TensorDigest]) -> None:
         """Rows that no step wanted (a vocabulary cut to the base's) still belong to the input's digest."""

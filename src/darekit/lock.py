@@ -9,6 +9,7 @@ from typing import Any
 from darekit import __version__
 from darekit.digests import checkpoint_digest
 from darekit.planning import Plan, resolved_parameters
+from darekit.statistics.files import Statistics
 
 LOCK_NAME = "darekit.lock.json"
 
@@ -29,6 +30,7 @@ def identity(plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
             }
             for checkpoint, digest in zip(plan.checkpoints, plan.sample_digests, strict=True)
         },
+        **{f"statistics {entry.ref}": entry.fingerprint() for entry in plan.statistics},
         "shards": [[shard.filename, shard.size] for shard in plan.shards],
         "allow_nonfinite": allow_nonfinite,
     }
@@ -67,6 +69,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
             }
             for i, checkpoint in enumerate(plan.checkpoints)
         ],
+        **({"statistics": [_statistics(entry) for entry in plan.statistics]} if plan.statistics else {}),
         "output": {
             "content_digest": checkpoint_digest(
                 (name, placed[name].dtype, placed[name].shape, record["output"]) for name, record in records.items()
@@ -75,3 +78,8 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
         },
         "resolved": resolved_parameters(plan),
     }
+
+
+def _statistics(entry: Statistics) -> dict[str, Any]:
+    facts = {name: entry.facts.get(name) for name in ("data", "examples", "tokens", "labels")}
+    return {"ref": entry.ref, "kind": entry.kind, "sample_digest": entry.fingerprint(), **facts}

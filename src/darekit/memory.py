@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import DTYPES, Bytes, DType, dtype_from_torch_name
 from darekit.errors import CheckpointError, PlanError
+from darekit.methods import MERGE_METHODS
 from darekit.recipe import Sparsify, read_recipe
+from darekit.statistics.files import FISHER, Statistics
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,16 @@ def ties(*, keep: float = 1.0, lambda_: float = 1.0, normalize: bool = True, tri
     return Method("ties", {"keep": keep, "lambda": lambda_, "normalize": normalize, "trim": trim})
 
 
+def fisher(*, minimal: float = 1e-6, normalize: bool = False) -> Method:
+    """Each element counts by its diagonal Fisher; takes `statistics`. See `darekit.methods.informed.fisher`."""
+    return Method("fisher", {"minimal": minimal, "normalize": normalize})
+
+
+def regmean(*, off_diagonal: float = 0.9, ridge: float = 1e-6, normalize: bool = True) -> Method:
+    """Least squares on each linear layer's inputs; takes `statistics`. See `darekit.methods.informed.regmean`."""
+    return Method("regmean", {"off_diagonal": off_diagonal, "ridge": ridge, "normalize": normalize})
+
+
 def merge_tensors(
     base: Mapping[str, Any] | None,
     models: Sequence[Mapping[str, Any]],
@@ -109,6 +122,7 @@ def merge_tensors(
     method: Method | str | None = None,
     weights: Sequence[float] | None = None,
     seeds: Sequence[int] | None = None,
+    statistics: Sequence[Mapping[str, Any]] | None = None,
     dtype: str | None = None,
     threads: int | None = None,
     allow_nonfinite: bool = False,
@@ -122,6 +136,9 @@ def merge_tensors(
         method: how the deltas are merged, `ties(keep=0.2)` or just a name; `linear()` where not given.
         weights: one per model; 1 each where not given.
         seeds: one effective seed per model, used as they are; derived from `sparsify.seed` where not given.
+        statistics: for `fisher()` and `regmean()`: one dict per model, name -> the tensor's diagonal Fisher (its
+            shape), or the Gram X^T X of a linear layer's inputs, (in, in), for weights stored [out, in]; tensors
+            without are averaged. Grams count as they are: pass them divided by their tokens, or not.
         dtype: output format (`bfloat16`, ...); each tensor's own where not given.
         threads: worker threads.
         allow_nonfinite: take the base's element where an input has NaN or Inf.
@@ -143,8 +160,12 @@ def merge_tensors(
     for name, values in (("weight", weights), ("seed", seeds)):
         if values is not None and len(values) != len(models):
             raise CheckpointError(f"{len(values)} {name}s for {len(models)} models")
-        for entry, value in zip(entries, values or (), strict=False):
+        for entry, value in zip(entries, () if values is None else values, strict=False):
             entry["parameters"][name] = value
+    if statistics is not None and len(statistics) != len(models):
+        raise CheckpointError(f"{len(statistics)} statistics for {len(models)} models")
+    for k, entry in enumerate(entries if statistics is not None else ()):
+        entry["stats"] = f"statistics {k}"
     data: dict[str, Any] = {"models": entries, "merge_method": method.name, "parameters": dict(method.parameters)}
     data |= {"base_model": "base"} if base is not None else {}
     data |= {"dtype": dtype} if dtype is not None else {}
@@ -158,7 +179,9 @@ def merge_tensors(
         }
     recipe = read_recipe(data)
     opened = [_checkpoint(f"model {k}", tensors) for k, tensors in enumerate(models)]
-    plan = make_plan(recipe, _checkpoint("base", base) if base is not None else None, opened, shard_size=1)
+    known = [_statistics(recipe.merge_method, k, tensors) for k, tensors in enumerate(statistics or ())]
+    origin = _checkpoint("base", base) if base is not None else None
+    plan = make_plan(recipe, origin, opened, statistics=known, shard_size=1)
     threads = threads or engine.default_threads()
     tile = tiles.TILE
     steps = settle_model_trim(plan.steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
@@ -209,6 +232,22 @@ def _checkpoint(ref: str, tensors: Mapping[str, Any]) -> Checkpoint:
             flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         infos[name] = TensorInfo(name, dtype.name, tuple(array.shape), ArrayBytes(flat))
     return Checkpoint(ref=ref, directory=None, tensors=infos, config=None, files=(), revision=None)
+
+
+def _statistics(method: str, k: int, tensors: Mapping[str, Any]) -> Statistics:
+    kind = MERGE_METHODS[method].statistics
+    assert kind is not None  # the recipe's reading has seen to it
+    ref, infos = f"statistics {k}", _checkpoint(f"statistics {k}", tensors).tensors
+    norm = (
+        math.sqrt(sum(float(np.square(_float64(array)).sum()) for array in tensors.values())) if kind == FISHER else 1.0
+    )
+    count = sum(info.count for info in infos.values())
+    mean = sum(float(_float64(array).sum()) for array in tensors.values()) / max(1, count) if kind == FISHER else 0.0
+    return Statistics(kind, ref, None, infos, {}, norm, mean, frozenset(), {}, None)
+
+
+def _float64(array: Any) -> Any:
+    return array.detach().double().cpu().numpy() if _is_torch(array) else np.asarray(array, np.float64)
 
 
 def _dtype_of(array: Any, name: str) -> DType:

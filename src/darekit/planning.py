@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from darekit.checkpoints import (
     Checkpoint,
+    InputFile,
     OutputTensor,
     Placement,
     Shard,
@@ -26,8 +27,9 @@ from darekit.checkpoints import (
     sample_digest,
 )
 from darekit.dtypes import DTYPES, dtype_named
-from darekit.errors import PlanError, RecipeError
+from darekit.errors import HomologyError, PlanError, RecipeError
 from darekit.homology import AlignedTensor, Alignment, Heads, align, label
+from darekit.informed import HEAVY, matrix_memory, statistics_bytes, tile_memory
 from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, Sparsifier
 from darekit.methods.sparsifiers import dropped_to_density, noise_gain
@@ -36,6 +38,7 @@ from darekit.packs.reading import open_model, packed_seed
 from darekit.recipe import Recipe, is_exact, resolve
 from darekit.recommendation.rates import MOST, settle
 from darekit.stages import TRIM, TRIM_MODEL, build, tile_of
+from darekit.statistics.files import FISHER, Statistics, open_statistics
 from darekit.steps import Input, StageSpec, Step
 
 INTERPRETER_BYTES = 150 << 20  # Python, numpy, numba and LLVM, resident before the first tile
@@ -73,6 +76,7 @@ class Plan:
     summaries: tuple[ModelSummary, ...]
     notes: tuple[str, ...]
     rates: tuple[Mapping[str, float], ...]  # per model: what `drop_rate: auto` came to, by tensor
+    statistics: tuple[Statistics, ...] = ()  # one of each model, where the method uses them
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -80,9 +84,17 @@ class Plan:
         return (*([self.base] if self.base else []), *self.models)
 
     @property
+    def files(self) -> tuple[InputFile, ...]:
+        """All open files: those of the checkpoints, and the statistics."""
+        weights = [file for checkpoint in self.checkpoints for file in checkpoint.files]
+        return (*weights, *(entry.file for entry in self.statistics if entry.file))
+
+    @property
     def bytes_in(self) -> int:
-        """Bytes of all input tensors: what is read at least once."""
-        return sum(info.nbytes for checkpoint in self.checkpoints for info in checkpoint.tensors.values())
+        """Bytes of all input tensors, and of the statistics that are used: what is read at least once."""
+        tensors = [info for checkpoint in self.checkpoints for info in checkpoint.tensors.values()]
+        used = [entry for step in self.steps for entry in step.statistics]
+        return sum(info.nbytes for info in tensors) + sum(entry.count * entry.dtype.itemsize for entry in used)
 
     def bytes_to_read(self, finished: Container[str] = ()) -> int:
         """Bytes that the engine will read: a tensor that must be measured first is read twice, or a little more.
@@ -96,6 +108,7 @@ class Plan:
             measured = any(not build(spec, step).ready for chain in step.chains for spec in chain)
             inputs = (*step.models, *([step.base] if step.base else []))
             total += (2 if measured else 1) * step.count * sum(entry.dtype.itemsize for entry in inputs)
+            total += 0 if step.verbatim else statistics_bytes(step, tile_of(step, step.count))
         return total
 
     @property
@@ -109,13 +122,17 @@ class Plan:
         return sum(step.count for step in self.steps)
 
     def peak_memory(self, threads: int, tile: int) -> int:
-        """Estimate in bytes: the interpreter, and per thread the buffers of the step whose tiles are largest."""
+        """Estimate in bytes: the interpreter, and per thread the buffers of the step whose tiles are largest; steps
+        with large matrices run one at a time."""
 
         def cost(step: Step) -> int:
             width = 8 if step.wide else 4
-            return min(tile_of(step, tile), step.count) * width * (2 * len(step.models) + 6)
+            size = min(tile_of(step, tile), step.count)
+            return size * width * (2 * len(step.models) + 6) + tile_memory(step, size) + matrix_memory(step)
 
-        return INTERPRETER_BYTES + threads * max((cost(step) for step in self.steps), default=0)
+        light = max((cost(step) for step in self.steps if matrix_memory(step) <= HEAVY), default=0)
+        heavy = max((cost(step) for step in self.steps if matrix_memory(step) > HEAVY), default=0)
+        return INTERPRETER_BYTES + threads * light + heavy
 
     def rate_of(self, model: int, tensor: AlignedTensor) -> tuple[float, float]:
         """Drop rate of one tensor of one model, and the noise of one element of it: see `drop_rate_of`."""
@@ -126,6 +143,7 @@ class Plan:
 def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE) -> Iterator[Plan]:
     """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving."""
     opened: list[Checkpoint] = []
+    statistics: list[Statistics] = []
     try:
         if recipe.base_model is not None:
             opened.append(open_checkpoint(recipe.base_model, search=search))
@@ -133,25 +151,36 @@ def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = 
         for entry in recipe.models:
             opened.append(open_model(entry.model, base, search=search))
         models = tuple(opened[1:] if base else opened)
-        yield make_plan(recipe, base, models, shard_size=shard_size)
+        for entry in recipe.models:
+            if entry.stats is not None:
+                statistics.append(open_statistics(entry.stats, search=search))
+        yield make_plan(recipe, base, models, statistics=statistics, shard_size=shard_size)
     finally:
         for checkpoint in opened:
             checkpoint.close()
+        for found in statistics:
+            found.close()
 
 
 def make_plan(
-    recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], *, shard_size: int = SHARD_SIZE
+    recipe: Recipe,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    *,
+    statistics: Sequence[Statistics] = (),
+    shard_size: int = SHARD_SIZE,
 ) -> Plan:
-    """Recipe x open checkpoints -> the plan.
+    """Recipe x open checkpoints (x open statistics, one of each model) -> the plan.
 
     Raises:
-        HomologyError: the checkpoints do not belong together.
+        HomologyError: the checkpoints do not belong together, or statistics are another model's.
         PlanError: a parameter is impossible for a tensor.
     """
     alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models))
     recipe, rates = settle(recipe, alignment.tensors)
     digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
     seeds = _seeds(recipe, digests[1:] if base else digests)
+    _check_statistics(recipe, models, digests[1:] if base else digests, statistics)
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
     wanted = [
         OutputTensor(t.name, dtype.name if dtype and _is_float(t.dtype) else t.dtype, t.shape)
@@ -159,11 +188,12 @@ def make_plan(
     ]
     shards = lay_out(wanted, shard_size)
     places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
-    steps = [step for t in alignment.tensors for step in _steps(recipe, seeds, t, *places[t.name])]
+    steps = [step for t in alignment.tensors for step in _steps(recipe, seeds, t, *places[t.name], statistics)]
     notes = [*recipe.notes, *alignment.notes, *_notes(recipe, alignment, models, seeds), *_rate_notes(models, rates)]
+    notes += _statistics_notes(recipe, steps, statistics)
     return Plan(
         recipe, base, tuple(models), alignment, tuple(steps), shards, digests, seeds,
-        _summaries(recipe, models, alignment, seeds), tuple(notes), rates,
+        _summaries(recipe, models, alignment, seeds), tuple(notes), rates, tuple(statistics),
     )  # fmt: skip
 
 
@@ -269,7 +299,12 @@ def _input(info: TensorInfo) -> Input:
 
 
 def _steps(
-    recipe: Recipe, seeds: Sequence[int | None], tensor: AlignedTensor, output: int, place: Placement
+    recipe: Recipe,
+    seeds: Sequence[int | None],
+    tensor: AlignedTensor,
+    output: int,
+    place: Placement,
+    statistics: Sequence[Statistics],
 ) -> Iterator[Step]:
     """One step, or, where vocabularies differ, one per range of rows with the same owners."""
     owners = tuple(k for k, info in enumerate(tensor.models) if info is not None)
@@ -299,6 +334,10 @@ def _steps(
         for name, parameter in MERGE_METHODS[recipe.merge_method].parameters.items()
         if name not in ("lambda", "keep", "trim")
     }
+    informed = _informed(recipe, tensor, owners, weights, statistics)
+    method = recipe.merge_method
+    if MERGE_METHODS[method].statistics and informed is None:
+        method, own = "linear", {"normalize": True}
     begin = 0
     if base is not None:
         begin = min(base.count, count)
@@ -315,12 +354,13 @@ def _steps(
             owners=owners,
             weights=tuple(weights.values()),
             chains=chains,
-            method=recipe.merge_method,
+            method=method,
             parameters=own,
+            **(informed or {}),
             factor=factor,
             on_weights=_on_weights(recipe, own),
             verbatim=(
-                MERGE_METHODS[recipe.merge_method].keeps_one
+                MERGE_METHODS[method].keeps_one
                 and len(owners) == 1
                 and not chains[0]
                 and scale == 1.0
@@ -334,7 +374,8 @@ def _steps(
         here = [k for k, entry in zip(owners, inputs, strict=True) if entry.count >= end]
         common = base is None and begin == 0  # rows of all models; those that only some have are never dropped
         chains = tuple(_chain(recipe, k, tensor, end, seeds[k]) if common else () for k in here)
-        parameters = own if base is None else {"normalize": True}
+        weighed = common and informed is not None
+        parameters = own if base is None and (weighed or method == "linear") else {"normalize": True}
         scale = 1.0 if parameters["normalize"] else weights[here[0]]
         yield make(
             kind="merge",
@@ -345,11 +386,103 @@ def _steps(
             owners=tuple(here),
             weights=tuple(weights[k] for k in here),
             chains=chains,
-            method="linear",
+            method=method if weighed else "linear",
             parameters=parameters,
+            **(informed or {} if weighed else {}),
             verbatim=len(here) == 1 and not chains[0] and scale == 1.0,
         )
         begin = end
+
+
+def _informed(
+    recipe: Recipe,
+    tensor: AlignedTensor,
+    owners: Sequence[int],
+    weights: Mapping[int, float],
+    statistics: Sequence[Statistics],
+) -> dict[str, Any] | None:
+    """What a step must know of its models' statistics; None where a model has none of this tensor: it is averaged.
+
+    Raises:
+        HomologyError: statistics of another shape than the tensor.
+        PlanError: all weights are 0.
+    """
+    if not MERGE_METHODS[recipe.merge_method].statistics:
+        return None
+    if not any(weights.values()):
+        raise PlanError(f"all weights of {tensor.name} are 0, so there is no mean; give one model a weight above 0")
+    found: list[TensorInfo] = []
+    for k in owners:
+        info, entry = tensor.models[k], statistics[k]
+        known = entry.tensors.get(tensor.name)
+        if known is None or info is None:
+            return None
+        inputs = info.shape[0 if tensor.name in entry.transposed else -1] if len(info.shape) == 2 else None
+        wanted = info.shape if entry.kind == FISHER else (inputs, inputs)
+        if known.shape != wanted:
+            raise HomologyError(
+                f"{entry.ref} has {list(known.shape)} for {tensor.name}, which is {list(info.shape)} in "
+                f"{recipe.models[k].model}: expected {list(wanted) if inputs or entry.kind == FISHER else 'a matrix'}; "
+                "make the statistics anew with this model"
+            )
+        found.append(known)
+    transposed = [tensor.name in statistics[k].transposed for k in owners]
+    if len(set(transposed)) > 1:
+        raise HomologyError(
+            f"{tensor.name} is stored [in, out] according to some of the statistics, [out, in] to others"
+        )
+    if transposed[0] and len({info.shape for info in tensor.models if info}) > 1:
+        return None
+    return {
+        "statistics": tuple(map(_input, found)),
+        "sizes": tuple(statistics[k].size_of(tensor.name) for k in owners),
+        "transposed": transposed[0],
+    }
+
+
+def _check_statistics(
+    recipe: Recipe, models: Sequence[Checkpoint], digests: Sequence[bytes], statistics: Sequence[Statistics]
+) -> None:
+    """Each model's statistics are of the kind that the method needs, and were made with that very model."""
+    wanted = MERGE_METHODS[recipe.merge_method].statistics
+    if wanted is None:
+        return
+    for model, digest, entry in zip(models, digests, statistics, strict=True):
+        if entry.kind != wanted:
+            raise PlanError(
+                f"{entry.ref} holds {entry.kind} statistics, and {recipe.merge_method} needs {wanted}: run `dare stats "
+                f"{wanted} {model.ref} --data FILE --out NAME.{wanted}.safetensors`"
+            )
+        if entry.model_digest is not None and entry.model_digest != digest.hex():
+            right = next((m.ref for m, d in zip(models, digests, strict=True) if d.hex() == entry.model_digest), None)
+            mixed = f": they are those of {right}, are the files mixed up?" if right else ""
+            raise HomologyError(
+                f"{entry.ref} was not made with {model.ref}: it names the model {entry.facts.get('model')} with the "
+                f"sample digest {entry.model_digest}, and {model.ref} has {digest.hex()}{mixed or '.'} Run `dare stats "
+                f"{wanted}` with this very model"
+            )
+
+
+def _statistics_notes(recipe: Recipe, steps: Sequence[Step], statistics: Sequence[Statistics]) -> Iterator[str]:
+    kind = MERGE_METHODS[recipe.merge_method].statistics
+    if kind is None:
+        return
+    merged = [step for step in steps if step.kind == "merge" and step.begin == 0]
+    plain = [step.name for step in merged if not step.statistics]
+    if len(plain) == len(merged):
+        yield f"the statistics know none of the tensors: all are averaged, and {recipe.merge_method} does nothing else"
+    elif kind == FISHER and plain:
+        listed = ", ".join(plain[:3]) + (", ..." if len(plain) > 3 else "")
+        yield f"{len(plain)} tensors without statistics are averaged: {listed}"
+    elif plain:
+        yield f"{len(merged) - len(plain)} tensors have a Gram; the other {len(plain)} are averaged"
+    minimal = recipe.parameters.get("minimal", MERGE_METHODS["fisher"].parameters["minimal"].default)
+    for entry in statistics:
+        if kind == FISHER and isinstance(minimal, float) and 0 < entry.mean < minimal:
+            yield (
+                f"the mean of {entry.ref} is {entry.mean:.1e}, less than minimal ({minimal:g}): most elements are "
+                f"merely averaged; write parameters: {{minimal: {entry.mean * 1e-3:.0e}}} for the Fisher to decide"
+            )
 
 
 def _on_weights(recipe: Recipe, parameters: Mapping[str, Any]) -> bool:
@@ -461,6 +594,7 @@ def resolved_parameters(plan: Plan) -> list[Mapping[str, Any]]:
             continue
         setting = {
             "weights": list(step.weights),
+            **({"method": step.method} if plan.statistics else {}),
             "lambda": step.factor,
             "stages": [
                 [

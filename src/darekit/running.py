@@ -73,7 +73,7 @@ def execute(
     records raises."""
     threads = threads or engine.default_threads()
     tile = tile or tiles.TILE
-    inputs = [file.path for checkpoint in plan.checkpoints for file in checkpoint.files]
+    inputs = [file.path for file in plan.files]
     with (
         open_stage(
             out,
@@ -194,7 +194,7 @@ def peak_rss() -> int:
 
 
 def _refuse_changed(plan: Plan) -> None:
-    changed = [str(file.path) for checkpoint in plan.checkpoints for file in checkpoint.files if file.changed()]
+    changed = [str(file.path) for file in plan.files if file.changed()]
     if changed:
         raise CheckpointError(
             f"{', '.join(changed)} changed while it was read; nothing was published. Run again when it is still"
@@ -270,6 +270,7 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
         return model_card(
             base_model=recipe.base_model,
             models=[entry.model for entry in recipe.models],
+            statistics=[entry.stats for entry in recipe.models if entry.stats],
             recipe_text=recipe.text,
             lock_name=LOCK_NAME,
             license=agreed_license(directories),

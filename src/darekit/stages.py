@@ -390,8 +390,12 @@ def is_trim(spec: StageSpec) -> bool:
 
 
 def tile_of(step: Step, wanted: int) -> int:
-    """Elements per tile of a step: `wanted`, whole rows, or the whole tensor, as its stages' scopes ask."""
-    scopes: list[str] = [MERGE_METHODS[step.method].scope]
+    """Elements per tile of a step: `wanted`, whole rows, or the whole tensor, as its stages' scopes ask.
+
+    Where the merge method takes a number of rows of its own, that many, or the whole tensor.
+    """
+    method = MERGE_METHODS[step.method]
+    scopes: list[str] = ["tensor" if step.transposed else method.scope]
     for chain in step.chains:
         for spec in chain:
             entry = SPARSIFIERS.get(spec.method)
@@ -402,6 +406,8 @@ def tile_of(step: Step, wanted: int) -> int:
             scopes.append("element" if streamed else scope)
     if "tensor" in scopes:
         return max(1, step.count)
+    if method.rows:
+        return max(1, min(step.count, method.rows(step.row) * step.row))
     if "row" in scopes:
         return max(1, wanted // max(1, step.row)) * max(1, step.row)
     return wanted

@@ -56,6 +56,9 @@ class Step:
     factor: float = 1.0  # lambda
     on_weights: bool = False  # merge the models themselves, not their deltas
     verbatim: bool = False  # the one model's own bytes: nothing is dropped, scaled or added
+    statistics: tuple[Input, ...] = ()  # of each model, where the method reads them: Fishers, or Grams
+    sizes: tuple[float, ...] = ()  # of each model: the norm of its Fisher, or the tokens of its Gram
+    transposed: bool = False  # a linear layer stored [in, out]
 
     @property
     def row(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from darekit import kernels
 from darekit.digests import TensorDigest
 from darekit.dtypes import Bytes, Floats
 from darekit.fused import TILES, FusedStep, fuse
+from darekit.informed import Combine, informed_combiner
 from darekit.kernels import cpu
 from darekit.masks import BLOCK
 from darekit.methods import MERGE_METHODS
@@ -119,7 +120,7 @@ class StepRun:
         self.step, self.hands, self.kept = step, hands, kept
         self.tile = tile_of(step, hands.tile)
         self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
-        self.combine = combiner(step)
+        self.combine = informed_combiner(step, self._read) if step.statistics else combiner(step)
         self.fused = fuse(step)
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
         # the survivors.
@@ -214,7 +215,7 @@ class StepRun:
         if step.verbatim and self.bad_at is None:
             overflowed = self._verbatim(scratch, count, out)
         else:
-            merged = self.combine(scratch.deltas, scratch.merged)
+            merged = self.combine(scratch.deltas, scratch.merged, start)
             if step.base is None or step.on_weights:
                 overflowed = kernels.round_to(merged, step.dtype, out)
                 if self.bad_at is not None and step.base is not None:
@@ -352,14 +353,14 @@ class StepRun:
             self._write(raw, start, overflowed)
 
 
-def combiner(step: Step) -> Callable[[Floats, Floats], Floats]:
-    """The step's merge method with its constants: deltas (K, n), scratch (n,) -> merged (n,)."""
+def combiner(step: Step) -> Combine:
+    """The step's merge method with its constants: deltas (K, n), scratch (n,), first element -> merged (n,)."""
     weights = np.array(step.weights, np.float64)
     narrow = weights.astype(np.float32)
     if not step.wide and step.method == "ties":
         normalize = bool(step.parameters["normalize"])
 
-        def elect(deltas: Floats, merged: Floats) -> Floats:
+        def elect(deltas: Floats, merged: Floats, start: int) -> Floats:
             cpu.elect(deltas, narrow, normalize, merged)
             return merged
 
@@ -367,14 +368,14 @@ def combiner(step: Step) -> Callable[[Floats, Floats], Floats]:
     if not step.wide and step.method in ("linear", "task_arithmetic"):
         divisor = np.float32(total_weight(weights) if step.parameters.get("normalize") else 1.0)
 
-        def add_up(deltas: Floats, merged: Floats) -> Floats:
+        def add_up(deltas: Floats, merged: Floats, start: int) -> Floats:
             cpu.weighted_sum(deltas, narrow, divisor, merged)
             return merged
 
         return add_up
     function = MERGE_METHODS[step.method].function
 
-    def define(deltas: Floats, merged: Floats) -> Floats:
+    def define(deltas: Floats, merged: Floats, start: int) -> Floats:
         result: Floats = function(deltas, weights, **step.parameters)
         return result
 

@@ -32,6 +32,7 @@ from darekit.errors import CheckpointError, Unsupported
 
 COMMIT = re.compile("[0-9a-f]{40}")
 PACK = "darekit_pack"  # metadata key of what `darekit.packs` writes
+STATISTICS = "darekit_statistics"  # likewise of one with statistics
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ def _read_header(weights: Weights, file: InputFile) -> Iterable[TensorInfo]:
         raise Unsupported(
             f"{file.path} is a darekit pack, a delta and no checkpoint: give it as a model beside its base, or write "
             "the whole model with `dare unpack BASE PACK OUT`"
+        )
+    if STATISTICS in metadata:
+        raise Unsupported(
+            f"{file.path} holds statistics of a model, and no model: name it as `stats:` of a model in a recipe"
         )
     return (
         TensorInfo(place.name, place.dtype, place.shape, FileRange(file, place.offset, place.nbytes))

@@ -9,8 +9,9 @@ The header maps each name to its `dtype`, `shape` and `data_offsets` [begin, end
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from darekit.checkpoints.documents import parse_object, shorten
@@ -88,8 +89,12 @@ def read_header(file: InputFile) -> tuple[dict[str, str], tuple[Placement, ...]]
     return metadata, tuple(placements)
 
 
-def lay_out(tensors: Sequence[OutputTensor], shard_size: int) -> tuple[Shard, ...]:
+def lay_out(
+    tensors: Sequence[OutputTensor], shard_size: int, *, metadata: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Shard, ...]:
     """Tensors in canonical order -> files of at most `shard_size` bytes of data each, with every offset.
+
+    `metadata` goes into each file's, beside what transformers wants there.
 
     A shard takes tensors in the given order until the next one does not fit; a tensor larger than `shard_size` has
     a shard of its own. Within a shard larger elements come first, so that every tensor is aligned to its elements.
@@ -113,9 +118,9 @@ def lay_out(tensors: Sequence[OutputTensor], shard_size: int) -> tuple[Shard, ..
         groups[-1].append((tensor, nbytes))
         filled += nbytes
     if len(groups) == 1:
-        return (_fill(SINGLE, groups[0]),)
+        return (_fill(SINGLE, groups[0], metadata),)
     return tuple(
-        _fill(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
+        _fill(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group, metadata)
         for number, group in enumerate(groups, start=1)
     )
 
@@ -127,10 +132,10 @@ def index_json(shards: Sequence[Shard]) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(places)}, indent=2) + "\n"
 
 
-def _fill(filename: str, group: Sequence[tuple[OutputTensor, int]]) -> Shard:
+def _fill(filename: str, group: Sequence[tuple[OutputTensor, int]], metadata: Mapping[str, str]) -> Shard:
     # Sorting is stable: equal element sizes stay in canonical order.
     ordered = sorted(group, key=lambda item: -DTYPES[item[0].dtype].itemsize)
-    header: dict[str, Any] = {METADATA: {"format": "pt"}}  # transformers refuses files without it
+    header: dict[str, Any] = {METADATA: {"format": "pt", **metadata}}  # transformers refuses files without it
     end = 0
     for tensor, nbytes in ordered:
         header[tensor.name] = {

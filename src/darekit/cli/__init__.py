@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli import analysis, merging, packs
+from darekit.cli import analysis, merging, packs, statistics
 
 app = typer.Typer(
     help="Absorb the abilities of fine-tuned models into one: DARE and model merging, streamed from disk to disk.",
@@ -33,6 +33,7 @@ for _command in (
     merging.demo,
 ):
     app.command()(_command)
+app.add_typer(statistics.stats, name="stats")
 
 
 @app.callback(invoke_without_command=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from darekit.inspection import Inspection, TensorReport
     from darekit.planning import Plan
     from darekit.running import Report
+    from darekit.statistics.running import StatisticsReport
 
 PERCENT_COLUMNS = ("10%", "50%", "90%", "max")
 
@@ -100,6 +101,19 @@ def show_report(report: Report, *, as_json: bool) -> None:
     for model, kept in report.kept.items():
         share = 100 * kept / report.parameters if report.parameters else 0
         print(f"  {model}: {count_of(kept)} of its deltas kept ({share:.3g} %)")
+
+
+def show_statistics(report: StatisticsReport, *, as_json: bool) -> None:
+    """What a pass over data did."""
+    if as_json:
+        print(json.dumps(report.to_data()))
+        return
+    print(
+        f"{report.output}: {report.kind} of {_plural(report.tensors, 'tensor')}, {count_of(report.examples)} examples, "
+        f"{count_of(report.tokens)} tokens, {size_of(report.bytes)} in {report.seconds:.2f} s"
+    )
+    if report.mean is not None:
+        print(f"  mean {report.mean:.2e}; `minimal` of a fisher merge should be far below it")
 
 
 def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None) -> dict[str, Any]:

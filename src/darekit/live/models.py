@@ -11,7 +11,7 @@ import bisect
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -85,6 +85,18 @@ class LiveModel:
             )
         sinks = [_Shard(self, shard.placements, targets) for shard in plan.shards]
         engine.execute(steps, sinks, names=[model.ref for model in plan.models], threads=threads, tile=tiles.TILE)
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Any]:
+        """Names in the checkpoint -> live tensors, each under its first name; names of nothing here are left out."""
+        targets, _ = self._targets()
+        found: dict[str, Any] = {}
+        seen = set()
+        for name in names:
+            known = self._name(name, targets)
+            if known is not None and targets[known].data_ptr() not in seen:
+                found[name] = targets[known]
+                seen.add(targets[known].data_ptr())
+        return found
 
     def _targets(self) -> tuple[dict[str, Any], set[str]]:
         """Name -> tensor of everything that a checkpoint holds, and the names that only repeat another's memory."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from darekit.methods import merging, sparsifiers
+from darekit.methods import informed, merging, sparsifiers
 from darekit.methods.parameters import Choice, Number, Parameter, Switch, parameters_of
 
 Scope = Literal["element", "row", "tensor"]
@@ -39,7 +39,9 @@ class MergeMethod:
     """K deltas -> one.
 
     `trims`: each delta is first trimmed to its largest `keep` fraction. `keeps_one`: of a single delta with weight 1
-    it makes that delta, so that an untouched model can be copied to the bit.
+    it makes that delta, so that an untouched model can be copied to the bit. `statistics`: what it must know of each
+    model besides its weights (`darekit.methods.informed`); a tensor without them is averaged. `rows`: length of a row
+    -> how many rows the function takes at once, whatever the tile is.
     """
 
     function: Callable[..., Any]
@@ -47,6 +49,8 @@ class MergeMethod:
     needs_base: bool = True
     trims: bool = False
     keeps_one: bool = False
+    statistics: Literal["fisher", "gram"] | None = None
+    rows: Callable[[int], int] | None = None
 
     @property
     def name(self) -> str:
@@ -90,6 +94,10 @@ MERGE_METHODS: dict[str, MergeMethod] = {
         MergeMethod(merging.linear, needs_base=False, keeps_one=True),
         MergeMethod(merging.task_arithmetic, keeps_one=True),
         MergeMethod(merging.ties, trims=True, keeps_one=True),
+        MergeMethod(informed.fisher, needs_base=False, keeps_one=True, statistics="fisher"),
+        MergeMethod(
+            informed.regmean, "row", needs_base=False, keeps_one=True, statistics="gram", rows=informed.rows_at_once
+        ),
     )
 }
 

@@ -27,6 +27,7 @@ def model_card(
     *,
     base_model: str | None,
     models: Sequence[str],
+    statistics: Sequence[str] = (),
     recipe_text: str,
     lock_name: str = "darekit.lock.json",
     recipe_name: str = "darekit_recipe.yaml",
@@ -46,8 +47,11 @@ def model_card(
     if license is not None:
         metadata["license"] = license
     recipe = recipe_text.rstrip("\n")
-    for given in sorted(names, key=len, reverse=True):  # a path may begin another
-        if names[given] != given.split("@")[0]:  # a Hub id keeps its revision here
+    private = {**names, **{given: given.replace("\\", "/").rpartition("/")[2] for given in statistics}}
+    for given in sorted(private, key=len, reverse=True):  # a path may begin another
+        if given not in names:
+            recipe = recipe.replace(given, private[given])
+        elif names[given] != given.split("@")[0]:  # a Hub id keeps its revision here
             recipe = recipe.replace(given, names[given])
     lines = [
         "---",

@@ -55,10 +55,11 @@ Value = float | int | bool | str | tuple[Filtered, ...]
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model: directory or Hub id as written, and the parameters that are set for it alone."""
+    """One model: directory or Hub id as written, the parameters that are set for it alone, and its statistics file."""
 
     model: str
     parameters: Mapping[str, Value]
+    stats: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,10 @@ class Recipe:
     def to_data(self) -> dict[str, Any]:
         """The recipe as JSON-able data in native form: `read_recipe` of it gives an equal recipe."""
         data: dict[str, Any] = {} if self.base_model is None else {"base_model": self.base_model}
-        data["models"] = [{"model": e.model, "parameters": _parameters_data(e.parameters)} for e in self.models]
+        data["models"] = [
+            {"model": e.model, **({"stats": e.stats} if e.stats else {}), "parameters": _parameters_data(e.parameters)}
+            for e in self.models
+        ]
         if self.sparsify is not None:
             data["sparsify"] = {
                 "method": self.sparsify.method,

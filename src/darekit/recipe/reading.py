@@ -45,11 +45,14 @@ def read_recipe(
     if words.sparsify is None:
         parts = mergekit.translate(words.method, shared, models, lambda path, why: fail(document, path, why))
         notes.extend(parts.notes)
-        entries = [(k, ModelEntry(name, own)) for (k, name, _), own in zip(models, parts.models, strict=True)]
+        entries = [
+            (k, ModelEntry(name, own, _read_stats(document, k)))
+            for (k, name, _), own in zip(models, parts.models, strict=True)
+        ]
         sparsify = Sparsify(parts.sparsifier, parts.sparsify, seed=parts.seed or 0) if parts.sparsifier else None
         method, shared, seeded = parts.merge_method, parts.shared, parts.seed is not None
     else:
-        entries = [(k, ModelEntry(name, own)) for k, name, own in models]
+        entries = [(k, ModelEntry(name, own, _read_stats(document, k))) for k, name, own in models]
         sparsify, method, seeded = _read_sparsify(document, words), words.method, "seed" in document.data["sparsify"]
         if "keep_dense" not in document.data["sparsify"] and any(
             _is_auto(scope.get("drop_rate")) for scope in (sparsify.parameters, *(own for _, _, own in models))
@@ -272,6 +275,20 @@ def _read_models(document: Document, words: Words) -> list[tuple[int, str, dict[
     ]
 
 
+def _read_stats(document: Document, place: int) -> str | None:
+    """A model's statistics file, as written."""
+    entry = document.data["models"][place]
+    if "stats" not in entry:
+        return None
+    raw = entry["stats"]
+    if not isinstance(raw, str) or not raw:
+        fail(
+            document, ("models", place, "stats"),
+            f"expected a file that `dare stats fisher` or `dare stats gram` made, found {shown(raw)}",
+        )  # fmt: skip
+    return raw
+
+
 def _same(one: str, other: str) -> bool:
     return one.rstrip("/") == other.rstrip("/")
 
@@ -364,6 +381,7 @@ def _check_whole(document: Document, recipe: Recipe, places: Sequence[int]) -> N
     if recipe.base_model is None and (method.needs_base or on_delta):
         who = recipe.merge_method if method.needs_base else f"sparsify with {sparsify.method}"  # type: ignore[union-attr]
         fail(document, (), f"no base_model; {who} works on differences to it: add base_model: the common ancestor")
+    _check_stats(document, recipe, places)
     if sparsify is None:
         return
     if sparsify.on == "weights" and method.needs_base:
@@ -419,6 +437,36 @@ def _check_auto(document: Document, sparsify: Sparsify, models: Sequence[tuple[i
 
 def _is_auto(value: Value | None) -> bool:
     return value == AUTO or (isinstance(value, tuple) and any(entry.value == AUTO for entry in value))
+
+
+def _check_stats(document: Document, recipe: Recipe, places: Sequence[int]) -> None:
+    kind = MERGE_METHODS[recipe.merge_method].statistics
+    for place, entry in zip(places, recipe.models, strict=True):
+        if kind is None and entry.stats is not None:
+            users = " and ".join(name for name, other in MERGE_METHODS.items() if other.statistics)
+            fail(
+                document, ("models", place, "stats"),
+                f"{recipe.merge_method} uses no statistics, only {users} do; remove it, or change merge_method",
+            )  # fmt: skip
+        if kind is not None and entry.stats is None:
+            fail(
+                document, ("models", place),
+                f"{entry.model} has no stats, and {recipe.merge_method} needs them of every model: run `dare stats "
+                f"{kind} {entry.model} --data FILE --out NAME.{kind}.safetensors` and add `stats: "
+                f"NAME.{kind}.safetensors` to this model",
+            )  # fmt: skip
+    if kind is None:
+        return
+    scopes: list[tuple[Key, Mapping[str, Value]]] = [(("parameters", "weight"), recipe.parameters)]
+    scopes += [
+        (("models", place, "parameters", "weight"), entry.parameters)
+        for place, entry in zip(places, recipe.models, strict=True)
+    ]
+    for path, own in scopes:
+        value = own.get("weight", 1.0)
+        numbers = [part.value for part in value] if isinstance(value, tuple) else [value]
+        if any(cast(float, number) < 0 for number in numbers):
+            fail(document, path, f" is negative, and {recipe.merge_method} is a mean; use a weight of 0 or more")
 
 
 def _check_density(document: Document, path: Key, own: Mapping[str, Value]) -> None:

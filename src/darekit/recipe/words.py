@@ -33,7 +33,7 @@ TOP_KEYS: tuple[str, ...] = (
     "heads",
 )  # fmt: skip
 AUTOMATIC = ("dare",)  # sparsifiers whose perturbation is predicted, so that they take drop_rate: auto
-_MODEL_KEYS = ("model", "parameters")
+_MODEL_KEYS = ("model", "parameters", "stats")
 SPARSIFY_KEYS = ("method", "on", "seed", "keep_dense")
 _FILTER_KEYS = ("filter", "value")
 
@@ -92,12 +92,16 @@ def _explain_top(key: str) -> str:
     shared = {name for entry in MERGE_METHODS.values() for name in entry.parameters}
     if key in shared | {WEIGHT.name, mergekit.DENSITY.name, mergekit.INT8_MASK.name}:
         return "is not a top-level key; write it under `parameters:`"
+    if key == "stats":
+        return "is not a top-level key; each model has its own: `- {model: name, stats: name.safetensors}`"
     if key in SPARSIFY_KEYS or any(key in entry.parameters for entry in SPARSIFIERS.values()):
         return "is not a top-level key; write it under `sparsify:`"
     return f"is not known{suggest(key, TOP_KEYS)}"
 
 
 def _explain_entry(key: str, words: Words) -> str:
+    if key in ("statistics", "fisher", "gram"):
+        return "is not known; a model's statistics file is its `stats:`"
     if key in words.model:
         return "stands one level too high; write it under the model's `parameters:`"
     return f"is not known{suggest(key, _MODEL_KEYS)}"

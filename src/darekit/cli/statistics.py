@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dare stats fisher` and `dare stats gram`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from darekit.cli.options import Json, Overwrite, Resume, errors_told
+
+stats = typer.Typer(
+    help="Make what fisher and regmean must know of a model, in one pass over data (needs torch).",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="The model: directory, file or Hub id.")]
+Data = Annotated[str, typer.Option(help="JSON lines (text; prompt and completion; text and label), or a dataset.")]
+Out = Annotated[Path, typer.Option(help="The .safetensors file to write.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")]
+Split = Annotated[str, typer.Option(help="Split of a dataset.")]
+MaxLength = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of one example; default: what the model can, at most 2048.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples at once.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest there is.")]
+Compute = Annotated[str | None, typer.Option(help="Format to compute in: float32, bfloat16; sums are float32.")]
+
+
+class Labels(StrEnum):
+    """Words for --kind."""
+
+    EMPIRICAL = "empirical"
+    SAMPLED = "sampled"
+    EXACT = "exact"
+
+
+@stats.command()
+def fisher(
+    model: Model,
+    data: Data,
+    out: Out,
+    kind: Annotated[
+        Labels,
+        typer.Option(
+            help="Whose labels: the data's, drawn from the model's own predictions, or the expectation over all labels "
+            "of a classifier or regressor."
+        ),
+    ] = Labels.EMPIRICAL,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 0,
+    limit: Limit = None,
+    split: Split = "train",
+    max_length: MaxLength = None,
+    device: Device = None,
+    dtype: Compute = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Write MODEL's diagonal Fisher: the mean over examples of the squared gradient of the log-likelihood."""
+    _make(
+        "fisher", model, data, out, as_json, labels=kind.value, seed=seed, limit=limit, split=split,
+        max_length=max_length, device=device, dtype=dtype, overwrite=overwrite, resume=resume,
+    )  # fmt: skip
+
+
+@stats.command()
+def gram(
+    model: Model,
+    data: Data,
+    out: Out,
+    batch_size: BatchSize = 8,
+    limit: Limit = None,
+    split: Split = "train",
+    max_length: MaxLength = None,
+    device: Device = None,
+    dtype: Compute = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Write the Gram matrix of the inputs of each of MODEL's linear layers: the sum over tokens of x x^T."""
+    _make(
+        "gram", model, data, out, as_json, batch_size=batch_size, limit=limit, split=split, max_length=max_length,
+        device=device, dtype=dtype, overwrite=overwrite, resume=resume,
+    )  # fmt: skip
+
+
+def _make(kind: str, model: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
+    with errors_told(resumes=True):
+        from darekit.cli import display
+        from darekit.statistics.running import make_statistics
+
+        with display.progress_bar(kind, quiet=as_json, unit="examples") as progress:
+            report = make_statistics(kind, model, data, out, progress=progress, say=display.say_note, **options)
+        display.show_statistics(report, as_json=as_json)

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to one batch: squared gradients of log-likelihoods, or products of inputs, added up in float32."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from darekit.errors import DataError, Unsupported
+from darekit.live.data import Tokens
+from darekit.live.models import CAUSAL, CLASSIFIER, REGRESSOR, LiveModel
+
+EMPIRICAL, SAMPLED, EXACT = "empirical", "sampled", "exact"
+LABELS = (EMPIRICAL, SAMPLED, EXACT)
+
+
+class Pass(Protocol):
+    """One pass over data.
+
+    Attributes:
+        sums: name -> float32 tensor on the model's device: what has been added up so far.
+        spoilt: whether NaN or Inf came into the sums, so that they must not be kept.
+    """
+
+    sums: dict[str, Any]
+    spoilt: bool
+
+    def see(self, batch: Sequence[Tokens], first: int) -> None:
+        """Add a batch, whose first example has the index `first` among all."""
+
+    def state(self) -> dict[str, Any]:
+        """What besides the sums a resumed pass must know; JSON-able."""
+
+    def restore(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Go on from a `state`; afterwards `sums` has zeros of these shapes."""
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+
+
+class FisherPass:
+    """Diagonal Fisher: the sum over examples of the squared gradient of each example's log-likelihood.
+
+    One example at a time, since the square of a batch's gradient is not the sum of its examples' squares. A gradient
+    is squared and added as soon as it is complete, so that only one tensor's gradient is in memory.
+
+    Args:
+        live: the model.
+        names: name in the checkpoint -> tensor of the model.
+        labels: empirical: targets are the data's. sampled: drawn from the model's own predictions (of a causal model
+            at each position, given the data before it). exact: the expectation over a head's labels.
+        seed: of the draws; each example has its own, so that neither order nor interruption matters.
+    """
+
+    def __init__(self, live: LiveModel, names: Mapping[str, Any], *, labels: str, seed: int) -> None:
+        import torch
+
+        if labels == EXACT and live.task == CAUSAL:
+            raise Unsupported(
+                "exact sums over all labels, and a causal model's are all its vocabulary at every position: use "
+                "empirical or sampled"
+            )
+        self.live, self.labels, self.seed, self.spoilt = live, labels, seed, False
+        self.wanted = {name: tensor for name, tensor in names.items() if isinstance(tensor, torch.nn.Parameter)}
+        if not self.wanted:
+            raise Unsupported("the model has no parameter of its checkpoint's names")
+        self.sums = {
+            name: torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+            for name, tensor in self.wanted.items()
+        }
+        self.factor = 1.0
+        self._bad = torch.zeros((), dtype=torch.bool, device=live.device)
+        self._hooks = [self._follow(name, tensor) for name, tensor in self.wanted.items()]
+
+    def _follow(self, name: str, tensor: Any) -> Any:
+        """Have each complete gradient of a tensor squared, added and forgotten."""
+        tensor.requires_grad_(True)
+
+        def add(parameter: Any) -> None:
+            import torch
+
+            gradient = parameter.grad.to(torch.float32)
+            self.sums[name].addcmul_(gradient, gradient, value=self.factor)
+            self._bad |= ~torch.isfinite(gradient.sum())
+            parameter.grad = None
+
+        return tensor.register_post_accumulate_grad_hook(add)
+
+    def see(self, batch: Sequence[Tokens], first: int) -> None:
+        """Add examples, one after the other."""
+        for index, example in enumerate(batch, first):
+            parts = list(self._log_likelihoods(example, index))
+            for place, (factor, value) in enumerate(parts):
+                if not math.isfinite(float(value.detach())):
+                    raise DataError(
+                        f"{example.place}: the model's log-likelihood of this row is {float(value.detach())}; are its "
+                        "weights sound? In float16 it may overflow: --dtype float32"
+                    )
+                self.factor = factor
+                value.backward(retain_graph=place + 1 < len(parts))
+            if bool(self._bad):
+                self.spoilt = True
+                raise DataError(
+                    f"{example.place}: the gradient of this row has NaN or Inf; are the weights sound? In float16 it "
+                    "may overflow: --dtype float32"
+                )
+
+    def _log_likelihoods(self, example: Tokens, index: int) -> Iterator[tuple[float, Any]]:
+        """(factor, scalar) pairs: the Fisher is the sum of factor times the square of the scalar's gradient."""
+        import torch
+
+        ids = torch.tensor([example.ids], device=self.live.device)
+        logits = self.live.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
+        draw = torch.Generator().manual_seed(_seed_of(self.seed, index))
+        match self.live.task:
+            case "causal":
+                asked = torch.tensor(example.asked[1:], device=self.live.device)
+                scores = torch.log_softmax(logits[:-1][asked], -1)
+                targets = ids[0, 1:][asked] if self.labels == EMPIRICAL else _drawn(scores, draw)
+                yield 1.0, scores.gather(1, targets[:, None]).sum()
+            case "classifier":
+                scores = torch.log_softmax(logits, -1)
+                if self.labels == EXACT:
+                    for label, chance in enumerate(scores.detach().exp().tolist()):
+                        yield chance, scores[label]
+                    return
+                target = self._class_of(example) if self.labels == EMPIRICAL else int(_drawn(scores[None], draw))
+                yield 1.0, scores[target]
+            case _:  # a normal distribution of variance 1 around the prediction
+                if self.labels == EXACT:
+                    for value in logits:
+                        yield 1.0, value
+                    return
+                if self.labels == EMPIRICAL:
+                    off = self._number_of(example, logits) - logits.detach()
+                else:
+                    off = torch.randn(logits.shape, generator=draw).to(logits)
+                yield 1.0, (off * logits).sum()
+
+    def _class_of(self, example: Tokens) -> int:
+        label, config = example.label, self.live.model.config
+        known = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+        if isinstance(label, str):
+            label = known.get(label, int(label) if label.isdecimal() else label)
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < config.num_labels:
+            raise DataError(
+                f"{example.place}: label {example.label!r}, expected a number from 0 to {config.num_labels - 1}"
+                f"{' or one of ' + ', '.join(known) if known else ''}; without labels: --kind sampled or exact"
+            )
+        return label
+
+    def _number_of(self, example: Tokens, logits: Any) -> float:
+        label = example.label
+        if logits.numel() != 1 or isinstance(label, str | bool | None) or not math.isfinite(label):
+            what = "a number" if logits.numel() == 1 else f"{logits.numel()} numbers, which rows cannot have"
+            raise DataError(
+                f"{example.place}: label {label!r}, expected {what}; without labels: --kind sampled or exact"
+            )
+        return float(label)
+
+    def state(self) -> dict[str, Any]:
+        """Nothing but the sums."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The sums exist from the beginning."""
+
+    def close(self) -> None:
+        """Remove the hooks; the model's parameters need no gradient again."""
+        for hook in self._hooks:
+            hook.remove()
+        for tensor in self.wanted.values():
+            tensor.requires_grad_(False)
+            tensor.grad = None
+
+
+def _seed_of(seed: int, index: int) -> int:
+    text = f"darekit-labels-1 {seed} {index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
+
+def _drawn(scores: Any, draw: Any) -> Any:
+    """(n, labels) log-probabilities -> (n,) labels, drawn on the CPU's generator so that devices agree."""
+    import torch
+
+    sums = scores.detach().exp().cumsum(-1)
+    level = torch.rand(len(scores), 1, generator=draw).to(sums) * sums[:, -1:]
+    return torch.searchsorted(sums, level, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
+
+
+class GramPass:
+    """Gram matrices: of every linear layer, the sum over tokens of x x^T, x its input. Padding is left out.
+
+    Layers that are given one and the same input (queries, keys and values) have one sum, under the first one's name.
+
+    Attributes:
+        owners: name of a layer's weight -> under which name its sum is.
+        rows: name of a sum -> how many inputs were added.
+        transposed: weights stored [in, out] (GPT-2's Conv1D).
+        tied: layers left out because their weight is also something else's (a head tied to the embedding).
+    """
+
+    def __init__(self, live: LiveModel, names: Mapping[str, Any]) -> None:
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        by_tensor = {id(tensor): name for name, tensor in names.items()}
+        uses: dict[int, int] = {}
+        for module in live.model.modules():
+            for parameter in module.parameters(recurse=False):
+                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+        self.live, self.spoilt = live, False
+        self.sums: dict[str, Any] = {}
+        self.owners: dict[str, str] = {}
+        self.rows: dict[str, int] = {}
+        self.transposed: list[str] = []
+        self.tied: list[str] = []
+        self._layers: dict[str, int] = {}
+        self._hooks: list[Any] = []
+        self._last: tuple[Any, str] | None = None
+        self._mask: Any = None
+        for path, module in live.model.named_modules():
+            if not isinstance(module, torch.nn.Linear | Conv1D):
+                continue
+            name = by_tensor.get(id(module.weight))
+            if uses[id(module.weight)] > 1:
+                self.tied.append(f"{path}.weight")
+            elif name is not None:
+                self._layers[name] = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+                self.transposed += [name] if isinstance(module, Conv1D) else []
+                self._hooks.append(module.register_forward_pre_hook(self._hook(name)))
+        if not self._layers:
+            raise Unsupported("the model has no linear layer of its checkpoint's names, so there is no Gram to make")
+
+    @property
+    def missing(self) -> list[str]:
+        """Layers that no input has reached."""
+        return [name for name in self._layers if name not in self.owners]
+
+    def _hook(self, name: str) -> Any:
+        def add(module: Any, arguments: tuple[Any, ...]) -> None:
+            if arguments:
+                self._add(name, arguments[0])
+
+        return add
+
+    def _add(self, name: str, values: Any) -> None:
+        import torch
+
+        shared = self._last[1] if self._last is not None and self._last[0] is values else name
+        owner = self.owners.setdefault(name, shared)
+        if owner != name:
+            if shared != owner:
+                raise Unsupported(f"{name} had one input with {owner} in the first batch, and has another now")
+            return
+        self._last = values, name
+        rows = self._without_padding(values).to(torch.float32)
+        if name not in self.sums:
+            size = self._layers[name]
+            self.sums[name] = torch.zeros(size, size, dtype=torch.float32, device=rows.device)
+        self.sums[name].addmm_(rows.T, rows)
+        self.rows[name] = self.rows.get(name, 0) + rows.shape[0]
+
+    def _without_padding(self, values: Any) -> Any:
+        """(batch, tokens, in), (batch tokens, in) or (batch, in) -> (rows, in)."""
+        mask = self._mask
+        if values.dim() == 3 and values.shape[:2] == mask.shape:
+            return values[mask]
+        if values.dim() == 2 and values.shape[0] == mask.numel():
+            return values[mask.reshape(-1)]
+        if values.dim() == 2 and values.shape[0] == mask.shape[0]:  # a pooler's: one of each example
+            return values
+        if bool(mask.all()):
+            return values.reshape(-1, values.shape[-1])
+        raise DataError(
+            f"a layer's input has the shape {list(values.shape)}, and nobody can say which of it is padding: use "
+            "--batch-size 1"
+        )
+
+    def see(self, batch: Sequence[Tokens], first: int) -> None:
+        """Add a batch, padded on the right."""
+        import torch
+
+        device = self.live.device
+        longest = max(len(example.ids) for example in batch)
+        pad = self.live.model.config.pad_token_id
+        pad = 0 if not isinstance(pad, int) or pad < 0 else pad
+        ids = torch.full((len(batch), longest), pad)
+        mask = torch.zeros(len(batch), longest, dtype=torch.bool)
+        for i, example in enumerate(batch):
+            ids[i, : len(example.ids)] = torch.tensor(example.ids)
+            mask[i, : len(example.ids)] = True
+        self._mask, self._last = mask.to(device), None
+        before = dict(self.rows)
+        try:
+            with torch.no_grad():
+                logits = self.live.model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits
+        except BaseException:
+            self.spoilt = self.rows != before  # some layers have seen the batch, others have not
+            raise
+        finally:
+            self._mask = self._last = None
+        if not bool(torch.isfinite(logits[mask.to(device)] if logits.dim() == 3 else logits).all()):
+            self.spoilt = True
+            raise DataError(
+                f"{batch[0].place} to {batch[-1].place}: the model's output has NaN or Inf; are its weights sound? In "
+                "float16 it may overflow: --dtype float32"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Which layers share an input, and the numbers of rows."""
+        return {"owners": self.owners, "rows": self.rows}
+
+    def restore(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Go on from a `state`."""
+        import torch
+
+        self.owners, self.rows = dict(state["owners"]), dict(state["rows"])
+        self.sums = {
+            name: torch.zeros(shape, dtype=torch.float32, device=self.live.device) for name, shape in shapes.items()
+        }
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+@contextmanager
+def padded_by(live: LiveModel) -> Iterator[None]:
+    """A classifier on a causal backbone looks for the last token that is no padding: tell it which token that is."""
+    config, before = live.model.config, live.model.config.pad_token_id
+    if before is None and live.tokenizer is not None and live.task in (CLASSIFIER, REGRESSOR):
+        config.pad_token_id = live.tokenizer.pad_token_id
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
