@@ -27,7 +27,7 @@ from darekit.checkpoints import (
     sample_digest,
 )
 from darekit.dtypes import DTYPES, dtype_named
-from darekit.errors import HomologyError, PlanError, RecipeError
+from darekit.errors import PlanError, RecipeError
 from darekit.homology import AlignedTensor, Alignment, Heads, align, label
 from darekit.informed import HEAVY, matrix_memory, statistics_bytes, tile_memory
 from darekit.masks import effective_seeds
@@ -38,7 +38,8 @@ from darekit.packs.reading import open_model, packed_seed
 from darekit.recipe import Recipe, is_exact, resolve
 from darekit.recommendation.rates import MOST, settle
 from darekit.stages import TRIM, TRIM_MODEL, build, tile_of
-from darekit.statistics.files import FISHER, Statistics, open_statistics
+from darekit.statistics.files import Statistics, open_statistics
+from darekit.statistics.matching import check_statistics, statistics_notes, statistics_of
 from darekit.steps import Input, StageSpec, Step
 
 INTERPRETER_BYTES = 150 << 20  # Python, numpy, numba and LLVM, resident before the first tile
@@ -180,7 +181,7 @@ def make_plan(
     recipe, rates = settle(recipe, alignment.tensors)
     digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
     seeds = _seeds(recipe, digests[1:] if base else digests)
-    _check_statistics(recipe, models, digests[1:] if base else digests, statistics)
+    check_statistics(recipe, models, digests[1:] if base else digests, statistics)
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
     wanted = [
         OutputTensor(t.name, dtype.name if dtype and _is_float(t.dtype) else t.dtype, t.shape)
@@ -190,7 +191,7 @@ def make_plan(
     places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
     steps = [step for t in alignment.tensors for step in _steps(recipe, seeds, t, *places[t.name], statistics)]
     notes = [*recipe.notes, *alignment.notes, *_notes(recipe, alignment, models, seeds), *_rate_notes(models, rates)]
-    notes += _statistics_notes(recipe, steps, statistics)
+    notes += statistics_notes(recipe, steps, statistics)
     return Plan(
         recipe, base, tuple(models), alignment, tuple(steps), shards, digests, seeds,
         _summaries(recipe, models, alignment, seeds), tuple(notes), rates, tuple(statistics),
@@ -334,7 +335,7 @@ def _steps(
         for name, parameter in MERGE_METHODS[recipe.merge_method].parameters.items()
         if name not in ("lambda", "keep", "trim")
     }
-    informed = _informed(recipe, tensor, owners, weights, statistics)
+    informed = statistics_of(recipe, tensor, owners, weights, statistics)
     method = recipe.merge_method
     if MERGE_METHODS[method].statistics and informed is None:
         method, own = "linear", {"normalize": True}
@@ -392,97 +393,6 @@ def _steps(
             verbatim=len(here) == 1 and not chains[0] and scale == 1.0,
         )
         begin = end
-
-
-def _informed(
-    recipe: Recipe,
-    tensor: AlignedTensor,
-    owners: Sequence[int],
-    weights: Mapping[int, float],
-    statistics: Sequence[Statistics],
-) -> dict[str, Any] | None:
-    """What a step must know of its models' statistics; None where a model has none of this tensor: it is averaged.
-
-    Raises:
-        HomologyError: statistics of another shape than the tensor.
-        PlanError: all weights are 0.
-    """
-    if not MERGE_METHODS[recipe.merge_method].statistics:
-        return None
-    if not any(weights.values()):
-        raise PlanError(f"all weights of {tensor.name} are 0, so there is no mean; give one model a weight above 0")
-    found: list[TensorInfo] = []
-    for k in owners:
-        info, entry = tensor.models[k], statistics[k]
-        known = entry.tensors.get(tensor.name)
-        if known is None or info is None:
-            return None
-        inputs = info.shape[0 if tensor.name in entry.transposed else -1] if len(info.shape) == 2 else None
-        wanted = info.shape if entry.kind == FISHER else (inputs, inputs)
-        if known.shape != wanted:
-            raise HomologyError(
-                f"{entry.ref} has {list(known.shape)} for {tensor.name}, which is {list(info.shape)} in "
-                f"{recipe.models[k].model}: expected {list(wanted) if inputs or entry.kind == FISHER else 'a matrix'}; "
-                "make the statistics anew with this model"
-            )
-        found.append(known)
-    transposed = [tensor.name in statistics[k].transposed for k in owners]
-    if len(set(transposed)) > 1:
-        raise HomologyError(
-            f"{tensor.name} is stored [in, out] according to some of the statistics, [out, in] to others"
-        )
-    if transposed[0] and len({info.shape for info in tensor.models if info}) > 1:
-        return None
-    return {
-        "statistics": tuple(map(_input, found)),
-        "sizes": tuple(statistics[k].size_of(tensor.name) for k in owners),
-        "transposed": transposed[0],
-    }
-
-
-def _check_statistics(
-    recipe: Recipe, models: Sequence[Checkpoint], digests: Sequence[bytes], statistics: Sequence[Statistics]
-) -> None:
-    """Each model's statistics are of the kind that the method needs, and were made with that very model."""
-    wanted = MERGE_METHODS[recipe.merge_method].statistics
-    if wanted is None:
-        return
-    for model, digest, entry in zip(models, digests, statistics, strict=True):
-        if entry.kind != wanted:
-            raise PlanError(
-                f"{entry.ref} holds {entry.kind} statistics, and {recipe.merge_method} needs {wanted}: run `dare stats "
-                f"{wanted} {model.ref} --data FILE --out NAME.{wanted}.safetensors`"
-            )
-        if entry.model_digest is not None and entry.model_digest != digest.hex():
-            right = next((m.ref for m, d in zip(models, digests, strict=True) if d.hex() == entry.model_digest), None)
-            mixed = f": they are those of {right}, are the files mixed up?" if right else ""
-            raise HomologyError(
-                f"{entry.ref} was not made with {model.ref}: it names the model {entry.facts.get('model')} with the "
-                f"sample digest {entry.model_digest}, and {model.ref} has {digest.hex()}{mixed or '.'} Run `dare stats "
-                f"{wanted}` with this very model"
-            )
-
-
-def _statistics_notes(recipe: Recipe, steps: Sequence[Step], statistics: Sequence[Statistics]) -> Iterator[str]:
-    kind = MERGE_METHODS[recipe.merge_method].statistics
-    if kind is None:
-        return
-    merged = [step for step in steps if step.kind == "merge" and step.begin == 0]
-    plain = [step.name for step in merged if not step.statistics]
-    if len(plain) == len(merged):
-        yield f"the statistics know none of the tensors: all are averaged, and {recipe.merge_method} does nothing else"
-    elif kind == FISHER and plain:
-        listed = ", ".join(plain[:3]) + (", ..." if len(plain) > 3 else "")
-        yield f"{len(plain)} tensors without statistics are averaged: {listed}"
-    elif plain:
-        yield f"{len(merged) - len(plain)} tensors have a Gram; the other {len(plain)} are averaged"
-    minimal = recipe.parameters.get("minimal", MERGE_METHODS["fisher"].parameters["minimal"].default)
-    for entry in statistics:
-        if kind == FISHER and isinstance(minimal, float) and 0 < entry.mean < minimal:
-            yield (
-                f"the mean of {entry.ref} is {entry.mean:.1e}, less than minimal ({minimal:g}): most elements are "
-                f"merely averaged; write parameters: {{minimal: {entry.mean * 1e-3:.0e}}} for the Fisher to decide"
-            )
 
 
 def _on_weights(recipe: Recipe, parameters: Mapping[str, Any]) -> bool:
