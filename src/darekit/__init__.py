@@ -23,6 +23,9 @@ _LAZY = {
     "pack": "packs.packing",
     "unpack": "packs.unpacking",
     "open_pack": "packs.reading",
+    "export": "packs.exporting",
+    "push": "packs.sharing",
+    "pull": "packs.sharing",
     "Switcher": "packs.switching",
     "make_statistics": "statistics.running",
     "merge_tensors": "memory",
@@ -50,6 +53,7 @@ __all__ = [
     "della",
     "drop",
     "drop_only",
+    "export",
     "fisher",
     "inspect",
     "linear",
@@ -61,6 +65,8 @@ __all__ = [
     "open_pack",
     "pack",
     "plan",
+    "pull",
+    "push",
     "read_recipe",
     "regmean",
     "sparsifier",
@@ -89,8 +95,10 @@ if TYPE_CHECKING:
         task_arithmetic,
         ties,
     )
+    from darekit.packs.exporting import export
     from darekit.packs.packing import pack
     from darekit.packs.reading import open_pack
+    from darekit.packs.sharing import pull, push
     from darekit.packs.switching import Switcher
     from darekit.packs.unpacking import unpack
     from darekit.recipe import read_recipe

@@ -7,6 +7,7 @@
     |- RecipeError          the recipe's text: unknown key, contradiction, value out of range
     |- CheckpointError      one checkpoint cannot be read: not found, malformed, changed while it was read
     |  '- Unsupported       it can be read, but not merged as it is: quantised, an adapter, pickled
+    |     '- HoldsPack      it is a pack, and stands where a checkpoint must
     |- HomologyError        the checkpoints do not belong together: names, shapes, vocabulary, wrong base
     |- PlanError            a parameter is impossible for these tensors
     |- DataError            values: NaN, Inf, overflow of the output dtype, integer tensors that differ
@@ -16,6 +17,8 @@ Every message says what was found, what was expected, where, and what to do abou
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 class DarekitError(Exception):
@@ -32,6 +35,14 @@ class CheckpointError(DarekitError):
 
 class Unsupported(CheckpointError):
     """A checkpoint that is well-formed, but that darekit will not merge as it is."""
+
+
+class HoldsPack(Unsupported):
+    """A pack where a checkpoint was expected; `path` is its file."""
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class HomologyError(DarekitError):

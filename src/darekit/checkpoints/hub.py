@@ -9,15 +9,19 @@ the rest of huggingface_hub's environment mean what they mean there.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints.documents import read_object
 from darekit.checkpoints.weights import INDEX, SINGLE, read_index, refuse_config, refuse_directory
-from darekit.errors import CheckpointError
+from darekit.errors import CheckpointError, OutputError
 
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>.+))?", re.ASCII)
+HUB_FILE = re.compile(
+    r"(?P<repository>\w[\w.-]*/\w[\w.-]*)/(?P<name>\w[\w.-]*\.safetensors)(?:@(?P<revision>.+))?", re.ASCII
+)
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
 
 
@@ -62,6 +66,75 @@ def fetch_snapshot(ref: str, *, cache: Path | None = None) -> Snapshot:
         if any(any(directory.glob(pattern)) for pattern in patterns):
             break
     return Snapshot(directory, commit)
+
+
+def looks_like_hub_file(ref: str) -> bool:
+    """Whether `ref` reads org/name/FILE.safetensors, perhaps with @revision.
+
+    >>> [looks_like_hub_file(ref) for ref in ("org/name/m.safetensors", "o/n/m.safetensors@v2", "o/n", "m.safetensors")]
+    [True, True, False, False]
+    """
+    return HUB_FILE.fullmatch(ref) is not None
+
+
+def fetch_file(ref: str, *, cache: Path | None = None) -> Path:
+    """org/name/FILE.safetensors, perhaps with @revision -> the file in the local cache, downloaded where it is not.
+
+    Raises:
+        CheckpointError: as `fetch_snapshot`.
+    """
+    match = HUB_FILE.fullmatch(ref)
+    if match is None:
+        raise CheckpointError(f"{ref!r} is no file on the Hub; expected org/name/FILE.safetensors")
+    directory = _fetch(ref, match["repository"], match["revision"], cache, (match["name"],), partial=False)
+    if not (directory / match["name"]).exists():
+        raise CheckpointError(f"{match['repository']} on the Hub has no file {match['name']}")
+    return directory / match["name"]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What was pushed: the address of the repository and of the commit, and the names of the files in it."""
+
+    url: str
+    commit: str
+    files: tuple[str, ...]
+
+
+def upload_files(
+    repository: str, files: Mapping[str, Path | bytes], *, keep: Sequence[str], private: bool, message: str
+) -> Upload:
+    """Put files into a repository on the Hub with one commit; the repository is created where there is none.
+
+    Args:
+        repository: org/name.
+        files: name there -> the local file, or its content.
+        keep: names that are left as they are where they exist.
+        private: of a new repository.
+        message: of the commit.
+
+    Raises:
+        OutputError: no access, no network, or the Hub refuses.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    api = huggingface_hub.HfApi()
+    try:
+        # Without a value an organisation's own default would decide; an existing repository keeps what it is.
+        api.create_repo(repository, private=private, exist_ok=True)
+        chosen = {n: f for n, f in files.items() if n not in keep or not api.file_exists(repository, n)}
+        operations = [huggingface_hub.CommitOperationAdd(name, file) for name, file in chosen.items()]
+        done = api.create_commit(repository, operations, commit_message=message)
+    except errors.OfflineModeIsEnabled as error:
+        raise OutputError(f"{repository} cannot be pushed to: HF_HUB_OFFLINE is set") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        hint = "; run `hf auth login` or set HF_TOKEN, with a token that may write" if status in (401, 403) else ""
+        raise OutputError(f"{repository} cannot be pushed to: the Hub says {_name(error)}{hint}") from error
+    except Exception as error:  # as in _fetch
+        raise OutputError(f"{repository} could not be pushed to ({_name(error)}); nothing was committed") from error
+    return Upload(str(done.repo_url), str(done.oid), tuple(chosen))
 
 
 def _wanted(directory: Path) -> tuple[tuple[str, ...], ...]:

@@ -28,7 +28,7 @@ from darekit.checkpoints.weights import (
     refuse_file,
     refuse_scales,
 )
-from darekit.errors import CheckpointError, Unsupported
+from darekit.errors import CheckpointError, HoldsPack, Unsupported
 
 COMMIT = re.compile("[0-9a-f]{40}")
 PACK = "darekit_pack"  # metadata key of what `darekit.packs` writes
@@ -101,9 +101,10 @@ def _read_header(weights: Weights, file: InputFile) -> Iterable[TensorInfo]:
         return (TensorInfo(t.name, t.dtype, t.shape, t.source) for t in read_pickled(file.path))
     metadata, placements = read_header(file)
     if PACK in metadata:
-        raise Unsupported(
+        raise HoldsPack(
             f"{file.path} is a darekit pack, a delta and no checkpoint: give it as a model beside its base, or write "
-            "the whole model with `dare unpack BASE PACK OUT`"
+            "the whole model with `dare unpack BASE PACK OUT`",
+            file.path,
         )
     if STATISTICS in metadata:
         raise Unsupported(

@@ -29,6 +29,9 @@ for _command in (
     packs.unpack,
     packs.verify,
     packs.info,
+    packs.export,
+    packs.push,
+    packs.pull,
     merging.methods,
     merging.demo,
 ):

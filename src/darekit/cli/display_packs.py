@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from darekit.cli.display import count_of, size_of
 
 if TYPE_CHECKING:
+    from darekit.packs.exporting import ExportReport
     from darekit.packs.packing import PackReport
     from darekit.packs.reading import Verification
+    from darekit.packs.sharing import Pulled, Pushed
 
 SHOWN = 10
 
@@ -72,6 +74,41 @@ def show_verification(found: Verification, *, as_json: bool) -> None:
         print(f"  {fault.tensor}: {fault.words}")
     if len(found.faults) > SHOWN:
         print(f"  ... and {len(found.faults) - SHOWN} more")
+
+
+def show_export(report: ExportReport, *, as_json: bool) -> None:
+    """What was exported."""
+    if as_json:
+        print(json.dumps(report.to_data()))
+        return
+    print(f"{report.output}: {size_of(report.bytes)}, {report.target}")
+    if report.target != "dense":
+        patches = f"{report.sparse} sparse and {report.dense} dense patches, {count_of(report.changed)} elements"
+        print(f"  {patches}; {report.same} tensors are the base's")
+
+
+def show_pushed(pushed: Pushed, *, as_json: bool) -> None:
+    """Where a pack went."""
+    if as_json:
+        print(json.dumps(pushed.to_data()))
+        return
+    print(f"{pushed.url}: {', '.join(pushed.files) or 'nothing new'} ({size_of(pushed.bytes)})")
+
+
+def show_pulled(pulled: Pulled, *, as_json: bool) -> None:
+    """What was fetched, and how it goes on."""
+    if as_json:
+        print(json.dumps(pulled.to_data()))
+        return
+    print(f"{pulled.pack}: {size_of(pulled.bytes)}, {pulled.tensors} tensors, what is stored agrees with its digests")
+    print(f"  base: {_ref(pulled.base)}")
+    print(f"  dare unpack {_base_argument(pulled.base)} {pulled.pack} OUT")
+
+
+def _base_argument(entry: Mapping[str, Any]) -> str:
+    if "/" not in entry["ref"]:
+        return "BASE"
+    return f"{entry['ref']}@{entry['revision']}" if entry.get("revision") else str(entry["ref"])
 
 
 def _ref(entry: Mapping[str, Any]) -> str:

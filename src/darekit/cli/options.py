@@ -52,6 +52,13 @@ class Codec(StrEnum):
     ZSTD = "zstd"
 
 
+class ExportTarget(StrEnum):
+    """Words for `export --to`."""
+
+    VLLM_PATCH = "vllm-patch"
+    DENSE = "dense"
+
+
 class Scope(StrEnum):
     """Words for --on."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dare pack`, `unpack`, `verify` and `info`."""
+"""`dare pack`, `unpack`, `verify`, `info`, `export`, `push` and `pull`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from darekit.cli.options import (
     Codec,
+    ExportTarget,
     Force,
     Json,
     Overwrite,
@@ -22,6 +23,8 @@ from darekit.cli.options import (
     check_drop_rate,
     errors_told,
 )
+
+PackName = Annotated[str, typer.Argument(help="A file that `dare pack` wrote; or org/name, org/name/FILE on the Hub.")]
 
 
 def pack(
@@ -75,7 +78,7 @@ def pack(
 
 def unpack(
     base: Annotated[str, typer.Argument(help="The checkpoint that PACK was made against.")],
-    pack: Annotated[Path, typer.Argument(help="A file that `dare pack` wrote.")],
+    pack: PackName,
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
@@ -98,7 +101,7 @@ def unpack(
 
 
 def verify(
-    pack: Annotated[Path, typer.Argument(help="A file that `dare pack` wrote.")],
+    pack: PackName,
     base: Annotated[str | None, typer.Argument(help="The checkpoint that it was made against.")] = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -116,7 +119,7 @@ def verify(
 
 
 def info(
-    pack: Annotated[Path, typer.Argument(help="A file that `dare pack` wrote.")],
+    pack: PackName,
     as_json: Json = False,
 ) -> None:
     """Show what PACK is: its model and base, size and ratio, drop rate, bits, license."""
@@ -126,3 +129,68 @@ def info(
 
         with open_pack(pack) as found:
             display_packs.show_info(found.info(), as_json=as_json)
+
+
+def export(
+    pack: PackName,
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    to: Annotated[ExportTarget, typer.Option(help="What a server loads: patches of final weights, or a model.")],
+    base: Annotated[
+        str | None, typer.Option(help="What PACK was made against; default: the base it names, from the Hub.")
+    ] = None,
+    threads: Threads = None,
+    shard_size: ShardSize = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Write PACK as what servers load: vLLM's weight patches, or an ordinary (dense) model directory."""
+    limit = bytes_of(shard_size)
+    with errors_told():
+        from darekit.cli import display, display_packs
+        from darekit.packs.exporting import export as export_pack
+
+        with display.progress_bar("exporting", quiet=as_json) as progress:
+            report = export_pack(
+                pack, out, to=to.value, base=base, shard_size=limit, threads=threads, progress=progress,
+                say=display.say_note,
+            )  # fmt: skip
+        display_packs.show_export(report, as_json=as_json)
+
+
+def push(
+    pack: Annotated[Path, typer.Argument(help="A file that `dare pack` wrote.")],
+    to: Annotated[str, typer.Argument(help="org/name on the Hub, or a folder (./name).")],
+    base_model: Annotated[
+        str | None, typer.Option(help="The base on the Hub: org/name, or org/name@commit. Default: what PACK says.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Of the model, where PACK does not know it.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    new_card: Annotated[bool, typer.Option("--new-card", help="Replace a model card that is there.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put PACK with a model card on the Hugging Face Hub, or into a folder."""
+    with errors_told():
+        from darekit.cli import display, display_packs
+        from darekit.packs.sharing import push as push_pack
+
+        pushed = push_pack(
+            pack, to, base_model=base_model, license=license, private=private, new_card=new_card, message=message,
+            say=display.say_note,
+        )  # fmt: skip
+        display_packs.show_pushed(pushed, as_json=as_json)
+
+
+def pull(
+    pack: Annotated[str, typer.Argument(help="org/name or org/name/FILE on the Hub, or a folder that `push` wrote.")],
+    out: Annotated[Path | None, typer.Argument(help="File to write, or a folder for it; default: here.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch PACK from the Hugging Face Hub or a folder, and check it."""
+    with errors_told():
+        from darekit.cli import display, display_packs
+        from darekit.packs.sharing import pull as pull_pack
+
+        with display.progress_bar("checking", quiet=as_json) as progress:
+            pulled = pull_pack(pack, out, overwrite=overwrite, progress=progress)
+        display_packs.show_pulled(pulled, as_json=as_json)

@@ -21,9 +21,10 @@ import xxhash
 
 from darekit import kernels
 from darekit.checkpoints import Checkpoint, InputFile, TensorInfo, open_checkpoint, sample_digest
+from darekit.checkpoints.hub import fetch_file, looks_like_hub_file, looks_like_hub_id
 from darekit.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
-from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, PlanError
+from darekit.errors import CheckpointError, DarekitError, DataError, HoldsPack, HomologyError, PlanError
 from darekit.packs.format import PackedTensor, PackFile, is_pack, read_pack, stored_digest, value_sizes
 from darekit.packs.frames import decompress_values
 from darekit.packs.leaves import Indices, Mask, decode, factor_of, number_for, restore, take
@@ -453,20 +454,21 @@ def open_pack(path: str | Path, base: str | Path | Checkpoint | None = None) -> 
     """Open a pack, and bind it to its base where one is given; nothing but headers and tables is read.
 
     Args:
-        path: the file.
+        path: the file, a folder that holds nothing else, or either on the Hub: org/name, org/name/FILE.safetensors.
         base: the checkpoint that it was packed against: directory, file, Hub id, or an open `Checkpoint`.
 
     Raises:
         CheckpointError: it is malformed or damaged, or of another version.
         HomologyError: another base.
     """
-    file = InputFile(Path(path))
+    path = locate_pack(path)
+    file = InputFile(path)
     opened = None
     try:
         source = read_pack(file)
         if base is not None:
             opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
-        return Pack(Path(path), source, opened, owned=not isinstance(base, Checkpoint))
+        return Pack(path, source, opened, owned=not isinstance(base, Checkpoint))
     except BaseException:
         file.close()
         if opened is not None and not isinstance(base, Checkpoint):
@@ -475,24 +477,45 @@ def open_pack(path: str | Path, base: str | Path | Checkpoint | None = None) -> 
 
 
 def find_pack(ref: str | Path, search: Sequence[Path] = ()) -> Path | None:
-    """A model's name -> the file, where it is that of a pack."""
-    if Path(ref).suffix != SUFFIX:
-        return None
+    """A model's name -> the file, where the name is that of a pack: a local file, or one on the Hub."""
     for candidate in (Path(ref).expanduser(), *(directory / ref for directory in search)):
-        if candidate.is_file():
+        if candidate.exists():
+            if candidate.suffix != SUFFIX or not candidate.is_file():
+                return None
             file = InputFile(candidate)
             try:
                 return candidate if is_pack(file) else None
             finally:
                 file.close()
-    return None
+    return fetch_file(ref) if isinstance(ref, str) and looks_like_hub_file(ref) else None
+
+
+def locate_pack(ref: str | Path) -> Path:
+    """What the user wrote -> the file of a pack: that file, a folder with nothing else, or either on the Hub.
+
+    Raises:
+        CheckpointError: there is nothing, or no pack.
+    """
+    path = Path(ref).expanduser()
+    if not path.exists() and isinstance(ref, str) and looks_like_hub_file(ref):
+        return fetch_file(ref)
+    if path.is_file() or (not path.exists() and not (isinstance(ref, str) and looks_like_hub_id(ref))):
+        return path  # what is wrong with it is said when it is read
+    try:
+        open_checkpoint(ref).close()
+    except HoldsPack as error:
+        return error.path
+    raise CheckpointError(f"{ref} is a whole checkpoint, and no pack")
 
 
 def open_model(ref: str | Path, base: Checkpoint | None, *, search: Sequence[Path] = ()) -> Checkpoint:
     """Open what stands where a model stands: a checkpoint, or a pack of one that was fine-tuned from `base`."""
     path = find_pack(ref, search)
     if path is None:
-        return open_checkpoint(ref, search=search)
+        try:
+            return open_checkpoint(ref, search=search)
+        except HoldsPack as error:  # a folder or a repository that holds nothing else
+            path = error.path
     if base is None:
         raise PlanError(f"{path} is a pack: what it holds needs its base; name it as base_model")
     found = open_pack(path)
