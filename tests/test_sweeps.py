@@ -406,7 +406,7 @@ def test_plots_are_the_same_for_the_same_data(real, place):
     for path in draw_sweep(figure, place.path / "again"):
         assert path.read_bytes() == (place.path / "out" / f"test{path.suffix}").read_bytes()
     svg = (place.path / "again.svg").read_text()
-    assert "drop rate p" in svg and "all/total, test" in svg and "<dc:date>" not in svg
+    assert "drop rate p" in svg and "all/total on test" in svg and "<dc:date>" not in svg
     looks = [style.line_style(i) for i in range(7)]
     for key in ("color", "marker", "linestyle"):
         assert len({str(look[key]) for look in looks}) == 7

@@ -19,6 +19,7 @@ _LAZY = {
     "drop": "api",
     "plan": "api",
     "inspect": "inspection",
+    "similarity": "similarities",
     "sweep": "sweeps.running",
     "pack": "packs.packing",
     "unpack": "packs.unpacking",
@@ -69,6 +70,7 @@ __all__ = [
     "push",
     "read_recipe",
     "regmean",
+    "similarity",
     "sparsifier",
     "sweep",
     "task_arithmetic",
@@ -102,6 +104,7 @@ if TYPE_CHECKING:
     from darekit.packs.switching import Switcher
     from darekit.packs.unpacking import unpack
     from darekit.recipe import read_recipe
+    from darekit.similarities import similarity
     from darekit.statistics.running import make_statistics
     from darekit.sweeps.running import sweep
 

@@ -24,6 +24,7 @@ for _command in (
     merging.merge,
     merging.drop,
     analysis.inspect,
+    analysis.similarity,
     analysis.sweep,
     packs.pack,
     packs.unpack,

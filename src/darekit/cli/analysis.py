@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dare inspect` and `sweep`."""
+"""`dare inspect`, `similarity` and `sweep`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli.options import DryRun, Json, Threads, errors_told
+from darekit.cli.options import DryRun, Json, Threads, check_drop_rate, errors_told
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the fastest there is.")]
 Dtype = Annotated[str | None, typer.Option(help="What the model computes in; default: float32 on a CPU.")]
@@ -28,6 +28,61 @@ def inspect(
         with display.progress_bar("inspecting", quiet=as_json) as progress:
             found = inspect_models(base, model, threads=threads, progress=progress)
         display.show_inspection(found, as_json=as_json)
+
+
+def similarity(
+    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
+    model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
+    data: Annotated[str, typer.Option(help="Rows of text: a file of JSON lines, or a dataset's name.")],
+    drop_rate: Annotated[
+        list[float], typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped; may be repeated.")
+    ],
+    methods: Annotated[str, typer.Option(help="Sparsifiers, with commas between.")] = "dare,drop_only,magnitude",
+    seeds: Annotated[str, typer.Option(help="Seeds of the masks, with commas between.")] = "0",
+    keep_dense: Annotated[
+        list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows that are read.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that run at once.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 128,
+    device: Device = None,
+    dtype: Dtype = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw similarity.png and similarity.svg into this folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how far dropping turns MODEL's hidden states: the cosine to the original's, layer by layer."""
+    for rate in drop_rate:
+        check_drop_rate(rate)
+    words = [word.strip() for word in methods.split(",") if word.strip()]
+    numbers = _seeds(seeds)
+    with errors_told():
+        from darekit.cli import display, display_analysis
+
+        if plot is not None:
+            from darekit.plots.style import require_matplotlib
+
+            require_matplotlib()
+        from darekit.similarities import similarity as compare
+
+        with display.progress_bar("comparing", quiet=as_json, unit="rows") as progress:
+            found = compare(
+                base, model, data=data, drop_rate=drop_rate, methods=words, seeds=numbers, keep_dense=keep_dense or (),
+                limit=limit, batch_size=batch_size, max_length=max_length, device=device, dtype=dtype,
+                progress=progress, say=None if as_json else display.say_note,
+            )  # fmt: skip
+        drawn = []
+        if plot is not None:
+            from darekit.plots.similarities import draw_similarity
+
+            drawn = [*draw_similarity(found, plot / "similarity")]
+        display_analysis.show_similarity(found, drawn, as_json=as_json)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers, as 1,2,3", param_hint="--seeds") from None
 
 
 def sweep(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -12,9 +13,34 @@ from rich.table import Table
 from darekit.cli.display import print_table
 
 if TYPE_CHECKING:
+    from darekit.similarities import Similarity
     from darekit.sweeps.data import Cell
     from darekit.sweeps.reports import Table as Text
     from darekit.sweeps.running import SweepResult
+
+
+def show_similarity(found: Similarity, drawn: Sequence[Path], *, as_json: bool) -> None:
+    """A row for each layer, a column for each curve."""
+    if as_json:
+        print(json.dumps(found.to_data() | {"plots": [str(path) for path in drawn]}))
+        return
+    print(f"mean cosine to {found.model}'s hidden states over {found.tokens} tokens of {found.rows} rows\n")
+    table = Table("layer", box=None, pad_edge=False)
+    for curve in found.curves:
+        table.add_column(curve.title, justify="right")
+    for i, layer in enumerate(found.layers):
+        cells = [
+            f"{curve.cosine[i]:.4f}" + (f" ± {curve.deviation[i]:.4f}" if len(curve.seeds) > 1 else "")
+            for curve in found.curves
+        ]
+        table.add_row(layer, *cells)
+    print_table(table)
+    print()
+    for curve in found.curves:
+        lowest = min(range(len(curve.cosine)), key=curve.cosine.__getitem__)
+        print(f"{curve.title}: lowest at layer {found.layers[lowest]}, {curve.cosine[lowest]:.4f}")
+    for path in drawn:
+        print(path)
 
 
 def show_cells(cells: Sequence[Cell], notes: Sequence[str], *, as_json: bool) -> None:

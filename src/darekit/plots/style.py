@@ -33,6 +33,7 @@ _SETTINGS = {
     "grid.color": PALE,
     "legend.frameon": False,
     "legend.fontsize": 10,
+    "legend.handlelength": 3.4,  # room for a dash on each side of the marker
     "lines.linewidth": 2.0,
     "lines.markersize": 6.5,
     "figure.dpi": 100,
@@ -68,12 +69,17 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
-def new_figure(rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = HEIGHT) -> tuple[Any, Any]:
-    """A figure and its (rows, columns) axes; width and height of one panel in inches. Needs no display."""
+def new_figure(
+    rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = HEIGHT, extra: float = 0.0
+) -> tuple[Any, Any]:
+    """A figure and its (rows, columns) axes; width and height of one panel in inches, `extra` height for a legend.
+
+    Needs no display.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows + extra), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 

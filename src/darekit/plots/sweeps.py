@@ -21,7 +21,9 @@ def draw_sweep(found: Figure, stem: Path) -> tuple[Path, Path]:
         columns = min(_COLUMNS, len(found.panels))
         rows = math.ceil(len(found.panels) / columns)
         scale = 1.0 if columns == 1 else 0.72
-        figure, grid = style.new_figure(rows, columns, width=style.WIDTH * scale, height=style.HEIGHT * (scale + 0.08))
+        figure, grid = style.new_figure(
+            rows, columns, width=style.WIDTH * scale, height=style.HEIGHT * scale, extra=0.4 if columns == 1 else 0.9
+        )
         every = [axes for row in grid for axes in row]
         names = list(dict.fromkeys(line.name for panel in found.panels for line in panel.lines))
         low, high = _limits(found)
@@ -39,17 +41,22 @@ def draw_sweep(found: Figure, stem: Path) -> tuple[Path, Path]:
                 axes.set_xlabel(_x_label(found, even))
         figure.supylabel(found.y, fontsize=11)
         figure.suptitle(found.title, fontsize=13)
+        ordered = {k: v for k, v in handles.items() if k not in _LEVELS} | {
+            k: v for k, v in handles.items() if k in _LEVELS
+        }
         title = found.lines + (
             f" (bands: ± 1 standard deviation over {found.runs} mask seeds)" if found.runs > 1 else ""
         )
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=min(2 + columns, len(handles)),
+            ordered.values(), ordered.keys(), loc="outside lower center", ncols=min(2 + columns, len(handles)),
             title=title or None, title_fontsize=10,
         )  # fmt: skip
         return style.save(figure, stem)
 
 
 def _draw_panel(axes: Any, panel: Panel, found: Figure, names: list[str], even: bool) -> dict[str, Any]:
+    means = [mean for panel in found.panels for line in panel.lines for _, mean, _ in line.points]
+    shares = min(means) >= 0 and max(means) <= 1
     handles = {}
     places = {tick: i if even else tick for i, tick in enumerate(found.ticks)}
     for line in panel.lines:
@@ -57,8 +64,9 @@ def _draw_panel(axes: Any, panel: Panel, found: Figure, names: list[str], even: 
         points = sorted((places[x], mean, spread) for x, mean, spread in line.points if x in places)
         at, means = [p[0] for p in points], [p[1] for p in points]
         (handles[line.name],) = axes.plot(at, means, label=line.name, **look)
-        lows = [mean - (spread or 0) for _, mean, spread in points]
-        highs = [mean + (spread or 0) for _, mean, spread in points]
+        floor, ceiling = (0.0, 1.0) if shares else (-math.inf, math.inf)
+        lows = [max(floor, mean - (spread or 0)) for _, mean, spread in points]
+        highs = [min(ceiling, mean + (spread or 0)) for _, mean, spread in points]
         axes.fill_between(at, lows, highs, color=look["color"], alpha=0.15, linewidth=0)
     for name, value in panel.levels:
         handles[name] = axes.axhline(value, color=style.GREY, linestyle=_LEVELS[name], linewidth=1.4, zorder=1)

@@ -43,7 +43,7 @@ class Row:
     def title(self) -> str:
         """For people."""
         if self.kind == "base":
-            return f"base, {label(self.models[0])}"
+            return f"{label(self.models[0])} (the base)"
         if self.kind == "single":
             return f"{label(self.models[0])} alone"
         return ", ".join(said(name, value) for name, value in self.at.items()) or self.kind
@@ -263,7 +263,14 @@ def figure_of(sweep: Sweep, summary: Summary, split: str) -> Figure | None:
     rest = [axis for axis in sweep.axes if axis not in (x, lines)]
     panels: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        panels.setdefault(tuple(row.at.get(axis.name) for axis in rest), []).append(row)
+        panels.setdefault(tuple(row.at.get(axis.name) for axis in rest), [])
+    # What an axis does not concern is compared with everything along it, and has a panel only where there is no other.
+    whole = [place for place in panels if None not in place]
+    panels = {place: [] for place in whole or panels}
+    for row in rows:
+        for place, members in panels.items():
+            if all(row.at.get(axis.name, value) == value for axis, value in zip(rest, place, strict=True)):
+                members.append(row)
     drawn = []
     for place, members in panels.items():
         names = list(dict.fromkeys(row.at.get(lines.name) if lines else None for row in members))
@@ -281,7 +288,7 @@ def figure_of(sweep: Sweep, summary: Summary, split: str) -> Figure | None:
         drawn.append(Panel(title, curves, _levels(summary, members, split, score)))
     runs = max(row.scores[split][score].runs for row in rows)
     return Figure(
-        sweep.layout.title or sweep.name, x.name, f"{score}, {split}", title_of(lines.name) if lines else "",
+        sweep.layout.title or sweep.name, x.name, f"{score} on {split}", title_of(lines.name) if lines else "",
         tuple(point.label for point in x.points), tuple(drawn), runs,
     )  # fmt: skip
 
@@ -290,7 +297,10 @@ def roles_of(sweep: Sweep) -> tuple[Axis | None, Axis | None]:
     """The axes along which, and for which, lines are drawn."""
     wide = [axis for axis in sweep.axes if len(axis.points) > 1]
     by_name = {axis.name: axis for axis in sweep.axes}
-    numeric = [a for a in wide if a.setting is not None and all(isinstance(p.label, int | float) for p in a.points)]
+    numeric = [
+        a for a in wide
+        if a.name == DROP_RATE or (a.setting is not None and all(isinstance(p.label, int | float) for p in a.points))
+    ]  # fmt: skip
     x = by_name.get(sweep.layout.x or "") or next((a for a in numeric if a.name == DROP_RATE), None)
     x = x or next(iter(numeric), None) or next(iter(wide), None)
     others = [axis for axis in wide if axis is not x]

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden states of a model that runs, layer by layer, without those of padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from darekit.errors import DataError
+from darekit.live.data import Tokens, batches
+from darekit.live.models import LiveModel, memory_told, one_thread
+
+States = npt.NDArray[np.float32]
+
+
+def hidden_states(
+    live: LiveModel,
+    tokens: Sequence[Tokens],
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[States]:
+    """(layers + 1, tokens, width) float32 for each batch: the embeddings, then what each layer gives; the last one is
+    after the final norm where transformers has it so. Tokens stand example by example, padding left out.
+
+    Raises:
+        DataError: NaN or Inf, or a model that does not show its hidden states.
+    """
+    import torch
+
+    pad = 0 if live.tokenizer is None else live.tokenizer.pad_token_id or 0
+    done = 0
+    with one_thread(live.device), memory_told(f"running batches of {batch_size}"), torch.inference_mode():
+        for batch in batches(tokens, batch_size):
+            longest = max(len(row.ids) for row in batch)
+            # Padding stands to the right: a causal model never looks back at it, the mask hides it from the others.
+            ids = torch.full((len(batch), longest), pad)
+            mask = torch.zeros_like(ids)
+            for at, row in enumerate(batch):
+                ids[at, : len(row.ids)] = torch.tensor(row.ids)
+                mask[at, : len(row.ids)] = 1
+            body = getattr(live.model, "base_model", live.model)  # without the head, which costs and says nothing here
+            found = body(input_ids=ids.to(live.device), attention_mask=mask.to(live.device), output_hidden_states=True)
+            layers = getattr(found, "hidden_states", None)
+            if layers is None:
+                raise DataError(f"{type(live.model).__name__} does not show its hidden states")
+            real = mask.bool().to(live.device)
+            states: States = torch.stack([layer[real].float() for layer in layers]).cpu().numpy()
+            if not np.isfinite(states).all():
+                raise DataError(
+                    f"the hidden states hold NaN or Inf in the batch that begins with {batch[0].place}: the weights are "
+                    "broken, or too large for what the model computes in: try --dtype float32"
+                )
+            yield states
+            done += len(batch)
+            if progress:
+                progress(done, len(tokens))
