@@ -227,8 +227,11 @@ def _empty(plan: Plan, device: str | None, dtype: str | None) -> LiveModel:
             raise Unsupported(f"transformers {transformers.__version__} does not know this model: {error}") from error
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         compute = dtype or ("float32" if where.type == "cpu" else own)
-        if not isinstance(getattr(torch, compute, None), torch.dtype):
-            raise PlanError(f"dtype {compute!r} is none of torch's; use float32, bfloat16 or float16")
+        found_dtype = getattr(torch, compute, None)
+        if not isinstance(found_dtype, torch.dtype) or not found_dtype.is_floating_point:
+            raise PlanError(
+                f"dtype {compute!r} is no floating point format of torch's; use float32, bfloat16 or float16"
+            )
         config.dtype = compute
         with _no_init(), torch.device(where):
             model = cls(config)

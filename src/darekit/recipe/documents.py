@@ -256,7 +256,8 @@ def override(document: Document, settings: Mapping[str, Any], seed: int | None) 
         tuple(dotted.split(".")): (dotted, value) for dotted, value in settings.items()
     }
     if seed is not None:
-        changes["sparsify" if "sparsify" in document.data else "parameters", "seed"] = ("seed", seed)
+        sparsify = "sparsify" in document.data or any(path[0] == "sparsify" for path in changes)
+        changes["sparsify" if sparsify else "parameters", "seed"] = ("seed", seed)
     if not changes:
         return document
     data: dict[str, Any] = _plain(document.data, 0)
