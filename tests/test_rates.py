@@ -198,5 +198,5 @@ def test_budgets_at_the_edges():
     assert spend([10, 10], [0.0, 1.0], 5) == [1.0, 0.5]  # nothing is spent where nothing changed
     assert spend([10, 10], [0.0, 1.0], 15) == [0.5, 0.0]
     assert spend([10, 10], [math.inf, 1.0], 12) == [0.0, 0.8]  # a new tensor stays whole
-    assert spend([10, 0], [1.0, 1.0], 100) == [0.0, 0.0]
+    assert spend([10, 0], [1.0, 1.0], 100) == [0.0, 1.0]
     assert spend([], [], 3) == []

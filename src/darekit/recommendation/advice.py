@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dare recommend`: what may be dropped of a model, tensor by tensor, what that is predicted to do, and a recipe.
+
+Data-free, each tensor's r = ||dW|| / ||W|| predicts; with text, what the model's own inputs say of each linear layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from darekit.api import drop_recipe
+from darekit.errors import OutputError, PlanError
+from darekit.homology import RULE_OF_THUMB, TAU, label, p_max, weighted_median
+from darekit.inspection import TensorReport, inspect
+from darekit.methods.sparsifiers import noise_gain
+from darekit.naming import ONE_TERM, is_head, is_kept_dense
+from darekit.planning import open_plan
+from darekit.recipe import Filtered, Filters, Recipe, Value
+from darekit.recommendation.rates import MOST, rate_within, rounded_down, spend
+
+if TYPE_CHECKING:
+    from darekit.recommendation.calibration import Calibration, Layer
+    from darekit.recommendation.shrinkage import Search
+
+ROWS = 64
+REASONS = {
+    "embeddings": "each output is one row of it: no sum in which noise averages out",
+    "norms": "each output is one element times one input: no sum in which noise averages out",
+    "biases": "each output is one element: no sum in which noise averages out",
+}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TensorAdvice:
+    """One tensor that may be dropped.
+
+    Attributes:
+        r: ||dW|| / ||W||, over all elements.
+        p_max: the largest drop rate within tau; by the layer's own inputs where they were seen, else by r.
+        drop_rate: what the recipe says.
+        rho: predicted perturbation of the layer's output at that rate, relative to the output.
+        kappa: coherence of the delta with the layer's inputs; None where no inputs were seen.
+        noise_to_signal: predicted noise at that rate, relative to what fine-tuning does to the output.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    r: float
+    p_max: float
+    drop_rate: float
+    rho: float
+    kappa: float | None = None
+    noise_to_signal: float | None = None
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form; an infinite number (a tensor that the base has as zeros) is null."""
+        numbers = {name: _finite(value) for name, value in self.__dict__.items() if name != "shape"}
+        return numbers | {"shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class DenseTensor:
+    """One tensor that is not dropped, and why."""
+
+    name: str
+    parameters: int
+    r: float
+    reason: str
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**self.__dict__, "r": _finite(self.r)}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What may be dropped of `model`. `drop_rate`: the parameter-weighted median of the tensors' p_max."""
+
+    base: str
+    model: str
+    tau: float
+    drop_rate: float
+    tensors: tuple[TensorAdvice, ...]
+    dense: tuple[DenseTensor, ...]
+    verdict: str
+    words: str
+    assumed: str
+    budget: float | None
+    recipe: Recipe
+    calibration: Calibration | None = None
+    search: Search | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def droppable(self) -> int:
+        """Parameters of the tensors that may be dropped."""
+        return sum(tensor.parameters for tensor in self.tensors)
+
+    @property
+    def parameters(self) -> int:
+        """All float parameters."""
+        return self.droppable + sum(tensor.parameters for tensor in self.dense)
+
+    @property
+    def kept(self) -> float:
+        """How many of them the recipe is expected to keep."""
+        return self.parameters - sum(tensor.parameters * tensor.drop_rate for tensor in self.tensors)
+
+    @property
+    def rho(self) -> tuple[float, float]:
+        """Predicted relative perturbation of a layer's output: median over parameters, and the largest."""
+        median = weighted_median((tensor.rho, tensor.parameters) for tensor in self.tensors)
+        return median, max((tensor.rho for tensor in self.tensors), default=0.0)
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form."""
+        median, largest = self.rho
+        calibration = self.calibration
+        return {
+            "base": self.base,
+            "model": self.model,
+            "verdict": self.verdict,
+            "words": self.words,
+            "tau": self.tau,
+            "drop_rate": self.drop_rate,
+            "budget": self.budget,
+            "assumed": self.assumed,
+            "parameters": self.parameters,
+            "droppable_parameters": self.droppable,
+            "kept": round(self.kept),
+            "mean_drop_rate": 1 - self.kept / self.parameters if self.parameters else 0.0,
+            "rho": {"median": median, "largest": _finite(largest)},
+            "calibration": calibration and {"rows": calibration.rows, "tokens": calibration.tokens},
+            "tensors": [tensor.to_data() for tensor in self.tensors],
+            "dense": [tensor.to_data() for tensor in self.dense],
+            "q": self.search and self.search.to_data(),
+            "notes": list(self.notes),
+            "recipe": self.recipe.to_data(),
+        }
+
+
+def recommend(
+    base: str | Path,
+    model: str | Path,
+    *,
+    tau: float = TAU,
+    drop_rate: float | None = None,
+    budget: float | None = None,
+    data: str | Path | None = None,
+    search_q: bool = False,
+    keep_dense: Sequence[str] = ONE_TERM,
+    seed: int | None = None,
+    vocab: str = "strict",
+    heads: str | None = None,
+    limit: int = ROWS,
+    batch_size: int = 8,
+    max_length: int = 512,
+    device: str | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+    progress: Callable[[str], Progress | None] | None = None,
+) -> Recommendation:
+    """Say how much of a model's delta may be dropped, tensor by tensor, and what that is predicted to do.
+
+    Args:
+        base: the checkpoint that `model` was fine-tuned from.
+        model: the fine-tuned model.
+        tau: the relative perturbation that a layer's output may have.
+        drop_rate: judge this one rate for all tensors, instead of what tau allows.
+        budget: keep this fraction of the elements that may be dropped, where it hurts least, instead of what tau
+            allows.
+        data: JSON lines (or a data set's name) of text such as the model works on; its labels are not looked at.
+        search_q: with data: search the factor of DAREx's q.
+        keep_dense: groups or globs of tensors that are not dropped.
+        seed: the mask's effective seed, for the search and in the recipe.
+        vocab: what the recipe says of vocabularies that differ.
+        heads: `base` or `model`: whose heads the recipe takes as they are.
+        limit: rows of data.
+        batch_size: rows at once.
+        max_length: tokens of one row.
+        device: where the model runs.
+        dtype: what it computes in.
+        threads: worker threads that read weights.
+        progress: what is being done -> a function that is called with (done, in all).
+
+    Raises:
+        DarekitError: see `darekit.errors`.
+    """
+    _check(tau=tau, drop_rate=drop_rate, budget=budget)
+    if search_q and data is None:
+        raise PlanError("the search of q compares outputs: it needs data (--data FILE, a text on each line)")
+    rows = None
+    if data is not None:  # mistakes in it are told before anything long
+        from darekit.live.data import read_rows
+
+        rows = read_rows(data, limit=limit)
+    step = progress or (lambda what: None)
+    base, model = str(base), str(model)
+    found = inspect(base, model, threads=threads, progress=step("reading both models"))
+    shape = {"keep_dense": keep_dense, "seed": seed, "vocab": vocab, "heads": heads}
+    whole = drop_recipe(base, model, drop_rate=0.0, **shape)
+    calibration = feed = None
+    if rows is not None:
+        from darekit.recommendation.calibration import calibrate
+        from darekit.recommendation.inputs import Feed
+
+        feed = Feed(rows, batch_size, max_length)
+        with open_plan(whole) as plan:
+            calibration = calibrate(plan, feed, device=device, dtype=dtype, progress=step("running the model"))
+    own_heads = {name for name in (report.name for report in found.tensors) if heads is not None and is_head(name)}
+    dense, open_tensors = _divide(found.tensors, keep_dense, own_heads)
+    layers = calibration.layers if calibration else {}
+    tensors = _advise(open_tensors, layers, tau=tau, drop_rate=drop_rate, budget=budget)
+    recipe = _recipe(whole, tensors, 1.0)
+    search = None
+    if search_q and feed is not None:
+        from darekit.recommendation.shrinkage import search_factor
+
+        with open_plan(whole) as plan:
+            search = search_factor(
+                plan, lambda k: open_plan(_recipe(whole, tensors, k)), feed, device=device, dtype=dtype,
+                progress=step("searching q"),
+            )  # fmt: skip
+        recipe = _recipe(whole, tensors, search.best)
+    return Recommendation(
+        base, model, tau, weighted_median((tensor.p_max, tensor.parameters) for tensor in tensors), tensors, dense,
+        found.verdict, _words(found.verdict, found.words, base, model), _assumed(calibration, tau), budget, recipe,
+        calibration, search, tuple(_notes(tensors, calibration, budget, drop_rate)),
+    )  # fmt: skip
+
+
+def _check(**given: float | None) -> None:
+    if given["drop_rate"] is not None and given["budget"] is not None:
+        raise PlanError("a drop rate and a budget are two ways to say how much; give one of them")
+    for name, low in (("tau", 0.001), ("drop_rate", 0.0), ("budget", 0.0)):
+        value = given[name]
+        if value is not None and not low <= value <= 1:
+            raise PlanError(f"{name} must be in [{low:g}, 1], found {value}")
+
+
+def _divide(
+    reports: Sequence[TensorReport], keep_dense: Sequence[str], own_heads: Container[str]
+) -> tuple[tuple[DenseTensor, ...], list[TensorReport]]:
+    """Reports of all tensors -> those that stay dense, with the reason, and those that may be dropped."""
+    dense, rest = [], []
+    for report in reports:
+        pattern = next((p for p in keep_dense if is_kept_dense(report.name, report.shape, [p])), None)
+        if report.name in own_heads:
+            reason = "a head that is taken as it is"
+        elif pattern is not None:
+            reason = REASONS.get(pattern, f"kept dense by {pattern}")
+        elif report.parameters:
+            rest.append(report)
+            continue
+        else:
+            continue
+        dense.append(DenseTensor(report.name, report.parameters, report.r, reason))
+    return tuple(dense), rest
+
+
+def _advise(
+    reports: Sequence[TensorReport],
+    layers: Mapping[str, Layer],
+    *,
+    tau: float,
+    drop_rate: float | None,
+    budget: float | None,
+) -> tuple[TensorAdvice, ...]:
+    """Rates by tau, by a budget, or one rate for all; and what each is predicted to do."""
+    sizes = [report.parameters for report in reports]
+    # How far an output moves at p/(1-p) = 1, relative to it: seen on real inputs, else r.
+    moves = [layers[report.name].r if report.name in layers else report.r for report in reports]
+    if budget is not None:
+        rates = [rounded_down(p) for p in spend(sizes, [move * move for move in moves], budget * sum(sizes))]
+    elif drop_rate is not None:
+        rates = [drop_rate] * len(sizes)
+    else:
+        rates = [rate_within(move, tau) for move in moves]
+    return tuple(
+        TensorAdvice(
+            report.name, report.shape, report.parameters, report.r, p_max(move, tau), rate,
+            move * noise_gain(rate) if noise_gain(rate) else 0.0,
+            *((layer.kappa, layer.noise_to_signal(rate)) if (layer := layers.get(report.name)) else ()),
+        )
+        for report, move, rate in zip(reports, moves, rates, strict=True)
+    )  # fmt: skip
+
+
+def _recipe(whole: Recipe, tensors: Sequence[TensorAdvice], factor: float) -> Recipe:
+    """The recipe that drops each tensor at its own rate and, where factor is not 1, divides by factor x (1 - p)."""
+    assert whole.sparsify is not None
+    rates = Filters(
+        (*(Filtered(f"={tensor.name}", tensor.drop_rate) for tensor in tensors), Filtered("*", 0.0))
+    )  # fmt: skip
+    parameters: dict[str, Value] = {"drop_rate": rates}
+    if factor != 1.0:
+        divisors = (Filtered(f"={t.name}", divisor(t.drop_rate, factor)) for t in tensors)
+        parameters["q"] = Filters((*divisors, Filtered("*", 0.0)))
+    return replace(whole, sparsify=replace(whole.sparsify, parameters=parameters), text="", notes=())
+
+
+def divisor(drop_rate: float, factor: float) -> float:
+    """q = factor x (1 - p), never above 1; six digits.
+
+    >>> divisor(0.99, 1.5), divisor(0.5, 4.0)
+    (0.015, 1.0)
+    """
+    return min(1.0, round(factor * (1.0 - drop_rate), 6))
+
+
+def _words(verdict: str, words: str, base: str, model: str) -> str:
+    if verdict == "wrong_base":
+        return words
+    return f"{label(base)} is {label(model)}'s base as far as sizes tell" if verdict == "ok" else words
+
+
+def _assumed(calibration: Calibration | None, tau: float) -> str:
+    limit = f"a layer's output may move by tau = {tau:g} of itself {RULE_OF_THUMB}"
+    if calibration is None:
+        return f"assumed: inputs without a preferred direction, so that rho = r sqrt(p/(1-p)); {limit}"
+    return (
+        f"measured on {calibration.rows} rows ({calibration.tokens} tokens): each layer's inputs, so that rho = "
+        f"sqrt(p/(1-p) S)/||W X||; assumed: other text is like it; {limit}"
+    )
+
+
+def _notes(
+    tensors: Sequence[TensorAdvice], calibration: Calibration | None, budget: float | None, drop_rate: float | None
+) -> Iterator[str]:
+    if not tensors:
+        yield "nothing may be dropped: every tensor stays dense (--keep-dense none drops all)"
+    if budget is None and drop_rate is None and any(tensor.p_max > MOST for tensor in tensors):
+        yield (
+            f"no tensor is dropped above {MOST:g}, although tau would allow it: small models, and the paper's 7B and 13B "
+            "ones, lost their abilities there"
+        )
+    if calibration is not None:
+        unseen = [tensor.name for tensor in tensors if tensor.kappa is None]
+        if unseen:
+            more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
+            yield f"no input was seen of {', '.join(unseen[:3])}{more}: judged by r"
+    if any(math.isinf(tensor.r) for tensor in tensors):
+        yield "r is infinite where the base has only zeros: those tensors are all delta, and nothing of them is dropped"
+
+
+# --- the recipe as a file
+
+
+def write_recipe(found: Recommendation, out: Path, *, overwrite: bool = False) -> None:
+    """Write the recipe, after planning it: what is written runs.
+
+    Raises:
+        OutputError: it exists, or cannot be written.
+        HomologyError: the models' vocabularies or heads differ, and neither `vocab` nor `heads` says what to do.
+    """
+    if out.suffix not in (".yaml", ".yml"):
+        raise OutputError(f"{out} must end in .yaml: a recipe is known by that")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists; name another file, or add --overwrite")
+    text = recipe_text(found)
+    with open_plan(replace(found.recipe, text=text)):
+        pass
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def recipe_text(found: Recommendation) -> str:
+    """The recipe as YAML, one line for each tensor, that says where it comes from."""
+    data = found.recipe.to_data()
+    median, largest = found.rho
+    lines = [
+        f"# dare recommend {found.base} {found.model}",
+        f"# {found.assumed}",
+        f"# predicted perturbation of a layer's output: {median:.3g} (median), {largest:.3g} (largest)",
+    ]
+    sparsify = data.pop("sparsify")
+    lists = {name: sparsify.pop(name) for name in ("drop_rate", "q") if name in sparsify}
+    head = {"base_model": data.pop("base_model"), "models": data.pop("models")}
+    lines += [yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(), "sparsify:"]
+    lines += [f"  {line}" for line in yaml.safe_dump(sparsify, sort_keys=False, allow_unicode=True).splitlines()]
+    for name, entries in lists.items():
+        lines.append(f"  {name}:")
+        lines += [f"    - {{filter: {json.dumps(e['filter'])}, value: {e['value']!r}}}" for e in entries]
+    return "\n".join([*lines, yaml.safe_dump(data, sort_keys=False, allow_unicode=True)])
