@@ -68,6 +68,9 @@ RULES = {
             "darekit.evaluation",
             "darekit.statistics.passes",
             "darekit.statistics.running",
+            "darekit.recommendation.inputs",
+            "darekit.recommendation.calibration",
+            "darekit.recommendation.shrinkage",
             "darekit.demo",
             "darekit.memory",
             "darekit.checkpoints.pytorch",
@@ -101,6 +104,7 @@ RULES = {
             "darekit.tiles",
             "darekit.running",
             "darekit.packs",
+            "darekit.recommendation.rates",
         )
     ),
     "methods know no checkpoint, kernel, recipe or engine": lambda name, one: (
@@ -198,6 +202,9 @@ RUN = "import sys\nfrom darekit.cli import main\nsys.argv[0] = 'dare'\nmain()"
         (["mrge", "a", "b"], 2),
         (["drop", "a", "b", "c"], 2),
         (["drop", "a", "b", "c", "-p", "90"], 2),
+        (["recommend", "a"], 2),
+        (["recommend", "a", "b", "--search-q"], 2),
+        (["recommend", "a", "b", "-p", "0.9", "--budget", "0.1"], 2),
         (["merge", "r.yaml", "out", "--shard-size", "large"], 2),
         (["merge", "r.yaml", "out", "--set", "lambda"], 2),
     ],

@@ -20,6 +20,7 @@ _LAZY = {
     "plan": "api",
     "inspect": "inspection",
     "similarity": "similarities",
+    "recommend": "recommendation.advice",
     "sweep": "sweeps.running",
     "pack": "packs.packing",
     "unpack": "packs.unpacking",
@@ -69,6 +70,7 @@ __all__ = [
     "pull",
     "push",
     "read_recipe",
+    "recommend",
     "regmean",
     "similarity",
     "sparsifier",
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
     from darekit.packs.switching import Switcher
     from darekit.packs.unpacking import unpack
     from darekit.recipe import read_recipe
+    from darekit.recommendation.advice import recommend
     from darekit.similarities import similarity
     from darekit.statistics.running import make_statistics
     from darekit.sweeps.running import sweep

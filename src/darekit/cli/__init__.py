@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli import analysis, merging, packs, statistics
+from darekit.cli import analysis, merging, packs, recommend, statistics
 
 app = typer.Typer(
     help="Absorb the abilities of fine-tuned models into one: DARE and model merging, streamed from disk to disk.",
@@ -25,6 +25,7 @@ for _command in (
     merging.drop,
     analysis.inspect,
     analysis.similarity,
+    recommend.recommend,
     analysis.sweep,
     packs.pack,
     packs.unpack,

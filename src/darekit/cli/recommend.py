@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from darekit.cli.options import HeadsOf, Json, Overwrite, Seed, Threads, Vocab, check_drop_rate, errors_told
+from darekit.cli.options import HeadsOf, Json, Seed, Threads, Vocab, check_drop_rate, errors_told
 
 if TYPE_CHECKING:
     from darekit.recommendation.advice import Recommendation
@@ -21,8 +21,13 @@ def recommend(
     base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
     model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
     tau: Annotated[
-        float, typer.Option(min=0.001, max=1, help="How far a layer's output may move, relative to itself.")
-    ] = 0.2,
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=1,
+            help="How far a layer's output may move, relative to itself; default 0.2, with --data 0.1.",
+        ),
+    ] = None,
     drop_rate: Annotated[
         float | None, typer.Option("-p", "--drop-rate", help="Judge this rate, instead of what tau allows.")
     ] = None,
@@ -83,15 +88,19 @@ def recommend(
                 batch_size=batch_size, max_length=max_length, device=device, dtype=dtype, threads=threads,
                 progress=step,
             )  # fmt: skip
-        if out is not None:
-            advice.write_recipe(found, out, overwrite=overwrite)
+        said, stopped = ([], False) if out is None else advice.write_recipe(found, out, overwrite=overwrite)
         if as_json:
-            print(json.dumps(found.to_data() | {"out": str(out) if out else None}))
-        else:
-            _show(found, out)
+            data_out = found.to_data() | {"out": str(out) if out else None, "checks": said}
+            print(json.dumps(data_out))
+            return
+        _show(found)
+        if out is not None:
+            for line in said:
+                print(f"note: dare merge will say: {line}")
+            print(f"{out}: the recipe; dare merge {out} OUT{' --force' if stopped else ''}")
 
 
-def _show(found: Recommendation, out: Path | None) -> None:
+def _show(found: Recommendation) -> None:
     """A row for each tensor that may be dropped, what stays dense and why, and what it comes to."""
     from rich.table import Table
 
@@ -108,8 +117,8 @@ def _show(found: Recommendation, out: Path | None) -> None:
         )  # fmt: skip
     print_table(table)
     reasons: dict[str, list[str]] = {}
-    for tensor in found.dense:
-        reasons.setdefault(tensor.reason, []).append(tensor.name)
+    for dense in found.dense:
+        reasons.setdefault(dense.reason, []).append(dense.name)
     for reason, names in reasons.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         print(f"dense: {shown} ({reason})")
@@ -132,5 +141,3 @@ def _show(found: Recommendation, out: Path | None) -> None:
         print(f"{found.verdict}: {found.words}")
     for note in found.notes:
         print(f"note: {note}")
-    if out is not None:
-        print(f"{out}: the recipe; dare merge {out} OUT")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model's own inputs say about its layers: one pass over text, with a hook on every linear layer.
 
-For a layer with weight W = W_base + dW and inputs X (tokens x in), dropping at the rate p adds noise to the output whose
-expected square is p/(1-p) S with S = sum_ij dW_ij^2 ||X_j||^2. Against what fine-tuning itself does to the output,
+For a layer with weight W = W_base + dW and inputs X (tokens x in), dropping at the rate p adds noise to the output
+whose expected square is p/(1-p) S with S = sum_ij dW_ij^2 ||X_j||^2. Against what fine-tuning does to the output,
 
     (noise / signal)^2 = p / ((1 - p) kappa),    kappa = ||dW X||^2 / S,
 
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from darekit.checkpoints import TensorInfo
-from darekit.dtypes import dtype_named, widen
+from darekit.dtypes import Floats, dtype_named, widen
 from darekit.errors import DataError
 from darekit.live.models import build, memory_told, one_thread
 from darekit.methods.sparsifiers import noise_gain
@@ -154,7 +154,7 @@ class _Watch:
         dtype = dtype_named(base.dtype)
         raw = np.empty(base.nbytes, np.uint8)
         base.source.read_into(raw, 0)
-        values = np.empty(base.count, np.float64 if dtype.name == "F64" else np.float32)
+        values: Floats = np.empty(base.count, np.float64 if dtype.name == "F64" else np.float32)
         widen(raw, dtype, values)
         before = torch.from_numpy(values.astype(np.float32, copy=False)).reshape(base.shape)
         delta = weight.float() - (before.T if transposed else before).to(weight.device)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DAREx's q, found by how much the outputs change on text without labels (arXiv 2410.09344, DAREx-q, global).
 
-Dividing survivors by q = k (1-p) instead of 1-p leaves 1/k of the delta and 1/k of the noise. One k for the whole model is
-searched: where noise dominates, some k > 1 brings the outputs nearer to those of the fine-tuned model.
+Dividing survivors by q = k (1-p) instead of 1-p leaves 1/k of the delta and 1/k of the noise. One k for the whole
+model is searched: where noise dominates, some k > 1 brings the outputs nearer to those of the fine-tuned model.
 """
 
 from __future__ import annotations
