@@ -147,7 +147,7 @@ def test_the_fast_lane_and_the_general_way_give_the_same_bits(monkeypatch):
         for method in (dk.linear(), dk.task_arithmetic(lambda_=0.3), dk.ties(), dk.ties(normalize=False)):
             arguments = {"sparsify": sparsify, "method": method, "weights": WEIGHTS, "seeds": SEEDS}
             with monkeypatch.context() as patch:
-                patch.setattr(tiles, "fuse", lambda step: None)
+                patch.setattr(tiles, "fuse", lambda step, chains: None)
                 general = dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)["w"]
             same_bits(dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)["w"], general)
 
@@ -206,7 +206,7 @@ def test_selection_with_a_misleading_sample(monkeypatch):
     from darekit.stages import Select
 
     monkeypatch.setattr(Select, "SAMPLE_FROM", 1000)
-    monkeypatch.setattr(tiles, "SAMPLED_TILES", 1)
+    monkeypatch.setattr(tiles, "SAMPLED_PIECES", 1)
     monkeypatch.setattr(tiles, "TILE", 1024)
     rng = np.random.default_rng(4)
     base = np.zeros(50_000, np.float32)

@@ -175,6 +175,13 @@ class Census:
         else:
             cpu.count_coarse(delta, self.counts)
 
+    def survey(self, base_raw: Bytes, raw: npt.NDArray[np.uint16], work: Tile) -> bool:
+        """Take BF16 elements of base and model, (2n,) uint8 and (n,) uint16; False where a difference is NaN or Inf,
+        and this census is then worthless. Only for a census inside a window."""
+        above = int(cpu.survey_bf16(base_raw.view(np.uint16), raw, self.first, self.counts, work))
+        self.above += max(above, 0)
+        return above >= 0
+
     def add(self, other: Census) -> None:
         """Take another census of the same pass."""
         self.above += other.above
@@ -200,15 +207,16 @@ class Census:
 class Select(Stage):
     """Exactly `keep` elements of largest magnitude after the `top` largest: `magnitude`, `breadcrumbs`, the trim.
 
-    Magnitudes order like their bit patterns, so selection is counting. A pass over a few tiles guesses where the
-    boundary lies; a pass over all counts exactly in a window around it, and what is above. Only a bad guess (or a
-    second boundary) costs more passes. Of equals at a boundary the lower index survives: passes run in order, and
-    the kernel counts equals down.
+    Magnitudes order like their bit patterns, so selection is counting. A pass over a few pieces guesses where the
+    boundary lies, and how sure that is; a pass over all counts exactly in a window around it, and what is above. Only
+    a bad guess (or a second boundary) costs more passes. Of equals at a boundary the lower index survives: passes run
+    in order, and the kernel counts equals down.
     """
 
     ordered: bool = True
     BUCKET = 1 << 16  # bit patterns that share their upper 16 bits: 0.4 to 0.8 % of a magnitude
-    GUESS = 8  # buckets in the window around a guess
+    WIDEST = 16  # buckets in the window around a guess, at most
+    SURE = 4.0  # standard errors of the guess that the window reaches to both sides
     SAMPLE_FROM = 1 << 20  # elements from which a sampling pass pays
 
     def __init__(self, count: int, top: int, keep: int) -> None:
@@ -222,6 +230,7 @@ class Select(Stage):
         self.found: dict[str, tuple[int, int, int]] = {}
         self.windows: dict[str, tuple[int, int]] = {}
         self._sampling = bool(self.wanted) and count >= self.SAMPLE_FROM
+        self._pieces: list[Tile] = []  # of a sampling pass
 
     @classmethod
     def at(cls, count: int, low: int, low_left: int) -> Select:
@@ -238,6 +247,11 @@ class Select(Stage):
     def sampling(self) -> bool:
         return self._sampling
 
+    @property
+    def placed(self) -> bool:
+        """Whether the coming pass counts inside a window."""
+        return bool(self.windows)
+
     def census(self) -> Census:
         """An empty census of the kind that the coming pass needs."""
         return Census(next((self.windows[name] for name in self.wanted if name in self.windows), None))
@@ -249,6 +263,8 @@ class Select(Stage):
 
     def measure(self, delta: Tile, start: int) -> None:
         self.counted.count(delta)
+        if self._sampling:
+            self._pieces.append(delta.copy())
 
     def settle(self) -> None:
         if not self.windows:
@@ -267,11 +283,35 @@ class Select(Stage):
     def _place_windows(self) -> None:
         total = int(self.counted.counts.sum())
         for name, rank in self.wanted.items():
-            found = self.counted.at_rank(max(1, round(rank * total / self.count)) if self._sampling else rank)
-            assert found is not None
-            bucket, buckets = (max(0, found[0] - self.GUESS // 2), self.GUESS) if self._sampling else (found[0], 1)
-            self.windows[name] = bucket * self.BUCKET, buckets * self.BUCKET
+            if self._sampling:
+                first, last = self._window(rank / self.count, total)
+            else:
+                found = self.counted.at_rank(rank)
+                assert found is not None
+                first = last = found[0]
+            self.windows[name] = first * self.BUCKET, (last - first + 1) * self.BUCKET
         self._sampling = False
+        self._pieces = []
+
+    def _window(self, share: float, total: int) -> tuple[int, int]:
+        """First and last bucket around the sample's boundary below the largest `share` of magnitudes.
+
+        Rows differ more than elements, so the error of the guess is estimated from how much the pieces disagree.
+        """
+
+        def bucket(at: float) -> int:
+            found = self.counted.at_rank(min(total, max(1, round(at * total))))
+            assert found is not None
+            return found[0]
+
+        guess = bucket(share)
+        if not self._pieces:  # counted elsewhere, as over a whole model
+            return max(0, guess - self.WIDEST // 4), guess + self.WIDEST // 4 - 1
+        above = np.array([cpu.count_above(piece, guess << 16) / piece.size for piece in self._pieces])
+        error = self.SURE * float(above.std()) / max(1, above.size) ** 0.5 + 1 / total
+        first, last = bucket(share + error), bucket(share - error)
+        first, last = max(first, guess - self.WIDEST // 2), min(last, guess + self.WIDEST // 2 - 1)
+        return max(0, first), max(0, last)
 
     def _conclude(self) -> None:
         self.low, _, self.low_left = self.found["low"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,17 +15,17 @@ import numpy.typing as npt
 from darekit import kernels
 from darekit.digests import TensorDigest
 from darekit.dtypes import Bytes, Floats
-from darekit.fused import TILES, FusedStep, fuse
+from darekit.fused import FEW, TILES, Blocks, FusedStep, fuse
 from darekit.informed import Combine, informed_combiner
 from darekit.kernels import cpu
 from darekit.masks import BLOCK
 from darekit.methods import MERGE_METHODS
 from darekit.methods.merging import total_weight
-from darekit.stages import build, tile_of
+from darekit.stages import Select, Stage, build, tile_of
 from darekit.steps import Input, Step
 
 TILE = 65536  # elements
-SAMPLED_TILES = 4
+SAMPLED_PIECES = 16  # of a quarter of a tile each
 
 BASE = -1  # the base's place among digests and tallies, where models have their recipe index
 OUT = -2
@@ -81,6 +81,7 @@ class ScratchPool:
     def __init__(self) -> None:
         self._last: dict[tuple[int, int, type[np.floating]], Scratch] = {}
         self._raw: npt.NDArray[np.uint16] | None = None
+        self.blocks = Blocks()
 
     def get(self, models: int, count: int, wide: bool) -> Scratch:
         """Scratch for a tile of `count` elements."""
@@ -121,7 +122,7 @@ class StepRun:
         self.tile = tile_of(step, hands.tile)
         self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
         self.combine = informed_combiner(step, self._read) if step.statistics else combiner(step)
-        self.fused = fuse(step)
+        self.fused = fuse(step, self.chains)
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
         # the survivors.
         self.bad_at: npt.NDArray[np.bool_] | None = None
@@ -147,22 +148,54 @@ class StepRun:
         for k, i in busy.items():
             for stage in self.chains[k][: i + 1]:
                 stage.begin()
-        starts = range(0, self.step.count, self.tile)
-        if all(self.chains[k][i].sampling for k, i in busy.items()):
-            starts = starts[:: max(1, len(starts) // SAMPLED_TILES)]
+        stages = {k: self.chains[k][i] for k, i in busy.items()}
+        size = self.tile
+        starts = range(0, self.step.count, size)
+        if all(stage.sampling for stage in stages.values()):
+            if size == self.hands.tile:  # rows and whole tensors cannot be quartered
+                size = max(1, size // 4)
+            starts = range(0, self.step.count, size)
+            starts = starts[:: max(1, len(starts) // SAMPLED_PIECES)]
+        elif self._survey(stages, stop):
+            return
         for start in starts:
             if stop.is_set():
                 return
-            deltas = self.load(start, min(self.tile, self.step.count - start), only=busy).deltas
+            deltas = self.load(start, min(size, self.step.count - start), only=busy).deltas
             for k, i in busy.items():
                 for stage in self.chains[k][:i]:
                     stage.apply(deltas[k], start)
-                self.chains[k][i].measure(deltas[k], start)
-        for k, i in busy.items():
-            self.chains[k][i].settle()
+                stages[k].measure(deltas[k], start)
+        for stage in stages.values():
+            stage.settle()
+
+    def _survey(self, stages: Mapping[int, Stage], stop: threading.Event) -> bool:
+        """The measuring pass in the fast lane; False if it is none for it, or a value is NaN or Inf."""
+        step, selects = self.step, {k: stage for k, stage in stages.items() if isinstance(stage, Select)}
+        if self.fused is None or step.base is None or not all(k in selects and selects[k].placed for k in stages):
+            return False
+        size = TILES * self.tile
+        for start in range(0, step.count, size):
+            if stop.is_set():
+                return True
+            count = min(size, step.count - start)
+            base_raw, raws, _ = self.hands.scratch.raw_only(1, count)
+            self._read(step.base, step.begin + start, count, base_raw)
+            for k, select in selects.items():
+                self._read(step.models[k], step.begin + start, count, raws[0].view(np.uint8))
+                if not select.counted.survey(base_raw, raws[0], self.hands.scratch.blocks.work):
+                    for one in selects.values():
+                        one.begin()
+                    return False
+        for select in selects.values():
+            select.settle()
+        return True
 
     def merge(self, begin: int, end: int, stop: threading.Event) -> None:
         """The tiles of elements begin .. end, from disk to disk."""
+        for chain in self.chains:
+            for stage in chain:
+                stage.begin()
         if self.fused is not None and begin % BLOCK == 0 and self.tile % BLOCK == 0:
             size = TILES * self.tile
             for start in range(begin, end, size):
@@ -170,9 +203,6 @@ class StepRun:
                     return
                 self._absorb(self.fused, start, min(size, end - start))
             return
-        for chain in self.chains:
-            for stage in chain:
-                stage.begin()
         for start in range(begin, end, self.tile):
             if stop.is_set():
                 return
@@ -186,8 +216,10 @@ class StepRun:
         self._read(step.base, step.begin + start, count, base_raw)
         for k, model in enumerate(step.models):
             self._read(model, step.begin + start, count, raws[k].view(np.uint8))
-        kept = np.zeros(len(step.models), np.int64)
-        if self.hands.broken.is_set() or not fused.absorb(base_raw, raws, step.begin + start, kept, out):
+        kept = None
+        if not self.hands.broken.is_set():
+            kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
+        if kept is None:
             for at in range(start, start + count, self.tile):
                 self._merge(at, min(self.tile, start + count - at))
             return
@@ -360,8 +392,13 @@ def combiner(step: Step) -> Combine:
     if not step.wide and step.method == "ties":
         normalize = bool(step.parameters["normalize"])
 
+        few = tuple(narrow) if len(narrow) <= FEW else None
+
         def elect(deltas: Floats, merged: Floats, start: int) -> Floats:
-            cpu.elect(deltas, narrow, normalize, merged)
+            if few is None:
+                cpu.elect(deltas, narrow, normalize, merged)
+            else:
+                cpu.elect_few(deltas, few, normalize, merged)
             return merged
 
         return elect

@@ -21,7 +21,7 @@ from darekit.engine import Worker
 from darekit.errors import PlanError
 from darekit.stages import TRIM_AT, TRIM_MODEL, Census, Select
 from darekit.steps import StageSpec, Step
-from darekit.tiles import SAMPLED_TILES, StepRun
+from darekit.tiles import SAMPLED_PIECES, StepRun
 
 
 def settle_model_trim(steps: Sequence[Step], *, threads: int, tile: int, allow_nonfinite: bool = False) -> list[Step]:
@@ -129,7 +129,7 @@ def _visit(
                 stage.begin()
         starts = range(0, step.count, run.tile)
         if sampled:
-            starts = starts[:: max(1, len(starts) // SAMPLED_TILES)]
+            starts = starts[:: max(1, 4 * len(starts) // SAMPLED_PIECES)]
         trimmed = dict(_trims(step))
         for start in starts:
             deltas = run.load(start, min(run.tile, step.count - start)).deltas

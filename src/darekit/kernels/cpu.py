@@ -3,6 +3,9 @@
 
 Every kernel is a short loop over contiguous data that LLVM can vectorise. Without `fastmath` it neither reorders sums
 nor fuses multiply and add, so results equal numpy's bit for bit. All release the GIL: threads are Python's.
+
+numba widens integer sums to 64 bits, and a loop with one 64-bit variable is vectorised for 64 bits or not at all: hence
+the many `np.uint32(...)` around 32-bit sums, and masks instead of branches (docs/decisions/0024).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
 _W0, _W1 = np.uint32(WEYL[0]), np.uint32(WEYL[1])
 _EXPONENT = np.uint32(0x7F800000)
 _ABS = np.uint32(0x7FFFFFFF)
+_ALL = np.uint32(0xFFFFFFFF)
 
 
 def _kernel(function: Any) -> Any:
@@ -101,20 +105,32 @@ def random_drop(delta, seed, stream, start, threshold, factor):
         chosen = words[offset : offset + count]
         survivors = np.uint32(0)
         for i in range(count):
-            keep = chosen[i] >= limit
+            keep = np.uint32(chosen[i] >= limit)
+            survivors = np.uint32(survivors + keep)
             part[i] = part[i] * factor if keep else np.float32(0)
-            survivors += np.uint32(keep)
         kept += int(survivors)
         done += count
     return kept
 
 
 @_kernel
+def _drop_difference(raw, base, words, limit, factor, out):
+    """`difference_bf16` of n <= 1024 elements, 0 where word < limit, times `factor` elsewhere; -> (bad, kept)."""
+    bits = out.view(np.uint32)
+    survivors, bad = np.uint32(0), np.uint32(0)
+    for i in range(out.size):
+        change = np.float32(np.uint32(np.uint32(raw[i]) << np.uint32(16)).view(np.float32) - base[i])
+        bad = np.uint32(bad + np.uint32((change.view(np.uint32) & _EXPONENT) == _EXPONENT))
+        keep = np.uint32(words[i] >= limit)
+        survivors = np.uint32(survivors + keep)
+        bits[i] = np.float32(change * factor).view(np.uint32) & np.uint32(np.uint32(0) - keep)
+    return int(bad), int(survivors)
+
+
+@_kernel
 def random_difference_bf16(raw, base, seed, stream, start, threshold, factor, out):
     """`difference_bf16` and `random_drop` in one pass over memory; -> (NaN and Inf before the drop, kept)."""
     words = np.empty(BLOCK, np.uint32)
-    limit = np.uint32(threshold)
-    bits = out.view(np.uint32)
     kept = 0
     bad = 0
     done = 0
@@ -122,22 +138,12 @@ def random_difference_bf16(raw, base, seed, stream, start, threshold, factor, ou
         offset = (start + done) % BLOCK
         count = min(BLOCK - offset, out.size - done)
         _draw_block((start + done) // BLOCK, stream, seed, words)
-        chosen = words[offset : offset + count]
-        source = raw[done : done + count]
-        origin = base[done : done + count]
-        target = bits[done : done + count]
-        survivors = np.uint32(0)
-        faulty = np.uint32(0)
-        for i in range(count):
-            value = np.uint32(np.uint32(source[i]) << np.uint32(16)).view(np.float32)
-            change = np.float32(value - origin[i])
-            pattern = change.view(np.uint32)
-            faulty += np.uint32((pattern & _EXPONENT) == _EXPONENT)
-            keep = np.uint32(chosen[i] >= limit)
-            survivors += keep
-            target[i] = np.float32(change * factor).view(np.uint32) & np.uint32(np.uint32(0) - keep)
-        kept += int(survivors)
-        bad += int(faulty)
+        faulty, survivors = _drop_difference(
+            raw[done : done + count], base[done : done + count], words[offset : offset + count],
+            np.uint32(threshold), factor, out[done : done + count],
+        )  # fmt: skip
+        bad += faulty
+        kept += survivors
         done += count
     return bad, kept
 
@@ -153,32 +159,31 @@ def widen_bf16(raw, out):
 @_kernel
 def subtract(values, base):
     """(n,) float32 in place: values -= base; counts NaN and Inf in the difference."""
-    bits = values.view(np.uint32)
     bad = np.uint32(0)
     for i in range(values.size):
-        values[i] = values[i] - base[i]
-        bad += np.uint32((bits[i] & _EXPONENT) == _EXPONENT)
-    return bad
+        change = np.float32(values[i] - base[i])
+        bad = np.uint32(bad + np.uint32((change.view(np.uint32) & _EXPONENT) == _EXPONENT))
+        values[i] = change
+    return int(bad)
 
 
 @_kernel
 def difference_bf16(raw, base, out):
     """`widen_bf16` and `subtract` in one pass."""
-    bits = out.view(np.uint32)
     bad = np.uint32(0)
     for i in range(raw.size):
-        bits[i] = np.uint32(raw[i]) << np.uint32(16)
-        out[i] = out[i] - base[i]
-        bad += np.uint32((bits[i] & _EXPONENT) == _EXPONENT)
-    return bad
+        change = np.float32(np.uint32(np.uint32(raw[i]) << np.uint32(16)).view(np.float32) - base[i])
+        bad = np.uint32(bad + np.uint32((change.view(np.uint32) & _EXPONENT) == _EXPONENT))
+        out[i] = change
+    return int(bad)
 
 
 @_kernel
 def weighted_sum(deltas, weights, divisor, out):
-    """(K, n) float32, (K,) float32 -> `out`, (n,) float32: sum of w_k d_k in order of k, divided once."""
+    """(K, n or more) float32, K float32 -> `out`, (n,) float32: sum of w_k d_k in order of k, divided once."""
     for i in range(out.size):
         out[i] = np.float32(0) + weights[0] * deltas[0, i]
-    for k in range(1, weights.size):
+    for k in range(1, len(weights)):
         weight, delta = weights[k], deltas[k]
         for i in range(out.size):
             out[i] += weight * delta[i]
@@ -219,6 +224,22 @@ def elect(deltas, weights, normalize, out):
 
 
 @_kernel
+def elect_few(deltas, weights, normalize, out):
+    """`elect` for a tuple of weights: K is then known to the compiler, and votes and sums stay in registers."""
+    for i in range(out.size):
+        elected = np.float32(0)
+        for k in range(len(weights)):
+            elected += weights[k] * deltas[k, i]
+        merged, agreeing = np.float32(0), np.float32(0)
+        for k in range(len(weights)):
+            vote = weights[k] * deltas[k, i]
+            agrees = (vote != np.float32(0)) & ((vote > np.float32(0)) == (elected >= np.float32(0)))
+            merged += vote if agrees else np.float32(0)
+            agreeing += weights[k] if agrees else np.float32(0)
+        out[i] = merged / (agreeing if agreeing != np.float32(0) else np.float32(1)) if normalize else merged
+
+
+@_kernel
 def count_coarse(delta, bins):
     """(n,) float32 -> bins[upper 16 bits of |delta|] += 1."""
     bits = delta.view(np.uint32)
@@ -227,25 +248,40 @@ def count_coarse(delta, bins):
 
 
 @_kernel
+def count_above(delta, pattern):
+    """(n,) float32 -> how many magnitudes have this bit pattern or a larger one."""
+    bits = delta.view(np.uint32)
+    lowest = np.uint32(pattern)
+    above = np.uint32(0)
+    for i in range(bits.size):
+        above = np.uint32(above + np.uint32(np.uint32(bits[i] & _ABS) >= lowest))
+    return int(above)
+
+
+@_kernel
 def count_window(delta, first, fine):
     """(n,) float32 -> fine[|delta| - first] += 1, as bit patterns, where that is inside; returns how many are above.
 
-    The window is narrow: most elements only fail one comparison, which costs a quarter of counting them.
+    The window is narrow: few chunks of 32 elements reach into it, and only those are looked at one by one.
     """
     bits = delta.view(np.uint32)
     lowest, width = np.uint32(first), np.uint32(fine.size)
     end = np.uint32(lowest + width)  # at most 2^31
-    above = 0
-    for begin in range(0, bits.size, BLOCK):
-        keys = bits[begin : begin + BLOCK]
-        over = np.uint32(0)
-        for i in range(keys.size):
-            over += np.uint32((keys[i] & _ABS) >= end)
-        above += int(over)
-        for i in range(keys.size):
-            place = np.uint32((keys[i] & _ABS) - lowest)
-            if place < width:
-                fine[place] += 1
+    above = count_above(delta, end)
+    whole = bits.size - bits.size % 32
+    for begin in range(0, whole, 32):
+        inside = np.uint32(0)
+        for i in range(32):
+            inside = np.uint32(inside + np.uint32(np.uint32(np.uint32(bits[begin + i] & _ABS) - lowest) < width))
+        if inside:
+            for i in range(begin, begin + 32):
+                place = np.uint32(np.uint32(bits[i] & _ABS) - lowest)
+                if place < width:
+                    fine[place] += 1
+    for i in range(whole, bits.size):
+        place = np.uint32(np.uint32(bits[i] & _ABS) - lowest)
+        if place < width:
+            fine[place] += 1
     return above
 
 
@@ -254,47 +290,58 @@ def select(delta, low, low_left, high, high_left):
     """(n,) float32 in place: keep |delta| strictly between the bit patterns `low` and `high`, and of those equal to
     either only the first `low_left` and `high_left`; -> (kept, low_left, high_left) after this tile."""
     bits = delta.view(np.uint32)
-    low_bits, high_bits = np.uint32(low), np.uint32(high)  # 64-bit comparisons would halve the vectors
+    block = np.empty(BLOCK, np.uint32)
     kept = 0
     for begin in range(0, delta.size, BLOCK):
-        keys = bits[begin : begin + BLOCK]
-        at_low, at_high = np.uint32(0), np.uint32(0)
-        for i in range(keys.size):
-            key = keys[i] & _ABS
-            at_low += np.uint32(key == low_bits)
-            at_high += np.uint32(key == high_bits)
-        low_whole = low_left == 0 or low_left >= at_low
-        high_whole = high_left == 0 or high_left >= at_high
-        if low_whole and high_whole:  # all or none of the equals: no counting, so it vectorises
-            floor = np.int64(low if low_left > 0 else low + 1)
-            ceiling = np.int64(high if high_left > 0 else high - 1)
-            survivors = np.uint32(0)
-            if ceiling < floor:
-                keys[:] = np.uint32(0)
-            else:
-                lowest, width = np.uint32(floor), np.uint32(ceiling - floor)
-                for i in range(keys.size):  # bits alone: a second view of the same memory would not vectorise
-                    inside = np.uint32(np.uint32((keys[i] & _ABS) - lowest) <= width)
-                    keys[i] = keys[i] & np.uint32(np.uint32(0) - inside)
-                    survivors += inside
-            kept += int(survivors)
-            low_left -= min(low_left, np.int64(at_low))
-            high_left -= min(high_left, np.int64(at_high))
-        else:
-            for i in range(keys.size):
-                key = keys[i] & _ABS
-                keep = low < key < high
-                if key == low and low_left > 0:
-                    low_left -= 1
-                    keep = True
-                elif key == high and high_left > 0:
-                    high_left -= 1
-                    keep = True
-                if keep:
-                    kept += 1
-                else:
-                    keys[i] = np.uint32(0)
+        part = bits[begin : begin + BLOCK]
+        before = block[: part.size]
+        before[:] = part
+        survivors, low_left, high_left = _select_block(before, low, low_left, high, high_left, part)
+        kept += survivors
     return kept, low_left, high_left
+
+
+@_kernel
+def _select_block(bits, low, low_left, high, high_left, out):
+    """`select` for a block of (n,) uint32 bit patterns -> `out`, (n,) uint32.
+
+    Not in place: LLVM would only store what is dropped, and masked stores take AVX2 three times as long.
+    """
+    low_bits, high_bits = np.uint32(low), np.uint32(high)
+    at_low, at_high = np.uint32(0), np.uint32(0)
+    for i in range(bits.size):
+        key = np.uint32(bits[i] & _ABS)
+        at_low = np.uint32(at_low + np.uint32(key == low_bits))
+        at_high = np.uint32(at_high + np.uint32(key == high_bits))
+    low_whole = low_left == 0 or low_left >= at_low
+    high_whole = high_left == 0 or high_left >= at_high
+    survivors = np.uint32(0)
+    if low_whole and high_whole:  # all or none of the equals: no counting, so it vectorises
+        floor = np.int64(low if low_left > 0 else low + 1)
+        ceiling = np.int64(high if high_left > 0 else high - 1)
+        if ceiling < floor:
+            out[:] = np.uint32(0)
+            return 0, low_left - min(low_left, np.int64(at_low)), high_left - min(high_left, np.int64(at_high))
+        lowest, width = np.uint32(floor), np.uint32(ceiling - floor)
+        for i in range(bits.size):
+            inside = np.uint32(np.uint32(np.uint32(bits[i] & _ABS) - lowest) <= width)
+            survivors = np.uint32(survivors + inside)
+            out[i] = bits[i] & np.uint32(inside * _ALL)
+        low_left -= min(low_left, np.int64(at_low))
+        high_left -= min(high_left, np.int64(at_high))
+    else:
+        for i in range(bits.size):
+            key = bits[i] & _ABS
+            keep = low < key < high
+            if key == low and low_left > 0:
+                low_left -= 1
+                keep = True
+            elif key == high and high_left > 0:
+                high_left -= 1
+                keep = True
+            out[i] = bits[i] if keep else np.uint32(0)
+            survivors = np.uint32(survivors + np.uint32(keep))
+    return int(survivors), low_left, high_left
 
 
 @_kernel
@@ -321,99 +368,78 @@ def add_round_bf16(base_raw, base, merged, factor, raw):
     for i in range(raw.size):
         change = np.float32(factor * merged[i])
         bits = np.float32(base[i] + change).view(np.uint32)
-        rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        keep = change == np.float32(0)
-        bad += np.uint32(((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)) & (not keep))
-        raw[i] = base_raw[i] if keep else np.uint16(rounded)
-    return bad
+        even = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+        rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
+        same = np.uint32(np.uint32(change == np.float32(0)) * _ALL)  # other ways to write a mask cost twice the time
+        new = np.uint32(rounded & np.uint32(same ^ _ALL))
+        bad = np.uint32(bad + np.uint32(np.uint32(new & np.uint32(0x7F80)) == np.uint32(0x7F80)))
+        raw[i] = np.uint16(np.uint32(np.uint32(np.uint32(base_raw[i]) & same) | new))
+    return int(bad)
 
 
 @_kernel
 def absorb_bf16(
-    base_raw, raws, seeds, stream, start, thresholds, factors, weights, election, normalize, divisor, scale, kept, out
-):
-    """The whole way of a BF16 tile whose work is element by element, in blocks that never leave L1.
+    base_raw, raws, start, stream, seeds, thresholds, factors, bounds, weights, election, normalize, divisor, scale,
+    kept, out, words, work,
+):  # fmt: skip
+    """The whole way of a BF16 tile: the small kernels one after another, on blocks that stay in L1.
 
-    base_raw (n,), raws (K, n), out (n,) uint16; seeds (K,) uint64; thresholds (K,) uint32, 0: nothing is dropped;
-    factors and weights (K,) float32; `kept` (K,) int64 is added to. Does what `random_difference_bf16` (or
-    `difference_bf16`), `weighted_sum` or `elect`, and `add_round_bf16` do one after another, to the bit. `start`
-    must be a multiple of 1024. Returns how many differences or results are NaN or Inf; `out` is then worthless.
+    base_raw (n,), raws (K, n), out (n,) uint16. Per model, (K,) each: uint64 seeds, uint32 thresholds (0: no random
+    drop), float32 factors, and (K, 4) int64 bounds: what `select` takes (high 0: no selection), left as it leaves
+    them. `weights`: a tuple of K float32. `kept` (K,) int64 is added to. `start` is a multiple of 1024. Scratch:
+    words (1024,) uint32, work (K + 2, 1024) float32. Returns how many differences or results are NaN or Inf; `out`,
+    `kept` and `bounds` are then worthless.
     """
-    models = weights.size
-    words = np.empty(BLOCK, np.uint32)
-    base = np.empty(BLOCK, np.float32)
-    merged = np.empty(BLOCK, np.float32)
-    agreeing = np.empty(BLOCK, np.float32)
-    elected = np.empty(BLOCK, np.float32)
-    deltas = np.empty((models, BLOCK), np.float32)
-    base_bits = base.view(np.uint32)
-    delta_bits = deltas.view(np.uint32)
+    models = len(weights)
     bad = 0
     for begin in range(0, out.size, BLOCK):
         count = min(BLOCK, out.size - begin)
         origin = base_raw[begin : begin + count]
-        for i in range(count):
-            base_bits[i] = np.uint32(origin[i]) << np.uint32(16)
-        faulty = np.uint32(0)
+        base, merged = work[models, :count], work[models + 1, :count]
+        widen_bf16(origin, base)
         for k in range(models):
-            source, target = raws[k, begin : begin + count], delta_bits[k]
-            limit, factor = thresholds[k], factors[k]
-            if limit == 0:
-                for i in range(count):
-                    change = np.float32(np.uint32(np.uint32(source[i]) << np.uint32(16)).view(np.float32) - base[i])
-                    pattern = change.view(np.uint32)
-                    faulty += np.uint32((pattern & _EXPONENT) == _EXPONENT)
-                    target[i] = pattern
-                kept[k] += count
-            else:
+            raw, delta = raws[k, begin : begin + count], work[k, :count]
+            if thresholds[k]:
                 _draw_block((start + begin) // BLOCK, stream, seeds[k], words)
-                survivors = np.uint32(0)
-                for i in range(count):
-                    change = np.float32(np.uint32(np.uint32(source[i]) << np.uint32(16)).view(np.float32) - base[i])
-                    faulty += np.uint32((change.view(np.uint32) & _EXPONENT) == _EXPONENT)
-                    keep = np.uint32(words[i] >= limit)
-                    survivors += keep
-                    target[i] = np.float32(change * factor).view(np.uint32) & np.uint32(np.uint32(0) - keep)
-                kept[k] += int(survivors)
+                faulty, survivors = _drop_difference(raw, base, words[:count], thresholds[k], factors[k], delta)
+            elif bounds[k, 2]:
+                faulty = difference_bf16(raw, base, merged)  # which is free until all deltas are there
+                survivors, bounds[k, 1], bounds[k, 3] = _select_block(
+                    merged.view(np.uint32), bounds[k, 0], bounds[k, 1], bounds[k, 2], bounds[k, 3],
+                    delta.view(np.uint32),
+                )  # fmt: skip
+            else:
+                faulty, survivors = difference_bf16(raw, base, delta), count
+            bad += faulty
+            kept[k] += survivors
         if election:
-            for i in range(count):
-                elected[i] = np.float32(0)
-                agreeing[i] = np.float32(0)
-                merged[i] = np.float32(0)
-            for k in range(models):
-                weight, delta = weights[k], deltas[k]
-                for i in range(count):
-                    elected[i] += weight * delta[i]
-            for k in range(models):
-                weight, delta = weights[k], deltas[k]
-                for i in range(count):
-                    vote = weight * delta[i]
-                    agrees = (vote != np.float32(0)) & ((vote > np.float32(0)) == (elected[i] >= np.float32(0)))
-                    merged[i] += vote if agrees else np.float32(0)
-                    agreeing[i] += weight if agrees else np.float32(0)
-            if normalize:
-                for i in range(count):
-                    merged[i] = merged[i] / (agreeing[i] if agreeing[i] != np.float32(0) else np.float32(1))
+            elect_few(work, weights, normalize, merged)
         else:
-            for i in range(count):
-                merged[i] = np.float32(0) + weights[0] * deltas[0, i]
-            for k in range(1, models):
-                weight, delta = weights[k], deltas[k]
-                for i in range(count):
-                    merged[i] += weight * delta[i]
-            if divisor != np.float32(1):
-                for i in range(count):
-                    merged[i] = merged[i] / divisor
-        result = out[begin : begin + count]
-        for i in range(count):
-            change = np.float32(scale * merged[i])
-            bits = np.float32(base[i] + change).view(np.uint32)
-            rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            same = change == np.float32(0)
-            faulty += np.uint32(((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)) & (not same))
-            result[i] = origin[i] if same else np.uint16(rounded)
-        bad += int(faulty)
+            weighted_sum(work, weights, divisor, merged)
+        bad += add_round_bf16(origin, base, merged, scale, out[begin : begin + count])
     return bad
+
+
+@_kernel
+def survey_bf16(base_raw, raw, first, fine, work):
+    """`difference_bf16` and `count_window` on blocks that stay in L1: (n,) uint16 base and model, scratch (>= 1, 1024).
+
+    Returns how many are above the window; -1 where a difference is NaN or Inf, and `fine` is then worthless.
+    """
+    above = 0
+    for begin in range(0, base_raw.size, BLOCK):
+        origin, tuned = base_raw[begin : begin + BLOCK], raw[begin : begin + BLOCK]
+        delta = work[0, : origin.size]
+        bad = np.uint32(0)
+        for i in range(origin.size):
+            before = np.uint32(np.uint32(origin[i]) << np.uint32(16)).view(np.float32)
+            change = np.float32(np.uint32(np.uint32(tuned[i]) << np.uint32(16)).view(np.float32) - before)
+            bad = np.uint32(bad + np.uint32((change.view(np.uint32) & _EXPONENT) == _EXPONENT))
+            delta[i] = change
+        if bad:
+            return -1
+        above += count_window(delta, first, fine)
+    return above
 
 
 @_kernel
@@ -423,9 +449,9 @@ def round_bf16(values, raw):
     bad = np.uint32(0)
     for i in range(raw.size):
         rounded = np.uint32(bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        bad += np.uint32((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80))
+        bad = np.uint32(bad + np.uint32((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)))
         raw[i] = np.uint16(rounded)
-    return bad
+    return int(bad)
 
 
 @_kernel
