@@ -9,6 +9,7 @@ import oracle
 from darekit import engine, tiles
 from darekit.dtypes import FLOAT_DTYPES
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.stages import Select
 
 SIZES = (0, 1, 63, 64, 65, 1023, 1024, 1025)
 SHAPES = (*((n,) for n in SIZES), (7, 33), (3, 1), (130, 517), (2, 5, 64))
@@ -143,13 +144,38 @@ def test_the_fast_lane_gives_way_where_a_value_is_not_finite(method):
 def test_the_fast_lane_and_the_general_way_give_the_same_bits(monkeypatch):
     rng = np.random.default_rng(12)
     base, models = oracle.family(rng, (700, 1001), "BF16")
-    for sparsify in (None, dk.dare(0.9), dk.drop_only(0.3)):
+    for sparsify in (None, dk.dare(0.9), dk.drop_only(0.3), dk.magnitude(0.8), dk.breadcrumbs(0.8, gamma=0.1)):
         for method in (dk.linear(), dk.task_arithmetic(lambda_=0.3), dk.ties(), dk.ties(normalize=False)):
             arguments = {"sparsify": sparsify, "method": method, "weights": WEIGHTS, "seeds": SEEDS}
             with monkeypatch.context() as patch:
                 patch.setattr(tiles, "fuse", lambda step, chains: None)
                 general = dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)["w"]
             same_bits(dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)["w"], general)
+
+
+def test_more_models_than_the_fast_lane_takes():
+    rng = np.random.default_rng(13)
+    base, models = oracle.family(rng, (130, 517), "BF16", k=9)
+    weights, seeds = [1.0 + k / 7 for k in range(9)], list(range(9))
+    arguments = {"sparsify": dk.dare(0.7), "method": dk.ties(), "weights": weights, "seeds": seeds}
+    merged = dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)["w"]
+    expected = oracle.merge(
+        "w", base, models, seeds=seeds, sparsify=SPARSIFY["dare"], method="ties", weights=weights
+    )  # fmt: skip
+    same_bits(merged, expected)
+
+
+def test_counting_gives_way_where_a_value_is_not_finite(monkeypatch):
+    """NaN beyond the sampled pieces: the fast counting pass finds it, and the general way counts again."""
+    monkeypatch.setattr(Select, "SAMPLE_FROM", 1000)
+    rng = np.random.default_rng(14)
+    base, models = oracle.family(rng, 600_000, "BF16")
+    models[1][599_999] = np.nan
+    arguments = {"method": dk.ties(keep=0.2), "seeds": SEEDS}
+    found = dk.merge_tensors({"w": base}, [{"w": m} for m in models], allow_nonfinite=True, **arguments)["w"]
+    for model in models:  # the element counts as unchanged in all of them
+        model[599_999] = base[599_999]
+    same_bits(found, oracle.merge("w", base, models, seeds=SEEDS, method="ties", keep=0.2))
 
 
 @pytest.mark.parametrize("kind", SPARSIFIERS)
@@ -186,8 +212,6 @@ def test_tile_size_and_threads_do_not_matter(sparsify, monkeypatch):
 
 def test_large_tensor_is_cut_into_spans_and_sampled(monkeypatch):
     # Small spans and samples stand in for large tensors: the same code paths, in little memory.
-    from darekit.stages import Select
-
     monkeypatch.setattr(engine, "SPAN", 65536)
     monkeypatch.setattr(Select, "SAMPLE_FROM", 1000)
     rng = np.random.default_rng(3)
@@ -203,8 +227,6 @@ def test_large_tensor_is_cut_into_spans_and_sampled(monkeypatch):
 
 def test_selection_with_a_misleading_sample(monkeypatch):
     """The first tiles are unlike the rest, so the guess is wrong and a refining pass must put it right."""
-    from darekit.stages import Select
-
     monkeypatch.setattr(Select, "SAMPLE_FROM", 1000)
     monkeypatch.setattr(tiles, "SAMPLED_PIECES", 1)
     monkeypatch.setattr(tiles, "TILE", 1024)
