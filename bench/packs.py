@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make bench-packs`: real sizes and speeds of packs on the benchmark's family; `--write` puts them into docs/packs.md.
 
-Sizes are those of files; beside them what a bitmap or int32 indices would cost for the same values, computed. Speeds
-are minima of a few runs against the I/O floor: reading both models (pack), reading the base and writing (unpack).
+Sizes are those of files, with `--codec none` and with `auto`; beside them what a bitmap or int32 indices would cost for
+the uncompressed values, computed. zstd of the dense delta: the same elements of the dropped model minus the base, BF16,
+zeros and all, cut into byte planes and leaves as a pack's are; measured on every eighth leaf. Speeds are minima of a few runs against the I/O floor: reading both models (pack), reading the base and writing (unpack).
 """
 
 from __future__ import annotations
@@ -12,17 +13,24 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import darekit as dk
 import family
 import floor
+import ml_dtypes
+import numpy as np
 import run
+import zstandard
+from darekit import masks
+from darekit.checkpoints import open_checkpoint
+from darekit.digests import LEAF
 
 RATES = (0.5, 0.9, 0.95, 0.99)
 BITS = (16, 8, 4, 2, 1)
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+STRIDE = 8
 # Parameters: all, and those of the embeddings and norms (16 bits where they are kept dense); head counted as matrix.
 SHAPES = {
     "Llama-2-7B shapes": (32, 4096, 11008, 32000, 4096),
@@ -54,22 +62,56 @@ def sizes(base: Path, model: Path, out: Path) -> list[str]:
     whole = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     parameters = whole / 2
     lines = [
-        "| drop rate | bits | file MB | ratio | with a bitmap | with int32 indices |",
-        "|--:|--:|--:|--:|--:|--:|",
+        "| drop rate | bits | MB | above the formula | ratio | with auto | with a bitmap | with int32 indices |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for rate in RATES:
         for bits in BITS:
-            dk.pack(base, model, out, drop_rate=rate, bits=bits, seed=42, overwrite=True, force=True)
-            size = out.stat().st_size
-            kept = parameters * (1 - rate)
-            cells = [f"{rate:g}", str(bits), f"{size / 1e6:.1f}", f"{whole / size:.1f}x"]
+            options = {"drop_rate": rate, "bits": bits, "seed": 42, "overwrite": True, "force": True}
+            small = dk.pack(base, model, out, **options).bytes if bits > 1 else 0
+            report = dk.pack(base, model, out, codec="none", **options)
+            size, kept = report.bytes, report.kept
+            above = (size - header_of(out)) / (kept * (bits + (16 / 64 if bits < 16 else 0)) / 8) - 1
+            cells = [f"{rate:g}", str(bits), f"{size / 1e6:.1f}", f"{100 * above:.1f} %", f"{whole / size:.1f}x"]
+            cells += [f"{whole / (small or size):.1f}x"]
             cells += [f"{whole / (size + parameters / 8):.1f}x", f"{whole / (size + 4 * kept):.1f}x"]
             lines.append(row_of(cells))
             print(lines[-1], file=sys.stderr)
     dk.pack(base, model, out, lossless=True, overwrite=True)
     size = out.stat().st_size
-    lines.append(row_of(["lossless", "", f"{size / 1e6:.1f}", f"{whole / size:.2f}x", "", ""]))
+    lines.append(row_of(["lossless", "", f"{size / 1e6:.1f}", "", f"{whole / size:.2f}x", "", "", ""]))
+    for rate in (0.0, 0.9, 0.99):
+        size = dense_delta(base, model, rate)
+        name = "zstd of the dense delta" + (f", dropped at {rate:g}" if rate else "")
+        lines.append(row_of([name, "16", f"{size / 1e6:.1f}", "", f"{whole / size:.2f}x", "", "", ""]))
     return lines
+
+
+def header_of(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def dense_delta(base: Path, model: Path, rate: float) -> int:
+    """Bytes of the whole delta as BF16 with its zeros, through zstd: what storing without a seed comes to."""
+    codec = zstandard.ZstdCompressor(level=3)
+    size = seen = 0
+    with closing(open_checkpoint(base)) as before, closing(open_checkpoint(model)) as after:
+        for name, info in before.tensors.items():
+            for start in range(0, info.nbytes, STRIDE * 2 * LEAF):
+                raws = np.empty((2, min(2 * LEAF, info.nbytes - start)), np.uint8)
+                info.source.read_into(raws[0], start)
+                after.tensors[name].source.read_into(raws[1], start)
+                values = raws.view(ml_dtypes.bfloat16).astype(np.float32)
+                delta = values[1] - values[0]
+                if rate:
+                    keep = masks.kept(42, masks.stream_of(name), start // 2, delta.size, rate)
+                    delta = np.where(keep, delta / np.float32(1 - rate), np.float32(0))
+                planes = delta.astype(ml_dtypes.bfloat16).view(np.uint8).reshape(-1, 2).T
+                size += len(codec.compress(np.ascontiguousarray(planes).data))
+                seen += raws.shape[1]
+        whole = sum(info.nbytes for info in before.tensors.values())
+    return round(size * whole / seen)
 
 
 def shapes() -> list[str]:
@@ -94,7 +136,7 @@ def speeds(base: Path, model: Path, folder: Path, times: int) -> list[str]:
     inputs = [sorted(path.glob("*.safetensors")) for path in (base, model)]
     whole = sum(path.stat().st_size for path in inputs[1])
     run.warm([*inputs[0], *inputs[1]])
-    rows = ["", "| | seconds | GB/s | I/O floor s | ratio |", "|---|--:|--:|--:|--:|"]
+    rows = ["| | seconds | GB/s | I/O floor s | ratio |", "|---|--:|--:|--:|--:|"]
 
     def unpack() -> None:
         shutil.rmtree(unpacked, ignore_errors=True)
@@ -122,19 +164,28 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=run.ROOT / "bench" / "scratch")
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/packs.md")
+    parser.add_argument("--only", choices=("sizes", "speeds"), help="one of the two alone")
     arguments = parser.parse_args()
     folder = arguments.scratch.resolve() / "family"
     family.build(folder)
     base, model = folder / "base", folder / family.MODELS[0]
     out = folder / "sizes.safetensors"
-    lines = [*sizes(base, model, out), *shapes(), *speeds(base, model, folder, arguments.times)]
-    out.unlink()
-    print("\n".join(lines))
-    if arguments.write:
-        page = run.ROOT / "docs" / "packs.md"
-        old = page.read_text()
-        before, after = old.index(BEGIN) + len(BEGIN), old.index(END)
-        page.write_text(f"{old[:before]}\n" + "\n".join(lines) + f"\n{old[after:]}")
+    parts = {
+        "sizes": lambda: [*sizes(base, model, out), *shapes()],
+        "speeds": lambda: speeds(base, model, folder, arguments.times),
+    }
+    for part, measure in parts.items():
+        if arguments.only not in (None, part):
+            continue
+        lines = measure()
+        print("\n".join(lines))
+        if arguments.write:
+            begin, end = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+            page = run.ROOT / "docs" / "packs.md"
+            old = page.read_text()
+            before, after = old.index(begin) + len(begin), old.index(end)
+            page.write_text(f"{old[:before]}\n" + "\n".join(lines) + f"\n{old[after:]}")
+    out.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

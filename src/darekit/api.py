@@ -134,7 +134,7 @@ def drop_recipe(
     base: str,
     model: str,
     *,
-    drop_rate: float,
+    drop_rate: float | str,
     method: str = "dare",
     rescale: str | None = None,
     on: str = "delta",
@@ -145,7 +145,9 @@ def drop_recipe(
     parameters: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe that `drop` runs."""
-    sparsify = {"method": method, "drop_rate": drop_rate, "on": on, "keep_dense": list(keep_dense)}
+    sparsify: dict[str, Any] = {"method": method, "drop_rate": drop_rate, "on": on}
+    # Where nothing is said, `auto` keeps dense what averages nothing out.
+    sparsify |= {"keep_dense": list(keep_dense)} if keep_dense or drop_rate != "auto" else {}
     sparsify |= {"rescale": rescale} if rescale is not None else {}
     entry: dict[str, Any] = {"model": model}
     if seed is not None:

@@ -81,6 +81,25 @@ class Vocab(StrEnum):
     PAD = "pad"
 
 
+class PackVocab(StrEnum):
+    """Words for `pack --vocab`."""
+
+    STRICT = "strict"
+    BASE = "base"
+
+
+def drop_rate_of(text: str | None) -> float | str | None:
+    """`0.9` or `auto`; anything else is a usage error."""
+    if text is None or text == "auto":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number in [0, 1] nor auto", param_hint="-p") from None
+    check_drop_rate(value)
+    return value
+
+
 def check_drop_rate(drop_rate: float) -> None:
     """A drop rate outside [0, 1] is a usage error."""
     if not 0 <= drop_rate <= 1:

@@ -15,12 +15,13 @@ from darekit.cli.options import (
     Json,
     Overwrite,
     PackRescale,
+    PackVocab,
     Resume,
     Seed,
     ShardSize,
     Threads,
     bytes_of,
-    check_drop_rate,
+    drop_rate_of,
     errors_told,
 )
 
@@ -32,8 +33,10 @@ def pack(
     model: Annotated[str, typer.Argument(help="The fine-tuned model: directory, file or Hub id.")],
     out: Annotated[Path, typer.Argument(help="File to write, OUT.safetensors.")],
     drop_rate: Annotated[
-        float | None, typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped.")
+        str | None,
+        typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped; auto: each tensor's own."),
     ] = None,
+    tau: Annotated[float | None, typer.Option(help="Noise in a layer's output that -p auto allows.")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Drop nothing: the exact model, compressed.")] = False,
     bits: Annotated[int, typer.Option(help="Per kept element: 64, 32, 16, 8, 4, 2 or 1.")] = 16,
     dense_bits: Annotated[
@@ -50,6 +53,9 @@ def pack(
         list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
     ] = None,
     seed: Seed = None,
+    vocab: Annotated[
+        PackVocab, typer.Option(help="Vocabularies that differ: refuse, or keep the base's rows.")
+    ] = PackVocab.STRICT,
     threads: Threads = None,
     overwrite: Overwrite = False,
     force: Force = False,
@@ -58,7 +64,9 @@ def pack(
     """Store MODEL as its sparse delta from BASE, in the file OUT: no index, as the mask is a function of a seed."""
     if (drop_rate is None) != lossless:
         raise typer.BadParameter("give either -p or --lossless", param_hint="-p")
-    check_drop_rate(drop_rate or 0.0)
+    rate = drop_rate_of(drop_rate)
+    if tau is not None and rate != "auto":
+        raise typer.BadParameter("goes with -p auto", param_hint="--tau")
     widths = (64, 32, 16, 8, 4, 2, 1)
     for value, name in ((bits, "--bits"), (dense_bits, "--dense-bits")):
         if value is not None and value not in widths:
@@ -69,9 +77,10 @@ def pack(
 
         with display.progress_bar("packing", quiet=as_json) as progress:
             report = pack_model(
-                base, model, out, drop_rate=drop_rate, lossless=lossless, bits=bits, dense_bits=dense_bits, group=group,
-                codec=codec.value, rescale=rescale.value, keep_dense=keep_dense or (), seed=seed, threads=threads,
-                overwrite=overwrite, force=force, progress=progress, say=display.say_note,
+                base, model, out, drop_rate=rate, tau=tau, lossless=lossless, bits=bits, dense_bits=dense_bits,
+                group=group, codec=codec.value, rescale=rescale.value, keep_dense=keep_dense or (), seed=seed,
+                vocab=vocab.value, threads=threads, overwrite=overwrite, force=force, progress=progress,
+                say=display.say_note,
             )  # fmt: skip
         display_packs.show_pack(report, as_json=as_json)
 

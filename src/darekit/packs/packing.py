@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from darekit import __version__, api
-from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, sync_directory
+from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, Source, sync_directory
 from darekit.digests import LEAF, checkpoint_digest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, DType, dtype_named
 from darekit.errors import CheckpointError, DataError, OutputError, PlanError
@@ -97,7 +97,8 @@ def pack(
     model: str | Path,
     out: str | Path,
     *,
-    drop_rate: float | None = None,
+    drop_rate: float | str | None = None,
+    tau: float | None = None,
     lossless: bool = False,
     bits: int = 16,
     dense_bits: int | None = None,
@@ -106,6 +107,7 @@ def pack(
     rescale: str = "paper",
     keep_dense: Sequence[str] = (),
     seed: int | None = None,
+    vocab: str = "strict",
     threads: int | None = None,
     overwrite: bool = False,
     force: bool = False,
@@ -118,7 +120,9 @@ def pack(
         base: the checkpoint that `model` was fine-tuned from.
         model: the fine-tuned model.
         out: the file to write.
-        drop_rate: fraction of the delta that is dropped, in [0, 1]; to be given unless `lossless`.
+        drop_rate: fraction of the delta that is dropped, in [0, 1], or "auto": each tensor's own, from a sample of its
+            delta; to be given unless `lossless`.
+        tau: the noise that `auto` allows, relative to a layer's output.
         lossless: store the exact model instead, bit for bit; bits, group, rescale and keep_dense mean nothing then.
         bits: per kept element: 64, 32 or 16 (exact where the format has no more), 8, 4, 2 or 1.
         dense_bits: the same for tensors that are not dropped; `bits` where not given, at least 4.
@@ -128,6 +132,7 @@ def pack(
         rescale: paper (kept deltas times 1/(1-p)) or none.
         keep_dense: groups or glob patterns of tensors that are not dropped.
         seed: the mask's effective seed; derived from the model's content where not given, as `drop` does.
+        vocab: what to do with vocabularies that differ: strict refuses, base keeps the base's rows, with its tokenizer.
         threads: worker threads.
         overwrite: replace `out`.
         force: go on although the base looks wrong or too much is dropped.
@@ -149,11 +154,20 @@ def pack(
         raise PlanError(f"codec {codec!r}: a pack knows auto, {' and '.join(CODECS)}")
     if rescale not in ("paper", "none"):
         raise PlanError(f"rescale {rescale!r}: a pack knows paper and none")
+    if vocab not in ("strict", "base"):
+        raise PlanError(
+            f"vocab {vocab!r}: a pack knows strict and base. Rows that the base does not have are no delta from it"
+        )
+    if isinstance(drop_rate, str) and drop_rate != "auto":
+        raise PlanError(f"drop rate {drop_rate!r}: a number in [0, 1], or auto")
+    if tau is not None and drop_rate != "auto":
+        raise PlanError("tau goes with the drop rate auto")
     if (drop_rate is None) != lossless:
         raise PlanError("a pack needs either a drop rate or lossless" + (", not both" if lossless else ""))
     recipe = api.drop_recipe(
-        str(base), str(model), drop_rate=drop_rate or 0.0, rescale=rescale, keep_dense=keep_dense, seed=seed
-    )
+        str(base), str(model), drop_rate=drop_rate or 0.0, rescale=rescale, keep_dense=keep_dense, seed=seed,
+        vocab="strict" if lossless else vocab, parameters={} if tau is None else {"tau": tau},
+    )  # fmt: skip
     said: list[str] = []
 
     def note(line: str) -> None:
@@ -170,7 +184,8 @@ def pack(
             api.check(plan, force=force, say=note)
         settings = {"lossless": True} if lossless else {
             "drop_rate": drop_rate, "bits": bits, "dense_bits": dense_bits, "group": group, "codec": codec,
-            "keep_dense": list(keep_dense),
+            "keep_dense": list(recipe.sparsify.keep_dense if recipe.sparsify else ()),
+            **({"tau": tau} if tau is not None else {}), **({"vocab": vocab} if vocab != "strict" else {}),
         }  # fmt: skip
         writer = Writer(plan, settings, rescale, threads or default_threads())
         for line in () if lossless else writer.losses():
@@ -299,7 +314,8 @@ class Writer:
         self, jobs: Sequence[_Job], hidden: Path, progress: Progress | None, frames: Sequence[_Frames],
         spool: InputFile | None,
     ) -> tuple[int, Document]:  # fmt: skip
-        contents = dict(_companions(self.model))
+        # Cut to the base's rows, the model does not know the tokens that its own tokenizer and config speak of.
+        contents = dict(_companions(self.base if self.settings.get("vocab") == "base" else self.model))
         files = tuple(
             CompanionFile(name, not _is_same_file(self.base, name, raw), xxhash.xxh3_128_hexdigest(raw))
             for name, raw in contents.items()
@@ -367,6 +383,7 @@ class Writer:
         return [found[one.name] for one in aligned]
 
     def _scan_tensor(self, aligned: AlignedTensor) -> _Job:
+        aligned = _with_all_rows(aligned)
         base, tuned = aligned.base, aligned.models[0]
         assert base is not None
         rate, _ = drop_rate_of(self.plan.recipe, 0, aligned)
@@ -624,6 +641,40 @@ def _sizes_dtype(frames: Counts) -> np.dtype:
 def _same(aligned: AlignedTensor, tensor: PackedTensor, leaves: list[bytes]) -> _Job:
     digests: dict[str, list[bytes]] = {"head": [], "base": leaves, "result": leaves, "stored": []}
     return _Job(aligned, tensor, DTYPES[tensor.dtype], full_counts(tensor), None, digests)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A model's rows, and below them the base's: `size` bytes of the former."""
+
+    model: Source
+    base: Source
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes
+
+    def read_into(self, buffer: Bytes, offset: int) -> None:
+        own = min(max(self.size - offset, 0), buffer.size)
+        if own:
+            self.model.read_into(buffer[:own], offset)
+        if own < buffer.size:
+            self.base.read_into(buffer[own:], offset + own)
+
+
+def _with_all_rows(aligned: AlignedTensor) -> AlignedTensor:
+    """Where the model's vocabulary is the smaller one, the base's rows are unchanged behind its own."""
+    base, tuned = aligned.base, aligned.models[0]
+    if base is None or tuned is None or tuned.count >= base.count:
+        return aligned
+    if tuned.dtype != base.dtype:
+        raise PlanError(
+            f"{base.name} has {tuned.shape[0]} rows of {tuned.dtype} in the model and {base.shape[0]} of {base.dtype} "
+            "in the base; convert one of them"
+        )
+    source = _Rows(tuned.source, base.source, tuned.nbytes)
+    return replace(aligned, models=(replace(tuned, shape=base.shape, source=source),))
 
 
 def _leaf_digests(aligned: AlignedTensor) -> list[bytes]:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs of models whose vocabulary differs from the base's, and drop rates that follow from the delta."""
+
+import json
+
+import numpy as np
+import pytest
+
+import darekit as dk
+import families
+from darekit.errors import HomologyError, PlanError
+
+
+def grown(llamas, folder, rows):
+    """Base, and m0 with so many more (or fewer) tokens, configs and tokenizers included."""
+    rng = np.random.default_rng(2)
+    config = {"model_type": "llama", "vocab_size": families.VOCAB}
+    families.save(folder / "base", llamas.base, config)
+    (folder / "base/tokenizer.json").write_text("{}")
+    tuned = dict(families.load(llamas.path / "m0"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        more = rng.normal(0, 0.05, (max(rows, 0), families.HIDDEN)).astype(tuned[name].dtype)
+        tuned[name] = np.concatenate([tuned[name], more])[: families.VOCAB + rows]
+    families.save(folder / "m0", tuned, config | {"vocab_size": families.VOCAB + rows})
+    (folder / "m0/tokenizer.json").write_text('{"added": true}')
+    return folder / "base", folder / "m0"
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("rows", [3, -5])
+def test_a_vocabulary_that_differs_is_cut_to_the_bases(llamas, tmp_path, rows, bits):
+    base, tuned = grown(llamas, tmp_path, rows)
+    out = tmp_path / "m.pack.safetensors"
+    with pytest.raises(HomologyError, match="vocabularies differ"):
+        dk.pack(base, tuned, out, drop_rate=0.9)
+    dk.pack(base, tuned, out, drop_rate=0.9, bits=bits, vocab="base", seed=3)
+    with dk.open_pack(out, base=base) as found:
+        assert not found.verify().faults
+        assert found.info()["settings"]["vocab"] == "base"
+    dk.unpack(base, out, tmp_path / "unpacked")
+    assert json.loads((tmp_path / "unpacked/config.json").read_text())["vocab_size"] == families.VOCAB
+    assert (tmp_path / "unpacked/tokenizer.json").read_text() == "{}"
+    if bits == 16:
+        dk.drop(base, tuned, tmp_path / "dropped", drop_rate=0.9, vocab="base", seed=3)
+        families.same(families.load(tmp_path / "unpacked"), families.load(tmp_path / "dropped"))
+
+
+def test_vocabularies_that_are_refused(llamas, tmp_path, dare):
+    base, tuned = grown(llamas, tmp_path, 1)
+    out = tmp_path / "m.pack.safetensors"
+    with pytest.raises(PlanError, match="a pack knows strict and base"):
+        dk.pack(base, tuned, out, drop_rate=0.9, vocab="pad")
+    with pytest.raises(HomologyError, match="vocabularies differ"):
+        dk.pack(base, tuned, out, lossless=True, vocab="base")
+    assert dare("pack", base, tuned, out, "-p", "0.9", "--vocab", "pad").code == 2
+    assert dare("pack", base, tuned, out, "-p", "0.9", "--vocab", "base").code == 0
+
+
+def test_a_drop_rate_of_each_tensor_from_its_delta(llamas, tmp_path, dare):
+    base, tuned, out = llamas.path / "base", llamas.path / "m0", tmp_path / "m.pack.safetensors"
+    found = dare("pack", base, tuned, out, "-p", "auto", "--tau", "0.3", "--seed", "5", "--json")
+    assert found.code == 0, found.err
+    recipe = {
+        "base_model": str(base),
+        "models": [{"model": str(tuned), "parameters": {"seed": 5}}],
+        "sparsify": {"method": "dare", "drop_rate": "auto", "tau": 0.3},
+        "merge_method": "task_arithmetic",
+    }
+    dk.merge(recipe, tmp_path / "merged")
+    dk.unpack(base, out, tmp_path / "unpacked")
+    families.same(families.load(tmp_path / "unpacked"), families.load(tmp_path / "merged"))
+    with dk.open_pack(out) as pack:
+        rates = {tensor.drop_rate for tensor in pack.tensors.values() if tensor.kind == "delta"}
+        assert len(rates) > 3 and 0 < max(rates) < 1
+        settings = pack.info()["settings"]
+        assert (settings["drop_rate"], settings["tau"]) == ("auto", 0.3)
+    assert "drop_rate auto" in dare("info", out).out
+    for arguments in (("-p", "often"), ("-p", "0.9", "--tau", "0.1"), ("-p", "90")):
+        assert dare("pack", base, tuned, tmp_path / "x.safetensors", *arguments).code == 2
+    with pytest.raises(PlanError, match="goes with"):
+        dk.pack(base, tuned, tmp_path / "x.safetensors", drop_rate=0.9, tau=0.1)
+    with pytest.raises(PlanError, match="or auto"):
+        dk.pack(base, tuned, tmp_path / "x.safetensors", drop_rate="often")
