@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EleutherAI's lm-eval as a judge: its tasks, or local ones, on a live model. Only this file imports lm_eval."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import logging
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from darekit.errors import CheckpointError, DarekitError, DataError, PlanError, RecipeError, Unsupported
+from darekit.evaluation.scores import Score, scores_of
+from darekit.live.models import CAUSAL, LiveModel, memory_told, one_thread, quiet_transformers
+
+# What the paper calls its benchmarks -> lm-eval's names.
+ALIASES = {
+    "math": "minerva_math",
+    "human_eval": "humaneval",
+    "humaneval": "humaneval",
+    "mbpp": "mbpp",
+    "gsm8k": "gsm8k",
+    "glue": "glue",
+}
+JUDGED_ELSEWHERE = {
+    "alpacaeval": "is judged by another model: write the answers with --generate, and give them to alpaca_eval",
+    "stsb": "is not in lm-eval; `--data` judges regression models by Pearson's and Spearman's correlation",
+}
+SHARED_FOLDER = "benchmarks"  # lm-eval's groups of tasks from other folders
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-eval's own defaults
+BOOTSTRAP = 1000  # resamples, for metrics whose standard error has no formula
+BATCH_SIZE = 8
+NETWORK = ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout",
+           "ReadTimeout", "ProxyError", "HfHubHTTPError", "MaxRetryError", "SSLError")  # fmt: skip
+
+Confirm = Callable[[Sequence[str]], bool]
+Say = Callable[[str], None]
+
+
+@dataclass
+class Harness:
+    """The judge of `{tasks: [...]}`.
+
+    `details` and `samples` are those of the last model: versions, configs and results as lm-eval gives them, and its
+    log of every question, where `log_samples`.
+    """
+
+    names: tuple[str, ...]
+    loaded: Any
+    limit: int | None = None
+    batch_size: int = BATCH_SIZE
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    trusted: bool = False
+    show_bars: bool = False
+    log_samples: bool = False
+    details: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __call__(self, live: LiveModel) -> Mapping[str, Score]:
+        """Scores of the model as it is now: `task/metric`, or `task/metric,filter`.
+
+        Raises:
+            DataError: the model gives NaN, is no causal model, has no tokenizer, or a task fails.
+        """
+        if live.task != CAUSAL or live.tokenizer is None:
+            what = f"the model is a {live.task}" if live.task != CAUSAL else "the model has no tokenizer beside it"
+            raise DataError(f"lm-eval's tasks question models that write text, and {what}; judge it by --data")
+        what = f"running {', '.join(self.names)} in batches of {self.batch_size}"
+        with one_thread(live.device), memory_told(what), _quiet(self.show_bars, self.trusted), _nan_refused(live):
+            found = self._run(live)
+        self.samples = found.pop("samples", {})
+        self.details = self._details(found)
+        return scores_of(_scores(found), f"lm-eval on {', '.join(self.names)}")
+
+    def _run(self, live: LiveModel) -> dict[str, Any]:
+        from lm_eval import evaluator
+        from lm_eval.models.huggingface import HFLM
+
+        with _seeded():
+            for task in self.loaded["tasks"].values():
+                task.set_fewshot_seed(seed=SEEDS["fewshot"])
+            lm = HFLM(
+                pretrained=live.model, tokenizer=live.tokenizer, batch_size=self.batch_size, max_length=live.max_length
+            )
+            try:
+                found: dict[str, Any] = evaluator.evaluate(
+                    lm=lm,
+                    task_dict=self.loaded,
+                    limit=self.limit,
+                    bootstrap_iters=BOOTSTRAP,
+                    log_samples=self.log_samples,
+                    apply_chat_template=self.chat_template,
+                    fewshot_as_multiturn=self.chat_template,
+                    confirm_run_unsafe_code=self.trusted,
+                )
+            except DarekitError:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError) as error:
+                raise DataError(
+                    f"lm-eval failed on {', '.join(self.names)}: {type(error).__name__}: {_first_line(error)}"
+                ) from error
+        return found
+
+    def _details(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        kept = ("results", "groups", "versions", "configs", "n-shot", "n-samples", "higher_is_better")
+        return {key: _plain(found[key]) for key in kept if key in found} | {
+            "lm_eval": version("lm_eval"),
+            "seeds": SEEDS,
+            "limit": self.limit,
+            "chat_template": self.chat_template,
+            "bootstrap": BOOTSTRAP,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What decides about the scores, in JSON-able form."""
+        tasks = self.loaded["tasks"]
+        return {
+            "lm_eval": version("lm_eval"),
+            "tasks": {name: _plain(task.dump_config()) for name, task in tasks.items()},
+            "names": list(self.names),
+            "limit": self.limit,
+            "chat_template": self.chat_template,
+        }
+
+
+def load_tasks(
+    names: Sequence[str],
+    *,
+    include: Sequence[Path] = (),
+    limit: int | None = None,
+    batch_size: int | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = False,
+    confirm: Confirm | None = None,
+    say: Say | None = None,
+) -> Harness:
+    """Names of tasks, groups and tags -> a judge. The data sets are loaded here, local ones without any network.
+
+    Args:
+        names: lm-eval's names, the paper's (MATH), or those of local task files.
+        include: folders with local task files (YAML); `data_files` in them are relative to the file.
+        limit: questions per task.
+        batch_size: questions at once.
+        num_fewshot: examples before each question; the task's own number where not given.
+        chat_template: ask as the tokenizer's chat template says.
+        confirm: asked with the names of the tasks that execute what the model writes; None: refused.
+        say: receives notes.
+
+    Raises:
+        RecipeError: there is no such task; a local task file cannot be read.
+        PlanError: a task would execute generated code, and nobody agreed.
+        CheckpointError: a data set is neither here nor to be had from the network.
+        Unsupported: lm-eval is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise Unsupported("tasks need EleutherAI's lm-eval: pip install 'darekit[eval]'")
+    if not names:
+        raise RecipeError("tasks is empty; name at least one, as gsm8k")
+    for folder in include:
+        if not folder.is_dir():
+            raise RecipeError(f"{folder} is no folder; --include takes a folder with task files (YAML)")
+    say = say or (lambda line: None)
+    with _quiet(bars=False, trusted=False):
+        manager, resolved = _find(names, [folder.resolve() for folder in include], say)
+        leaves = _leaves(resolved, manager.task_index)
+        _prepare_local(leaves, manager.task_index, include)
+    unsafe = [name for name in leaves if (manager.task_index[name].cfg or {}).get("unsafe_code")]
+    if unsafe and not (confirm and confirm(unsafe)):
+        raise PlanError(
+            f"{', '.join(unsafe)} executes code that the model writes, with your rights on this machine; "
+            "if you accept that (better in a container), say --trust-code"
+        )
+    with _quiet(bars=False, trusted=bool(unsafe)):
+        try:
+            loaded = manager.load(resolved)
+        except DarekitError:
+            raise
+        except Exception as error:  # lm-eval's, datasets', the Hub's, a task file's own
+            raise _load_error(resolved, leaves, manager.task_index, error) from error
+        _check_metrics(loaded)
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            # As lm-eval's own command: 0 in a task's file means that its questions say all, and stays.
+            if own is None or (num_fewshot is not None and own != 0):
+                task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    return Harness(
+        tuple(resolved), loaded, limit, batch_size or BATCH_SIZE, num_fewshot, chat_template, bool(unsafe)
+    )  # fmt: skip
+
+
+def _find(names: Sequence[str], include: Sequence[Path], say: Say) -> tuple[Any, list[str]]:
+    """A task manager that knows all names, and the names as it knows them.
+
+    Its full index costs 15 CPU seconds (14,683 tasks, lm-eval 0.4.13); so first only the folders that are likely.
+    """
+    import lm_eval.tasks as tasks
+
+    root = Path(tasks.__file__).parent
+    wanted = [ALIASES.get(name.lower(), name) for name in names]
+    folders = [root / name for name in dict.fromkeys(wanted) if (root / name).is_dir()]
+    likely = [*folders, *([root / SHARED_FOLDER] if folders else []), *include]
+    manager: Any = None
+    if likely:
+        manager = tasks.TaskManager(include_path=[str(path) for path in likely], include_defaults=False)
+    if manager is None or not all(_known(name, manager.task_index) for name in wanted):
+        manager = tasks.TaskManager(include_path=[str(path) for path in include] or None)
+    lower = {name.lower(): name for name in manager.all_tasks}
+    resolved = []
+    for name, want in zip(names, wanted, strict=True):
+        found = want if want in manager.task_index else lower.get(want.lower())
+        if found is None:
+            raise _unknown(name, manager.all_tasks, include)
+        if found != name:
+            say(f"{name} is lm-eval's {found}")
+        resolved.append(found)
+    return manager, list(dict.fromkeys(resolved))
+
+
+def _known(name: str, index: Mapping[str, Any]) -> bool:
+    """Whether the task and all that it consists of are in the index."""
+    if name not in index:
+        return False
+    return all(child in index and _known(child, index) for child in _children(index[name]))
+
+
+def _children(entry: Any) -> list[str]:
+    """Names of what a group or tag consists of."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    if entry.kind.name != "GROUP":
+        return []
+    members = (entry.cfg or {}).get("task") or []
+    names = [m if isinstance(m, str) else str(m.get("task") or m.get("group")) for m in members]
+    return [name for name in names if name != entry.name]
+
+
+def _leaves(names: Sequence[str], index: Mapping[str, Any]) -> list[str]:
+    """The tasks themselves behind names of groups and tags."""
+    found: dict[str, None] = {}
+    for name in names:
+        children = [child for child in _children(index[name]) if child in index]
+        found |= dict.fromkeys(_leaves(children, index) if children else [name])
+    return list(found)
+
+
+def _unknown(name: str, known: Sequence[str], include: Sequence[Path]) -> RecipeError:
+    elsewhere = JUDGED_ELSEWHERE.get(name.lower().replace("_", "").replace("-", ""))
+    if elsewhere:
+        return RecipeError(f"{name} {elsewhere}")
+    close = difflib.get_close_matches(name.lower(), known, 5, 0.7)
+    hint = f"; close: {', '.join(close)}" if close else ""
+    where = f" and {', '.join(map(str, include))}" if include else "; local task files are found with --include DIR"
+    return RecipeError(f"there is no task {name!r}{hint}. Known are those of lm-eval {version('lm_eval')}{where}")
+
+
+def _prepare_local(leaves: Sequence[str], index: Mapping[str, Any], include: Sequence[Path]) -> None:
+    """Local task files say where their data are relative to themselves; `datasets` would look in the working folder."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    roots = [folder.resolve() for folder in include]
+    for name in leaves:
+        entry = index[name]
+        path = None if entry.yaml_path is None else Path(entry.yaml_path).resolve()
+        if path is None or not any(path.is_relative_to(root) for root in roots):
+            continue
+        try:
+            config = load_yaml(path, resolve_func=True)
+        except Exception as error:  # yaml's, or that of a Python file beside it
+            raise RecipeError(f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+        arguments = config.get("dataset_kwargs")
+        if isinstance(arguments, dict) and "data_files" in arguments:
+            arguments["data_files"] = _located(arguments["data_files"], path)
+        entry.yaml_path, entry.cfg = None, config
+
+
+def _located(files: Any, yaml: Path) -> Any:
+    if isinstance(files, dict):
+        return {split: _located(value, yaml) for split, value in files.items()}
+    if isinstance(files, list):
+        return [_located(value, yaml) for value in files]
+    text = str(files)
+    if "://" in text:
+        return text
+    found = yaml.parent / text
+    if not any(character in text for character in "*?[") and not found.exists():
+        raise CheckpointError(f"{yaml} names the data file {text}, and there is no {found}")
+    return str(found)
+
+
+def _check_metrics(loaded: Any) -> None:
+    for name, task in loaded["tasks"].items():
+        for metric, function in getattr(task, "_metric_fn_list", {}).items():
+            if function is None and getattr(task.config, "process_results", None) is None:
+                raise CheckpointError(
+                    f"task {name} uses the metric {metric!r}, which lm-eval does not have, and which could not be had "
+                    "from the Hub; use acc, exact_match, or a !function of your own"
+                )
+
+
+def _load_error(
+    names: Sequence[str], leaves: Sequence[str], index: Mapping[str, Any], error: BaseException
+) -> DarekitError:
+    chain: list[BaseException] = []
+    step: BaseException | None = error
+    while step is not None and step not in chain:
+        chain.append(step)
+        step = step.__cause__ or step.__context__
+    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
+    sources = dict.fromkeys(str((index[leaf].cfg or {}).get("dataset_path")) for leaf in leaves)
+    what, said = ", ".join(names), f"{type(error).__name__}: {_first_line(error)}"
+    if kinds & set(NETWORK) or "couldn't reach" in str(error).lower() or "offline" in str(error).lower():
+        return CheckpointError(
+            f"{what} needs data from the Hub ({', '.join(sources)}) that is not in the cache here, and the Hub cannot "
+            f"be reached ({said}). Run it once with a network, or use a local task file with --include"
+        )
+    if "ModuleNotFoundError" in kinds or "ImportError" in kinds:
+        return Unsupported(f"{what} needs more than lm-eval alone ({said}); for MATH: pip install 'lm-eval[math]'")
+    return RecipeError(f"{what} cannot be loaded: {said}")
+
+
+def _scores(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    scores: dict[str, dict[str, Any]] = {}
+    for task, metrics in found["results"].items():
+        higher = found.get("higher_is_better", {}).get(task, {})
+        for key, value in metrics.items():
+            metric, comma, filter_name = key.partition(",")
+            if not comma or metric.endswith("_stderr") or isinstance(value, str | bool):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{filter_name}")
+            scores[f"{task}/{metric}" + (f",{filter_name}" if filter_name != "none" else "")] = {
+                "value": float(value),
+                "stderr": None if stderr is None or isinstance(stderr, str) else float(stderr),
+                "higher_is_better": higher.get(metric, True),
+            }
+    return scores
+
+
+@contextmanager
+def _nan_refused(live: LiveModel) -> Iterator[None]:
+    """NaN logits would be scored in silence: an argmax finds them the largest."""
+    import torch
+
+    def look(module: Any, arguments: Any, output: Any) -> None:
+        logits = getattr(output, "logits", None)
+        if logits is not None and bool(torch.isnan(logits).any()):
+            raise DataError(
+                "the model's logits are NaN. Its weights are broken, or too large for what it computes in: try "
+                "--dtype float32"
+            )
+
+    handle = live.model.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _quiet(bars: bool, trusted: bool) -> Iterator[None]:
+    """lm-eval's talk kept from the terminal: its prints, warnings and, unless `bars`, its progress bars."""
+    environment = {"TOKENIZERS_PARALLELISM": "false", "DISABLE_MULTIPROC": "1"}
+    environment |= {"HF_ALLOW_CODE_EVAL": "1"} if trusted else {}
+    before = {name: os.environ.get(name) for name in environment}
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    os.environ.update(environment)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            stack.enter_context(quiet_transformers())
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr if bars else io.StringIO()))
+            if not bars:
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The seeds of lm-eval's own command; what others had drawn so far goes on afterwards."""
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(SEEDS["random"])
+    np.random.seed(SEEDS["numpy"])
+    torch.manual_seed(SEEDS["torch"])
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able: functions become their names."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if hasattr(value, "item"):
+        return value.item()
+    return getattr(value, "__qualname__", None) or str(value)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
