@@ -22,6 +22,8 @@ _LAZY = {
     "similarity": "similarities",
     "recommend": "recommendation.advice",
     "sweep": "sweeps.running",
+    "evaluate": "evaluation.comparison",
+    "generate": "evaluation.generations",
     "pack": "packs.packing",
     "unpack": "packs.unpacking",
     "open_pack": "packs.reading",
@@ -55,8 +57,10 @@ __all__ = [
     "della",
     "drop",
     "drop_only",
+    "evaluate",
     "export",
     "fisher",
+    "generate",
     "inspect",
     "linear",
     "magnitude",
@@ -83,6 +87,8 @@ __all__ = [
 if TYPE_CHECKING:
     from darekit.api import drop, merge, plan
     from darekit.errors import DarekitError
+    from darekit.evaluation.comparison import evaluate
+    from darekit.evaluation.generations import generate
     from darekit.inspection import inspect
     from darekit.memory import (
         breadcrumbs,

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli import analysis, merging, packs, recommend, statistics
+from darekit.cli import analysis, evaluation, merging, packs, recommend, statistics
 
 app = typer.Typer(
     help="Absorb the abilities of fine-tuned models into one: DARE and model merging, streamed from disk to disk.",
@@ -39,6 +39,7 @@ for _command in (
 ):
     app.command()(_command)
 app.add_typer(statistics.stats, name="stats")
+app.command("eval")(evaluation.evaluate)  # `eval` is Python's own
 
 
 @app.callback(invoke_without_command=True)

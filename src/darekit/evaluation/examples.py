@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +32,8 @@ class Examples:
       greedy decoding gives, in one pass) and `loss` per token of the completion;
     - text and label: `accuracy`, `matthews` and, for two classes, `f1`; for a regressor `pearson` and `spearman`;
     - text: `loss` per token, and `perplexity`.
+
+    `samples`: what the last model made of each row.
     """
 
     rows: Sequence[Row]
@@ -37,6 +41,7 @@ class Examples:
     batch_size: int = BATCH_SIZE
     max_length: int | None = None
     progress: Progress | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list, repr=False)
     _tokens: tuple[Any, int, list[Tokens]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +64,12 @@ class Examples:
             if live.task == CAUSAL:
                 return self._causal(live, tokens)
             return self._labelled(live, tokens)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides about the scores, in JSON-able form."""
+        rows = [[row.text, row.completion, row.label] for row in self.rows]
+        digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+        return {"data": self.source, "rows": len(rows), "digest": digest, "max_length": self.max_length}
 
     def _refuse(self, live: LiveModel) -> None:
         if live.tokenizer is None:
@@ -111,6 +122,11 @@ class Examples:
                 own = slice(begin, begin := begin + int(counts[place]))
                 loss[place], right[place] = losses[own].sum(), bool(hits[own].all())
                 _refuse_nonfinite(loss[place], "loss", batch[at])
+        self.samples = [
+            {"place": row.place, "tokens": int(counts[at]), "loss": loss[at] / max(counts[at], 1)}
+            | ({"right": bool(right[at])} if self.form == COMPLETION else {})
+            for at, row in enumerate(tokens)
+        ]
         asked_rows = counts > 0
         mean = scores.mean_loss(loss[asked_rows], counts[asked_rows])
         if self.form == TEXT:
@@ -126,9 +142,14 @@ class Examples:
             for at, place in enumerate(places):
                 outputs[place] = logits[at]
                 _refuse_nonfinite(logits[at].sum(), "output", batch[at])
+        found: Any = outputs[:, 0] if live.task == REGRESSOR else outputs.argmax(1)
+        self.samples = [
+            {"place": row.place, "label": label, "found": at.item()}
+            for row, label, at in zip(tokens, labels, found, strict=True)
+        ]
         if live.task == REGRESSOR:
-            return scores.regression(outputs[:, 0], np.array(labels, np.float64))
-        return scores.classification(outputs.argmax(1), np.array(labels, np.int64), classes=classes)
+            return scores.regression(found, np.array(labels, np.float64))
+        return scores.classification(found, np.array(labels, np.int64), classes=classes)
 
     def _batches(
         self, live: LiveModel, tokens: Sequence[Tokens]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.errors import CheckpointError, DarekitError, DataError, PlanError, RecipeError, Unsupported
+from darekit.evaluation.guards import nan_refused
 from darekit.evaluation.scores import Score, scores_of
 from darekit.live.models import CAUSAL, LiveModel, memory_told, one_thread, quiet_transformers
 
@@ -77,7 +78,7 @@ class Harness:
             what = f"the model is a {live.task}" if live.task != CAUSAL else "the model has no tokenizer beside it"
             raise DataError(f"lm-eval's tasks question models that write text, and {what}; judge it by --data")
         what = f"running {', '.join(self.names)} in batches of {self.batch_size}"
-        with one_thread(live.device), memory_told(what), _quiet(self.show_bars, self.trusted), _nan_refused(live):
+        with one_thread(live.device), memory_told(what), _quiet(self.show_bars, self.trusted), nan_refused(live):
             found = self._run(live)
         self.samples = found.pop("samples", {})
         self.details = self._details(found)
@@ -114,7 +115,7 @@ class Harness:
 
     def _details(self, found: Mapping[str, Any]) -> dict[str, Any]:
         kept = ("results", "groups", "versions", "configs", "n-shot", "n-samples", "higher_is_better")
-        return {key: _plain(found[key]) for key in kept if key in found} | {
+        return {key: plain(found[key]) for key in kept if key in found} | {
             "lm_eval": version("lm_eval"),
             "seeds": SEEDS,
             "limit": self.limit,
@@ -127,8 +128,14 @@ class Harness:
         tasks = self.loaded["tasks"]
         return {
             "lm_eval": version("lm_eval"),
-            "tasks": {name: _plain(task.dump_config()) for name, task in tasks.items()},
+            "tasks": {name: plain(task.dump_config()) for name, task in tasks.items()},
             "names": list(self.names),
+            # changes with a local file's content, as `datasets` sees it
+            "data": {
+                name: {split: getattr(rows, "_fingerprint", None) for split, rows in task.dataset.items()}
+                for name, task in tasks.items()
+                if isinstance(getattr(task, "dataset", None), Mapping)
+            },
             "limit": self.limit,
             "chat_template": self.chat_template,
         }
@@ -171,6 +178,8 @@ def load_tasks(
         if not folder.is_dir():
             raise RecipeError(f"{folder} is no folder; --include takes a folder with task files (YAML)")
     say = say or (lambda line: None)
+    for name in names:
+        _refuse_elsewhere(name)
     with _quiet(bars=False, trusted=False):
         manager, resolved = _find(names, [folder.resolve() for folder in include], say)
         leaves = _leaves(resolved, manager.task_index)
@@ -254,10 +263,13 @@ def _leaves(names: Sequence[str], index: Mapping[str, Any]) -> list[str]:
     return list(found)
 
 
-def _unknown(name: str, known: Sequence[str], include: Sequence[Path]) -> RecipeError:
+def _refuse_elsewhere(name: str) -> None:
     elsewhere = JUDGED_ELSEWHERE.get(name.lower().replace("_", "").replace("-", ""))
     if elsewhere:
-        return RecipeError(f"{name} {elsewhere}")
+        raise RecipeError(f"{name} {elsewhere}")
+
+
+def _unknown(name: str, known: Sequence[str], include: Sequence[Path]) -> RecipeError:
     close = difflib.get_close_matches(name.lower(), known, 5, 0.7)
     hint = f"; close: {', '.join(close)}" if close else ""
     where = f" and {', '.join(map(str, include))}" if include else "; local task files are found with --include DIR"
@@ -347,26 +359,6 @@ def _scores(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def _nan_refused(live: LiveModel) -> Iterator[None]:
-    """NaN logits would be scored in silence: an argmax finds them the largest."""
-    import torch
-
-    def look(module: Any, arguments: Any, output: Any) -> None:
-        logits = getattr(output, "logits", None)
-        if logits is not None and bool(torch.isnan(logits).any()):
-            raise DataError(
-                "the model's logits are NaN. Its weights are broken, or too large for what it computes in: try "
-                "--dtype float32"
-            )
-
-    handle = live.model.register_forward_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def _quiet(bars: bool, trusted: bool) -> Iterator[None]:
     """lm-eval's talk kept from the terminal: its prints, warnings and, unless `bars`, its progress bars."""
     environment = {"TOKENIZERS_PARALLELISM": "false", "DISABLE_MULTIPROC": "1"}
@@ -414,12 +406,12 @@ def _seeded() -> Iterator[None]:
         torch.random.set_rng_state(states[2])
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON-able: functions become their names."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if hasattr(value, "item"):

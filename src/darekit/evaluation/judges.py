@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a judge is, and how it is written down: data, a command, a Python function, or several.
+"""What a judge is, and how it is written down: data, a command, a Python function, tasks of lm-eval, or several.
 
 ::
 
     data: test.jsonl                  # rows as in docs/evaluating.md; also batch_size, max_length, limit
     command: [python, judge.py]       # gets a model directory, prints JSON
     python: judge.py:score            # gets the live model, returns numbers
+    tasks: [gsm8k]                    # lm-eval; also include, limit, batch_size, num_fewshot, chat_template, trust_code
     math: {data: math.jsonl}          # several by name: scores are called math/exact_match
 """
 
@@ -19,7 +20,8 @@ from typing import Any, Protocol
 
 from darekit.errors import RecipeError
 from darekit.evaluation.examples import BATCH_SIZE, Examples, Progress
-from darekit.evaluation.outside import command_of, function_judge, function_of
+from darekit.evaluation.harness import load_tasks
+from darekit.evaluation.outside import Command, Function, command_of, function_judge, function_of
 from darekit.evaluation.scores import Score
 from darekit.live.data import read_rows
 from darekit.live.models import LiveModel
@@ -30,6 +32,7 @@ KEYS = {
     "data": ("data", "batch_size", "max_length", "limit", "split"),
     "command": ("command",),
     "python": ("python",),
+    "tasks": ("tasks", "include", "limit", "batch_size", "num_fewshot", "chat_template", "trust_code"),
 }
 DATA_FILES = (".jsonl", ".json")
 
@@ -50,11 +53,30 @@ class Several:
 
     def __call__(self, live: LiveModel) -> Mapping[str, Score]:
         """Every judge's scores, in order."""
-        return {
-            f"{name}/{score}" if name else score: found
-            for name, judge in self.judges.items()
-            for score, found in judge(live).items()
-        }
+        return self._named({name: judge(live) for name, judge in self.judges.items()})
+
+    def judge_directory(self, folder: Path) -> Mapping[str, Score]:
+        """Every judge's scores, where all of them judge a directory."""
+        return self._named({name: judge.judge_directory(folder) for name, judge in self.judges.items()})  # type: ignore[attr-defined]
+
+    def _named(self, found: Mapping[str, Mapping[str, Score]]) -> dict[str, Score]:
+        return {f"{name}/{score}": value for name, scores in found.items() for score, value in scores.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides about the scores, in JSON-able form."""
+        return {name: identity_of(judge) for name, judge in self.judges.items()}
+
+
+def identity_of(judge: Judge) -> Any:
+    """What decides about a judge's scores, in JSON-able form; two runs with equal ones need not both be made."""
+    return judge.identity() if hasattr(judge, "identity") else repr(judge)
+
+
+def judges_directory(judge: Judge) -> bool:
+    """Whether it needs no live model: it would only write it to a folder."""
+    if isinstance(judge, Several):
+        return all(map(judges_directory, judge.judges.values()))
+    return isinstance(judge, Command) or (isinstance(judge, Function) and judge.takes_directory)
 
 
 def judge_of(
@@ -73,7 +95,7 @@ def judge_of(
 
     Raises:
         RecipeError: it says no judge.
-        DarekitError: its file cannot be read.
+        DarekitError: its file cannot be read, its tasks do not exist.
     """
     match spec:
         case str():
@@ -127,6 +149,36 @@ def _of_data(spec: Mapping[str, Any], search: Sequence[Path], progress: Progress
     return Examples(rows, str(given), batch_size or BATCH_SIZE, max_length, progress)
 
 
+def _of_tasks(spec: Mapping[str, Any], search: Sequence[Path], progress: Progress | None) -> Judge:
+    limit, batch_size = _count(spec, "limit"), _count(spec, "batch_size")
+    shots = spec.get("num_fewshot")
+    if shots is not None and (type(shots) is not int or shots < 0):
+        raise RecipeError(f"a judge's num_fewshot must be a whole number, found {shots!r}")
+    for key in ("chat_template", "trust_code"):
+        if type(spec.get(key, False)) is not bool:
+            raise RecipeError(f"a judge's {key} must be true or false, found {spec[key]!r}")
+    trusted = spec.get("trust_code", False)
+    return load_tasks(
+        _listed(spec["tasks"]),
+        include=[_folder(name, search) for name in _listed(spec.get("include", ()))],
+        limit=limit,
+        batch_size=batch_size,
+        num_fewshot=shots,
+        chat_template=spec.get("chat_template", False),
+        confirm=lambda names: trusted,
+    )
+
+
+def _listed(value: Any) -> list[str]:
+    """`a,b`, `a` or a list -> a list of names."""
+    parts = str(value).split(",") if isinstance(value, str | Path) else list(value)
+    return [name for part in parts if (name := str(part).strip())]
+
+
+def _folder(name: str, search: Sequence[Path]) -> Path:
+    return next((folder / name for folder in (Path.cwd(), *search) if (folder / name).is_dir()), Path(name))
+
+
 def _count(spec: Mapping[str, Any], key: str) -> int | None:
     value = spec.get(key)
     if value is not None and (type(value) is not int or value < 1):
@@ -137,5 +189,6 @@ def _count(spec: Mapping[str, Any], key: str) -> int | None:
 _MAKERS: Mapping[str, Callable[[Mapping[str, Any], Sequence[Path], Progress | None], Judge]] = {
     "data": _of_data,
     "command": lambda spec, search, progress: command_of(spec["command"], search=search),
+    "tasks": _of_tasks,
     "python": lambda spec, search, progress: function_of(str(spec["python"]), search=search),
 }

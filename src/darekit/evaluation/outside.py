@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -37,6 +38,11 @@ class Command:
         """Scores of the model as it is now, written to a temporary folder."""
         with written(live) as folder:
             return self.judge_directory(folder)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides about the scores, in JSON-able form: the words, and what is in the files that they name."""
+        files = {word: _digest(Path(word).read_bytes()) for word in self.words[1:] if Path(word).is_file()}
+        return {"command": list(self.words), "files": files}
 
     def judge_directory(self, folder: Path) -> dict[str, Score]:
         """Scores of a model directory.
@@ -73,6 +79,14 @@ class Function:
             with written(live) as folder:
                 return self.judge_directory(folder)
         return self._call(live)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides about the scores, in JSON-able form: the name, and the text of the function's file."""
+        try:
+            text = Path(inspect.getsourcefile(self.function) or "").read_bytes()
+        except (TypeError, OSError):
+            text = repr(self.function).encode()  # built in, or typed into a session: new with each run
+        return {"python": self.name, "digest": _digest(text)}
 
     def judge_directory(self, folder: Path) -> dict[str, Score]:
         """Scores of a model directory, for a function that takes one."""
@@ -172,6 +186,10 @@ def written(live: LiveModel) -> Iterator[Path]:
         if live.tokenizer is not None:
             live.tokenizer.save_pretrained(folder)
         yield folder
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _json_of(text: str, who: str) -> Any:

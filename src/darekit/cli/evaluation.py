@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dare eval`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from darekit.cli.options import Json, errors_told
+
+if TYPE_CHECKING:
+    from darekit.evaluation.comparison import Comparison
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Model directories, Hub ids, recipes (.yaml) or packs.")],
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Tasks of lm-eval: gsm8k,MATH,humaneval,mbpp,glue or local ones.")
+    ] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="JSON lines to judge by; may be repeated.")] = None,
+    judge: Annotated[str | None, typer.Option(metavar="FILE.py:FUNCTION", help="It gets the live model.")] = None,
+    command: Annotated[str | None, typer.Option(help="It gets a model directory, and prints JSON.")] = None,
+    base: Annotated[str | None, typer.Option(help="The checkpoint that packs were made against.")] = None,
+    include: Annotated[list[Path] | None, typer.Option(help="Folder with local task files; may be repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, rows of each file.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of a task.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask tasks' questions as the chat template says.")
+    ] = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows or questions at once.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row of --data.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="What models compute in; float32 on a CPU, else their own.")] = None,
+    samples: Annotated[Path | None, typer.Option(help="Folder: what became of each row and question.")] = None,
+    generate: Annotated[Path | None, typer.Option(help="Answer this file's instructions, for AlpacaEval.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="With --generate: a text around {instruction}, instead of the chat template.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --generate: the longest answer.")] = 512,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Agree that tasks execute code that models write.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results; finished models are kept. With --generate also a .json.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --generate: ask again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Judge one or several MODELS, recipes merged in memory: one table with standard errors."""
+    judged = bool(tasks or data or judge or command)
+    if generate is None and not judged:
+        raise typer.BadParameter("say what to judge by: --tasks, --data, --judge or --command", param_hint="MODELS")
+    if generate is not None and judged:
+        raise typer.BadParameter("answers are written in a run of their own", param_hint="--generate")
+    if generate is not None and out is None:
+        raise typer.BadParameter("say --out FILE.json, or a folder for several models", param_hint="--generate")
+    for given, name in ((prompt is not None, "--prompt"), (overwrite, "--overwrite")):
+        if given and generate is None:
+            raise typer.BadParameter("belongs to --generate", param_hint=name)
+    with errors_told():
+        from darekit.cli import display
+
+        if generate is not None:
+            from darekit.evaluation.generations import generate as write_answers
+
+            with display.progress_bar("answering", quiet=as_json, unit="answers") as progress:
+                paths = write_answers(
+                    models, generate, out or Path(), base=base, prompt=prompt, max_new_tokens=max_new_tokens,
+                    batch_size=batch_size, limit=limit, overwrite=overwrite, device=device, dtype=dtype,
+                    progress=progress, say=display.say_note,
+                )  # fmt: skip
+            print(json.dumps({"files": [str(path) for path in paths]}) if as_json else "\n".join(map(str, paths)))
+            return
+        from darekit.evaluation.comparison import evaluate as judge_models
+
+        with display.progress_bar("judging", quiet=as_json or not data, unit="rows") as progress:
+            found = judge_models(
+                models, judge=_spec(judge, command), tasks=tasks or (), data=data or (), base=base,
+                include=include or (), limit=limit, batch_size=batch_size, max_length=max_length,
+                num_fewshot=num_fewshot, chat_template=chat_template, trust_code=trust_code, device=device,
+                dtype=dtype, samples=samples, out=out, confirm=_confirm, progress=progress,
+                show_bars=bool(tasks) and not as_json and progress is None and sys.stderr.isatty(),
+                say=display.say_note,
+            )  # fmt: skip
+        _show(found, as_json=as_json)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _spec(judge: str | None, command: str | None) -> Any:
+    """What --judge and --command say, as one judge."""
+    if judge and command:
+        return {"judge": {"python": judge}, "command": {"command": command}}
+    return {"python": judge} if judge else {"command": command} if command else None
+
+
+def _confirm(names: Sequence[str]) -> bool:
+    """Ask a person; nobody there means no."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    return typer.confirm(
+        f"{', '.join(names)} executes code that the models write, with your rights on this machine. Go on?", err=True
+    )
+
+
+def _show(found: Comparison, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found.to_data()))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from darekit.evaluation.comparison import best_of, shown
+
+    table = Table("", *(evaluation.model for evaluation in found.evaluations), box=None, pad_edge=False)
+    marked = False
+    for name in found.names:
+        row = found.row(name)
+        best = best_of(row)
+        marked |= best is not None
+        cells = [Text(shown(score) + (" *" if at == best else ""), "bold" if at == best else "") for at, score in
+                 enumerate(row)]  # fmt: skip
+        table.add_row(name, *cells)
+    Console(soft_wrap=True, width=10_000).print(table)
+    if marked:
+        print("* the best: ahead of every other by more than twice the standard error of the difference")
+    elif len(found.evaluations) > 1:
+        print("no best is marked where differences are within twice their standard errors")

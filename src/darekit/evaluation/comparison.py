@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several models under one judge: one table, with standard errors; what is finished is kept."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from darekit.errors import DarekitError, DataError, OutputError, PlanError
+from darekit.evaluation.examples import Examples, Progress
+from darekit.evaluation.harness import Confirm, Harness, load_tasks
+from darekit.evaluation.judges import (
+    Judge,
+    Score,
+    Several,
+    identity_of,
+    judge_of,
+    judges_directory,
+)
+from darekit.live.models import build, memory_told, recipe_of
+from darekit.packs.reading import find_pack
+from darekit.planning import Plan, open_plan
+from darekit.recipe import Recipe
+
+KEPT = "evaluations.jsonl"  # one line for each model that is finished
+CLEAR = 2.0  # standard errors of the difference, from which on the best is called so
+
+Model = str | Path | Recipe | Mapping[str, Any]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's scores, or why there are none. `details`: what lm-eval tells besides: versions, configs, results."""
+
+    model: str
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    seconds: float = 0.0
+    details: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    kept: bool = False  # from an earlier run
+
+    def to_data(self) -> dict[str, Any]:
+        """In JSON-able form."""
+        data: dict[str, Any] = {"model": self.model}
+        if self.error is not None:
+            return data | {"error": self.error}
+        data |= {"scores": {name: score.to_data() for name, score in self.scores.items()}}
+        return data | {"seconds": round(self.seconds, 3), "kept": self.kept, "details": dict(self.details)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `evaluate` found, in the order of the models."""
+
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a model has no scores."""
+        return any(evaluation.error is not None for evaluation in self.evaluations)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every score's name, in order."""
+        return tuple(dict.fromkeys(name for evaluation in self.evaluations for name in evaluation.scores))
+
+    def row(self, name: str) -> tuple[Score | None, ...]:
+        """One score of all models."""
+        return tuple(evaluation.scores.get(name) for evaluation in self.evaluations)
+
+    def to_data(self) -> dict[str, Any]:
+        """In JSON-able form."""
+        best = {name: best_of(self.row(name)) for name in self.names}
+        return {
+            "evaluations": [evaluation.to_data() for evaluation in self.evaluations],
+            "best": {name: None if at is None else self.evaluations[at].model for name, at in best.items()},
+        }
+
+    def to_markdown(self) -> str:
+        """The table; bold is the best, where the difference to every other exceeds its error."""
+        done = [evaluation.model for evaluation in self.evaluations]
+        lines = [f"| | {' | '.join(done)} |", "|---" * (len(done) + 1) + "|"]
+        for name in self.names:
+            row = self.row(name)
+            best = best_of(row)
+            cells = [f"**{shown(score)}**" if at == best else shown(score) for at, score in enumerate(row)]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+
+def best_of(row: Sequence[Score | None]) -> int | None:
+    """Which of several models is the best in one score; None where nobody can say.
+
+    Its distance to every other must exceed twice the standard error of their difference, sqrt(se1^2 + se2^2). Models
+    answer the same questions, so their errors go together and the true one is mostly
+    smaller: this errs towards silence.
+    """
+    found = [(at, score) for at, score in enumerate(row) if score is not None]
+    if len(found) < 2 or any(score.higher_is_better is None or score.stderr is None for _, score in found):
+        return None
+    sign = 1 if found[0][1].higher_is_better else -1
+    best, top = max(found, key=lambda entry: sign * entry[1].value)
+    for at, score in found:
+        error = math.hypot(top.stderr or 0.0, score.stderr or 0.0)
+        if at != best and not sign * (top.value - score.value) > CLEAR * error:
+            return None
+    return best
+
+
+def shown(score: Score | None) -> str:
+    """A score for people.
+
+    >>> shown(Score(0.7134, 0.0121))
+    '0.7134 ± 0.0121'
+    """
+    if score is None:
+        return "-"
+    value = f"{score.value:.4f}" if abs(score.value) < 1000 else f"{score.value:.5g}"
+    return value if score.stderr is None else f"{value} ± {score.stderr:.4f}"
+
+
+def evaluate(
+    models: Model | Sequence[Model],
+    *,
+    judge: Mapping[str, Any] | str | Sequence[Any] | Callable[[Any], Any] | None = None,
+    tasks: str | Sequence[str] = (),
+    data: str | Path | Sequence[str | Path] = (),
+    base: str | Path | None = None,
+    include: Sequence[str | Path] = (),
+    limit: int | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = False,
+    trust_code: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    samples: str | Path | None = None,
+    out: str | Path | None = None,
+    confirm: Confirm | None = None,
+    progress: Progress | None = None,
+    show_bars: bool = False,
+    say: Say | None = None,
+) -> Comparison:
+    """Judge models, one after another, each merged in memory; nothing is written but what `out` and `samples` ask for.
+
+    Args:
+        models: a model directory, Hub id, pack, recipe file, recipe or its data, or several of them; or name -> model.
+        judge: see `darekit.evaluation.judges`: `{data: FILE}`, `judge.py:function`, a Python function, a command, or
+            name -> any of these.
+        tasks: of lm-eval, by name.
+        data: files of JSON lines.
+        base: the checkpoint that packs among the models were made against.
+        include: folders with local tasks.
+        limit: questions of each task, rows of each file.
+        batch_size: rows or questions at once.
+        max_length: tokens of a row; longer ones are cut.
+        num_fewshot: examples before each question; the task's own number where not given.
+        chat_template: ask lm-eval's questions as the tokenizer's chat template says.
+        trust_code: agree that tasks execute what the model writes.
+        device: cpu, cuda, mps; the fastest there is where not given.
+        dtype: what the models compute in; float32 on a CPU, else their own.
+        samples: a folder for what each model made of each row or question.
+        out: a folder for the results; models that are finished there are not judged again.
+        confirm: asked instead of `trust_code`, with the names of the tasks.
+        progress: called with (rows done, rows in all) while a file is judged.
+        show_bars: show lm-eval's own progress bars.
+        say: receives notes, and errors of models where others go on.
+
+    Raises:
+        DarekitError: a judge or a model that cannot be, before anything is run; or the only model's failure.
+    """
+    say = say or (lambda line: None)
+    named = named_models(models, base)
+    ask = confirm if confirm is not None and not trust_code else (lambda names: trust_code)
+    found = _judge(
+        judge, [tasks] if isinstance(tasks, str) else tasks, [data] if isinstance(data, str | Path) else data,
+        include=[Path(folder) for folder in include], limit=limit, batch_size=batch_size, max_length=max_length,
+        num_fewshot=num_fewshot, chat_template=chat_template, confirm=ask, progress=progress, show_bars=show_bars,
+        log_samples=samples is not None, say=say,
+    )  # fmt: skip
+    settings = {"judge": identity_of(found), "dtype": dtype}
+    keys = [_key(recipe, search, settings) for _, recipe, search in named]
+    kept = _kept(Path(out)) if out is not None else {}
+    evaluations: list[Evaluation] = []
+    for (name, recipe, search), key in zip(named, keys, strict=True):
+        if key in kept:
+            say(f"{name} is finished in {out}; to judge it again, remove its line from {KEPT} there")
+            evaluations.append(replace(kept[key], model=name, kept=True))
+            continue
+        try:
+            evaluation = _evaluate_one(name, recipe, search, found, device=device, dtype=dtype, say=say)
+        except DarekitError as error:
+            if len(named) == 1:
+                raise
+            say(f"{name}: {error}")
+            evaluations.append(Evaluation(name, error=f"{type(error).__name__}: {error}"))
+            continue
+        evaluations.append(evaluation)
+        if out is not None:
+            _keep(Path(out), key, evaluation)
+        if samples is not None:
+            _write_samples(Path(samples), name, found)
+    comparison = Comparison(tuple(evaluations))
+    if all(evaluation.error is not None for evaluation in evaluations):
+        raise DataError("no model could be judged:\n" + "\n".join(f"  {e.model}: {e.error}" for e in evaluations))
+    if out is not None:
+        write_text(Path(out) / "comparison.json", json.dumps(comparison.to_data(), indent=1) + "\n")
+        write_text(Path(out) / "comparison.md", comparison.to_markdown())
+    return comparison
+
+
+def named_models(
+    models: Model | Sequence[Model], base: str | Path | None
+) -> list[tuple[str, Recipe, tuple[Path, ...]]]:
+    """(name for the table, recipe, where its relative names are) of each model."""
+    if isinstance(models, Mapping) and "models" not in models:
+        given: list[tuple[str, Any]] = [(str(name), model) for name, model in models.items()]
+    elif isinstance(models, str | Path | Recipe | Mapping):
+        given = [(_name_of(models), models)]
+    else:
+        given = [(_name_of(model), model) for model in models]
+    if not given:
+        raise PlanError("no model given; name a model directory, a Hub id, a recipe or a pack")
+    names = [name for name, _ in given]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PlanError(f"{', '.join(twice)} is given twice; one table shows each model once")
+    return [(name, *resolve_model(model, base)) for name, model in given]
+
+
+def _name_of(model: Model) -> str:
+    if isinstance(model, str | Path):
+        return str(model)
+    recipe, _ = recipe_of(model)
+    return f"{recipe.merge_method} of {len(recipe.models)}"
+
+
+def resolve_model(model: Model, base: str | Path | None) -> tuple[Recipe, tuple[Path, ...]]:
+    """What may stand for a model -> a recipe, and where its relative names are. A pack is put on `base`.
+
+    Raises:
+        PlanError: a pack without a base.
+    """
+    path = find_pack(model) if isinstance(model, str | Path) else None
+    if path is None:
+        return recipe_of(model)
+    if base is None:
+        raise PlanError(f"{path} is a pack: what it holds needs its base; say --base BASE")
+    return recipe_of({"base_model": str(base), "models": [{"model": str(path)}], "merge_method": "task_arithmetic"})
+
+
+def _judge(
+    judge: Any, tasks: Sequence[str], data: Sequence[str | Path], *, include: Sequence[Path], limit: int | None,
+    batch_size: int | None, max_length: int | None, num_fewshot: int | None, chat_template: bool, confirm: Confirm,
+    progress: Progress | None, show_bars: bool, log_samples: bool, say: Say,
+) -> Judge:  # fmt: skip
+    """All that was asked for, as one judge: data first, as their mistakes are cheap to find."""
+    parts: list[tuple[str, Judge]] = []
+    sizes = {"limit": limit, "batch_size": batch_size, "max_length": max_length}
+    for file in data:
+        spec = {"data": str(file)} | {name: size for name, size in sizes.items() if size is not None}
+        parts.append((Path(file).stem, judge_of(spec, progress=progress)))
+    if judge is not None:
+        parts.append(("judge", judge_of(judge, progress=progress)))
+    names = [name.strip() for task in tasks for name in task.split(",") if name.strip()]
+    if names:
+        harness = load_tasks(
+            names, include=include, limit=limit, batch_size=batch_size, num_fewshot=num_fewshot,
+            chat_template=chat_template, confirm=confirm, say=say,
+        )  # fmt: skip
+        harness.show_bars, harness.log_samples = show_bars, log_samples
+        parts.append(("tasks", harness))
+    if not parts:
+        raise PlanError("nothing to judge by: give --tasks, --data, --judge or --command")
+    if len(parts) == 1:
+        return parts[0][1]
+    stems = [name for name, _ in parts]
+    return Several(
+        {name if stems.count(name) == 1 else f"{name}-{stems[:at].count(name) + 1}": one
+         for at, (name, one) in enumerate(parts)}
+    )  # fmt: skip
+
+
+def _evaluate_one(
+    name: str, recipe: Recipe, search: Sequence[Path], judge: Judge, *, device: str | None, dtype: str | None, say: Say
+) -> Evaluation:
+    from darekit.api import check
+
+    begin = time.monotonic()
+    with open_plan(recipe, search=search) as plan:
+        for note in plan.notes:
+            say(f"{name}: {note}")
+        check(
+            plan, force=True, say=lambda line: say(f"{name}: {line}")
+        )  # what does not belong together is measured too
+        if judges_directory(judge):
+            with _directory(plan, search) as folder:
+                scores = judge.judge_directory(folder)  # type: ignore[attr-defined]
+        else:
+            with memory_told(f"loading {name}"):
+                live = build(plan, device=device, dtype=dtype)
+            try:
+                scores = judge(live)
+            finally:
+                del live
+                gc.collect()  # the next model may need all the memory that there is
+    return Evaluation(name, dict(scores), time.monotonic() - begin, _details(judge))
+
+
+@contextmanager
+def _directory(plan: Plan, search: Sequence[Path]) -> Iterator[Path]:
+    """The model's own directory where it has one; else it is merged into a temporary one."""
+    single = plan.models[0].directory if plan.base is None and len(plan.models) == 1 else None
+    if single is not None:
+        yield Path(single)
+        return
+    from darekit.api import Options, run
+
+    with tempfile.TemporaryDirectory(prefix="darekit-") as folder:
+        run(plan.recipe, Path(folder) / "model", Options(force=True), search=search)
+        yield Path(folder) / "model"
+
+
+def _parts(judge: Judge) -> Iterator[tuple[str, Judge]]:
+    if isinstance(judge, Several):
+        for name, part in judge.judges.items():
+            for inner, one in _parts(part):
+                yield f"{name}/{inner}" if inner else name, one
+    else:
+        yield "", judge
+
+
+def _details(judge: Judge) -> dict[str, Any]:
+    return {name or "tasks": part.details for name, part in _parts(judge) if isinstance(part, Harness)}
+
+
+def _write_samples(folder: Path, model: str, judge: Judge) -> None:
+    """One file of JSON lines for each file of data and each task."""
+    from darekit.evaluation.harness import plain
+
+    place = folder / file_name(model)
+    for name, part in _parts(judge):
+        if isinstance(part, Examples):
+            files = {name.replace("/", "-") or Path(part.source).stem: part.samples}
+        else:
+            files = part.samples if isinstance(part, Harness) else {}
+        for title, rows in files.items():
+            lines = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
+            write_text(place / f"{file_name(title)}.jsonl", lines)
+
+
+def _key(recipe: Recipe, search: Sequence[Path], settings: Mapping[str, Any]) -> str:
+    """What decides about a model's scores, as a digest: the recipe, its checkpoints' samples, the judge."""
+    with open_plan(recipe, search=search) as plan:
+        what = [plan.recipe.to_data(), [digest.hex() for digest in plan.sample_digests], settings]
+    return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _kept(out: Path) -> dict[str, Evaluation]:
+    """Finished evaluations of an earlier run by key. The line that a kill cut short is none."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; --out takes a folder")
+    kept = {}
+    path = out / KEPT
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+            scores = {name: Score(**score) for name, score in entry["scores"].items()}
+            kept[str(entry["key"])] = Evaluation(entry["model"], scores, entry["seconds"], entry["details"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return kept
+
+
+def _keep(out: Path, key: str, evaluation: Evaluation) -> None:
+    path = out / KEPT
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill cut the last line short
+                    file.write(b"\n")
+            file.write((json.dumps({"key": key} | evaluation.to_data()) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is either as before or complete.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    waiting = path.with_name(f".{path.name}.darekit-part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        waiting.write_text(text, encoding="utf-8")
+        waiting.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def file_name(name: str) -> str:
+    """A model's or task's name as the name of a file."""
+    kept = "".join(c if c.isalnum() or c in "-_.+" else "-" for c in name.removesuffix(".yaml").removesuffix(".yml"))
+    return kept.strip("-.") or "model"
