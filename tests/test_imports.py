@@ -201,6 +201,8 @@ RUN = "import sys\nfrom darekit.cli import main\nsys.argv[0] = 'dare'\nmain()"
         (["merge"], 2),
         (["mrge", "a", "b"], 2),
         (["drop", "a", "b", "c"], 2),
+        (["eval", "m"], 2),
+        (["eval", "m", "--data", "d", "--prompt", "x"], 2),
         (["drop", "a", "b", "c", "-p", "90"], 2),
         (["recommend", "a"], 2),
         (["recommend", "a", "b", "--search-q"], 2),

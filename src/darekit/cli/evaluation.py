@@ -131,4 +131,4 @@ def _show(found: Comparison, *, as_json: bool) -> None:
     if marked:
         print("* the best: ahead of every other by more than twice the standard error of the difference")
     elif len(found.evaluations) > 1:
-        print("no best is marked where differences are within twice their standard errors")
+        print("no best is marked: none is ahead of every other by more than twice the standard error of the difference")

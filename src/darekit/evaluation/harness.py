@@ -190,7 +190,7 @@ def load_tasks(
             f"{', '.join(unsafe)} executes code that the model writes, with your rights on this machine; "
             "if you accept that (better in a container), say --trust-code"
         )
-    with _quiet(bars=False, trusted=bool(unsafe)):
+    with _quiet(bars=False, trusted=bool(unsafe)), _uncounted():
         try:
             loaded = manager.load(resolved)
         except DarekitError:
@@ -386,6 +386,19 @@ def _quiet(bars: bool, trusted: bool) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Loading a local file is no business of others: `datasets` reports even that to a counter on the network."""
+    import datasets
+
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 @contextmanager
