@@ -263,6 +263,17 @@ def test_what_cannot_be_recommended(llamas, options, error, says):
         dk.recommend(llamas.path / "base", llamas.path / "m0", **options)
 
 
+def test_mistakes_in_options_are_told_at_once(dare, tmp_path):
+    """Before a checkpoint is looked for."""
+    said = dare("recommend", "a", "b", "--budget", 5)
+    assert said.code == 2 and "write 0.05" in said.err
+    assert dare("recommend", "a", "b", "-p", 0.9, "--budget", 0.1).code == 2
+    assert dare("recommend", "a", "b", "--search-q").code == 2
+    for out, says in (("r.json", "must end in .yaml"), (tmp_path / "no" / "r.yaml", "there is no folder")):
+        said = dare("recommend", "a", "b", "--out", out)
+        assert said.code == 1 and says in said.err
+
+
 def test_unusable_data_and_outputs(llamas, tmp_path):
     models = llamas.path / "base", llamas.path / "m0"
     (tmp_path / "empty.jsonl").write_text("")

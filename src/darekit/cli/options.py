@@ -102,9 +102,14 @@ def drop_rate_of(text: str | None) -> float | str | None:
 
 def check_drop_rate(drop_rate: float) -> None:
     """A drop rate outside [0, 1] is a usage error."""
-    if not 0 <= drop_rate <= 1:
-        hint = f"; a percentage? write {drop_rate / 100:g}" if 1 < drop_rate <= 100 else ""
-        raise typer.BadParameter(f"{drop_rate:g} is outside [0, 1]{hint}", param_hint="-p")
+    check_fraction(drop_rate, "-p")
+
+
+def check_fraction(value: float, option: str) -> None:
+    """A fraction outside [0, 1] is a usage error."""
+    if not 0 <= value <= 1:
+        hint = f"; a percentage? write {value / 100:g}" if 1 < value <= 100 else ""
+        raise typer.BadParameter(f"{value:g} is outside [0, 1]{hint}", param_hint=option)
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from darekit.cli.options import HeadsOf, Json, Seed, Threads, Vocab, check_drop_rate, errors_told
+from darekit.cli.options import HeadsOf, Json, Seed, Threads, Vocab, check_fraction, errors_told
 
 if TYPE_CHECKING:
     from darekit.recommendation.advice import Recommendation
@@ -33,9 +33,7 @@ def recommend(
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(
-            min=0, max=1, help="Keep this fraction of what may be dropped, where it hurts least: 0.05 for 5 %."
-        ),
+        typer.Option(help="Keep this fraction of what may be dropped, where it hurts least: 0.05 for 5 %."),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="JSON lines (or a data set) of text to run MODEL on; needs darekit[torch].")
@@ -64,9 +62,10 @@ def recommend(
 ) -> None:
     """Say how much of MODEL may be dropped, tensor by tensor, what that is predicted to do, and write a recipe."""
     if drop_rate is not None:
-        check_drop_rate(drop_rate)
+        check_fraction(drop_rate, "-p")
         if budget is not None:
             raise typer.BadParameter("a drop rate and a budget both say how much; give one", param_hint="--budget")
+    check_fraction(budget or 0.0, "--budget")
     if search_q and data is None:
         raise typer.BadParameter("the search compares outputs on text: add --data FILE", param_hint="--search-q")
     with errors_told():
@@ -74,6 +73,8 @@ def recommend(
         from darekit.naming import ONE_TERM
         from darekit.recommendation import advice
 
+        if out is not None:  # before anything long
+            advice.check_out(out, overwrite=overwrite)
         dense = ONE_TERM if keep_dense is None else tuple(p for p in keep_dense if p != "none")
         with ExitStack() as bars:
 
@@ -127,7 +128,8 @@ def _show(found: Recommendation) -> None:
         f"\ndrop rate {found.drop_rate:.4g}: the median of p_max over the {count_of(found.droppable)} parameters that "
         f"may be dropped (of {count_of(found.parameters)})"
     )
-    how = "by budget" if found.budget is not None else "by tensor"
+    how = "by tensor" if found.asked is None else f"at p = {found.asked:g}"
+    how = how if found.budget is None else f"budget {found.budget:g}"
     print(
         f"{how}: {count_of(found.kept)} elements stay ({100 * found.kept / max(1, found.parameters):.3g} %), predicted "
         f"perturbation of a layer's output {median:.3g} (median), {largest:.3g} (largest)"

@@ -102,6 +102,7 @@ class Recommendation:
     verdict: str
     words: str
     assumed: str
+    asked: float | None  # the one rate that was to be judged
     budget: float | None
     recipe: Recipe
     calibration: Calibration | None = None
@@ -241,8 +242,8 @@ def recommend(
         recipe = _recipe(whole, tensors, search.best)
     return Recommendation(
         base, model, tau, weighted_median((tensor.p_max, tensor.parameters) for tensor in tensors), tensors, dense,
-        found.verdict, _words(found.verdict, found.words, base, model), _assumed(calibration, tau), budget, recipe,
-        calibration, search, tuple(_notes(tensors, calibration, budget, drop_rate)),
+        found.verdict, _words(found.verdict, found.words, base, model), _assumed(calibration, tau), drop_rate, budget,
+        recipe, calibration, search, tuple(_notes(tensors, calibration, budget, drop_rate)),
     )  # fmt: skip
 
 
@@ -374,10 +375,7 @@ def write_recipe(found: Recommendation, out: Path, *, overwrite: bool = False) -
         OutputError: it exists, or cannot be written.
         HomologyError: the models' vocabularies or heads differ, and neither `vocab` nor `heads` says what to do.
     """
-    if out.suffix not in (".yaml", ".yml"):
-        raise OutputError(f"{out} must end in .yaml: a recipe is known by that")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists; name another file, or add --overwrite")
+    check_out(out, overwrite=overwrite)
     text = recipe_text(found)
     said: list[str] = []
     with open_plan(replace(found.recipe, text=text)) as plan:
@@ -387,6 +385,20 @@ def write_recipe(found: Recommendation, out: Path, *, overwrite: bool = False) -
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
     return said, stopped
+
+
+def check_out(out: Path, *, overwrite: bool = False) -> None:
+    """Whether a recipe may be written there.
+
+    Raises:
+        OutputError: it exists, has no folder, or a name that no recipe has.
+    """
+    if out.suffix not in (".yaml", ".yml"):
+        raise OutputError(f"{out} must end in .yaml: a recipe is known by that")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists; name another file, or add --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"cannot write {out}: there is no folder {out.parent}")
 
 
 def recipe_text(found: Recommendation) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from darekit.checkpoints import TensorInfo
 from darekit.dtypes import Floats, dtype_named, widen
 from darekit.errors import DataError
-from darekit.live.models import build, memory_told, one_thread
+from darekit.live.models import CAUSAL, build, memory_told, one_thread
 from darekit.methods.sparsifiers import noise_gain
 from darekit.naming import group_of
 from darekit.planning import Plan
@@ -94,7 +94,7 @@ def calibrate(
         with one_thread(live.device), memory_told("calibrating"), padding_known(live), torch.inference_mode():
             for inputs in padded(live, tokens, feed.batch_size):
                 watch.mask = inputs["attention_mask"].bool()
-                live.model(**inputs)
+                live.model(**inputs, **({"use_cache": False} if live.task == CAUSAL else {}))
                 done += len(inputs["input_ids"])
                 if progress:
                     progress(done, len(tokens))
@@ -173,7 +173,8 @@ class _Watch:
         layer.tokens += len(rows)
 
     def _without_padding(self, values: Any) -> Any:
-        """(rows, tokens, in), (rows tokens, in) or (rows, in) -> (n, in); what has lost its order is taken whole."""
+        """(rows, tokens, in), (rows tokens, in) or (rows, in) -> (n, in); what has lost its order (an expert's
+        share of the tokens) is taken whole, padding included: batches of one row have none."""
         if values.shape[:2] == self.mask.shape and values.dim() == 3:
             return values[self.mask]
         flat = values.reshape(-1, values.shape[-1])

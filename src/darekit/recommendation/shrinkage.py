@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from darekit.errors import DataError
-from darekit.live.models import REGRESSOR, LiveModel, build, memory_told, one_thread
+from darekit.live.models import CAUSAL, REGRESSOR, LiveModel, build, memory_told, one_thread
 from darekit.planning import Plan
 from darekit.recommendation.inputs import Feed, Progress, padded, padding_known
 
@@ -100,7 +100,8 @@ def _outputs(live: LiveModel, tokens: Sequence[Any], feed: Feed) -> Iterator[Any
 
     for inputs in padded(live, tokens, feed.batch_size):
         with torch.inference_mode():
-            logits = live.model(**inputs).logits.float()
+            more = {"use_cache": False} if live.task == CAUSAL else {}
+            logits = live.model(**inputs, **more).logits.float()
         rows = logits[inputs["attention_mask"].bool()] if logits.dim() == 3 else logits
         if not bool(torch.isfinite(rows).all()):
             raise DataError("the model's output has NaN or Inf; try --dtype float32")
