@@ -148,6 +148,16 @@ def test_auto_is_recorded_repeatable_and_resumable(llamas, tmp_path, dare):
     assert "lm_head.weight" in dare("merge", recipe, tmp_path / "three", "--dry-run").out
 
 
+def test_drop_takes_auto_too(llamas, dare, tmp_path):
+    arguments = ("drop", llamas.path / "base", llamas.path / "m0", tmp_path / "out", "--dry-run")
+    shown = dare(*arguments, "-p", "auto", "--tau", 0.1, "--json").data
+    with open_plan(read_recipe(auto(llamas))) as plan:
+        assert shown["models"][0]["drop_rates"] == dict(plan.rates[0])
+    assert dare(*arguments, "-p", 0.5, "--tau", 0.1).code == 2
+    assert dare(*arguments, "-p", "lots").code == 2
+    assert "auto goes with dare" in dare(*arguments, "-p", "auto", "--method", "magnitude").err
+
+
 def test_auto_for_one_model_and_for_some_tensors(llamas):
     data = auto(llamas, keep_dense=[])
     data["sparsify"]["drop_rate"] = [{"filter": "mlp", "value": "auto"}, {"value": 0.5}]

@@ -95,7 +95,7 @@ def drop(
     model: str | Path,
     out: str | Path,
     *,
-    drop_rate: float,
+    drop_rate: float | str,
     method: str = "dare",
     rescale: str | None = None,
     on: str = "delta",
@@ -112,7 +112,7 @@ def drop(
         base: the checkpoint that `model` was fine-tuned from.
         model: the fine-tuned model; its tokenizer goes with the output (the base's under `vocab: base`).
         out: the directory to write.
-        drop_rate: fraction dropped, in [0, 1].
+        drop_rate: fraction dropped, in [0, 1]; or "auto": each tensor's own, from a sample of its delta.
         method: a sparsifier: dare, drop_only, magnitude, della, breadcrumbs.
         rescale: paper, l1 or none; the method's default where not given.
         on: `delta`, or `weights` for the paper's counter-experiment.
@@ -120,7 +120,7 @@ def drop(
         seed: the mask's effective seed, used as it is.
         vocab: what to do with vocabularies that differ: strict, base or pad.
         heads: `base` or `model`: whose heads the output has, as they are; None: they are sparsified like the rest.
-        parameters: further parameters of the sparsifier (window, gamma, q).
+        parameters: further parameters of the sparsifier (window, gamma, q, tau).
         **options: fields of `Options`.
     """
     recipe = drop_recipe(

@@ -24,7 +24,7 @@ from darekit.cli.options import (
     Threads,
     Vocab,
     bytes_of,
-    check_drop_rate,
+    drop_rate_of,
     errors_told,
 )
 
@@ -63,7 +63,14 @@ def drop(
     base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
     model: Annotated[str, typer.Argument(help="The fine-tuned model: directory, file or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
-    drop_rate: Annotated[float, typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped.")],
+    drop_rate: Annotated[
+        str,
+        typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped; auto: each tensor's own."),
+    ],
+    tau: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1, help="How far a layer's output may move by -p auto; default 0.2."),
+    ] = None,
     method: Annotated[str, typer.Option(help="How to choose what is dropped: see `dare methods`.")] = "dare",
     rescale: Annotated[RescaleName | None, typer.Option(help="What survivors are multiplied by.")] = None,
     rescale_q: Annotated[
@@ -90,7 +97,10 @@ def drop(
     as_json: Json = False,
 ) -> None:
     """Drop most of one model's delta: base + sparsified (model - base), written to OUT."""
-    check_drop_rate(drop_rate)
+    rate = drop_rate_of(drop_rate)
+    assert rate is not None
+    if tau is not None and rate != "auto":
+        raise typer.BadParameter("goes with -p auto", param_hint="--tau")
     if rescale_q == 0:
         raise typer.BadParameter("0 divides survivors by nothing; leave it out for 1 - p", param_hint="--rescale-q")
     limit = bytes_of(shard_size)
@@ -98,10 +108,10 @@ def drop(
     with errors_told(resumes=True):
         from darekit.api import drop_recipe
 
-        given = (("window", window), ("gamma", gamma), ("q", rescale_q))
+        given = (("window", window), ("gamma", gamma), ("q", rescale_q), ("tau", tau))
         extra = {name: value for name, value in given if value is not None}
         found = drop_recipe(
-            base, model, drop_rate=drop_rate, method=method, rescale=rescale.value if rescale else None,
+            base, model, drop_rate=rate, method=method, rescale=rescale.value if rescale else None,
             on=on.value, keep_dense=keep_dense or (), seed=seed, vocab=vocab.value,
             heads=heads.value if heads else None, parameters=extra,
         )  # fmt: skip
