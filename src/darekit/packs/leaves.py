@@ -14,7 +14,7 @@ from darekit import kernels
 from darekit.digests import LEAF
 from darekit.dtypes import DTYPES, Bytes, DType, Floats
 from darekit.errors import CheckpointError, DataError
-from darekit.kernels import cpu
+from darekit.kernels import packs as cpu
 from darekit.masks import DROP_ALL, stream_of, threshold_of
 from darekit.methods.sparsifiers import paper_factor
 from darekit.packs.format import PackedTensor
@@ -36,8 +36,8 @@ class Mask:
         """Whether every element is stored."""
         return self.threshold == 0 and self.rows is None
 
-    def indices(self, leaf: int) -> Indices:
-        """(k,) int32: the leaf's stored elements, counted from its first."""
+    def indices(self, leaf: int, room: Indices | None = None) -> Indices:
+        """(k,) int32: the leaf's stored elements, counted from its first; a part of `room`, (LEAF,), where given."""
         start = leaf * LEAF
         count = min(LEAF, self.tensor.count - start)
         if self.threshold == DROP_ALL:
@@ -45,21 +45,12 @@ class Mask:
         if self.threshold == 0:
             found: Indices = np.arange(count, dtype=np.int32)
         else:
-            found = np.empty(count, np.int32)
+            found = np.empty(count, np.int32) if room is None else room
             found = found[: cpu.kept_indices(self.seed, self.stream, start, self.threshold, count, found)]
         if self.rows is not None:
             row = (start + found.astype(np.int64)) // self.tensor.row
             found = found[(self.rows[row >> 3] >> (row & 7).astype(np.uint8)) & 1 == 1]
         return found
-
-    def count(self, leaf: int) -> int:
-        """How many elements of a leaf are stored."""
-        count = min(LEAF, self.tensor.count - leaf * LEAF)
-        if self.rows is None and self.threshold == 0:
-            return count
-        if self.rows is None and count == LEAF and self.threshold != DROP_ALL:
-            return int(cpu.count_kept(self.seed, self.stream, leaf * LEAF, self.threshold, LEAF))
-        return int(self.indices(leaf).size)
 
 
 def factor_of(tensor: PackedTensor, rescale: str) -> np.float32:
@@ -70,7 +61,15 @@ def factor_of(tensor: PackedTensor, rescale: str) -> np.float32:
 def take(raw: Bytes, dtype: DType, indices: Indices) -> Bytes:
     """Raw elements at `indices` -> their raw bytes, in order."""
     word = f"u{dtype.itemsize}"
-    return raw.view(word).take(indices).view(np.uint8)
+    out = np.empty(indices.size, word)
+    cpu.take(raw.view(word), indices, out)
+    return out.view(np.uint8)
+
+
+def put(raw: Bytes, dtype: DType, indices: Indices, values: Bytes) -> None:
+    """The inverse of `take`, in place."""
+    word = f"u{dtype.itemsize}"
+    cpu.put(raw.view(word), indices, values.view(word))
 
 
 def number_for(tensor: PackedTensor, values: DType) -> type[np.floating]:
@@ -86,22 +85,21 @@ def encode(tensor: PackedTensor, base: Bytes, tuned: Bytes, values: DType, tuned
         DataError: NaN or Inf.
     """
     base_dtype = DTYPES[tensor.dtype]
+    nothing = np.empty(0, np.uint8)
+    if tensor.encoding == "exact" and base_dtype.name == tuned_dtype.name == "BF16":
+        _refuse_nonfinite(cpu.count_bad_bf16(base.view(np.uint16), tuned.view(np.uint16)), tensor.name)
+        return tuned, nothing
     wide = "F64" in (base_dtype.name, tuned_dtype.name)
     before: Floats = np.empty(base.size // base_dtype.itemsize, np.float64 if wide else np.float32)
     delta = np.empty_like(before)
     kernels.widen(base, base_dtype, before)
-    bad = kernels.difference(tuned, tuned_dtype, before, delta)
-    if bad:
-        raise DataError(
-            f"{tensor.name} has {bad} differences that are NaN or Inf; repair the model or its base, or keep all of it "
-            "with --lossless"
-        )
+    _refuse_nonfinite(kernels.difference(tuned, tuned_dtype, before, delta), tensor.name)
     if tensor.encoding == "exact":
-        return tuned, np.empty(0, np.uint8)
+        return tuned, nothing
     if not tensor.bits:
         raw = np.empty(delta.size * values.itemsize, np.uint8)
         _refuse_overflow(kernels.round_to(delta, values, raw), tensor.name)
-        return raw, np.empty(0, np.uint8)
+        return raw, nothing
     return encode_values(delta, tensor.bits, tensor.group)
 
 
@@ -147,8 +145,7 @@ def restore(
         if indices is None:
             raw[:] = stored
         else:
-            word = f"u{dtype.itemsize}"
-            raw.view(word)[indices] = stored.view(word)
+            put(raw, dtype, indices, stored)
         return
     if dtype.name == "BF16" and indices is not None and number_for(tensor, values) is np.float32 and (
         tensor.encoding != "exact" or values.name == "BF16"
@@ -180,8 +177,15 @@ def restore(
     if indices is None:
         raw[:] = out
     else:
-        word = f"u{dtype.itemsize}"
-        raw.view(word)[indices] = out.view(word)
+        put(raw, dtype, indices, out)
+
+
+def _refuse_nonfinite(bad: int, name: str) -> None:
+    if bad:
+        raise DataError(
+            f"{name} has {bad} differences that are NaN or Inf; repair the model or its base, or keep all of it with "
+            "--lossless"
+        )
 
 
 def _refuse_overflow(overflowed: int, name: str) -> None:

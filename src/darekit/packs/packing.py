@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a pack: plan as `dare drop` does > what changed, what is kept > layout > leaves in any order > header.
+"""Writing a pack: plan as `dare drop` does > what changed > leaves in any order, into a spool > layout > copy > header.
 
-Sizes are known before the first byte, as the mask does not depend on the values: so leaves are written where they
-belong by any thread, and memory is a few leaves per thread, whatever the model's size.
+Everything is read, drawn and encoded once. How long leaves are is known when they are made, so they wait in a file
+beside the output until all are; memory is a few leaves per thread, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -226,7 +226,8 @@ def encoding_for(bits: int, dtype: DType) -> tuple[str, DType]:
 class _Job:
     """A tensor on its way into the pack.
 
-    `digests`: of every leaf of base, result and stored bytes; `frames`: bytes of every leaf's frame, where there are.
+    `digests`: of every leaf of base, result, and stored bytes, as values and as frames; `frames`: bytes of every leaf's
+    frame, where there are.
     """
 
     source: AlignedTensor
@@ -239,25 +240,13 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class _Frames:
-    """Leaves of one tensor from `first` on, as they wait in a spool file.
-
-    Of a lossless tensor `size` bytes of frames; of a delta all values, then all frames, then all scales.
-    """
+class _Piece:
+    """Leaves of one tensor from `first` on, as they wait in the spool: bytes of their values, frames and scales."""
 
     name: str
     first: int
     offset: int
-    size: int
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    """What one leaf becomes: its values, its frame where there is a codec, and its scales, all as they are stored."""
-
-    values: Bytes
-    frame: Bytes | None
-    scales: Bytes
+    sizes: Mapping[str, int]
 
 
 class Writer:
@@ -291,29 +280,24 @@ class Writer:
         hidden, spool = (out.with_name(f".{out.name}.darekit-{word}") for word in ("part", "spool"))
         with _claimed(hidden, out):
             jobs = self._scan()
-            if self.lossless or self.codec != "none":
-                # How long frames are is known when they are made: they wait beside the output until all are.
+            try:
+                pieces = self._encode(jobs, spool, progress)
+                jobs = [_settled(job, self.codec) for job in jobs]
+                waiting = InputFile(spool)
                 try:
-                    frames = self._compress(jobs, spool, progress)
-                    jobs = [_settled(job, self.codec) for job in jobs]
-                    waiting = InputFile(spool)
-                    try:
-                        size, document = self._write_jobs(jobs, hidden, None, frames, waiting)
-                    finally:
-                        waiting.close()
+                    size, document = self._write_jobs(jobs, hidden, pieces, waiting)
                 finally:
-                    with contextlib.suppress(OSError):
-                        spool.unlink()
-            else:
-                size, document = self._write_jobs(jobs, hidden, progress, [], None)
+                    waiting.close()
+            finally:
+                with contextlib.suppress(OSError):
+                    spool.unlink()
             self._refuse_changed()
             _publish(hidden, out, overwrite)
         return size, document
 
     def _write_jobs(
-        self, jobs: Sequence[_Job], hidden: Path, progress: Progress | None, frames: Sequence[_Frames],
-        spool: InputFile | None,
-    ) -> tuple[int, Document]:  # fmt: skip
+        self, jobs: Sequence[_Job], hidden: Path, pieces: Sequence[_Piece], spool: InputFile
+    ) -> tuple[int, Document]:
         # Cut to the base's rows, the model does not know the tokens that its own tokenizer and config speak of.
         contents = dict(_companions(self.base if self.settings.get("vocab") == "base" else self.model))
         files = tuple(
@@ -332,10 +316,7 @@ class Writer:
             for file in stored:
                 output.write(np.frombuffer(contents[file.name], np.uint8), offsets[f"{FILE_ROLE}:{file.name}"])
             self._write_tables(jobs, offsets, output)
-            if spool is None:
-                self._write_leaves(jobs, offsets, output, progress)
-            else:
-                self._write_frames(jobs, frames, spool, offsets, output)
+            self._copy(jobs, pieces, spool, offsets, output)
             document = self._with_digests(document, jobs)
             header = render_header(document, list(layout.places.values()), layout.data)
             output.write(np.frombuffer(header, np.uint8), 0)
@@ -413,9 +394,7 @@ class Writer:
             saved = (1 - changed.mean()) * tensor.count * (1 - rate) * (tensor.bits or 8 * values.itemsize) / 8
             if saved <= bitmap.size + 2 * tensor.leaves:
                 bitmap = None
-        mask = Mask(tensor, self.seed, bitmap)
-        counts = np.array([mask.count(leaf) for leaf in range(tensor.leaves)], np.int64).reshape(-1)
-        tensor = replace(tensor, kept=int(counts.sum()))
+        counts = np.zeros(tensor.leaves, np.int64)
         frames = np.zeros(tensor.leaves, np.int64) if self.codec != "none" and can_shrink(tensor) else None
         return _Job(aligned, tensor, values, counts, bitmap, _digest_lists(tensor), frames)
 
@@ -435,20 +414,22 @@ class Writer:
         counts = np.zeros(tensor.leaves, np.int64)
         return _Job(aligned, tensor, DTYPES["U8"], counts, None, _digest_lists(tensor))
 
-    def _compress(self, jobs: Sequence[_Job], spool: Path, progress: Progress | None) -> list[_Frames]:
+    def _encode(self, jobs: Sequence[_Job], spool: Path, progress: Progress | None) -> list[_Piece]:
         """All leaves of all tensors that changed, in any order, into one file."""
         spans = [(job, first) for job in jobs if job.tensor.kind != "same"
                  for first in range(0, job.tensor.leaves, LEAVES)]  # fmt: skip
         total = sum(info.nbytes for checkpoint in self.plan.checkpoints for info in checkpoint.tensors.values())
-        found: list[_Frames] = []
+        found: list[_Piece] = []
         lock = threading.Lock()
         with _told(spool), spool.open("wb") as file:
 
             def work(span: tuple[_Job, int]) -> int:
                 job, first = span
-                raw, done = _compress_span(job, first) if self.lossless else self._spool_span(job, first)
+                parts, done = self._compress_span(job, first) if self.lossless else self._encode_span(job, first)
+                raw = b"".join(piece for pieces in parts.values() for piece in pieces)
+                sizes = {role: sum(map(len, pieces)) for role, pieces in parts.items()}
                 with lock:
-                    found.append(_Frames(job.tensor.name, first, file.tell(), len(raw)))
+                    found.append(_Piece(job.tensor.name, first, file.tell(), sizes))
                     file.write(raw)
                 return done
 
@@ -460,30 +441,26 @@ class Writer:
             tell(total)
         return found
 
-    def _write_frames(
-        self, jobs: Sequence[_Job], frames: Sequence[_Frames], spool: InputFile, offsets: Mapping[str, int],
+    def _copy(
+        self, jobs: Sequence[_Job], pieces: Sequence[_Piece], spool: InputFile, offsets: Mapping[str, int],
         output: OutputFile,
     ) -> None:  # fmt: skip
-        found = {job.tensor.name: job for job in jobs}
-        tables = {name: _table_of(job) for name, job in found.items() if job.tensor.kind != "same"}
-        for part in frames:
-            raw = np.empty(part.size, np.uint8)
-            if raw.size:
-                spool.read_into(raw, part.offset)
-            job, table = found[part.name], tables[part.name]
-            last = min(part.first + LEAVES, job.tensor.leaves)
-            if job.tensor.kind == "lossless":
-                pieces = [("frames", raw, table.values)]
-            else:
-                bare = int(value_sizes(job.tensor, job.counts[part.first : last], job.values.itemsize).sum())
-                scales = raw.size - int(table.scales[last] - table.scales[part.first])
-                stored = raw[:bare] if job.tensor.codec == "none" else raw[bare:scales]
-                pieces = [("values" if job.tensor.codec == "none" else "frames", stored, table.values),
-                          ("scales", raw[scales:], table.scales)]  # fmt: skip
-                _digest_leaves(job, table, part.first, last, stored, raw[scales:])
-            for role, piece, starts in pieces:
-                if piece.size:
-                    output.write(piece, offsets[f"{role}:{part.name}"] + int(starts[part.first]))
+        """What waited in the spool, to its place."""
+        tables = {job.tensor.name: _table_of(job) for job in jobs if job.tensor.kind != "same"}
+
+        def work(piece: _Piece) -> int:
+            table, begin = tables[piece.name], piece.offset
+            for role, size in piece.sizes.items():
+                place = offsets.get(f"{role}:{piece.name}")  # none: of values and their frames only one is wanted
+                if size and place is not None:
+                    raw = np.empty(size, np.uint8)
+                    spool.read_into(raw, begin)
+                    starts = table.scales if role == "scales" else table.values
+                    output.write(raw, place + int(starts[piece.first]))
+                begin += size
+            return 1
+
+        run_all(pieces, work, threads=self.threads)
 
     def _refuse_other_tensors(self) -> None:
         """A lossless pack is the whole model, and nothing but it."""
@@ -503,81 +480,63 @@ class Writer:
                 head.append(xxhash.xxh3_128_digest(raw))
             job.digests["head"][:] = head
 
-    def _write_leaves(
-        self, jobs: Sequence[_Job], offsets: Mapping[str, int], output: OutputFile, progress: Progress | None
-    ) -> None:
-        total = sum(info.nbytes for checkpoint in self.plan.checkpoints for info in checkpoint.tensors.values())
-        spans = [
-            (job, table, first)
-            for job in jobs
-            if job.tensor.kind != "same"
-            for table in (_table_of(job),)
-            for first in range(0, job.tensor.leaves, LEAVES)
-        ]
-
-        def work(span: tuple[_Job, LeafTable, int]) -> int:
-            return self._write_span(*span, offsets, output)
-
-        def tell(done: int) -> None:
-            if progress:
-                progress(done, total)
-
-        run_all(spans, work, threads=self.threads, tell=tell)
-        tell(total)
-
-    def _write_span(
-        self, job: _Job, table: LeafTable, first: int, offsets: Mapping[str, int], output: OutputFile
-    ) -> int:
-        """Some leaves of one tensor, from disk to disk; returns the bytes read."""
-        leaves, done = self._encode_span(job, first)
-        values, scales = (np.concatenate([getattr(leaf, key) for leaf in leaves]) for key in ("values", "scales"))
-        _digest_leaves(job, table, first, first + len(leaves), values, scales)
-        for role, whole, starts in (("values", values, table.values), ("scales", scales, table.scales)):
-            if whole.size:
-                output.write(whole, offsets[f"{role}:{job.tensor.name}"] + int(starts[first]))
-        return done
-
-    def _spool_span(self, job: _Job, first: int) -> tuple[bytes, int]:
+    def _encode_span(self, job: _Job, first: int) -> tuple[dict[str, list[bytes]], int]:
         """Some leaves of one tensor -> their values, frames and scales, and the bytes read."""
-        leaves, done = self._encode_span(job, first)
-        if job.frames is not None:
-            job.frames[first : first + len(leaves)] = [leaf.frame.size for leaf in leaves if leaf.frame is not None]
-        values, frames, scales = (
-            b"".join(getattr(leaf, key).tobytes() for leaf in leaves if getattr(leaf, key) is not None)
-            for key in ("values", "frame", "scales")
-        )
-        return values + frames + scales, done
-
-    def _encode_span(self, job: _Job, first: int) -> tuple[list[_Leaf], int]:
-        """Some leaves of one tensor, and the bytes read; digests of base and result are taken."""
         tensor, info = job.tensor, job.source.models[0]
         assert job.source.base is not None and info is not None
         formats = DTYPES[tensor.dtype], DTYPES[info.dtype]
         mask, factor = Mask(tensor, self.seed, job.rows), factor_of(tensor, self.rescale)
-        last = min(first + LEAVES, tensor.leaves)
-        leaves, done = [], 0
-        for leaf in range(first, last):
-            raws = []
-            for source, dtype in zip((job.source.base.source, info.source), formats, strict=True):
-                raw = np.empty(min(LEAF, tensor.count - leaf * LEAF) * dtype.itemsize, np.uint8)
-                source.read_into(raw, leaf * LEAF * dtype.itemsize)
-                raws.append(raw)
-                done += raw.size
-            before, after = raws
+        parts: dict[str, list[bytes]] = {"values": [], "frames": [], "scales": []}
+        buffers = [np.empty(LEAF * dtype.itemsize, np.uint8) for dtype in formats]
+        room, done = np.empty(LEAF, np.int32), 0
+        for leaf in range(first, min(first + LEAVES, tensor.leaves)):
+            count = min(LEAF, tensor.count - leaf * LEAF)
+            before, after = (buffer[: count * dtype.itemsize] for buffer, dtype in zip(buffers, formats, strict=True))
+            job.source.base.source.read_into(before, leaf * buffers[0].size)
+            info.source.read_into(after, leaf * buffers[1].size)
+            done += before.size + after.size
             job.digests["base"][leaf] = xxhash.xxh3_128_digest(before)
-            indices = None if mask.whole else mask.indices(leaf)
+            indices = None if mask.whole else mask.indices(leaf, room)
             kept = (before, after) if indices is None else (
                 take(before, formats[0], indices), take(after, formats[1], indices)
             )  # fmt: skip
-            stored, scale = encode(tensor, *kept, job.values, formats[1])
-            frame = None if job.frames is None else compress_values(tensor, job.values, stored, kept[0])
+            job.counts[leaf] = count if indices is None else indices.size
+            stored, scales = encode(tensor, *kept, job.values, formats[1])
+            tail = scales.tobytes()
+            made = {"values": stored.tobytes(), "scales": tail}
+            job.digests["stored"][leaf] = xxhash.xxh3_128_digest(made["values"] + tail)
+            if job.frames is not None:
+                made["frames"] = compress_values(tensor, job.values, stored, kept[0]).tobytes()
+                job.frames[leaf] = len(made["frames"])
+                job.digests["framed"][leaf] = xxhash.xxh3_128_digest(made["frames"] + tail)
+            for role, raw in made.items():
+                parts[role].append(raw)
             try:
-                restore(tensor, job.values, factor, indices, stored, scale, before)
+                restore(tensor, job.values, factor, indices, stored, scales, before)
             except CheckpointError as error:
                 raise DataError(f"{tensor.name}: the result would be NaN or Inf: smaller drop rate?") from error
             job.digests["result"][leaf] = xxhash.xxh3_128_digest(before)
-            leaves.append(_Leaf(stored, frame, scale))
-        return leaves, done
+        return parts, done
+
+    def _compress_span(self, job: _Job, first: int) -> tuple[dict[str, list[bytes]], int]:
+        """Some leaves of one tensor -> their lossless frames, and the bytes read."""
+        base, tuned = job.source.base, job.source.models[0]
+        assert base is not None and tuned is not None
+        itemsize = DTYPES[job.tensor.dtype].itemsize
+        frames, done = [], 0
+        for leaf in range(first, min(first + LEAVES, job.tensor.leaves)):
+            raws = []
+            for source in (base.source, tuned.source):
+                raw = np.empty(min(LEAF * itemsize, base.nbytes - leaf * LEAF * itemsize), np.uint8)
+                source.read_into(raw, leaf * LEAF * itemsize)
+                raws.append(raw)
+                done += raw.size
+            frame = compress(raws[0], raws[1], itemsize)
+            job.counts[leaf] = frame.size
+            for key, raw in (("base", raws[0]), ("result", raws[1]), ("stored", frame)):
+                job.digests[key][leaf] = xxhash.xxh3_128_digest(raw)
+            frames.append(frame.tobytes())
+        return {"frames": frames}, done
 
     def _with_digests(self, document: Document, jobs: Sequence[_Job]) -> Document:
         tensors = {}
@@ -606,27 +565,21 @@ class Writer:
 
 
 def _digest_lists(tensor: PackedTensor) -> dict[str, list[bytes]]:
-    return {"head": [], **{key: [b""] * tensor.leaves for key in ("base", "result", "stored")}}
-
-
-def _digest_leaves(job: _Job, table: LeafTable, first: int, last: int, values: Bytes, scales: Bytes) -> None:
-    """Digests of what is stored of some leaves, whose values (or frames) and scales stand one after another."""
-    for leaf in range(first, last):
-        parts = (
-            whole[int(starts[leaf] - starts[first]) : int(starts[leaf + 1] - starts[first])].tobytes()
-            for whole, starts in ((values, table.values), (scales, table.scales))
-        )
-        job.digests["stored"][leaf] = xxhash.xxh3_128_digest(b"".join(parts))
+    return {"head": [], **{key: [b""] * tensor.leaves for key in ("base", "result", "stored", "framed")}}
 
 
 def _settled(job: _Job, codec: str) -> _Job:
-    """Whether the frames of a tensor, which are made now, are worth their while."""
+    """With what is known when all leaves are made: how many elements are kept, and whether frames are worth it."""
+    if job.tensor.kind != "delta":
+        return job
+    job = replace(job, tensor=replace(job.tensor, kept=int(job.counts.sum())))
     if job.frames is None:
         return job
     sizes = int(job.frames.sum()) + job.tensor.leaves * _sizes_dtype(job.frames).itemsize
     bare = int(value_sizes(job.tensor, job.counts, job.values.itemsize).sum())
     if sizes < bare * (WORTH if codec == "auto" else 1):
-        return replace(job, tensor=replace(job.tensor, codec="zstd", values=job.values.name))
+        digests = {**job.digests, "stored": job.digests["framed"]}
+        return replace(job, tensor=replace(job.tensor, codec="zstd", values=job.values.name), digests=digests)
     return replace(job, frames=None)
 
 
@@ -723,27 +676,6 @@ def _changed_rows(aligned: AlignedTensor, tensor: PackedTensor) -> tuple[np.ndar
             changed[first:end] |= np.bitwise_or.reduceat(differs, begins)
         start += differs.size
     return changed, digests
-
-
-def _compress_span(job: _Job, first: int) -> tuple[bytes, int]:
-    """Some leaves of one tensor -> their frames, and the bytes read."""
-    base, tuned = job.source.base, job.source.models[0]
-    assert base is not None and tuned is not None
-    itemsize = DTYPES[job.tensor.dtype].itemsize
-    frames, done = [], 0
-    for leaf in range(first, min(first + LEAVES, job.tensor.leaves)):
-        raws = []
-        for source in (base.source, tuned.source):
-            raw = np.empty(min(LEAF * itemsize, base.nbytes - leaf * LEAF * itemsize), np.uint8)
-            source.read_into(raw, leaf * LEAF * itemsize)
-            raws.append(raw)
-            done += raw.size
-        frame = compress(raws[0], raws[1], itemsize)
-        job.counts[leaf] = frame.size
-        for key, raw in (("base", raws[0]), ("result", raws[1]), ("stored", frame)):
-            job.digests[key][leaf] = xxhash.xxh3_128_digest(raw)
-        frames.append(frame.tobytes())
-    return b"".join(frames), done
 
 
 def _tables(job: _Job) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from darekit.dtypes import Bytes, Floats
-from darekit.kernels import cpu
+from darekit.kernels import packs as kernels
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 LARGEST = np.float32(3.3895314e38)  # of BF16
@@ -61,18 +61,22 @@ def encode_values(delta: Floats, bits: int, group: int) -> tuple[Bytes, Bytes]:
     if delta.dtype != np.float32:
         codes, scales = quantize(delta, bits, group)
         return pack_bits(codes, bits), scales
-    largest, total = np.empty((2, int(groups_in(delta.size, group))))
-    cpu.group_sizes(delta, group, largest, total)
-    found = _scales(largest, total, delta.size, bits, group)
-    packed = np.zeros(-(-delta.size * bits // 8), np.uint8)
-    cpu.pack_codes(delta, found.astype(np.float32), bits, group, packed)
+    found = np.empty(int(groups_in(delta.size, group)), BFLOAT16)
+    if bits >= 4:
+        kernels.group_scales(delta, group, _largest(bits), found.view(np.uint16))
+    else:
+        total = np.empty(found.size)
+        kernels.group_sums(delta, group, total)
+        found = _scales(total, total, delta.size, bits, group)
+    packed = np.empty(-(-delta.size * bits // 8), np.uint8)
+    kernels.pack_codes(delta, found.view(np.uint16), bits, group, packed)
     return packed, found.view(np.uint8)
 
 
 def decode_values(packed: Bytes, scales: Floats, bits: int, group: int, out: Floats) -> None:
     """Packed codes and (groups,) float32 scales -> `out`, (k,): `unpack_bits` and `dequantize`."""
     if out.dtype == np.float32:
-        cpu.unpack_values(packed, scales, bits, group, out)
+        kernels.unpack_values(packed, scales, bits, group, out)
     else:
         dequantize(unpack_bits(packed, bits, out.size), scales, bits, group, out)
 
@@ -123,7 +127,7 @@ def unpack_bits(packed: Bytes, bits: int, count: int) -> Codes:
 
 
 def _scales(largest: Doubles, total: Doubles, count: int, bits: int, group: int) -> npt.NDArray[np.generic]:
-    """Max |d| and sum |d| of each group of `count` values -> their scales, BF16."""
+    """Max |d| (for 4 bits and more) and sum |d| (for fewer) of each group of `count` values -> their scales, BF16."""
     if bits >= 4:
         return _round_up(largest / _largest(bits))
     members = np.full(total.size, group, np.int64)
