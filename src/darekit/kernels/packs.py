@@ -14,12 +14,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from darekit.digests import LEAF
 from darekit.kernels.cpu import _kernel
 from darekit.masks import BLOCK, COUNTERS, MULTIPLIERS, ROUNDS, WEYL
 
 LANES = 8
-PIECE = 4096  # kept elements whose scratch stays in the first-level cache
 _EXPONENT = np.uint32(0x7F800000)
+_LARGEST = np.float32(3.3895314e38)  # of BF16
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _WIDE, _NARROW = ir.VectorType(_I64, LANES), ir.VectorType(_I32, LANES)
@@ -193,29 +194,52 @@ def count_bad_bf16(base, tuned):
 
 
 @_kernel
+def _add_exact(before, after, factor, out):
+    """(k,) uint16 BF16 of base and fine-tuned model -> `out`, (k,): `difference_bf16`, `scale`, `add_round_bf16`.
+
+    Returns how many results are NaN or Inf.
+    """
+    bad = np.uint32(0)
+    for j in range(out.size):
+        bits = np.uint32(before[j])
+        base = np.uint32(bits << np.uint32(16)).view(np.float32)
+        value = np.uint32(np.uint32(after[j]) << np.uint32(16)).view(np.float32)
+        change = np.float32(np.float32(value - base) * factor)
+        total = np.float32(base + change).view(np.uint32)
+        rounded = np.uint32(total + np.uint32(0x7FFF) + ((total >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        result = bits if change == np.float32(0) else rounded
+        bad += np.uint32((result & np.uint32(0x7F80)) == np.uint32(0x7F80))
+        out[j] = np.uint16(result)
+    return bad
+
+
+@_kernel
+def _add_changes(before, delta, factor, out):
+    """(k,) uint16 BF16, (k,) float32 -> `out`, (k,) uint16: `scale`, `add_round_bf16`. Returns as `_add_exact`."""
+    bad = np.uint32(0)
+    for j in range(out.size):
+        bits = np.uint32(before[j])
+        base = np.uint32(bits << np.uint32(16)).view(np.float32)
+        change = np.float32(delta[j] * factor)
+        total = np.float32(base + change).view(np.uint32)
+        rounded = np.uint32(total + np.uint32(0x7FFF) + ((total >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        result = bits if change == np.float32(0) else rounded
+        bad += np.uint32((result & np.uint32(0x7F80)) == np.uint32(0x7F80))
+        out[j] = np.uint16(result)
+    return bad
+
+
+@_kernel
 def restore_bf16(raw, indices, tuned, factor):
     """(n,) uint16 BF16 base in place, (k,) int32, (k,) uint16 BF16: `difference_bf16`, `scale`, `add_round_bf16` there.
 
-    Taken, computed and put back one after another, as only the middle loop vectorises. Returns how many of the results
-    are NaN or Inf.
+    Taken, computed and put back one after another, as only the middle vectorises. Returns how many results are NaN or
+    Inf.
     """
-    scratch = np.empty(PIECE, np.uint16)
-    bad = np.uint32(0)
-    for begin in range(0, indices.size, PIECE):
-        places, after = indices[begin : begin + PIECE], tuned[begin : begin + PIECE]
-        taken = scratch[: places.size]
-        take(raw, places, taken)
-        for j in range(taken.size):
-            bits = np.uint32(taken[j])
-            base = np.uint32(bits << np.uint32(16)).view(np.float32)
-            value = np.uint32(np.uint32(after[j]) << np.uint32(16)).view(np.float32)
-            change = np.float32(np.float32(value - base) * factor)
-            total = np.float32(base + change).view(np.uint32)
-            rounded = np.uint32(total + np.uint32(0x7FFF) + ((total >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            result = bits if change == np.float32(0) else rounded
-            bad += np.uint32((result & np.uint32(0x7F80)) == np.uint32(0x7F80))
-            taken[j] = np.uint16(result)
-        put(raw, places, taken)
+    before, out = np.empty(indices.size, np.uint16), np.empty(indices.size, np.uint16)
+    take(raw, indices, before)
+    bad = _add_exact(before, tuned, factor, out)
+    put(raw, indices, out)
     return bad
 
 
@@ -225,22 +249,10 @@ def restore_changes_bf16(raw, indices, delta, factor):
 
     Returns how many of the results are NaN or Inf.
     """
-    scratch = np.empty(PIECE, np.uint16)
-    bad = np.uint32(0)
-    for begin in range(0, indices.size, PIECE):
-        places, part = indices[begin : begin + PIECE], delta[begin : begin + PIECE]
-        taken = scratch[: places.size]
-        take(raw, places, taken)
-        for j in range(taken.size):
-            bits = np.uint32(taken[j])
-            base = np.uint32(bits << np.uint32(16)).view(np.float32)
-            change = np.float32(part[j] * factor)
-            total = np.float32(base + change).view(np.uint32)
-            rounded = np.uint32(total + np.uint32(0x7FFF) + ((total >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            result = bits if change == np.float32(0) else rounded
-            bad += np.uint32((result & np.uint32(0x7F80)) == np.uint32(0x7F80))
-            taken[j] = np.uint16(result)
-        put(raw, places, taken)
+    before, out = np.empty(indices.size, np.uint16), np.empty(indices.size, np.uint16)
+    take(raw, indices, before)
+    bad = _add_changes(before, delta, factor, out)
+    put(raw, indices, out)
     return bad
 
 
@@ -339,3 +351,158 @@ def unpack_values(packed, scales, bits, group, out):
         else:
             for i in range(target.size):
                 target[i] = np.float32(np.int32(source[i]) - half) * scale
+
+
+@_kernel
+def _groups_in(count, group):
+    """Twin of `packs.quantization.groups_in`."""
+    return max((2 * count + group) // (2 * group), min(count, 1))
+
+
+@_kernel
+def _mean_scales(delta, group, factor, scales):
+    """(k,) float32 -> factor * mean |d| of each group, to the nearest BF16: `scales`, (groups,) uint16."""
+    total = np.empty(scales.size, np.float64)
+    group_sums(delta, group, total)
+    for g in range(scales.size):
+        members = delta.size - g * group if g + 1 == scales.size else group
+        value = np.float32(min(total[g] / np.float64(members) * factor, np.float64(_LARGEST)))
+        pattern = value.view(np.uint32)
+        even = np.uint32(0x7FFF) + ((pattern >> np.uint32(16)) & np.uint32(1))
+        scales[g] = np.uint16(np.uint32(pattern + even) >> np.uint32(16))
+
+
+# --- the fast lane: BF16, dropped, several leaves a call. Scratch, (LEAF,) each: `room` int32, `out` uint16, `delta`
+# float32; `start` is where the first leaf begins; what leaves keep stands one after another.
+
+
+@_kernel
+def encode_exact(base, tuned, seed, stream, start, threshold, factor, counts, kept, values, room, out):
+    """(n,) uint16 of the base, in place the result, and of the model -> kept elements of both, and each leaf's count.
+
+    Returns how many differences, and how many results, are NaN or Inf.
+    """
+    at, bad, wrong = 0, 0, 0
+    for leaf in range(counts.size):
+        raw, other = base[leaf * LEAF : (leaf + 1) * LEAF], tuned[leaf * LEAF : (leaf + 1) * LEAF]
+        count = kept_indices(seed, stream, start + leaf * LEAF, threshold, raw.size, room)
+        places, before, after = room[:count], kept[at : at + count], values[at : at + count]
+        take(raw, places, before)
+        take(other, places, after)
+        bad += count_bad_bf16(before, after)
+        wrong += _add_exact(before, after, factor, out[:count])
+        put(raw, places, out[:count])
+        counts[leaf] = count
+        at += count
+    return bad, wrong
+
+
+@_kernel
+def encode_integers(
+    base, tuned, seed, stream, start, threshold, factor, bits, group, mean, counts, packed, scales, room, out, delta
+):
+    """(n,) uint16 of the base, in place the result, and of the model -> codes, BF16 scales, and each leaf's count.
+
+    `mean`: scales are so many times mean |d|; 0: max |d| / (2^(bits-1) - 1), rounded up. Returns as `encode_exact`.
+    """
+    begin, first, bad, wrong = 0, 0, 0, 0
+    before = np.empty(room.size, np.uint16)
+    after = np.empty(room.size, np.uint16)
+    singles = np.empty(room.size, np.float32)
+    for leaf in range(counts.size):
+        raw, other = base[leaf * LEAF : (leaf + 1) * LEAF], tuned[leaf * LEAF : (leaf + 1) * LEAF]
+        count = kept_indices(seed, stream, start + leaf * LEAF, threshold, raw.size, room)
+        places = room[:count]
+        take(raw, places, before[:count])
+        take(other, places, after[:count])
+        bad += _difference(before[:count], after[:count], delta[:count])
+        groups = _groups_in(count, group)
+        found = scales[first : first + groups]
+        if mean > 0:
+            _mean_scales(delta[:count], group, mean, found)
+        else:
+            group_scales(delta[:count], group, (1 << (bits - 1)) - 1, found)
+        codes = packed[begin : begin + -(-count * bits // 8)]
+        pack_codes(delta[:count], found, bits, group, codes)
+        for g in range(groups):
+            singles[g] = np.uint32(np.uint32(found[g]) << np.uint32(16)).view(np.float32)
+        unpack_values(codes, singles[:groups], bits, group, delta[:count])
+        wrong += _add_changes(before[:count], delta[:count], factor, out[:count])
+        put(raw, places, out[:count])
+        counts[leaf] = count
+        begin += codes.size
+        first += groups
+    return bad, wrong
+
+
+@_kernel
+def _difference(before, after, out):
+    """(k,) uint16 BF16 twice -> `out`, (k,) float32: after - before; returns how many are NaN or Inf."""
+    bad = np.uint32(0)
+    for j in range(out.size):
+        base = np.uint32(np.uint32(before[j]) << np.uint32(16)).view(np.float32)
+        value = np.uint32(np.uint32(after[j]) << np.uint32(16)).view(np.float32)
+        change = np.float32(value - base)
+        bad += np.uint32((change.view(np.uint32) & _EXPONENT) == _EXPONENT)
+        out[j] = change
+    return bad
+
+
+@_kernel
+def restore_exact(raw, seed, stream, start, threshold, factor, counts, values, differences, kept, places, room, out):
+    """(n,) uint16 of the base, in place the result; each leaf's count, and the kept elements of the model.
+
+    Of leaves that `differences`, (leaves,) bool, marks, these are the model's XOR the base's, and become the model's.
+    What is overwritten goes to `kept`, where it was to `places`, (k,) uint16 each or both empty. Returns the first leaf
+    of which the mask keeps another number (-1: none; it and all behind it are untouched), and how many results are NaN
+    or Inf.
+    """
+    at, wrong = 0, 0
+    before = np.empty(room.size, np.uint16)
+    for leaf in range(counts.size):
+        part = raw[leaf * LEAF : (leaf + 1) * LEAF]
+        count = kept_indices(seed, stream, start + leaf * LEAF, threshold, part.size, room)
+        if count != counts[leaf]:
+            return leaf, wrong
+        chosen = room[:count]
+        take(part, chosen, before[:count])
+        if kept.size:
+            kept[at : at + count] = before[:count]
+            for j in range(count):
+                places[at + j] = np.uint16(chosen[j])
+        after = values[at : at + count]
+        if differences[leaf]:
+            for j in range(count):
+                after[j] ^= before[j]
+        wrong += _add_exact(before[:count], after, factor, out[:count])
+        put(part, chosen, out[:count])
+        at += count
+    return -1, wrong
+
+
+@_kernel
+def restore_integers(
+    raw, seed, stream, start, threshold, factor, bits, group, counts, packed, scales, kept, places, room, out, delta
+):
+    """`restore_exact` from codes and float32 scales."""
+    at, begin, first, wrong = 0, 0, 0, 0
+    before = np.empty(room.size, np.uint16)
+    for leaf in range(counts.size):
+        part = raw[leaf * LEAF : (leaf + 1) * LEAF]
+        count = kept_indices(seed, stream, start + leaf * LEAF, threshold, part.size, room)
+        if count != counts[leaf]:
+            return leaf, wrong
+        chosen = room[:count]
+        take(part, chosen, before[:count])
+        if kept.size:
+            kept[at : at + count] = before[:count]
+            for j in range(count):
+                places[at + j] = np.uint16(chosen[j])
+        groups, nbytes = _groups_in(count, group), -(-count * bits // 8)
+        unpack_values(packed[begin : begin + nbytes], scales[first : first + groups], bits, group, delta[:count])
+        wrong += _add_changes(before[:count], delta[:count], factor, out[:count])
+        put(part, chosen, out[:count])
+        at += count
+        begin += nbytes
+        first += groups
+    return -1, wrong

@@ -87,13 +87,13 @@ def encode(tensor: PackedTensor, base: Bytes, tuned: Bytes, values: DType, tuned
     base_dtype = DTYPES[tensor.dtype]
     nothing = np.empty(0, np.uint8)
     if tensor.encoding == "exact" and base_dtype.name == tuned_dtype.name == "BF16":
-        _refuse_nonfinite(cpu.count_bad_bf16(base.view(np.uint16), tuned.view(np.uint16)), tensor.name)
+        refuse_nonfinite(cpu.count_bad_bf16(base.view(np.uint16), tuned.view(np.uint16)), tensor.name)
         return tuned, nothing
     wide = "F64" in (base_dtype.name, tuned_dtype.name)
     before: Floats = np.empty(base.size // base_dtype.itemsize, np.float64 if wide else np.float32)
     delta = np.empty_like(before)
     kernels.widen(base, base_dtype, before)
-    _refuse_nonfinite(kernels.difference(tuned, tuned_dtype, before, delta), tensor.name)
+    refuse_nonfinite(kernels.difference(tuned, tuned_dtype, before, delta), tensor.name)
     if tensor.encoding == "exact":
         return tuned, nothing
     if not tensor.bits:
@@ -101,6 +101,18 @@ def encode(tensor: PackedTensor, base: Bytes, tuned: Bytes, values: DType, tuned
         _refuse_overflow(kernels.round_to(delta, values, raw), tensor.name)
         return raw, nothing
     return encode_values(delta, tensor.bits, tensor.group)
+
+
+def scale_factors(scales: Bytes, name: str) -> Floats:
+    """(2 groups,) uint8 -> (groups,) float32.
+
+    Raises:
+        CheckpointError: one is negative, NaN or Inf.
+    """
+    factors: Floats = scales.view(BFLOAT16).astype(np.float32)
+    if not np.all((factors >= 0) & (factors < np.inf)):
+        raise CheckpointError(f"tensor {name}: a scale is negative, NaN or Inf; the pack is damaged")
+    return factors
 
 
 def decode(tensor: PackedTensor, values: DType, stored: Bytes, scales: Bytes, count: int, base: Floats) -> Floats:
@@ -111,10 +123,7 @@ def decode(tensor: PackedTensor, values: DType, stored: Bytes, scales: Bytes, co
     """
     delta = np.empty(count, base.dtype)
     if tensor.bits:
-        factors = scales.view(BFLOAT16).astype(np.float32)
-        if not np.all((factors >= 0) & (factors < np.inf)):
-            raise CheckpointError(f"tensor {tensor.name}: a scale is negative, NaN or Inf; the pack is damaged")
-        decode_values(stored, factors, tensor.bits, tensor.group, delta)
+        decode_values(stored, scale_factors(scales, tensor.name), tensor.bits, tensor.group, delta)
         return delta
     if tensor.encoding == "exact":
         bad = kernels.difference(stored, values, base, delta)
@@ -157,10 +166,7 @@ def restore(
         else:
             delta = decode(tensor, values, stored, scales, indices.size, np.empty(indices.size, np.float32))
             bad = cpu.restore_changes_bf16(words, indices, delta, factor)
-        if bad:
-            raise CheckpointError(
-                f"tensor {tensor.name}: {bad} results are NaN or Inf; the pack is damaged, or the base is another"
-            )
+        refuse_nonfinite_results(bad, tensor.name)
         return
     kept = raw if indices is None else take(raw, dtype, indices)
     count = kept.size // dtype.itemsize
@@ -180,11 +186,20 @@ def restore(
         put(raw, dtype, indices, out)
 
 
-def _refuse_nonfinite(bad: int, name: str) -> None:
+def refuse_nonfinite(bad: int, name: str) -> None:
+    """Raise if any difference is."""
     if bad:
         raise DataError(
             f"{name} has {bad} differences that are NaN or Inf; repair the model or its base, or keep all of it with "
             "--lossless"
+        )
+
+
+def refuse_nonfinite_results(bad: int, name: str) -> None:
+    """Raise if any result is; a writer knows that it is not the pack's fault."""
+    if bad:
+        raise CheckpointError(
+            f"tensor {name}: {bad} results are NaN or Inf; the pack is damaged, or the base is another"
         )
 
 

@@ -48,6 +48,7 @@ from darekit.packs.format import (
     value_sizes,
 )
 from darekit.packs.frames import can_shrink, compress_values
+from darekit.packs.lane import LANE_LEAVES, Encoded, lane_for
 from darekit.packs.leaves import Mask, encode, factor_of, restore, take
 from darekit.packs.lossless import compress
 from darekit.packs.workers import run_all
@@ -486,37 +487,60 @@ class Writer:
         assert job.source.base is not None and info is not None
         formats = DTYPES[tensor.dtype], DTYPES[info.dtype]
         mask, factor = Mask(tensor, self.seed, job.rows), factor_of(tensor, self.rescale)
+        lane = lane_for(mask, job.values, factor) if formats[1].name == "BF16" else None
+        step = LANE_LEAVES if lane else 1
+        buffers = [np.empty(step * LEAF * dtype.itemsize, np.uint8) for dtype in formats]
         parts: dict[str, list[bytes]] = {"values": [], "frames": [], "scales": []}
-        buffers = [np.empty(LEAF * dtype.itemsize, np.uint8) for dtype in formats]
-        room, done = np.empty(LEAF, np.int32), 0
-        for leaf in range(first, min(first + LEAVES, tensor.leaves)):
-            count = min(LEAF, tensor.count - leaf * LEAF)
+        last, done = min(first + LEAVES, tensor.leaves), 0
+        for at in range(first, last, step):
+            end = min(at + step, last)
+            count = min(end * LEAF, tensor.count) - at * LEAF
             before, after = (buffer[: count * dtype.itemsize] for buffer, dtype in zip(buffers, formats, strict=True))
-            job.source.base.source.read_into(before, leaf * buffers[0].size)
-            info.source.read_into(after, leaf * buffers[1].size)
+            job.source.base.source.read_into(before, at * LEAF * formats[0].itemsize)
+            info.source.read_into(after, at * LEAF * formats[1].itemsize)
             done += before.size + after.size
-            job.digests["base"][leaf] = xxhash.xxh3_128_digest(before)
-            indices = None if mask.whole else mask.indices(leaf, room)
-            kept = (before, after) if indices is None else (
-                take(before, formats[0], indices), take(after, formats[1], indices)
-            )  # fmt: skip
-            job.counts[leaf] = count if indices is None else indices.size
-            stored, scales = encode(tensor, *kept, job.values, formats[1])
-            tail = scales.tobytes()
-            made = {"values": stored.tobytes(), "scales": tail}
-            job.digests["stored"][leaf] = xxhash.xxh3_128_digest(made["values"] + tail)
-            if job.frames is not None:
-                made["frames"] = compress_values(tensor, job.values, stored, kept[0]).tobytes()
-                job.frames[leaf] = len(made["frames"])
-                job.digests["framed"][leaf] = xxhash.xxh3_128_digest(made["frames"] + tail)
-            for role, raw in made.items():
-                parts[role].append(raw)
+            cuts = [
+                before[n : n + LEAF * formats[0].itemsize] for n in range(0, before.size, LEAF * formats[0].itemsize)
+            ]
+            job.digests["base"][at:end] = map(xxhash.xxh3_128_digest, cuts)
             try:
-                restore(tensor, job.values, factor, indices, stored, scales, before)
+                if lane:
+                    made = lane.encode(before, after, at, job.counts[at:end])
+                else:
+                    made = [self._encode_leaf(job, mask, factor, formats[1], at, before, after)]
             except CheckpointError as error:
                 raise DataError(f"{tensor.name}: the result would be NaN or Inf: smaller drop rate?") from error
-            job.digests["result"][leaf] = xxhash.xxh3_128_digest(before)
+            job.digests["result"][at:end] = map(xxhash.xxh3_128_digest, cuts)
+            for leaf, found in enumerate(made, at):
+                self._keep_leaf(job, leaf, found, parts)
         return parts, done
+
+    @staticmethod
+    def _encode_leaf(
+        job: _Job, mask: Mask, factor: np.float32, dtype: DType, leaf: int, before: Bytes, after: Bytes
+    ) -> Encoded:
+        """One leaf of the base, in place the result, and of the model, whose format is `dtype`, the general way."""
+        own = DTYPES[job.tensor.dtype]
+        indices = None if mask.whole else mask.indices(leaf)
+        kept = (before, after) if indices is None else (take(before, own, indices), take(after, dtype, indices))
+        job.counts[leaf] = kept[0].size // own.itemsize
+        values, scales = encode(job.tensor, *kept, job.values, dtype)
+        origin = kept[0].copy() if indices is None and job.frames is not None else kept[0]
+        restore(job.tensor, job.values, factor, indices, values, scales, before)
+        return Encoded(origin, values, scales)
+
+    @staticmethod
+    def _keep_leaf(job: _Job, leaf: int, found: Encoded, parts: Mapping[str, list[bytes]]) -> None:
+        """What is written of a leaf, and its digests."""
+        values, scales = found.values.tobytes(), found.scales.tobytes()
+        job.digests["stored"][leaf] = xxhash.xxh3_128_digest(values + scales)
+        parts["values"].append(values)
+        parts["scales"].append(scales)
+        if job.frames is not None:
+            frame = compress_values(job.tensor, job.values, found.values, found.base).tobytes()
+            job.frames[leaf] = len(frame)
+            job.digests["framed"][leaf] = xxhash.xxh3_128_digest(frame + scales)
+            parts["frames"].append(frame)
 
     def _compress_span(self, job: _Job, first: int) -> tuple[dict[str, list[bytes]], int]:
         """Some leaves of one tensor -> their lossless frames, and the bytes read."""

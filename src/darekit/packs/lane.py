@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fast lane: BF16 tensors that are dropped from go through one kernel, several leaves at a time.
+
+It computes what `darekit.packs.leaves` computes leaf by leaf, to the bit (the tests hold one to the other), and saves
+its dozen calls from Python per leaf, which cost more than the arithmetic. Everything else goes the general way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from darekit.digests import LEAF
+from darekit.dtypes import Bytes, DType
+from darekit.kernels import packs as kernels
+from darekit.masks import DROP_ALL
+from darekit.packs.format import PackedTensor
+from darekit.packs.leaves import Mask, refuse_nonfinite, refuse_nonfinite_results, scale_factors
+from darekit.packs.quantization import TERNARY, groups_in
+
+LANE_LEAVES = 4  # a call: with the model's they still fit the caches
+
+Words = npt.NDArray[np.uint16]
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One leaf: the base's kept elements (where values are fine-tuned elements), values and scales, all raw."""
+
+    base: Bytes
+    values: Bytes
+    scales: Bytes
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One tensor's constants. `first`, below: the number of the first leaf; all other leaves follow it."""
+
+    tensor: PackedTensor
+    mask: Mask
+    factor: np.float32
+
+    def encode(self, base: Bytes, tuned: Bytes, first: int, counts: Counts) -> list[Encoded]:
+        """(2n,) uint8 of base, in place the result, and model -> leaves as they are stored; `counts` is filled.
+
+        Raises:
+            DataError: differences or results are NaN or Inf.
+        """
+        tensor, size = self.tensor, base.size // 2
+        before, after = base.view(np.uint16), tuned.view(np.uint16)
+        room, out = np.empty(LEAF, np.int32), np.empty(LEAF, np.uint16)
+        constants = self._constants(first)
+        if not tensor.bits:
+            kept, values = np.empty((2, size), np.uint16)
+            bad, wrong = kernels.encode_exact(before, after, *constants, counts, kept, values, room, out)
+            ends = np.cumsum(counts)
+            found = [
+                Encoded(kept[begin:end].view(np.uint8), values[begin:end].view(np.uint8), np.empty(0, np.uint8))
+                for begin, end in zip(ends - counts, ends, strict=True)
+            ]
+        else:
+            packed = np.empty(size, np.uint8)
+            scales = np.empty(counts.size * int(groups_in(LEAF, tensor.group)) + 1, np.uint16)
+            mean = TERNARY if tensor.bits == 2 else 1.0 if tensor.bits == 1 else 0.0
+            bad, wrong = kernels.encode_integers(
+                before, after, *constants, tensor.bits, tensor.group, mean, counts, packed, scales, room, out,
+                np.empty(LEAF, np.float32),
+            )  # fmt: skip
+            sizes, groups = -(-counts * tensor.bits // 8), groups_in(counts, tensor.group)
+            found = [
+                Encoded(np.empty(0, np.uint8), packed[end - nbytes : end], scales[last - many : last].view(np.uint8))
+                for nbytes, end, many, last in zip(sizes, np.cumsum(sizes), groups, np.cumsum(groups), strict=True)
+            ]
+        refuse_nonfinite(bad, tensor.name)
+        refuse_nonfinite_results(wrong, tensor.name)
+        return found
+
+    def restore(
+        self, raw: Bytes, first: int, counts: Counts, values: Bytes, scales: Bytes, differences: npt.NDArray[np.bool_],
+        kept: Words, places: Words,
+    ) -> int:  # fmt: skip
+        """(2n,) uint8 of the base, in place -> the result; `differences`, (leaves,): whose values are XORs with the base.
+
+        What is overwritten is told to `kept` and `places`, (k,) each or both empty. Returns the first leaf of which the
+        mask keeps another number of elements; -1 where there is none.
+
+        Raises:
+            CheckpointError: stored values make no sense.
+        """
+        tensor = self.tensor
+        room, out = np.empty(LEAF, np.int32), np.empty(LEAF, np.uint16)
+        constants, words = self._constants(first), raw.view(np.uint16)
+        if not tensor.bits:
+            other, wrong = kernels.restore_exact(
+                words, *constants, counts, values.view(np.uint16), differences, kept, places, room, out
+            )
+        else:
+            factors = scale_factors(scales, tensor.name)
+            other, wrong = kernels.restore_integers(
+                words, *constants, tensor.bits, tensor.group, counts, values, factors, kept, places, room, out,
+                np.empty(LEAF, np.float32),
+            )  # fmt: skip
+        refuse_nonfinite_results(wrong, tensor.name)
+        return int(other)
+
+    def _constants(self, first: int) -> tuple[np.uint64, np.uint64, int, int, np.float32]:
+        return self.mask.seed, self.mask.stream, first * LEAF, self.mask.threshold, self.factor
+
+
+def lane_for(mask: Mask, values: DType, factor: np.float32) -> Lane | None:
+    """The lane of a mask's tensor, whose stored values have the format `values`; None: it goes the general way."""
+    tensor = mask.tensor
+    fits = tensor.kind == "delta" and tensor.dtype == "BF16" and mask.rows is None and 0 < mask.threshold < DROP_ALL
+    stored = bool(tensor.bits) or (tensor.encoding == "exact" and values.name == "BF16")
+    return Lane(tensor, mask, factor) if fits and stored else None
