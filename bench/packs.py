@@ -17,13 +17,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+import zstandard
+
 import darekit as dk
 import family
 import floor
-import ml_dtypes
-import numpy as np
 import run
-import zstandard
 from darekit import masks
 from darekit.checkpoints import open_checkpoint
 from darekit.digests import LEAF

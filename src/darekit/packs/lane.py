@@ -82,7 +82,7 @@ class Lane:
         self, raw: Bytes, first: int, counts: Counts, values: Bytes, scales: Bytes, differences: npt.NDArray[np.bool_],
         kept: Words, places: Words,
     ) -> int:  # fmt: skip
-        """(2n,) uint8 of the base, in place -> the result; `differences`, (leaves,): whose values are XORs with the base.
+        """(2n,) uint8 of the base, in place -> the result; `differences`, (leaves,): their values are XORs with it.
 
         What is overwritten is told to `kept` and `places`, (k,) each or both empty. Returns the first leaf of which the
         mask keeps another number of elements; -1 where there is none.

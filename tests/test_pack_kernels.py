@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels of packs against the frozen mask, numpy and the general way, to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from darekit import digests, masks
+from darekit.dtypes import DTYPES
+from darekit.errors import CheckpointError, DataError
+from darekit.kernels import packs as kernels
+from darekit.packs.format import PackedTensor
+from darekit.packs.lane import Lane, lane_for
+from darekit.packs.leaves import Mask, encode, factor_of, put, restore, take
+from darekit.packs.quantization import encode_values, groups_in, pack_bits, quantize
+
+SIZES = (0, 1, 63, 64, 65, 1023, 1024, 1025, 8191, 8193, 65536)
+RATES = (1e-9, 0.1, 0.5, 0.9, 0.99)
+BF16 = DTYPES["BF16"]
+
+
+def weights(count: int, spread: float, seed: int) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal(count) * spread
+    return values.astype(BF16.numpy).view(np.uint8)
+
+
+def pair(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A base and a model, (2 count,) uint8, some of whose elements agree, and zeros of both signs."""
+    base = weights(count, 0.02, 1)
+    tuned = base.view(BF16.numpy).astype(np.float32) + weights(count, 5e-4, 2).view(BF16.numpy).astype(np.float32)
+    raw = tuned.astype(BF16.numpy).view(np.uint8)
+    raw.view(np.uint16)[::7] = base.view(np.uint16)[::7]
+    base.view(np.uint16)[::11] = 0x8000
+    return base, raw
+
+
+def tensor_of(count: int, rate: float, encoding: str, group: int = 64) -> PackedTensor:
+    group = group if encoding.startswith("int") else 0
+    return PackedTensor("w", "BF16", (count,), "delta", drop_rate=rate, encoding=encoding, group=group)
+
+
+def test_a_leaf_is_that_of_the_digests() -> None:
+    assert kernels.LEAF == digests.LEAF
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_indices_are_those_of_the_frozen_mask(rate: float) -> None:
+    seed, stream = (1 << 63) + 5, masks.stream_of("lm_head.weight")
+    for start in (0, 7 * 1024, 1 << 34, 5 * 1024 << 40):
+        for count in SIZES if start == 0 else (1025,):
+            out = np.full(count, -1, np.int32)
+            kept = kernels.kept_indices(np.uint64(seed), np.uint64(stream), start, masks.threshold_of(rate), count, out)
+            expected = np.flatnonzero(masks.kept(seed, stream, start, count, rate))
+            assert out[:kept].tolist() == expected.tolist(), (start, count)
+
+
+@pytest.mark.parametrize("name", ["BF16", "F32", "F64", "F8_E4M3"])
+def test_take_and_put_are_numpys(name: str) -> None:
+    dtype = DTYPES[name]
+    raw = np.random.default_rng(3).integers(0, 256, 1000 * dtype.itemsize, np.uint8)
+    at = np.flatnonzero(np.random.default_rng(4).random(1000) < 0.3).astype(np.int32)
+    words = raw.view(f"u{dtype.itemsize}")
+    taken = take(raw, dtype, at)
+    assert np.array_equal(taken.view(words.dtype), words[at])
+    expected = words.copy()
+    expected[at] = ~words[at]
+    put(raw, dtype, at, (~taken.view(words.dtype)).view(np.uint8))
+    assert np.array_equal(words, expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("group", [1, 3, 64, 5000])
+def test_codes_and_scales_are_those_of_the_formulas(bits: int, group: int) -> None:
+    for count in (0, 1, 31, 63, 64, 65, 95, 96, 97, 1023, 1024, 1025):
+        delta = (np.random.default_rng(count).standard_normal(count) * 1e-3).astype(np.float32)
+        delta[::5] = 0
+        delta[: min(count, group)] *= np.float32(1e-42)  # scales that are subnormal, or 0
+        codes, scales = quantize(delta, bits, group) if count else (np.empty(0, np.uint8), np.empty(0, np.uint8))
+        packed, found = encode_values(delta, bits, group)
+        assert np.array_equal(found, scales), count
+        assert np.array_equal(packed, pack_bits(codes, bits)), count
+
+
+def general(tensor: PackedTensor, base: np.ndarray, tuned: np.ndarray) -> tuple[list, np.ndarray, list[int]]:
+    """Leaf by leaf, as `darekit.packs.leaves` does it: (values, scales) of each, the result, the counts."""
+    mask, values, result = Mask(tensor, 42, None), value_format(tensor), base.copy()
+    stored, counts = [], []
+    for leaf in range(tensor.leaves):
+        part = slice(leaf * 2 * digests.LEAF, (leaf + 1) * 2 * digests.LEAF)
+        at = mask.indices(leaf)
+        found = encode(tensor, take(base[part], BF16, at), take(tuned[part], BF16, at), values, BF16)
+        restore(tensor, values, factor_of(tensor, "paper"), at, *found, result[part])
+        stored.append(found)
+        counts.append(at.size)
+    return stored, result, counts
+
+
+def value_format(tensor: PackedTensor):
+    return DTYPES["U8" if tensor.bits else "BF16"]
+
+
+def lane_of(tensor: PackedTensor) -> Lane:
+    lane = lane_for(Mask(tensor, 42, None), value_format(tensor), factor_of(tensor, "paper"))
+    assert lane is not None
+    return lane
+
+
+@pytest.mark.parametrize("encoding", ["exact", "int8", "int4", "int2", "int1"])
+@pytest.mark.parametrize("rate", [0.1, 0.9, 0.99])
+def test_the_fast_lane_does_what_the_general_way_does(encoding: str, rate: float) -> None:
+    for count in (1, 63, 64, 65, 1023, 1024, 1025, 65535, 65536, 65537, 3 * 65536 + 17):
+        tensor, (base, tuned) = tensor_of(count, rate, encoding), pair(count)
+        stored, result, expected = general(tensor, base, tuned)
+        counts, raw, lane = np.zeros(tensor.leaves, np.int64), base.copy(), lane_of(tensor)
+        made = lane.encode(raw, tuned, 0, counts)
+        assert counts.tolist() == expected
+        assert np.array_equal(raw, result)
+        for (values, scales), found in zip(stored, made, strict=True):
+            assert np.array_equal(found.values, values)
+            assert np.array_equal(found.scales, scales)
+        # And back, with what was overwritten.
+        values, scales = (np.concatenate([pieces[i] for pieces in stored]) for i in (0, 1))
+        kept, places = np.zeros((2, sum(expected)), np.uint16)
+        raw = base.copy()
+        marks = np.zeros(tensor.leaves, bool)
+        assert lane.restore(raw, 0, counts, values.copy(), scales, marks, kept, places) == -1
+        assert np.array_equal(raw, result)
+        at = 0
+        for leaf, size in enumerate(expected):
+            kernels.put(raw.view(np.uint16)[leaf * digests.LEAF :], places[at : at + size], kept[at : at + size])
+            at += size
+        assert np.array_equal(raw, base)
+
+
+def test_the_fast_lane_begins_at_any_leaf_and_undoes_differences() -> None:
+    tensor, (base, tuned) = tensor_of(3 * 65536 + 17, 0.9, "exact"), pair(3 * 65536 + 17)
+    stored, result, expected = general(tensor, base, tuned)
+    begin, lane, nothing = 2 * 2 * digests.LEAF, lane_of(tensor), np.empty(0, np.uint16)
+    at = [Mask(tensor, 42, None).indices(leaf) for leaf in (2, 3)]
+    origins = [take(base[begin:], BF16, at[0]), take(base[begin + 2 * digests.LEAF :], BF16, at[1])]
+    values = np.concatenate([stored[2][0] ^ origins[0], stored[3][0]])
+    raw = base[begin:].copy()
+    marks = np.array([True, False])
+    counts = np.array(expected[2:], np.int64)
+    assert lane.restore(raw, 2, counts, values, np.empty(0, np.uint8), marks, nothing, nothing) == -1
+    assert np.array_equal(raw, result[begin:])
+    counts[1] += 1
+    raw = base[begin:].copy()
+    assert lane.restore(raw, 2, counts, values, np.empty(0, np.uint8), marks, nothing, nothing) == 1
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    base, tuned = pair(1000)
+    tuned.view(np.uint16)[:] = 0x7F80
+    for encoding in ("exact", "int4", "int1"):
+        with pytest.raises(DataError, match="NaN or Inf"):
+            lane_of(tensor_of(1000, 0.5, encoding)).encode(base.copy(), tuned, 0, np.zeros(1, np.int64))
+    tuned.view(np.uint16)[:] = 0x7F00  # 1.7e38: ten times that does not fit
+    with pytest.raises(CheckpointError, match="results are NaN or Inf"):
+        lane_of(tensor_of(1000, 0.9, "exact")).encode(base.copy(), tuned, 0, np.zeros(1, np.int64))
+
+
+def test_what_takes_the_lane() -> None:
+    def found(
+        rate: float, dtype: str = "BF16", encoding: str = "exact", values: str = "BF16", rows: bool = False
+    ) -> bool:
+        tensor = PackedTensor("w", dtype, (8, 8), "delta", drop_rate=rate, encoding=encoding)
+        bitmap = np.ones(1, np.uint8) if rows else None
+        return lane_for(Mask(tensor, 1, bitmap), DTYPES[values], np.float32(1)) is not None
+
+    assert found(0.5) and found(0.5, encoding="int4", values="U8")
+    assert not found(0.0) and not found(1.0)
+    assert not found(0.5, dtype="F32") and not found(0.5, values="F32") and not found(0.5, encoding="delta")
+    assert not found(0.5, rows=True)
+    assert groups_in(0, 64) == 0
