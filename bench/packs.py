@@ -3,7 +3,8 @@
 
 Sizes are those of files, with `--codec none` and with `auto`; beside them what a bitmap or int32 indices would cost for
 the uncompressed values, computed. zstd of the dense delta: the same elements of the dropped model minus the base, BF16,
-zeros and all, cut into byte planes and leaves as a pack's are; measured on every eighth leaf. Speeds are minima of a few runs against the I/O floor: reading both models (pack), reading the base and writing (unpack).
+zeros and all, cut into byte planes and leaves as a pack's are; measured on every eighth leaf. Speeds are minima of a
+few runs against the I/O floor: reading both models (pack), reading the base and writing (unpack).
 """
 
 from __future__ import annotations

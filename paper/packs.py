@@ -192,9 +192,9 @@ def draw(results: list[dict[str, Any]], stem: Path) -> None:
                       xytext=(0, 2), textcoords="offset points")  # fmt: skip
         for number, line in enumerate(lines):
             points = sorted((e["bits"], mean(e["scores"])) for e in results if e["line"] == line)
-            look = style.line_style(number) if number < 7 else {
-                "color": "#5F5F5F", "marker": ("*", "<", ">")[number % 3], "linestyle": "-"
-            }  # fmt: skip
+            # Beyond the seven colours: greys, with markers and dashes of their own.
+            grey = {"color": style.GREY, "marker": "*<>"[number % 3], "linestyle": ("-", "--", ":")[number % 3]}
+            look = style.line_style(number) if number < len(style.COLOURS) else grey
             if not line.startswith(("pack", "magnitude", "truncated")):
                 look["linestyle"] = "none"
             plot.plot(*zip(*points, strict=True), label=line, **look)

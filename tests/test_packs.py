@@ -108,8 +108,11 @@ def test_an_unpacked_model_is_an_ordinary_directory(real, tmp_path):
 # --- integers
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2, 1])
-@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [*((dtype, bits) for dtype in ("F64", "F32", "F16", "BF16") for bits in (8, 4, 2, 1)),
+     ("F8_E5M2", 4), ("F8_E5M2", 1), ("F8_E4M3", 2)],
+)  # fmt: skip
 def test_integers_restore_base_plus_factor_times_value(tmp_path, bits, dtype):
     base, tuned = sizes(tmp_path, dtype)
     pack(tmp_path, bits=bits, group=32)
@@ -541,8 +544,7 @@ def test_a_base_that_differs_behind_the_sample_is_named(tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(("bits", "codec"), [(16, "none"), (4, "none"), (16, "zstd"), (4, "zstd"), (0, "lossless")])
 def test_a_flipped_bit_in_any_region_is_found(tmp_path, bits, codec):
     rng = np.random.default_rng(4)
     base, (tuned,) = oracle.family(rng, (400, 300), "BF16", k=1)
@@ -550,13 +552,15 @@ def test_a_flipped_bit_in_any_region_is_found(tmp_path, bits, codec):
     config = {"hidden_size": 300}
     families.save(tmp_path / "base", {"embed.weight": base, "w.weight": base}, config)
     families.save(tmp_path / "m0", {"embed.weight": tuned, "w.weight": base + tuned}, config | {"vocab_size": 400})
-    pack(tmp_path, bits=bits, codec=codec)
+    lossless = codec == "lossless"
+    pack(tmp_path, **({"lossless": True, "drop_rate": None} if lossless else {"bits": bits, "codec": codec}))
     whole = (tmp_path / "m.safetensors").read_bytes()
     size = 8 + int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:size])
     parts = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
     wanted = {"leaves", "rows", "file"} | ({"scales"} if bits == 4 else set())
     wanted |= {"values"} if codec == "none" else {"frames", "sizes"}
+    wanted -= {"rows", "sizes"} if lossless else set()
     assert {name.split(":")[0] for name in parts} - ({"values"} if codec == "zstd" else set()) == wanted
     places = [*range(0, 8), *rng.integers(8, size, 60), size - 1]
     places += [size + at for begin, end in parts.values() for at in (begin, (begin + end) // 2, end - 1)]

@@ -81,3 +81,33 @@ def test_a_drop_rate_of_each_tensor_from_its_delta(llamas, tmp_path, dare):
         dk.pack(base, tuned, tmp_path / "x.safetensors", drop_rate=0.9, tau=0.1)
     with pytest.raises(PlanError, match="or auto"):
         dk.pack(base, tuned, tmp_path / "x.safetensors", drop_rate="often")
+
+
+# --- packs where other commands take models
+
+
+def total(live):
+    """Every weight has its say, so a cell's score tells whether it is the same model."""
+    return float(sum((i + 1) * p.double().square().sum() for i, p in enumerate(live.model.parameters())))
+
+
+@pytest.mark.parametrize("real", ["llama"], indirect=True)
+def test_a_sweep_takes_packs(real, tmp_path):
+    pytest.importorskip("torch")
+    base = real.path / "base"
+    names = {"packs": [], "folders": []}
+    for k in range(2):
+        dk.pack(base, real.path / f"m{k}", tmp_path / f"m{k}.pack.safetensors", drop_rate=0.5, bits=8)
+        dk.unpack(base, tmp_path / f"m{k}.pack.safetensors", tmp_path / f"m{k}")
+        names["packs"].append(str(tmp_path / f"m{k}.pack.safetensors"))
+        names["folders"].append(str(tmp_path / f"m{k}"))
+    scores = {}
+    for kind, models in names.items():
+        recipe = {"base_model": str(base), "models": models, "merge_method": "task_arithmetic"}
+        judge = {"sum": {"python": f"{__file__}:total"}}
+        data = {"recipe": recipe, "axes": {"parameters.lambda": [0.5, 1]}, "test": judge}
+        dk.sweep(data, tmp_path / kind, plots=False)
+        cells = [json.loads(line) for line in (tmp_path / kind / "cells.jsonl").read_text().splitlines()]
+        assert {cell["status"] for cell in cells} == {"ok"}
+        scores[kind] = sorted(json.dumps([cell["kind"], cell["at"], cell["test"]]) for cell in cells)
+    assert scores["packs"] == scores["folders"] and len(scores["packs"]) >= 2
