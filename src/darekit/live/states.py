@@ -50,8 +50,8 @@ def hidden_states(
             states: States = torch.stack([layer[real].float() for layer in layers]).cpu().numpy()
             if not np.isfinite(states).all():
                 raise DataError(
-                    f"the hidden states hold NaN or Inf in the batch that begins with {batch[0].place}: the weights are "
-                    "broken, or too large for what the model computes in: try --dtype float32"
+                    f"the hidden states hold NaN or Inf in the batch that begins with {batch[0].place}: the weights "
+                    "are broken, or too large for what the model computes in: try --dtype float32"
                 )
             yield states
             done += len(batch)
