@@ -720,3 +720,121 @@ def test_a_model_without_a_tokenizer_and_a_recipe(llamas, tmp_path):
     for model, says in ((llamas.path / "m0", "has no tokenizer"), ("merge.yaml", "is a recipe")):
         with pytest.raises(DarekitError, match=says):
             dk.make_statistics("fisher", model, tmp_path / "rows.jsonl", tmp_path / "f.safetensors", device="cpu")
+
+
+def test_ctrl_c_waits_for_the_end_of_a_batch(real, data, tmp_path):
+    import signal
+
+    out = tmp_path / "f.safetensors"
+
+    def press(done, total):
+        if done == 1:
+            signal.raise_signal(signal.SIGINT)  # does not raise here: the batch that begins now is still seen
+
+    with pytest.raises(KeyboardInterrupt):
+        make("fisher", real, "m0", data, out, progress=press)
+    said = []
+    make("fisher", real, "m0", data, out, resume=True, say=said.append)
+    assert said[0] == "going on after 2 of 5 examples"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_half_an_example_is_never_kept(logistic, tmp_path, monkeypatch):
+    """Out of memory in the middle of a backward pass: the sums hold a part of an example then."""
+    from darekit.statistics.passes import FisherPass
+
+    class Exploding:
+        def detach(self):
+            return torch.zeros(())
+
+        def backward(self, **options):
+            raise MemoryError("no more")
+
+    seen = FisherPass._log_likelihoods
+    monkeypatch.setattr(
+        FisherPass, "_log_likelihoods",
+        lambda self, example, index: [(1.0, Exploding())] if index == 2 else seen(self, example, index),
+    )  # fmt: skip
+    with pytest.raises(DataError, match="out of memory while making fisher statistics"):
+        dk.make_statistics("fisher", logistic, data_of(tmp_path, "bert"), tmp_path / "f.safetensors", device="cpu")
+    assert list(tmp_path.glob("*.safetensors")) == list(tmp_path.glob(".*")) == []
+
+
+def test_statistics_files_serve_tensors_in_memory_too(real, data, tmp_path):
+    """Transposed layers among them: the file knows them."""
+    for kind, method in (("fisher", dk.fisher(minimal=1e-12)), ("gram", dk.regmean(off_diagonal=0.7, ridge=0.01))):
+        for k in range(2):
+            make(kind, real, f"m{k}", data, tmp_path / f"m{k}.{kind}.safetensors")
+        models = [families.load(real.path / f"m{k}") for k in range(2)]
+        files = [tmp_path / f"m{k}.{kind}.safetensors" for k in range(2)]
+        found = dk.merge_tensors(None, models, method=method, statistics=files, dtype="float32")
+        for name, values in found.items():
+            np.testing.assert_allclose(values, expected(real, tmp_path, kind, name), rtol=1e-5, atol=2e-6)
+    with pytest.raises(HomologyError, match="are the files mixed up"):
+        dk.merge_tensors(None, models[::-1], method=method, statistics=files)
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_where_a_model_is_not_finite_the_base_stays(method):
+    rng = np.random.default_rng(20)
+    base, models = rng.normal(size=(30, 20)).astype(np.float32), rng.normal(size=(2, 30, 20)).astype(np.float32)
+    models[1, 4, 5] = np.nan
+    statistics = (
+        rng.random((2, 30, 20)).astype(np.float32) if method == "fisher" else [np.cov(rng.normal(size=(20, 50)))] * 2
+    )
+    with pytest.raises(DataError, match="NaN or Inf in the input"):
+        merged(base, models, statistics, dk.merge_method(method))
+    found = merged(base, models, statistics, dk.merge_method(method), allow_nonfinite=True)
+    assert np.isfinite(found).all() and found[4, 5] == base[4, 5]
+    assert np.count_nonzero(found == base) < 5
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+@pytest.mark.parametrize("vocab", ["base", "pad"])
+def test_vocabularies_that_differ(tmp_path, method, vocab):
+    """Rows that all have are merged by their statistics; those that only one has are that one's."""
+    from darekit.checkpoints import open_checkpoint, sample_digest
+    from darekit.statistics.files import FORMAT, write_statistics
+
+    rng = np.random.default_rng(21)
+    kind = {"fisher": "fisher", "regmean": "gram"}[method]
+    name = "lm_head.weight"
+    rows, values, tensors = {"base": 8, "m0": 8, "m1": 10}, {}, {}
+    for model, count in rows.items():
+        tensors[model] = rng.normal(size=(count, 6)).astype(np.float32)
+        embedding = {"model.embed_tokens.weight": tensors[model] * 2}
+        families.save(tmp_path / model, {name: tensors[model], **embedding}, families.config(vocab=count))
+        values[model] = (rng.random((count, 6)) if kind == "fisher" else np.cov(rng.normal(size=(6, 30)))).astype("f4")
+        checkpoint = open_checkpoint(tmp_path / model)
+        document = {"format": FORMAT, "kind": kind, "model_digest": sample_digest(checkpoint).hex(), "rows": {name: 7}}
+        checkpoint.close()
+        write_statistics(
+            tmp_path / f"{model}.safetensors", {name: values[model].shape}, lambda _, m=model: values[m], document
+        )  # fmt: skip
+    recipe = families.recipe(tmp_path, 2, merge_method=method, vocab=vocab)
+    for k, entry in enumerate(recipe["models"]):
+        entry["stats"] = str(tmp_path / f"m{k}.safetensors")
+    dk.merge(recipe, tmp_path / "out", force=True)
+    found = families.load(tmp_path / "out")[name]
+    wanted = dk.merge_tensors(
+        {name: tensors["base"]}, [{name: tensors["m0"]}, {name: tensors["m1"][:8]}], method=dk.merge_method(method),
+        statistics=[{name: values["m0"]}, {name: values["m1"][:8] if kind == "fisher" else values["m1"]}],
+    )[name]  # fmt: skip
+    np.testing.assert_allclose(found[:8], wanted, rtol=1e-6, atol=1e-7)
+    assert found.shape[0] == {"base": 8, "pad": 10}[vocab]
+    if vocab == "pad":
+        assert np.array_equal(found[8:], tensors["m1"][8:])
+
+
+def test_the_plan_counts_matrices_once_and_tiles_per_thread(llamas, made, monkeypatch):
+    from darekit import informed as tiling
+    from darekit import planning
+
+    plan = dk.plan(informed(llamas, made, "regmean", "gram"))
+    alike = plan.peak_memory(4, 65536)
+    monkeypatch.setattr(tiling, "HEAVY", 0)
+    monkeypatch.setattr(planning, "HEAVY", 0)
+    alone = plan.peak_memory(4, 65536)
+    assert alone < alike  # the largest matrix is then in memory once, not once for each thread
+    largest = max(step.shape[1] for step in plan.steps if step.statistics)
+    assert alone - planning.INTERPRETER_BYTES > 3 * 8 * largest**2

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from darekit.dtypes import DTYPES, Bytes, DType, dtype_from_torch_name
 from darekit.errors import CheckpointError, PlanError
 from darekit.methods import MERGE_METHODS
 from darekit.recipe import Sparsify, read_recipe
-from darekit.statistics.files import FISHER, Statistics
+from darekit.statistics.files import FISHER, Statistics, open_statistics
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def merge_tensors(
     method: Method | str | None = None,
     weights: Sequence[float] | None = None,
     seeds: Sequence[int] | None = None,
-    statistics: Sequence[Mapping[str, Any]] | None = None,
+    statistics: Sequence[Mapping[str, Any] | str | Path] | None = None,
     dtype: str | None = None,
     threads: int | None = None,
     allow_nonfinite: bool = False,
@@ -136,9 +137,10 @@ def merge_tensors(
         method: how the deltas are merged, `ties(keep=0.2)` or just a name; `linear()` where not given.
         weights: one per model; 1 each where not given.
         seeds: one effective seed per model, used as they are; derived from `sparsify.seed` where not given.
-        statistics: for `fisher()` and `regmean()`: one dict per model, name -> the tensor's diagonal Fisher (its
-            shape), or the Gram X^T X of a linear layer's inputs, (in, in), for weights stored [out, in]; tensors
-            without are averaged. Grams count as they are: pass them divided by their tokens, or not.
+        statistics: for `fisher()` and `regmean()`, one per model: a file that `make_statistics` wrote of these very
+            tensors; or a dict, name -> the tensor's diagonal Fisher (its shape), or the Gram X^T X of a linear
+            layer's inputs, (in, in), for weights stored [out, in]. Tensors without are averaged. A dict's Grams count
+            as they are: pass them divided by their tokens, or not.
         dtype: output format (`bfloat16`, ...); each tensor's own where not given.
         threads: worker threads.
         allow_nonfinite: take the base's element where an input has NaN or Inf.
@@ -179,23 +181,29 @@ def merge_tensors(
         }
     recipe = read_recipe(data)
     opened = [_checkpoint(f"model {k}", tensors) for k, tensors in enumerate(models)]
-    known = [_statistics(recipe.merge_method, k, tensors) for k, tensors in enumerate(statistics or ())]
     origin = _checkpoint("base", base) if base is not None else None
-    plan = make_plan(recipe, origin, opened, statistics=known, shard_size=1)
-    threads = threads or engine.default_threads()
-    tile = tiles.TILE
-    steps = settle_model_trim(plan.steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
-    template = base if base is not None else models[0]
-    merged, sinks = {}, []
-    for shard in plan.shards:  # shard_size=1: one tensor each
-        (place,) = shard.placements
-        array, raw = _empty(template[place.name], DTYPES[place.dtype], place.shape)
-        merged[place.name] = array
-        sinks.append(_ArraySink(raw, place.offset))
-    engine.execute(
-        steps, sinks, names=[c.ref for c in opened], threads=threads, tile=tile, allow_nonfinite=allow_nonfinite
-    )
-    return {name: merged[name] for name in template if name in merged}
+    known: list[Statistics] = []
+    try:
+        for k, found in enumerate(statistics or ()):
+            known.append(_statistics(recipe.merge_method, k, found))
+        plan = make_plan(recipe, origin, opened, statistics=known, shard_size=1)
+        threads = threads or engine.default_threads()
+        tile = tiles.TILE
+        steps = settle_model_trim(plan.steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
+        template = base if base is not None else models[0]
+        merged, sinks = {}, []
+        for shard in plan.shards:  # shard_size=1: one tensor each
+            (place,) = shard.placements
+            array, raw = _empty(template[place.name], DTYPES[place.dtype], place.shape)
+            merged[place.name] = array
+            sinks.append(_ArraySink(raw, place.offset))
+        engine.execute(
+            steps, sinks, names=[c.ref for c in opened], threads=threads, tile=tile, allow_nonfinite=allow_nonfinite
+        )
+        return {name: merged[name] for name in template if name in merged}
+    finally:
+        for closing in known:
+            closing.close()
 
 
 @dataclass(frozen=True)
@@ -234,7 +242,9 @@ def _checkpoint(ref: str, tensors: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(ref=ref, directory=None, tensors=infos, config=None, files=(), revision=None)
 
 
-def _statistics(method: str, k: int, tensors: Mapping[str, Any]) -> Statistics:
+def _statistics(method: str, k: int, tensors: Mapping[str, Any] | str | Path) -> Statistics:
+    if not isinstance(tensors, Mapping):
+        return open_statistics(tensors)
     kind = MERGE_METHODS[method].statistics
     assert kind is not None  # the recipe's reading has seen to it
     ref, infos = f"statistics {k}", _checkpoint(f"statistics {k}", tensors).tensors

@@ -248,6 +248,8 @@ class StepRun:
             overflowed = self._verbatim(scratch, count, out)
         else:
             merged = self.combine(scratch.deltas, scratch.merged, start)
+            if self.bad_at is not None:  # a method that mixes columns has made something of the others
+                merged[self.bad_at] = 0
             if step.base is None or step.on_weights:
                 overflowed = kernels.round_to(merged, step.dtype, out)
                 if self.bad_at is not None and step.base is not None:

@@ -22,7 +22,7 @@ class Pass(Protocol):
 
     Attributes:
         sums: name -> float32 tensor on the model's device: what has been added up so far.
-        spoilt: whether NaN or Inf came into the sums, so that they must not be kept.
+        spoilt: whether the sums hold a part of a batch, or NaN or Inf, so that they must not be kept.
     """
 
     sums: dict[str, Any]
@@ -93,20 +93,22 @@ class FisherPass:
         """Add examples, one after the other."""
         for index, example in enumerate(batch, first):
             parts = list(self._log_likelihoods(example, index))
-            for place, (factor, value) in enumerate(parts):
+            for _, value in parts:
                 if not math.isfinite(float(value.detach())):
                     raise DataError(
                         f"{example.place}: the model's log-likelihood of this row is {float(value.detach())}; are its "
                         "weights sound? In float16 it may overflow: --dtype float32"
                     )
+            self.spoilt = True  # until all of the example is in the sums
+            for place, (factor, value) in enumerate(parts):
                 self.factor = factor
                 value.backward(retain_graph=place + 1 < len(parts))
             if bool(self._bad):
-                self.spoilt = True
                 raise DataError(
                     f"{example.place}: the gradient of this row has NaN or Inf; are the weights sound? In float16 it "
                     "may overflow: --dtype float32"
                 )
+            self.spoilt = False
 
     def _log_likelihoods(self, example: Tokens, index: int) -> Iterator[tuple[float, Any]]:
         """(factor, scalar) pairs: the Fisher is the sum of factor times the square of the scalar's gradient."""
@@ -294,21 +296,18 @@ class GramPass:
             ids[i, : len(example.ids)] = torch.tensor(example.ids)
             mask[i, : len(example.ids)] = True
         self._mask, self._last = mask.to(device), None
-        before = dict(self.rows)
+        self.spoilt = True  # until all layers have seen the batch
         try:
             with torch.no_grad():
                 logits = self.live.model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits
-        except BaseException:
-            self.spoilt = self.rows != before  # some layers have seen the batch, others have not
-            raise
         finally:
             self._mask = self._last = None
         if not bool(torch.isfinite(logits[mask.to(device)] if logits.dim() == 3 else logits).all()):
-            self.spoilt = True
             raise DataError(
                 f"{batch[0].place} to {batch[-1].place}: the model's output has NaN or Inf; are its weights sound? In "
                 "float16 it may overflow: --dtype float32"
             )
+        self.spoilt = False
 
     def state(self) -> dict[str, Any]:
         """Which layers share an input, and the numbers of rows."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -249,16 +251,18 @@ class _Run:
         """See all examples that are left, or save what was seen."""
         last, took = time.perf_counter(), 0.0
         try:
-            while self.done < len(examples):
-                if progress:
-                    progress(self.done, len(examples))
-                self.accumulation.see(examples[self.done : self.done + self.batch], self.done)
-                self.done = min(self.done + self.batch, len(examples))
-                now = time.perf_counter()
-                if now - last > max(SAVE_SECONDS, SAVE_SHARE * took) and self.done < len(examples):
-                    self._save()
-                    last = time.perf_counter()
-                    took = last - now
+            with _interrupts_between_batches() as interrupt:
+                while self.done < len(examples):
+                    interrupt()
+                    if progress:
+                        progress(self.done, len(examples))
+                    self.accumulation.see(examples[self.done : self.done + self.batch], self.done)
+                    self.done = min(self.done + self.batch, len(examples))
+                    now = time.perf_counter()
+                    if now - last > max(SAVE_SECONDS, SAVE_SHARE * took) and self.done < len(examples):
+                        self._save()
+                        last = time.perf_counter()
+                        took = last - now
         except BaseException as error:
             if self.done > self.saved and not self.accumulation.spoilt:
                 with suppress(Exception):
@@ -302,6 +306,34 @@ class _Run:
                     source.read_into(values.reshape(-1).view(np.uint8), 0)
                 self.accumulation.sums[name].copy_(torch.from_numpy(values))
             self.done = self.saved = int(document["done"])
+
+
+@contextmanager
+def _interrupts_between_batches() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits until the sums hold whole batches, so that they can be kept; a second one does not wait.
+
+    Gives a function that raises where one was pressed.
+    """
+    pressed = False
+
+    def press(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def interrupt() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield interrupt
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
