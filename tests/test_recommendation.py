@@ -237,6 +237,23 @@ def test_the_search_of_q_takes_what_changes_outputs_least(trained):
     assert same.search.changes[1.0] == pytest.approx(0, abs=1e-6)
 
 
+def test_q_is_searched_where_the_model_is_asked(trained, tmp_path):
+    """What a prompt holds has no part in it; in plain text every token has."""
+    rows = [{"prompt": text_of(row[:4]), "completion": " " + text_of(row[4:7])} for row in SENTENCES[:8]]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    whole = write_rows(tmp_path / "whole.jsonl", [row[:7] for row in SENTENCES[:8]])
+    changes = [
+        dk.recommend(
+            trained.base, trained.tuned, drop_rate=0.98, data=data, search_q=True, device="cpu"
+        ).search.changes[1.0]
+        for data in (tmp_path / "asked.jsonl", whole)
+    ]
+    assert changes[0] != pytest.approx(changes[1], rel=0.01)
+    single = write_rows(tmp_path / "single.jsonl", [[5], [6]])
+    with pytest.raises(DataError, match="no row has two tokens"):
+        dk.recommend(trained.base, trained.tuned, data=single, search_q=True, device="cpu")
+
+
 def test_a_classifier_is_searched_and_calibrated_too(real):
     if real.kind != "bert":
         pytest.skip("the others are causal")

@@ -92,7 +92,7 @@ def calibrate(
     done = 0
     try:
         with one_thread(live.device), memory_told("calibrating"), padding_known(live), torch.inference_mode():
-            for inputs in padded(live, tokens, feed.batch_size):
+            for inputs, _ in padded(live, tokens, feed.batch_size):
                 watch.mask = inputs["attention_mask"].bool()
                 live.model(**inputs, **({"use_cache": False} if live.task == CAUSAL else {}))
                 done += len(inputs["input_ids"])

@@ -35,18 +35,21 @@ class Feed:
         return sorted(found, key=lambda one: -len(one.ids))
 
 
-def padded(live: LiveModel, tokens: Sequence[Tokens], size: int) -> Iterator[dict[str, Any]]:
-    """Batches of `input_ids` and `attention_mask`, (rows, longest) int64 on the model's device, padded to the right."""
+def padded(live: LiveModel, tokens: Sequence[Tokens], size: int) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Batches of `input_ids` and `attention_mask`, (rows, longest) int64 on the model's device, padded to the right;
+    and (rows, longest) bool: where a causal model is asked for the next token (completions; all of plain text)."""
     import torch
 
     for batch in batches(tokens, size):
         longest = max(len(one.ids) for one in batch)
         ids = torch.full((len(batch), longest), live.tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(ids)
+        asking = torch.zeros(ids.shape, dtype=torch.bool)
         for place, one in enumerate(batch):
             ids[place, : len(one.ids)] = torch.tensor(one.ids)
             mask[place, : len(one.ids)] = 1
-        yield {"input_ids": ids.to(live.device), "attention_mask": mask.to(live.device)}
+            asking[place, : len(one.ids) - 1] = torch.tensor(one.asked[1:], dtype=torch.bool)
+        yield {"input_ids": ids.to(live.device), "attention_mask": mask.to(live.device)}, asking.to(live.device)
 
 
 @contextmanager

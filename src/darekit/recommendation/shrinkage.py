@@ -63,6 +63,8 @@ def search_factor(
     """
     live = build(tuned, device=device, dtype=dtype)
     tokens = feed.tokens(live)
+    if live.task == CAUSAL and not any(any(one.asked) for one in tokens):
+        raise DataError("no row has two tokens, so that there is no next token to predict; give longer texts")
     runs = len(factors) + 3
     changes: dict[float, float] = {}
 
@@ -95,14 +97,14 @@ def search_factor(
 
 
 def _outputs(live: LiveModel, tokens: Sequence[Any], feed: Feed) -> Iterator[Any]:
-    """(n, outputs) float32 of each batch: one row per token of a causal model, per example of others."""
+    """(n, outputs) float32 of each batch: one row per token that a causal model is asked for, per example of others."""
     import torch
 
-    for inputs in padded(live, tokens, feed.batch_size):
+    for inputs, asking in padded(live, tokens, feed.batch_size):
         with torch.inference_mode():
             more = {"use_cache": False} if live.task == CAUSAL else {}
             logits = live.model(**inputs, **more).logits.float()
-        rows = logits[inputs["attention_mask"].bool()] if logits.dim() == 3 else logits
+        rows = logits[asking] if logits.dim() == 3 else logits
         if not bool(torch.isfinite(rows).all()):
             raise DataError("the model's output has NaN or Inf; try --dtype float32")
         yield rows
