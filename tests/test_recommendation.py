@@ -254,9 +254,8 @@ def test_q_is_searched_where_the_model_is_asked(trained, tmp_path):
         dk.recommend(trained.base, trained.tuned, data=single, search_q=True, device="cpu")
 
 
+@pytest.mark.parametrize("real", ["bert"], indirect=True)
 def test_a_classifier_is_searched_and_calibrated_too(real):
-    if real.kind != "bert":
-        pytest.skip("the others are causal")
     data = write_rows(real.path / "rows.jsonl", SENTENCES[:6])
     found = dk.recommend(
         real.path / "base", real.path / "m0", data=data, drop_rate=0.9, search_q=True, device="cpu", keep_dense=DENSE
