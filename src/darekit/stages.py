@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from darekit.dtypes import Bytes, DType
 from darekit.kernels import cpu
-from darekit.masks import DROP_ALL, stream_of, threshold_of
+from darekit.masks import BLOCK, DROP_ALL, stream_of, threshold_of
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.methods.sparsifiers import (
     L1_LANES,
@@ -175,12 +175,17 @@ class Census:
         else:
             cpu.count_coarse(delta, self.counts)
 
-    def survey(self, base_raw: Bytes, raw: npt.NDArray[np.uint16], work: Tile) -> bool:
-        """Take BF16 elements of base and model, (2n,) uint8 and (n,) uint16; False where a difference is NaN or Inf,
-        and this census is then worthless. Only for a census inside a window."""
-        above = int(cpu.survey_bf16(base_raw.view(np.uint16), raw, self.first, self.counts, work))
-        self.above += max(above, 0)
-        return above >= 0
+    def count_bf16(self, base_raw: Bytes, raw: npt.NDArray[np.uint16], delta: Tile) -> bool:
+        """Take BF16 elements of base and model, (2n,) uint8 and (n,) uint16, in one kernel; `delta` is scratch of
+        1024 elements, or becomes the (n,) difference where all are counted by their upper bits.
+
+        False where a difference is NaN or Inf, and this census is then worthless.
+        """
+        if self._exact:
+            above = int(cpu.survey_bf16(base_raw.view(np.uint16), raw, self.first, self.counts, delta))
+            self.above += max(above, 0)
+            return above >= 0
+        return not cpu.sample_bf16(base_raw.view(np.uint16), raw, self.counts, delta)
 
     def add(self, other: Census) -> None:
         """Take another census of the same pass."""
@@ -247,17 +252,13 @@ class Select(Stage):
     def sampling(self) -> bool:
         return self._sampling
 
-    @property
-    def placed(self) -> bool:
-        """Whether the coming pass counts inside a window."""
-        return bool(self.windows)
-
     def census(self) -> Census:
         """An empty census of the kind that the coming pass needs."""
         return Census(next((self.windows[name] for name in self.wanted if name in self.windows), None))
 
     def begin(self) -> None:
         self.lows, self.highs = self.low_left, self.high_left
+        self._pieces = []
         if not self.ready:
             self.counted = self.census()
 
@@ -265,6 +266,14 @@ class Select(Stage):
         self.counted.count(delta)
         if self._sampling:
             self._pieces.append(delta.copy())
+
+    def measure_bf16(self, base_raw: Bytes, raw: npt.NDArray[np.uint16]) -> bool:
+        """`measure` from raw bytes, as `Census.count_bf16` takes them; False: measure again, the general way."""
+        delta = np.empty(BLOCK if self.windows else raw.size, np.float32)
+        finite = self.counted.count_bf16(base_raw, raw, delta)
+        if self._sampling:
+            self._pieces.append(delta)
+        return finite
 
     def settle(self) -> None:
         if not self.windows:
@@ -307,7 +316,7 @@ class Select(Stage):
         guess = bucket(share)
         if not self._pieces:  # counted elsewhere, as over a whole model
             return max(0, guess - self.WIDEST // 4), guess + self.WIDEST // 4 - 1
-        above = np.array([cpu.count_above(piece, guess << 16) / piece.size for piece in self._pieces])
+        above = np.array([_share_from(piece, guess << 16) for piece in self._pieces])
         error = self.SURE * float(above.std()) / max(1, above.size) ** 0.5 + 1 / total
         first, last = bucket(share + error), bucket(share - error)
         first, last = max(first, guess - self.WIDEST // 2), min(last, guess + self.WIDEST // 2 - 1)
@@ -422,6 +431,11 @@ class Whole(Stage):
         rows = delta.reshape(1 if entry.scope == "element" else -1, -1 if entry.scope == "element" else self.step.row)
         rows[...] = entry.function(rows, draws.reshape(rows.shape), **arguments)
         return int(np.count_nonzero(delta))
+
+
+def _share_from(delta: Tile, pattern: int) -> float:
+    """(n,) float32 -> which part of the magnitudes has this bit pattern or a larger one."""
+    return float(np.count_nonzero((delta.view(np.uint32) & np.uint32(0x7FFFFFFF)) >= np.uint32(pattern)) / delta.size)
 
 
 def is_trim(spec: StageSpec) -> bool:

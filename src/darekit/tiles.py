@@ -149,15 +149,10 @@ class StepRun:
             for stage in self.chains[k][: i + 1]:
                 stage.begin()
         stages = {k: self.chains[k][i] for k, i in busy.items()}
-        size = self.tile
-        starts = range(0, self.step.count, size)
-        if all(stage.sampling for stage in stages.values()):
-            if size == self.hands.tile:  # rows and whole tensors cannot be quartered
-                size = max(1, size // 4)
-            starts = range(0, self.step.count, size)
-            starts = starts[:: max(1, len(starts) // SAMPLED_PIECES)]
-        elif self._survey(stages, stop):
+        sampling = all(stage.sampling for stage in stages.values())
+        if self._measure_bf16(stages, sampling, stop):
             return
+        starts, size = self._pieces(self.tile, sampling)
         for start in starts:
             if stop.is_set():
                 return
@@ -169,13 +164,22 @@ class StepRun:
         for stage in stages.values():
             stage.settle()
 
-    def _survey(self, stages: Mapping[int, Stage], stop: threading.Event) -> bool:
-        """The measuring pass in the fast lane; False if it is none for it, or a value is NaN or Inf."""
+    def _pieces(self, size: int, sampling: bool) -> tuple[range, int]:
+        """Where a measuring pass looks, and how many elements it takes there."""
+        if not sampling:
+            return range(0, self.step.count, size), size
+        if self.tile == self.hands.tile:  # rows and whole tensors cannot be quartered
+            size = max(1, self.tile // 4)
+        starts = range(0, self.step.count, size)
+        return starts[:: max(1, len(starts) // SAMPLED_PIECES)], size
+
+    def _measure_bf16(self, stages: Mapping[int, Stage], sampling: bool, stop: threading.Event) -> bool:
+        """A measuring pass in the fast lane; False if it is none for it, or a value is NaN or Inf."""
         step, selects = self.step, {k: stage for k, stage in stages.items() if isinstance(stage, Select)}
-        if self.fused is None or step.base is None or not all(k in selects and selects[k].placed for k in stages):
+        if self.fused is None or step.base is None or len(selects) < len(stages):
             return False
-        size = TILES * self.tile
-        for start in range(0, step.count, size):
+        starts, size = self._pieces(TILES * self.tile, sampling)
+        for start in starts:
             if stop.is_set():
                 return True
             count = min(size, step.count - start)
@@ -183,7 +187,7 @@ class StepRun:
             self._read(step.base, step.begin + start, count, base_raw)
             for k, select in selects.items():
                 self._read(step.models[k], step.begin + start, count, raws[0].view(np.uint8))
-                if not select.counted.survey(base_raw, raws[0], self.hands.scratch.blocks.work):
+                if not select.measure_bf16(base_raw, raws[0]):
                     for one in selects.values():
                         one.begin()
                     return False

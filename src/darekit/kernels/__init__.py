@@ -1,16 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels on tiles: `cpu` (numba, float32) and the dtype-aware edges where raw bytes become numbers and back.
 
-Only this package imports numba. Where no fast kernel exists (float64, formats other than BF16) numpy does the work.
+Only this package imports numba, and only when a kernel is called. Where no fast kernel exists (float64, formats other
+than BF16) numpy does the work.
 """
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 
 from darekit.dtypes import Bytes, DType, Floats, narrow
 from darekit.dtypes import widen as widen_any
 from darekit.kernels import cpu
+
+
+class _Later:
+    """A module of kernels that imports numba itself, imported when one of them is looked up."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, kernel: str) -> Any:
+        return getattr(import_module(self._name), kernel)
+
+
+packs: Any = _Later("darekit.kernels.packs")  # a merge imports the readers of packs, and rarely reads one
 
 
 def widen(raw: Bytes, dtype: DType, out: Floats) -> None:

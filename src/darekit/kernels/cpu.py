@@ -10,11 +10,9 @@ the many `np.uint32(...)` around 32-bit sums, and masks instead of branches (doc
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import njit
 
+from darekit.kernels.compiling import inlined, kept_kernel, kernel
 from darekit.masks import BLOCK, COUNTERS, MULTIPLIERS, WEYL
 
 _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
@@ -24,11 +22,7 @@ _ABS = np.uint32(0x7FFFFFFF)
 _ALL = np.uint32(0xFFFFFFFF)
 
 
-def _kernel(function: Any) -> Any:
-    return njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")(function)
-
-
-@njit(inline="always")
+@inlined
 def _round(c0, c1, c2, c3, k0, k1):
     wide0, wide1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
     return (
@@ -39,7 +33,7 @@ def _round(c0, c1, c2, c3, k0, k1):
     )
 
 
-@_kernel
+@kernel
 def _draw_block(block, stream, seed, words):
     """Draws of one aligned block of 1024 elements -> `words`, (1024,) uint32.
 
@@ -77,7 +71,7 @@ def _draw_block(block, stream, seed, words):
         words[3 * COUNTERS + i] = c3
 
 
-@_kernel
+@kernel
 def draws(seed, stream, start, out):
     """Draws of elements start .. start + n -> `out`, (n,) uint32."""
     words = np.empty(BLOCK, np.uint32)
@@ -90,7 +84,7 @@ def draws(seed, stream, start, out):
         done += count
 
 
-@_kernel
+@kernel
 def random_drop(delta, seed, stream, start, threshold, factor):
     """(n,) float32 in place: zero where draw < threshold (which is < 2^32), times `factor` elsewhere; counts kept."""
     words = np.empty(BLOCK, np.uint32)
@@ -113,7 +107,7 @@ def random_drop(delta, seed, stream, start, threshold, factor):
     return kept
 
 
-@_kernel
+@kernel
 def _drop_difference(raw, base, words, limit, factor, out):
     """`difference_bf16` of n <= 1024 elements, 0 where word < limit, times `factor` elsewhere; -> (bad, kept)."""
     bits = out.view(np.uint32)
@@ -127,7 +121,7 @@ def _drop_difference(raw, base, words, limit, factor, out):
     return int(bad), int(survivors)
 
 
-@_kernel
+@kernel
 def random_difference_bf16(raw, base, seed, stream, start, threshold, factor, out):
     """`difference_bf16` and `random_drop` in one pass over memory; -> (NaN and Inf before the drop, kept)."""
     words = np.empty(BLOCK, np.uint32)
@@ -148,7 +142,7 @@ def random_difference_bf16(raw, base, seed, stream, start, threshold, factor, ou
     return bad, kept
 
 
-@_kernel
+@kernel
 def widen_bf16(raw, out):
     """(n,) uint16 -> (n,) float32: BF16 is float32's upper half."""
     bits = out.view(np.uint32)
@@ -156,7 +150,7 @@ def widen_bf16(raw, out):
         bits[i] = np.uint32(raw[i]) << np.uint32(16)
 
 
-@_kernel
+@kernel
 def subtract(values, base):
     """(n,) float32 in place: values -= base; counts NaN and Inf in the difference."""
     bad = np.uint32(0)
@@ -167,7 +161,7 @@ def subtract(values, base):
     return int(bad)
 
 
-@_kernel
+@kernel
 def difference_bf16(raw, base, out):
     """`widen_bf16` and `subtract` in one pass."""
     bad = np.uint32(0)
@@ -178,7 +172,7 @@ def difference_bf16(raw, base, out):
     return int(bad)
 
 
-@_kernel
+@kernel
 def weighted_sum(deltas, weights, divisor, out):
     """(K, n or more) float32, K float32 -> `out`, (n,) float32: sum of w_k d_k in order of k, divided once."""
     for i in range(out.size):
@@ -192,7 +186,7 @@ def weighted_sum(deltas, weights, divisor, out):
             out[i] = out[i] / divisor
 
 
-@_kernel
+@kernel
 def elect(deltas, weights, normalize, out):
     """(K, n) float32, (K,) float32 -> `out`, (n,) float32: sign election, then (disjoint) mean or sum.
 
@@ -223,7 +217,7 @@ def elect(deltas, weights, normalize, out):
                 merged[i] = merged[i] / (agreeing[i] if agreeing[i] != np.float32(0) else np.float32(1))
 
 
-@_kernel
+@kernel
 def elect_few(deltas, weights, normalize, out):
     """`elect` for a tuple of weights: K is then known to the compiler, and votes and sums stay in registers."""
     for i in range(out.size):
@@ -239,7 +233,7 @@ def elect_few(deltas, weights, normalize, out):
         out[i] = merged / (agreeing if agreeing != np.float32(0) else np.float32(1)) if normalize else merged
 
 
-@_kernel
+@kernel
 def count_coarse(delta, bins):
     """(n,) float32 -> bins[upper 16 bits of |delta|] += 1."""
     bits = delta.view(np.uint32)
@@ -247,18 +241,7 @@ def count_coarse(delta, bins):
         bins[(bits[i] & _ABS) >> np.uint32(16)] += 1
 
 
-@_kernel
-def count_above(delta, pattern):
-    """(n,) float32 -> how many magnitudes have this bit pattern or a larger one."""
-    bits = delta.view(np.uint32)
-    lowest = np.uint32(pattern)
-    above = np.uint32(0)
-    for i in range(bits.size):
-        above = np.uint32(above + np.uint32(np.uint32(bits[i] & _ABS) >= lowest))
-    return int(above)
-
-
-@_kernel
+@kernel
 def count_window(delta, first, fine):
     """(n,) float32 -> fine[|delta| - first] += 1, as bit patterns, where that is inside; returns how many are above.
 
@@ -267,7 +250,9 @@ def count_window(delta, first, fine):
     bits = delta.view(np.uint32)
     lowest, width = np.uint32(first), np.uint32(fine.size)
     end = np.uint32(lowest + width)  # at most 2^31
-    above = count_above(delta, end)
+    above = np.uint32(0)
+    for i in range(bits.size):
+        above = np.uint32(above + np.uint32(np.uint32(bits[i] & _ABS) >= end))
     whole = bits.size - bits.size % 32
     for begin in range(0, whole, 32):
         inside = np.uint32(0)
@@ -282,10 +267,10 @@ def count_window(delta, first, fine):
         place = np.uint32(np.uint32(bits[i] & _ABS) - lowest)
         if place < width:
             fine[place] += 1
-    return above
+    return int(above)
 
 
-@_kernel
+@kernel
 def select(delta, low, low_left, high, high_left):
     """(n,) float32 in place: keep |delta| strictly between the bit patterns `low` and `high`, and of those equal to
     either only the first `low_left` and `high_left`; -> (kept, low_left, high_left) after this tile."""
@@ -301,7 +286,7 @@ def select(delta, low, low_left, high, high_left):
     return kept, low_left, high_left
 
 
-@_kernel
+@kernel
 def _select_block(bits, low, low_left, high, high_left, out):
     """`select` for a block of (n,) uint32 bit patterns -> `out`, (n,) uint32.
 
@@ -344,21 +329,21 @@ def _select_block(bits, low, low_left, high, high_left, out):
     return int(survivors), low_left, high_left
 
 
-@_kernel
+@kernel
 def add_l1(delta, start, lanes):
     """(n,) float32 -> lanes[(start + i) % 16] += |delta[i]| in float64, in order of i."""
     for i in range(delta.size):
         lanes[(start + i) % lanes.size] += np.float64(abs(delta[i]))
 
 
-@_kernel
+@kernel
 def scale(delta, factor):
     """(n,) float32 in place: delta *= factor."""
     for i in range(delta.size):
         delta[i] = delta[i] * factor
 
 
-@_kernel
+@kernel
 def add_round_bf16(base_raw, base, merged, factor, raw):
     """base + factor * merged -> `raw`, (n,) uint16 BF16, to nearest even; base_raw's bits where that change is 0.
 
@@ -377,7 +362,7 @@ def add_round_bf16(base_raw, base, merged, factor, raw):
     return int(bad)
 
 
-@_kernel
+@kept_kernel
 def absorb_bf16(
     base_raw, raws, start, stream, seeds, thresholds, factors, bounds, weights, election, normalize, divisor, scale,
     kept, out, words, work,
@@ -420,29 +405,47 @@ def absorb_bf16(
     return bad
 
 
-@_kernel
-def survey_bf16(base_raw, raw, first, fine, work):
-    """`difference_bf16` and `count_window` on blocks that stay in L1: (n,) uint16 base and model, scratch (>= 1, 1024).
+@kernel
+def _difference_both_bf16(base_raw, raw, out):
+    """`difference_bf16` where the base, (n,) uint16, is needed only once."""
+    bad = np.uint32(0)
+    for i in range(out.size):
+        before = np.uint32(np.uint32(base_raw[i]) << np.uint32(16)).view(np.float32)
+        change = np.float32(np.uint32(np.uint32(raw[i]) << np.uint32(16)).view(np.float32) - before)
+        bad = np.uint32(bad + np.uint32((change.view(np.uint32) & _EXPONENT) == _EXPONENT))
+        out[i] = change
+    return int(bad)
+
+
+@kept_kernel
+def sample_bf16(base_raw, raw, bins, delta):
+    """`difference_bf16` and `count_coarse`: (n,) uint16 base and model -> `delta`, (n,) float32, counted in `bins`.
+
+    Returns how many differences are NaN or Inf; `bins` is then worthless.
+    """
+    bad = _difference_both_bf16(base_raw, raw, delta)
+    if not bad:
+        count_coarse(delta, bins)
+    return bad
+
+
+@kept_kernel
+def survey_bf16(base_raw, raw, first, fine, scratch):
+    """`difference_bf16` and `count_window` on blocks that stay in L1: (n,) uint16 base and model, scratch (1024,).
 
     Returns how many are above the window; -1 where a difference is NaN or Inf, and `fine` is then worthless.
     """
     above = 0
     for begin in range(0, base_raw.size, BLOCK):
         origin, tuned = base_raw[begin : begin + BLOCK], raw[begin : begin + BLOCK]
-        delta = work[0, : origin.size]
-        bad = np.uint32(0)
-        for i in range(origin.size):
-            before = np.uint32(np.uint32(origin[i]) << np.uint32(16)).view(np.float32)
-            change = np.float32(np.uint32(np.uint32(tuned[i]) << np.uint32(16)).view(np.float32) - before)
-            bad = np.uint32(bad + np.uint32((change.view(np.uint32) & _EXPONENT) == _EXPONENT))
-            delta[i] = change
-        if bad:
+        delta = scratch[: origin.size]
+        if _difference_both_bf16(origin, tuned, delta):
             return -1
         above += count_window(delta, first, fine)
     return above
 
 
-@_kernel
+@kernel
 def round_bf16(values, raw):
     """(n,) float32 without NaN -> `raw`, (n,) uint16 BF16, to nearest even; returns how many results are Inf."""
     bits = values.view(np.uint32)
@@ -454,7 +457,7 @@ def round_bf16(values, raw):
     return int(bad)
 
 
-@_kernel
+@kernel
 def count_bins(delta, bins, dropped_bits):
     """(n,) float32 -> bins[bits of |delta| >> dropped_bits] += 1."""
     bits = delta.view(np.uint32)

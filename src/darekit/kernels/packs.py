@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from darekit.kernels.cpu import _kernel
+from darekit.kernels.compiling import kernel as _kernel
 from darekit.masks import BLOCK, COUNTERS, MULTIPLIERS, ROUNDS, WEYL
 
 LANES = 8

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When kernels are compiled: not before one is called, and the fast lane's not even then, if a run before did it.
+
+Importing numba and having it look up its caches takes 0.6 s, as long as merging a small model. So numba is imported
+by the first call of a kernel (`kernel`), and the few kernels that whole merges consist of (`kept_kernel`) are stored
+as object code, which LLVM loads without numba (docs/decisions/0025). Where anything about that fails, numba does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+NEEDS_NOBODY = {"memset", "memcpy", "memmove"}  # what object code may call: every process has them
+
+_LOCK = threading.RLock()
+_SYMBOL = "darekit_kernel"
+# One letter per type, as numpy's: (name in numba, ctypes type).
+_TYPES = {
+    "q": ("int64", ctypes.c_int64), "Q": ("uint64", ctypes.c_uint64), "I": ("uint32", ctypes.c_uint32),
+    "H": ("uint16", ctypes.c_uint16), "f": ("float32", ctypes.c_float),
+}  # fmt: skip
+
+
+class Kernel:
+    """A function of arrays that numba compiles, and that imports numba when it is called first."""
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        self.function, self.options = function, options
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:  # noqa: D102
+        return (self.compiled or self.compile())(*arguments)
+
+    def compile(self) -> Callable[..., Any]:
+        """numba's dispatcher. All kernels of the module are replaced by theirs: they call each other by name."""
+        from numba import njit
+
+        with _LOCK:
+            names = self.function.__globals__
+            for value in {id(one): one for one in (self, *names.values()) if isinstance(one, Kernel)}.values():
+                if value.compiled is None:
+                    value.compiled = njit(**value.options)(value.function)
+                    if not isinstance(value, KeptKernel):
+                        names[value.function.__name__] = value.compiled
+            assert self.compiled is not None
+            return self.compiled
+
+
+class KeptKernel(Kernel):
+    """A kernel whose object code is kept between runs.
+
+    It takes contiguous arrays, numbers of numpy's types (or int) and tuples of float32, returns one int64, and
+    neither allocates nor raises.
+    """
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        super().__init__(function, options)
+        self._ready: dict[tuple[str, ...], Callable[..., int]] = {}
+
+    def __call__(self, *arguments: Any) -> int:  # noqa: D102
+        kinds = tuple(map(_kind, arguments))
+        ready = self._ready.get(kinds)
+        if ready is None:
+            with _LOCK:  # the threads of a merge arrive here together
+                ready = self._ready.get(kinds)
+                if ready is None:
+                    ready = self._ready[kinds] = self._prepare(kinds)
+        return ready(*arguments)
+
+    def _prepare(self, kinds: tuple[str, ...]) -> Callable[..., int]:
+        if "x" in "".join(kinds) or os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+            return self.compile()
+        try:
+            path = _place(self.function, kinds)
+            code = _stored(path)
+            if code is None:
+                code = _object_code(self.compile(), kinds)
+                _store(path, code)
+            return _loaded(code, kinds)
+        except Exception:  # whatever it is (LLVM's errors are RuntimeErrors), numba can do without
+            return self.compile()
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile with numba when it is called."""
+    return Kernel(function, {**OPTIONS, "cache": True})
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A part of kernels."""
+    return Kernel(function, {"inline": "always"})
+
+
+def kept_kernel(function: Callable[..., Any]) -> Any:
+    """Compile with numba unless a run before did it."""
+    return KeptKernel(function, OPTIONS)
+
+
+# Arguments
+
+
+def _kind(argument: Any) -> str:
+    """An argument's type: a letter, the number of dimensions for arrays; "x": only numba can take it."""
+    if isinstance(argument, np.ndarray):
+        char = argument.dtype.char if argument.dtype.char != "l" or argument.itemsize != 8 else "q"
+        char = "Q" if char == "L" and argument.itemsize == 8 else char
+        return f"{char}{argument.ndim}" if char in _TYPES and argument.flags.c_contiguous else "x"
+    if isinstance(argument, tuple):
+        return "f" * len(argument) if argument and all(isinstance(one, np.float32) for one in argument) else "x"
+    if isinstance(argument, np.generic):
+        return {"uint64": "Q", "uint32": "I", "float32": "f", "int64": "q"}.get(argument.dtype.name, "x")
+    return "q" if isinstance(argument, int) else "x"
+
+
+def _flatten(argument: Any) -> tuple[Any, ...]:
+    """An argument as C takes it: an array as its address and shape, a tuple as its numbers."""
+    if isinstance(argument, np.ndarray):
+        return argument.__array_interface__["data"][0], *argument.shape
+    return argument if isinstance(argument, tuple) else (argument,)
+
+
+def _c_types(kind: str) -> list[Any]:
+    if kind[-1].isdigit():
+        return [ctypes.c_void_p] + [ctypes.c_int64] * int(kind[-1])
+    return [_TYPES[char][1] for char in kind]
+
+
+# Compiling
+
+
+def _object_code(dispatcher: Callable[..., Any], kinds: tuple[str, ...]) -> bytes:
+    """Machine code for this processor, with one function `_SYMBOL` that needs nothing of numba or Python.
+
+    Raises:
+        RuntimeError: the kernel allocates or raises, so its code would need numba's run time.
+    """
+    import llvmlite.binding as llvm
+    import numba
+
+    types, parameters, arguments = [], [], []
+    for i, kind in enumerate(kinds):
+        if kind[-1].isdigit():
+            sizes = [f"n{i}_{axis}" for axis in range(int(kind[-1]))]
+            types += [numba.types.CPointer(getattr(numba.types, _TYPES[kind[0]][0]))] + [numba.types.int64] * len(sizes)
+            parameters += [f"a{i}", *sizes]
+            arguments.append(f"carray(a{i}, ({', '.join(sizes)},))")
+        else:
+            parts = [f"a{i}_{part}" for part in range(len(kind))]
+            types += [getattr(numba.types, _TYPES[char][0]) for char in kind]
+            parameters += parts
+            arguments.append(parts[0] if kind != "f" * len(kind) or len(kind) == 1 else f"({', '.join(parts)},)")
+    names: dict[str, Any] = {"carray": numba.carray, "kernel": dispatcher}
+    exec(f"def entry({', '.join(parameters)}):\n    return kernel({', '.join(arguments)})", names)
+    function = numba.cfunc(numba.types.int64(*types), boundscheck=False, error_model="numpy")(names["entry"])
+    module = llvm.parse_assembly(function.inspect_llvm())
+    for one in module.functions:
+        if one.name == function.native_name:
+            one.name = _SYMBOL
+        elif not one.is_declaration:
+            one.linkage = "internal"  # so that LLVM sees that nothing is raised, and drops what would handle it
+    machine = _target_machine(llvm)
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=1))
+    builder.getModulePassManager().run(module, builder)
+    needs = {one.name for one in module.functions if one.is_declaration and not one.name.startswith("llvm.")}
+    if needs - NEEDS_NOBODY:
+        raise RuntimeError(f"the kernel needs {', '.join(sorted(needs - NEEDS_NOBODY))}")
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+def _target_machine(llvm: Any) -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, codemodel="jitdefault",
+        jit=True,
+    )  # fmt: skip
+
+
+def _loaded(code: bytes, kinds: tuple[str, ...]) -> Callable[..., int]:
+    """Object code -> the function; ctypes releases the GIL while it runs."""
+    import llvmlite.binding as llvm
+
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine(llvm))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    types = [one for kind in kinds for one in _c_types(kind)]
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(engine.get_function_address(_SYMBOL))
+
+    def call(*arguments: Any) -> int:
+        found: int = function(*[one for argument in arguments for one in _flatten(argument)])
+        return found
+
+    call.engine = engine  # type: ignore[attr-defined]  # owns the code
+    return call
+
+
+# Keeping
+
+
+def _place(function: Callable[..., Any], kinds: tuple[str, ...]) -> Path:
+    """Where the code of a kernel for these arguments, this source, processor and LLVM is kept."""
+    import llvmlite
+    import llvmlite.binding as llvm
+
+    source = Path(function.__code__.co_filename)
+    about = [
+        *(path.read_bytes() for path in (source, Path(__file__), source.parent.parent / "masks.py")),
+        " ".join(kinds), llvmlite.__version__, sys.platform, llvm.get_process_triple(), llvm.get_host_cpu_name(),
+        llvm.get_host_cpu_features().flatten(),
+    ]  # fmt: skip
+    state = hashlib.blake2b(digest_size=16)
+    for one in about:
+        state.update(one if isinstance(one, bytes) else one.encode())
+        state.update(b"\0")
+    return _folder(source) / f"{function.__name__}-{state.hexdigest()}.o"
+
+
+def _folder(source: Path) -> Path:
+    """As numba's own: NUMBA_CACHE_DIR, else beside the source where that can be written, else the user's cache."""
+    if os.environ.get("NUMBA_CACHE_DIR"):
+        return Path(os.environ["NUMBA_CACHE_DIR"]) / "darekit"
+    beside = source.parent / "__pycache__"
+    if os.access(beside if beside.is_dir() else source.parent, os.W_OK):
+        return beside
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darekit"
+
+
+def _stored(path: Path) -> bytes | None:
+    """The code kept at `path`; None where there is none, or it is not what was written."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = data[:16], data[16:]
+    return code if code and hashlib.blake2b(code, digest_size=16).digest() == digest else None
+
+
+def _store(path: Path, code: bytes) -> None:
+    """Whole or not at all: other processes may be reading and writing the same file."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(hashlib.blake2b(code, digest_size=16).digest() + code)
+            Path(draft).replace(path)
+        except OSError:
+            Path(draft).unlink(missing_ok=True)
+            raise

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels whose object code is kept: loaded without numba, checked before it is loaded, and never needed."""
+
+import numpy as np
+import pytest
+
+from darekit.kernels import compiling, cpu
+from darekit.kernels.compiling import OPTIONS, KeptKernel
+
+RNG = np.random.default_rng(0)
+BASE, RAW = (RNG.integers(0, 0x7F00, 3000).astype(np.uint16) for _ in range(2))
+
+
+def run(kernel):
+    bins, delta = np.zeros(1 << 15, np.int64), np.empty(BASE.size, np.float32)
+    assert kernel(BASE, RAW, bins, delta) == 0
+    return bins, delta
+
+
+def values(raw):
+    return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def fresh(folder, monkeypatch):
+    """Makes kernels that have not run yet in this process, with a cache of their own."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder))
+    return lambda: KeptKernel(cpu.sample_bf16.function, OPTIONS)
+
+
+def test_the_second_run_needs_no_numba(fresh, folder, monkeypatch):
+    expected = values(RAW) - values(BASE)
+    counts = np.bincount((expected.view(np.uint32) & 0x7FFFFFFF) >> 16, minlength=1 << 15)
+    for first in (True, False):
+        with monkeypatch.context() as patch:
+            if not first:
+                patch.setattr(KeptKernel, "compile", lambda kernel: pytest.fail("compiled again"))
+            bins, delta = run(fresh())
+        assert np.array_equal(delta.view(np.uint32), expected.view(np.uint32)) and np.array_equal(bins, counts)
+        assert [path.suffix for path in (folder / "darekit").iterdir()] == [".o"], "one file, and no draft of it"
+
+
+def test_damaged_code_is_not_loaded_but_made_again(fresh, folder):
+    run(fresh())
+    (path,) = (folder / "darekit").iterdir()
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:], b""):
+        path.write_bytes(damaged)
+        assert compiling._stored(path) is None
+        run(fresh())
+        assert path.read_bytes() != damaged and compiling._stored(path) is not None
+
+
+def test_nothing_needs_to_be_kept(fresh, folder, monkeypatch):
+    blocked = folder / "a-file"
+    blocked.touch()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(blocked))
+    run(fresh())
+
+
+def allocate(values):
+    return np.empty(values.size).size
+
+
+def test_a_kernel_that_needs_numbas_run_time_is_not_kept(fresh, folder):
+    run(fresh())
+    before = sorted((folder / "darekit").iterdir())
+    assert KeptKernel(allocate, OPTIONS)(np.ones(7, np.float32)) == 7
+    assert sorted((folder / "darekit").iterdir()) == before
+
+
+def test_arguments_that_c_cannot_take_go_to_numba(fresh, folder):
+    run(fresh())
+    before = sorted((folder / "darekit").iterdir())
+    bins, delta = np.zeros(1 << 15, np.int64), np.empty(2 * BASE.size, np.float32)[::2]
+    assert fresh()(BASE, RAW, bins, delta) == 0
+    assert np.array_equal(bins, run(fresh())[0])
+    assert sorted((folder / "darekit").iterdir()) == before
