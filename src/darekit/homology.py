@@ -66,6 +66,16 @@ def label(ref: str) -> str:
     return PurePath(ref).name or ref
 
 
+def distinct_labels(refs: Sequence[str]) -> list[str]:
+    """Short names, or the whole ones where two short ones are the same.
+
+    >>> distinct_labels(["a/math", "a/code", "b/code"])
+    ['math', 'a/code', 'b/code']
+    """
+    short = [label(ref) for ref in refs]
+    return [ref if short.count(one) > 1 else one for ref, one in zip(refs, short, strict=True)]
+
+
 Heads = Checkpoint | Literal["merged", "common"]
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dare inspect`: what fine-tuning did to each tensor, and how much of it can be dropped.
+"""`dare inspect`: what fine-tuning did to each tensor, how much of it can be dropped, and how several models' deltas
+stand to each other.
 
-One pass over both checkpoints counts |delta| by its upper 19 bits (16 of them below the octave's), so deciles are
+One pass over all checkpoints counts |delta| by its upper 19 bits (16 of them below the octave's), so deciles are
 exact to 2^-11 of their value; norms, shares and zeros are exact.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from darekit.homology import (
     p_max,
     weighted_median,
 )
+from darekit.interference import Interference, PairCounts, judged
 from darekit.kernels import cpu
 from darekit.packs.reading import open_model
 
@@ -39,6 +41,7 @@ DECILES = tuple(i / 10 for i in range(11))
 TILE = 65536
 _DROPPED_BITS = 12
 _BINS = 1 << (31 - _DROPPED_BITS)
+_COARSE_BITS = 9  # of a bin's index: a histogram has four bins for each power of two
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,18 @@ class TensorReport:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """|delta| of all elements that are not 0: `counts[i]` of them from `edges[i]` up to `edges[i + 1]`."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"edges": list(self.edges), "counts": list(self.counts)}
+
+
+@dataclass(frozen=True)
 class Inspection:
     """The reports of all float tensors, their total, and the verdict: ok, large or wrong_base."""
 
@@ -71,6 +86,7 @@ class Inspection:
     recommended: float
     verdict: str
     words: str
+    histogram: Histogram
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -83,7 +99,25 @@ class Inspection:
             "drop_rate": self.recommended,
             "tau": TAU,
             "total": self.total.to_data(),
+            "histogram": self.histogram.to_data(),
             "tensors": [tensor.to_data() for tensor in self.tensors],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several models of one base: each one's inspection, and how their deltas stand to each other."""
+
+    base: str
+    models: tuple[Inspection, ...]
+    interference: Interference
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "base": self.base,
+            "models": [model.to_data() for model in self.models],
+            "interference": self.interference.to_data(),
         }
 
 
@@ -123,6 +157,19 @@ class _Counts:
             self._deciles(),
         )  # fmt: skip
 
+    def histogram(self) -> Histogram:
+        """Four bins for each power of two, from the smallest to the largest that is not 0."""
+        coarse = self.bins.reshape(-1, 1 << _COARSE_BITS).sum(1)
+        coarse[0] -= self.zeros  # what is smaller than any float32 of BF16's range stays
+        filled = np.flatnonzero(coarse)
+        if not filled.size:
+            return Histogram((), ())
+        first, last = int(filled[0]), int(filled[-1])
+        edges = (np.arange(first, last + 2, dtype=np.uint32) << np.uint32(_COARSE_BITS + _DROPPED_BITS)).view(
+            np.float32
+        )
+        return Histogram(tuple(map(float, edges)), tuple(map(int, coarse[first : last + 1])))
+
     def _deciles(self) -> tuple[float, ...]:
         if not self.count:
             return (0.0,) * len(DECILES)
@@ -135,18 +182,40 @@ class _Counts:
         return (self.smallest, *inner, self.largest)
 
 
+@overload
 def inspect(
     base: str | Path,
     model: str | Path,
+    /,
     *,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Inspection:
-    """Compare a model with its base, tensor by tensor.
+) -> Inspection: ...
+
+
+@overload
+def inspect(
+    base: str | Path,
+    model: str | Path,
+    other: str | Path,
+    /,
+    *more: str | Path,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison: ...
+
+
+def inspect(
+    base: str | Path,
+    *models: str | Path,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection | Comparison:
+    """Compare a model with its base, tensor by tensor; of several models, their deltas with each other too.
 
     Args:
-        base: the checkpoint that `model` was fine-tuned from.
-        model: the fine-tuned model.
+        base: the checkpoint that the models were fine-tuned from.
+        models: the fine-tuned models: of one the result is an `Inspection`, of several a `Comparison`.
         threads: worker threads.
         progress: called with (bytes done, bytes in all).
 
@@ -154,50 +223,85 @@ def inspect(
         HomologyError: their tensors do not correspond (a vocabulary that differs is compared on the common rows).
         DataError: NaN or Inf.
     """
+    if not models:
+        raise TypeError("inspect needs at least one model besides the base")
+    found, interference = _inspect_all(str(base), [str(model) for model in models], threads, progress)
+    return found[0] if interference is None else Comparison(str(base), tuple(found), interference)
+
+
+def _inspect_all(
+    base: str, models: Sequence[str], threads: int | None, progress: Callable[[int, int], None] | None
+) -> tuple[list[Inspection], Interference | None]:
     from darekit.engine import default_threads
 
     opened: list[Checkpoint] = []
     try:
         opened.append(open_checkpoint(base))
-        opened.append(open_model(model, opened[0]))
+        for model in models:
+            opened.append(open_model(model, opened[0]))
         alignment = align(opened[0], opened[1:], "base", heads="common")
-        tensors = [t for t in alignment.tensors if t.models[0] and dtype_named(t.dtype).kind == "float"]
-        total_bytes = sum(min(t.base.nbytes, t.models[0].nbytes) * 2 for t in tensors if t.base and t.models[0])
-        total, reports, done = _Counts(), [], 0
+        tensors = [t for t in alignment.tensors if any(t.models) and dtype_named(t.dtype).kind == "float"]
+        total_bytes = sum(info.nbytes for t in tensors for info in (t.base, *t.models) if info)
+        totals, done = [_Counts() for _ in models], 0
+        together = PairCounts(len(models))
+        reports: list[list[TensorReport]] = [[] for _ in models]
+        relations = []
         with ThreadPoolExecutor(threads or default_threads()) as pool:
-            for tensor, counts in zip(tensors, pool.map(_count, tensors), strict=True):
-                reports.append(counts.report(tensor.name, tensor.shape))
-                total.add(counts)
-                done += 2 * counts.count * dtype_named(tensor.dtype).itemsize
+            for tensor, (counts, pairs) in zip(tensors, pool.map(_count, tensors), strict=True):
+                for k, one in enumerate(counts):
+                    if tensor.models[k] is not None:
+                        reports[k].append(one.report(tensor.name, tensor.shape))
+                        totals[k].add(one)
+                if pairs is not None:
+                    relations.append(pairs.report(tensor.name, tensor.shape))
+                    together.add(pairs)
+                done += sum(info.nbytes for info in (tensor.base, *tensor.models) if info)
                 if progress:
-                    progress(min(done, total_bytes), total_bytes)
+                    progress(done, total_bytes)
     finally:
         for checkpoint in opened:
             checkpoint.close()
-    return _judged(str(base), str(model), reports, total.report("total", ()))
+    found = [
+        _judged(base, model, own, total.report("total", ()), total.histogram())
+        for model, own, total in zip(models, reports, totals, strict=True)
+    ]
+    if len(models) == 1:
+        return found, None
+    return found, judged(models, together.pairs, relations, together.report("total", ()))
 
 
-def _count(tensor: AlignedTensor) -> _Counts:
-    counts = _Counts()
-    base, model = tensor.base, tensor.models[0]
-    assert base is not None and model is not None
-    formats = dtype_named(base.dtype), dtype_named(model.dtype)
-    before, delta = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    raws = [np.empty(TILE * dtype.itemsize, np.uint8) for dtype in formats]
-    common = min(base.count, model.count)
-    for start in range(0, common, TILE):
-        n = min(TILE, common - start)
-        for raw, info, dtype in zip(raws, (base, model), formats, strict=True):
-            info.source.read_into(raw[: n * dtype.itemsize], start * dtype.itemsize)
-        kernels.widen(raws[0][: n * formats[0].itemsize], formats[0], before[:n])
-        bad = kernels.difference(raws[1][: n * formats[1].itemsize], formats[1], before[:n], delta[:n])
-        if bad:
-            raise DataError(f"NaN or Inf in {tensor.name}; inspect needs finite weights in both checkpoints")
-        counts.take(delta[:n], before[:n])
-    return counts
+def _count(tensor: AlignedTensor) -> tuple[list[_Counts], PairCounts | None]:
+    """One pass over a tensor in the base and in all models."""
+    base, models = tensor.base, tensor.models
+    assert base is not None
+    counts = [_Counts() for _ in models]
+    pairs = PairCounts(len(models)) if len(models) > 1 else None
+    before, deltas = np.empty(TILE, np.float32), np.empty((len(models), TILE), np.float32)
+    raw = np.empty(TILE * 8, np.uint8)
+    commons = [min(base.count, info.count) if info else 0 for info in models]
+    for start in range(0, max(commons), TILE):
+        n = min(TILE, max(commons) - start)
+        dtype = dtype_named(base.dtype)
+        base.source.read_into(raw[: n * dtype.itemsize], start * dtype.itemsize)
+        kernels.widen(raw[: n * dtype.itemsize], dtype, before[:n])
+        sizes = []
+        for k, info in enumerate(models):
+            sizes.append(max(0, min(n, commons[k] - start)))
+            if info is None or not sizes[k]:
+                continue
+            m, dtype = sizes[k], dtype_named(info.dtype)
+            info.source.read_into(raw[: m * dtype.itemsize], start * dtype.itemsize)
+            if kernels.difference(raw[: m * dtype.itemsize], dtype, before[:m], deltas[k, :m]):
+                raise DataError(f"NaN or Inf in {tensor.name}; inspect needs finite weights in all checkpoints")
+            counts[k].take(deltas[k, :m], before[:m])
+        if pairs is not None:
+            pairs.take([deltas[k, :m] for k, m in enumerate(sizes)])
+    return counts, pairs
 
 
-def _judged(base: str, model: str, reports: Sequence[TensorReport], total: TensorReport) -> Inspection:
+def _judged(
+    base: str, model: str, reports: Sequence[TensorReport], total: TensorReport, histogram: Histogram
+) -> Inspection:
     median = weighted_median((report.r, report.parameters) for report in reports)
     recommended = weighted_median((report.p_max, report.parameters) for report in reports)
     shown = f"{math.floor(recommended * 1000) / 10:g} %"
@@ -215,4 +319,4 @@ def _judged(base: str, model: str, reports: Sequence[TensorReport], total: Tenso
         verdict, words = "ok", "The two models are identical"
     else:
         verdict, words = "ok", f"About {shown} of the delta can be dropped (median r = {median:.4f}) {RULE_OF_THUMB}"
-    return Inspection(base, model, tuple(reports), total, median, recommended, verdict, words)
+    return Inspection(base, model, tuple(reports), total, median, recommended, verdict, words, histogram)

@@ -15,19 +15,29 @@ Dtype = Annotated[str | None, typer.Option(help="What the model computes in; def
 
 
 def inspect(
-    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
-    model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
+    base: Annotated[str, typer.Argument(help="The checkpoint that the models were fine-tuned from.")],
+    models: Annotated[list[str], typer.Argument(help="The fine-tuned model, or several to compare.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw the deltas into this folder, as PNG and SVG.")] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Show how far MODEL is from BASE, tensor by tensor, and how much of it can be dropped."""
+    """Show how far models are from BASE, how much can be dropped, and how several pull against each other."""
     with errors_told():
-        from darekit.cli import display
+        from darekit.cli import display, display_analysis
         from darekit.inspection import inspect as inspect_models
 
+        if plot is not None:
+            from darekit.plots.style import require_matplotlib
+
+            require_matplotlib()
         with display.progress_bar("inspecting", quiet=as_json) as progress:
-            found = inspect_models(base, model, threads=threads, progress=progress)
-        display.show_inspection(found, as_json=as_json)
+            found = inspect_models(base, *models, threads=threads, progress=progress)
+        drawn = []
+        if plot is not None:
+            from darekit.plots.inspections import draw_inspection
+
+            drawn = draw_inspection(found, plot)
+        display_analysis.show_inspections(found, drawn, as_json=as_json)
 
 
 def similarity(

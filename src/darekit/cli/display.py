@@ -14,12 +14,9 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from darekit.homology import Judgement
-    from darekit.inspection import Inspection, TensorReport
     from darekit.planning import Plan
     from darekit.running import Report
     from darekit.statistics.running import StatisticsReport
-
-PERCENT_COLUMNS = ("10%", "50%", "90%", "max")
 
 
 def say_note(line: str) -> None:
@@ -196,34 +193,10 @@ def _show_rates(plan: Plan) -> None:
     print_table(table)
 
 
-def show_inspection(found: Inspection, *, as_json: bool) -> None:
-    """Per tensor and in total, then the verdict."""
-    if as_json:
-        print(json.dumps(found.to_data()))
-        return
-    table = Table(
-        "tensor", "shape", "r", "p_max", "zeros", *(f"<{limit}" for limit in found.total.shares),
-        *(f"|d| {name}" for name in PERCENT_COLUMNS), box=None, pad_edge=False,
-    )  # fmt: skip
-    for report in (*found.tensors, found.total):
-        table.add_row(*_cells(report))
-    print_table(table)
-    print(f"\n{found.verdict}: {found.words}")
-
-
 def print_table(table: Table) -> None:
     """A table on standard output."""
     # As wide as its cells: on 80 columns rich would cut the names of tensors to `mod...`.
     Console(soft_wrap=True, width=10_000).print(table)
-
-
-def _cells(report: TensorReport) -> list[str]:
-    deciles = [report.deciles[i] for i in (1, 5, 9, 10)]
-    return [
-        report.name, "x".join(map(str, report.shape)), f"{report.r:.4f}", f"{report.p_max:.4f}",
-        f"{100 * report.zeros:.1f}%", *(f"{100 * share:.1f}%" for share in report.shares.values()),
-        *(f"{value:.1e}" for value in deciles),
-    ]  # fmt: skip
 
 
 def methods_data() -> dict[str, list[dict[str, Any]]]:

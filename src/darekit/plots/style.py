@@ -94,6 +94,7 @@ def save(figure: Any, stem: Path) -> tuple[Path, Path]:
         figure.savefig(partial, format=suffix[1:], dpi=DPI, metadata=metadata)
         partial.replace(path)
         written.append(path)
+        figure.set_layout_engine("none")  # it stands; laying it out is half of the work
     return written[0], written[1]
 
 
