@@ -18,6 +18,7 @@ from darekit.plots import style
 _LAYER = re.compile(r"\.(\d+)\.")
 OUTSIDE = "other"  # the column of tensors that belong to no layer
 _LEAST_SHARE = 1e-4  # smaller bins at the lower end are left out: they would stretch the axis for nothing
+_WIDEST = 14.0  # inches of a figure
 _CELLS = 400  # above that many, numbers in the cells are not written
 
 
@@ -130,10 +131,12 @@ def _heatmaps(
     layered = {kind for table in tables for kind, layer in table if layer != OUTSIDE}
     kinds.sort(key=lambda kind: (kind not in layered, kind in small))
     longest = max(len(kind) for kind in kinds)
-    width = 0.085 * longest + 0.5 + max(0.16 * len(layers), 0.62 * min(len(layers), 12))
-    columns = max(1, min(len(tables), int(15 / width)))
+    names_width = 0.085 * longest + 1.5  # inches, once a row, with the colour bar
+    panel = max(2.7, 0.16 * len(layers), 0.62 * min(len(layers), 12))
+    columns = max(1, min(len(tables), int((_WIDEST - names_width) / panel)))
     rows = math.ceil(len(tables) / columns)
-    figure, grid = style.new_figure(rows, columns, width=max(width, 2.6), height=0.3 * len(kinds) + 1.0, extra=0.5)
+    width = panel + names_width / columns
+    figure, grid = style.new_figure(rows, columns, width=width, height=0.3 * len(kinds) + 1.0, extra=0.5)
     norm = LogNorm(low, high) if log else Normalize(low, high)
     every = [axes for row in grid for axes in row]
     image = None
@@ -158,7 +161,7 @@ def _heatmaps(
     for axes in every[len(tables) :]:
         axes.set_visible(False)
     figure.suptitle(title, fontsize=12)
-    figure.colorbar(image, ax=every, label=bar, shrink=0.8)
+    figure.colorbar(image, ax=every, label=bar, shrink=0.8, aspect=30)
     yield from style.save(figure, stem)
 
 
