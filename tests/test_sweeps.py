@@ -330,6 +330,7 @@ def test_settings_are_chosen_on_validation_and_reported_on_test(real, place):
     assert statistic.mean == pytest.approx(sum(values) / 2)
     assert statistic.deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert "Chosen by all/total on validation" in (place.path / "out" / "tables.md").read_text()
+    assert summary.single.at == {"method": "DARE", "sparsify.drop_rate": 0}  # at lambda 3 it is no model of ours
     assert figure_of(result.sweep, summary, "test").panels[0].levels  # the base is there to compare with
 
 

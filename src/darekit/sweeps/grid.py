@@ -165,6 +165,11 @@ def undropped(recipe: Recipe) -> Recipe:
     return replace(recipe, models=entries, sparsify=None)
 
 
+def is_single(recipe: Recipe) -> bool:
+    """Whether it comes to one of its models as it is."""
+    return len(recipe.models) == 1 and essence(recipe) == single(recipe, 0)
+
+
 def single(recipe: Recipe, model: int) -> Recipe:
     """One of its models as it is."""
     entry = ModelEntry(recipe.models[model].model, {})

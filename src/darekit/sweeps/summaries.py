@@ -13,6 +13,7 @@ from darekit.errors import RecipeError
 from darekit.homology import label
 from darekit.recipe.documents import suggest
 from darekit.sweeps.data import DROP_RATE, SPLITS, Axis, Sweep
+from darekit.sweeps.grid import is_single
 from darekit.sweeps.store import OK, Finished
 
 MEAN = "mean"
@@ -29,7 +30,8 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: all its seeds together. `scores`: split -> score's name -> statistic."""
+    """One setting: all its seeds together. `scores`: split -> score's name -> statistic; `alone`: it is one of the
+    models, untouched."""
 
     kind: str
     at: Mapping[str, Any]
@@ -38,6 +40,7 @@ class Row:
     scores: Mapping[str, Mapping[str, Statistic]]
     failed: int
     warnings: tuple[str, ...]
+    alone: bool
 
     @property
     def title(self) -> str:
@@ -99,9 +102,7 @@ def summarise(sweep: Sweep, finished: Sequence[Finished]) -> Summary:
         for row in grid:
             groups.setdefault(tuple(row.at.get(name) for name in named), []).append(row)
         by_name = [best for group in groups.values() if (best := _best(group, split, score, higher))]
-    singles = [row for row in rows if row.kind == "single"] or [
-        row for row in grid if len(row.models) == 1 and row.at.get(DROP_RATE) == 0
-    ]
+    singles = [row for row in rows if row.kind != "base" and row.alone]
     return Summary(
         tuple(rows), score, higher, directions, chosen, tuple(by_name) if len(by_name) > 1 else (),
         _best(singles, split, score, higher),
@@ -155,7 +156,7 @@ def _row(sweep: Sweep, group: Sequence[Finished], directions: Mapping[str, bool 
     cell = group[0].cell
     return Row(
         cell.kind, cell.at, tuple(e.model for e in cell.recipe.models), cell.judges, scores, len(group) - len(good),
-        tuple(dict.fromkeys(line for one in group for line in one.outcome.warnings)),
+        tuple(dict.fromkeys(line for one in group for line in one.outcome.warnings)), is_single(cell.recipe),
     )  # fmt: skip
 
 
