@@ -192,6 +192,36 @@ def test_rows_that_do_not_fit_the_model(live, tmp_path):
                 judge_of({"data": write(tmp_path / "label.jsonl", [{"text": "w5", "label": label}])})(live)
 
 
+def test_pairs_are_two_sentences_to_the_model(live, tmp_path):
+    if live.task == "causal":
+        pytest.skip("it has no labels")
+    torch.manual_seed(0)
+    from tokenizers.processors import TemplateProcessing
+
+    live.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # as BERT's: second sentence of type 1
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    with torch.no_grad():
+        live.model.bert.embeddings.token_type_embeddings.weight[1] = torch.randn(32)
+        live.model.classifier.weight.normal_()
+        live.model.classifier.bias.zero_()
+    rng = np.random.default_rng(6)
+    rows = [{"text": words(rng, 2), "pair": words(rng, 1 + i % 4), "label": 0} for i in range(9)]
+    rows += [{"text": words(rng, 3), "label": 0}]
+    outputs = []
+    for row in rows:
+        encoded = live.tokenizer(row["text"], row.get("pair"), return_tensors="pt")
+        outputs.append(live.model(**encoded).logits[0].argmax().item())
+    judge = judge_of({"data": write(tmp_path / "rows.jsonl", rows), "batch_size": 4})
+    judge(live)
+    assert [sample["found"] for sample in judge.samples] == outputs
+    zero = [live.model(**live.tokenizer(r["text"], r.get("pair"), return_tensors="pt") | {
+        "token_type_ids": None}).logits[0].argmax().item() for r in rows]  # fmt: skip
+    assert zero != outputs  # the test could fail
+    with pytest.raises(DataError, match="pair is a classifier's second sentence"):
+        judge_of(write(tmp_path / "pair.jsonl", [{"text": "w5", "pair": "w6"}]))
+
+
 def test_rows_of_two_forms_are_refused(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"text": "w5"}, {"prompt": "w5", "completion": "w6"}])
     with pytest.raises(DataError, match=r"rows\.jsonl:1 has text alone and .*rows\.jsonl:2 has a completion"):

@@ -16,7 +16,7 @@ from darekit.errors import DataError
 from darekit.evaluation import scores
 from darekit.evaluation.scores import Score
 from darekit.live.data import Row, Tokens, tokenize
-from darekit.live.models import CAUSAL, REGRESSOR, LiveModel, memory_told, one_thread
+from darekit.live.models import CAUSAL, REGRESSOR, LiveModel, memory_told, one_thread, segments
 
 BATCH_SIZE = 16
 COMPLETION, LABEL, TEXT = "a completion", "a label", "text alone"
@@ -67,7 +67,7 @@ class Examples:
 
     def identity(self) -> dict[str, Any]:
         """What decides about the scores, in JSON-able form."""
-        rows = [[row.text, row.completion, row.label] for row in self.rows]
+        rows = [[row.text, row.completion, row.label, row.pair] for row in self.rows]
         digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
         return {"data": self.source, "rows": len(rows), "digest": digest, "max_length": self.max_length}
 
@@ -90,6 +90,10 @@ class Examples:
         length = min(self.max_length or longest, longest)
         if self._tokens is None or self._tokens[0] is not live.tokenizer or self._tokens[1] != length:
             tokens = tokenize(live.tokenizer, self.rows, max_length=length)
+            if len(tokens) < len(self.rows):
+                made = {row.place for row in tokens}
+                place = next(row.place for row in self.rows if row.place not in made)
+                raise DataError(f"{place}: the tokenizer makes no token of this row, so it cannot be judged")
             end = live.tokenizer.eos_token_id
             for row in tokens if self.form == COMPLETION and end is not None else ():
                 if row.ids[-1] != end:
@@ -170,7 +174,8 @@ class Examples:
             for at, row in enumerate(rows):
                 ids[at, : len(row.ids)] = torch.tensor(row.ids)
                 mask[at, : len(row.ids)] = 1
-            yield places, rows, {"input_ids": ids.to(live.device), "attention_mask": mask.to(live.device)}
+            inputs = {"input_ids": ids.to(live.device), "attention_mask": mask.to(live.device)}
+            yield places, rows, inputs | segments(live, rows, ids.shape[1])
             if self.progress:
                 self.progress(start + len(rows), len(tokens))
 

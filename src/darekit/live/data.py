@@ -20,12 +20,14 @@ IGNORED = -100  # a target that has no part in the loss; torch's own default
 @dataclass(frozen=True, slots=True)
 class Row:
     """One example. A causal model sees `text` + `completion` and is asked for the completion (for all of the text,
-    where there is none); a classifier sees `text` and is asked for `label`. `place`: where it stands, for errors."""
+    where there is none); a classifier sees `text`, or `text` and `pair` as its two sentences, and is asked for `label`.
+    `place`: where it stands, for errors."""
 
     text: str
     completion: str | None = None
     label: int | float | str | None = None
     place: str = ""
+    pair: str | None = None
 
 
 def read_rows(source: str | Path, *, limit: int | None = None, split: str = "train") -> tuple[Row, ...]:
@@ -118,20 +120,24 @@ def _row_of(value: Any, place: str) -> Row | str:
         return f"{place}: keys {', '.join(map(str, value)) or 'none'}"
     if not text.strip():
         return f"{place}: the text is empty"
-    label = value.get("label")
+    label, pair = value.get("label"), value.get("pair")
+    if pair is not None and not (isinstance(pair, str) and label is not None):
+        return f"{place}: pair is a classifier's second sentence, a text beside text and label"
     if label is not None and not isinstance(label, int | float | str):
         return f"{place}: label {label!r} is neither a number nor a word"
-    return Row(text, label=label, place=place)
+    return Row(text, label=label, place=place, pair=pair)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One example as token ids. `asked`: whether the token at i is a target (predicted from those before it)."""
+    """One example as token ids. `asked`: whether the token at i is a target (predicted from those before it).
+    `types`: of a pair, which sentence each token belongs to, where the tokenizer tells (BERT's does)."""
 
     ids: tuple[int, ...]
     asked: tuple[bool, ...]
     label: int | float | str | None
     place: str
+    types: tuple[int, ...] | None = None
 
 
 def tokenize(tokenizer: Any, rows: Sequence[Row], *, max_length: int, end: bool = True) -> list[Tokens]:
@@ -148,8 +154,12 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], *, max_length: int, end: bool 
     """
     found = []
     for row in rows:
+        types = None
         if row.completion is None:
-            ids = tokenizer(row.text, truncation=True, max_length=max_length)["input_ids"]
+            encoded = tokenizer(row.text, row.pair, truncation=True, max_length=max_length)
+            ids = encoded["input_ids"]
+            if row.pair is not None and "token_type_ids" in encoded:
+                types = tuple(encoded["token_type_ids"])
             asked = [False] + [True] * (len(ids) - 1)
         else:
             head = tokenizer(row.text)["input_ids"]
@@ -162,7 +172,7 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], *, max_length: int, end: bool 
             head = head[-(max_length - len(tail)) :]
             ids, asked = [*head, *tail], [False] * len(head) + [True] * len(tail)
         if ids:
-            found.append(Tokens(tuple(ids), tuple(asked), row.label, row.place))
+            found.append(Tokens(tuple(ids), tuple(asked), row.label, row.place, types))
     if not found:
         raise DataError("the tokenizer makes no token of any row: is it the model's own tokenizer?")
     return found

@@ -21,6 +21,7 @@ from typing import Any
 from darekit import engine, tiles
 from darekit.dtypes import Bytes, DType, dtype_named
 from darekit.errors import CheckpointError, DataError, HomologyError, PlanError, Unsupported
+from darekit.live.data import Tokens
 from darekit.output.companions import write_companions
 from darekit.planning import Plan, open_plan
 from darekit.recipe import Recipe, read_recipe
@@ -304,6 +305,17 @@ def _no_init() -> Iterator[None]:
         from transformers.modeling_utils import no_init_weights
     with no_init_weights():
         yield
+
+
+def segments(live: LiveModel, rows: Sequence[Tokens], width: int) -> dict[str, Any]:
+    """The model's argument that tells two sentences of a pair apart: `token_type_ids`, (rows, width) int64, padded on
+    the right. Nothing where no row is a pair or the model has no such embedding (some tokenizers tell anyhow)."""
+    import torch
+
+    if (getattr(live.model.config, "type_vocab_size", None) or 0) < 2 or all(row.types is None for row in rows):
+        return {}
+    types = [[*(row.types or ()), *[0] * (width - len(row.types or ()))] for row in rows]
+    return {"token_type_ids": torch.tensor(types, device=live.device)}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from darekit.errors import DataError
 from darekit.live.data import Tokens, batches
-from darekit.live.models import LiveModel, memory_told, one_thread
+from darekit.live.models import LiveModel, memory_told, one_thread, segments
 
 States = npt.NDArray[np.float32]
 
@@ -42,7 +42,10 @@ def hidden_states(
                 ids[at, : len(row.ids)] = torch.tensor(row.ids)
                 mask[at, : len(row.ids)] = 1
             body = getattr(live.model, "base_model", live.model)  # without the head, which costs and says nothing here
-            found = body(input_ids=ids.to(live.device), attention_mask=mask.to(live.device), output_hidden_states=True)
+            found = body(
+                input_ids=ids.to(live.device), attention_mask=mask.to(live.device), output_hidden_states=True,
+                **segments(live, batch, longest),
+            )  # fmt: skip
             layers = getattr(found, "hidden_states", None)
             if layers is None:
                 raise DataError(f"{type(live.model).__name__} does not show its hidden states")

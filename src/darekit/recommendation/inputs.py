@@ -10,7 +10,7 @@ from typing import Any
 
 from darekit.errors import DataError
 from darekit.live.data import Row, Tokens, batches, tokenize
-from darekit.live.models import LiveModel
+from darekit.live.models import LiveModel, segments
 
 Progress = Callable[[int, int], None]
 
@@ -49,7 +49,8 @@ def padded(live: LiveModel, tokens: Sequence[Tokens], size: int) -> Iterator[tup
             ids[place, : len(one.ids)] = torch.tensor(one.ids)
             mask[place, : len(one.ids)] = 1
             asking[place, : len(one.ids) - 1] = torch.tensor(one.asked[1:], dtype=torch.bool)
-        yield {"input_ids": ids.to(live.device), "attention_mask": mask.to(live.device)}, asking.to(live.device)
+        inputs = {"input_ids": ids.to(live.device), "attention_mask": mask.to(live.device)}
+        yield inputs | segments(live, batch, longest), asking.to(live.device)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from darekit.errors import DataError, Unsupported
 from darekit.live.data import Tokens
-from darekit.live.models import CAUSAL, CLASSIFIER, REGRESSOR, LiveModel
+from darekit.live.models import CAUSAL, CLASSIFIER, REGRESSOR, LiveModel, segments
 
 EMPIRICAL, SAMPLED, EXACT = "empirical", "sampled", "exact"
 LABELS = (EMPIRICAL, SAMPLED, EXACT)
@@ -115,7 +115,8 @@ class FisherPass:
         import torch
 
         ids = torch.tensor([example.ids], device=self.live.device)
-        logits = self.live.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
+        pair = segments(self.live, [example], ids.shape[1])
+        logits = self.live.model(input_ids=ids, attention_mask=torch.ones_like(ids), **pair).logits[0].float()
         draw = torch.Generator().manual_seed(_seed_of(self.seed, index))
         match self.live.task:
             case "causal":
@@ -299,7 +300,10 @@ class GramPass:
         self.spoilt = True  # until all layers have seen the batch
         try:
             with torch.no_grad():
-                logits = self.live.model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits
+                pairs = segments(self.live, batch, longest)
+                logits = self.live.model(
+                    input_ids=ids.to(device), attention_mask=mask.long().to(device), **pairs
+                ).logits
         finally:
             self._mask = self._last = None
         if not bool(torch.isfinite(logits[mask.to(device)] if logits.dim() == 3 else logits).all()):
