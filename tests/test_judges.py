@@ -198,6 +198,7 @@ def test_pairs_are_two_sentences_to_the_model(live, tmp_path):
     torch.manual_seed(0)
     from tokenizers.processors import TemplateProcessing
 
+    live.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     live.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # as BERT's: second sentence of type 1
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
