@@ -13,6 +13,7 @@ import darekit as dk
 import families
 from darekit.errors import RecipeError
 from darekit.homology import TAU, judge, p_max, sample_norms
+from darekit.lock import identity
 from darekit.planning import open_plan
 from darekit.recipe import Filtered, Filters, read_recipe, resolve
 from darekit.recommendation.rates import MOST, rate_within, rounded_down, spend
@@ -136,8 +137,14 @@ def test_auto_is_recorded_repeatable_and_resumable(llamas, tmp_path, dare):
         for name in group["tensors"]
         if group["stages"][0]
     }
-    with open_plan(read_recipe(auto(llamas))) as plan:
+    with open_plan(read_recipe(auto(llamas))) as plan, open_plan(read_recipe(auto(llamas))) as again:
         assert rates == dict(plan.rates[0])
+        # What a resume compares holds the numbers, and comes out the same.
+        compared = identity(plan, allow_nonfinite=False)
+        assert compared == identity(again, allow_nonfinite=False)
+        assert {"filter": "=lm_head.weight", "value": rates["lm_head.weight"]} in (
+            compared["recipe"]["models"][0]["parameters"]["drop_rate"]
+        )
     # The lock's recipe, whose rates are numbers, makes the same bytes.
     dk.merge(lock["recipe"], tmp_path / "two")
     families.same(families.load(tmp_path / "one"), families.load(tmp_path / "two"))
