@@ -12,7 +12,7 @@ from darekit.errors import CheckpointError, DataError
 from darekit.kernels import packs as kernels
 from darekit.packs.format import PackedTensor
 from darekit.packs.lane import Lane, lane_for
-from darekit.packs.leaves import Mask, encode, factor_of, put, restore, take
+from darekit.packs.leaves import Mask, encode, factor_of, put, restore, scale_factors, take
 from darekit.packs.quantization import encode_values, groups_in, pack_bits, quantize
 
 SIZES = (0, 1, 63, 64, 65, 1023, 1024, 1025, 8191, 8193, 65536)
@@ -124,12 +124,9 @@ def test_the_fast_lane_does_what_the_general_way_does(encoding: str, rate: float
         kept, places = np.zeros((2, sum(expected)), np.uint16)
         raw = base.copy()
         marks = np.zeros(tensor.leaves, bool)
-        assert lane.restore(raw, 0, counts, values.copy(), scales, marks, kept, places) == -1
+        assert lane.restore(raw, 0, counts, values.copy(), scale_factors(scales, "w"), marks, kept, places) == (-1, 0)
         assert np.array_equal(raw, result)
-        at = 0
-        for leaf, size in enumerate(expected):
-            kernels.put(raw.view(np.uint16)[leaf * digests.LEAF :], places[at : at + size], kept[at : at + size])
-            at += size
+        kernels.put_leaves(raw.view(np.uint16), counts, places, kept)
         assert np.array_equal(raw, base)
 
 
@@ -143,11 +140,11 @@ def test_the_fast_lane_begins_at_any_leaf_and_undoes_differences() -> None:
     raw = base[begin:].copy()
     marks = np.array([True, False])
     counts = np.array(expected[2:], np.int64)
-    assert lane.restore(raw, 2, counts, values, np.empty(0, np.uint8), marks, nothing, nothing) == -1
+    assert lane.restore(raw, 2, counts, values, np.empty(0, np.float32), marks, nothing, nothing) == (-1, 0)
     assert np.array_equal(raw, result[begin:])
     counts[1] += 1
     raw = base[begin:].copy()
-    assert lane.restore(raw, 2, counts, values, np.empty(0, np.uint8), marks, nothing, nothing) == 1
+    assert lane.restore(raw, 2, counts, values, np.empty(0, np.float32), marks, nothing, nothing)[0] == 1
 
 
 def test_what_is_not_finite_is_refused() -> None:

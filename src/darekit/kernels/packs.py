@@ -506,3 +506,14 @@ def restore_integers(
         begin += nbytes
         first += groups
     return -1, wrong
+
+
+@_kernel
+def put_leaves(raw, counts, places, words):
+    """(n,) uint16 in place, (leaves,) int64, (k,) uint16 twice: `put` in one leaf after another."""
+    at = 0
+    for leaf in range(counts.size):
+        part = raw[leaf * LEAF : (leaf + 1) * LEAF]
+        for j in range(at, at + counts[leaf]):
+            part[places[j]] = words[j]
+        at += counts[leaf]

@@ -306,10 +306,14 @@ class PackFile:
 
     def read_leaf(self, tensor: PackedTensor, leaf: int) -> tuple[Bytes, Bytes]:
         """Raw bytes of one leaf's values (or frame) and of its scales."""
+        return self.read_leaves(tensor, leaf, leaf + 1)
+
+    def read_leaves(self, tensor: PackedTensor, first: int, last: int) -> tuple[Bytes, Bytes]:
+        """Raw bytes of the values (or frames) of leaves first .. last, one behind the other, and of their scales."""
         parts, table = self.parts[tensor.name], self.tables[tensor.name]
         found = []
         for place, starts in ((parts.values or parts.frames, table.values), (parts.scales, table.scales)):
-            begin, end = int(starts[leaf]), int(starts[leaf + 1])
+            begin, end = int(starts[first]), int(starts[last])
             raw = np.empty(end - begin, np.uint8)
             if place is not None and raw.size:
                 self.file.read_into(raw, place.offset + begin)

@@ -43,6 +43,11 @@ def compress_values(tensor: PackedTensor, values: DType, stored: Bytes, base: By
     return np.concatenate([np.zeros(1, np.uint8), stored])
 
 
+def is_difference(frame: Bytes) -> bool:
+    """Whether a frame holds XORs with the base's elements."""
+    return bool(frame.size) and int(frame[0]) == DIFFERENCE
+
+
 def decompress_values(tensor: PackedTensor, values: DType, frame: Bytes, nbytes: int, base: Bytes | None) -> Bytes:
     """A frame -> the values, (nbytes,) uint8. `base`: its elements at the same places; None: there is no base at hand.
 

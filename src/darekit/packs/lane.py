@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from darekit.digests import LEAF
-from darekit.dtypes import Bytes, DType
+from darekit.dtypes import Bytes, DType, Floats
 from darekit.kernels import packs as kernels
 from darekit.masks import DROP_ALL
 from darekit.packs.format import PackedTensor
-from darekit.packs.leaves import Mask, refuse_nonfinite, refuse_nonfinite_results, scale_factors
+from darekit.packs.leaves import Mask, refuse_nonfinite, refuse_nonfinite_results
 from darekit.packs.quantization import TERNARY, groups_in
 
 LANE_LEAVES = 4  # a call: with the model's they still fit the caches
@@ -79,32 +79,38 @@ class Lane:
         return found
 
     def restore(
-        self, raw: Bytes, first: int, counts: Counts, values: Bytes, scales: Bytes, differences: npt.NDArray[np.bool_],
-        kept: Words, places: Words,
-    ) -> int:  # fmt: skip
-        """(2n,) uint8 of the base, in place -> the result; `differences`, (leaves,): their values are XORs with it.
+        self, raw: Bytes, first: int, counts: Counts, values: Bytes, scales: Floats,
+        differences: npt.NDArray[np.bool_], kept: Words, places: Words,
+    ) -> tuple[int, int]:  # fmt: skip
+        """(2n,) uint8 of the base, in place -> the result.
 
-        What is overwritten is told to `kept` and `places`, (k,) each or both empty. Returns the first leaf of which the
-        mask keeps another number of elements; -1 where there is none.
+        Args:
+            raw: whole leaves of the base.
+            first: the number of the first.
+            counts: (leaves,) kept elements of each.
+            values: their values, (m,) uint8, one leaf behind the other; overwritten.
+            scales: (groups,) float32; empty where there are none.
+            differences: (leaves,) whether a leaf's values are XORs of fine-tuned elements with the base's.
+            kept: takes what is overwritten, (sum of counts,); empty: nobody asks.
+            places: takes where in its leaf that was; as `kept`.
 
-        Raises:
-            CheckpointError: stored values make no sense.
+        Returns:
+            The first leaf of which the mask keeps another number of elements, -1 where there is none: it and those
+            behind it are untouched. And how many results are NaN or Inf.
         """
-        tensor = self.tensor
+        tensor, words = self.tensor, raw.view(np.uint16)
         room, out = np.empty(LEAF, np.int32), np.empty(LEAF, np.uint16)
-        constants, words = self._constants(first), raw.view(np.uint16)
+        constants = self._constants(first)
         if not tensor.bits:
             other, wrong = kernels.restore_exact(
                 words, *constants, counts, values.view(np.uint16), differences, kept, places, room, out
             )
         else:
-            factors = scale_factors(scales, tensor.name)
             other, wrong = kernels.restore_integers(
-                words, *constants, tensor.bits, tensor.group, counts, values, factors, kept, places, room, out,
+                words, *constants, tensor.bits, tensor.group, counts, values, scales, kept, places, room, out,
                 np.empty(LEAF, np.float32),
             )  # fmt: skip
-        refuse_nonfinite_results(wrong, tensor.name)
-        return int(other)
+        return int(other), int(wrong)
 
     def _constants(self, first: int) -> tuple[np.uint64, np.uint64, int, int, np.float32]:
         return self.mask.seed, self.mask.stream, first * LEAF, self.mask.threshold, self.factor

@@ -12,11 +12,13 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from darekit import kernels
@@ -25,9 +27,21 @@ from darekit.checkpoints.hub import fetch_file, looks_like_hub_file, looks_like_
 from darekit.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
 from darekit.errors import CheckpointError, DarekitError, DataError, HoldsPack, HomologyError, PlanError
+from darekit.kernels import packs
 from darekit.packs.format import PackedTensor, PackFile, is_pack, read_pack, stored_digest, value_sizes
-from darekit.packs.frames import decompress_values
-from darekit.packs.leaves import Indices, Mask, decode, factor_of, number_for, restore, take
+from darekit.packs.frames import decompress_values, is_difference
+from darekit.packs.lane import LANE_LEAVES, lane_for
+from darekit.packs.leaves import (
+    Indices,
+    Mask,
+    decode,
+    factor_of,
+    number_for,
+    refuse_nonfinite_results,
+    restore,
+    scale_factors,
+    take,
+)
 from darekit.packs.lossless import decompress
 
 SUFFIX = ".safetensors"
@@ -350,6 +364,7 @@ class Decoder:
         self.number = number_for(tensor, self.values)
         self.factor = factor_of(tensor, source.document.rescale)
         self.mask = Mask(tensor, source.document.seed, source.rows.get(tensor.name))
+        self.lane = lane_for(self.mask, self.values, self.factor)
 
     def size(self, leaf: int) -> int:
         """Bytes of a leaf."""
@@ -417,6 +432,49 @@ class Decoder:
             stored = self.bare(stored, kept.size // DTYPES[self.tensor.dtype].itemsize, kept)
         restore(self.tensor, self.values, self.factor, indices, stored, scales, raw)
 
+    def swap_leaves(self, first: int, raw: Bytes, keep: Callable[[Swapped], None] | None = None) -> None:
+        """Leaves from `first` on of the base, raw and whole, in place -> the result; `keep` is told what was there.
+
+        Only where there is a `lane`.
+
+        Raises:
+            CheckpointError: what is stored makes no sense; `keep` has been told what was overwritten until then.
+        """
+        assert self.lane is not None
+        tensor, table = self.tensor, self.source.tables[self.tensor.name]
+        last = first + -(-raw.size // self.leaf_bytes)
+        counts = table.counts[first:last]
+        values, scales = self.source.read_leaves(tensor, first, last)
+        differences = np.zeros(counts.size, bool)
+        if tensor.codec != "none":
+            starts = table.values[first : last + 1] - table.values[first]
+            frames = [values[begin:end] for begin, end in pairwise(starts)]
+            differences = np.array([is_difference(frame) for frame in frames])
+            bare = [self.bare(frame, int(count), None) for frame, count in zip(frames, counts, strict=True)]
+            values = np.concatenate(bare)
+        factors = scale_factors(scales, tensor.name)
+        kept, places = np.empty((2, int(counts.sum()) if keep else 0), np.uint16)
+        other, wrong = self.lane.restore(raw, first, counts, values, factors, differences, kept, places)
+        if keep:
+            keep(Swapped(raw, counts if other < 0 else counts[:other], places, kept))
+        if other >= 0:
+            self.indices(first + other)  # says what is wrong
+        refuse_nonfinite_results(wrong, tensor.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """What some leaves of a BF16 tensor held, `raw`: `counts` (leaves,) of them, where in their leaves, and what."""
+
+    raw: Bytes
+    counts: npt.NDArray[np.int64]
+    places: npt.NDArray[np.uint16]
+    words: npt.NDArray[np.uint16]
+
+    def put_back(self) -> None:
+        """In place."""
+        packs.put_leaves(self.raw.view(np.uint16), self.counts, self.places, self.words)
+
 
 @dataclass(frozen=True)
 class PackedSource:
@@ -439,6 +497,13 @@ class PackedSource:
         while done < buffer.size:
             leaf, skip = divmod(offset + done, size)
             whole = min(size, self.nbytes - leaf * size)
+            many = self._whole_leaves(buffer[done:], leaf) if skip == 0 else 0
+            if many:
+                target = buffer[done : done + many]
+                self.base.source.read_into(target, leaf * size)
+                self.decoder.swap_leaves(leaf, target)
+                done += many
+                continue
             count = min(whole - skip, buffer.size - done)
             target = buffer[done : done + count]
             aligned = target.ctypes.data % DTYPES[self.base.dtype].itemsize == 0
@@ -448,6 +513,15 @@ class PackedSource:
             if raw is not target:
                 target[:] = raw[skip : skip + count]
             done += count
+
+    def _whole_leaves(self, buffer: Bytes, leaf: int) -> int:
+        """Bytes of the leaves from `leaf` on, a few at most, that fit a buffer and can be decoded in it at once."""
+        if self.decoder.lane is None or buffer.ctypes.data % 2:
+            return 0
+        size = self.decoder.leaf_bytes
+        rest = self.nbytes - leaf * size
+        most = min(LANE_LEAVES * size, rest)
+        return most if buffer.size >= most else buffer.size // size * size
 
 
 def open_pack(path: str | Path, base: str | Path | Checkpoint | None = None) -> Pack:

@@ -15,8 +15,9 @@ import numpy.typing as npt
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, open_checkpoint, sample_digest
 from darekit.dtypes import DTYPES, Bytes
 from darekit.errors import HomologyError
+from darekit.packs.lane import LANE_LEAVES
 from darekit.packs.leaves import Indices
-from darekit.packs.reading import Decoder, bytes_of, open_pack
+from darekit.packs.reading import Decoder, Swapped, bytes_of, open_pack
 from darekit.packs.workers import run_all
 
 LEAVES = 16  # one job
@@ -59,7 +60,7 @@ class Switcher:
         self.state: Mapping[str, Any] = model.state_dict() if hasattr(model, "state_dict") else model
         self.threads = threads or default_threads()
         self.current: Path | None = None
-        self._saved: list[_Saved] = []
+        self._saved: list[_Saved | Swapped] = []
         self._base = open_checkpoint(base)
         try:
             self._refuse_other_weights()
@@ -101,6 +102,12 @@ class Switcher:
         def work(job: tuple[Decoder, Bytes, int]) -> int:
             decoder, whole, first = job
             itemsize = DTYPES[decoder.tensor.dtype].itemsize
+            if decoder.lane:
+                last = min(first + LEAVES, decoder.tensor.leaves)
+                for leaf in range(first, last, LANE_LEAVES):
+                    end = min(leaf + LANE_LEAVES, last) * decoder.leaf_bytes
+                    decoder.swap_leaves(leaf, whole[leaf * decoder.leaf_bytes : end], self._saved.append)
+                return 1
             for leaf in range(first, min(first + LEAVES, decoder.tensor.leaves)):
                 raw = whole[leaf * decoder.leaf_bytes : (leaf + 1) * decoder.leaf_bytes]
 
@@ -116,7 +123,7 @@ class Switcher:
         """The base's bits, everywhere."""
         parts = [self._saved[i::64] for i in range(64)]
 
-        def work(saved: list[_Saved]) -> int:
+        def work(saved: list[_Saved | Swapped]) -> int:
             for one in saved:
                 one.put_back()
             return 1

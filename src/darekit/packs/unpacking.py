@@ -11,7 +11,9 @@ from typing import Any
 
 from darekit.api import Options
 from darekit.checkpoints import open_checkpoint
+from darekit.digests import LEAF
 from darekit.errors import DataError
+from darekit.packs.lane import LANE_LEAVES
 from darekit.packs.reading import Pack, open_pack
 from darekit.planning import make_plan
 from darekit.recipe import read_recipe
@@ -47,7 +49,7 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Any) 
                 plan,
                 Path(out),
                 threads=settings.threads,
-                tile=settings.tile,
+                tile=settings.tile or LANE_LEAVES * LEAF,
                 overwrite=settings.overwrite,
                 resume=settings.resume,
                 allow_nonfinite=False,
