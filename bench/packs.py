@@ -4,7 +4,8 @@
 Sizes are those of files, with `--codec none` and with `auto`; beside them what a bitmap or int32 indices would cost for
 the uncompressed values, computed. zstd of the dense delta: the same elements of the dropped model minus the base, BF16,
 zeros and all, cut into byte planes and leaves as a pack's are; measured on every eighth leaf. Speeds are minima of a
-few runs against the I/O floor: reading both models (pack), reading the base and writing (unpack).
+few runs against the I/O floor: reading both models (pack), reading the base and writing (unpack);
+of Switcher: reading and writing all weights in memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -144,21 +146,55 @@ def speeds(base: Path, model: Path, folder: Path, times: int) -> list[str]:
         shutil.rmtree(unpacked, ignore_errors=True)
         dk.unpack(base, pack, unpacked)
 
-    for bits in (16, 4):
-        job = lambda bits=bits: dk.pack(base, model, pack, drop_rate=0.9, bits=bits, seed=42, overwrite=True)  # noqa: E731
+    def add(name: str, seconds: float, low: float) -> None:
+        rows.append(row_of([name, f"{seconds:.2f}", f"{2 * whole / seconds / 1e9:.1f}", f"{low:.2f}",
+                            f"{seconds / low:.1f}"]))  # fmt: skip
+        print(rows[-1], file=sys.stderr)
+
+    state = loaded(base)
+    for bits, codec in ((16, "none"), (16, "auto"), (4, "none"), (4, "auto")):
+        name = f"p = 0.9, {bits} bit, codec {codec}"
+        job = lambda bits=bits, codec=codec: dk.pack(  # noqa: E731
+            base, model, pack, drop_rate=0.9, bits=bits, codec=codec, seed=42, overwrite=True
+        )
         job()
         seconds = least(job, times)
-        low = min(floor.floor([*inputs[0], *inputs[1]], scrap, pack.stat().st_size, 2) for _ in range(times))
-        rows.append(row_of([f"pack, p = 0.9, {bits} bit", f"{seconds:.2f}", f"{2 * whole / seconds / 1e9:.1f}",
-                            f"{low:.2f}", f"{seconds / low:.1f}"]))  # fmt: skip
+        add(f"pack, {name}", seconds, min(floor.floor([*inputs[0], *inputs[1]], scrap, 0, 2) for _ in range(times)))
         seconds = least(unpack, times)
-        low = min(floor.floor(inputs[0], scrap, whole, 2) for _ in range(times))
-        rows.append(row_of([f"unpack, p = 0.9, {bits} bit", f"{seconds:.2f}", f"{2 * whole / seconds / 1e9:.1f}",
-                            f"{low:.2f}", f"{seconds / low:.1f}"]))  # fmt: skip
-        print(rows[-2:], file=sys.stderr)
+        add(f"unpack, {name}", seconds, min(floor.floor(inputs[0], scrap, whole, 2) for _ in range(times)))
+        # From pack to pack on a model in memory: the base comes back, and the pack is put on it.
+        with dk.Switcher(state, base) as switcher:
+            switcher.switch(pack)
+            add(f"Switcher, {name}", least(lambda: switcher.switch(pack), times), least(lambda: copied(state), times))
     shutil.rmtree(unpacked, ignore_errors=True)
     pack.unlink()
     return rows
+
+
+def loaded(base: Path) -> dict[str, np.ndarray]:
+    """The base in memory."""
+    found = {}
+    with closing(open_checkpoint(base)) as checkpoint:
+        for name, info in checkpoint.tensors.items():
+            raw = np.empty(info.nbytes, np.uint8)
+            info.source.read_into(raw, 0)
+            found[name] = raw.view(ml_dtypes.bfloat16).reshape(info.shape)
+    return found
+
+
+def copied(state: dict[str, np.ndarray]) -> None:
+    """The floor of a switch: every tensor read and written once, on two threads, through a buffer that is warm."""
+    size = 1 << 21
+
+    def copy(array: np.ndarray) -> None:
+        raw, buffer = array.reshape(-1).view(np.uint8), np.empty(size, np.uint8)
+        for at in range(0, raw.size, size):
+            part = raw[at : at + size]
+            buffer[: part.size] = part
+            part[...] = buffer[: part.size]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(copy, state.values()))
 
 
 def main() -> None:
