@@ -143,6 +143,24 @@ def test_dropping_nothing_is_the_fine_tuned_model(result, members):
         assert at_zero == [tuned] * 3
 
 
+def test_the_data_beside_the_models_say_what_the_table_says(result):
+    """`dare eval` on the file for testing gives the table's cell; no word is in two files."""
+    import darekit as dk
+
+    rows = {path.name: set(path.read_text().splitlines()) for path in result.directory.glob("*.jsonl")}
+    assert len(rows) == 3 * len(FINE_TUNED) + 1 and all(rows.values())
+    asked = {name: found for name, found in rows.items() if name != "texts.jsonl"}
+    assert sum(map(len, asked.values())) == len(set().union(*asked.values()))
+    found = dk.evaluate(
+        [result.directory / ability for ability in FINE_TUNED],
+        judge={ability: {"data": str(result.directory / f"{ability}.test.jsonl")} for ability in FINE_TUNED},
+        device="cpu",
+    )
+    for ability, evaluation in zip(FINE_TUNED, found.evaluations, strict=True):
+        cells = next(score.accuracy for score in result.scores if score.row == f"fine-tuned: {ability}")
+        assert [100 * evaluation.scores[f"{name}/exact_match"].value for name in FINE_TUNED] == pytest.approx(cells)
+
+
 def test_a_second_run_trains_nothing_and_finds_the_same(result):
     before = times(result.directory)
     again = run_demo(result.directory, quick=True, quiet=True)

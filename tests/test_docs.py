@@ -7,6 +7,7 @@ after `make demo`. A block behind `<!-- output -->` shows what a command before 
 """
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -70,6 +71,12 @@ def family(tmp_path_factory):
     conftest._tokenizer(path / "base")
     for example in (ROOT / "examples").glob("*.yaml"):
         shutil.copy(example, path)
+    # Its data too, in words of this tokenizer.
+    for name, count in (("reverse", 8), ("sort", 8), ("shift", 8)):
+        for part in ("", ".validation", ".test"):
+            rows = [{"prompt": f"w{3 + i} w{4 + i} ", "completion": f"w{5 + i}"} for i in range(count)]
+            (path / f"{name}{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "texts.jsonl").write_text("".join(json.dumps({"text": f"w{3 + i} w{4 + i}"}) + "\n" for i in range(8)))
     return path
 
 

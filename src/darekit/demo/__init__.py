@@ -43,7 +43,7 @@ def run_demo(
     settings = settings or (quick_settings() if quick else Settings())
     directory = claim_directory(Path(directory))
 
-    from darekit.demo import evaluation, family, recipes, report, tasks, training
+    from darekit.demo import data, evaluation, family, recipes, report, tasks, training
 
     members = family.Family(directory, settings)
     with family.calm(), _progress(quiet) as progress:
@@ -60,6 +60,7 @@ def run_demo(
         points = evaluation.measure_sweep(members, step)
         end = time.perf_counter()
     recipes.copy_examples(directory)
+    data.write_data(directory, settings)
     result = DemoResult(
         directory=directory,
         abilities=tasks.FINE_TUNED,
