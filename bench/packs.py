@@ -121,7 +121,7 @@ def dense_delta(base: Path, model: Path, rate: float) -> int:
 def shapes() -> list[str]:
     lines = [
         "",
-        "| shapes | drop rate | bits | all tensors dropped | embeddings and norms dense |",
+        "| shapes, computed without codec | drop rate | bits | all tensors dropped | embeddings and norms dense |",
         "|---|--:|--:|--:|--:|",
     ]
     for name, shape in SHAPES.items():
