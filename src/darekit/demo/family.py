@@ -107,11 +107,11 @@ def is_trained(family: Family, job: Job) -> bool:
         return False
 
 
-def build_tokenizer() -> Any:
+def build_tokenizer(pieces: Sequence[str] = tasks.PIECES) -> Any:
     """One token for each letter, and one for each word and mark of a prompt."""
-    vocabulary = {piece: number for number, piece in enumerate((PAD, END, UNKNOWN, *tasks.PIECES))}
+    vocabulary = {piece: number for number, piece in enumerate((PAD, END, UNKNOWN, *pieces))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    longest_first = sorted(tasks.PIECES, key=len, reverse=True)
+    longest_first = sorted(pieces, key=len, reverse=True)
     pattern = "|".join(re.escape(piece) for piece in longest_first) + "|."
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
