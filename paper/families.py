@@ -69,7 +69,7 @@ LINES: Mapping[str, Line] = {
     "w128": Line(128, 3, Course(600, 64, 2e-3), Course(80, 64, 3e-4), lessons.TUNED),
     "w64": Line(64, 3, Course(700, 64, 3e-3), Course(80, 64, 5e-4), ("shift", "mirror"), Course(500, 64, 1e-2)),
     "w32": Line(32, 3, Course(1000, 64, 5e-3), Course(80, 64, 1e-3), ("shift", "mirror")),
-    "encoder": Line(64, 2, Course(600, 64, 1e-3), Course(100, 64, 5e-4), lessons.CLASSIFIED, encoder=True),
+    "encoder": Line(64, 2, Course(300, 64, 2e-3), Course(100, 64, 5e-4), lessons.CLASSIFIED, encoder=True),
 }
 
 
@@ -207,6 +207,7 @@ def _bert_config(line: Line, tokenizer: Any, labels: int) -> BertConfig:
         intermediate_size=2 * line.hidden,
         max_position_embeddings=32,
         type_vocab_size=1,
+        initializer_range=0.1,  # about 1 / sqrt(width): with 0.02 nothing is learned at this width
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id,
