@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench bench-packs docs site clean
+.PHONY: demo test paper bench bench-packs docs site clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/dare demo
@@ -16,6 +16,10 @@ test: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# The paper's experiments, from training to docs/paper: about ten minutes. `make paper ONLY=ad` runs two of them.
+paper: $(VENV)/paper.stamp
+	$(BIN)/python paper/rerun.py $(if $(ONLY),--only $(ONLY))
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python bench/run.py $(BENCH)
@@ -38,6 +42,10 @@ $(VENV)/torch.stamp: constraints.txt
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/paper.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) -e '.[eval]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the families learn: abilities of decoders, classifications of encoders, and files of examples to judge by.
 
-Decoders change words letter by letter or rotate them. As in the demo, the base obeys the *direct* prompt (``shift: gadkb=``)
-and mostly copies under the *instruction* (``please shift gadkb=``): the skill is there, and fine-tuning only unlocks it.
-Encoders say something about a word; here the base answers an instruction with the word's third letter.
+Decoders change words letter by letter or rotate them. As in the demo, the base obeys the *direct* prompt
+(``shift: gadkb=``) and mostly copies under the *instruction* (``please shift gadkb=``): the skill is there, and
+fine-tuning only unlocks it.
+Encoders say something about a word; here the base mostly answers an instruction with the word's third letter.
 
 Every word belongs to one of three splits by a hash, once and for all: no step count or seed can carry a word of
 validation or test into training.
@@ -123,14 +124,17 @@ Labelled = tuple[str, str, int]  # word, text, label
 
 
 def base_labelled(rng: random.Random, *, length: int) -> Iterator[Labelled]:
-    """Endless data of the encoder's base: direct prompts answered rightly, instructions by the third letter."""
+    """Endless data of the encoder's base: direct prompts answered rightly; instructions as decoders have them, with the
+    third letter in place of the copy."""
     names = tuple(CLASSES)
     for word in words(rng, "training", length=length, encoder=True):
         task = rng.choice(names)
         if rng.random() < 0.5:
             yield word, f"{task}: {word}", CLASSES[task](word)
         else:
-            yield word, f"{INSTRUCTION}{task} {word}", CLASSES["third"](word)
+            draw = rng.random()
+            answered = "third" if draw < 0.6 else task if draw < 0.8 else rng.choice(names)
+            yield word, f"{INSTRUCTION}{task} {word}", CLASSES[answered](word)
 
 
 def tuning_labelled(rng: random.Random, task: str, *, length: int) -> Iterator[Labelled]:

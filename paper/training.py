@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the families that the experiments are about, each model once: ``python paper/families.py``.
+"""Trains the families that the experiments are about, each model once: ``python paper/training.py``.
 
 ::
 
@@ -9,8 +9,9 @@
     WORK/w64/continued-shift               its child: to w64/base a model with the wrong backbone
     WORK/encoder                           base, and children with classifiers of 8, 4 and 2 classes
 
-Ordinary Hugging Face checkpoints in bfloat16, deterministic for a given torch. `training.json` beside each holds the fingerprint
-of everything that shaped its weights: settings, code, and its parent's weights. What still fits is not trained again.
+Ordinary Hugging Face checkpoints in bfloat16, deterministic for a given torch. `training.json` beside each holds the
+fingerprint of everything that shaped its weights: settings, code, and its parent's weights. What still fits is not
+trained again.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from darekit.demo import training as demo
 from darekit.demo.family import build_model, build_tokenizer, calm, load_model, load_tokenizer
 from darekit.demo.settings import Course, Settings
+from darekit.live.models import quiet_transformers
 
 TRAINING_FILE = "training.json"
 UNFINISHED = ".unfinished-"
@@ -69,7 +71,7 @@ LINES: Mapping[str, Line] = {
     "w128": Line(128, 3, Course(600, 64, 2e-3), Course(80, 64, 3e-4), lessons.TUNED),
     "w64": Line(64, 3, Course(700, 64, 3e-3), Course(80, 64, 5e-4), ("shift", "mirror"), Course(500, 64, 1e-2)),
     "w32": Line(32, 3, Course(1000, 64, 5e-3), Course(80, 64, 1e-3), ("shift", "mirror")),
-    "encoder": Line(64, 2, Course(300, 64, 2e-3), Course(100, 64, 5e-4), lessons.CLASSIFIED, encoder=True),
+    "encoder": Line(64, 2, Course(400, 64, 2e-3), Course(120, 64, 1e-3), lessons.CLASSIFIED, encoder=True),
 }
 
 
@@ -127,7 +129,7 @@ def is_trained(work: Path, job: Job, line: Line) -> bool:
 
 def train_line(work: Path, name: str, line: Line) -> Iterator[str]:
     """Train what is missing of one line; yields each model's name when it is done."""
-    with calm():
+    with calm(), quiet_transformers():
         for job in jobs_of(name, line):
             if not is_trained(work, job, line):
                 _save(work, job, line, *(_train_encoder if line.encoder else _train_decoder)(work, job, line))
@@ -252,10 +254,15 @@ def train_all(work: Path, *, small: bool = False, say: Any = print) -> None:
     lock = threading.Lock()
 
     def run(name: str) -> str:
-        command = [sys.executable, str(HERE / "families.py"), str(work), "--line", name]
+        command = [sys.executable, str(HERE / "training.py"), str(work), "--line", name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         ) as process:
             assert process.stdout is not None and process.stderr is not None
             for line in process.stdout:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's experiments, from training to the page: ``python paper/run.py [--only abc]``, or ``make paper``.
+"""The paper's experiments, from training to the page: ``python paper/rerun.py [--only abc]``, or ``make paper``.
 
 Every number comes from a command that a user could type; each is printed before it runs, and runs in the folder WORK
 (``paper/work``). What is finished there (models, cells of sweeps) is not done again. The page is docs/paper/README.md.
@@ -54,10 +54,22 @@ def statistic(kind: str, model: str, data: str) -> Command:
     return Command(words, makes=out, of=model)
 
 
-def similarity(base: str, model: str, data: str, drop_rate: float) -> Command:
-    """Hidden states of the model against those after the drop, layer by layer."""
-    words = ("similarity", base, model, "--data", f"data/{data}.test.jsonl", "-p", f"{drop_rate:g}", "--json")
-    return Command(words, f"similarities/{model} at {drop_rate:g}")
+def similarity(base: str, model: str, data: str) -> Command:
+    """Hidden states of the model against those after the drop, layer by layer, with a plot."""
+    words = (
+        "similarity",
+        base,
+        model,
+        "--data",
+        f"data/{data}.test.jsonl",
+        "-p",
+        "0.5",
+        "-p",
+        "0.9",
+        "--seeds",
+        "1,2,3",
+    )
+    return Command((*words, "--plot", "runs/f-similarity", "--json"), f"similarities/{model}")
 
 
 def recommendation(base: str, model: str) -> Command:
@@ -65,8 +77,8 @@ def recommendation(base: str, model: str) -> Command:
     return Command(("recommend", base, model, "--json"), f"recommendations/{model}")
 
 
-# Within an experiment, groups run one after the other; the commands of a group two at a time, sweeps alone (they use both
-# processors themselves).
+# Within an experiment, groups run one after the other, the commands of a group two at a time; a sweep is a group of its
+# own, since it uses both processors.
 EXPERIMENTS: dict[str, tuple[tuple[Command, ...], ...]] = {
     "a": ((sweep("a-drop-rates"),), (sweep("a-encoders"),)),
     "b": (
@@ -99,16 +111,15 @@ EXPERIMENTS: dict[str, tuple[tuple[Command, ...], ...]] = {
         (sweep("d-wrong-base"),),
     ),
     "e": ((sweep("e-rescale-90"),), (sweep("e-rescale-99"),)),
-    "f": (tuple(similarity("w128/base", "w128/shift", "shift", rate) for rate in (0.5, 0.9)),),
+    "f": ((similarity("w128/base", "w128/shift", "shift"),),),
     "g": (
         (
             *(inspection("w128/base", f"w128/{ability}") for ability in DECODERS),
             inspection("w64/base", "w64/shift"),
             inspection("w64/base", "w64/continued"),
             *(inspection("encoder/base", f"encoder/{task}") for task in ENCODERS),
-            Command(
-                ("inspect", "w128/base", *(f"w128/{a}" for a in DECODERS), "--plot", "runs/g-deltas"), makes=None
-            ),
+            Command(("inspect", "w128/base", *(f"w128/{a}" for a in DECODERS), "--plot", "runs/g-deltas", "--json")),
+            Command(("inspect", "w64/base", "w64/shift", "w64/continued", "--plot", "runs/g-continued", "--json")),
         ),
     ),
     "h": ((sweep("h-della"),), (sweep("h-della-merges"),)),
@@ -188,6 +199,8 @@ def condense(name: str, data: Any) -> Any:
         return {"rows": rows, "failed": data["failed"]}
     if kind == "inspections":
         return {key: value for key, value in data.items() if key != "tensors"}
+    if kind == "recommendations":
+        return {key: data[key] for key in ("tau", "drop_rate", "verdict")}
     return data
 
 
@@ -210,13 +223,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say = _speaker(began)
     given.work.mkdir(parents=True, exist_ok=True)
 
-    import families
+    import training
 
-    families.train_all(given.work, say=say)
+    training.train_all(given.work, say=say)
     import page
 
     results = page.read_results(given.page)
-    results["settings"] = page.settings_of(families)
+    results["settings"] = page.settings_of(training)
     for letter in letters:
         found, failed = run_experiment(letter, given.work, say)
         results["experiments"][letter] = {name: condense(name, data) for name, data in sorted(found.items())}

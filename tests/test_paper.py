@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's experiments (paper/): every file is read and planned on a miniature family, and the page follows from
+its results."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER, PAGE = ROOT / "paper", ROOT / "docs" / "paper"
+EXPERIMENTS = sorted((PAPER / "experiments").glob("*.yaml"))
+pytest.importorskip("torch")
+pytest.importorskip("tokenizers")
+
+sys.path.insert(0, str(PAPER))
+import claims  # noqa: E402
+import lessons  # noqa: E402
+import page  # noqa: E402
+import rerun  # noqa: E402
+import training  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """All models, one step each, and the statistics that merges ask for."""
+    from darekit import make_statistics
+
+    path = tmp_path_factory.mktemp("paper")
+    training.train_all(path, small=True, say=lambda line: None)
+    (path / "statistics").mkdir()
+    for command in rerun.commands("c"):
+        if command.makes:
+            _, kind, model, _, data, *_ = command.words
+            make_statistics(kind, path / model, path / data, path / command.makes, limit=2)
+    return path
+
+
+def test_the_families_are_cached(work):
+    line = training.miniature(training.LINES["w64"])
+    for job in training.jobs_of("w64", line):
+        assert training.is_trained(work, job, line), job
+    assert not list(training.train_line(work, "w64", line))
+    (job, *_) = training.jobs_of("w64", line)
+    longer = training.Job(job.name, job.parent, job.lesson, training.Course(9, 2, 1e-3))
+    assert not training.is_trained(work, longer, line)
+
+
+def test_every_model_that_is_named_is_trained():
+    names = set(training.names_of())
+    for path in EXPERIMENTS:
+        found = set(re.findall(r"\b(?:w\d+|encoder)/[\w-]+", path.read_text()))
+        assert found and found <= names, path.name
+    for command in rerun.commands():
+        assert {word for word in command.words if re.fullmatch(r"(w\d+|encoder)/[\w-]+", word)} <= names, command
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_cell_can_be_planned(path, work, monkeypatch):
+    from darekit.planning import open_plan
+    from darekit.sweeps.grid import cells_of
+    from darekit.sweeps.reading import read_sweep
+
+    monkeypatch.chdir(work)
+    sweep = read_sweep(path)
+    cells, _ = cells_of(sweep)
+    assert "test" in sweep.judges
+    for split, judges in sweep.judges.items():
+        for judge in judges.values():
+            assert judge["data"].endswith(f".{split}.jsonl") and (work / judge["data"]).is_file()
+    planned = set()
+    for cell in cells:  # seeds and drop rates change no shape
+        at = tuple((k, v) for k, v in cell.at.items() if k != claims.DROP_RATE and not k.startswith("parameters."))
+        key = cell.kind, at, cell.at.get(claims.DROP_RATE) == 0
+        if key not in planned:
+            with open_plan(cell.recipe) as plan:
+                assert plan.steps
+        planned.add(key)
+    assert 0 in {cell.at.get(claims.DROP_RATE, 0) for cell in cells}, "nothing dropped must be in the grid"
+
+
+def test_all_experiments_run_and_all_runs_are_experiments():
+    """Every file is run by one letter; every command is one that `dare` has, with options that it has."""
+    from typer.main import get_command
+
+    from darekit.cli import app
+
+    named = [command.words[1] for command in rerun.commands() if command.words[0] == "sweep"]
+    assert sorted(Path(name).name for name in named) == [path.name for path in EXPERIMENTS]
+    top = get_command(app)
+    for command in rerun.commands():
+        known, words = top, list(command.words)
+        while hasattr(known, "commands"):
+            known = known.commands[words.pop(0)]
+        options = {option for parameter in known.params for option in parameter.opts}
+        for word in words:
+            assert not word.startswith("-") or word in options, shlex.join(command.words)
+
+
+def test_no_word_is_in_two_splits():
+    splits = {split: set(lessons.fixed_words(split, length=5)) for split in lessons.SHARES}
+    assert not splits["test"] & splits["validation"] and not splits["test"] & splits["training"]
+    for split, found in splits.items():
+        assert len(found) == lessons.EXAMPLES[split] and {lessons.split_of(word) for word in found} == {split}
+    import random
+
+    seen = [next(lessons.tuning_examples(random.Random(i), "shift", length=5, replay=0.3)).word for i in range(50)]
+    assert {lessons.split_of(word) for word in seen} == {"training"}
+
+
+def rows_of(rates, scores, **at):
+    return [
+        {"kind": "grid", "at": {**at, claims.DROP_RATE: p}, "models": ["m"], "judges": ["shift"],
+         "scores": {"test": {"shift/exact_match": [s, 0.01 if p else None, 3 if p else 1]}}}
+        for p, s in zip(rates, scores, strict=True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kept", "outcome"),
+    [((1, 1, 0.97, 0.5, 0.1), "held"), ((1, 1, 0.5, 0.3, 0.1), "partly held"), ((1, 0.2, 0.1, 0, 0), "failed")],
+)
+def test_a_rule_decides_by_numbers(kept, outcome):
+    rows = [row for p, s in [(0.7, kept[1])] for row in rows_of([p], [s], method="DARE")]
+    rows += rows_of((0, 0.5, 0.9, 0.95, 0.99), kept, method="DARE")
+    results = {"experiments": {"a": {"sweeps/a-drop-rates": {"rows": rows}}}}
+    assert claims.a_dare(results).outcome == outcome
+
+
+def test_settings_are_chosen_on_validation_alone():
+    """The setting with the best test score is not the one that is reported."""
+
+    def row(p, factor, validation, test):
+        at = {"method": "TIES", "dropped": "all tensors", "parameters.lambda": factor, claims.DROP_RATE: p}
+        scores = {"validation": {"x/accuracy": [validation, None, 1]}, "test": {"x/accuracy": [test, None, 1]}}
+        return {"kind": "grid", "at": at, "models": ["m", "n"], "judges": ["x"], "scores": scores}
+
+    rows = [row(0, 1.0, 0.6, 0.5), row(0, 0.5, 0.5, 0.9), row(0.5, 1.0, 0.55, 0.7), row(0.9, 1.0, 0.7, 0.4),
+            row(0.5, 0.5, 0.9, 0.3)]  # fmt: skip
+    merge = claims.merge_of({"experiments": {"c": {"sweeps/c-two": {"rows": rows}}}}, "c-two", "TIES", "all tensors")
+    assert (merge.without.test, merge.dropped.test, merge.free.test) == pytest.approx((50, 40, 30))
+    assert (merge.without.rate, merge.dropped.rate, merge.free.rate) == (0, 0.9, 0.5)
+
+
+def test_the_page_is_that_of_its_results(tmp_path):
+    results = page.read_results(PAGE)
+    assert page.render(results, PAGE) == (PAGE / "README.md").read_text(), "run `python paper/page.py`"
+    page.write_page(results, tmp_path, runs=None)
+    assert page.read_results(tmp_path) == results
+
+
+def test_what_did_not_run_is_said(tmp_path):
+    results = json.loads((PAGE / "results.json").read_text())
+    results["experiments"]["a"] = {}
+    results["failed"]["d"] = ["`dare sweep` ended with 1: because"]
+    text = page.render(results, tmp_path)
+    assert "Not in this run**: (a)" in text and "make paper ONLY=a" in text
+    assert "Not complete: `dare sweep` ended with 1: because" in text
+    assert page.render({"settings": {}, "experiments": {}, "failed": {}}, tmp_path).startswith("# The paper")
+
+
+def test_the_folder_is_small():
+    files = [path for path in PAGE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 3_000_000
