@@ -171,7 +171,7 @@ def _limits(results: Mapping[str, Any]) -> Iterator[str]:
         "letter (8 classes), `last` letter (4), `most`, whether the largest letter is in the second half (2). A decoder's score is "
         "exact match, an encoder's accuracy. Words are split by a hash: training, validation "
         f"({examples['validation']} items a task), test ({examples['test']}); a score of a test split has a standard error of at most "
-        f"{50 / examples['test'] ** 0.5:.1f} points. One fine-tuning seed; ± is the standard deviation over mask seeds. "
+        f"{50 / examples['test'] ** 0.5:.1f} points. How long and at what rates the families train was settled by scores on validation words. One fine-tuning seed; ± is the standard deviation over mask seeds. "
         f"torch {settings['torch']}, transformers {settings['transformers']}, one thread a process; weights in bfloat16, evaluation in "
         "float32. Code: [paper/training.py](../../paper/training.py), [paper/lessons.py](../../paper/lessons.py)."
     )
@@ -296,11 +296,7 @@ def _c(results: Mapping[str, Any]) -> Iterator[str]:
         except KeyError:
             yield f"> Not in this run: {title}."
             continue
-        alone = claims.single_of(results, name, "single").rows
-        told = [f"{row['models'][0]} {claims.Cells([row]).score():.1f}" for row in alone]
-        yield f"**{title[0].upper()}{title[1:]}**, in %" + (
-            f" (each alone, on all tasks: {', '.join(told)})" if told else ""
-        )
+        yield f"**{title[0].upper()}{title[1:]}**, in %{_alone(results, name)}"
         yield _table(
             ("method", "dropped", "without", "with DARE", "difference", "all searched", "chosen: without; with"),
             _merge_rows(results, name),
@@ -317,6 +313,15 @@ def _c(results: Mapping[str, Any]) -> Iterator[str]:
             rows.append((family, method, *cells, str(len(gains[SCOPES[0]]))))
     yield "What DARE adds, in points: mean over the merges (lowest to highest)."
     yield _table(("family", "method", *SCOPES, "merges"), rows, words=2)
+
+
+def _alone(results: Mapping[str, Any], name: str) -> str:
+    """What each model scores by itself: a decoder on all tasks of the merge, an encoder on that of its own head."""
+    rows = claims.single_of(results, name, "single").rows
+    own = [row for row in rows if len(row["judges"]) > 1 or row["models"][0].endswith(f"/{row['judges'][0]}")]
+    told = ", ".join(f"{row['models'][0]} {claims.Cells([row]).score():.1f}" for row in own)
+    where = "on its own task" if "encoders" in name else "on all tasks"
+    return f" (alone, {where}: {told})" if told else ""
 
 
 def _merge_rows(results: Mapping[str, Any], name: str) -> Iterator[Sequence[str]]:
