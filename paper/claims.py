@@ -73,13 +73,15 @@ def _first(row: Mapping[str, Any], split: str) -> tuple[float, float | None]:
 
 
 def sweep_of(results: Mapping[str, Any], name: str) -> Cells:
-    """A sweep's grid, with what was added undropped.
+    """A sweep's grid. What was added with nothing dropped belongs to it only where the drop rate is an axis: elsewhere it
+    would pass for the point beside which it stands.
 
     Raises:
         KeyError: it was not run.
     """
     rows = results["experiments"][name[0]][f"sweeps/{name}"]["rows"]
-    return Cells([row for row in rows if row["kind"] in ("grid", "undropped") and row["scores"]])
+    own = [row for row in rows if row["kind"] == "grid" or (row["kind"] == "undropped" and DROP_RATE in row["at"])]
+    return Cells([row for row in own if row["scores"]])
 
 
 def single_of(results: Mapping[str, Any], name: str, kind: str) -> Cells:

@@ -354,8 +354,8 @@ def _d(results: Mapping[str, Any]) -> Iterator[str]:
     rows = []
     for base in ("w64/base", "w64/continued"):
         one = found[f"inspections/w64/continued-shift on {base}"]
-        rows.append((base, one["verdict"], f"{one['median_r']:.3f}", f"{one['drop_rate']:.3f}", one["words"]))
-    yield _table(("base", "verdict", "median r", "can be dropped", "words"), rows, words=2)
+        rows.append((base, one["verdict"], one["words"], f"{one['median_r']:.3f}", f"{one['drop_rate']:.3f}"))
+    yield _table(("base", "verdict", "words", "median r", "can be dropped"), rows, words=3)
 
 
 def _e(results: Mapping[str, Any]) -> Iterator[str]:

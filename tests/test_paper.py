@@ -130,6 +130,15 @@ def test_a_rule_decides_by_numbers(kept, outcome):
     assert claims.a_dare(results).outcome == outcome
 
 
+def test_what_was_added_for_comparison_is_no_point_of_the_grid():
+    """A sweep over k adds a cell with nothing dropped beside one k, whose score it must not change."""
+    rows = rows_of([0.5], [0.2], k="3")
+    del rows[0]["at"][claims.DROP_RATE]
+    rows += [{**rows[0], "kind": "undropped", "scores": {"test": {"shift/exact_match": [1.0, None, 1]}}}]
+    results = {"experiments": {"e": {"sweeps/e-rescale-90": {"rows": rows}}}}
+    assert claims.sweep_of(results, "e-rescale-90").where(k="3").score() == pytest.approx(20)
+
+
 def test_settings_are_chosen_on_validation_alone():
     """The setting with the best test score is not the one that is reported."""
 

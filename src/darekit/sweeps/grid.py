@@ -198,8 +198,9 @@ def _references(kind: str, cells: Iterable[Cell]) -> Iterator[Cell]:
             at = {**cell.at, DROP_RATE: 0} if DROP_RATE in cell.at else dict(cell.at)
             yield replace(cell, kind=kind, at=at, seed=None, recipe=undropped(recipe))
         elif kind == "single":
-            for k in range(len(recipe.models)):
-                yield Cell(kind, {}, None, single(recipe, k), cell.judges)
+            for k, entry in enumerate(recipe.models):
+                if recipe.heads in (None, "base", entry.model):  # this cell's judges ask the head that it names
+                    yield Cell(kind, {}, None, single(recipe, k), cell.judges)
         elif kind == "base" and recipe.base_model is not None and recipe.heads in (None, "base"):
             base = Recipe(None, (ModelEntry(recipe.base_model, {}),), None, "linear", {})
             yield Cell(kind, {}, None, base, cell.judges)
