@@ -73,8 +73,8 @@ def _first(row: Mapping[str, Any], split: str) -> tuple[float, float | None]:
 
 
 def sweep_of(results: Mapping[str, Any], name: str) -> Cells:
-    """A sweep's grid. What was added with nothing dropped belongs to it only where the drop rate is an axis: elsewhere it
-    would pass for the point beside which it stands.
+    """A sweep's grid. What was added with nothing dropped belongs to it only where the drop rate is an axis: elsewhere
+    it would pass for the point beside which it stands.
 
     Raises:
         KeyError: it was not run.

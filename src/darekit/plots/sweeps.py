@@ -37,10 +37,8 @@ def draw_sweep(found: Figure, stem: Path) -> tuple[Path, Path]:
         for i, axes in enumerate(every[: len(found.panels)]):
             if i % columns:
                 axes.tick_params(labelleft=False)
-            if columns == 1 and i + 1 == len(found.panels):
-                axes.set_xlabel(_x_label(found, even))
-        if columns > 1:  # one for all: below each panel, long ones would run into each other
-            figure.supxlabel(_x_label(found, even), fontsize=11)
+            if i + columns >= len(found.panels):  # beside each other, long ones would run into each other
+                axes.set_xlabel(_x_label(found, even) if columns == 1 else title_of(found.x))
         figure.supylabel(found.y, fontsize=11)
         figure.suptitle(found.title, fontsize=13)
         ordered = {k: v for k, v in handles.items() if k not in _LEVELS} | {
