@@ -71,7 +71,7 @@ def write_page(results: Mapping[str, Any], page: Path, *, runs: Path | None) -> 
     if runs is not None:
         _copy_runs(runs, page)
     _write(page / RESULTS, _lines(results))
-    _write(page / PAGE, render(results, page))
+    _write(page / PAGE, render(read_results(page), page))
 
 
 def _lines(results: Mapping[str, Any]) -> str:
