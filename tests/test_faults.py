@@ -211,7 +211,8 @@ def test_interrupted_from_the_keyboard(llamas, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(json.dumps(families.recipe(llamas.path, sparsify=SPARSIFY)))
     code = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test that runs in the background inherits none
 from darekit import cli
 from darekit.checkpoints import OutputFile
 write = OutputFile.write
