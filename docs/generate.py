@@ -109,7 +109,7 @@ Exit codes: 0 done; 1 refused or failed, with the reason; 2 a mistake in the com
 def cli_page() -> str:
     """The text of cli.md."""
     lines = ["# The command line", "", NOTICE, "", CLI_HEAD, ""]
-    for name, command in _commands(cli.app):
+    for name, command in _commands(cli.build_app()):
         assert command.callback is not None
         arguments, options = [], []
         for parameter, kind, info in _described(command.callback):

@@ -86,11 +86,11 @@ def test_all_experiments_run_and_all_runs_are_experiments():
     """Every file is run by one letter; every command is one that `dare` has, with options that it has."""
     from typer.main import get_command
 
-    from darekit.cli import app
+    from darekit.cli import build_app
 
     named = [command.words[1] for command in rerun.commands() if command.words[0] == "sweep"]
     assert sorted(Path(name).name for name in named) == [path.name for path in EXPERIMENTS]
-    top = get_command(app)
+    top = get_command(build_app())
     for command in rerun.commands():
         known, words = top, list(command.words)
         while hasattr(known, "commands"):

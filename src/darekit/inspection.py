@@ -34,7 +34,7 @@ from darekit.homology import (
 )
 from darekit.interference import Interference, PairCounts, judged
 from darekit.kernels import cpu
-from darekit.packs.reading import open_model
+from darekit.packs.opening import open_model
 
 SHARES = (0.0002, 0.002, 0.005, 0.01)  # the limits that the paper discusses
 DECILES = tuple(i / 10 for i in range(11))

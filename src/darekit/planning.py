@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from darekit.checkpoints import (
     Checkpoint,
@@ -34,13 +34,14 @@ from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, Sparsifier
 from darekit.methods.sparsifiers import dropped_to_density, noise_gain
 from darekit.naming import ONE_TERM, group_of, is_kept_dense
-from darekit.packs.reading import open_model, packed_seed
+from darekit.packs.opening import open_model, packed_seed
 from darekit.recipe import Recipe, is_exact, resolve
 from darekit.recommendation.rates import MOST, settle
 from darekit.stages import TRIM, TRIM_MODEL, build, tile_of
-from darekit.statistics.files import Statistics, open_statistics
-from darekit.statistics.matching import check_statistics, statistics_notes, statistics_of
 from darekit.steps import Input, StageSpec, Step
+
+if TYPE_CHECKING:
+    from darekit.statistics.files import Statistics
 
 INTERPRETER_BYTES = 150 << 20  # Python, numpy, numba and LLVM, resident before the first tile
 SHARD_SIZE = 5_000_000_000
@@ -154,6 +155,8 @@ def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = 
         models = tuple(opened[1:] if base else opened)
         for entry in recipe.models:
             if entry.stats is not None:
+                from darekit.statistics.files import open_statistics
+
                 statistics.append(open_statistics(entry.stats, search=search))
         yield make_plan(recipe, base, models, statistics=statistics, shard_size=shard_size)
     finally:
@@ -181,7 +184,11 @@ def make_plan(
     recipe, rates = settle(recipe, alignment.tensors)
     digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
     seeds = _seeds(recipe, digests[1:] if base else digests)
-    check_statistics(recipe, models, digests[1:] if base else digests, statistics)
+    informed = MERGE_METHODS[recipe.merge_method].statistics is not None
+    if informed:
+        from darekit.statistics.matching import check_statistics, statistics_notes
+
+        check_statistics(recipe, models, digests[1:] if base else digests, statistics)
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
     wanted = [
         OutputTensor(t.name, dtype.name if dtype and _is_float(t.dtype) else t.dtype, t.shape)
@@ -191,7 +198,7 @@ def make_plan(
     places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
     steps = [step for t in alignment.tensors for step in _steps(recipe, seeds, t, *places[t.name], statistics)]
     notes = [*recipe.notes, *alignment.notes, *_notes(recipe, alignment, models, seeds), *_rate_notes(models, rates)]
-    notes += statistics_notes(recipe, steps, statistics)
+    notes += statistics_notes(recipe, steps, statistics) if informed else ()
     return Plan(
         recipe, base, tuple(models), alignment, tuple(steps), shards, digests, seeds,
         _summaries(recipe, models, alignment, seeds), tuple(notes), rates, tuple(statistics),
@@ -335,10 +342,13 @@ def _steps(
         for name, parameter in MERGE_METHODS[recipe.merge_method].parameters.items()
         if name not in ("lambda", "keep", "trim")
     }
-    informed = statistics_of(recipe, tensor, owners, weights, statistics)
-    method = recipe.merge_method
-    if MERGE_METHODS[method].statistics and informed is None:
-        method, own = "linear", {"normalize": True}
+    method, informed = recipe.merge_method, None
+    if MERGE_METHODS[method].statistics:
+        from darekit.statistics.matching import statistics_of
+
+        informed = statistics_of(recipe, tensor, owners, weights, statistics)
+        if informed is None:
+            method, own = "linear", {"normalize": True}
     begin = 0
     if base is not None:
         begin = min(base.count, count)

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from darekit.homology import Judgement
     from darekit.planning import Plan
     from darekit.running import Report
@@ -54,8 +53,13 @@ def count_of(count: float) -> str:
 def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on standard error with bytes and rate (or a count of `unit`) and time left; nothing where that is no
     terminal."""
+    if quiet:
+        yield None
+        return
+    from rich.console import Console
+
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    if not console.is_terminal:
         yield None
         return
     from rich.progress import (
@@ -162,6 +166,8 @@ def show_plan(
     if as_json:
         print(json.dumps(data))
         return
+    from rich.table import Table
+
     print(f"{data['tensors']} tensors, {count_of(plan.parameters)} parameters, method {plan.recipe.merge_method}")
     print(f"reads {size_of(plan.bytes_in)}, writes {size_of(plan.bytes_out)} in {_plural(len(plan.shards), 'file')}")
     print(f"memory: about {size_of(data['peak_memory_bytes'])}")
@@ -187,6 +193,8 @@ def _show_rates(plan: Plan) -> None:
     automatic = [(s.ref, rates) for s, rates in zip(plan.summaries, plan.rates, strict=True) if rates]
     if not automatic:
         return
+    from rich.table import Table
+
     table = Table("drop_rate: auto", *(ref for ref, _ in automatic), box=None, pad_edge=False)
     for name in dict.fromkeys(name for _, rates in automatic for name in rates):
         table.add_row(name, *(f"{rates[name]:g}" if name in rates else "" for _, rates in automatic))
@@ -195,6 +203,8 @@ def _show_rates(plan: Plan) -> None:
 
 def print_table(table: Table) -> None:
     """A table on standard output."""
+    from rich.console import Console
+
     # As wide as its cells: on 80 columns rich would cut the names of tensors to `mod...`.
     Console(soft_wrap=True, width=10_000).print(table)
 

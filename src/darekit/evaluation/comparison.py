@@ -28,7 +28,7 @@ from darekit.evaluation.judges import (
     judges_directory,
 )
 from darekit.live.models import build, memory_told, recipe_of
-from darekit.packs.reading import find_pack
+from darekit.packs.opening import find_pack
 from darekit.planning import Plan, open_plan
 from darekit.recipe import Recipe
 

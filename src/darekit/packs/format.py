@@ -25,12 +25,12 @@ from darekit.digests import LEAF
 from darekit.dtypes import DTYPES, Bytes, DType
 from darekit.errors import CheckpointError, PlanError, Unsupported
 from darekit.masks import threshold_of
+from darekit.packs.opening import DOCUMENT_KEY
 from darekit.packs.quantization import groups_in
 
 FORMAT = "darekit-pack"
 VERSION = 1
 MASK = "philox4x32-10/1"
-DOCUMENT_KEY = "darekit_pack"
 DIGEST_KEY = "darekit_header_digest"
 NO_DIGEST = "0" * 32
 
@@ -326,11 +326,6 @@ class PackFile:
         if raw.size:
             self.file.read_into(raw, place.offset)
         return raw
-
-
-def is_pack(file: InputFile) -> bool:
-    """Whether a safetensors file says that it is a pack."""
-    return DOCUMENT_KEY in read_header(file)[0]
 
 
 def read_pack(file: InputFile) -> PackFile:

@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,7 @@ from darekit.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
 from darekit.errors import CheckpointError, DarekitError, DataError, HoldsPack, HomologyError, PlanError
 from darekit.kernels import packs
-from darekit.packs.format import PackedTensor, PackFile, is_pack, read_pack, stored_digest, value_sizes
+from darekit.packs.format import PackedTensor, PackFile, read_pack, stored_digest, value_sizes
 from darekit.packs.frames import decompress_values, is_difference
 from darekit.packs.lane import LANE_LEAVES, lane_for
 from darekit.packs.leaves import (
@@ -43,8 +43,6 @@ from darekit.packs.leaves import (
     take,
 )
 from darekit.packs.lossless import decompress
-
-SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -488,6 +486,11 @@ class PackedSource:
         """Bytes of the whole tensor."""
         return self.base.nbytes
 
+    @property
+    def seed(self) -> int | None:
+        """Of the mask; None where nothing of this tensor was dropped, or all."""
+        return self.decoder.source.document.seed if 0 < self.decoder.tensor.drop_rate < 1 else None
+
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
         size = self.decoder.leaf_bytes
@@ -550,20 +553,6 @@ def open_pack(path: str | Path, base: str | Path | Checkpoint | None = None) -> 
         raise
 
 
-def find_pack(ref: str | Path, search: Sequence[Path] = ()) -> Path | None:
-    """A model's name -> the file, where the name is that of a pack: a local file, or one on the Hub."""
-    for candidate in (Path(ref).expanduser(), *(directory / ref for directory in search)):
-        if candidate.exists():
-            if candidate.suffix != SUFFIX or not candidate.is_file():
-                return None
-            file = InputFile(candidate)
-            try:
-                return candidate if is_pack(file) else None
-            finally:
-                file.close()
-    return fetch_file(ref) if isinstance(ref, str) and looks_like_hub_file(ref) else None
-
-
 def locate_pack(ref: str | Path) -> Path:
     """What the user wrote -> the file of a pack: that file, a folder with nothing else, or either on the Hub.
 
@@ -580,32 +569,6 @@ def locate_pack(ref: str | Path) -> Path:
     except HoldsPack as error:
         return error.path
     raise CheckpointError(f"{ref} is a whole checkpoint, and no pack")
-
-
-def open_model(ref: str | Path, base: Checkpoint | None, *, search: Sequence[Path] = ()) -> Checkpoint:
-    """Open what stands where a model stands: a checkpoint, or a pack of one that was fine-tuned from `base`."""
-    path = find_pack(ref, search)
-    if path is None:
-        try:
-            return open_checkpoint(ref, search=search)
-        except HoldsPack as error:  # a folder or a repository that holds nothing else
-            path = error.path
-    if base is None:
-        raise PlanError(f"{path} is a pack: what it holds needs its base; name it as base_model")
-    found = open_pack(path)
-    try:
-        return found.checkpoint(base)
-    except BaseException:
-        found.close()
-        raise
-
-
-def packed_seed(model: Checkpoint) -> int | None:
-    """The seed of the mask by which a model was packed; None where it is no pack, or nothing of it was dropped."""
-    for info in model.tensors.values():
-        if isinstance(info.source, PackedSource) and 0 < info.source.decoder.tensor.drop_rate < 1:
-            return info.source.decoder.source.document.seed
-    return None
 
 
 def bind(source: PackFile, base: Checkpoint, digest: bytes | None = None) -> None:

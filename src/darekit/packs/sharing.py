@@ -14,7 +14,8 @@ from typing import Any
 from darekit.checkpoints.hub import HUB_ID, upload_files
 from darekit.errors import CheckpointError, OutputError, PlanError
 from darekit.packs.card import pack_card
-from darekit.packs.reading import SUFFIX, locate_pack, open_pack
+from darekit.packs.opening import SUFFIX
+from darekit.packs.reading import locate_pack, open_pack
 from darekit.running import Progress
 
 CARD = "README.md"

@@ -21,7 +21,7 @@ from darekit.engine import default_threads
 from darekit.errors import DarekitError, DataError, PlanError
 from darekit.evaluation.judges import Judge, judge_of
 from darekit.live.models import LiveModel, build, memory_told
-from darekit.packs.reading import open_model
+from darekit.packs.opening import open_model
 from darekit.planning import Plan, open_plan
 from darekit.recipe import Recipe
 from darekit.running import companions_of
