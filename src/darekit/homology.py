@@ -15,6 +15,7 @@ from pathlib import PurePath
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import Floats, dtype_named, widen
@@ -334,14 +335,12 @@ def sample_norms(
         if base is None or tuned is None or dtype_named(base.dtype).kind != "float":
             continue
         common = min(base.count, tuned.count)
-        delta = square = 0.0
-        for start, count in _chunks(common):
-            before, after = _read(base, start, count), _read(tuned, start, count)
-            with np.errstate(invalid="ignore", over="ignore"):
-                change = after - before
-                usable = np.isfinite(change)
-                delta += float(np.sum(np.square(change[usable], dtype=np.float64)))
-                square += float(np.sum(np.square(before[usable], dtype=np.float64)))
+        chunks = _chunks(common)
+        before, after = _read(base, chunks), _read(tuned, chunks)
+        with np.errstate(invalid="ignore", over="ignore"):
+            change = after - before
+        usable = np.isfinite(change)
+        delta, square = _sum_of_squares(change, usable), _sum_of_squares(before, usable)
         rate, noise = rate_of(tensor)
         norms.append(Norms(tensor.name, common, delta, square, rate, noise))
     return norms
@@ -378,13 +377,23 @@ def _chunks(count: int) -> list[tuple[int, int]]:
     return [(i * step, SAMPLED_ELEMENTS) for i in range(SAMPLED_CHUNKS)]
 
 
-def _read(info: TensorInfo, start: int, count: int) -> Floats:
-    dtype = dtype_named(info.dtype)
-    raw = np.empty(count * dtype.itemsize, np.uint8)
-    info.source.read_into(raw, start * dtype.itemsize)
-    values: Floats = np.empty(count, np.float64 if dtype.name == "F64" else np.float32)
-    widen(raw, dtype, values)
+def _read(info: TensorInfo, chunks: Sequence[tuple[int, int]]) -> Floats:
+    """(start, count) of chunks, all of one count -> (chunks, count) float32 or float64."""
+    dtype, shape = dtype_named(info.dtype), (len(chunks), chunks[0][1])
+    raw = np.empty((shape[0], shape[1] * dtype.itemsize), np.uint8)
+    for row, (start, _) in zip(raw, chunks, strict=True):
+        info.source.read_into(row, start * dtype.itemsize)
+    values: Floats = np.empty(shape, np.float64 if dtype.name == "F64" else np.float32)
+    widen(raw.reshape(-1), dtype, values.reshape(-1))
     return values
+
+
+def _sum_of_squares(values: Floats, usable: npt.NDArray[np.bool_]) -> float:
+    """(chunks, count), of which only what is usable counts. Chunk after chunk, so that a NaN elsewhere changes no bit."""
+    if usable.all():
+        return sum(np.square(values, dtype=np.float64).sum(axis=1).tolist(), 0.0)
+    rows = zip(values, usable, strict=True)
+    return sum((float(np.sum(np.square(row[good], dtype=np.float64))) for row, good in rows), 0.0)
 
 
 def weighted_median(pairs: Iterable[tuple[float, int]]) -> float:
