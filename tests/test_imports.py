@@ -2,6 +2,7 @@
 """Who may import whom, and what a command may load before it has work to do."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import darekit
+import families
 
 PACKAGE = Path(darekit.__file__).parent
 HEAVY = ("numpy", "pydantic", "numba", "torch", "transformers", "yaml", "huggingface_hub", "ml_dtypes")
@@ -176,12 +178,12 @@ def test_type_checkers_imports_do_not_count():
 
 LIST = """
 import atexit, sys
-atexit.register(lambda: print("LOADED", *sorted({name.split(".")[0] for name in sys.modules}), file=sys.stderr))
+atexit.register(lambda: print("LOADED", *sorted(sys.modules), file=sys.stderr))
 """
 
 
 def loaded(code, *arguments):
-    """Top-level modules that a fresh interpreter has loaded at its end, and its exit code."""
+    """Modules that a fresh interpreter has loaded at its end, and its exit code."""
     done = subprocess.run(
         [sys.executable, "-c", LIST + code, *map(str, arguments)], capture_output=True, text=True, timeout=60
     )
@@ -255,3 +257,14 @@ def test_everything_in_all_exists():
         assert getattr(darekit, name) is not None
     with pytest.raises(AttributeError, match="marge"):
         _ = darekit.marge
+
+
+def test_a_merge_loads_what_it_needs_and_no_more(llamas, tmp_path):
+    """The reader of packs where there is a pack, statistics where there are some, one module of commands."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(families.recipe(llamas.path)))
+    modules, returned, said = loaded(RUN, "merge", recipe, tmp_path / "out", "--dry-run", "--json")
+    assert returned == 0, said
+    assert "darekit.planning" in modules and "darekit.cli.merging" in modules
+    others = {"darekit.cli.packs", "darekit.cli.analysis", "darekit.packs.reading", "darekit.statistics.files"}
+    assert not modules & {*others, "rich.console", "numba", "llvmlite", "torch"}

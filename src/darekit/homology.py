@@ -389,7 +389,7 @@ def _read(info: TensorInfo, chunks: Sequence[tuple[int, int]]) -> Floats:
 
 
 def _sum_of_squares(values: Floats, usable: npt.NDArray[np.bool_]) -> float:
-    """(chunks, count), of which only what is usable counts. Chunk after chunk, so that a NaN elsewhere changes no bit."""
+    """(chunks, count), of which only what is usable counts; chunk by chunk, so that a NaN changes no other sum."""
     if usable.all():
         return sum(np.square(values, dtype=np.float64).sum(axis=1).tolist(), 0.0)
     rows = zip(values, usable, strict=True)
