@@ -148,24 +148,36 @@ def _list_bits(words, first, out, place):
 
 
 @_kernel
-def kept_indices(seed, stream, start, threshold, count, out):
+def list_kept(bits, count, out):
+    """`keep_bits` of `count` elements, as (n,) uint64 -> which survive: the front of `out`, (count,) int32; how many.
+
+    Drawing is a call of its own (as `kept_indices` does it), so that Philox is compiled once, and not in every kernel.
+    """
+    place = _list_bits(bits[: count // 64], np.int64(0), out, np.int64(0))
+    if count % 64:
+        word = bits[count // 64] & ((np.uint64(1) << np.uint64(count % 64)) - np.uint64(1))
+        while word:
+            out[place] = count // 64 * 64 + np.int64(_lowest_bit(word))
+            word &= word - np.uint64(1)
+            place += 1
+    return place
+
+
+def kept_bits(seed: Any, stream: Any, start: int, threshold: int, count: int, room: Any = None) -> Any:
+    """Which of start .. start + count survive: a bit each, (16 per 1024 of them,) uint64; in `room`, or new."""
+    size = -(-count // BLOCK) * (BLOCK // 64)
+    words = np.empty(size, np.uint64) if room is None else room[:size]
+    keep_bits(seed, stream, start, threshold, words.view(np.uint8))
+    return words
+
+
+def kept_indices(seed: Any, stream: Any, start: int, threshold: int, count: int, out: Any) -> int:
     """Which of elements start .. start + count survive -> the front of `out`, (count,) int32, counted from `start`.
 
     Returns how many. `start` is a multiple of 1024, `threshold` is below 2^32.
     """
-    bits = np.empty(8 * BLOCK // 8, np.uint8)
-    words = bits.view(np.uint64)
-    place = 0
-    for begin in range(0, count, 8 * BLOCK):
-        size = min(8 * BLOCK, count - begin)
-        keep_bits(seed, stream, start + begin, threshold, bits[: -(-size // BLOCK) * (BLOCK // 8)])
-        whole = size // 64
-        place = _list_bits(words[:whole], begin, out, place)
-        if size % 64:
-            rest = words[whole : whole + 1].copy()
-            rest[0] &= (np.uint64(1) << np.uint64(size % 64)) - np.uint64(1)
-            place = _list_bits(rest, begin + 64 * whole, out, place)
-    return place
+    found: int = list_kept(kept_bits(seed, stream, start, threshold, count), count, out)
+    return found
 
 
 @_kernel
@@ -356,7 +368,8 @@ def unpack_values(packed, scales, bits, group, out):
 @_kernel
 def _groups_in(count, group):
     """Twin of `packs.quantization.groups_in`."""
-    return max((2 * count + group) // (2 * group), min(count, 1))
+    groups = (2 * count + group) // (2 * group)
+    return 1 if count and not groups else groups
 
 
 @_kernel
@@ -372,12 +385,12 @@ def _mean_scales(delta, group, factor, scales):
         scales[g] = np.uint16(np.uint32(pattern + even) >> np.uint32(16))
 
 
-# --- the fast lane: BF16, dropped, several leaves a call. Scratch, (LEAF,) each: `room` int32, `out` uint16, `delta`
-# float32; `start` is where the first leaf begins; what leaves keep stands one after another.
+# --- the fast lane: BF16, dropped, several leaves a call. Scratch, (LEAF,) each: `room` int32, `before` and
+# `out` uint16, `delta` float32. `drawn`: `kept_bits` of them all. What leaves keep stands one after another.
 
 
 @_kernel
-def encode_exact(base, tuned, seed, stream, start, threshold, factor, counts, kept, values, room, out):
+def encode_exact(base, tuned, drawn, factor, counts, kept, values, room, out):
     """(n,) uint16 of the base, in place the result, and of the model -> kept elements of both, and each leaf's count.
 
     Returns how many differences, and how many results, are NaN or Inf.
@@ -385,7 +398,7 @@ def encode_exact(base, tuned, seed, stream, start, threshold, factor, counts, ke
     at, bad, wrong = 0, 0, 0
     for leaf in range(counts.size):
         raw, other = base[leaf * LEAF : (leaf + 1) * LEAF], tuned[leaf * LEAF : (leaf + 1) * LEAF]
-        count = kept_indices(seed, stream, start + leaf * LEAF, threshold, raw.size, room)
+        count = list_kept(drawn[leaf * LEAF // 64 : (leaf + 1) * LEAF // 64], raw.size, room)
         places, before, after = room[:count], kept[at : at + count], values[at : at + count]
         take(raw, places, before)
         take(other, places, after)
@@ -398,12 +411,11 @@ def encode_exact(base, tuned, seed, stream, start, threshold, factor, counts, ke
 
 
 @_kernel
-def encode_integers(
-    base, tuned, seed, stream, start, threshold, factor, bits, group, mean, counts, packed, scales, room, out, delta
-):
+def encode_integers(base, tuned, drawn, factor, bits, group, mean, counts, packed, scales, room, out, delta):
     """(n,) uint16 of the base, in place the result, and of the model -> codes, BF16 scales, and each leaf's count.
 
-    `mean`: scales are so many times mean |d|; 0: max |d| / (2^(bits-1) - 1), rounded up. Returns as `encode_exact`.
+    `mean`: scales are so many times mean |d|; None: max |d| / (2^(bits-1) - 1), rounded up (numba compiles but one of
+    the two). Returns as `encode_exact`.
     """
     begin, first, bad, wrong = 0, 0, 0, 0
     before = np.empty(room.size, np.uint16)
@@ -411,17 +423,17 @@ def encode_integers(
     singles = np.empty(room.size, np.float32)
     for leaf in range(counts.size):
         raw, other = base[leaf * LEAF : (leaf + 1) * LEAF], tuned[leaf * LEAF : (leaf + 1) * LEAF]
-        count = kept_indices(seed, stream, start + leaf * LEAF, threshold, raw.size, room)
+        count = list_kept(drawn[leaf * LEAF // 64 : (leaf + 1) * LEAF // 64], raw.size, room)
         places = room[:count]
         take(raw, places, before[:count])
         take(other, places, after[:count])
         bad += _difference(before[:count], after[:count], delta[:count])
         groups = _groups_in(count, group)
         found = scales[first : first + groups]
-        if mean > 0:
-            _mean_scales(delta[:count], group, mean, found)
-        else:
+        if mean is None:
             group_scales(delta[:count], group, (1 << (bits - 1)) - 1, found)
+        else:
+            _mean_scales(delta[:count], group, mean, found)
         codes = packed[begin : begin + -(-count * bits // 8)]
         pack_codes(delta[:count], found, bits, group, codes)
         for g in range(groups):
@@ -449,7 +461,7 @@ def _difference(before, after, out):
 
 
 @_kernel
-def restore_exact(raw, seed, stream, start, threshold, factor, counts, values, differences, kept, places, room, out):
+def restore_exact(raw, drawn, factor, counts, values, differences, kept, places, room, before, out):
     """(n,) uint16 of the base, in place the result; each leaf's count, and the kept elements of the model.
 
     Of leaves that `differences`, (leaves,) bool, marks, these are the model's XOR the base's, and become the model's.
@@ -458,17 +470,16 @@ def restore_exact(raw, seed, stream, start, threshold, factor, counts, values, d
     or Inf.
     """
     at, wrong = 0, 0
-    before = np.empty(room.size, np.uint16)
     for leaf in range(counts.size):
         part = raw[leaf * LEAF : (leaf + 1) * LEAF]
-        count = kept_indices(seed, stream, start + leaf * LEAF, threshold, part.size, room)
+        count = list_kept(drawn[leaf * LEAF // 64 : (leaf + 1) * LEAF // 64], part.size, room)
         if count != counts[leaf]:
             return leaf, wrong
         chosen = room[:count]
         take(part, chosen, before[:count])
         if kept.size:
-            kept[at : at + count] = before[:count]
-            for j in range(count):
+            for j in range(count):  # numba compiles assignment to a slice for 5 s, all for its message of errors
+                kept[at + j] = before[j]
                 places[at + j] = np.uint16(chosen[j])
         after = values[at : at + count]
         if differences[leaf]:
@@ -481,22 +492,19 @@ def restore_exact(raw, seed, stream, start, threshold, factor, counts, values, d
 
 
 @_kernel
-def restore_integers(
-    raw, seed, stream, start, threshold, factor, bits, group, counts, packed, scales, kept, places, room, out, delta
-):
+def restore_integers(raw, drawn, factor, bits, group, counts, packed, scales, kept, places, room, before, out, delta):
     """`restore_exact` from codes and float32 scales."""
     at, begin, first, wrong = 0, 0, 0, 0
-    before = np.empty(room.size, np.uint16)
     for leaf in range(counts.size):
         part = raw[leaf * LEAF : (leaf + 1) * LEAF]
-        count = kept_indices(seed, stream, start + leaf * LEAF, threshold, part.size, room)
+        count = list_kept(drawn[leaf * LEAF // 64 : (leaf + 1) * LEAF // 64], part.size, room)
         if count != counts[leaf]:
             return leaf, wrong
         chosen = room[:count]
         take(part, chosen, before[:count])
         if kept.size:
-            kept[at : at + count] = before[:count]
-            for j in range(count):
+            for j in range(count):  # numba compiles assignment to a slice for 5 s, all for its message of errors
+                kept[at + j] = before[j]
                 places[at + j] = np.uint16(chosen[j])
         groups, nbytes = _groups_in(count, group), -(-count * bits // 8)
         unpack_values(packed[begin : begin + nbytes], scales[first : first + groups], bits, group, delta[:count])

@@ -7,7 +7,9 @@ its dozen calls from Python per leaf, which cost more than the arithmetic. Every
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,18 @@ LANE_LEAVES = 4  # a call: with the model's they still fit the caches
 
 Words = npt.NDArray[np.uint16]
 Counts = npt.NDArray[np.int64]
+
+
+class _Scratch(threading.local):
+    """What the kernels work in, 0.8 MB for each thread."""
+
+    def __init__(self) -> None:
+        self.bits = np.empty(LANE_LEAVES * LEAF // 64, np.uint64)
+        self.room, self.delta = np.empty(LEAF, np.int32), np.empty(LEAF, np.float32)
+        self.before, self.out = np.empty((2, LEAF), np.uint16)
+
+
+_SCRATCH = _Scratch()
 
 
 @dataclass(frozen=True)
@@ -51,11 +65,11 @@ class Lane:
         """
         tensor, size = self.tensor, base.size // 2
         before, after = base.view(np.uint16), tuned.view(np.uint16)
-        room, out = np.empty(LEAF, np.int32), np.empty(LEAF, np.uint16)
-        constants = self._constants(first)
+        own = _SCRATCH
+        constants = self._drawn(first, size), self.factor
         if not tensor.bits:
             kept, values = np.empty((2, size), np.uint16)
-            bad, wrong = kernels.encode_exact(before, after, *constants, counts, kept, values, room, out)
+            bad, wrong = kernels.encode_exact(before, after, *constants, counts, kept, values, own.room, own.out)
             ends = np.cumsum(counts)
             found = [
                 Encoded(kept[begin:end].view(np.uint8), values[begin:end].view(np.uint8), np.empty(0, np.uint8))
@@ -64,10 +78,10 @@ class Lane:
         else:
             packed = np.empty(size, np.uint8)
             scales = np.empty(counts.size * int(groups_in(LEAF, tensor.group)) + 1, np.uint16)
-            mean = TERNARY if tensor.bits == 2 else 1.0 if tensor.bits == 1 else 0.0
+            mean = TERNARY if tensor.bits == 2 else 1.0 if tensor.bits == 1 else None
             bad, wrong = kernels.encode_integers(
-                before, after, *constants, tensor.bits, tensor.group, mean, counts, packed, scales, room, out,
-                np.empty(LEAF, np.float32),
+                before, after, *constants, tensor.bits, tensor.group, mean, counts, packed, scales, own.room, own.out,
+                own.delta,
             )  # fmt: skip
             sizes, groups = -(-counts * tensor.bits // 8), groups_in(counts, tensor.group)
             found = [
@@ -99,21 +113,32 @@ class Lane:
             behind it are untouched. And how many results are NaN or Inf.
         """
         tensor, words = self.tensor, raw.view(np.uint16)
-        room, out = np.empty(LEAF, np.int32), np.empty(LEAF, np.uint16)
-        constants = self._constants(first)
+        own = _SCRATCH
+        constants = self._drawn(first, words.size), self.factor
         if not tensor.bits:
             other, wrong = kernels.restore_exact(
-                words, *constants, counts, values.view(np.uint16), differences, kept, places, room, out
+                words,
+                *constants,
+                counts,
+                values.view(np.uint16),
+                differences,
+                kept,
+                places,
+                own.room,
+                own.before,
+                own.out,
             )
         else:
             other, wrong = kernels.restore_integers(
-                words, *constants, tensor.bits, tensor.group, counts, values, scales, kept, places, room, out,
-                np.empty(LEAF, np.float32),
+                words, *constants, tensor.bits, tensor.group, counts, values, scales, kept, places, own.room,
+                own.before, own.out, own.delta,
             )  # fmt: skip
         return int(other), int(wrong)
 
-    def _constants(self, first: int) -> tuple[np.uint64, np.uint64, int, int, np.float32]:
-        return self.mask.seed, self.mask.stream, first * LEAF, self.mask.threshold, self.factor
+    def _drawn(self, first: int, count: int) -> Any:
+        """Which of `count` elements from leaf `first` on are kept, as bits."""
+        mask, room = self.mask, _SCRATCH.bits if count <= LANE_LEAVES * LEAF else None
+        return kernels.kept_bits(mask.seed, mask.stream, first * LEAF, mask.threshold, count, room)
 
 
 def lane_for(mask: Mask, values: DType, factor: np.float32) -> Lane | None:
