@@ -3,12 +3,14 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import darekit as dk
 import families
 from darekit.errors import HomologyError, PlanError
+from darekit.packs import packing
 
 
 def grown(llamas, folder, rows):
@@ -111,3 +113,26 @@ def test_a_sweep_takes_packs(real, tmp_path):
         assert {cell["status"] for cell in cells} == {"ok"}
         scores[kind] = sorted(json.dumps([cell["kind"], cell["at"], cell["test"]]) for cell in cells)
     assert scores["packs"] == scores["folders"] and len(scores["packs"]) >= 2
+
+
+@pytest.mark.parametrize(("bits", "rate", "codec", "tries"), [(4, 0.99, "none", 4), (16, 0.9, "zstd", 4 + 17)])
+def test_auto_asks_four_leaves_before_it_compresses(tmp_path, monkeypatch, bits, rate, codec, tries):
+    rng = np.random.default_rng(5)
+    base = rng.normal(0, 0.02, (17, 65536)).astype(ml_dtypes.bfloat16)
+    tuned = (base.astype(np.float32) + rng.normal(0, 5e-4, base.shape)).astype(ml_dtypes.bfloat16)
+    for name, weights in (("base", base), ("m0", tuned)):
+        families.save(tmp_path / name, {"w.weight": weights})
+    tried = []
+    compress = packing.compress_values
+
+    def counted(*arguments):
+        tried.append(1)
+        return compress(*arguments)
+
+    monkeypatch.setattr(packing, "compress_values", counted)
+    out = tmp_path / "m.safetensors"
+    dk.pack(tmp_path / "base", tmp_path / "m0", out, drop_rate=rate, bits=bits, seed=1, force=True)
+    assert len(tried) == tries
+    with dk.open_pack(out, base=tmp_path / "base") as found:
+        assert found.tensors["w.weight"].codec == codec
+        assert not found.verify().faults

@@ -63,6 +63,7 @@ except ImportError:  # Windows
 LEAVES = 16  # one job: read, encoded and written at once
 BITS = (64, 32, 16, 8, 4, 2, 1)
 WORTH = 0.95  # of the values' size: what a codec must get below, as decoding costs time
+SAMPLED = 4  # leaves, which tell whether it will
 SAMPLE = 4096  # bytes at the start, in the middle and at the end, which tell most changed tensors at once
 
 
@@ -396,8 +397,31 @@ class Writer:
             if saved <= bitmap.size + 2 * tensor.leaves:
                 bitmap = None
         counts = np.zeros(tensor.leaves, np.int64)
-        frames = np.zeros(tensor.leaves, np.int64) if self.codec != "none" and can_shrink(tensor) else None
-        return _Job(aligned, tensor, values, counts, bitmap, _digest_lists(tensor), frames)
+        job = _Job(aligned, tensor, values, counts, bitmap, _digest_lists(tensor))
+        if self.codec == "none" or not can_shrink(tensor) or (self.codec == "auto" and not self._looks_worth(job)):
+            return job
+        return replace(job, frames=np.zeros(tensor.leaves, np.int64))
+
+    def _looks_worth(self, job: _Job) -> bool:
+        """Whether a few leaves, spread over a tensor, say that frames will pay; of small tensors all are tried."""
+        tensor, base, tuned = job.tensor, job.source.base, job.source.models[0]
+        if tensor.leaves < 4 * SAMPLED:
+            return True
+        assert base is not None and tuned is not None
+        mask, dtype, bare, framed = Mask(tensor, self.seed, job.rows), DTYPES[tuned.dtype], 0, 0
+        for leaf in ((2 * i + 1) * tensor.leaves // (2 * SAMPLED) for i in range(SAMPLED)):
+            kept, indices = [], mask.indices(leaf)
+            for info, own in ((base, DTYPES[tensor.dtype]), (tuned, dtype)):
+                raw = np.empty(LEAF * own.itemsize, np.uint8)
+                info.source.read_into(raw, leaf * raw.size)
+                kept.append(take(raw, own, indices))
+            try:
+                values, _ = encode(tensor, kept[0], kept[1], job.values, dtype)
+            except DataError:  # it will be said of the whole tensor
+                return True
+            bare += values.size
+            framed += compress_values(tensor, job.values, values, kept[0]).size + 2
+        return framed < bare * WORTH
 
     def _scan_exactly(self, aligned: AlignedTensor, tensor: PackedTensor) -> _Job:
         base, tuned = aligned.base, aligned.models[0]
