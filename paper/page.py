@@ -133,7 +133,9 @@ def render(results: Mapping[str, Any], page: Path) -> str:
         "that is named where it is used.",
         _summary(counts, len(verdicts), missing),
         "## Claim by claim",
-        "Whether a claim held is decided by a rule in [paper/claims.py](../../paper/claims.py) that stood before the run. "
+        "Whether a claim held is decided by a rule in [paper/claims.py](../../paper/claims.py) that was fixed "
+        "in code before the committed run, but not before every number had been seen: training rates were settled on "
+        "validation words, and previews of (a) and (d) were visible. "
         "Scores are in percent of the test items. Nothing was chosen on the test split.",
         _table(
             ("", "paper says", "here", "rule", "outcome"),

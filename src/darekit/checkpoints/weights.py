@@ -189,6 +189,11 @@ def refuse_file(path: Path) -> None:
         raise Unsupported(_about_adapter(path.parent))
     if path.suffix in FOREIGN:
         raise Unsupported(f"{path} is not read: {FOREIGN[path.suffix]}")
+    if path.suffix in (".yaml", ".yml"):
+        raise Unsupported(
+            f"{path} looks like a recipe, and here stands a model: write it out first with `dare merge {path} OUT`, "
+            "and name OUT"
+        )
     if path.suffix not in (SAFETENSORS, ".bin"):
         raise Unsupported(f"{path} is not read: expected a directory, a {SAFETENSORS} file or an org/name on the Hub")
 

@@ -36,7 +36,7 @@ def recommend(
         typer.Option(help="Keep this fraction of what may be dropped, where it hurts least: 0.05 for 5 %."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="JSON lines (or a data set) of text to run MODEL on; needs darekit[torch].")
+        str | None, typer.Option(help="JSON lines (or a data set) of text to run MODEL on; needs torch.")
     ] = None,
     search_q: Annotated[
         bool, typer.Option("--search-q", help="With --data: search DAREx's q = k (1 - p) by how much outputs change.")

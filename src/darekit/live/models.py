@@ -292,7 +292,8 @@ def _device(name: str | None) -> Any:
         device = torch.device(name)
         torch.empty(0, device=device)
     except Exception as error:
-        raise PlanError(f"no device {name!r} here ({str(error).splitlines()[0]}); use cpu") from error
+        reason = str(error).splitlines()[0] if name.split(":")[0] in ("cpu", "cuda", "mps") else "no kind that is known"
+        raise PlanError(f"no device {name!r} here ({reason}); expected cpu, cuda, cuda:1 or mps") from error
     return device
 
 
