@@ -43,8 +43,8 @@ def open_model(ref: str | Path, base: Checkpoint | None, *, search: Sequence[Pat
             path = error.path
     if base is None:
         raise PlanError(
-            f"{path} is a pack: what it holds needs its base; name the base (base_model in a recipe, --base or BASE of a "
-            f"command that has it), or write the whole model with `dare unpack BASE {path} OUT`"
+            f"{path} is a pack: what it holds needs its base; name the base (base_model in a recipe, --base or BASE of "
+            f"a command that has it), or write the whole model with `dare unpack BASE {path} OUT`"
         )
     from darekit.packs.reading import open_pack
 
