@@ -83,9 +83,8 @@ def mergekit(program: str, path: Path, out: Path) -> tuple[float, float]:
 
 
 def run(folder: Path, pairs: int, threads: int, program: str | None, runs: int) -> list[list[str]]:
-    os.environ.pop(
-        "PYTHONDONTWRITEBYTECODE", None
-    )  # a checkout would be compiled anew in every run; installed code is not
+    # Installed code has its bytecode beside it; with this variable a checkout is compiled anew in every run.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     files = [path for name in ("base", *family.MODELS) for path in sorted((folder / name).glob("*.safetensors"))]
     rows = []
     for method, (title, parameters) in CASES.items():

@@ -43,9 +43,8 @@ from darekit.steps import Input, StageSpec, Step
 if TYPE_CHECKING:
     from darekit.statistics.files import Statistics
 
-INTERPRETER_BYTES = (
-    175 << 20
-)  # resident before the first tile: 103 MiB, with numba, which the fast lane does without, 175
+# Resident before the first tile: 103 MiB were measured in the fast lane, which does without numba, and 175 with it.
+INTERPRETER_BYTES = 175 << 20
 SHARD_SIZE = 5_000_000_000
 EMBEDDING_WARNING_RATE = 0.9
 
