@@ -127,7 +127,7 @@ def show_cells(cells: Sequence[Cell], notes: Sequence[str], *, as_json: bool) ->
         return
     table = Table("kind", "cell", "judges", box=None, pad_edge=False)
     for cell in cells:
-        table.add_row(cell.kind, cell.title, ", ".join(cell.judges))
+        table.add_row(cell.kind, cell.title.removeprefix(f"{cell.kind} "), ", ".join(cell.judges))
     print_table(table)
     print(f"\n{len(cells)} cells, {different} evaluations (cells that come to the same are evaluated once)")
     for note in notes:

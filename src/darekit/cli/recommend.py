@@ -39,7 +39,10 @@ def recommend(
         str | None, typer.Option(help="JSON lines (or a data set) of text to run MODEL on; needs torch.")
     ] = None,
     search_q: Annotated[
-        bool, typer.Option("--search-q", help="With --data: search DAREx's q = k (1 - p) by how much outputs change.")
+        bool,
+        typer.Option(
+            "--search-q", help="With --data of prompts and completions: search DAREx's q = k (1 - p) by outputs."
+        ),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write a recipe with these drop rates: RECIPE.yaml.")] = None,
     keep_dense: Annotated[

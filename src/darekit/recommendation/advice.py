@@ -396,7 +396,7 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
     if out.suffix not in (".yaml", ".yml"):
         raise OutputError(f"{out} must end in .yaml: a recipe is known by that")
     if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists; name another file, or add --overwrite")
+        raise OutputError(f"{out} exists; choose another name, or replace it with --overwrite")
     if not out.absolute().parent.is_dir():
         raise OutputError(f"cannot write {out}: there is no folder {out.parent}")
 
