@@ -695,3 +695,8 @@ def test_an_error_imports_nothing_heavy(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.9
+
+
+def test_a_sweep_file_is_no_recipe():
+    with pytest.raises(RecipeError, match=r"axes belongs to a sweep file.*dare sweep"):
+        read_recipe({"recipe": {"models": ["a"], "merge_method": "linear"}, "axes": {"seed": [1]}})

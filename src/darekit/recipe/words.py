@@ -57,6 +57,8 @@ class Words:
 def check_names(document: Document) -> Words:
     """The recipe's methods and vocabulary; raises once for all the names that are not in it."""
     data = document.data
+    if "axes" in data and "merge_method" not in data:
+        fail(document, ("axes",), " belongs to a sweep file, not to a recipe: run it with `dare sweep`")
     unknown: list[tuple[Key, str]] = [((key,), _explain_top(key)) for key in data if key not in TOP_KEYS]
     if "merge_method" not in data or "models" not in data:
         _raise_unknown(document, unknown)
