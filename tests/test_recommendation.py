@@ -172,7 +172,7 @@ def test_the_written_recipe_runs_as_it_is(llamas, dare, tmp_path):
     for tensor in found.dense:
         assert merged[tensor.name].tobytes() == llamas.models[0][tensor.name].tobytes()
     again = dare("recommend", llamas.path / "base", llamas.path / "m0", "--out", out)
-    assert again.code == 1 and "add --overwrite" in again.err
+    assert again.code == 1 and "replace it with --overwrite" in again.err
     assert dare("recommend", llamas.path / "base", llamas.path / "m0", "--out", out, "--overwrite").code == 0
 
 
