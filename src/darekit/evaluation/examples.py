@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +12,9 @@ import numpy as np
 from darekit.errors import DataError
 from darekit.evaluation import scores
 from darekit.evaluation.scores import Score
-from darekit.live.data import Row, Tokens, tokenize
-from darekit.live.models import CAUSAL, REGRESSOR, LiveModel, memory_told, one_thread, segments
+from darekit.live.batches import asked_of, padded, padding_known
+from darekit.live.data import Row, Tokens, rows_digest, tokenize
+from darekit.live.models import CAUSAL, REGRESSOR, LiveModel, memory_told, one_thread
 
 BATCH_SIZE = 16
 COMPLETION, LABEL, TEXT = "a completion", "a label", "text alone"
@@ -60,16 +58,15 @@ class Examples:
 
         tokens = self._tokenized(live)
         told = memory_told(f"judging by {self.source} in batches of {self.batch_size}")
-        with one_thread(live.device), told, torch.inference_mode(), _padding_known(live):
+        with one_thread(live.device), told, torch.inference_mode(), padding_known(live):
             if live.task == CAUSAL:
                 return self._causal(live, tokens)
             return self._labelled(live, tokens)
 
     def identity(self) -> dict[str, Any]:
         """What decides about the scores, in JSON-able form."""
-        rows = [[row.text, row.completion, row.label, row.pair] for row in self.rows]
-        digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
-        return {"data": self.source, "rows": len(rows), "digest": digest, "max_length": self.max_length}
+        digest = rows_digest(self.rows)
+        return {"data": self.source, "rows": len(self.rows), "digest": digest, "max_length": self.max_length}
 
     def _refuse(self, live: LiveModel) -> None:
         if live.tokenizer is None:
@@ -112,10 +109,7 @@ class Examples:
         loss, right = np.zeros(len(tokens)), np.zeros(len(tokens), bool)
         counts = np.array([sum(row.asked) for row in tokens], np.int64)
         for places, batch, inputs in self._batches(live, tokens):
-            asked = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
-            for at, row in enumerate(batch):
-                asked[at, : len(row.asked)] = torch.tensor(row.asked)
-            asked = asked.to(live.device)
+            asked = asked_of(live, batch, inputs["input_ids"].shape[1])
             targets = inputs["input_ids"][:, 1:][asked[:, 1:]]
             # Only what is asked becomes float32: (targets, vocabulary), not (batch, length, vocabulary).
             logits = live.model(**inputs, use_cache=False).logits[:, :-1][asked[:, 1:]].float()
@@ -158,39 +152,14 @@ class Examples:
     def _batches(
         self, live: LiveModel, tokens: Sequence[Tokens]
     ) -> Iterator[tuple[list[int], list[Tokens], dict[str, Any]]]:
-        """(places in `tokens`, rows, inputs) of each batch, longest first: little padding, the largest at once.
-
-        Padding stands to the right: a causal model never looks back at it, and positions count from 0 as in training;
-        the mask hides it from the others.
-        """
-        import torch
-
+        """(places in `tokens`, rows, inputs) of each batch, longest first: little padding, the largest at once."""
         order = sorted(range(len(tokens)), key=lambda place: -len(tokens[place].ids))
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
             rows = [tokens[place] for place in places]
-            ids = torch.full((len(rows), len(rows[0].ids)), live.tokenizer.pad_token_id or 0)
-            mask = torch.zeros_like(ids)
-            for at, row in enumerate(rows):
-                ids[at, : len(row.ids)] = torch.tensor(row.ids)
-                mask[at, : len(row.ids)] = 1
-            inputs = {"input_ids": ids.to(live.device), "attention_mask": mask.to(live.device)}
-            yield places, rows, inputs | segments(live, rows, ids.shape[1])
+            yield places, rows, padded(live, rows)
             if self.progress:
                 self.progress(start + len(rows), len(tokens))
-
-
-@contextmanager
-def _padding_known(live: LiveModel) -> Iterator[None]:
-    """A decoder with a classifier's head reads at the last token that is no padding: its config must say which is."""
-    config = live.model.config
-    before = getattr(config, "pad_token_id", None)
-    if before is None:
-        config.pad_token_id = live.tokenizer.pad_token_id
-    try:
-        yield
-    finally:
-        config.pad_token_id = before
 
 
 def _refuse_nonfinite(value: float, what: str, row: Tokens) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,12 @@ def _row_of(value: Any, place: str) -> Row | str:
     if label is not None and not isinstance(label, int | float | str):
         return f"{place}: label {label!r} is neither a number nor a word"
     return Row(text, label=label, place=place, pair=pair)
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
+    """32 hex digits of all that a model sees of the rows; not where they stand."""
+    text = json.dumps([[row.text, row.completion, row.label, row.pair] for row in rows])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

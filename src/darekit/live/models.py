@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from darekit import engine, tiles
+from darekit.checkpoints import Placement
 from darekit.dtypes import Bytes, DType, dtype_named
 from darekit.errors import CheckpointError, DataError, HomologyError, PlanError, Unsupported
-from darekit.live.data import Tokens
 from darekit.output.companions import write_companions
 from darekit.planning import Plan, open_plan
 from darekit.recipe import Recipe, read_recipe
@@ -69,14 +69,14 @@ class LiveModel:
         targets, tied = self._targets()
         threads = threads or engine.default_threads()
         steps = settle_model_trim(plan.steps, threads=threads, tile=tiles.TILE, allow_nonfinite=False)
-        names = {place.name: place for shard in plan.shards for place in shard.placements}
-        unknown = [name for name in names if self._name(name, targets) is None]
+        places = [place for shard in plan.shards for place in shard.placements]
+        known = {place.name: self._name(place.name, targets) for place in places}
         wrong = [
-            f"{name} {tuple(place.shape)}"
-            for name, place in names.items()
-            if name not in unknown and tuple(targets[self._name(name, targets) or ""].shape) != tuple(place.shape)
+            f"{place.name} {tuple(place.shape)}"
+            for place in places
+            if (name := known[place.name]) is not None and tuple(targets[name].shape) != tuple(place.shape)
         ]
-        given = {self._name(name, targets) for name in names}
+        given = set(known.values())
         lacking = [name for name in targets if name not in given and name not in tied]
         if wrong or lacking:
             what = "other shapes" if wrong else "no value"
@@ -84,7 +84,8 @@ class LiveModel:
                 f"the merged tensors are not this model's: {what} for {', '.join((wrong or lacking)[:4])}"
                 f"{', ...' if len(wrong or lacking) > 4 else ''}"
             )
-        sinks = [_Shard(self, shard.placements, targets) for shard in plan.shards]
+        live = {name: None if target is None else targets[target] for name, target in known.items()}
+        sinks = [_Shard(shard.placements, live) for shard in plan.shards]
         engine.execute(steps, sinks, names=[model.ref for model in plan.models], threads=threads, tile=tiles.TILE)
 
     def tensors(self, names: Iterable[str]) -> dict[str, Any]:
@@ -127,20 +128,19 @@ class LiveModel:
 class _Shard:
     """Where one shard's bytes go: into the live tensors, converted to the format that they compute in."""
 
-    def __init__(self, live: LiveModel, placements: Sequence[Any], targets: Mapping[str, Any]) -> None:
+    def __init__(self, placements: Sequence[Placement], targets: Mapping[str, Any]) -> None:
         self.places = []
-        for place in placements:
-            name = live._name(place.name, targets)
-            flat = None if name is None else targets[name].detach().view(-1)
-            self.places.append((place.offset, place.offset + place.nbytes, flat, dtype_named(place.dtype)))
-        self.places.sort(key=lambda entry: entry[0])
-        self.starts = [entry[0] for entry in self.places]
+        for place in sorted(placements, key=lambda place: place.offset):
+            tensor = targets[place.name]
+            flat = None if tensor is None else tensor.detach().view(-1)
+            self.places.append((place.offset, flat, dtype_named(place.dtype)))
+        self.starts = [offset for offset, _, _ in self.places]
 
     def write(self, buffer: Bytes, offset: int) -> None:
         """Tiles never cross tensors."""
         import torch
 
-        begin, _, flat, dtype = self.places[bisect.bisect_right(self.starts, offset) - 1]
+        begin, flat, dtype = self.places[bisect.bisect_right(self.starts, offset) - 1]
         if flat is None:
             return
         values = torch.frombuffer(buffer, dtype=_torch_dtype(dtype))
@@ -306,17 +306,6 @@ def _no_init() -> Iterator[None]:
         from transformers.modeling_utils import no_init_weights
     with no_init_weights():
         yield
-
-
-def segments(live: LiveModel, rows: Sequence[Tokens], width: int) -> dict[str, Any]:
-    """The model's argument that tells two sentences of a pair apart: `token_type_ids`, (rows, width) int64, padded on
-    the right. Nothing where no row is a pair or the model has no such embedding (some tokenizers tell anyhow)."""
-    import torch
-
-    if (getattr(live.model.config, "type_vocab_size", None) or 0) < 2 or all(row.types is None for row in rows):
-        return {}
-    types = [[*(row.types or ()), *[0] * (width - len(row.types or ()))] for row in rows]
-    return {"token_type_ids": torch.tensor(types, device=live.device)}
 
 
 @contextmanager

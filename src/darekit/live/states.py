@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from darekit.errors import DataError
+from darekit.live.batches import padded
 from darekit.live.data import Tokens, batches
-from darekit.live.models import LiveModel, memory_told, one_thread, segments
+from darekit.live.models import LiveModel, memory_told, one_thread
 
 States = npt.NDArray[np.float32]
 
@@ -30,26 +31,16 @@ def hidden_states(
     """
     import torch
 
-    pad = 0 if live.tokenizer is None else live.tokenizer.pad_token_id or 0
     done = 0
     with one_thread(live.device), memory_told(f"running batches of {batch_size}"), torch.inference_mode():
         for batch in batches(tokens, batch_size):
-            longest = max(len(row.ids) for row in batch)
-            # Padding stands to the right: a causal model never looks back at it, the mask hides it from the others.
-            ids = torch.full((len(batch), longest), pad)
-            mask = torch.zeros_like(ids)
-            for at, row in enumerate(batch):
-                ids[at, : len(row.ids)] = torch.tensor(row.ids)
-                mask[at, : len(row.ids)] = 1
+            inputs = padded(live, batch)
             body = getattr(live.model, "base_model", live.model)  # without the head, which costs and says nothing here
-            found = body(
-                input_ids=ids.to(live.device), attention_mask=mask.to(live.device), output_hidden_states=True,
-                **segments(live, batch, longest),
-            )  # fmt: skip
+            found = body(**inputs, output_hidden_states=True)
             layers = getattr(found, "hidden_states", None)
             if layers is None:
                 raise DataError(f"{type(live.model).__name__} does not show its hidden states")
-            real = mask.bool().to(live.device)
+            real = inputs["attention_mask"].bool()
             states: States = torch.stack([layer[real].float() for layer in layers]).cpu().numpy()
             if not np.isfinite(states).all():
                 raise DataError(

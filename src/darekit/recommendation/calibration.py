@@ -22,11 +22,12 @@ import numpy as np
 from darekit.checkpoints import TensorInfo
 from darekit.dtypes import Floats, dtype_named, widen
 from darekit.errors import DataError
+from darekit.live.batches import padding_known
 from darekit.live.models import CAUSAL, build, memory_told, one_thread
 from darekit.methods.sparsifiers import noise_gain
 from darekit.naming import group_of
 from darekit.planning import Plan
-from darekit.recommendation.inputs import Feed, Progress, padded, padding_known
+from darekit.recommendation.inputs import Feed, Progress, batched
 
 _CACHED = 1 << 30  # bytes of deltas that are kept from batch to batch; what is more is read again for each
 
@@ -92,7 +93,7 @@ def calibrate(
     done = 0
     try:
         with one_thread(live.device), memory_told("calibrating"), padding_known(live), torch.inference_mode():
-            for inputs, _ in padded(live, tokens, feed.batch_size):
+            for inputs, _ in batched(live, tokens, feed.batch_size):
                 watch.mask = inputs["attention_mask"].bool()
                 live.model(**inputs, **({"use_cache": False} if live.task == CAUSAL else {}))
                 done += len(inputs["input_ids"])

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from darekit.errors import DataError
+from darekit.live.batches import padding_known
 from darekit.live.models import CAUSAL, REGRESSOR, LiveModel, build, memory_told, one_thread
 from darekit.planning import Plan
-from darekit.recommendation.inputs import Feed, Progress, padded, padding_known
+from darekit.recommendation.inputs import Feed, Progress, batched
 
 FACTORS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 LIKELIEST = 256  # outputs of each position that are compared one by one; the others' probability as one
@@ -100,7 +101,7 @@ def _outputs(live: LiveModel, tokens: Sequence[Any], feed: Feed) -> Iterator[Any
     """(n, outputs) float32 of each batch: one row per token that a causal model is asked for, per example of others."""
     import torch
 
-    for inputs, asking in padded(live, tokens, feed.batch_size):
+    for inputs, asking in batched(live, tokens, feed.batch_size):
         with torch.inference_mode():
             more = {"use_cache": False} if live.task == CAUSAL else {}
             logits = live.model(**inputs, **more).logits.float()

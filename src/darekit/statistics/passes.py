@@ -6,12 +6,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 from darekit.errors import DataError, Unsupported
+from darekit.live.batches import padded
 from darekit.live.data import Tokens
-from darekit.live.models import CAUSAL, CLASSIFIER, REGRESSOR, LiveModel, segments
+from darekit.live.models import CAUSAL, LiveModel
 
 EMPIRICAL, SAMPLED, EXACT = "empirical", "sampled", "exact"
 LABELS = (EMPIRICAL, SAMPLED, EXACT)
@@ -114,9 +114,8 @@ class FisherPass:
         """(factor, scalar) pairs: the Fisher is the sum of factor times the square of the scalar's gradient."""
         import torch
 
-        ids = torch.tensor([example.ids], device=self.live.device)
-        pair = segments(self.live, [example], ids.shape[1])
-        logits = self.live.model(input_ids=ids, attention_mask=torch.ones_like(ids), **pair).logits[0].float()
+        inputs = padded(self.live, [example])
+        ids, logits = inputs["input_ids"], self.live.model(**inputs).logits[0].float()
         draw = torch.Generator().manual_seed(_seed_of(self.seed, index))
         match self.live.task:
             case "causal":
@@ -287,26 +286,16 @@ class GramPass:
         """Add a batch, padded on the right."""
         import torch
 
-        device = self.live.device
-        longest = max(len(example.ids) for example in batch)
-        pad = self.live.model.config.pad_token_id
-        pad = 0 if not isinstance(pad, int) or pad < 0 else pad
-        ids = torch.full((len(batch), longest), pad)
-        mask = torch.zeros(len(batch), longest, dtype=torch.bool)
-        for i, example in enumerate(batch):
-            ids[i, : len(example.ids)] = torch.tensor(example.ids)
-            mask[i, : len(example.ids)] = True
-        self._mask, self._last = mask.to(device), None
+        inputs = padded(self.live, batch)
+        mask = inputs["attention_mask"].bool()
+        self._mask, self._last = mask, None
         self.spoilt = True  # until all layers have seen the batch
         try:
             with torch.no_grad():
-                pairs = segments(self.live, batch, longest)
-                logits = self.live.model(
-                    input_ids=ids.to(device), attention_mask=mask.long().to(device), **pairs
-                ).logits
+                logits = self.live.model(**inputs).logits
         finally:
             self._mask = self._last = None
-        if not bool(torch.isfinite(logits[mask.to(device)] if logits.dim() == 3 else logits).all()):
+        if not bool(torch.isfinite(logits[mask] if logits.dim() == 3 else logits).all()):
             raise DataError(
                 f"{batch[0].place} to {batch[-1].place}: the model's output has NaN or Inf; are its weights sound? In "
                 "float16 it may overflow: --dtype float32"
@@ -330,15 +319,3 @@ class GramPass:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
-
-
-@contextmanager
-def padded_by(live: LiveModel) -> Iterator[None]:
-    """A classifier on a causal backbone looks for the last token that is no padding: tell it which token that is."""
-    config, before = live.model.config, live.model.config.pad_token_id
-    if before is None and live.tokenizer is not None and live.task in (CLASSIFIER, REGRESSOR):
-        config.pad_token_id = live.tokenizer.pad_token_id
-    try:
-        yield
-    finally:
-        config.pad_token_id = before

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import threading
@@ -20,12 +19,13 @@ from darekit import __version__
 from darekit.checkpoints import FileRange, InputFile, read_header
 from darekit.checkpoints.documents import parse_object
 from darekit.errors import CheckpointError, DataError, OutputError, PlanError, Unsupported
-from darekit.live.data import Row, Tokens, read_rows, tokenize
+from darekit.live.batches import padding_known
+from darekit.live.data import Row, Tokens, read_rows, rows_digest, tokenize
 from darekit.live.models import LiveModel, build, memory_told, one_thread, recipe_of
 from darekit.output.card import public_name
 from darekit.planning import Plan, open_plan
 from darekit.statistics.files import FISHER, FORMAT, KEY, KINDS, refuse_existing, write_statistics
-from darekit.statistics.passes import EMPIRICAL, LABELS, FisherPass, GramPass, Pass, padded_by
+from darekit.statistics.passes import EMPIRICAL, LABELS, FisherPass, GramPass, Pass
 
 UNFINISHED = f"{FORMAT}-unfinished"
 MAX_LENGTH = 2048  # tokens of an example, where neither the model nor the caller asks for less
@@ -121,7 +121,7 @@ def make_statistics(
         batch = 1 if kind == FISHER else batch_size
         facts = _facts(kind, plan, live, rows, str(data), labels=labels, seed=seed, length=length)
         names = live.tensors(place.name for shard in plan.shards for place in shard.placements)
-        with one_thread(live.device), padded_by(live):
+        with one_thread(live.device), padding_known(live):
             accumulation: Pass = FisherPass(live, names, labels=labels, seed=seed) if kind == FISHER else GramPass(
                 live, names
             )  # fmt: skip
@@ -168,7 +168,6 @@ def _facts(
     kind: str, plan: Plan, live: LiveModel, rows: Sequence[Row], data: str, *, labels: str, seed: int, length: int
 ) -> dict[str, Any]:
     """What the statistics depend on: the beginning of the file's document, and what a resumed run must share."""
-    text = json.dumps([[row.text, row.completion, row.label] for row in rows])
     return {
         "kind": kind,
         "model": public_name(plan.models[0].ref),
@@ -176,7 +175,7 @@ def _facts(
         "data": {
             "name": public_name(data) if Path(data).exists() else data,
             "rows": len(rows),
-            "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+            "digest": rows_digest(rows),
         },
         "max_length": length,
         "dtype": str(live.model.dtype).removeprefix("torch."),
