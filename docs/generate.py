@@ -109,16 +109,19 @@ Exit codes: 0 done; 1 refused or failed, with the reason; 2 a mistake in the com
 def cli_page() -> str:
     """The text of cli.md."""
     lines = ["# The command line", "", NOTICE, "", CLI_HEAD, ""]
-    for name, command in _commands(cli.build_app()):
-        assert command.callback is not None
+    shown_panel = None
+    for panel, name, function in _commands():
+        if panel != shown_panel:
+            shown_panel = panel
+            lines += [f"## {panel}", ""]
         arguments, options = [], []
-        for parameter, kind, info in _described(command.callback):
+        for parameter, kind, info in _described(function):
             if isinstance(info, ArgumentInfo):
                 arguments.append((parameter, kind, info))
             else:
                 options.append((parameter, kind, info))
         shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p, _, _ in arguments]
-        lines += [f"## `dare {name}`", "", " ".join((command.callback.__doc__ or "").split()), ""]
+        lines += [f"### `dare {name}`", "", " ".join((function.__doc__ or "").split()), ""]
         lines += ["```", " ".join(["dare", name, *shown, "[OPTIONS]"]), "```", ""]
         lines += [f"- `{word.strip('[]')}`: {info.help}" for word, (_, _, info) in zip(shown, arguments, strict=True)]
         lines += [""] if arguments else []
@@ -128,12 +131,19 @@ def cli_page() -> str:
     return "\n".join(lines)
 
 
-def _commands(app: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command with its full name, those of groups after the others."""
+def _commands() -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """Every command in the order of `dare --help`: its panel, full name and function."""
+    for panel, members in cli.PANELS.items():
+        for word in members:
+            app = cli.build_app(word)
+            yield from ((panel, name, function) for name, function in _members(app))
+
+
+def _members(app: Any, prefix: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
     for command in app.registered_commands:
-        yield prefix + (command.name or command.callback.__name__.replace("_", "-")), command
+        yield prefix + (command.name or command.callback.__name__.replace("_", "-")), command.callback
     for group in app.registered_groups:
-        yield from _commands(group.typer_instance, f"{prefix}{group.name} ")
+        yield from _members(group.typer_instance, f"{prefix}{group.name} ")
 
 
 def _described(function: Callable[..., Any]) -> Iterator[tuple[inspect.Parameter, Any, Any]]:

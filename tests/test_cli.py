@@ -3,8 +3,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -85,6 +87,28 @@ def test_version_and_help(dare):
     for command in ("merge", "drop", "inspect", "methods", "demo"):
         assert command in dare("-h").out
         assert dare(command, "--help").code == 0
+
+
+def test_help_lists_commands_in_the_order_in_which_a_user_meets_them(dare):
+    listed = []  # titles of panels and names of commands
+    for line in dare("--help").out.splitlines():
+        listed += re.findall(r"^╭─ (.+?) ─|^│ (\w+) ", line)
+    listed = [title or name for title, name in listed]
+    headings = [
+        line.lstrip("# ").replace("`", "").removeprefix("dare ")
+        for line in (Path(__file__).parents[1] / "docs" / "cli.md").read_text().splitlines()
+        if line.startswith("##")
+    ]
+    listed = listed[listed.index("Merge and drop") :]
+    assert listed == [
+        "Merge and drop", "merge", "drop",
+        "Look before", "inspect", "recommend", "similarity", "methods",
+        "Packs", "pack", "unpack", "verify", "info", "export", "push", "pull",
+        "Statistics and evaluation", "stats", "eval", "sweep",
+        "See it work", "demo",
+    ]  # fmt: skip
+    # The reference has the same, and each command of `stats` on its own.
+    assert list(dict.fromkeys(line.removesuffix(" fisher").removesuffix(" gram") for line in headings)) == listed
 
 
 # --- results

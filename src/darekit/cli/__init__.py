@@ -13,46 +13,67 @@ from importlib import import_module
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
-# Command -> its module and function here, in the order of `dare --help`.
-COMMANDS = {
-    "merge": ("merging", "merge"),
-    "drop": ("merging", "drop"),
-    "inspect": ("analysis", "inspect"),
-    "similarity": ("analysis", "similarity"),
-    "recommend": ("recommend", "recommend"),
-    "sweep": ("analysis", "sweep"),
-    "pack": ("packs", "pack"),
-    "unpack": ("packs", "unpack"),
-    "verify": ("packs", "verify"),
-    "info": ("packs", "info"),
-    "export": ("packs", "export"),
-    "push": ("packs", "push"),
-    "pull": ("packs", "pull"),
-    "methods": ("merging", "methods"),
-    "demo": ("merging", "demo"),
-    "eval": ("evaluation", "evaluate"),
+# Panel of `dare --help` -> its commands, each with its module and function here; in the order in which users meet them.
+PANELS = {
+    "Merge and drop": {
+        "merge": ("merging", "merge"),
+        "drop": ("merging", "drop"),
+    },
+    "Look before": {
+        "inspect": ("analysis", "inspect"),
+        "recommend": ("recommend", "recommend"),
+        "similarity": ("analysis", "similarity"),
+        "methods": ("merging", "methods"),
+    },
+    "Packs": {
+        "pack": ("packs", "pack"),
+        "unpack": ("packs", "unpack"),
+        "verify": ("packs", "verify"),
+        "info": ("packs", "info"),
+        "export": ("packs", "export"),
+        "push": ("packs", "push"),
+        "pull": ("packs", "pull"),
+    },
+    "Statistics and evaluation": {
+        "stats": ("statistics", "stats"),
+        "eval": ("evaluation", "evaluate"),
+        "sweep": ("analysis", "sweep"),
+    },
+    "See it work": {
+        "demo": ("merging", "demo"),
+    },
 }
-GROUPS = {"stats": ("statistics", "stats")}
+COMMANDS = {name: (panel, *place) for panel, commands in PANELS.items() for name, place in commands.items()}
+
+
+class InOrder(TyperGroup):
+    """Lists its commands as PANELS does; typer alone would list `stats`, which has commands of its own, last."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Names of the commands that this run knows."""
+        return [name for name in COMMANDS if name in self.commands]
 
 
 def build_app(*only: str) -> typer.Typer:
-    """The command with all that it knows, or with the commands and groups named in `only`."""
+    """The command with all that it knows, or with the commands named in `only`."""
     app = typer.Typer(
         help="Absorb the abilities of fine-tuned models into one: DARE and model merging, streamed from disk to disk.",
+        cls=InOrder,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(root)
-    for name in only or (*COMMANDS, *GROUPS):
-        module, member = (COMMANDS | GROUPS)[name]
+    for name in only or COMMANDS:
+        panel, module, member = COMMANDS[name]
         found = getattr(import_module(f"darekit.cli.{module}"), member)
-        if name in GROUPS:
-            app.add_typer(found, name=name)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name, rich_help_panel=panel)
         else:
-            app.command(name)(found)
+            app.command(name, rich_help_panel=panel)(found)
     return app
 
 
@@ -73,4 +94,4 @@ def main() -> None:
     # Imports make many objects and no garbage: looking for it at the default of 700 took about 7 % of a small merge.
     gc.set_threshold(50_000, 20, 20)
     # Help, a misspelt word and no word need all commands.
-    build_app(*(word for word in sys.argv[1:2] if word in COMMANDS or word in GROUPS))()
+    build_app(*(word for word in sys.argv[1:2] if word in COMMANDS))()
