@@ -10,7 +10,7 @@ import pytest
 import darekit as dk
 import families
 import oracle
-from darekit.errors import HomologyError, RecipeError
+from darekit.errors import HomologyError, PlanError, RecipeError
 from darekit.naming import is_head
 
 BF16 = ml_dtypes.bfloat16
@@ -188,6 +188,63 @@ def test_inspect_compares_what_both_have(encoders):
     path, base, _ = encoders
     found = dk.inspect(path / "base", path / "m1")
     assert {tensor.name for tensor in found.tensors} == {name for name in base if not is_head(name)}
+
+
+def test_inspect_says_which_heads_it_leaves_out(encoders, dare):
+    path, base, _ = encoders
+    names = [str(path / f"m{k}") for k in range(3)]
+    found = dk.inspect(path / "base", *names)
+    (note,) = found.notes
+    assert note.startswith("heads that differ in shape, or that not all have, are left out: ") and "classifier" in note
+    # Without heads the models are alike, whoever gives them.
+    alike = {name: array for name, array in base.items() if not is_head(name)}
+    for heads in ("base", names[1], f"{names[1]}/"):
+        named = dk.inspect(path / "base", *names, heads=heads)
+        assert [model.tensors for model in named.models] == [model.tensors for model in found.models]
+        assert {tensor.name for tensor in named.models[0].tensors} == set(alike)
+    told = dare("inspect", path / "base", names[1], "--heads", "model")
+    assert told.code == 0 and "are m1's; those of base are left out\nnote: heads are not compared" in told.err
+    for heads, models in (("model", names), ("m7", names[:1])):
+        told = dare("inspect", path / "base", *models, "--heads", heads)
+        assert told.code == 1 and f"one of the models as written ({', '.join(models)})" in told.err
+        assert ("base, model or" in told.err) == (len(models) == 1)
+
+
+def test_inspect_leaves_heads_out_that_could_be_compared(llamas):
+    names = {"model.embed_tokens.weight", "lm_head.weight"}
+    found = [dk.inspect(llamas.path / "base", llamas.path / "m0", heads=heads) for heads in (None, "base", "model")]
+    reported = [{tensor.name for tensor in one.tensors} for one in found]
+    assert names <= reported[0] and reported[1] == reported[2] == reported[0] - {"lm_head.weight"}
+    assert found[1].total.parameters == found[0].total.parameters - llamas.base["lm_head.weight"].size
+
+
+@pytest.mark.parametrize("rows", [families.VOCAB + 3, families.VOCAB - 2])
+def test_inspect_of_a_vocabulary_that_differs(tmp_path, rows, dare):
+    rng = np.random.default_rng(0)
+    base = families.llama(rng)
+    families.save(tmp_path / "base", base, families.config())
+    model = families.tuned(rng, base)
+    longer = {**model}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        longer[name] = np.resize(model[name], (rows, model[name].shape[1]))
+        base[name], model[name] = base[name][:rows], model[name][:rows]
+    families.save(tmp_path / "longer", longer, families.config(vocab=rows))
+    families.save(tmp_path / "short-base", base, families.config())
+    families.save(tmp_path / "short", model, families.config())
+    common = dk.inspect(tmp_path / "short-base", tmp_path / "short")
+    for words in ((), ("--vocab", "base"), ("--vocab", "pad")):
+        told = dare("inspect", tmp_path / "base", tmp_path / "longer", *words, "--json")
+        assert told.code == 0 and told.data["total"] == common.total.to_data()
+        assert told.data["notes"] == [
+            f"{name}: {families.VOCAB} rows in the base, {rows} in longer; the rows of both are compared"
+            for name in ("lm_head.weight", "model.embed_tokens.weight")
+        ]
+    told = dare("inspect", tmp_path / "base", tmp_path / "longer")
+    assert told.err.count("the rows of both are compared") == 2
+    told = dare("inspect", tmp_path / "base", tmp_path / "longer", "--vocab", "strict")
+    assert told.code == 1 and "The vocabularies differ" in told.err and "--vocab" in told.err
+    with pytest.raises(PlanError, match="vocab: expected strict, base, pad, found 'cut'"):
+        dk.inspect(tmp_path / "base", tmp_path / "longer", vocab="cut")
 
 
 def test_a_recipe_reads_its_heads(tmp_path):

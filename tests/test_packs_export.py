@@ -2,6 +2,7 @@
 """Exports: patches, applied by a reader that knows their description alone, give the bits of `dare unpack`."""
 
 import json
+import shutil
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import darekit as dk
 import families
 import oracle
-from darekit.errors import CheckpointError, DataError, HomologyError, OutputError, PlanError
+from darekit.errors import CheckpointError, DataError, HomologyError, PlanError
 
 torch = pytest.importorskip("torch")
 
@@ -198,6 +199,58 @@ def test_exports_that_are_refused(tmp_path):
     with pytest.raises(DataError, match="not the tensor that the pack was made against"):
         run()
     assert not (tmp_path / "patch").exists() and not list(tmp_path.glob(".patch*"))
-    (tmp_path / "patch").mkdir()
-    with pytest.raises(OutputError, match="exists"):
-        run()
+    with pytest.raises(PlanError, match="cannot be resumed, only one to dense can"):
+        run(resume=True)
+
+
+@pytest.mark.parametrize("target", ["vllm-patch", "dense"])
+def test_an_export_replaces_only_what_it_may_and_only_when_it_is_whole(tmp_path, dare, target):
+    family(tmp_path)
+    pack, out, base = tmp_path / "m.safetensors", tmp_path / "out", tmp_path / "base"
+    dk.pack(base, tmp_path / "m0", pack, drop_rate=0.9, seed=1, force=True)
+    out.mkdir()  # empty: nothing is lost
+    command = ("export", pack, out, "--to", target, "--base", base)
+    assert dare(*command).code == 0
+    content = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "notes.txt").write_text("mine")
+    found = dare(*command)
+    assert found.code == 1 and "exists and is not empty" in found.err and "--overwrite" in found.err
+    assert (out / "notes.txt").read_text() == "mine"
+    # What fails while it is written leaves the old one as it was.
+    raw = bytearray(pack.read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "bad.safetensors").write_bytes(raw)
+    assert dare("export", tmp_path / "bad.safetensors", *command[2:], "--overwrite").code == 1
+    assert (out / "notes.txt").exists() and {n: (out / n).read_bytes() for n in content} == content
+    assert dare(*command, "--overwrite").code == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == content
+    # Inputs are never replaced, nor what is no export.
+    inside = shutil.copy(pack, out / "m.safetensors")
+    found = dare("export", inside, *command[2:], "--overwrite")
+    assert found.code == 1 and "holds the input" in found.err and inside.exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    found = dare("export", pack, tmp_path / "mine", *command[3:], "--overwrite")
+    assert found.code == 1 and "does not look like a model" in found.err
+    found = dare("export", pack, base, *command[3:], "--overwrite")
+    assert found.code == 1 and "holds the input" in found.err
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".") and target != "dense"]
+
+
+def test_an_export_without_a_patch_can_be_replaced(tmp_path, dare):
+    family(tmp_path)
+    shutil.copytree(tmp_path / "base", tmp_path / "same")
+    dk.pack(tmp_path / "base", tmp_path / "same", tmp_path / "m.safetensors", lossless=True)
+    command = (
+        "export",
+        tmp_path / "m.safetensors",
+        tmp_path / "out",
+        "--to",
+        "vllm-patch",
+        "--base",
+        tmp_path / "base",
+    )
+    assert dare(*command).code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["patches.json"]
+    assert dare(*command, "--overwrite").code == 0
+    assert dare(*command, "--resume").code == 2

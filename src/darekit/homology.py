@@ -281,7 +281,7 @@ def _compare_shapes(
             "The vocabularies differ:\n  "
             + "\n  ".join(vocabularies[:4])
             + "\nChoose what to do with the extra rows: `vocab: base` drops them, `vocab: pad` keeps them from the "
-            "models that have them (the tokenizer to go with it: tokenizer_source)"
+            "models that have them (--vocab; in a recipe the tokenizer to go with it: tokenizer_source)"
         )
     return rows
 

@@ -9,9 +9,9 @@ exact to 2^-11 of their value; norms, shares and zeros are exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,7 +20,7 @@ import numpy as np
 from darekit import kernels
 from darekit.checkpoints import Checkpoint, open_checkpoint
 from darekit.dtypes import dtype_named
-from darekit.errors import DataError
+from darekit.errors import DataError, PlanError
 from darekit.homology import (
     R_LARGE,
     R_STOP,
@@ -36,6 +36,7 @@ from darekit.interference import Interference, PairCounts, judged
 from darekit.kernels import cpu
 from darekit.packs.opening import open_model
 
+VOCABULARIES = ("strict", "base", "pad")
 SHARES = (0.0002, 0.002, 0.005, 0.01)  # the limits that the paper discusses
 DECILES = tuple(i / 10 for i in range(11))
 TILE = 65536
@@ -76,7 +77,8 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The reports of all float tensors, their total, and the verdict: ok, large or wrong_base."""
+    """The reports of all float tensors, their total, and the verdict: ok, large or wrong_base. `notes`: what was not
+    compared, and why."""
 
     base: str
     model: str
@@ -87,6 +89,7 @@ class Inspection:
     verdict: str
     words: str
     histogram: Histogram
+    notes: tuple[str, ...] = ()
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -100,6 +103,7 @@ class Inspection:
             "tau": TAU,
             "total": self.total.to_data(),
             "histogram": self.histogram.to_data(),
+            "notes": list(self.notes),
             "tensors": [tensor.to_data() for tensor in self.tensors],
         }
 
@@ -111,6 +115,7 @@ class Comparison:
     base: str
     models: tuple[Inspection, ...]
     interference: Interference
+    notes: tuple[str, ...] = ()
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -118,6 +123,7 @@ class Comparison:
             "base": self.base,
             "models": [model.to_data() for model in self.models],
             "interference": self.interference.to_data(),
+            "notes": list(self.notes),
         }
 
 
@@ -188,6 +194,8 @@ def inspect(
     model: str | Path,
     /,
     *,
+    vocab: str = "base",
+    heads: str | Path | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection: ...
@@ -200,6 +208,8 @@ def inspect(
     other: str | Path,
     /,
     *more: str | Path,
+    vocab: str = "base",
+    heads: str | Path | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison: ...
@@ -208,6 +218,8 @@ def inspect(
 def inspect(
     base: str | Path,
     *models: str | Path,
+    vocab: str = "base",
+    heads: str | Path | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection | Comparison:
@@ -216,22 +228,53 @@ def inspect(
     Args:
         base: the checkpoint that the models were fine-tuned from.
         models: the fine-tuned models: of one the result is an `Inspection`, of several a `Comparison`.
+        vocab: of vocabularies that differ, as in a recipe: `strict` refuses them; under `base` and `pad` the rows that
+            base and model share are compared (`pad` keeps the others as they are: they are no delta).
+        heads: whose heads a recipe would take as they are: `base`, `model` (where there is one) or one of the models
+            as written; nobody compares heads then. None: heads are compared where all are alike.
         threads: worker threads.
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        HomologyError: their tensors do not correspond (a vocabulary that differs is compared on the common rows).
+        HomologyError: their tensors do not correspond.
+        PlanError: `vocab` or `heads` is none of these words.
         DataError: NaN or Inf.
     """
     if not models:
         raise TypeError("inspect needs at least one model besides the base")
-    found, interference = _inspect_all(str(base), [str(model) for model in models], threads, progress)
-    return found[0] if interference is None else Comparison(str(base), tuple(found), interference)
+    names = [str(model) for model in models]
+    if vocab not in VOCABULARIES:
+        raise PlanError(f"vocab: expected {', '.join(VOCABULARIES)}, found {vocab!r}")
+    giver = None if heads is None else _giver_of(str(heads), str(base), names)
+    found, interference, notes = _inspect_all(str(base), names, vocab, giver, threads, progress)
+    if interference is None:
+        return replace(found[0], notes=notes)
+    return Comparison(str(base), tuple(found), interference, notes)
+
+
+def _giver_of(heads: str, base: str, models: Sequence[str]) -> int:
+    """Whose heads are kept: 0 is the base, 1 the first model."""
+    names = [name.rstrip("/") for name in (base, *models)]
+    if heads == "base":
+        return 0
+    if heads == "model" and len(models) == 1:
+        return 1
+    if heads.rstrip("/") in names:
+        return names.index(heads.rstrip("/"))
+    raise PlanError(
+        f"heads: expected base{', model' if len(models) == 1 else ''} or one of the models as written "
+        f"({', '.join(models)}), found {heads!r}"
+    )
 
 
 def _inspect_all(
-    base: str, models: Sequence[str], threads: int | None, progress: Callable[[int, int], None] | None
-) -> tuple[list[Inspection], Interference | None]:
+    base: str,
+    models: Sequence[str],
+    vocab: str,
+    giver: int | None,
+    threads: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[Inspection], Interference | None, tuple[str, ...]]:
     from darekit.engine import default_threads
 
     opened: list[Checkpoint] = []
@@ -239,8 +282,11 @@ def _inspect_all(
         opened.append(open_checkpoint(base))
         for model in models:
             opened.append(open_model(model, opened[0]))
-        alignment = align(opened[0], opened[1:], "base", heads="common")
-        tensors = [t for t in alignment.tensors if any(t.models) and dtype_named(t.dtype).kind == "float"]
+        alignment = align(opened[0], opened[1:], vocab, heads="common" if giver is None else opened[giver])
+        compared = [tensor for tensor in alignment.tensors if any(tensor.models) and not tensor.head]
+        unseen = () if giver is None else ("heads are not compared: they are taken as they are",)
+        notes = (*alignment.notes, *unseen, *_rows_left_out(compared, models))
+        tensors = [tensor for tensor in compared if dtype_named(tensor.dtype).kind == "float"]
         total_bytes = sum(info.nbytes for t in tensors for info in (t.base, *t.models) if info)
         totals, done = [_Counts() for _ in models], 0
         together = PairCounts(len(models))
@@ -266,8 +312,17 @@ def _inspect_all(
         for model, own, total in zip(models, reports, totals, strict=True)
     ]
     if len(models) == 1:
-        return found, None
-    return found, judged(models, together.pairs, relations, together.report("total", ()))
+        return found, None, notes
+    return found, judged(models, together.pairs, relations, together.report("total", ())), notes
+
+
+def _rows_left_out(tensors: Sequence[AlignedTensor], models: Sequence[str]) -> Iterator[str]:
+    """Of vocabularies that differ: how many rows each has."""
+    for tensor in tensors:
+        rows = [info.shape[0] for info in (tensor.base, *tensor.models) if info and info.shape]
+        if len({*rows}) > 1:
+            named = ", ".join(f"{count} in {label(model)}" for count, model in zip(rows[1:], models, strict=True))
+            yield f"{tensor.name}: {rows[0]} rows in the base, {named}; the rows of both are compared"
 
 
 def _count(tensor: AlignedTensor) -> tuple[list[_Counts], PairCounts | None]:

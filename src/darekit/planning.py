@@ -80,6 +80,7 @@ class Plan:
     notes: tuple[str, ...]
     rates: tuple[Mapping[str, float], ...]  # per model: what `drop_rate: auto` came to, by tensor
     statistics: tuple[Statistics, ...] = ()  # one of each model, where the method uses them
+    read_besides: tuple[InputFile, ...] = ()  # by the models' own sources: the base of a pack that is unpacked
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -88,9 +89,9 @@ class Plan:
 
     @property
     def files(self) -> tuple[InputFile, ...]:
-        """All open files: those of the checkpoints, and the statistics."""
+        """All open files: those of the checkpoints, the statistics, and what is read besides."""
         weights = [file for checkpoint in self.checkpoints for file in checkpoint.files]
-        return (*weights, *(entry.file for entry in self.statistics if entry.file))
+        return (*weights, *(entry.file for entry in self.statistics if entry.file), *self.read_besides)
 
     @property
     def bytes_in(self) -> int:

@@ -286,7 +286,8 @@ def _reason_to_keep(out: Path, found: Sequence[str], inputs: Sequence[Path]) -> 
 
 def _is_model(path: Path) -> bool:
     names = [entry.name for entry in path.iterdir()]
-    return any(name in ("config.json", "darekit.lock.json") or name.endswith(".safetensors") for name in names)
+    known = ("config.json", "darekit.lock.json", "patches.json")  # the last: an export without a single patch
+    return any(name in known or name.endswith(".safetensors") for name in names)
 
 
 def _holds(directory: Path, path: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli.options import DryRun, Json, Threads, check_drop_rate, errors_told
+from darekit.cli.options import DryRun, Json, Threads, Vocab, check_drop_rate, errors_told
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the fastest there is.")]
 Dtype = Annotated[str | None, typer.Option(help="What the model computes in; default: float32 on a CPU.")]
@@ -17,6 +17,16 @@ Dtype = Annotated[str | None, typer.Option(help="What the model computes in; def
 def inspect(
     base: Annotated[str, typer.Argument(help="The checkpoint that the models were fine-tuned from.")],
     models: Annotated[list[str], typer.Argument(help="The fine-tuned model, or several to compare.")],
+    vocab: Annotated[
+        Vocab, typer.Option(help="Vocabularies that differ: refuse, or compare the rows that both have (base, pad).")
+    ] = Vocab.BASE,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="base, model, or one of several: whose heads a recipe takes as they are; none are compared then.",
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the deltas into this folder, as PNG and SVG.")] = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -31,7 +41,9 @@ def inspect(
 
             require_matplotlib()
         with display.progress_bar("inspecting", quiet=as_json) as progress:
-            found = inspect_models(base, *models, threads=threads, progress=progress)
+            found = inspect_models(
+                base, *models, vocab=vocab.value, heads=heads, threads=threads, progress=progress
+            )  # fmt: skip
         drawn = []
         if plot is not None:
             from darekit.plots.inspections import draw_inspection

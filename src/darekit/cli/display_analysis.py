@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from darekit.cli.display import print_table
+from darekit.cli.display import print_table, say_note
 
 if TYPE_CHECKING:
     from darekit.inspection import Comparison, Inspection, TensorReport
@@ -30,6 +30,8 @@ def show_inspections(found: Inspection | Comparison, drawn: Sequence[Path], *, a
     if as_json:
         print(json.dumps(found.to_data() | ({"plots": [str(path) for path in drawn]} if drawn else {})))
         return
+    for note in found.notes:
+        say_note(note)
     if isinstance(found, Comparison):
         _show_comparison(found)
     else:

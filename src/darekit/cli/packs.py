@@ -149,18 +149,22 @@ def export(
     ] = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="With --to dense: continue a run that was killed.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write PACK as what servers load: vLLM's weight patches, or an ordinary (dense) model directory."""
     limit = bytes_of(shard_size)
-    with errors_told():
+    if resume and to is not ExportTarget.DENSE:
+        raise typer.BadParameter("goes with --to dense", param_hint="--resume")
+    with errors_told(resumes=to is ExportTarget.DENSE):
         from darekit.cli import display, display_packs
         from darekit.packs.exporting import export as export_pack
 
         with display.progress_bar("exporting", quiet=as_json) as progress:
             report = export_pack(
-                pack, out, to=to.value, base=base, shard_size=limit, threads=threads, progress=progress,
-                say=display.say_note,
+                pack, out, to=to.value, base=base, shard_size=limit, threads=threads, overwrite=overwrite,
+                resume=resume, progress=progress, say=display.say_note,
             )  # fmt: skip
         display_packs.show_export(report, as_json=as_json)
 

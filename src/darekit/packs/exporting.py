@@ -11,9 +11,9 @@ indices; dense and sparse patches in calls of their own.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from darekit.checkpoints import (
     Shard,
     lay_out,
     open_checkpoint,
-    sync_directory,
 )
 from darekit.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_named
@@ -38,6 +37,7 @@ from darekit.packs.reading import Pack, open_pack
 from darekit.packs.unpacking import unpack
 from darekit.packs.workers import run_all
 from darekit.running import Progress, peak_rss
+from darekit.staging import Stage, open_stage
 
 FORMAT = "darekit-weight-patches"
 VERSION = 1
@@ -73,6 +73,8 @@ def export(
     base: str | Path | None = None,
     shard_size: int = SHARD_SIZE,
     threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> ExportReport:
@@ -80,11 +82,13 @@ def export(
 
     Args:
         pack: the file, or its name on the Hub.
-        out: the directory to write; must not exist yet.
+        out: the directory to write.
         to: vllm-patch (final values by name, shape, dtype and flat index) or dense (an ordinary model directory).
         base: what it was packed against; where not given, the base that the pack names, if that is on the Hub.
         shard_size: largest file, in bytes.
         threads: worker threads.
+        overwrite: replace `out` once the new one is complete.
+        resume: continue a dense export that was killed; patches always begin anew.
         progress: called with (bytes done, bytes in all).
         say: receives notes.
 
@@ -93,21 +97,44 @@ def export(
     """
     if to not in TARGETS:
         raise PlanError(f"a pack cannot be exported to {to!r}; targets: {', '.join(TARGETS)}")
-    out = Path(out)
-    if out.exists():
-        raise OutputError(f"{out} exists; choose another name")
+    if resume and to != "dense":
+        raise PlanError(f"an export to {to} cannot be resumed, only one to dense can; run it again without resume")
     with open_pack(pack) as found:
         base = base or _named_base(found)
         if to == "dense":
-            report = unpack(base, found.path, out, shard_size=shard_size, threads=threads, progress=progress, say=say)
+            report = unpack(
+                base, found.path, out, shard_size=shard_size, threads=threads, overwrite=overwrite, resume=resume,
+                progress=progress, say=say,
+            )  # fmt: skip
             counts = len(found.tensors), 0, len(found.tensors), 0
             return ExportReport(str(out), to, report.bytes_written, *counts, 0, report.peak_rss_bytes)
         origin = open_checkpoint(base)
         try:
             with open_pack(found.path, base=origin) as bound:
-                return _Patches(bound, origin, threads, progress).write(out, shard_size)
+                inputs = [found.path, *(file.path for file in origin.files)]
+                with _staged(Path(out), inputs, overwrite, say) as stage:
+                    exported = _Patches(bound, origin, threads, progress).write(stage.path, shard_size)
+                    stage.publish()
+                return replace(exported, output=str(out))
         finally:
             origin.close()
+
+
+@contextmanager
+def _staged(out: Path, inputs: Sequence[Path], overwrite: bool, say: Callable[[str], None] | None) -> Iterator[Stage]:
+    """Where patches are written out of sight. A run that fails leaves nothing: none can be resumed."""
+    with open_stage(out, identity={"export": FORMAT}, overwrite=overwrite, resume=False, inputs=inputs) as stage:
+        if say:
+            for note in stage.notes:
+                say(note)
+        try:
+            yield stage
+        except OSError as error:
+            stage.discard()
+            raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+        except BaseException:
+            stage.discard()
+            raise
 
 
 def _named_base(pack: Pack) -> str:
@@ -130,7 +157,8 @@ class _Patches:
         self.total = 2 * sum(self.model.tensors[tensor.name].nbytes for tensor in self.tensors)
         self.done = 0
 
-    def write(self, out: Path, shard_size: int) -> ExportReport:
+    def write(self, folder: Path, shard_size: int) -> ExportReport:
+        """Fill an empty folder."""
         counts: dict[str, np.ndarray] = {}
         odd: set[str] = set()  # sparse patches cannot say NaN
 
@@ -152,21 +180,11 @@ class _Patches:
         self._run(count)
         entries = [entry for tensor in self.tensors if (entry := _entry(tensor, int(counts[tensor.name].sum()),
                                                                         tensor.name in odd))]  # fmt: skip
-        hidden = out.with_name(f".{out.name}.darekit-export")
-        try:
-            shutil.rmtree(hidden, ignore_errors=True)
-            hidden.mkdir()
-            size = self._write_files(hidden, entries, counts, shard_size)
-            (hidden / MANIFEST).write_text(json.dumps(self._manifest(entries), indent=1) + "\n")
-            hidden.rename(out)
-            sync_directory(out.absolute().parent)
-        except OSError as error:
-            raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+        size = self._write_files(folder, entries, counts, shard_size)
+        (folder / MANIFEST).write_text(json.dumps(self._manifest(entries), indent=1) + "\n")
         dense = sum("indices" not in entry for entry in entries)
         return ExportReport(
-            str(out), "vllm-patch", size, len(self.pack.tensors), len(entries) - dense, dense,
+            str(folder), "vllm-patch", size, len(self.pack.tensors), len(entries) - dense, dense,
             len(self.pack.tensors) - len(entries), sum(entry["changed"] for entry in entries), peak_rss(),
         )  # fmt: skip
 
