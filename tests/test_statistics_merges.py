@@ -744,6 +744,8 @@ def test_half_an_example_is_never_kept(logistic, tmp_path, monkeypatch):
     from darekit.statistics.passes import FisherPass
 
     class Exploding:
+        requires_grad = True
+
         def detach(self):
             return torch.zeros(())
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from darekit.quantities import size_of
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -21,19 +23,6 @@ if TYPE_CHECKING:
 def say_note(line: str) -> None:
     """A note or warning while a command runs."""
     print(f"note: {line}", file=sys.stderr)
-
-
-def size_of(count: float) -> str:
-    """Bytes for people, in powers of ten.
-
-    >>> size_of(1_234_000_000)
-    '1.23 GB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def count_of(count: float) -> str:
@@ -112,6 +101,10 @@ def show_statistics(report: StatisticsReport, *, as_json: bool) -> None:
     print(
         f"{report.output}: {report.kind} of {_plural(report.tensors, 'tensor')}, {count_of(report.examples)} examples, "
         f"{count_of(report.tokens)} tokens, {size_of(report.bytes)} in {report.seconds:.2f} s"
+    )
+    print(
+        f"  {report.passes} {'pass' if report.passes == 1 else 'passes'} over the data, with {size_of(report.sums_bytes)} of sums in memory "
+        f"(--memory {size_of(report.memory)})"
     )
     if report.mean is not None:
         print(f"  mean {report.mean:.2e}; `minimal` of a fisher merge should be far below it")

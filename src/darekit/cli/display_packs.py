@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from darekit.cli.display import count_of, size_of
+from darekit.cli.display import count_of
+from darekit.quantities import size_of
 
 if TYPE_CHECKING:
     from darekit.packs.exporting import ExportReport

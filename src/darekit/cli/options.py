@@ -116,20 +116,18 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
-def bytes_of(text: str) -> int:
+def bytes_of(text: str, option: str = "--shard-size") -> int:
     """`5GB`, `500 MB`, `2GiB` -> bytes."""
     stripped = text.replace(" ", "").upper()
     number = stripped.rstrip("KMGTIB")
     try:
         size = int(float(number) * _UNITS[stripped[len(number) :]])
     except (ValueError, KeyError, OverflowError):
-        raise typer.BadParameter(
-            f"{text!r} is not a size; write 5GB, 500MB or 2GiB", param_hint="--shard-size"
-        ) from None
+        raise typer.BadParameter(f"{text!r} is not a size; write 5GB, 500MB or 2GiB", param_hint=option) from None
     if size < 1:
-        raise typer.BadParameter(f"{text!r} is not a size above 0", param_hint="--shard-size")
+        raise typer.BadParameter(f"{text!r} is not a size above 0", param_hint=option)
     if stripped.isdigit() and size < 1000:
-        raise typer.BadParameter(f"{text!r} would be bytes; write 5GB, 500MB or 2GiB", param_hint="--shard-size")
+        raise typer.BadParameter(f"{text!r} would be bytes; write 5GB, 500MB or 2GiB", param_hint=option)
     return size
 
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from darekit.cli.options import Json, Overwrite, Resume, errors_told
+from darekit.cli.options import Json, Overwrite, Resume, bytes_of, errors_told
 
 stats = typer.Typer(
-    help="Make what fisher and regmean must know of a model, in one pass over data (needs torch).",
+    help="Make what fisher and regmean must know of a model, from data (needs torch).",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -27,6 +27,13 @@ MaxLength = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples at once.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest there is.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="What the sums may take beside the model: 4GB. Less memory, more passes over the data, the same file; "
+        "default: half of what is free."
+    ),
+]
 Compute = Annotated[str | None, typer.Option(help="Format to compute in: float32, bfloat16; sums are float32.")]
 
 
@@ -56,6 +63,7 @@ def fisher(
     max_length: MaxLength = None,
     device: Device = None,
     dtype: Compute = None,
+    memory: Memory = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     as_json: Json = False,
@@ -63,7 +71,7 @@ def fisher(
     """Write MODEL's diagonal Fisher: the mean over examples of the squared gradient of the log-likelihood."""
     _make(
         "fisher", model, data, out, as_json, labels=kind.value, seed=seed, limit=limit, split=split,
-        max_length=max_length, device=device, dtype=dtype, overwrite=overwrite, resume=resume,
+        max_length=max_length, device=device, dtype=dtype, memory=memory, overwrite=overwrite, resume=resume,
     )  # fmt: skip
 
 
@@ -78,6 +86,7 @@ def gram(
     max_length: MaxLength = None,
     device: Device = None,
     dtype: Compute = None,
+    memory: Memory = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     as_json: Json = False,
@@ -85,15 +94,18 @@ def gram(
     """Write the Gram matrix of the inputs of each of MODEL's linear layers: the sum over tokens of x x^T."""
     _make(
         "gram", model, data, out, as_json, batch_size=batch_size, limit=limit, split=split, max_length=max_length,
-        device=device, dtype=dtype, overwrite=overwrite, resume=resume,
+        device=device, dtype=dtype, memory=memory, overwrite=overwrite, resume=resume,
     )  # fmt: skip
 
 
-def _make(kind: str, model: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
+def _make(kind: str, model: str, data: str, out: Path, as_json: bool, *, memory: str | None, **options: Any) -> None:
+    limit = None if memory is None else bytes_of(memory, "--memory")
     with errors_told(resumes=True):
         from darekit.cli import display
         from darekit.statistics.running import make_statistics
 
         with display.progress_bar(kind, quiet=as_json, unit="examples") as progress:
-            report = make_statistics(kind, model, data, out, progress=progress, say=display.say_note, **options)
+            report = make_statistics(
+                kind, model, data, out, memory=limit, progress=progress, say=display.say_note, **options
+            )
         display.show_statistics(report, as_json=as_json)

@@ -339,19 +339,20 @@ def one_thread(device: Any) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+BATCH_ADVICE = "use a smaller --batch-size or --max-length, --dtype bfloat16, or --device cpu"
+
+
 @contextmanager
-def memory_told(what: str) -> Iterator[None]:
+def memory_told(what: str, advice: str = BATCH_ADVICE) -> Iterator[None]:
     """Out of memory becomes an error that says what to do."""
     import torch
 
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise DataError(
-            f"out of memory while {what}; use a smaller --batch-size or --max-length, --dtype bfloat16, or "
-            f"--device cpu ({str(error).splitlines()[0] if str(error) else 'no more was said'})"
-        ) from error
-    except RuntimeError as error:
-        if "not enough memory" not in str(error) and "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        told = str(error)
+        known = ("not enough memory", "out of memory", "can't allocate memory")  # Windows, CUDA, Linux
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(text in told for text in known):
             raise
-        raise DataError(f"out of memory while {what}; use a smaller --batch-size or --max-length") from error
+        said = told.splitlines()[0] if told else "no more was said"
+        raise DataError(f"out of memory while {what}; {advice} ({said})") from error

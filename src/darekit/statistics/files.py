@@ -157,7 +157,7 @@ def write_statistics(
         metadata={KEY: json.dumps(document)},
     )  # fmt: skip
     hidden = path.with_name(f".{path.name}.darekit-tmp")
-    with _told(path):
+    with told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         hidden.unlink(missing_ok=True)
     try:
@@ -171,7 +171,7 @@ def write_statistics(
             output.sync()
         finally:
             output.close()
-        with _told(path):
+        with told(path):
             hidden.replace(path)
         sync_directory(path.parent)
     except BaseException:
@@ -181,7 +181,8 @@ def write_statistics(
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def told(path: Path) -> Iterator[None]:
+    """What the system refuses while `path` is written becomes an `OutputError`."""
     try:
         yield
     except OSError as error:

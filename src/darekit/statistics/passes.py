@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to one batch: squared gradients of log-likelihoods, or products of inputs, added up in float32."""
+"""What happens to one batch: squared gradients of log-likelihoods, or products of inputs, added up in float32.
+
+A pass over the data makes the sums of one group of tensors; what is added to a sum does not depend on its group.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from darekit.errors import DataError, Unsupported
@@ -16,26 +19,40 @@ from darekit.live.models import CAUSAL, LiveModel
 EMPIRICAL, SAMPLED, EXACT = "empirical", "sampled", "exact"
 LABELS = (EMPIRICAL, SAMPLED, EXACT)
 
+BLOCK = 1024  # rows and columns of a Gram that are mirrored at once
+
 
 class Pass(Protocol):
-    """One pass over data.
+    """Passes over data.
 
     Attributes:
-        sums: name -> float32 tensor on the model's device: what has been added up so far.
+        sums: name -> float32 tensor on the model's device: what has been added up so far in this pass.
         spoilt: whether the sums hold a part of a batch, or NaN or Inf, so that they must not be kept.
     """
 
     sums: dict[str, Any]
     spoilt: bool
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """All sums that are still thought to be needed, in the file's order."""
+
+    def explore(self, example: Tokens) -> None:
+        """Find out from one example what can be known of `shapes` before the first pass."""
+
+    def begin(self, names: Collection[str]) -> None:
+        """Forget the sums; from now on make those of `names`."""
+
     def see(self, batch: Sequence[Tokens], first: int) -> None:
         """Add a batch, whose first example has the index `first` among all."""
 
-    def state(self) -> dict[str, Any]:
-        """What besides the sums a resumed pass must know; JSON-able."""
+    def finish(self) -> None:
+        """The pass has seen everything: settle the sums; a second call changes nothing."""
 
-    def restore(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Go on from a `state`; afterwards `sums` has zeros of these shapes."""
+    def state(self) -> dict[str, Any]:
+        """What besides the sums a resumed run must know; JSON-able."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`, after `begin`."""
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -45,7 +62,8 @@ class FisherPass:
     """Diagonal Fisher: the sum over examples of the squared gradient of each example's log-likelihood.
 
     One example at a time, since the square of a batch's gradient is not the sum of its examples' squares. A gradient
-    is squared and added as soon as it is complete, so that only one tensor's gradient is in memory.
+    is squared and added as soon as it is complete, so that only one tensor's gradient is in memory. Only the tensors of
+    the group ask for one, so autograd goes back no further than to the first of them.
 
     Args:
         live: the model.
@@ -67,13 +85,30 @@ class FisherPass:
         self.wanted = {name: tensor for name, tensor in names.items() if isinstance(tensor, torch.nn.Parameter)}
         if not self.wanted:
             raise Unsupported("the model has no parameter of its checkpoint's names")
+        self.sums: dict[str, Any] = {}
+        self.factor = 1.0
+        self._bad = torch.zeros((), dtype=torch.bool, device=live.device)
+        self._hooks: list[Any] = []
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter of the checkpoint's."""
+        return {name: tuple(tensor.shape) for name, tensor in self.wanted.items()}
+
+    def explore(self, example: Tokens) -> None:
+        """Everything is known."""
+
+    def begin(self, names: Collection[str]) -> None:
+        """Zeros for these parameters, which alone need a gradient from now on."""
+        import torch
+
+        self.close()
+        self.sums = {}  # the old ones go before the new ones come
         self.sums = {
             name: torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
             for name, tensor in self.wanted.items()
+            if name in names
         }
-        self.factor = 1.0
-        self._bad = torch.zeros((), dtype=torch.bool, device=live.device)
-        self._hooks = [self._follow(name, tensor) for name, tensor in self.wanted.items()]
+        self._hooks = [self._follow(name, self.wanted[name]) for name in self.sums]
 
     def _follow(self, name: str, tensor: Any) -> Any:
         """Have each complete gradient of a tensor squared, added and forgotten."""
@@ -102,7 +137,8 @@ class FisherPass:
             self.spoilt = True  # until all of the example is in the sums
             for place, (factor, value) in enumerate(parts):
                 self.factor = factor
-                value.backward(retain_graph=place + 1 < len(parts))
+                if value.requires_grad:  # the group may be nothing but what this likelihood does not depend on
+                    value.backward(retain_graph=place + 1 < len(parts))
             if bool(self._bad):
                 raise DataError(
                     f"{example.place}: the gradient of this row has NaN or Inf; are the weights sound? In float16 it "
@@ -163,17 +199,21 @@ class FisherPass:
             )
         return float(label)
 
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
     def state(self) -> dict[str, Any]:
         """Nothing but the sums."""
         return {}
 
-    def restore(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """The sums exist from the beginning."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing but the sums."""
 
     def close(self) -> None:
         """Remove the hooks; the model's parameters need no gradient again."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         for tensor in self.wanted.values():
             tensor.requires_grad_(False)
             tensor.grad = None
@@ -196,9 +236,11 @@ def _drawn(scores: Any, draw: Any) -> Any:
 class GramPass:
     """Gram matrices: of every linear layer, the sum over tokens of x x^T, x its input. Padding is left out.
 
-    Layers that are given one and the same input (queries, keys and values) have one sum, under the first one's name.
+    Layers that are given one and the same input (queries, keys and values) have one sum, under the name of the first
+    that is reached. Every pass watches all layers for that, and adds up its own group's.
 
     Attributes:
+        layers: name of a layer's weight -> how many inputs it has.
         owners: name of a layer's weight -> under which name its sum is.
         rows: name of a sum -> how many inputs were added.
         transposed: weights stored [in, out] (GPT-2's Conv1D).
@@ -220,10 +262,14 @@ class GramPass:
         self.rows: dict[str, int] = {}
         self.transposed: list[str] = []
         self.tied: list[str] = []
-        self._layers: dict[str, int] = {}
+        self.layers: dict[str, int] = {}
+        self._group: frozenset[str] = frozenset()
+        self._calls: dict[str, int] = {}  # of the first example's layers
+        self._left: set[str] | None = None  # what is still to come of a batch that ends early
         self._hooks: list[Any] = []
         self._last: tuple[Any, str] | None = None
         self._mask: Any = None
+        self._bad = torch.zeros((), dtype=torch.bool, device=live.device)
         for path, module in live.model.named_modules():
             if not isinstance(module, torch.nn.Linear | Conv1D):
                 continue
@@ -231,16 +277,36 @@ class GramPass:
             if uses[id(module.weight)] > 1:
                 self.tied.append(f"{path}.weight")
             elif name is not None:
-                self._layers[name] = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+                self.layers[name] = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
                 self.transposed += [name] if isinstance(module, Conv1D) else []
                 self._hooks.append(module.register_forward_pre_hook(self._hook(name)))
-        if not self._layers:
+        if not self.layers:
             raise Unsupported("the model has no linear layer of its checkpoint's names, so there is no Gram to make")
 
     @property
     def missing(self) -> list[str]:
         """Layers that no input has reached."""
-        return [name for name in self._layers if name not in self.owners]
+        return [name for name in self.layers if name not in self.owners]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every layer that owns its input, or was not reached yet."""
+        return {name: (n, n) for name, n in self.layers.items() if not self.shares(name)}
+
+    def shares(self, name: str) -> bool:
+        """Whether a layer's sum is under another one's name."""
+        return self.owners.get(name, name) != name
+
+    def explore(self, example: Tokens) -> None:
+        """Let one example through, to see which layers share an input, and whether each has exactly one a batch."""
+        self.begin(())
+        self._calls = dict.fromkeys(self.layers, 0)
+        self.see([example], 0)
+
+    def begin(self, names: Collection[str]) -> None:
+        """Sums of these layers; each gets its memory when the first input reaches it."""
+        self.sums = {}
+        self._group = frozenset(names)
+        self.rows |= dict.fromkeys(names, 0)
 
     def _hook(self, name: str) -> Any:
         def add(module: Any, arguments: tuple[Any, ...]) -> None:
@@ -252,6 +318,8 @@ class GramPass:
     def _add(self, name: str, values: Any) -> None:
         import torch
 
+        if not self._group:
+            self._calls[name] += 1
         shared = self._last[1] if self._last is not None and self._last[0] is values else name
         owner = self.owners.setdefault(name, shared)
         if owner != name:
@@ -259,12 +327,19 @@ class GramPass:
                 raise Unsupported(f"{name} had one input with {owner} in the first batch, and has another now")
             return
         self._last = values, name
+        if name not in self._group:
+            return
         rows = self._without_padding(values).to(torch.float32)
+        self._bad |= ~torch.isfinite(rows.sum())
         if name not in self.sums:
-            size = self._layers[name]
+            size = self.layers[name]
             self.sums[name] = torch.zeros(size, size, dtype=torch.float32, device=rows.device)
         self.sums[name].addmm_(rows.T, rows)
-        self.rows[name] = self.rows.get(name, 0) + rows.shape[0]
+        self.rows[name] += rows.shape[0]
+        if self._left is not None:
+            self._left.discard(name)
+            if not self._left:
+                raise _EnoughError
 
     def _without_padding(self, values: Any) -> Any:
         """(batch, tokens, in), (batch tokens, in) or (batch, in) -> (rows, in)."""
@@ -282,6 +357,12 @@ class GramPass:
             "--batch-size 1"
         )
 
+    def _ends_early(self) -> bool:
+        """Whether the layers behind the group's need not run: only if each layer has had exactly one input (experts and
+        layers that are used again have others), and only if there are such layers."""
+        owners = [name for name in self.layers if self.owners.get(name) == name]
+        return bool(self._group) and owners[-1] not in self._group and set(self._calls.values()) == {1}
+
     def see(self, batch: Sequence[Tokens], first: int) -> None:
         """Add a batch, padded on the right."""
         import torch
@@ -289,33 +370,50 @@ class GramPass:
         inputs = padded(self.live, batch)
         mask = inputs["attention_mask"].bool()
         self._mask, self._last = mask, None
+        self._left = set(self._group) if self._ends_early() else None
         self.spoilt = True  # until all layers have seen the batch
+        logits = None
         try:
             with torch.no_grad():
                 logits = self.live.model(**inputs).logits
+        except _EnoughError:
+            pass
         finally:
-            self._mask = self._last = None
-        if not bool(torch.isfinite(logits[mask] if logits.dim() == 3 else logits).all()):
+            self._mask = self._last = self._left = None
+        if logits is not None:
+            self._bad |= ~torch.isfinite(logits[mask] if logits.dim() == 3 else logits).all()
+        if bool(self._bad):
             raise DataError(
-                f"{batch[0].place} to {batch[-1].place}: the model's output has NaN or Inf; are its weights sound? In "
-                "float16 it may overflow: --dtype float32"
+                f"{batch[0].place} to {batch[-1].place}: the model's output, or the input of one of its layers, has "
+                "NaN or Inf; are its weights sound? In float16 it may overflow: --dtype float32"
             )
         self.spoilt = False
 
+    def finish(self) -> None:
+        """Products of matrices are symmetric but for the last bits: the mean with the transposed, block by block."""
+        for total in self.sums.values():
+            starts = range(0, len(total), BLOCK)
+            for top in starts:
+                for left in starts[top // BLOCK :]:
+                    above = total[top : top + BLOCK, left : left + BLOCK]
+                    below = total[left : left + BLOCK, top : top + BLOCK]
+                    mean = (above + below.T) / 2
+                    above.copy_(mean)
+                    below.copy_(mean.T)
+
     def state(self) -> dict[str, Any]:
-        """Which layers share an input, and the numbers of rows."""
-        return {"owners": self.owners, "rows": self.rows}
+        """Which layers share an input, the numbers of rows, and the calls of the first example."""
+        return {"owners": self.owners, "rows": self.rows, "calls": self._calls}
 
-    def restore(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
-        import torch
-
-        self.owners, self.rows = dict(state["owners"]), dict(state["rows"])
-        self.sums = {
-            name: torch.zeros(shape, dtype=torch.float32, device=self.live.device) for name, shape in shapes.items()
-        }
+        self.owners, self.rows, self._calls = dict(state["owners"]), dict(state["rows"]), dict(state["calls"])
 
     def close(self) -> None:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+
+
+class _EnoughError(Exception):
+    """The last layer of a group has been reached; the rest of the model need not run."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass over data with a model that runs, into a statistics file: resumable, and visible only when complete."""
+"""Passes over data with a model that runs, into a statistics file: in bounded memory, resumable, and visible only when
+complete. The sums of a group of tensors are in memory during one pass; finished groups are on the disk."""
 
 from __future__ import annotations
 
@@ -16,28 +17,36 @@ from typing import Any
 import numpy as np
 
 from darekit import __version__
-from darekit.checkpoints import FileRange, InputFile, read_header
-from darekit.checkpoints.documents import parse_object
 from darekit.errors import CheckpointError, DataError, OutputError, PlanError, Unsupported
 from darekit.live.batches import padding_known
 from darekit.live.data import Row, Tokens, read_rows, rows_digest, tokenize
 from darekit.live.models import LiveModel, build, memory_told, one_thread, recipe_of
 from darekit.output.card import public_name
 from darekit.planning import Plan, open_plan
-from darekit.statistics.files import FISHER, FORMAT, KEY, KINDS, refuse_existing, write_statistics
+from darekit.quantities import size_of
+from darekit.statistics.budget import bytes_of_sums, grouped, settled
+from darekit.statistics.files import FISHER, FORMAT, KINDS, refuse_existing
 from darekit.statistics.passes import EMPIRICAL, LABELS, FisherPass, GramPass, Pass
+from darekit.statistics.staging import Stage
 
-UNFINISHED = f"{FORMAT}-unfinished"
 MAX_LENGTH = 2048  # tokens of an example, where neither the model nor the caller asks for less
-SAVE_SECONDS = 30.0  # between two savings of an unfinished run, more where a saving takes long
+SAVE_SECONDS = 30.0  # between two savings of an unfinished pass, more where a saving takes long
 SAVE_SHARE = 20  # a saving may take one part in so many of the time
+PART = 1 << 22  # elements of a sum that are converted at once
 
-Progress = Callable[[int, int], None]  # examples done, examples in all
+LOADING_ADVICE = "use --dtype bfloat16, which takes half of float32's memory, or another --device"
+ADVICE = (
+    "a smaller --memory leaves more for the batches, and can go on with --resume; a smaller --batch-size or "
+    "--max-length, or --dtype bfloat16, means to begin anew"
+)
+
+Progress = Callable[[int, int], None]  # examples done, examples in all, over all passes
 
 
 @dataclass(frozen=True)
 class StatisticsReport:
-    """What a finished pass did. `mean`: of a Fisher, over all its elements; None for Grams."""
+    """What a finished run did. `mean`: of a Fisher, over all its elements; None for Grams. `passes`: over the data.
+    `memory`: bytes that the sums might take, and `sums_bytes`: that they took at most."""
 
     output: str
     kind: str
@@ -47,6 +56,9 @@ class StatisticsReport:
     bytes: int
     seconds: float
     mean: float | None
+    passes: int
+    memory: int
+    sums_bytes: int
     notes: tuple[str, ...] = field(default=())
 
     def to_data(self) -> dict[str, Any]:
@@ -68,12 +80,13 @@ def make_statistics(
     batch_size: int = 8,
     device: str | None = None,
     dtype: str | None = None,
+    memory: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> StatisticsReport:
-    """Make what `fisher` or `regmean` must know of a model, in one pass over data (needs torch).
+    """Make what `fisher` or `regmean` must know of a model, from data (needs torch).
 
     Args:
         kind: fisher or gram.
@@ -89,9 +102,11 @@ def make_statistics(
         batch_size: gram: examples at once. A Fisher takes one at a time.
         device: cpu, cuda, mps; the fastest there is where not given.
         dtype: what the model computes in; sums are float32.
+        memory: bytes that the sums may take beside the model and its activations; half of what is free on the device
+            where not given. Tensors whose sums fit together take one pass over the data; the file is the same.
         overwrite: replace statistics that are there.
-        resume: go on with a run that was interrupted.
-        progress: called with (examples done, examples in all).
+        resume: go on with a run that was interrupted, with this or another `memory`.
+        progress: called with (examples done, examples in all), both counted over all passes.
         say: called with each note.
 
     Raises:
@@ -110,7 +125,7 @@ def make_statistics(
 
     began = time.perf_counter()
     recipe, _ = recipe_of(str(model))
-    with open_plan(recipe) as plan, memory_told(f"making {kind} statistics"):
+    with open_plan(recipe) as plan, memory_told(f"loading {model}", LOADING_ADVICE):
         live = build(plan, device=device, dtype=dtype)
         if live.tokenizer is None:
             raise CheckpointError(f"{model} has no tokenizer, so text cannot become tokens; copy its base's into it")
@@ -125,17 +140,9 @@ def make_statistics(
             accumulation: Pass = FisherPass(live, names, labels=labels, seed=seed) if kind == FISHER else GramPass(
                 live, names
             )  # fmt: skip
+            run = _Run(Stage(out), accumulation, live.device, facts, examples, batch, tell, progress)
             try:
-                run = _Run(out, accumulation, facts, batch, len(examples), resume, tell)
-                run.over(examples, progress)
-                document, scale = _finished(facts, accumulation, examples, tell)
-                write_statistics(
-                    out,
-                    {name: tuple(total.shape) for name, total in accumulation.sums.items()},
-                    lambda name: _array(accumulation.sums[name], scale),
-                    document,
-                )
-                run.partial.unlink(missing_ok=True)
+                document = run.make(memory, resume=resume)
             finally:
                 accumulation.close()
     return StatisticsReport(
@@ -143,10 +150,13 @@ def make_statistics(
         kind=kind,
         examples=len(examples),
         tokens=document["tokens"],
-        tensors=len(accumulation.sums),
+        tensors=len(run.stage.shapes),
         bytes=out.stat().st_size,
         seconds=time.perf_counter() - began,
         mean=document.get("mean"),
+        passes=run.passes,
+        memory=run.memory,
+        sums_bytes=run.largest,
         notes=tuple(notes),
     )
 
@@ -184,127 +194,264 @@ def _facts(
     }
 
 
-def _finished(
-    facts: Mapping[str, Any], accumulation: Pass, examples: Sequence[Tokens], tell: Callable[[str], None]
-) -> tuple[dict[str, Any], float]:
-    """The file's document, and what every sum is multiplied by."""
-    document = {
-        "format": FORMAT,
-        **facts,
-        "examples": len(examples),
-        "tokens": sum(len(example.ids) for example in examples),
-    }
-    if isinstance(accumulation, GramPass):
-        if accumulation.tied:
-            tell(f"left out, because the weight is not this layer's alone: {', '.join(accumulation.tied)}")
-        if accumulation.missing:
-            tell(f"no input reached {len(accumulation.missing)} layers: {', '.join(accumulation.missing[:3])}")
-        for total in accumulation.sums.values():
-            total.copy_((total + total.T) / 2)  # products of matrices are symmetric but for the last bits
-        document |= {
-            "rows": accumulation.rows,
-            "same_input": {name: owner for name, owner in accumulation.owners.items() if name != owner},
-            "transposed": accumulation.transposed,
-        }
-        return document, 1.0
-    squares = sum(float(total.double().square().sum()) for total in accumulation.sums.values())
-    count = sum(total.numel() for total in accumulation.sums.values())
-    mean = sum(float(total.double().sum()) for total in accumulation.sums.values()) / len(examples) / max(1, count)
-    if not mean:
-        tell("every gradient is 0: in this number format they vanish, or the data asks for nothing")
-    return document | {"norm": squares**0.5 / len(examples), "mean": mean}, 1 / len(examples)
-
-
-def _array(total: Any, scale: float) -> Any:
-    return (total if scale == 1 else total * scale).cpu().numpy()
-
-
 class _Run:
-    """A pass that survives: its sums are saved now and then, and when it ends before its time."""
+    """Passes until every sum is on the disk.
+
+    Attributes:
+        stage: what is on the disk.
+        passes: that are finished.
+        memory: bytes that the sums may take.
+        largest: bytes that they took at most.
+    """
 
     def __init__(
         self,
-        out: Path,
+        stage: Stage,
         accumulation: Pass,
+        device: Any,
         facts: Mapping[str, Any],
+        examples: Sequence[Tokens],
         batch: int,
-        examples: int,
-        resume: bool,
         tell: Callable[[str], None],
+        progress: Progress | None,
     ) -> None:
-        self.partial = out.with_name(f".{out.name}.darekit-partial")
-        self.accumulation, self.batch = accumulation, batch
-        self.identity = {**facts, "batch_size": batch, "examples": examples}
-        self.done = 0
-        self.saved = 0
-        if self.partial.exists() and resume:
-            self._restore()
-            tell(f"going on after {self.done} of {examples} examples")
-        elif self.partial.exists():
-            tell(f"an unfinished run in {self.partial} is discarded: --resume would have continued it")
-            self.partial.unlink(missing_ok=True)
-        elif resume:
-            tell(f"no unfinished run of {out} to resume: starting anew")
+        self.stage, self.accumulation, self.device, self.facts = stage, accumulation, device, facts
+        self.examples, self.batch, self.tell, self.progress = examples, batch, tell, progress
+        self.identity = {**facts, "batch_size": batch, "examples": len(examples)}
+        self.passes = self.memory = self.largest = 0
+        self._group: dict[str, tuple[int, ...]] = {}  # of the pass that is under way
+        self._done = 0  # examples that it has seen
+        self._behind: list[str] = []  # the groups of finished passes
+        self._measured: dict[str, tuple[float, float]] = {}  # finished Fishers: sum of squares, sum
+        self._saved = (0, 0)  # passes, and examples of the next, that are on the disk
+        self._told = False  # that a saving failed
 
-    def over(self, examples: Sequence[Tokens], progress: Progress | None) -> None:
-        """See all examples that are left, or save what was seen."""
-        last, took = time.perf_counter(), 0.0
+    def make(self, memory: int | None, *, resume: bool) -> dict[str, Any]:
+        """Make and publish the file -> its document.
+
+        Raises:
+            DarekitError: see `darekit.errors`; the message says what is kept for `resume`.
+        """
+        there = self.stage.partial.exists()
         try:
-            with _interrupts_between_batches() as interrupt:
-                while self.done < len(examples):
-                    interrupt()
-                    if progress:
-                        progress(self.done, len(examples))
-                    self.accumulation.see(examples[self.done : self.done + self.batch], self.done)
-                    self.done = min(self.done + self.batch, len(examples))
-                    now = time.perf_counter()
-                    if now - last > max(SAVE_SECONDS, SAVE_SHARE * took) and self.done < len(examples):
-                        self._save()
-                        last = time.perf_counter()
-                        took = last - now
+            with (
+                _interrupts_between_batches() as interrupt,
+                memory_told(f"making {self.facts['kind']} statistics", ADVICE),
+            ):
+                if there and resume:
+                    self._restore()
+                else:
+                    self._begin(there=there, resume=resume)
+                self._settle(memory)
+                while self._group or self._next():
+                    self._see_all(interrupt)
+                    self._finish_group()
+                if self.progress:
+                    self.progress(self.passes * len(self.examples), self.passes * len(self.examples))
+                document = self._document()
+                self.stage.publish(document)
+                return document
         except BaseException as error:
-            if self.done > self.saved and not self.accumulation.spoilt:
+            if (self.passes, self._done) > self._saved and not self.accumulation.spoilt:
                 with suppress(Exception):
                     self._save()
-            if isinstance(error, DataError) and self.saved:
-                raise DataError(f"{error}. The first {self.saved} examples are kept: --resume goes on") from error
+            if self._saved == (0, 0) and not resume:
+                self.stage.discard()
+            if isinstance(error, DataError | OutputError) and self._saved > (0, 0):
+                raise type(error)(f"{error}. {self._kept()} kept: --resume goes on") from error
             raise
-        if progress:
-            progress(self.done, len(examples))
+
+    def _begin(self, *, there: bool, resume: bool) -> None:
+        if there:
+            self.tell(f"an unfinished run in {self.stage.partial} is discarded: --resume would have continued it")
+        elif resume:
+            self.tell(f"no unfinished run of {self.stage.out} to resume: starting anew")
+        self.stage.discard()
+        self.accumulation.explore(self.examples[0])
+        self.stage.create(self.accumulation.shapes(), self._widest())
+
+    def _left(self) -> dict[str, tuple[int, ...]]:
+        """The sums that neither a finished pass nor this one makes."""
+        over = {*self._behind, *self._group}
+        return {name: shape for name, shape in self.accumulation.shapes().items() if name not in over}
+
+    def _in_all(self) -> int:
+        """Passes, as far as can be known now."""
+        return self.passes + bool(self._group) + len(grouped(self._left(), self.memory))
+
+    def _settle(self, memory: int | None) -> None:
+        """Decide what fits into memory, and say so where it is not everything."""
+        left = self._left()
+        self.memory = settled(memory, {**self._group, **left}, self.device)
+        if bytes_of_sums(self._group) > self.memory:
+            self.tell(
+                f"the {self._done} examples of the pass under way are discarded: its sums do not fit into --memory"
+            )
+            self._group, self._done = {}, 0
+            self.accumulation.begin(())
+        if self._in_all() > 1:
+            whole = bytes_of_sums(self.accumulation.shapes())
+            reason = "half of what is free; see --memory" if memory is None else "--memory"
+            self.tell(
+                f"the sums take {size_of(whole)}, and {size_of(self.memory)} may be in memory ({reason}): "
+                f"{self._in_all()} passes over the data"
+            )
+
+    def _next(self) -> bool:
+        """Begin the next pass, if there is one."""
+        groups = grouped(self._left(), self.memory)
+        if groups:
+            self._group, self._done = groups[0], 0
+            self.accumulation.begin(self._group)
+        return bool(groups)
+
+    def _see_all(self, interrupt: Callable[[], None]) -> None:
+        """See all examples that are left, and save the sums now and then."""
+        last, took = time.perf_counter(), 0.0
+        count, in_all = len(self.examples), self._in_all()
+        while self._done < count:
+            interrupt()
+            if self.progress:
+                self.progress(self.passes * count + self._done, in_all * count)
+            self.accumulation.see(self.examples[self._done : self._done + self.batch], self._done)
+            self._done = min(self._done + self.batch, count)
+            now = time.perf_counter()
+            if now - last > max(SAVE_SECONDS, SAVE_SHARE * took) and self._done < count:
+                self._try_to_save()
+                last = time.perf_counter()
+                took = last - now
+
+    def _finish_group(self) -> None:
+        """Put the sums on the disk, and forget them."""
+        self.accumulation.finish()
+        sums, fisher = self.accumulation.sums, self.facts["kind"] == FISHER
+        shapes = {name: shape for name, shape in self._group.items() if name in sums}
+        for name in shapes:
+            self._measured[name] = _measure(sums[name])
+            if not np.isfinite(self._measured[name]).all():
+                self.accumulation.spoilt = True
+                raise DataError(f"the sums of {name} overflow float32; are the model's weights sound?")
+        self.largest = max(self.largest, bytes_of_sums(shapes))
+        scale = 1 / len(self.examples) if fisher else 1.0
+        self.stage.append(shapes, lambda name: _parts(sums[name], scale))
+        self._behind += self._group
+        self.passes += 1
+        self._group, self._done = {}, 0
+        self.accumulation.begin(())
+        self._save()
+
+    def _kept(self) -> str:
+        passes, examples = self._saved
+        if not passes:
+            return f"The first {examples} examples are"
+        finished = f"{passes} of {self._in_all()} passes"
+        return f"{finished} and the first {examples} examples of the next are" if examples else f"{finished} are"
+
+    def _try_to_save(self) -> None:
+        """What cannot be saved now is still in memory, and perhaps there is room again later."""
+        try:
+            self._save()
+        except OutputError as error:
+            if not self._told:
+                self.tell(f"this pass could not be saved, and goes on: {error}")
+            self._told = True
 
     def _save(self) -> None:
         sums = self.accumulation.sums
-        write_statistics(
-            self.partial,
+        self.stage.save(
             {name: tuple(total.shape) for name, total in sums.items()},
-            lambda name: _array(sums[name], 1.0),
-            {"format": UNFINISHED, "identity": self.identity, "done": self.done, "state": self.accumulation.state()},
+            lambda name: sums[name].cpu().numpy(),
+            {
+                "identity": self.identity,
+                "passes": self.passes,
+                "behind": self._behind,
+                "measured": self._measured,
+                "group": list(self._group),
+                "done": self._done,
+                "state": self.accumulation.state(),
+            },
         )
-        self.saved = self.done
+        self._saved = (self.passes, self._done)
 
     def _restore(self) -> None:
         import torch
 
-        with _reading(self.partial) as (document, places):
-            found = document.get("identity")
-            if not isinstance(found, dict) or document.get("format") != UNFINISHED:
-                raise OutputError(f"{self.partial} is no unfinished run of this version; delete it to start anew")
-            wanted = json.loads(json.dumps(self.identity))
+        with self.stage.resume() as (document, sums):
+            found, wanted = document["identity"], json.loads(json.dumps(self.identity))
             changed = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
             if changed:
                 listed = ", ".join(f"{name} was {found.get(name)}, is {wanted.get(name)}" for name in changed)
                 raise OutputError(
-                    f"the unfinished run in {self.partial} is not this one ({listed}); undo the change, or run "
-                    f"without --resume to discard its {document.get('done')} examples"
+                    f"the unfinished run in {self.stage.partial} is not this one ({listed}); undo the change, or run "
+                    f"without --resume to discard its {document['passes']} passes and {document['done']} examples"
                 )
-            shapes = {name: shape for name, (shape, _) in places.items()}
-            self.accumulation.restore(document["state"], shapes)
-            for name, (shape, source) in places.items():
+            self.passes, self._done = document["passes"], document["done"]
+            self._behind = list(document["behind"])
+            self._measured = {name: (squares, total) for name, (squares, total) in document["measured"].items()}
+            self.accumulation.restore(document["state"])
+            shapes = self.accumulation.shapes()
+            self._group = {name: shapes[name] for name in document["group"]}
+            self.accumulation.begin(self._group)
+            self.accumulation.restore(document["state"])
+            for name, (shape, source) in sums.items():
                 values = np.empty(shape, np.float32)
                 if values.size:
                     source.read_into(values.reshape(-1).view(np.uint8), 0)
-                self.accumulation.sums[name].copy_(torch.from_numpy(values))
-            self.done = self.saved = int(document["done"])
+                self.accumulation.sums[name] = torch.from_numpy(values).to(self.device)
+        self._saved = (self.passes, self._done)
+        after = f"{self._done} of {len(self.examples)} examples"
+        self.tell(f"going on after {f'{self.passes} passes and ' if self.passes else ''}{after}")
+
+    def _document(self) -> dict[str, Any]:
+        """The document of the finished file."""
+        document, passes = self._beginning(), self.accumulation
+        if isinstance(passes, GramPass):
+            if passes.tied:
+                self.tell(f"left out, because the weight is not this layer's alone: {', '.join(passes.tied)}")
+            if passes.missing:
+                self.tell(f"no input reached {len(passes.missing)} layers: {', '.join(passes.missing[:3])}")
+            return document | {
+                "rows": {name: passes.rows[name] for name in self.stage.shapes},
+                "same_input": {name: passes.owners[name] for name in passes.layers if passes.shares(name)},
+                "transposed": passes.transposed,
+            }
+        squares, total = (sum(values) for values in zip(*self._measured.values(), strict=True))
+        count, elements = len(self.examples), bytes_of_sums(self.stage.shapes) // 4
+        if not total:
+            self.tell("every gradient is 0: in this number format they vanish, or the data asks for nothing")
+        return document | {"norm": squares**0.5 / count, "mean": total / count / max(1, elements)}
+
+    def _widest(self) -> dict[str, Any]:
+        """A document that is at least as long as the one to come, to make room for it."""
+        document, passes = self._beginning(), self.accumulation
+        if isinstance(passes, GramPass):
+            longest = max(passes.layers, key=lambda name: len(json.dumps(name)))
+            return document | {
+                "rows": dict.fromkeys(passes.layers, 10**15),
+                "same_input": dict.fromkeys(passes.layers, longest),
+                "transposed": passes.transposed,
+            }
+        return document | {"norm": -1.2345678901234567e-300, "mean": -1.2345678901234567e-300}
+
+    def _beginning(self) -> dict[str, Any]:
+        tokens = sum(len(example.ids) for example in self.examples)
+        return {"format": FORMAT, **self.facts, "examples": len(self.examples), "tokens": tokens}
+
+
+def _parts(total: Any, scale: float) -> Iterator[Any]:
+    """A tensor -> its float32 values times `scale`, part by part, on the CPU."""
+    for part in total.reshape(-1).split(PART):
+        yield (part if scale == 1 else part * scale).cpu().numpy()
+
+
+def _measure(total: Any) -> tuple[float, float]:
+    """A float32 tensor -> its sum of squares and its sum, in float64; the parts do not depend on groups."""
+    squares = sums = 0.0
+    for part in total.reshape(-1).split(PART):
+        values = part.double()
+        squares += float(values.square().sum())
+        sums += float(values.sum())
+    return squares, sums
 
 
 @contextmanager
@@ -333,14 +480,3 @@ def _interrupts_between_batches() -> Iterator[Callable[[], None]]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], FileRange]]]]:
-    file = InputFile(path)
-    try:
-        metadata, placements = read_header(file)
-        places = {p.name: (p.shape, FileRange(file, p.offset, p.nbytes)) for p in placements}
-        yield parse_object(metadata.get(KEY, "{}").encode(), f"the metadata of {path}", strict=True), places
-    finally:
-        file.close()
