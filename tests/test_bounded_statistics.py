@@ -2,7 +2,7 @@
 """Statistics in bounded memory: the file does not depend on the bound, and what was finished outlives every fault."""
 
 import errno
-import json
+import itertools
 import math
 import os
 import signal
@@ -20,6 +20,7 @@ from test_statistics_merges import data_of
 torch = pytest.importorskip("torch")
 
 KINDS = ["fisher", "gram"]
+DECODER = pytest.mark.parametrize("real", ["llama"], indirect=True)  # what does not depend on the architecture
 
 
 def make(kind, model, data, out, **options):
@@ -56,7 +57,7 @@ def test_groups_are_neighbours_that_fit(memory):
     groups = grouped(shapes, memory)
     assert [pair for group in groups for pair in group.items()] == list(shapes.items())
     assert all(bytes_of_sums(group) <= memory or len(group.keys() - {"e"}) == 1 for group in groups)
-    for group, behind in zip(groups, groups[1:], strict=False):  # nothing more would have fitted
+    for group, behind in itertools.pairwise(groups):  # nothing more would have fitted
         assert bytes_of_sums(group) + ITEM * math.prod(next(iter(behind.values()))) > memory
     assert grouped({}, memory) == []
 
@@ -68,7 +69,13 @@ def test_the_file_does_not_depend_on_the_bound(kind, real, data, whole, tmp_path
         said, seen = [], []
         out = tmp_path / f"{memory}.safetensors"
         bounded = make(
-            kind, real.path / "m0", data, out, memory=memory, say=said.append, progress=lambda *done: seen.append(done)
+            kind,
+            real.path / "m0",
+            data,
+            out,
+            memory=memory,
+            say=said.append,
+            progress=lambda *done, seen=seen: seen.append(done),
         )
         assert out.read_bytes() == expected
         assert bounded.sums_bytes <= memory == bounded.memory
@@ -79,6 +86,7 @@ def test_the_file_does_not_depend_on_the_bound(kind, real, data, whole, tmp_path
     assert hidden(tmp_path) == []
 
 
+@DECODER
 def test_another_reader_of_safetensors_reads_the_padded_header(kind, whole, tmp_path):
     from safetensors.numpy import load_file
 
@@ -105,6 +113,7 @@ def test_a_shared_input_is_stored_once(real, data, whole, kind, tmp_path):
         assert len(stored) == 2 * 4 + 1 and len(opened.tensors) == 2 * 7 + 1
 
 
+@DECODER
 def test_layers_behind_the_group_do_not_run(real, data, whole, kind, tmp_path, monkeypatch):
     """A Gram needs no more of the model than what comes before its layer; a Fisher no gradient of what comes before."""
     from darekit.statistics.passes import FisherPass, GramPass
@@ -140,18 +149,15 @@ def test_layers_behind_the_group_do_not_run(real, data, whole, kind, tmp_path, m
         make(kind, real.path / "m0", data, tmp_path / "out.safetensors", memory=whole[2])
 
 
-class Killed(BaseException):
-    pass
-
-
+@DECODER
 def test_killed_in_the_second_group_and_resumed(kind, real, data, whole, tmp_path, monkeypatch):
     """By a signal that nothing can catch; then with other memory too."""
     from darekit.statistics import running
 
-    expected, report, largest = whole
+    expected, _, largest = whole
     monkeypatch.setattr(running, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(running, "SAVE_SHARE", 0)
-    for number, memory in enumerate((2 * largest, largest, 1 << 30)):
+    for number, memory in enumerate((2 * largest, largest)):
         out = tmp_path / f"out{number}.safetensors"
         child = os.fork()
         if not child:
@@ -169,11 +175,12 @@ def test_killed_in_the_second_group_and_resumed(kind, real, data, whole, tmp_pat
             kind, real.path / "m0", data, out, memory=memory, resume=True, say=said.append,
             progress=lambda done, _, seen=seen: seen.append(done),
         )  # fmt: skip
-        assert said[0].startswith("going on after 1 passes and ") and seen[0] >= 5, said
+        assert said[0].startswith("going on in pass 2, after ") and seen[0] >= 5, said
         assert out.read_bytes() == expected
         assert hidden(tmp_path) == []
 
 
+@DECODER
 def test_killed_before_anything_was_saved(kind, real, data, whole, tmp_path):
     out = tmp_path / "out.safetensors"
     child = os.fork()
@@ -186,6 +193,7 @@ def test_killed_before_anything_was_saved(kind, real, data, whole, tmp_path):
     assert hidden(tmp_path) == []
 
 
+@DECODER
 def test_memory_that_holds_not_even_the_largest(kind, real, data, whole, tmp_path, dare):
     message = rf"--memory of {whole[2] - 1:,} bytes is too little: the sums of .* alone take {whole[2]:,}"
     with pytest.raises(PlanError, match=message):
@@ -193,6 +201,7 @@ def test_memory_that_holds_not_even_the_largest(kind, real, data, whole, tmp_pat
     assert hidden(tmp_path) == [] and not (tmp_path / "out.safetensors").exists()
 
 
+@DECODER
 def test_out_of_memory_in_the_second_group(kind, real, data, whole, tmp_path, monkeypatch):
     """The message says which option helps and what was kept; with that option the run goes on to the same bytes."""
     from darekit.statistics.passes import FisherPass, GramPass
@@ -210,18 +219,19 @@ def test_out_of_memory_in_the_second_group(kind, real, data, whole, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(cls, "begin", begin)
         with pytest.raises(
-            DataError, match=r"out of memory while making .*a smaller --memory .*1 of \d passes are kept"
+            DataError, match=r"out of memory while making .*a smaller --memory .*Kept for --resume: 1 of \d passes"
         ):
             make(kind, real.path / "m0", data, out, memory=2 * whole[2])
     report = make(kind, real.path / "m0", data, out, memory=whole[2], resume=True)
-    assert out.read_bytes() == whole[0] and report.passes > 2
+    assert out.read_bytes() == whole[0] and report.passes >= 2
 
 
+@DECODER
 def test_a_full_disk(kind, real, data, whole, tmp_path, monkeypatch):
     from darekit.checkpoints import files
     from darekit.statistics import running
 
-    expected, report, largest = whole
+    expected, _, largest = whole
     out = tmp_path / "out.safetensors"
     with monkeypatch.context() as patch:  # known beforehand: no pass begins
         patch.setattr(files, "_free", lambda path: len(expected) // 2)
@@ -229,7 +239,7 @@ def test_a_full_disk(kind, real, data, whole, tmp_path, monkeypatch):
         with pytest.raises(OutputError, match=r"needs [\d,]+ bytes, [\d,]+ are free on its disk: no space left"):
             make(kind, real.path / "m0", data, out)
     assert hidden(tmp_path) == []
-    room, write = 3 * largest, os.pwrite
+    room, write = 6 * len(expected) // 10, os.pwrite
 
     def pwrite(fd, view, offset):
         nonlocal room
@@ -240,13 +250,14 @@ def test_a_full_disk(kind, real, data, whole, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:  # filled by others while the passes run
         patch.setattr(os, "pwrite", pwrite)
-        with pytest.raises(OutputError, match=r"no space left.*\d+ of \d+ passes .*are kept: --resume goes on"):
-            make(kind, real.path / "m0", data, out, memory=2 * largest)
+        with pytest.raises(OutputError, match=r"no space left.*Kept for --resume: \d+ of \d+ passes"):
+            make(kind, real.path / "m0", data, out, memory=largest)
     assert not out.exists()
     make(kind, real.path / "m0", data, out, resume=True)
     assert out.read_bytes() == expected and hidden(tmp_path) == []
 
 
+@DECODER
 def test_a_pass_goes_on_where_it_cannot_be_saved(kind, real, data, whole, tmp_path, monkeypatch):
     from darekit.statistics import running, staging
 
@@ -268,6 +279,7 @@ def test_a_pass_goes_on_where_it_cannot_be_saved(kind, real, data, whole, tmp_pa
     ]
 
 
+@DECODER
 def test_a_stage_that_is_gone(kind, real, data, whole, tmp_path):
     out = tmp_path / "out.safetensors"
 
@@ -290,6 +302,7 @@ def test_a_stage_that_is_gone(kind, real, data, whole, tmp_path):
     assert out.read_bytes() == whole[0]
 
 
+@DECODER
 def test_not_finite_in_the_second_group(kind, real, data, whole, tmp_path):
     """A weight that no longer is a number; what was finished before stays, and the message says so."""
     from darekit.statistics import passes
@@ -311,24 +324,22 @@ def test_not_finite_in_the_second_group(kind, real, data, whole, tmp_path):
             run["passes"] = done // 5
 
         patch.setattr(cls, "see", see)
-        with pytest.raises(DataError, match=r"rows?.*(NaN|nan).* 1 of \d+ passes .*kept: --resume goes on"):
+        with pytest.raises(DataError, match=r"jsonl:.*(NaN|nan).* Kept for --resume: 1 of \d+ passes"):
             make(kind, real.path / "m0", data, out, memory=2 * whole[2], progress=progress)
     make(kind, real.path / "m0", data, out, resume=True)
     assert out.read_bytes() == whole[0]
 
 
-def test_the_command_says_what_it_took(llamas, tmp_path, dare):
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"w{i} w9 w7"}) for i in range(3, 6)))
-    out = tmp_path / "g.safetensors"
-    common = ("stats", "gram", llamas.path / "m0", "--data", tmp_path / "rows.jsonl", "--out", out, "--overwrite")
+@DECODER
+def test_the_command_says_what_it_took(kind, real, data, whole, tmp_path, dare):
+    out = tmp_path / "out.safetensors"
+    common = ("stats", kind, real.path / "m0", "--data", data, "--out", out, "--overwrite", "--device", "cpu")
     done = dare(*common)
     assert done.code == 0 and "1 pass over the data, with" in done.out and "(--memory " in done.out
-    done = dare(*common, "--memory", "40kB")
-    assert (
-        done.code == 0 and "passes over the data, with" in done.out and "of sums in memory (--memory 40 kB)" in done.out
-    )
+    done = dare(*common, "--memory", f"{whole[2]}B")
+    assert done.code == 0 and "passes over the data, with" in done.out and "of sums in memory (--memory " in done.out
     assert "may be in memory (--memory)" in done.err
-    found = dare(*common, "--memory", "40kB", "--json").data
-    assert found["passes"] > 1 and found["memory"] == 40_000 >= found["sums_bytes"]
+    found = dare(*common, "--memory", f"{whole[2]}B", "--json").data
+    assert found["passes"] > 1 and found["memory"] == whole[2] == found["sums_bytes"]
     done = dare(*common, "--memory", "much")
     assert done.code == 2 and "'much' is not a size" in done.err and "--memory" in done.err

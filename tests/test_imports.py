@@ -68,6 +68,7 @@ RULES = {
             name,
             "darekit.live",
             "darekit.evaluation",
+            "darekit.statistics.budget",
             "darekit.statistics.passes",
             "darekit.statistics.running",
             "darekit.recommendation.inputs",
@@ -92,6 +93,7 @@ RULES = {
             "darekit.live",
             "darekit.plots",
             "darekit.evaluation",
+            "darekit.statistics.budget",
             "darekit.statistics.passes",
             "darekit.statistics.running",
         )

@@ -408,7 +408,10 @@ def test_a_bad_row_stops_the_pass_and_keeps_what_was_seen(logistic, tmp_path):
     rows = [*LABELLED[:3], {"text": "w3", "label": 7}, LABELLED[3]]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "f.safetensors"
-    with pytest.raises(DataError, match=r"rows.jsonl:4: label 7, expected a number from 0 to 2.*first 3 examples are"):
+    with pytest.raises(
+        DataError,
+        match=r"rows.jsonl:4: label 7, expected a number from 0 to 2.*Kept for --resume: the first 3 examples",
+    ):
         dk.make_statistics("fisher", logistic, tmp_path / "rows.jsonl", out, device="cpu")
     assert not out.exists()
     said = []

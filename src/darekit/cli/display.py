@@ -102,8 +102,9 @@ def show_statistics(report: StatisticsReport, *, as_json: bool) -> None:
         f"{report.output}: {report.kind} of {_plural(report.tensors, 'tensor')}, {count_of(report.examples)} examples, "
         f"{count_of(report.tokens)} tokens, {size_of(report.bytes)} in {report.seconds:.2f} s"
     )
+    passes = "1 pass" if report.passes == 1 else f"{report.passes} passes"
     print(
-        f"  {report.passes} {'pass' if report.passes == 1 else 'passes'} over the data, with {size_of(report.sums_bytes)} of sums in memory "
+        f"  {passes} over the data, with {size_of(report.sums_bytes)} of sums in memory "
         f"(--memory {size_of(report.memory)})"
     )
     if report.mean is not None:

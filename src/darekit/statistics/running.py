@@ -258,7 +258,7 @@ class _Run:
             if self._saved == (0, 0) and not resume:
                 self.stage.discard()
             if isinstance(error, DataError | OutputError) and self._saved > (0, 0):
-                raise type(error)(f"{error}. {self._kept()} kept: --resume goes on") from error
+                raise type(error)(f"{error}. Kept for --resume: {self._kept()}") from error
             raise
 
     def _begin(self, *, there: bool, resume: bool) -> None:
@@ -343,9 +343,9 @@ class _Run:
     def _kept(self) -> str:
         passes, examples = self._saved
         if not passes:
-            return f"The first {examples} examples are"
+            return f"the first {examples} examples"
         finished = f"{passes} of {self._in_all()} passes"
-        return f"{finished} and the first {examples} examples of the next are" if examples else f"{finished} are"
+        return f"{finished}, and the first {examples} examples of the next" if examples else finished
 
     def _try_to_save(self) -> None:
         """What cannot be saved now is still in memory, and perhaps there is room again later."""
@@ -399,8 +399,8 @@ class _Run:
                     source.read_into(values.reshape(-1).view(np.uint8), 0)
                 self.accumulation.sums[name] = torch.from_numpy(values).to(self.device)
         self._saved = (self.passes, self._done)
-        after = f"{self._done} of {len(self.examples)} examples"
-        self.tell(f"going on after {f'{self.passes} passes and ' if self.passes else ''}{after}")
+        where = f"in pass {self.passes + 1}, " if self.passes else ""
+        self.tell(f"going on {where}after {self._done} of {len(self.examples)} examples")
 
     def _document(self) -> dict[str, Any]:
         """The document of the finished file."""
