@@ -11,8 +11,10 @@ from darekit.dtypes import DTYPES
 from darekit.errors import CheckpointError, DataError
 from darekit.kernels import packs as kernels
 from darekit.packs.format import PackedTensor
+from darekit.packs.frames import DIFFERENCE, PLANES, RAW
 from darekit.packs.lane import Lane, lane_for
 from darekit.packs.leaves import Mask, encode, factor_of, put, restore, scale_factors, take
+from darekit.packs.lossless import cut_planes, join_planes
 from darekit.packs.quantization import encode_values, groups_in, pack_bits, quantize
 
 SIZES = (0, 1, 63, 64, 65, 1023, 1024, 1025, 8191, 8193, 65536)
@@ -123,28 +125,39 @@ def test_the_fast_lane_does_what_the_general_way_does(encoding: str, rate: float
         values, scales = (np.concatenate([pieces[i] for pieces in stored]) for i in (0, 1))
         kept, places = np.zeros((2, sum(expected)), np.uint16)
         raw = base.copy()
-        marks = np.zeros(tensor.leaves, bool)
-        assert lane.restore(raw, 0, counts, values.copy(), scale_factors(scales, "w"), marks, kept, places) == (-1, 0)
+        plain = np.zeros(tensor.leaves, np.uint8)
+        assert lane.restore(raw, 0, counts, values, scale_factors(scales, "w"), plain, kept, places) == (-1, 0)
         assert np.array_equal(raw, result)
         kernels.put_leaves(raw.view(np.uint16), counts, places, kept)
         assert np.array_equal(raw, base)
 
 
-def test_the_fast_lane_begins_at_any_leaf_and_undoes_differences() -> None:
+@pytest.mark.parametrize("form", [RAW, PLANES, DIFFERENCE])
+def test_the_fast_lane_begins_at_any_leaf_and_reads_what_frames_hold(form: int) -> None:
     tensor, (base, tuned) = tensor_of(3 * 65536 + 17, 0.9, "exact"), pair(3 * 65536 + 17)
     stored, result, expected = general(tensor, base, tuned)
     begin, lane, nothing = 2 * 2 * digests.LEAF, lane_of(tensor), np.empty(0, np.uint16)
-    at = [Mask(tensor, 42, None).indices(leaf) for leaf in (2, 3)]
-    origins = [take(base[begin:], BF16, at[0]), take(base[begin + 2 * digests.LEAF :], BF16, at[1])]
-    values = np.concatenate([stored[2][0] ^ origins[0], stored[3][0]])
+    origin = take(base[begin:], BF16, Mask(tensor, 42, None).indices(2))
+    words = stored[2][0].view(np.uint16) ^ (origin.view(np.uint16) if form == DIFFERENCE else np.uint16(0))
+    first = words.view(np.uint8) if form == RAW else cut_planes(words)
+    values = np.concatenate([first, stored[3][0]])
     raw = base[begin:].copy()
-    marks = np.array([True, False])
+    forms = np.array([form, RAW], np.uint8)
     counts = np.array(expected[2:], np.int64)
-    assert lane.restore(raw, 2, counts, values, np.empty(0, np.float32), marks, nothing, nothing) == (-1, 0)
+    assert lane.restore(raw, 2, counts, values, np.empty(0, np.float32), forms, nothing, nothing) == (-1, 0)
     assert np.array_equal(raw, result[begin:])
     counts[1] += 1
     raw = base[begin:].copy()
-    assert lane.restore(raw, 2, counts, values, np.empty(0, np.float32), marks, nothing, nothing)[0] == 1
+    assert lane.restore(raw, 2, counts, values, np.empty(0, np.float32), forms, nothing, nothing)[0] == 1
+
+
+def test_planes_of_differences_are_those_of_the_formula() -> None:
+    for count in (0, 1, 2, 31, 1000):
+        words, base = np.random.default_rng(count).integers(0, 1 << 16, (2, count), np.uint16)
+        planes = np.empty(2 * count, np.uint8)
+        kernels.cut_difference(words, base, planes)
+        assert np.array_equal(planes, cut_planes(words ^ base))
+        assert np.array_equal(join_planes(planes, 2), words ^ base)
 
 
 def test_what_is_not_finite_is_refused() -> None:

@@ -461,15 +461,27 @@ def _difference(before, after, out):
 
 
 @_kernel
-def restore_exact(raw, drawn, factor, counts, values, differences, kept, places, room, before, out):
-    """(n,) uint16 of the base, in place the result; each leaf's count, and the kept elements of the model.
+def cut_difference(words, base, planes):
+    """(k,) uint16 twice -> the bytes of their XOR, (2 k,) uint8: all lower ones, then all higher ones."""
+    count = words.size
+    for j in range(count):
+        planes[j] = np.uint8(words[j] ^ base[j])
+    for j in range(count):
+        planes[count + j] = np.uint8(np.uint16(words[j] ^ base[j]) >> np.uint16(8))
 
-    Of leaves that `differences`, (leaves,) bool, marks, these are the model's XOR the base's, and become the model's.
+
+@_kernel
+def restore_exact(raw, drawn, factor, counts, values, forms, kept, places, room, before, after, out):
+    """(n,) uint16 of the base, in place the result; each leaf's count, and the kept elements of the model, raw.
+
+    `forms`, (leaves,) uint8, says how these stand in `values`, (2 k,) uint8, as frames do (`packs.frames`): 0 plain, 1
+    in byte planes, 2 their XOR with the base's in byte planes.
     What is overwritten goes to `kept`, where it was to `places`, (k,) uint16 each or both empty. Returns the first leaf
     of which the mask keeps another number (-1: none; it and all behind it are untouched), and how many results are NaN
     or Inf.
     """
     at, wrong = 0, 0
+    words = values.view(np.uint16)
     for leaf in range(counts.size):
         part = raw[leaf * LEAF : (leaf + 1) * LEAF]
         count = list_kept(drawn[leaf * LEAF // 64 : (leaf + 1) * LEAF // 64], part.size, room)
@@ -481,11 +493,15 @@ def restore_exact(raw, drawn, factor, counts, values, differences, kept, places,
             for j in range(count):  # numba compiles assignment to a slice for 5 s, all for its message of errors
                 kept[at + j] = before[j]
                 places[at + j] = np.uint16(chosen[j])
-        after = values[at : at + count]
-        if differences[leaf]:
+        if forms[leaf]:
+            low, high = values[2 * at : 2 * at + count], values[2 * at + count : 2 * (at + count)]
+            mask = np.uint16(0xFFFF) if forms[leaf] == 2 else np.uint16(0)
             for j in range(count):
-                after[j] ^= before[j]
-        wrong += _add_exact(before[:count], after, factor, out[:count])
+                joined = np.uint16(low[j]) | np.uint16(np.uint16(high[j]) << np.uint16(8))
+                after[j] = joined ^ (before[j] & mask)
+            wrong += _add_exact(before[:count], after[:count], factor, out[:count])
+        else:
+            wrong += _add_exact(before[:count], words[at : at + count], factor, out[:count])
         put(part, chosen, out[:count])
         at += count
     return -1, wrong

@@ -8,15 +8,33 @@ their size, 8, 4 and 2 bit codes 0.93, 0.91 and 0.82, signs nothing.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import zstandard
 
 from darekit.dtypes import Bytes, DType
 from darekit.errors import CheckpointError
+from darekit.kernels.packs import cut_difference
 from darekit.packs.format import PackedTensor
-from darekit.packs.lossless import LEVEL, cut_planes, inflate, join_planes
+from darekit.packs.lossless import cut_planes, inflate, join_planes
 
 RAW, PLANES, DIFFERENCE = 0, 1, 2
+# As small as zstd's level 1 makes them, and decoded in three quarters of the time: matches of four bytes in noise save
+# nothing, and a small table stays in the cache.
+SEARCH = {"strategy": 1, "min_match": 5, "target_length": 0, "hash_log": 12, "chain_log": 12, "search_log": 1}
+WINDOW_LOG = 19  # the largest leaf
+
+
+class _Compressor(threading.local):
+    """zstd's, one for each thread: to make one takes half as long as to compress a leaf."""
+
+    def __init__(self) -> None:
+        search = zstandard.ZstdCompressionParameters(window_log=WINDOW_LOG, write_checksum=False, **SEARCH)
+        self.codec = zstandard.ZstdCompressor(compression_params=search)
+
+
+_COMPRESSOR = _Compressor()
 
 
 def can_shrink(tensor: PackedTensor) -> bool:
@@ -34,18 +52,18 @@ def compress_values(tensor: PackedTensor, values: DType, stored: Bytes, base: By
     if not stored.size:
         return stored
     words = stored.view(f"u{values.itemsize}")
-    method = PLANES
-    if has_difference(tensor, values):
-        words, method = words ^ base.view(words.dtype), DIFFERENCE
-    body = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False).compress(cut_planes(words).data)
+    method = DIFFERENCE if has_difference(tensor, values) else PLANES
+    if method == DIFFERENCE and values.itemsize == 2:
+        planes = np.empty(stored.size, np.uint8)
+        cut_difference(words, base.view(words.dtype), planes)
+    elif method == DIFFERENCE:
+        planes = cut_planes(words ^ base.view(words.dtype))
+    else:
+        planes = cut_planes(words) if values.itemsize > 1 else stored
+    body = _COMPRESSOR.codec.compress(planes.data)
     if len(body) < stored.size:
         return np.frombuffer(bytes([method]) + body, np.uint8)
     return np.concatenate([np.zeros(1, np.uint8), stored])
-
-
-def is_difference(frame: Bytes) -> bool:
-    """Whether a frame holds XORs with the base's elements."""
-    return bool(frame.size) and int(frame[0]) == DIFFERENCE
 
 
 def decompress_values(tensor: PackedTensor, values: DType, frame: Bytes, nbytes: int, base: Bytes | None) -> Bytes:
@@ -56,9 +74,32 @@ def decompress_values(tensor: PackedTensor, values: DType, frame: Bytes, nbytes:
     """
     if not frame.size and not nbytes:
         return frame
+    method, body = _open(tensor, values, frame, nbytes)
+    if method == RAW:
+        return body.copy()  # aligned
+    words = join_planes(body, values.itemsize)
+    if method == DIFFERENCE and base is not None:
+        words ^= base.view(words.dtype)
+    return words.view(np.uint8)
+
+
+def unwrap_values(tensor: PackedTensor, values: DType, frame: Bytes, out: Bytes) -> int:
+    """A frame -> `out`, (n,) uint8, in the form that is returned: RAW, PLANES or DIFFERENCE.
+
+    Raises:
+        CheckpointError: as `decompress_values`.
+    """
+    if not frame.size and not out.size:
+        return RAW
+    method, out[:] = _open(tensor, values, frame, out.size)
+    return method
+
+
+def _open(tensor: PackedTensor, values: DType, frame: Bytes, nbytes: int) -> tuple[int, Bytes]:
+    """How a frame's values stand in it, and these, (nbytes,) uint8, without zstd."""
     method = int(frame[0]) if frame.size else -1
     if method == RAW and frame.size == nbytes + 1:
-        return frame[1:].copy()  # aligned
+        return method, frame[1:]
     if method != PLANES and not (method == DIFFERENCE and has_difference(tensor, values)):
         raise CheckpointError(
             f"tensor {tensor.name}: a frame of kind {method} with {frame.size:,} bytes; the pack is damaged"
@@ -68,7 +109,4 @@ def decompress_values(tensor: PackedTensor, values: DType, frame: Bytes, nbytes:
         raise CheckpointError(
             f"tensor {tensor.name}: a frame of {body.size:,} bytes for {nbytes:,}; the pack is damaged"
         )
-    words = join_planes(body, values.itemsize)
-    if method == DIFFERENCE and base is not None:
-        words ^= base.view(words.dtype)
-    return words.view(np.uint8)
+    return method, body

@@ -29,12 +29,14 @@ Counts = npt.NDArray[np.int64]
 
 
 class _Scratch(threading.local):
-    """What the kernels work in, 0.8 MB for each thread."""
+    """What the kernels work in, up to 2 MB for each thread: used again, as fresh pages cost as much as drawing."""
 
     def __init__(self) -> None:
         self.bits = np.empty(LANE_LEAVES * LEAF // 64, np.uint64)
         self.room, self.delta = np.empty(LEAF, np.int32), np.empty(LEAF, np.float32)
-        self.before, self.out = np.empty((2, LEAF), np.uint16)
+        self.before, self.after, self.out = np.empty((3, LEAF), np.uint16)
+        # What `encode` returns lies here, and what frames hold before `restore` has seen it.
+        self.kept, self.values = np.empty((2, LANE_LEAVES * LEAF), np.uint16)
 
 
 _SCRATCH = _Scratch()
@@ -42,7 +44,10 @@ _SCRATCH = _Scratch()
 
 @dataclass(frozen=True)
 class Encoded:
-    """One leaf: the base's kept elements (where values are fine-tuned elements), values and scales, all raw."""
+    """One leaf: the base's kept elements (where values are fine-tuned elements), values and scales, all raw.
+
+    They may lie in the thread's scratch, and hold until it encodes again.
+    """
 
     base: Bytes
     values: Bytes
@@ -68,7 +73,7 @@ class Lane:
         own = _SCRATCH
         constants = self._drawn(first, size), self.factor
         if not tensor.bits:
-            kept, values = np.empty((2, size), np.uint16)
+            kept, values = own.kept[:size], own.values[:size]
             bad, wrong = kernels.encode_exact(before, after, *constants, counts, kept, values, own.room, own.out)
             ends = np.cumsum(counts)
             found = [
@@ -76,7 +81,7 @@ class Lane:
                 for begin, end in zip(ends - counts, ends, strict=True)
             ]
         else:
-            packed = np.empty(size, np.uint8)
+            packed = own.values.view(np.uint8)[:size]
             scales = np.empty(counts.size * int(groups_in(LEAF, tensor.group)) + 1, np.uint16)
             mean = TERNARY if tensor.bits == 2 else 1.0 if tensor.bits == 1 else None
             bad, wrong = kernels.encode_integers(
@@ -94,7 +99,7 @@ class Lane:
 
     def restore(
         self, raw: Bytes, first: int, counts: Counts, values: Bytes, scales: Floats,
-        differences: npt.NDArray[np.bool_], kept: Words, places: Words,
+        forms: Bytes, kept: Words, places: Words,
     ) -> tuple[int, int]:  # fmt: skip
         """(2n,) uint8 of the base, in place -> the result.
 
@@ -102,9 +107,9 @@ class Lane:
             raw: whole leaves of the base.
             first: the number of the first.
             counts: (leaves,) kept elements of each.
-            values: their values, (m,) uint8, one leaf behind the other; overwritten.
+            values: their values, (m,) uint8, one leaf behind the other.
             scales: (groups,) float32; empty where there are none.
-            differences: (leaves,) whether a leaf's values are XORs of fine-tuned elements with the base's.
+            forms: (leaves,) in what form each leaf's values are: plain, or what `darekit.packs.frames` names.
             kept: takes what is overwritten, (sum of counts,); empty: nobody asks.
             places: takes where in its leaf that was; as `kept`.
 
@@ -117,16 +122,7 @@ class Lane:
         constants = self._drawn(first, words.size), self.factor
         if not tensor.bits:
             other, wrong = kernels.restore_exact(
-                words,
-                *constants,
-                counts,
-                values.view(np.uint16),
-                differences,
-                kept,
-                places,
-                own.room,
-                own.before,
-                own.out,
+                words, *constants, counts, values, forms, kept, places, own.room, own.before, own.after, own.out
             )
         else:
             other, wrong = kernels.restore_integers(
@@ -139,6 +135,11 @@ class Lane:
         """Which of `count` elements from leaf `first` on are kept, as bits."""
         mask, room = self.mask, _SCRATCH.bits if count <= LANE_LEAVES * LEAF else None
         return kernels.kept_bits(mask.seed, mask.stream, first * LEAF, mask.threshold, count, room)
+
+
+def values_room(nbytes: int) -> Bytes:
+    """(nbytes,) uint8 of this thread's scratch, for the values of the leaves of one call of `restore`."""
+    return _SCRATCH.values.view(np.uint8)[:nbytes]
 
 
 def lane_for(mask: Mask, values: DType, factor: np.float32) -> Lane | None:

@@ -8,6 +8,8 @@ XORs, both in byte planes, through zstd. RL-tuned models change 5 to 30 % of the
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import numpy.typing as npt
 import zstandard
@@ -21,6 +23,16 @@ LEVEL = 1  # higher levels gain 1 % on XORs of weights, and cost several times a
 # leaf); between these two limits both are tried.
 SPARSE_BELOW = 0.6
 PLANES_ABOVE = 0.3
+
+
+class _Decompressor(threading.local):
+    """zstd's, one for each thread."""
+
+    def __init__(self) -> None:
+        self.codec = zstandard.ZstdDecompressor()
+
+
+_DECOMPRESSOR = _Decompressor()
 
 
 def compress(base: Bytes, tuned: Bytes, itemsize: int) -> Bytes:
@@ -100,11 +112,10 @@ def inflate(frame: Bytes, limit: int, name: str) -> Bytes:
     Raises:
         CheckpointError: it is damaged, or larger.
     """
-    data = frame.tobytes()
     try:
-        size = zstandard.frame_content_size(data)
+        size = zstandard.frame_content_size(frame.data)
         if not 0 <= size <= limit:
             raise CheckpointError(f"tensor {name}: a frame of {size:,} bytes, expected at most {limit:,}")
-        return np.frombuffer(zstandard.ZstdDecompressor().decompress(data, max_output_size=max(1, limit)), np.uint8)
+        return np.frombuffer(_DECOMPRESSOR.codec.decompress(frame.data, max_output_size=max(1, limit)), np.uint8)
     except zstandard.ZstdError as error:
         raise CheckpointError(f"tensor {name}: a frame that zstd cannot read ({error}); the pack is damaged") from None

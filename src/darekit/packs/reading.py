@@ -12,13 +12,11 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from darekit import kernels
@@ -28,9 +26,9 @@ from darekit.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
 from darekit.errors import CheckpointError, DarekitError, DataError, HoldsPack, HomologyError, PlanError
 from darekit.kernels import packs
-from darekit.packs.format import PackedTensor, PackFile, read_pack, stored_digest, value_sizes
-from darekit.packs.frames import decompress_values, is_difference
-from darekit.packs.lane import LANE_LEAVES, lane_for
+from darekit.packs.format import Counts, PackedTensor, PackFile, read_pack, stored_digest, value_sizes
+from darekit.packs.frames import decompress_values, unwrap_values
+from darekit.packs.lane import LANE_LEAVES, Words, lane_for, values_room
 from darekit.packs.leaves import (
     Indices,
     Mask,
@@ -43,6 +41,8 @@ from darekit.packs.leaves import (
     take,
 )
 from darekit.packs.lossless import decompress
+
+NOTHING: Words = np.empty(0, np.uint16)
 
 
 @dataclass(frozen=True)
@@ -430,48 +430,69 @@ class Decoder:
             stored = self.bare(stored, kept.size // DTYPES[self.tensor.dtype].itemsize, kept)
         restore(self.tensor, self.values, self.factor, indices, stored, scales, raw)
 
-    def swap_leaves(self, first: int, raw: Bytes, keep: Callable[[Swapped], None] | None = None) -> None:
-        """Leaves from `first` on of the base, raw and whole, in place -> the result; `keep` is told what was there.
+    def swap_leaves(self, first: int, raw: Bytes, keep: Swapped | None = None) -> None:
+        """Leaves from `first` on of the base, raw and whole, in place -> the result; `keep` takes what was there.
 
         Only where there is a `lane`.
 
         Raises:
-            CheckpointError: what is stored makes no sense; `keep` has been told what was overwritten until then.
+            CheckpointError: what is stored makes no sense; `keep` has what was overwritten until then.
         """
         assert self.lane is not None
         tensor, table = self.tensor, self.source.tables[self.tensor.name]
         last = first + -(-raw.size // self.leaf_bytes)
         counts = table.counts[first:last]
         values, scales = self.source.read_leaves(tensor, first, last)
-        differences = np.zeros(counts.size, bool)
+        forms = np.zeros(counts.size, np.uint8)
         if tensor.codec != "none":
-            starts = table.values[first : last + 1] - table.values[first]
-            frames = [values[begin:end] for begin, end in pairwise(starts)]
-            differences = np.array([is_difference(frame) for frame in frames])
-            bare = [self.bare(frame, int(count), None) for frame, count in zip(frames, counts, strict=True)]
-            values = np.concatenate(bare)
+            values, forms = self._unwrapped(values, counts, table.values[first : last + 1])
         factors = scale_factors(scales, tensor.name)
-        kept, places = np.empty((2, int(counts.sum()) if keep else 0), np.uint16)
-        other, wrong = self.lane.restore(raw, first, counts, values, factors, differences, kept, places)
+        kept, places = keep.room(int(counts.sum())) if keep else (NOTHING, NOTHING)
+        other, wrong = self.lane.restore(raw, first, counts, values, factors, forms, kept, places)
         if keep:
-            keep(Swapped(raw, counts if other < 0 else counts[:other], places, kept))
+            keep.take(raw, counts if other < 0 else counts[:other])
         if other >= 0:
             self.indices(first + other)  # says what is wrong
         refuse_nonfinite_results(wrong, tensor.name)
 
+    def _unwrapped(self, frames: Bytes, counts: Counts, starts: Counts) -> tuple[Bytes, Bytes]:
+        """Frames that lie behind one another -> their values likewise, in the thread's scratch; each leaf's form."""
+        ends = np.cumsum(value_sizes(self.tensor, counts, self.values.itemsize)).tolist()
+        cuts = (starts - starts[0]).tolist()
+        room, forms, begin = values_room(ends[-1]), np.zeros(counts.size, np.uint8), 0
+        for leaf, end in enumerate(ends):
+            frame = frames[cuts[leaf] : cuts[leaf + 1]]
+            forms[leaf] = unwrap_values(self.tensor, self.values, frame, room[begin:end])
+            begin = end
+        return room, forms
 
-@dataclass(frozen=True, slots=True)
+
 class Swapped:
-    """What some leaves of a BF16 tensor held, `raw`: `counts` (leaves,) of them, where in their leaves, and what."""
+    """What some leaves of a BF16 tensor held, and where; filled and put back again and again, in the same memory."""
 
-    raw: Bytes
-    counts: npt.NDArray[np.int64]
-    places: npt.NDArray[np.uint16]
-    words: npt.NDArray[np.uint16]
+    __slots__ = ("counts", "places", "raw", "words")
+
+    def __init__(self) -> None:
+        self.raw = np.empty(0, np.uint8)  # those leaves
+        self.counts = np.empty(0, np.int64)  # of each leaf's elements that are kept here
+        self.words = self.places = NOTHING
+
+    def room(self, count: int) -> tuple[Words, Words]:
+        """(count,) uint16 twice: for the elements, and for their places in their leaves. Nothing may be kept here."""
+        if self.words.size < count:
+            # Another seed keeps a little more or less.
+            self.words, self.places = np.empty((2, count + count // 32 + 256), np.uint16)
+        return self.words[:count], self.places[:count]
+
+    def take(self, raw: Bytes, counts: Counts) -> None:
+        """The room is filled with what these leaves held."""
+        self.raw, self.counts = raw, counts
 
     def put_back(self) -> None:
-        """In place."""
-        packs.put_leaves(self.raw.view(np.uint16), self.counts, self.places, self.words)
+        """In place; nothing is kept then."""
+        if self.counts.size:
+            packs.put_leaves(self.raw.view(np.uint16), self.counts, self.places, self.words)
+            self.counts = self.counts[:0]
 
 
 @dataclass(frozen=True)

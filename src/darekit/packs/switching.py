@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,7 +43,8 @@ class Switcher:
     """A live model on the CPU that takes one pack after another.
 
     What a pack overwrites is remembered (at p = 0.9 a fifth of a BF16 model's size), so that the base comes back bit
-    for bit without reading it again. Nobody else may change the weights meanwhile.
+    for bit without reading it again; that memory is used again by the next pack, and free when the switcher is. Nobody
+    else may change the weights meanwhile.
 
     Args:
         model: a torch module, or name -> torch tensor or numpy array, with the base's weights.
@@ -60,7 +61,8 @@ class Switcher:
         self.state: Mapping[str, Any] = model.state_dict() if hasattr(model, "state_dict") else model
         self.threads = threads or default_threads()
         self.current: Path | None = None
-        self._saved: list[_Saved | Swapped] = []
+        self._swapped: dict[tuple[str, int], Swapped] = {}  # by tensor and first leaf: always the same leaves
+        self._saved: list[_Saved] = []  # where no lane goes
         self._base = open_checkpoint(base)
         try:
             self._refuse_other_weights()
@@ -88,7 +90,7 @@ class Switcher:
         with open_pack(pack) as found:
             found.refuse_base(self._live, self._digest)
             decoders = found.decoders(self.state)
-            self._return()
+            self._return_others({decoder.tensor.name for decoder, _ in decoders if decoder.lane})
             try:
                 self._apply(decoders)
             except BaseException:
@@ -97,6 +99,7 @@ class Switcher:
         self.current = Path(pack)
 
     def _apply(self, decoders: list[tuple[Decoder, Bytes]]) -> None:
+        """Where the lane goes, the base comes back and leaves again while it is in the cache."""
         jobs = [(decoder, raw, first) for decoder, raw in decoders for first in range(0, decoder.tensor.leaves, LEAVES)]
 
         def work(job: tuple[Decoder, Bytes, int]) -> int:
@@ -106,7 +109,11 @@ class Switcher:
                 last = min(first + LEAVES, decoder.tensor.leaves)
                 for leaf in range(first, last, LANE_LEAVES):
                     end = min(leaf + LANE_LEAVES, last) * decoder.leaf_bytes
-                    decoder.swap_leaves(leaf, whole[leaf * decoder.leaf_bytes : end], self._saved.append)
+                    kept = self._swapped.get((decoder.tensor.name, leaf))
+                    if kept is None:
+                        kept = self._swapped[decoder.tensor.name, leaf] = Swapped()
+                    kept.put_back()
+                    decoder.swap_leaves(leaf, whole[leaf * decoder.leaf_bytes : end], kept)
                 return 1
             for leaf in range(first, min(first + LEAVES, decoder.tensor.leaves)):
                 raw = whole[leaf * decoder.leaf_bytes : (leaf + 1) * decoder.leaf_bytes]
@@ -121,7 +128,13 @@ class Switcher:
 
     def _return(self) -> None:
         """The base's bits, everywhere."""
-        parts = [self._saved[i::64] for i in range(64)]
+        self._return_others(frozenset())
+
+    def _return_others(self, names: Collection[str]) -> None:
+        """The base's bits, everywhere but in those of these tensors that the lane changed."""
+        saved: list[_Saved | Swapped] = [kept for (name, _), kept in self._swapped.items() if name not in names]
+        saved += self._saved
+        parts = [saved[i::64] for i in range(64)]
 
         def work(saved: list[_Saved | Swapped]) -> int:
             for one in saved:
