@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import socket
 import sys
 from pathlib import Path
@@ -181,6 +182,40 @@ def test_a_task_that_does_not_exist_names_close_ones(tmp_path, monkeypatch):
         load_tasks(["local_choise"], include=[tmp_path])
     with pytest.raises(RecipeError, match="is no folder"):
         load_tasks(["local_choice"], include=[tmp_path / "choice.yaml"])
+
+
+def test_a_sweep_looks_tasks_up_before_anything_runs(causal, tmp_path, monkeypatch, dare, offline):
+    from functools import partial
+
+    import lm_eval.tasks
+
+    from darekit.sweeps import running
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(running, "build", None)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "choice.yaml").write_text(CHOICE)
+    write(folder / "rows" / "choice.jsonl", [{"question": "w3", "choices": ["w4", "w5"], "answer": 0}])
+    data = {
+        "recipe": {"base_model": str(causal.llama / "base"), "models": [str(causal.llama / "m0")],
+                   "merge_method": "task_arithmetic", "sparsify": {"method": "dare", "drop_rate": 0.5}},
+        "axes": {"sparsify.drop_rate": [0.5]},
+    }  # fmt: skip
+    for judge, says in (
+        ({"tasks": ["local_choise"], "include": "tasks"}, r"there is no task 'local_choise'; close: local_choice"),
+        ({"tasks": ["local_choice"]}, r"the judge's key `include: DIR`"),
+        ({"tasks": ["local_choice"], "include": "nowhere"}, r"nowhere is no folder; the judge's key `include: DIR`"),
+        ({"tasks": ["local_choice"], "includes": "tasks"}, r"has no key 'includes'; did you mean 'include'"),
+        ({"tasks": ["local_choice"], "include": "tasks"}, None),
+    ):
+        (tmp_path / "s.yaml").write_text(json.dumps(data | {"test": {"all": judge}}))
+        for dry in ((), ("--dry-run",)) if says else (("--dry-run",),):
+            done = dare("sweep", tmp_path / "s.yaml", *dry)
+            assert done.code == (1 if says else 0), done.err
+            assert says is None or ("s: test.all: " in done.err and re.search(says, done.err)), done.err
+        assert not (tmp_path / "s").exists()
+    assert not offline
 
 
 def test_data_that_need_the_network_say_so(offline, monkeypatch):

@@ -74,6 +74,22 @@ def test_the_command(real, data, dare, tmp_path):
     assert (tmp_path / "again" / "similarity.svg").read_text() == svg
 
 
+@pytest.mark.parametrize(
+    "forms",
+    [
+        "-p 0.5,0.9 --methods dare,magnitude --seeds 1,2",
+        "-p 0.5 -p 0.9 --methods dare --methods magnitude --seeds 1 --seeds 2",
+    ],
+)
+@pytest.mark.parametrize("real", ["llama"], indirect=True)
+def test_lists_have_commas_or_are_repeated(real, data, dare, forms):
+    done = dare("similarity", real.path / "base", real.path / "m0", "--data", data, "--limit", "2", "--json",
+                *forms.split())  # fmt: skip
+    found = [(curve["method"], curve["drop_rate"], curve["seeds"]) for curve in done.data["curves"]]
+    assert sorted(found) == [("dare", 0.5, [1, 2]), ("dare", 0.9, [1, 2]), ("magnitude", 0.5, [1]),
+                             ("magnitude", 0.9, [1])]  # fmt: skip
+
+
 @pytest.mark.parametrize("real", ["llama"], indirect=True)
 def test_likely_mistakes(real, data, dare, tmp_path):
     base, model = real.path / "base", real.path / "m0"
@@ -81,6 +97,8 @@ def test_likely_mistakes(real, data, dare, tmp_path):
         dk.similarity(base, model, data=data, drop_rate=0.9, methods=["magnitud"])
     assert dare("similarity", base, model, "--data", data, "-p", "90").code == 2
     assert dare("similarity", base, model, "--data", data, "-p", "0.9", "--seeds", "a").code == 2
+    assert dare("similarity", base, model, "--data", data, "-p", "0.9,x").code == 2
+    assert dare("similarity", base, model, "--data", data, "-p", ",").code == 2
     assert "not a file" in dare("similarity", base, model, "--data", tmp_path / "no.jsonl", "-p", "0.9").err
     for path in (base, model):
         (tmp_path / path.name).mkdir()

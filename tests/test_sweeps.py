@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import darekit as dk
@@ -159,6 +161,13 @@ def test_without_a_drop_rate_axis_the_undropped_cells_are_added():
     undropped = [c for c in found if c.kind == "undropped"]
     assert [c.at for c in undropped] == [{"parameters.lambda": 0.5}, {"parameters.lambda": 1}]
     assert all(c.recipe.sparsify is None for c in undropped)
+    assert [c.title for c in undropped] == [f"parameters.lambda={x} (nothing dropped)" for x in (0.5, 1)]
+
+
+def test_what_is_added_undropped_for_several_names_bears_none_of_them():
+    methods = {"DARE": None, "magnitude": {"sparsify.method": "magnitude"}}
+    found, _ = cells({"method": methods, "parameters.lambda": [0.5, 1]}, k=2)
+    assert [c.at for c in found if c.kind == "undropped"] == [{"parameters.lambda": 0.5}, {"parameters.lambda": 1}]
 
 
 def test_a_name_can_fix_or_take_away_an_axis():
@@ -247,7 +256,7 @@ def test_one_model_in_memory_and_equal_cells_once(real, place, monkeypatch):
     zero = [one.outcome.scores for one in result.finished if one.cell.at.get("sparsify.drop_rate") == 0]
     assert len(zero) == 2 and zero[0] == zero[1]
     assert {p.name for p in (place.path / "out").iterdir()} == {
-        CELLS, "tables.md", "summary.json", "test.png", "test.svg"
+        CELLS, "sweep.json", "tables.md", "summary.json", "test.png", "test.svg"
     }  # fmt: skip
 
 
@@ -284,7 +293,7 @@ def test_changed_recipes_models_and_judges_are_evaluated_anew(real, place):
     dk.sweep(data | {"axes": {"sparsify.drop_rate": [0, 0.5, 0.6]}}, out)
     assert place.calls() == calls + 1  # one more value, the others stay
     shutil.copyfile(real.path / "m1" / "model.safetensors", place.path / "model" / "model.safetensors")
-    dk.sweep(data, out)
+    dk.sweep(data, out, overwrite=True)  # one value less
     assert place.calls() == calls + 3  # the base is the same as before
     (place.path / "judges.py").write_text(JUDGES + "\n# changed\n")
     dk.sweep(data, out)
@@ -332,6 +341,154 @@ def test_settings_are_chosen_on_validation_and_reported_on_test(real, place):
     assert "Chosen by all/total on validation" in (place.path / "out" / "tables.md").read_text()
     assert summary.single.at == {"method": "DARE", "sparsify.drop_rate": 0}  # at lambda 3 it is no model of ours
     assert figure_of(result.sweep, summary, "test").panels[0].levels  # the base is there to compare with
+
+
+@llama
+def test_the_tables_of_a_fixed_drop_rate_show_the_grid_beside_what_was_added(real, place):
+    data, out = place.sweep(k=2, axes={"parameters.lambda": [0.5, 1]}), place.path / "out"
+    result = dk.sweep(data, out, plots=False)
+    values = {
+        (one.cell.kind, one.cell.at["parameters.lambda"]): one.outcome.scores["test"]["all/total"]["value"]
+        for one in result.finished
+        if one.cell.at
+    }
+    assert len({*values.values()}) == 4
+    table = (out / "tables.md").read_text().partition("## Every")[0].splitlines()
+    crossed = {line.split("|")[1].strip(): line.split("|")[2:4] for line in table if line.startswith("|")}
+    for label, kind in (("", "grid"), ("nothing dropped", "undropped")):
+        shown = [float(text) for text in crossed[label]]
+        assert shown == pytest.approx([values[kind, 0.5], values[kind, 1]], rel=1e-3)
+    titles = [row.title for row in summarise(result.sweep, result.finished).rows]
+    assert titles[:4] == ["lambda 0.5", "lambda 1", "lambda 0.5, nothing dropped", "lambda 1, nothing dropped"]
+
+
+# --- whose folder it is
+
+
+@llama
+def test_a_folder_of_another_sweep_is_refused(real, place, dare):
+    data, out = place.sweep(axes={"sparsify.drop_rate": [0, 0.5]}), place.path / "out"
+    dk.sweep(data, out)
+    calls, before = place.calls(), {path.name: path.read_bytes() for path in out.iterdir()}
+    other = data | {"recipe": recipe(real.path) | {"models": [str(real.path / "m1")]}}
+    name = re.escape(str(real.path / "m0"))
+    for changed, says in (
+        (other, rf"2 of its 3 finished cells are not in this one, the first: .*models.0.model is {name} there"),
+        (data | {"axes": {"sparsify.drop_rate": [0]}}, r"1 of its 3 finished .*sparsify.drop_rate=0.5"),
+        (place.sweep("minus"), r"test.all: .*judges.py:total.* there, .*judges.py:minus.* here"),
+    ):
+        with pytest.raises(OutputError, match=rf"(?s)holds the results of another sweep.*{says}.*--overwrite"):
+            dk.sweep(changed, out)
+    with pytest.raises(OutputError, match="dtype: not given there, float64 here"):
+        dk.sweep(data, out, dtype="float64")
+    assert place.calls() == calls and {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    (place.path / "s.yaml").write_text(json.dumps(other))
+    for dry in ((), ("--dry-run",)):
+        done = dare("sweep", place.path / "s.yaml", out, *dry)
+        assert done.code == 1 and "results of another sweep, sweep:" in done.err
+    assert dare("sweep", place.path / "s.yaml", out, "--overwrite", "--no-plots").code == 0
+    assert place.calls() == calls + 2  # the base was there
+    assert {path.name for path in out.iterdir()} == {CELLS, "sweep.json", "tables.md", "summary.json"}  # no old plots
+    dk.sweep(data, out, overwrite=True)
+    assert place.calls() == calls + 2  # nor was anything of the first lost
+
+
+@llama
+def test_a_sweep_may_grow_and_may_mend_what_came_to_nothing(real, place):
+    out = place.path / "out"
+    dk.sweep(place.sweep("never"), out, plots=False)
+    data = place.sweep()
+    dk.sweep(data, out, plots=False)
+    calls = place.calls()
+    judge = data["test"]["all"]
+    grown = place.sweep(
+        axes={"sparsify.drop_rate": [0, 0.5, 0.9]},
+        seeds=[0, 1],
+        test={"all": judge, "more": judge},
+        plot={"title": "T"},
+    )
+    dk.sweep(place.sweep(axes=grown["axes"], seeds=[0, 1]), out, plots=False)
+    assert place.calls() == calls + 3
+    dk.sweep(grown, out, plots=False)
+    with pytest.raises(OutputError, match="another sweep"):
+        dk.sweep(data, out, plots=False)
+
+
+@llama
+def test_folders_without_a_record(real, place):
+    out = place.path / "out"
+    dk.sweep(place.sweep(), out, plots=False)
+    (out / "sweep.json").unlink()
+    with pytest.raises(OutputError, match=r"3 finished cells of another sweep, of which sweep\.json is missing"):
+        dk.sweep(place.sweep("minus"), out, plots=False)
+    calls = place.calls()
+    dk.sweep(place.sweep(), out, plots=False)
+    assert place.calls() == calls and (out / "sweep.json").exists()
+    (out / "sweep.json").write_text("[]")
+    with pytest.raises(OutputError, match="is no record of a sweep"):
+        dk.sweep(place.sweep(), out, plots=False)
+    mine = place.path / "mine"
+    mine.mkdir()
+    (mine / "summary.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"holds summary\.json, which no sweep left there"):
+        dk.sweep(place.sweep(), mine)
+    assert [path.name for path in mine.iterdir()] == ["summary.json"]
+
+
+@llama
+def test_changed_modules_of_a_judge_are_seen(real, place, monkeypatch):
+    (place.path / "judges.py").write_text(JUDGES.replace("import os\n", "import os\nimport helping\n", 1))
+    (place.path / "helping.py").write_text("import deep.inner\n")
+    (place.path / "deep").mkdir()
+    (place.path / "deep" / "__init__.py").write_text("")
+    (place.path / "deep" / "inner.py").write_text("")
+    (place.path / "unrelated.py").write_text("")
+    data, out = place.sweep(), place.path / "out"
+    for change, more in (("judges.py", 3), ("unrelated.py", 0), ("helping.py", 3), ("deep/inner.py", 3)):
+        before = place.calls()
+        with (place.path / change).open("a") as file:
+            file.write("# changed\n")
+        dk.sweep(data, out, plots=False)
+        assert place.calls() == before + more, change
+
+
+@pytest.mark.parametrize("real", ["llama"], indirect=True)
+def test_changed_statistics_are_seen(real, place):
+    files = {}
+    for name in ("m0", "m1"):
+        files[name] = place.path / f"{name}.fisher.safetensors"
+        _fisher(real.path / name, files[name], 1.0)
+    models = [{"model": str(real.path / name), "stats": str(file)} for name, file in files.items()]
+    data = place.sweep(
+        recipe={"base_model": str(real.path / "base"), "models": models, "merge_method": "fisher"},
+        axes={"parameters.minimal": [1e-9]},
+    )
+    out = place.path / "out"
+    first = dk.sweep(data, out, plots=False)
+    calls = place.calls()
+    dk.sweep(data, out, plots=False)
+    assert place.calls() == calls and not first.failed
+    _fisher(real.path / "m1", files["m1"], 3.0)
+    second = dk.sweep(data, out, plots=False)
+    assert place.calls() == calls + 1
+    scores = [result.finished[0].outcome.scores["test"]["all/total"]["value"] for result in (first, second)]
+    assert scores[0] != scores[1]
+    with pytest.raises(DarekitError, match=r"there is no statistics file 'nosuch.safetensors'"):
+        dk.sweep(data | {"axes": {"models.0.stats": ["nosuch.safetensors"]}}, place.path / "other")
+
+
+def _fisher(model, path, value):
+    """A Fisher of that model with the same value everywhere."""
+    from darekit.checkpoints import open_checkpoint, sample_digest
+    from darekit.statistics.files import FISHER, FORMAT, write_statistics
+
+    checkpoint = open_checkpoint(str(model))
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    facts = {"format": FORMAT, "kind": FISHER, "model": str(model), "model_digest": sample_digest(checkpoint).hex(),
+             "norm": 1.0, "mean": value}  # fmt: skip
+    checkpoint.close()
+    write_statistics(path, shapes, lambda name: np.full(shapes[name], value, np.float32), facts)
 
 
 @llama

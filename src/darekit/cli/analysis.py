@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli.options import DryRun, Json, Threads, Vocab, check_drop_rate, errors_told
+from darekit.cli.options import DryRun, Json, Threads, Vocab, check_drop_rate, errors_told, listed
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the fastest there is.")]
 Dtype = Annotated[str | None, typer.Option(help="What the model computes in; default: float32 on a CPU.")]
@@ -57,10 +57,17 @@ def similarity(
     model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
     data: Annotated[str, typer.Option(help="Rows of text: a file of JSON lines, or a dataset's name.")],
     drop_rate: Annotated[
-        list[float], typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped; may be repeated.")
+        list[str],
+        typer.Option(
+            "-p", "--drop-rate", metavar="P,...", help="Fraction of the delta that is dropped; several: 0.5,0.9."
+        ),
     ],
-    methods: Annotated[str, typer.Option(help="Sparsifiers, with commas between.")] = "dare,drop_only,magnitude",
-    seeds: Annotated[str, typer.Option(help="Seeds of the masks, with commas between.")] = "0",
+    methods: Annotated[
+        list[str], typer.Option(metavar="NAME,...", help="Sparsifiers; several: with commas, or repeated.")
+    ] = ["dare,drop_only,magnitude"],  # noqa: B006 (typer reads the default)
+    seeds: Annotated[
+        list[str], typer.Option(metavar="N,...", help="Seeds of the masks; several: with commas, or repeated.")
+    ] = ["0"],  # noqa: B006
     keep_dense: Annotated[
         list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
     ] = None,
@@ -73,10 +80,8 @@ def similarity(
     as_json: Json = False,
 ) -> None:
     """Show how far dropping turns MODEL's hidden states: the cosine to the original's, layer by layer."""
-    for rate in drop_rate:
-        check_drop_rate(rate)
-    words = [word.strip() for word in methods.split(",") if word.strip()]
-    numbers = _seeds(seeds)
+    rates = [_rate(word) for word in _some(drop_rate, "-p")]
+    words, numbers = _some(methods, "--methods"), [_seed(word) for word in _some(seeds, "--seeds")]
     with errors_told():
         from darekit.cli import display, display_analysis
 
@@ -88,7 +93,7 @@ def similarity(
 
         with display.progress_bar("comparing", quiet=as_json, unit="rows") as progress:
             found = compare(
-                base, model, data=data, drop_rate=drop_rate, methods=words, seeds=numbers, keep_dense=keep_dense or (),
+                base, model, data=data, drop_rate=rates, methods=words, seeds=numbers, keep_dense=keep_dense or (),
                 limit=limit, batch_size=batch_size, max_length=max_length, device=device, dtype=dtype,
                 progress=progress, say=None if as_json else display.say_note,
             )  # fmt: skip
@@ -100,11 +105,26 @@ def similarity(
         display_analysis.show_similarity(found, drawn, as_json=as_json)
 
 
-def _seeds(text: str) -> list[int]:
+def _some(texts: list[str], option: str) -> list[str]:
+    words = listed(texts)
+    if not words:
+        raise typer.BadParameter("is empty; name at least one", param_hint=option)
+    return words
+
+
+def _rate(text: str) -> float:
     try:
-        return [int(word) for word in text.split(",")]
+        value = float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers, as 1,2,3", param_hint="--seeds") from None
+        raise typer.BadParameter(f"{text!r} is no number from 0 to 1, as in 0.5,0.9", param_hint="-p") from None
+    check_drop_rate(value)
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 64:
+        raise typer.BadParameter(f"{text!r} is no whole number from 0 to 2^64 - 1, as in 1,2,3", param_hint="--seeds")
+    return int(text)
 
 
 def sweep(
@@ -115,6 +135,9 @@ def sweep(
     device: Device = None,
     dtype: Dtype = None,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="Write tables only.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the tables of another sweep in OUT; its cells stay.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -123,19 +146,20 @@ def sweep(
     try:
         with errors_told():
             from darekit.cli import display, display_analysis
-            from darekit.sweeps.grid import cells_of
             from darekit.sweeps.reading import read_sweep
+            from darekit.sweeps.running import check_sweep
+            from darekit.sweeps.running import sweep as run_sweep
 
             found = read_sweep(source)
             if dry_run:
-                display_analysis.show_cells(*cells_of(found), as_json=as_json)
+                cells, notes = check_sweep(found, place, dtype=dtype, overwrite=overwrite)
+                display_analysis.show_cells(cells, notes, as_json=as_json)
                 return
-            from darekit.sweeps.running import sweep as run_sweep
 
             with display.progress_bar("sweeping", quiet=as_json, unit="evaluations") as progress:
                 result = run_sweep(
                     found, place, jobs=jobs, threads=threads, device=device, dtype=dtype, plots=not no_plots,
-                    progress=progress, say=None if as_json else display.say_note,
+                    overwrite=overwrite, progress=progress, say=None if as_json else display.say_note,
                 )  # fmt: skip
             display_analysis.show_sweep(result, as_json=as_json)
     except typer.Exit as stop:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated
@@ -110,6 +110,15 @@ def check_fraction(value: float, option: str) -> None:
     if not 0 <= value <= 1:
         hint = f"; a percentage? write {value / 100:g}" if 1 < value <= 100 else ""
         raise typer.BadParameter(f"{value:g} is outside [0, 1]{hint}", param_hint=option)
+
+
+def listed(texts: Sequence[str]) -> list[str]:
+    """What an option was given, with commas between, repeated, or both -> words, each once.
+
+    >>> listed(["dare, magnitude", "della", "dare"])
+    ['dare', 'magnitude', 'della']
+    """
+    return list(dict.fromkeys(word.strip() for text in texts for word in text.split(",") if word.strip()))
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

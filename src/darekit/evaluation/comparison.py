@@ -362,9 +362,11 @@ def _write_samples(folder: Path, model: str, judge: Judge) -> None:
 
 
 def _key(recipe: Recipe, search: Sequence[Path], settings: Mapping[str, Any]) -> str:
-    """What decides about a model's scores, as a digest: the recipe, its checkpoints' samples, the judge."""
+    """What decides about a model's scores, as a digest: the recipe, samples of its checkpoints and statistics, the
+    judge."""
     with open_plan(recipe, search=search) as plan:
-        what = [plan.recipe.to_data(), [digest.hex() for digest in plan.sample_digests], settings]
+        samples = [digest.hex() for digest in plan.sample_digests]
+        what = [plan.recipe.to_data(), samples + [entry.fingerprint() for entry in plan.statistics], settings]
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -35,7 +35,7 @@ ALIASES = {
 }
 JUDGED_ELSEWHERE = {
     "alpacaeval": "is judged by another model: write the answers with --generate, and give them to alpaca_eval",
-    "stsb": "is not in lm-eval; `--data` judges regression models by Pearson's and Spearman's correlation",
+    "stsb": "is not in lm-eval; rows of data (--data, data: FILE) judge regression models, by Pearson and Spearman",
 }
 SHARED_FOLDER = "benchmarks"  # lm-eval's groups of tasks from other folders
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-eval's own defaults
@@ -46,6 +46,18 @@ NETWORK = ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError",
 
 Confirm = Callable[[Sequence[str]], bool]
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Words:
+    """How the reader of a message says what it advises."""
+
+    include: str
+    trust: str
+
+
+OPTIONS = Words("--include DIR", "--trust-code")
+JUDGE_KEYS = Words("the judge's key `include: DIR`", "`trust_code: true` beside `tasks:`")
 
 
 @dataclass
@@ -76,7 +88,7 @@ class Harness:
         """
         if live.task != CAUSAL or live.tokenizer is None:
             what = f"the model is a {live.task}" if live.task != CAUSAL else "the model has no tokenizer beside it"
-            raise DataError(f"lm-eval's tasks question models that write text, and {what}; judge it by --data")
+            raise DataError(f"lm-eval's tasks question models that write text, and {what}; judge it by rows of data")
         what = f"running {', '.join(self.names)} in batches of {self.batch_size}"
         with one_thread(live.device), memory_told(what), _quiet(self.show_bars, self.trusted), nan_refused(live):
             found = self._run(live)
@@ -151,6 +163,7 @@ def load_tasks(
     chat_template: bool = False,
     confirm: Confirm | None = None,
     say: Say | None = None,
+    words: Words = OPTIONS,
 ) -> Harness:
     """Names of tasks, groups and tags -> a judge. The data sets are loaded here, local ones without any network.
 
@@ -163,6 +176,7 @@ def load_tasks(
         chat_template: ask as the tokenizer's chat template says.
         confirm: asked with the names of the tasks that execute what the model writes; None: refused.
         say: receives notes.
+        words: how messages say what they advise.
 
     Raises:
         RecipeError: there is no such task; a local task file cannot be read.
@@ -170,33 +184,15 @@ def load_tasks(
         CheckpointError: a data set is neither here nor to be had from the network.
         Unsupported: lm-eval is not installed.
     """
-    if find_spec("lm_eval") is None:
-        raise Unsupported("tasks need EleutherAI's lm-eval: pip install 'darekit[eval]'")
-    if not names:
-        raise RecipeError("tasks is empty; name at least one, as gsm8k")
-    for folder in include:
-        if not folder.is_dir():
-            raise RecipeError(f"{folder} is no folder; --include takes a folder with task files (YAML)")
-    say = say or (lambda line: None)
-    for name in names:
-        _refuse_elsewhere(name)
-    with _quiet(bars=False, trusted=False):
-        manager, resolved = _find(names, [folder.resolve() for folder in include], say)
-        leaves = _leaves(resolved, manager.task_index)
-        _prepare_local(leaves, manager.task_index, include)
-    unsafe = [name for name in leaves if (manager.task_index[name].cfg or {}).get("unsafe_code")]
-    if unsafe and not (confirm and confirm(unsafe)):
-        raise PlanError(
-            f"{', '.join(unsafe)} executes code that the model writes, with your rights on this machine; "
-            "if you accept that (better in a container), say --trust-code"
-        )
+    found = find_tasks(names, include=include, confirm=confirm, say=say, words=words)
+    manager, resolved, unsafe = found.manager, list(found.names), found.unsafe
     with _quiet(bars=False, trusted=bool(unsafe)), _uncounted():
         try:
             loaded = manager.load(resolved)
         except DarekitError:
             raise
         except Exception as error:  # lm-eval's, datasets', the Hub's, a task file's own
-            raise _load_error(resolved, leaves, manager.task_index, error) from error
+            raise _load_error(resolved, found.leaves, manager.task_index, error, words) from error
         _check_metrics(loaded)
         for task in loaded["tasks"].values():
             own = task.get_config("num_fewshot")
@@ -208,7 +204,53 @@ def load_tasks(
     )  # fmt: skip
 
 
-def _find(names: Sequence[str], include: Sequence[Path], say: Say) -> tuple[Any, list[str]]:
+@dataclass(frozen=True)
+class Found:
+    """Tasks that there are, not loaded yet: names as lm-eval knows them, the tasks behind groups and tags, and whether
+    one of them executes what the model writes."""
+
+    manager: Any
+    names: tuple[str, ...]
+    leaves: tuple[str, ...]
+    unsafe: bool
+
+
+def find_tasks(
+    names: Sequence[str],
+    *,
+    include: Sequence[Path] = (),
+    confirm: Confirm | None = None,
+    say: Say | None = None,
+    words: Words = OPTIONS,
+) -> Found:
+    """Look tasks up without their data: no network. Arguments as those of `load_tasks`.
+
+    Raises:
+        DarekitError: as `load_tasks`, but for what is wrong with the data.
+    """
+    if find_spec("lm_eval") is None:
+        raise Unsupported("tasks need EleutherAI's lm-eval: pip install 'darekit[eval]'")
+    if not names:
+        raise RecipeError("tasks is empty; name at least one, as gsm8k")
+    for folder in include:
+        if not folder.is_dir():
+            raise RecipeError(f"{folder} is no folder; {words.include} takes a folder with task files (YAML)")
+    for name in names:
+        _refuse_elsewhere(name)
+    with _quiet(bars=False, trusted=False):
+        manager, resolved = _find(names, [folder.resolve() for folder in include], say or (lambda line: None), words)
+        leaves = _leaves(resolved, manager.task_index)
+        _prepare_local(leaves, manager.task_index, include)
+    unsafe = [name for name in leaves if (manager.task_index[name].cfg or {}).get("unsafe_code")]
+    if unsafe and not (confirm and confirm(unsafe)):
+        raise PlanError(
+            f"{', '.join(unsafe)} executes code that the model writes, with your rights on this machine; "
+            f"if you accept that (better in a container), say {words.trust}"
+        )
+    return Found(manager, tuple(resolved), tuple(leaves), bool(unsafe))
+
+
+def _find(names: Sequence[str], include: Sequence[Path], say: Say, words: Words = OPTIONS) -> tuple[Any, list[str]]:
     """A task manager that knows all names, and the names as it knows them.
 
     Its full index costs 15 CPU seconds (14,683 tasks, lm-eval 0.4.13); so first only the folders that are likely.
@@ -229,7 +271,7 @@ def _find(names: Sequence[str], include: Sequence[Path], say: Say) -> tuple[Any,
     for name, want in zip(names, wanted, strict=True):
         found = want if want in manager.task_index else lower.get(want.lower())
         if found is None:
-            raise _unknown(name, manager.all_tasks, include)
+            raise _unknown(name, manager.all_tasks, include, words)
         if found != name:
             say(f"{name} is lm-eval's {found}")
         resolved.append(found)
@@ -269,10 +311,10 @@ def _refuse_elsewhere(name: str) -> None:
         raise RecipeError(f"{name} {elsewhere}")
 
 
-def _unknown(name: str, known: Sequence[str], include: Sequence[Path]) -> RecipeError:
+def _unknown(name: str, known: Sequence[str], include: Sequence[Path], words: Words) -> RecipeError:
     close = difflib.get_close_matches(name.lower(), known, 5, 0.7)
     hint = f"; close: {', '.join(close)}" if close else ""
-    where = f" and {', '.join(map(str, include))}" if include else "; local task files are found with --include DIR"
+    where = f" and {', '.join(map(str, include))}" if include else f"; local task files are found with {words.include}"
     return RecipeError(f"there is no task {name!r}{hint}. Known are those of lm-eval {version('lm_eval')}{where}")
 
 
@@ -321,7 +363,7 @@ def _check_metrics(loaded: Any) -> None:
 
 
 def _load_error(
-    names: Sequence[str], leaves: Sequence[str], index: Mapping[str, Any], error: BaseException
+    names: Sequence[str], leaves: Sequence[str], index: Mapping[str, Any], error: BaseException, words: Words
 ) -> DarekitError:
     chain: list[BaseException] = []
     step: BaseException | None = error
@@ -334,7 +376,7 @@ def _load_error(
     if kinds & set(NETWORK) or "couldn't reach" in str(error).lower() or "offline" in str(error).lower():
         return CheckpointError(
             f"{what} needs data from the Hub ({', '.join(sources)}) that is not in the cache here, and the Hub cannot "
-            f"be reached ({said}). Run it once with a network, or use a local task file with --include"
+            f"be reached ({said}). Run it once with a network, or use a local task file ({words.include})"
         )
     if "ModuleNotFoundError" in kinds or "ImportError" in kinds:
         return Unsupported(f"{what} needs more than lm-eval alone ({said}); for MATH: pip install 'lm-eval[math]'")

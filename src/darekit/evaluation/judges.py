@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from darekit.errors import RecipeError
 from darekit.evaluation.examples import BATCH_SIZE, Examples, Progress
-from darekit.evaluation.harness import load_tasks
+from darekit.evaluation.harness import JUDGE_KEYS, find_tasks, load_tasks
 from darekit.evaluation.outside import Command, Function, command_of, function_judge, function_of
 from darekit.evaluation.scores import Score
 from darekit.live.data import read_rows
@@ -109,6 +109,20 @@ def judge_of(
     raise RecipeError(f"a judge is one of {', '.join(KEYS)}, or several by name; found {spec!r}")
 
 
+def check_judge(spec: Any, *, search: Sequence[Path] = ()) -> None:
+    """Complain about a judge that cannot be, without the data of lm-eval's tasks (which may have to be downloaded).
+
+    Raises:
+        DarekitError: as `judge_of`.
+    """
+    if not isinstance(spec, Mapping) or "tasks" not in spec:
+        judge_of(spec, search=search)
+        return
+    _kind_of(spec)
+    find_tasks(_listed(spec["tasks"]), **_found_by(spec, search))
+    _asked_as(spec)
+
+
 def _short_form(text: str) -> dict[str, str]:
     if Path(text).suffix in DATA_FILES:
         return {"data": text}
@@ -119,10 +133,7 @@ def _short_form(text: str) -> dict[str, str]:
 
 
 def _from_mapping(spec: Mapping[str, Any], search: Sequence[Path], progress: Progress | None) -> Judge:
-    kinds = [kind for kind in KEYS if kind in spec]
-    if len(kinds) > 1:
-        raise RecipeError(f"a judge says both {' and '.join(kinds)}; give each a name: {{a: {{data: ...}}, b: ...}}")
-    if not kinds:
+    if not any(kind in spec for kind in KEYS):
         nested = {name: value for name, value in spec.items() if isinstance(value, Mapping | str | list | tuple)}
         if not spec or len(nested) < len(spec):
             raise RecipeError(f"a judge is one of {', '.join(KEYS)}, or several by name; found {dict(spec)}")
@@ -131,13 +142,20 @@ def _from_mapping(spec: Mapping[str, Any], search: Sequence[Path], progress: Pro
             if near and not isinstance(value, Mapping):
                 raise RecipeError(f"a judge has no key {name!r}; did you mean {near[0]!r}?")
         return Several({str(n): judge_of(value, search=search, progress=progress) for n, value in nested.items()})
-    kind = kinds[0]
+    return _MAKERS[_kind_of(spec)](spec, search, progress)
+
+
+def _kind_of(spec: Mapping[str, Any]) -> str:
+    """The one kind of judge that a mapping says, with no key that it does not take."""
+    kinds = [kind for kind in KEYS if kind in spec]
+    if len(kinds) > 1:
+        raise RecipeError(f"a judge says both {' and '.join(kinds)}; give each a name: {{a: {{data: ...}}, b: ...}}")
     for key in spec:
-        if key not in KEYS[kind]:
-            near = difflib.get_close_matches(str(key), KEYS[kind], 1)
+        if key not in KEYS[kinds[0]]:
+            near = difflib.get_close_matches(str(key), KEYS[kinds[0]], 1)
             hint = f"; did you mean {near[0]!r}" if near else ""
-            raise RecipeError(f"a judge of {kind} has no key {key!r}{hint}. It takes {', '.join(KEYS[kind])}")
-    return _MAKERS[kind](spec, search, progress)
+            raise RecipeError(f"a judge of {kinds[0]} has no key {key!r}{hint}. It takes {', '.join(KEYS[kinds[0]])}")
+    return kinds[0]
 
 
 def _of_data(spec: Mapping[str, Any], search: Sequence[Path], progress: Progress | None) -> Judge:
@@ -150,23 +168,31 @@ def _of_data(spec: Mapping[str, Any], search: Sequence[Path], progress: Progress
 
 
 def _of_tasks(spec: Mapping[str, Any], search: Sequence[Path], progress: Progress | None) -> Judge:
+    return load_tasks(_listed(spec["tasks"]), **_found_by(spec, search), **_asked_as(spec))
+
+
+def _found_by(spec: Mapping[str, Any], search: Sequence[Path]) -> dict[str, Any]:
+    """Where tasks are looked up, and who agrees to what they execute."""
+    trusted = _yes(spec, "trust_code")
+    include = [_folder(name, search) for name in _listed(spec.get("include", ()))]
+    return {"include": include, "confirm": lambda names: trusted, "words": JUDGE_KEYS}
+
+
+def _asked_as(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """How tasks are asked."""
     limit, batch_size = _count(spec, "limit"), _count(spec, "batch_size")
     shots = spec.get("num_fewshot")
     if shots is not None and (type(shots) is not int or shots < 0):
         raise RecipeError(f"a judge's num_fewshot must be a whole number, found {shots!r}")
-    for key in ("chat_template", "trust_code"):
-        if type(spec.get(key, False)) is not bool:
-            raise RecipeError(f"a judge's {key} must be true or false, found {spec[key]!r}")
-    trusted = spec.get("trust_code", False)
-    return load_tasks(
-        _listed(spec["tasks"]),
-        include=[_folder(name, search) for name in _listed(spec.get("include", ()))],
-        limit=limit,
-        batch_size=batch_size,
-        num_fewshot=shots,
-        chat_template=spec.get("chat_template", False),
-        confirm=lambda names: trusted,
-    )
+    chat_template = _yes(spec, "chat_template")
+    return {"limit": limit, "batch_size": batch_size, "num_fewshot": shots, "chat_template": chat_template}
+
+
+def _yes(spec: Mapping[str, Any], key: str) -> bool:
+    value = spec.get(key, False)
+    if type(value) is not bool:
+        raise RecipeError(f"a judge's {key} must be true or false, found {value!r}")
+    return value
 
 
 def _listed(value: Any) -> list[str]:

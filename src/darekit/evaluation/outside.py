@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 
 from darekit.errors import CheckpointError, DarekitError, DataError, RecipeError
 from darekit.evaluation.scores import Score, scores_of
+from darekit.evaluation.sources import sources_of
 from darekit.live.models import LiveModel, quiet_transformers
 
 MODEL = "{model}"  # stands for the model directory in a command
@@ -40,8 +42,9 @@ class Command:
             return self.judge_directory(folder)
 
     def identity(self) -> dict[str, Any]:
-        """What decides about the scores, in JSON-able form: the words, and what is in the files that they name."""
-        files = {word: _digest(Path(word).read_bytes()) for word in self.words[1:] if Path(word).is_file()}
+        """What decides about the scores, in JSON-able form: the words, and what is in the files that they name; of
+        Python files also what is in the modules beside them that they import."""
+        files = {word: _digests(Path(word)) for word in self.words[1:] if Path(word).is_file()}
         return {"command": list(self.words), "files": files}
 
     def judge_directory(self, folder: Path) -> dict[str, Score]:
@@ -81,12 +84,13 @@ class Function:
         return self._call(live)
 
     def identity(self) -> dict[str, Any]:
-        """What decides about the scores, in JSON-able form: the name, and the text of the function's file."""
+        """What decides about the scores, in JSON-able form: the name, and the text of the function's file and of the
+        modules of its own folder that it imports."""
         try:
-            text = Path(inspect.getsourcefile(self.function) or "").read_bytes()
+            digest: Any = _digests(Path(inspect.getsourcefile(inspect.unwrap(self.function)) or ""))
         except (TypeError, OSError):
-            text = repr(self.function).encode()  # built in, or typed into a session: new with each run
-        return {"python": self.name, "digest": _digest(text)}
+            digest = _digest(repr(self.function).encode())  # built in, or typed into a session: new with each run
+        return {"python": self.name, "digest": digest}
 
     def judge_directory(self, folder: Path) -> dict[str, Score]:
         """Scores of a model directory, for a function that takes one."""
@@ -186,6 +190,12 @@ def written(live: LiveModel) -> Iterator[Path]:
         if live.tokenizer is not None:
             live.tokenizer.save_pretrained(folder)
         yield folder
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """Digest of a file and, where it is Python, of the modules of its folder that it imports, by name."""
+    files = sources_of(path) if path.suffix == ".py" else [path]
+    return {os.path.relpath(file, path.parent): _digest(file.read_bytes()) for file in files}
 
 
 def _digest(content: bytes) -> str:

@@ -86,11 +86,13 @@ def open_file(path: Path, kind: str = "recipe") -> Document:
 
 
 def _similar_files(path: Path) -> str:
+    """ "; did you mean ...?" for the YAML file beside it whose name is near without its suffix, or nothing."""
     try:
-        names = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
+        names = {entry.stem: entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")}
     except OSError:
         return ""
-    return did_you_mean(path.name, names)
+    close = difflib.get_close_matches(path.stem, names, 1, 0.7)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def open_data(source: Mapping[str, Any], kind: str = "recipe") -> Document:

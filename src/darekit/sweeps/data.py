@@ -12,6 +12,7 @@ from darekit.recipe import Recipe
 
 SPLITS = ("validation", "test")
 DROP_RATE = "sparsify.drop_rate"
+UNDROPPED = "nothing dropped"  # what is said of a cell beside which a drop rate stands that is no axis
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,16 @@ class Cell:
     judges: tuple[str, ...]
 
     @property
+    def beside(self) -> bool:
+        """Whether it was added without the drop rate that the grid's cell of the same place has."""
+        return self.kind == "undropped" and DROP_RATE not in self.at
+
+    @property
     def title(self) -> str:
         """For people: `method=DARE sparsify.drop_rate=0.9 seed=1`."""
         if self.kind in ("single", "base"):
             return f"{self.kind} {self.recipe.models[0].model}"
         parts = [f"{name}={label}" for name, label in self.at.items()]
         parts += [] if self.seed is None else [f"seed={self.seed}"]
+        parts += [f"({UNDROPPED})"] if self.beside else []
         return " ".join(parts) or self.kind

@@ -37,12 +37,22 @@ def cells_of(sweep: Sweep) -> tuple[tuple[Cell, ...], tuple[str, ...]]:
         ("base", "with the base alone"),
     ):
         found = [cell for cell in _references(kind, cells) if _key(cell.recipe, cell.judges) not in there]
-        fresh = {_key(cell.recipe, cell.judges): cell for cell in found}
+        fresh: dict[str, Cell] = {}
+        for cell in found:
+            key = _key(cell.recipe, cell.judges)
+            fresh[key] = _shared(fresh.get(key, cell), cell)
         there |= {*fresh}
         cells += fresh.values()
         if fresh:
             notes.append(f"{len(fresh)} {'cell was' if len(fresh) == 1 else 'cells were'} added {word}")
     return tuple(cells), tuple(notes)
+
+
+def _shared(first: Cell, second: Cell) -> Cell:
+    """One cell for two places that come to the same: of what stands beside the grid, only where both are counts."""
+    if not (first.beside and second.beside):
+        return first
+    return replace(first, at={name: label for name, label in first.at.items() if second.at.get(name) == label})
 
 
 def _cells_at(sweep: Sweep, points: tuple[Point, ...]) -> Iterator[Cell]:

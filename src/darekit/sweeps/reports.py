@@ -10,14 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from darekit.sweeps.data import SPLITS, Sweep
-from darekit.sweeps.store import CELLS
+from darekit.sweeps.data import SPLITS, UNDROPPED, Sweep
+from darekit.sweeps.store import CELLS, PLOTS, SUMMARY, TABLES, write_whole
 from darekit.sweeps.summaries import Row, Summary, figure_of, roles_of, shown, shown_label, summarise, title_of
 
 if TYPE_CHECKING:
     from darekit.sweeps.running import SweepResult
-
-TABLES, SUMMARY = "tables.md", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,8 @@ def _crossed(sweep: Sweep, summary: Summary) -> Iterator[Table]:
                 lone.append(((row.title, *[""] * (len(rest) - 1)), row))
                 continue
             place = tuple(shown_label(row.at[axis.name]) if axis.name in row.at else "" for axis in rest)
+            if row.beside:
+                place = (", ".join(filter(None, (*place[:1], UNDROPPED))), *place[1:])
             if x.name in row.at:
                 groups.setdefault(place, {})[row.at[x.name]] = row
             else:
@@ -168,18 +168,16 @@ def write_reports(result: SweepResult, *, plots: bool) -> None:
     for table in tables_of(result.sweep, summary):
         parts += [f"## {table.title}", markdown(table)]
     parts += ["\n\n".join(words_of(result, summary))]
-    _write(result.out / TABLES, "\n\n".join(parts) + "\n")
-    _write(result.out / SUMMARY, json.dumps(data_of(result, summary), indent=1) + "\n")
+    write_whole(result.out / TABLES, "\n\n".join(parts) + "\n")
+    write_whole(result.out / SUMMARY, json.dumps(data_of(result, summary), indent=1) + "\n")
+    drawn: set[Path] = set()
     if plots and find_spec("matplotlib") is not None:
         from darekit.plots.sweeps import draw_sweep
 
         for split in _splits(result.sweep):
             figure = figure_of(result.sweep, summary, split)
             if figure is not None:
-                draw_sweep(figure, result.out / split)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+                drawn |= {*draw_sweep(figure, result.out / split)}
+    for path in (result.out / name for name in PLOTS):
+        if path not in drawn:  # a plot of other cells than the tables'
+            path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -19,15 +19,18 @@ from darekit import api
 from darekit.checkpoints import open_checkpoint, sample_digest
 from darekit.engine import default_threads
 from darekit.errors import DarekitError, DataError, PlanError
-from darekit.evaluation.judges import Judge, judge_of
+from darekit.evaluation.examples import Examples
+from darekit.evaluation.judges import Judge, check_judge, identity_of, judge_of
 from darekit.live.models import LiveModel, build, memory_told
 from darekit.packs.opening import open_model
 from darekit.planning import Plan, open_plan
 from darekit.recipe import Recipe
 from darekit.running import companions_of
+from darekit.statistics.files import open_statistics
 from darekit.sweeps.data import SPLITS, Cell, Sweep
 from darekit.sweeps.grid import cells_of, essence
 from darekit.sweeps.reading import found_in, read_sweep
+from darekit.sweeps.records import record_of, refuse_other, write_record
 from darekit.sweeps.store import FAILED, OK, Finished, Outcome, Store, digest_of, open_store
 
 FORMAT = 1  # of what a digest stands for
@@ -69,6 +72,7 @@ def sweep(
     device: str | None = None,
     dtype: str | None = None,
     plots: bool = True,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> SweepResult:
@@ -76,12 +80,14 @@ def sweep(
 
     Args:
         source: a sweep file, its data, or a `Sweep`.
-        out: directory for `cells.jsonl`, `tables.md`, `summary.json` and the plots.
+        out: directory for `cells.jsonl`, `tables.md`, `summary.json` and the plots. One that holds finished cells of
+            another sweep is refused.
         jobs: processes; each holds one model.
         threads: of the merging in each process.
         device: cpu, cuda, mps; the fastest there is where not given.
         dtype: what the model computes in.
         plots: draw them (needs matplotlib).
+        overwrite: replace another sweep's tables; its cells stay.
         progress: called with (evaluations done, evaluations in all), without those found on disk.
         say: receives notes as they arise.
 
@@ -98,9 +104,15 @@ def sweep(
     cells, said = cells_of(found)
     notes = list(said)
     search = search_of(found)
-    judges_of(found)  # mistakes in them are found before anything runs; each process makes its own
-    units = _units(found, cells, search, dtype)
+    if not overwrite:
+        refuse_other(out, found, cells, dtype)  # before anything that takes time
+    # Mistakes in judges are found before anything runs; each process makes its own.
+    units = _units(found, cells, search, dtype, judges_of(found))
+    by_cell = {id(cell): unit.digest for unit in units for cell in unit.cells}
     with open_store(out) as store:
+        if not overwrite:
+            refuse_other(out, found, cells, dtype, {*by_cell.values()})  # now that no other run can write there
+        write_record(out, record_of(found, ((cell, by_cell[id(cell)]) for cell in cells), dtype))
         if store.dropped:
             notes.append(f"the last line of {store.path} was written by half and is cut off")
         todo = [unit for unit in units if unit.digest not in store.known]
@@ -124,7 +136,6 @@ def sweep(
                 tell(f"{unit.cells[0].title} failed: {outcome.error}")
             if progress:
                 progress(done, len(todo))
-    by_cell = {id(cell): unit.digest for unit in units for cell in unit.cells}
     finished = tuple(Finished(cell, outcomes[by_cell[id(cell)]], by_cell[id(cell)]) for cell in cells)
     result = SweepResult(found, out, finished, tuple(notes), time.perf_counter() - began)
     write_reports(result, plots=plots)
@@ -156,26 +167,57 @@ def judges_of(sweep: Sweep) -> dict[str, dict[str, Judge]]:
     made: dict[str, dict[str, Judge]] = {}
     for split, named in sweep.judges.items():
         for name, spec in named.items():
-            try:
+            with _named(sweep, split, name):
                 made.setdefault(split, {})[name] = judge_of(spec, search=sweep.search)
-            except DarekitError as error:
-                raise type(error)(f"{sweep.name}: {split}.{name}: {error}") from error
     return made
+
+
+@contextmanager
+def _named(sweep: Sweep, split: str, name: str) -> Iterator[None]:
+    """Errors say which judge they are about."""
+    try:
+        yield
+    except DarekitError as error:
+        raise type(error)(f"{sweep.name}: {split}.{name}: {error}") from error
+
+
+def check_sweep(
+    sweep: Sweep, out: Path, *, dtype: str | None = None, overwrite: bool = False
+) -> tuple[tuple[Cell, ...], tuple[str, ...]]:
+    """What a run would do, with every mistake that is found before a model is built: its cells, and what was added.
+
+    Nothing is written, and no data of lm-eval's tasks are loaded.
+
+    Raises:
+        DarekitError: the sweep cannot be run.
+    """
+    cells, notes = cells_of(sweep)
+    if not overwrite:
+        refuse_other(out, sweep, cells, dtype)
+    for split, named in sweep.judges.items():
+        for name, spec in named.items():
+            with _named(sweep, split, name):
+                check_judge(spec, search=sweep.search)
+    _inputs([cell.recipe for cell in cells], search_of(sweep))
+    return cells, notes
 
 
 # --- what is evaluated once ---
 
 
-def _units(sweep: Sweep, cells: Sequence[Cell], search: Sequence[Path], dtype: str | None) -> list[_Unit]:
+def _units(
+    sweep: Sweep, cells: Sequence[Cell], search: Sequence[Path], dtype: str | None, made: Mapping[str, Any]
+) -> list[_Unit]:
     inputs = _inputs([cell.recipe for cell in cells], search)
     judges = {
-        split: {name: _identity(spec, sweep.search) for name, spec in named.items()}
+        split: {name: _identity(spec, made[split][name], sweep.search) for name, spec in named.items()}
         for split, named in sweep.judges.items()
     }
     units: dict[str, _Unit] = {}
     for cell in cells:
         recipe = essence(cell.recipe)
         names = [*(entry.model for entry in recipe.models), *([recipe.base_model] if recipe.base_model else [])]
+        names += [entry.stats for entry in recipe.models if entry.stats]
         asked = {split: {n: one for n, one in named.items() if n in cell.judges} for split, named in judges.items()}
         digest = digest_of(FORMAT, recipe.to_data(), [inputs[name] for name in names], asked, dtype)
         units.setdefault(digest, _Unit(digest, recipe, cell.judges)).cells.append(cell)
@@ -183,9 +225,13 @@ def _units(sweep: Sweep, cells: Sequence[Cell], search: Sequence[Path], dtype: s
 
 
 def _inputs(recipes: Sequence[Recipe], search: Sequence[Path]) -> dict[str, str]:
-    """Name of each checkpoint -> digest of a sample of its content. All are opened, so that none is missing later."""
+    """Name of each checkpoint and each file of statistics -> digest of a sample of its content. All are opened, so
+    that none is missing later."""
     found: dict[str, str] = {}
     for recipe in recipes:
+        for stats in (entry.stats for entry in recipe.models if entry.stats and entry.stats not in found):
+            with closing(open_statistics(stats, search=search)) as statistics:
+                found[stats] = statistics.fingerprint()
         missing = [e.model for e in recipe.models if e.model not in found]
         if not missing and (recipe.base_model is None or recipe.base_model in found):
             continue
@@ -205,14 +251,22 @@ def _inputs(recipes: Sequence[Recipe], search: Sequence[Path]) -> dict[str, str]
     return found
 
 
-def _identity(spec: Any, search: tuple[Path, ...]) -> Any:
-    """A judge's words, with the content of every file that they name."""
+def _identity(spec: Any, judge: Judge, search: tuple[Path, ...]) -> Any:
+    """What decides about a judge's scores: its words, the content of every file that they name, and what it says of
+    itself (a function's modules, the tasks' own files)."""
+    words = _with_files(spec, search)
+    if isinstance(judge, Examples) and Path(found_in(str(spec["data"]), search)).is_file():
+        return words  # the file is all that there is
+    return [words, identity_of(judge)]
+
+
+def _with_files(spec: Any, search: tuple[Path, ...]) -> Any:
     if isinstance(spec, Mapping):
-        return {str(key): _identity(value, search) for key, value in spec.items()}
+        return {str(key): _with_files(value, search) for key, value in spec.items()}
     if isinstance(spec, list | tuple):
-        return [_identity(value, search) for value in spec]
+        return [_with_files(value, search) for value in spec]
     if isinstance(spec, str):
-        path = Path(found_in(spec.rpartition(":")[0] if ".py:" in spec else spec, search))
+        path = Path(found_in(spec, search))
         if path.is_file():
             return [spec, digest_of(path.read_bytes().hex())]
     return spec

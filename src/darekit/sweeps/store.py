@@ -15,7 +15,8 @@ from typing import Any
 from darekit.errors import OutputError
 from darekit.sweeps.data import SPLITS, Cell
 
-CELLS = "cells.jsonl"
+CELLS, TABLES, SUMMARY = "cells.jsonl", "tables.md", "summary.json"
+PLOTS = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("png", "svg"))
 OK, FAILED = "ok", "failed"
 
 
@@ -76,22 +77,10 @@ class Store:
         whole = raw.rfind(b"\n") + 1
         if whole < len(raw):
             os.ftruncate(self.descriptor, whole)
-        for number, line in enumerate(raw[:whole].splitlines(), 1):
-            try:
-                found = json.loads(line)
-                scores = {split: found[split] for split in SPLITS if split in found}
-                outcome = Outcome(
-                    found["status"], scores, tuple(found["warnings"]), found["error"], float(found["seconds"])
-                )
-                digest, name = found["digest"], self._name(found["kind"], found["at"], found["seed"], found["digest"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise OutputError(
-                    f"{self.path} line {number} is no finished cell ({error!r}): another file of this name? Give "
-                    "another OUT, or remove that line"
-                ) from None
+        for found, outcome in _lines(self.path, raw[:whole]):
             if outcome.status == OK:
-                self.known[digest] = outcome
-                self.lines.add(name)
+                self.known[found["digest"]] = outcome
+                self.lines.add(self._name(found["kind"], found["at"], found["seed"], found["digest"]))
         return whole < len(raw)
 
     @staticmethod
@@ -112,6 +101,54 @@ class Store:
         if text:
             os.write(self.descriptor, text)
             os.fsync(self.descriptor)
+
+
+def _lines(path: Path, raw: bytes) -> Iterator[tuple[dict[str, Any], Outcome]]:
+    """Each line and the outcome in it.
+
+    Raises:
+        OutputError: a line is no cell.
+    """
+    for number, line in enumerate(raw.splitlines(), 1):
+        try:
+            found = json.loads(line)
+            scores = {split: found[split] for split in SPLITS if split in found}
+            outcome = Outcome(
+                found["status"], scores, tuple(found["warnings"]), found["error"], float(found["seconds"])
+            )
+            dict(found["at"]), found["kind"], found["seed"], found["digest"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputError(
+                f"{path} line {number} is no finished cell ({error!r}): another file of this name? Give another OUT, "
+                "or remove that line"
+            ) from None
+        yield found, outcome
+
+
+def finished_in(path: Path) -> frozenset[str]:
+    """Digests of the cells that a file holds and that did not fail; none where there is no file."""
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror}; give another OUT") from None
+    whole = raw[: raw.rfind(b"\n") + 1]
+    return frozenset(found["digest"] for found, outcome in _lines(path, whole) if outcome.status == OK)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either as before or complete.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from darekit.errors import RecipeError
 from darekit.homology import label
 from darekit.recipe.documents import suggest
-from darekit.sweeps.data import DROP_RATE, SPLITS, Axis, Sweep
+from darekit.sweeps.data import DROP_RATE, SPLITS, UNDROPPED, Axis, Sweep
 from darekit.sweeps.grid import is_single
 from darekit.sweeps.store import OK, Finished
 
@@ -31,7 +31,7 @@ class Statistic:
 @dataclass(frozen=True)
 class Row:
     """One setting: all its seeds together. `scores`: split -> score's name -> statistic; `alone`: it is one of the
-    models, untouched."""
+    models, untouched; `beside`: nothing is dropped, beside a row of the grid with a drop rate that is no axis."""
 
     kind: str
     at: Mapping[str, Any]
@@ -41,6 +41,7 @@ class Row:
     failed: int
     warnings: tuple[str, ...]
     alone: bool
+    beside: bool
 
     @property
     def title(self) -> str:
@@ -49,7 +50,8 @@ class Row:
             return f"{label(self.models[0])} (the base)"
         if self.kind == "single":
             return f"{label(self.models[0])} alone"
-        return ", ".join(said(name, value) for name, value in self.at.items()) or self.kind
+        parts = [said(name, value) for name, value in self.at.items()]
+        return ", ".join([*parts, UNDROPPED] if self.beside else parts) or self.kind
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def _row(sweep: Sweep, group: Sequence[Finished], directions: Mapping[str, bool 
     return Row(
         cell.kind, cell.at, tuple(e.model for e in cell.recipe.models), cell.judges, scores, len(group) - len(good),
         tuple(dict.fromkeys(line for one in group for line in one.outcome.warnings)), is_single(cell.recipe),
+        cell.beside,
     )  # fmt: skip
 
 
