@@ -27,7 +27,7 @@ from darekit.steps import Step
 from darekit.tiles import BASE, OUT, TILE, ScratchPool, Sink, StepRun, Tally
 
 SPAN = 64 * LEAF  # elements of an unmeasured tensor that one thread takes at a time
-FLUSH_SECONDS = 2.0
+FLUSH_SECONDS = 0.1  # the disk writes while processors compute: what is left at the end takes little
 
 
 @dataclass(frozen=True)

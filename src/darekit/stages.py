@@ -161,11 +161,12 @@ class Census:
 
     _GROUP = 1024  # places that are added up first when a rank is looked for
 
-    def __init__(self, window: tuple[int, int] | None) -> None:
+    def __init__(self, window: tuple[int, int] | None, count: int) -> None:
+        """`count`: elements that may come, so many that one place may hold."""
         self.first = window[0] if window else 0
         self.above = 0
-        # Fresh zeros cost only the pages that are counted in.
-        self.counts = np.zeros(window[1] if window else 1 << 15, np.int64)
+        # Half the bytes are half the page faults, and more of them stay in the caches.
+        self.counts = np.zeros(window[1] if window else 1 << 15, np.uint32 if count < 1 << 32 else np.int64)
         self._exact = window is not None
 
     def count(self, delta: Tile) -> None:
@@ -196,14 +197,14 @@ class Census:
         """The place of the `rank`-th largest (from 1), how many are there, and how many of those have that rank or a
         larger magnitude's; None where it lies outside the window."""
         rest = rank - self.above
-        sums = self.counts.reshape(-1, self._GROUP).sum(axis=1)
+        sums = self.counts.reshape(-1, self._GROUP).sum(axis=1, dtype=np.int64)
         above = np.cumsum(sums[::-1])[::-1] - sums  # how many are above each group of places
         if not 1 <= rest <= int(above[0] + sums[0]):
             return None
         group = int(np.searchsorted(-above, -rest, side="right"))
         counts = self.counts[group * self._GROUP : (group + 1) * self._GROUP]
         rest -= int(above[group])
-        upto = np.cumsum(counts[::-1])[::-1]  # how many of this group are at a place or above it
+        upto = np.cumsum(counts[::-1], dtype=np.int64)[::-1]  # how many of this group are at a place or above it
         place = int(np.searchsorted(-upto, -rest, side="right")) - 1
         here = int(counts[place])
         return self.first + group * self._GROUP + place, here, rest - int(upto[place]) + here
@@ -254,7 +255,7 @@ class Select(Stage):
 
     def census(self) -> Census:
         """An empty census of the kind that the coming pass needs."""
-        return Census(next((self.windows[name] for name in self.wanted if name in self.windows), None))
+        return Census(next((self.windows[name] for name in self.wanted if name in self.windows), None), self.count)
 
     def begin(self) -> None:
         self.lows, self.highs = self.low_left, self.high_left

@@ -31,6 +31,9 @@ _TYPES = {
     "q": ("int64", ctypes.c_int64), "Q": ("uint64", ctypes.c_uint64), "I": ("uint32", ctypes.c_uint32),
     "H": ("uint16", ctypes.c_uint16), "f": ("float32", ctypes.c_float),
 }  # fmt: skip
+_NUMBERS: dict[type, str] = {getattr(np, name): char for char, (name, _) in _TYPES.items()}
+_ARRAYS: dict[tuple[np.dtype[Any], int], str] = {}
+_ANYTHING = ctypes.c_char * 0  # how ctypes sees an array of which it needs the address alone
 
 
 class Kernel:
@@ -113,21 +116,29 @@ def kept_kernel(function: Callable[..., Any]) -> Any:
 
 def _kind(argument: Any) -> str:
     """An argument's type: a letter, the number of dimensions for arrays; "x": only numba can take it."""
-    if isinstance(argument, np.ndarray):
-        char = argument.dtype.char if argument.dtype.char != "l" or argument.itemsize != 8 else "q"
-        char = "Q" if char == "L" and argument.itemsize == 8 else char
-        return f"{char}{argument.ndim}" if char in _TYPES and argument.flags.c_contiguous else "x"
-    if isinstance(argument, tuple):
-        return "f" * len(argument) if argument and all(isinstance(one, np.float32) for one in argument) else "x"
-    if isinstance(argument, np.generic):
-        return {"uint64": "Q", "uint32": "I", "float32": "f", "int64": "q"}.get(argument.dtype.name, "x")
-    return "q" if isinstance(argument, int) else "x"
+    kind = type(argument)
+    if kind is np.ndarray:
+        if not argument.flags.c_contiguous:
+            return "x"
+        array = argument.dtype, argument.ndim
+        return _ARRAYS[array] if array in _ARRAYS else _ARRAYS.setdefault(array, _kind_of_array(*array))
+    if kind is tuple:
+        return "f" * len(argument) if argument and all(type(one) is np.float32 for one in argument) else "x"
+    return _NUMBERS.get(kind) or ("q" if isinstance(argument, int) else "x")
+
+
+def _kind_of_array(dtype: np.dtype[Any], ndim: int) -> str:
+    known = [char for char, (name, _) in _TYPES.items() if dtype == np.dtype(name)]
+    return f"{known[0]}{ndim}" if known else "x"
 
 
 def _flatten(argument: Any) -> tuple[Any, ...]:
     """An argument as C takes it: an array as its address and shape, a tuple as its numbers."""
     if isinstance(argument, np.ndarray):
-        return argument.__array_interface__["data"][0], *argument.shape
+        try:
+            return _ANYTHING.from_buffer(argument), *argument.shape
+        except TypeError:  # it may not be written to: its address takes four times as long
+            return argument.__array_interface__["data"][0], *argument.shape
     return argument if isinstance(argument, tuple) else (argument,)
 
 
