@@ -197,12 +197,13 @@ class Census:
         """The place of the `rank`-th largest (from 1), how many are there, and how many of those have that rank or a
         larger magnitude's; None where it lies outside the window."""
         rest = rank - self.above
-        sums = self.counts.reshape(-1, self._GROUP).sum(axis=1, dtype=np.int64)
+        counts = self.counts  # no sum of them is more than their dtype holds
+        sums = counts.reshape(-1, self._GROUP).sum(axis=1, dtype=counts.dtype).astype(np.int64)
         above = np.cumsum(sums[::-1])[::-1] - sums  # how many are above each group of places
         if not 1 <= rest <= int(above[0] + sums[0]):
             return None
         group = int(np.searchsorted(-above, -rest, side="right"))
-        counts = self.counts[group * self._GROUP : (group + 1) * self._GROUP]
+        counts = counts[group * self._GROUP : (group + 1) * self._GROUP]
         rest -= int(above[group])
         upto = np.cumsum(counts[::-1], dtype=np.int64)[::-1]  # how many of this group are at a place or above it
         place = int(np.searchsorted(-upto, -rest, side="right")) - 1
