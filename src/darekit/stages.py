@@ -166,7 +166,8 @@ class Census:
         self.first = window[0] if window else 0
         self.above = 0
         # Half the bytes are half the page faults, and more of them stay in the caches.
-        self.counts = np.zeros(window[1] if window else 1 << 15, np.uint32 if count < 1 << 32 else np.int64)
+        width = np.uint32 if count < 1 << 32 else np.int64
+        self.counts: npt.NDArray[np.integer] = np.zeros(window[1] if window else 1 << 15, width)
         self._exact = window is not None
 
     def count(self, delta: Tile) -> None:
