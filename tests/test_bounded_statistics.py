@@ -2,10 +2,12 @@
 """Statistics in bounded memory: the file does not depend on the bound, and what was finished outlives every fault."""
 
 import errno
+import gc
 import itertools
 import math
 import os
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import pytest
 import darekit as dk
 import families
 from darekit.errors import DataError, OutputError, PlanError
+from darekit.methods.informed import NormalEquations
 from darekit.statistics.budget import ITEM, bytes_of_sums, grouped
 from darekit.statistics.files import open_statistics
 from test_statistics_merges import data_of
@@ -343,3 +346,28 @@ def test_the_command_says_what_it_took(kind, real, data, whole, tmp_path, dare):
     assert found["passes"] > 1 and found["memory"] == whole[2] == found["sums_bytes"]
     done = dare(*common, "--memory", "much")
     assert done.code == 2 and "'much' is not a size" in done.err and "--memory" in done.err
+
+
+def test_a_merge_holds_the_matrices_of_one_layer_for_each_thread(monkeypatch):
+    """Without Python's collector of cycles, which counts objects and not their bytes: it let a merge of 128 layers of
+    1024 inputs grow to 2.4 GB, where 0.2 GB do."""
+    rng = np.random.default_rng(0)
+    names = [f"layer.{i}.weight" for i in range(12)]
+    models = [{name: rng.normal(size=(3, 8)) for name in names} for _ in range(2)]
+    grams = [{name: np.cov(rng.normal(size=(8, 30))) for name in names} for _ in range(2)]
+    made, alive = [], []
+    of = NormalEquations.of
+
+    def counted(*arguments, **options):
+        alive.append(sum(one() is not None for one in made))
+        equations = of(*arguments, **options)
+        made.append(weakref.ref(equations))
+        return equations
+
+    monkeypatch.setattr(NormalEquations, "of", staticmethod(counted))
+    gc.disable()
+    try:
+        dk.merge_tensors(None, models, method=dk.regmean(), statistics=grams, threads=1)
+    finally:
+        gc.enable()
+    assert len(made) == len(names) and max(alive) <= 1

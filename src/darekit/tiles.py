@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -121,7 +122,8 @@ class StepRun:
         self.step, self.hands, self.kept = step, hands, kept
         self.tile = tile_of(step, hands.tile)
         self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
-        self.combine = informed_combiner(step, self._read) if step.statistics else combiner(step)
+        # Not `self._read`: the cycle would keep a solve's matrices in memory until Python's collector comes by.
+        self.combine = informed_combiner(step, partial(_read, hands.tally)) if step.statistics else combiner(step)
         self.fused = fuse(step, self.chains)
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
         # the survivors.
@@ -306,13 +308,7 @@ class StepRun:
         return scratch
 
     def _read(self, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:
-        """Raw bytes of elements start .. start + count, as far as the input has them."""
-        size = entry.dtype.itemsize
-        raw = buffer[: max(0, min(count, entry.count - start)) * size]
-        if raw.size:
-            entry.source.read_into(raw, start * size)
-            self.hands.tally.bytes_read += raw.size
-        return raw
+        return _read(self.hands.tally, entry, start, count, buffer)
 
     def _blame(self, k: int, raw: Bytes, scratch: Scratch, final: bool) -> None:
         """Find out which input a NaN or Inf came from, and remember where this tile has any."""
@@ -389,6 +385,16 @@ class StepRun:
                 raw = scratch.out[: count * step.dtype.itemsize]
                 overflowed = kernels.round_to(scratch.base, step.dtype, raw)
             self._write(raw, start, overflowed)
+
+
+def _read(tally: Tally, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:
+    """Raw bytes of elements start .. start + count, as far as the input has them."""
+    size = entry.dtype.itemsize
+    raw = buffer[: max(0, min(count, entry.count - start)) * size]
+    if raw.size:
+        entry.source.read_into(raw, start * size)
+        tally.bytes_read += raw.size
+    return raw
 
 
 def combiner(step: Step) -> Combine:
