@@ -111,6 +111,24 @@ def test_help_lists_commands_in_the_order_in_which_a_user_meets_them(dare):
     assert list(dict.fromkeys(line.removesuffix(" fisher").removesuffix(" gram") for line in headings)) == listed
 
 
+def test_without_torch_what_runs_a_model_says_what_it_needs(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    families.save(tmp_path / "m", families.llama(np.random.default_rng(0)), families.config())
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), str(Path(dk.__file__).parents[1])])
+    for words in (
+        ("stats", "gram", tmp_path / "m", "--data", rows, "--out", tmp_path / "g.safetensors"),
+        ("eval", tmp_path / "m", "--data", rows),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "darekit", *map(str, words)], env=os.environ | {"PYTHONPATH": path},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert "needs torch: pip install 'darekit[torch]'" in done.stderr, done.stderr
+
+
 # --- results
 
 

@@ -391,6 +391,8 @@ def test_apply_in_place(tmp_path, bits):
     with dk.open_pack(tmp_path / "m.safetensors") as found:
         found.apply_(arrays)
         found.apply_(tensors)
+        with pytest.raises(HomologyError, match=r"does not hold the values of base, .*Switcher"):
+            found.apply_(arrays)  # on what is no longer the base
         with pytest.raises(HomologyError, match="no tensor"):
             found.apply_({})
         with pytest.raises(HomologyError, match="should be BF16"):

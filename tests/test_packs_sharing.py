@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -152,8 +153,13 @@ def test_pushes_and_pulls_that_are_refused(llamas, packed, tmp_path):
         dk.push(packed, packed, base_model="org/base")
     with pytest.raises(CheckpointError, match="whole checkpoint, and no pack"):
         dk.pull(llamas.path / "base")
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=r"none does not exist: looked for .*; expected a file that `dare pack`"):
         dk.pull(tmp_path / "none")
+    for action in (lambda to: dk.push(packed, to, base_model="org/base"), dk.pull):
+        with pytest.raises(CheckpointError, match=r"is an address; give the name that the Hub knows it by: me/math$"):
+            action("https://huggingface.co/me/math/tree/main")
+    with pytest.raises(OutputError, match="copied onto itself"):
+        dk.pull(packed, packed.parent, overwrite=True)
     whole = bytearray(packed.read_bytes())
     whole[-1] ^= 4
     packed.write_bytes(whole)
@@ -161,3 +167,41 @@ def test_pushes_and_pulls_that_are_refused(llamas, packed, tmp_path):
         with pytest.raises(CheckpointError):
             action()
     assert not (tmp_path / "share").exists() and not (tmp_path / "copy").exists()
+
+
+def test_a_pack_that_is_not_where_it_was_said_to_be(llamas, packed, tmp_path):
+    with pytest.raises(CheckpointError, match=r"did you mean .*m0\.pack\.safetensors\?$"):
+        dk.pull(packed.with_name("m0.pakc.safetensors"))
+    with pytest.raises(CheckpointError, match=r"did you mean .*m0\.pack\.safetensors\?$"):
+        dk.pull(packed.with_name("m0"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match="folder holds no pack; expected one file"):
+        dk.pull(tmp_path / "folder")
+    shutil.copy(packed, tmp_path / "folder" / "a.safetensors")
+    (tmp_path / "folder" / "README.md").write_text("words")
+    assert dk.pull(tmp_path / "folder", tmp_path / "copy").pack == str(tmp_path / "copy" / "a.safetensors")
+    shutil.copy(packed, tmp_path / "folder" / "b.safetensors")
+    shutil.copy(llamas.path / "base/model.safetensors", tmp_path / "folder" / "c.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"3 safetensors files; these are packs: a\.safetensors, b\.safetensors\. "
+    ):
+        dk.pull(tmp_path / "folder")
+    # A damaged one is known for a pack, and said to be damaged.
+    for name in "ab":
+        (tmp_path / "folder" / f"{name}.safetensors").unlink()
+    (tmp_path / "folder" / "c.safetensors").write_bytes(packed.read_bytes()[:3000])
+    with pytest.raises(CheckpointError, match="truncated"):
+        dk.pull(tmp_path / "folder")
+
+
+def test_a_base_and_a_pack_that_have_changed_places(llamas, packed, tmp_path, dare):
+    base = llamas.path / "base"
+    for command in (("unpack", packed, base, tmp_path / "out"), ("verify", base, packed),
+                    ("verify", base / "model.safetensors", packed)):  # fmt: skip
+        told = dare(*command)
+        assert told.code == 1 and f"they have changed places; the base is {base}" in told.err
+    for command in (("verify", packed, packed), ("unpack", packed, packed, tmp_path / "out"),
+                    ("export", packed, tmp_path / "out", "--to", "vllm-patch", "--base", packed)):  # fmt: skip
+        told = dare(*command)
+        assert told.code == 1 and f"stands where the base of {packed} must" in told.err, told.err
+    assert not (tmp_path / "out").exists()

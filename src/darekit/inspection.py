@@ -34,9 +34,10 @@ from darekit.homology import (
 )
 from darekit.interference import Interference, PairCounts, judged
 from darekit.kernels import cpu
-from darekit.packs.opening import open_model
+from darekit.packs.opening import open_model, packed_seed
 
 VOCABULARIES = ("strict", "base", "pad")
+PACK_NOTE = "{} is a pack: r and p_max are of what is left of its delta, rescaled, and not of the model's own"
 SHARES = (0.0002, 0.002, 0.005, 0.01)  # the limits that the paper discusses
 DECILES = tuple(i / 10 for i in range(11))
 TILE = 65536
@@ -285,7 +286,10 @@ def _inspect_all(
         alignment = align(opened[0], opened[1:], vocab, heads="common" if giver is None else opened[giver])
         compared = [tensor for tensor in alignment.tensors if any(tensor.models) and not tensor.head]
         unseen = () if giver is None else ("heads are not compared: they are taken as they are",)
-        notes = (*alignment.notes, *unseen, *_rows_left_out(compared, models))
+        dropped = [
+            label(name) for name, model in zip(models, opened[1:], strict=True) if packed_seed(model) is not None
+        ]
+        notes = (*alignment.notes, *unseen, *_rows_left_out(compared, models), *map(PACK_NOTE.format, dropped))
         tensors = [tensor for tensor in compared if dtype_named(tensor.dtype).kind == "float"]
         total_bytes = sum(info.nbytes for t in tensors for info in (t.base, *t.models) if info)
         totals, done = [_Counts() for _ in models], 0

@@ -42,6 +42,17 @@ def looks_like_hub_id(ref: str) -> bool:
     return HUB_ID.fullmatch(ref) is not None
 
 
+def refuse_address(ref: str | Path) -> None:
+    """An address of a web page is no name of a model.
+
+    Raises:
+        CheckpointError: `ref` reads https://huggingface.co/org/name.
+    """
+    match = re.match(r"\w+://[^/]+/(\w[\w.-]*/\w[\w.-]*)", str(ref))
+    if match is not None:
+        raise CheckpointError(f"{ref} is an address; give the name that the Hub knows it by: {match[1]}")
+
+
 def fetch_snapshot(ref: str, *, cache: Path | None = None) -> Snapshot:
     """Hub id -> a local directory with its companions and weights; downloads what the cache lacks.
 

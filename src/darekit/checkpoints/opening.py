@@ -14,7 +14,7 @@ from pathlib import Path
 from darekit.checkpoints.checkpoint import Checkpoint, TensorInfo, natural_key
 from darekit.checkpoints.documents import read_object
 from darekit.checkpoints.files import FileRange, InputFile
-from darekit.checkpoints.hub import fetch_snapshot, looks_like_hub_id
+from darekit.checkpoints.hub import fetch_snapshot, looks_like_hub_id, refuse_address
 from darekit.checkpoints.pytorch import read_pickled
 from darekit.checkpoints.safetensors import read_header
 from darekit.checkpoints.weights import (
@@ -121,6 +121,7 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
         raise CheckpointError(
             "the name of a checkpoint is empty; expected a directory, a file or an org/name on the Hub"
         )
+    refuse_address(ref)
     try:
         path = Path(ref).expanduser()
     except RuntimeError:  # ~somebody who has no home here

@@ -109,6 +109,7 @@ def check_fraction(value: float, option: str) -> None:
     """A fraction outside [0, 1] is a usage error."""
     if not 0 <= value <= 1:
         hint = f"; a percentage? write {value / 100:g}" if 1 < value <= 100 else ""
+        hint += f"; a lost dot? write {value / 10:g}" if 1 < value < 10 else ""
         raise typer.BadParameter(f"{value:g} is outside [0, 1]{hint}", param_hint=option)
 
 

@@ -203,10 +203,14 @@ def build(plan: Plan, *, device: str | None = None, dtype: str | None = None) ->
     return live
 
 
-def _empty(plan: Plan, device: str | None, dtype: str | None) -> LiveModel:
+def _require_torch() -> None:
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
         raise Unsupported(f"running a model needs {' and '.join(missing)}: pip install 'darekit[torch]'")
+
+
+def _empty(plan: Plan, device: str | None, dtype: str | None) -> LiveModel:
+    _require_torch()
     import torch
     import transformers
 
@@ -344,7 +348,8 @@ BATCH_ADVICE = "use a smaller --batch-size or --max-length, --dtype bfloat16, or
 
 @contextmanager
 def memory_told(what: str, advice: str = BATCH_ADVICE) -> Iterator[None]:
-    """Out of memory becomes an error that says what to do."""
+    """Out of memory becomes an error that says what to do; so does a torch that is missing."""
+    _require_torch()
     import torch
 
     try:

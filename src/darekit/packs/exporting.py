@@ -26,13 +26,13 @@ from darekit.checkpoints import (
     OutputTensor,
     Shard,
     lay_out,
-    open_checkpoint,
 )
 from darekit.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_named
 from darekit.errors import DataError, OutputError, PlanError
 from darekit.output.card import public_name
 from darekit.packs.format import PackedTensor
+from darekit.packs.opening import open_base
 from darekit.packs.reading import Pack, open_pack
 from darekit.packs.unpacking import unpack
 from darekit.packs.workers import run_all
@@ -108,7 +108,7 @@ def export(
             )  # fmt: skip
             counts = len(found.tensors), 0, len(found.tensors), 0
             return ExportReport(str(out), to, report.bytes_written, *counts, 0, report.peak_rss_bytes)
-        origin = open_checkpoint(base)
+        origin = open_base(base, pack)
         try:
             with open_pack(found.path, base=origin) as bound:
                 inputs = [found.path, *(file.path for file in origin.files)]

@@ -338,7 +338,10 @@ def read_pack(file: InputFile) -> PackFile:
     where = str(file.path)
     metadata, places = read_header(file)
     if DOCUMENT_KEY not in metadata:
-        raise CheckpointError(f"{where} is a safetensors file, but no pack: its metadata have no {DOCUMENT_KEY}")
+        raise CheckpointError(
+            f"{where} is a safetensors file, but no pack: its metadata have no {DOCUMENT_KEY}; expected a file that "
+            "`dare pack` wrote"
+        )
     data = parse_object(
         metadata[DOCUMENT_KEY].encode("utf-8", "surrogatepass"), f"the document of {where}", strict=True
     )

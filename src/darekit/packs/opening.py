@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from darekit.checkpoints import Checkpoint, InputFile, open_checkpoint, read_header
-from darekit.checkpoints.hub import fetch_file, looks_like_hub_file
-from darekit.errors import HoldsPack, PlanError
+from darekit.checkpoints.hub import fetch_file, looks_like_hub_file, looks_like_hub_id, refuse_address
+from darekit.errors import CheckpointError, HoldsPack, PlanError
 
 SUFFIX = ".safetensors"
 DOCUMENT_KEY = "darekit_pack"  # in a safetensors file's metadata
@@ -31,6 +32,106 @@ def find_pack(ref: str | Path, search: Sequence[Path] = ()) -> Path | None:
             finally:
                 file.close()
     return fetch_file(ref) if isinstance(ref, str) and looks_like_hub_file(ref) else None
+
+
+def locate_pack(ref: str | Path) -> Path:
+    """What the user wrote -> the file of a pack: that file, a folder with nothing else, or either on the Hub.
+
+    Raises:
+        CheckpointError: there is nothing, or no pack.
+    """
+    refuse_address(ref)
+    path = Path(ref).expanduser()
+    if path.is_file():
+        return path  # what is wrong with it is said when it is read
+    if path.is_dir():
+        return _pack_in(path)
+    if isinstance(ref, str) and looks_like_hub_file(ref):
+        return fetch_file(ref)
+    if isinstance(ref, str) and looks_like_hub_id(ref):
+        try:
+            open_checkpoint(ref).close()
+        except HoldsPack as error:
+            return error.path
+        raise CheckpointError(f"{ref} {_WHOLE}")
+    beside = sorted(path.parent.glob(f"*{SUFFIX}")) if path.parent.is_dir() else []
+    near = get_close_matches(path.name, [file.name for file in beside], n=1)
+    near = near or [file.name for file in beside if file.name.split(".")[0] == path.name.split(".")[0]][:1]
+    raise CheckpointError(
+        f"{ref} does not exist: looked for {path.absolute()}; expected a file that `dare pack` wrote, a folder with "
+        f"one, or org/name on the Hub{f'; did you mean {path.with_name(near[0])}?' if near else ''}"
+    )
+
+
+_WHOLE = (
+    "is a whole checkpoint, and no pack; expected a file that `dare pack` wrote "
+    "(`dare pack BASE MODEL OUT.safetensors` makes one)"
+)
+
+
+def _pack_in(folder: Path) -> Path:
+    """The only weights of a folder, where they are a pack."""
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if len(files) == 1 and _may_be_pack(files[0]):
+        return files[0]
+    packs = [file for file in files if _may_be_pack(file)]
+    if packs:
+        names = ", ".join(file.name for file in packs[:4]) + (", ..." if len(packs) > 4 else "")
+        raise CheckpointError(
+            f"{folder} holds {len(files)} safetensors files; these are packs: {names}. Name the one that you mean, as "
+            f"{packs[0]}"
+        )
+    if files or (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} {_WHOLE}")
+    raise CheckpointError(f"{folder} holds no pack; expected one file *{SUFFIX} that `dare pack` wrote")
+
+
+def _may_be_pack(path: Path) -> bool:
+    """Whether a file is a pack, or too damaged to say."""
+    try:
+        file = InputFile(path)
+        try:
+            return is_pack(file)
+        finally:
+            file.close()
+    except CheckpointError:
+        return True
+
+
+def open_base(base: str | Path, pack: str | Path) -> Checkpoint:
+    """Open what `pack` is to be bound to.
+
+    Raises:
+        HoldsPack: it is a pack itself.
+    """
+    try:
+        return open_checkpoint(base)
+    except HoldsPack as error:
+        refuse_swapped(base, pack)
+        raise HoldsPack(
+            f"{base} is a pack, and stands where the base of {pack} must; give the checkpoint that was packed against",
+            error.path,
+        ) from None
+
+
+def refuse_swapped(base: str | Path, pack: str | Path) -> None:
+    """Say so where a base and a pack have changed places.
+
+    Raises:
+        HoldsPack: `base` is a pack, and `pack` is none.
+    """
+    if _names_pack(base) and not _names_pack(pack):
+        raise HoldsPack(
+            f"{base} is a pack, and {pack} is none: they have changed places; the base is {pack}, the pack {base}",
+            Path(base),
+        )
+
+
+def _names_pack(ref: str | Path) -> bool:
+    try:
+        return _may_be_pack(locate_pack(ref))
+    except CheckpointError:
+        return False
 
 
 def open_model(ref: str | Path, base: Checkpoint | None, *, search: Sequence[Path] = ()) -> Checkpoint:

@@ -51,6 +51,7 @@ from darekit.packs.frames import can_shrink, compress_values
 from darekit.packs.lane import LANE_LEAVES, Encoded, lane_for
 from darekit.packs.leaves import Mask, encode, factor_of, restore, take
 from darekit.packs.lossless import compress
+from darekit.packs.opening import packed_seed
 from darekit.packs.workers import run_all
 from darekit.planning import Plan, drop_rate_of, open_plan
 from darekit.running import Progress, peak_rss
@@ -182,6 +183,8 @@ def pack(
         _refuse_out(out, plan, overwrite)
         for line in plan.notes:
             note(line)
+        if not lossless and packed_seed(plan.models[0]) is not None:
+            note(f"{model} is a pack: most of its delta was dropped already, and this drops from the rest")
         if not lossless:  # which another base would only make larger, and integers that differ do not trouble
             api.check(plan, force=force, say=note)
         settings = {"lossless": True} if lossless else {

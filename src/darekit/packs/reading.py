@@ -20,11 +20,10 @@ import numpy as np
 import xxhash
 
 from darekit import kernels
-from darekit.checkpoints import Checkpoint, InputFile, TensorInfo, open_checkpoint, sample_digest
-from darekit.checkpoints.hub import fetch_file, looks_like_hub_file, looks_like_hub_id
+from darekit.checkpoints import Checkpoint, InputFile, TensorInfo, sample_digest
 from darekit.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
-from darekit.errors import CheckpointError, DarekitError, DataError, HoldsPack, HomologyError, PlanError
+from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, PlanError
 from darekit.kernels import packs
 from darekit.packs.format import Counts, PackedTensor, PackFile, read_pack, stored_digest, value_sizes
 from darekit.packs.frames import decompress_values, unwrap_values
@@ -41,6 +40,7 @@ from darekit.packs.leaves import (
     take,
 )
 from darekit.packs.lossless import decompress
+from darekit.packs.opening import locate_pack, open_base, refuse_swapped
 
 NOTHING: Words = np.empty(0, np.uint16)
 
@@ -163,9 +163,16 @@ class Pack:
                 module. Tied tensors need to stand there once. Names that the pack lacks are left alone.
 
         Raises:
-            HomologyError: a tensor is missing, or has another shape or format.
+            HomologyError: a tensor is missing, or has another shape, format or other values; nothing was changed.
         """
-        for decoder, raw in self.decoders(tensors):
+        decoders = self.decoders(tensors)
+        for decoder, raw in decoders:
+            if _raw_digest(raw, decoder) != decoder.tensor.base:
+                raise HomologyError(
+                    f"{decoder.tensor.name} does not hold the values of {self._source.document.base['ref']}, against "
+                    f"which {self.path} was packed; load the base's weights (`Switcher` goes from one pack to another)"
+                )
+        for decoder, raw in decoders:
             for leaf in range(decoder.tensor.leaves):
                 decoder.restore(leaf, raw[leaf * decoder.leaf_bytes : (leaf + 1) * decoder.leaf_bytes])
 
@@ -225,7 +232,7 @@ class Pack:
             try:
                 words = self._fault_of(tensor)
             except DarekitError as error:
-                words = str(error)
+                words = str(error).removeprefix(f"tensor {tensor.name}: ")
             if words:
                 faults.append(Fault(tensor.name, words))
             return tensor.count * DTYPES[tensor.dtype].itemsize
@@ -559,37 +566,28 @@ def open_pack(path: str | Path, base: str | Path | Checkpoint | None = None) -> 
         CheckpointError: it is malformed or damaged, or of another version.
         HomologyError: another base.
     """
-    path = locate_pack(path)
+    try:
+        return _open(path, base)
+    except CheckpointError:
+        if base is not None and not isinstance(base, Checkpoint):
+            refuse_swapped(base, path)
+        raise
+
+
+def _open(ref: str | Path, base: str | Path | Checkpoint | None) -> Pack:
+    path = locate_pack(ref)
     file = InputFile(path)
     opened = None
     try:
         source = read_pack(file)
         if base is not None:
-            opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+            opened = base if isinstance(base, Checkpoint) else open_base(base, ref)
         return Pack(path, source, opened, owned=not isinstance(base, Checkpoint))
     except BaseException:
         file.close()
         if opened is not None and not isinstance(base, Checkpoint):
             opened.close()
         raise
-
-
-def locate_pack(ref: str | Path) -> Path:
-    """What the user wrote -> the file of a pack: that file, a folder with nothing else, or either on the Hub.
-
-    Raises:
-        CheckpointError: there is nothing, or no pack.
-    """
-    path = Path(ref).expanduser()
-    if not path.exists() and isinstance(ref, str) and looks_like_hub_file(ref):
-        return fetch_file(ref)
-    if path.is_file() or (not path.exists() and not (isinstance(ref, str) and looks_like_hub_id(ref))):
-        return path  # what is wrong with it is said when it is read
-    try:
-        open_checkpoint(ref).close()
-    except HoldsPack as error:
-        return error.path
-    raise CheckpointError(f"{ref} is a whole checkpoint, and no pack")
 
 
 def bind(source: PackFile, base: Checkpoint, digest: bytes | None = None) -> None:
@@ -645,6 +643,13 @@ def _bytes_digest(*raws: Bytes) -> bytes:
 def _part_digest(source: PackFile, name: str, role: str) -> bytes:
     place = getattr(source.parts[name], role)
     return b"" if place is None else xxhash.xxh3_128_digest(source.read_part(place))
+
+
+def _raw_digest(raw: Bytes, decoder: Decoder) -> str:
+    digest = TensorDigest(DTYPES[decoder.tensor.dtype].itemsize)
+    for leaf in range(decoder.tensor.leaves):
+        digest.update(raw[leaf * decoder.leaf_bytes : (leaf + 1) * decoder.leaf_bytes])
+    return tensor_digest(digest.finish())
 
 
 def _source_digest(info: TensorInfo, tensor: PackedTensor) -> str:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from darekit.checkpoints.hub import HUB_ID, upload_files
+from darekit.checkpoints.hub import HUB_ID, refuse_address, upload_files
 from darekit.errors import CheckpointError, OutputError, PlanError
 from darekit.packs.card import pack_card
-from darekit.packs.opening import SUFFIX
-from darekit.packs.reading import locate_pack, open_pack
+from darekit.packs.opening import SUFFIX, locate_pack
+from darekit.packs.reading import open_pack
 from darekit.running import Progress
 
 CARD = "README.md"
@@ -134,9 +134,17 @@ def pull(
         OutputError: it cannot be written there.
     """
     path = locate_pack(pack)
+    open_pack(path).close()  # what is no pack is no matter of where to put it
     target = Path(out) if out is not None else Path()
     target = target if target.suffix == SUFFIX and not target.is_dir() else target / path.name
-    if target.exists() and (not overwrite or target.is_dir() or target.resolve() == path.resolve()):
+    if target.exists() and target.resolve() == path.resolve():
+        raise OutputError(
+            f"{path} would be copied onto itself: it is here already. Check it with `dare verify {path}`, or say where "
+            "a copy should lie"
+        )
+    if target.is_dir():
+        raise OutputError(f"{target} is a directory; expected a file, or a folder to write {path.name} in")
+    if target.exists() and not overwrite:
         raise OutputError(f"{target} exists; choose another name, or replace it with --overwrite")
     with open_pack(path) as found:
         faults = found.verify(progress=progress).faults
@@ -152,6 +160,7 @@ def pull(
 
 def _as_folder(to: str | Path) -> Path | None:
     """The folder that `to` means, None where it is a Hub id."""
+    refuse_address(to)
     path = Path(to).expanduser()
     if path.is_file():
         raise OutputError(f"{to} is a file; give a folder, or org/name on the Hub")

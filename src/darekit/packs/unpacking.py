@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from darekit.api import Options
-from darekit.checkpoints import open_checkpoint
 from darekit.digests import LEAF
 from darekit.errors import DataError
 from darekit.packs.lane import LANE_LEAVES
+from darekit.packs.opening import open_base
 from darekit.packs.reading import Pack, open_pack
 from darekit.planning import make_plan
 from darekit.recipe import read_recipe
@@ -37,7 +37,7 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Any) 
         DataError: what it decodes to is not what was packed, because it or the base is damaged.
     """
     settings = Options(**options)
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_base(base, pack)
     try:
         with open_pack(pack, base=checkpoint) as found:
             model = found.checkpoint()
