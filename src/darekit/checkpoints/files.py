@@ -126,7 +126,8 @@ class OutputFile:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
             status = os.fstat(fd)
             if status.st_size != size:
-                os.ftruncate(fd, 0)  # what an unrelated file held must not show through
+                if status.st_size:
+                    os.ftruncate(fd, 0)  # what an unrelated file held must not show through
                 os.ftruncate(fd, size)
                 status = os.fstat(fd)
             held = getattr(status, "st_blocks", 0) * 512
