@@ -3,15 +3,20 @@
 
 Sizes are those of files, with `--codec none` and with `auto`; beside them what a bitmap or int32 indices would cost for
 the uncompressed values, computed. zstd of the dense delta: the same elements of the dropped model minus the base, BF16,
-zeros and all, cut into byte planes and leaves as a pack's are; measured on every eighth leaf. Speeds are minima of a
-few runs against the I/O floor: reading both models (pack), reading the base and writing (unpack);
-of Switcher: reading and writing all weights in memory.
+zeros and all, cut into byte planes and leaves as a pack's are; measured on every eighth leaf.
+
+Speeds are medians of a few runs, each beside a run of its floor: reading both models (pack), reading the base and
+writing as much as the result (unpack), reading and writing all weights in memory (Switcher). Before each of the two all
+outputs of the last run are deleted, a pause of equal length follows (memory that was freed just now is cheaper than any
+other on some machines), and all inputs are read once. What is compared is the engine, from the first read to the last
+write; the whole call, with planning and the wait for the disk, stands beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +37,8 @@ from darekit import masks
 from darekit.checkpoints import open_checkpoint
 from darekit.digests import LEAF
 
+THREADS = 2
+PAUSE = 3  # seconds
 RATES = (0.5, 0.9, 0.95, 0.99)
 BITS = (16, 8, 4, 2, 1)
 STRIDE = 8
@@ -49,13 +56,11 @@ def shape_sizes(layers: int, hidden: int, inner: int, vocabulary: int, keys: int
     return layers * layer + vocabulary * hidden + dense, dense
 
 
-def least(task: Callable[[], Any], times: int) -> float:
-    seconds = []
-    for _ in range(times):
-        began = time.perf_counter()
-        task()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+def clocked(task: Callable[[], Any]) -> tuple[Any, float]:
+    """What a task returns, and its seconds."""
+    began = time.perf_counter()
+    found = task()
+    return found, time.perf_counter() - began
 
 
 def row_of(cells: list[str]) -> str:
@@ -137,38 +142,73 @@ def shapes() -> list[str]:
 
 def speeds(base: Path, model: Path, folder: Path, times: int) -> list[str]:
     pack, unpacked, scrap = folder / "p.safetensors", folder / "unpacked", folder / "floor.out"
-    inputs = [sorted(path.glob("*.safetensors")) for path in (base, model)]
-    whole = sum(path.stat().st_size for path in inputs[1])
-    run.warm([*inputs[0], *inputs[1]])
-    rows = ["| | seconds | GB/s | I/O floor s | ratio |", "|---|--:|--:|--:|--:|"]
+    before, after = (sorted(path.glob("*.safetensors")) for path in (base, model))
+    whole = sum(path.stat().st_size for path in after)
+    state = loaded(base)
+    rows = [
+        "| medians (least) of " + str(times) + " | engine s | GB/s | floor s | engine / floor | whole call s |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
 
-    def unpack() -> None:
-        shutil.rmtree(unpacked, ignore_errors=True)
-        dk.unpack(base, pack, unpacked)
+    def settle(inputs: list[Path], *outputs: Path) -> None:
+        for path in outputs:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        time.sleep(PAUSE)
+        run.warm(inputs)
 
-    def add(name: str, seconds: float, low: float) -> None:
-        rows.append(row_of([name, f"{seconds:.2f}", f"{2 * whole / seconds / 1e9:.1f}", f"{low:.2f}",
-                            f"{seconds / low:.1f}"]))  # fmt: skip
+    def add(name: str, runs: list[tuple[float, float, float]]) -> None:
+        engines, calls, floors = ([one[i] for one in runs] for i in range(3))
+        middle, low = statistics.median(engines), statistics.median(floors)
+        cells = [
+            name,
+            both(engines),
+            f"{2 * whole / middle / 1e9:.1f}",
+            both(floors),
+            f"{middle / low:.1f}",
+            both(calls),
+        ]
+        rows.append(row_of(cells))
         print(rows[-1], file=sys.stderr)
 
-    state = loaded(base)
     for bits, codec in ((16, "none"), (16, "auto"), (4, "none"), (4, "auto")):
+        options = {"drop_rate": 0.9, "bits": bits, "codec": codec, "seed": 42}
         name = f"p = 0.9, {bits} bit, codec {codec}"
-        job = lambda bits=bits, codec=codec: dk.pack(  # noqa: E731
-            base, model, pack, drop_rate=0.9, bits=bits, codec=codec, seed=42, overwrite=True
-        )
-        job()
-        seconds = least(job, times)
-        add(f"pack, {name}", seconds, min(floor.floor([*inputs[0], *inputs[1]], scrap, 0, 2) for _ in range(times)))
-        seconds = least(unpack, times)
-        add(f"unpack, {name}", seconds, min(floor.floor(inputs[0], scrap, whole, 2) for _ in range(times)))
+        runs: dict[str, list[tuple[float, float, float]]] = {"pack": [], "unpack": [], "Switcher": []}
+        for turn in range(times + 1):
+            settle([*before, *after], pack)
+            low = floor.floor([*before, *after], scrap, 0, THREADS)
+            settle([*before, *after])
+            report, call = clocked(lambda options=options: dk.pack(base, model, pack, threads=THREADS, **options))
+            found = [("pack", report.seconds, call, low)]
+            settle([*before, pack], unpacked)
+            low = floor.floor(before, scrap, whole, THREADS)
+            settle([*before, pack])
+            report, call = clocked(lambda: dk.unpack(base, pack, unpacked, threads=THREADS))
+            found.append(("unpack", report.seconds, call, low))
+            settle([pack], unpacked)
+            if turn:  # the first turn compiles
+                for job, *seconds in found:
+                    runs[job].append((seconds[0], seconds[1], seconds[2]))
         # From pack to pack on a model in memory: the base comes back, and the pack is put on it.
-        with dk.Switcher(state, base) as switcher:
+        with dk.Switcher(state, base, threads=THREADS) as switcher:
             switcher.switch(pack)
-            add(f"Switcher, {name}", least(lambda: switcher.switch(pack), times), least(lambda: copied(state), times))
-    shutil.rmtree(unpacked, ignore_errors=True)
+            for _ in range(times):
+                run.warm([pack])
+                low = clocked(lambda: copied(state))[1]
+                call = clocked(lambda switcher=switcher: switcher.switch(pack))[1]
+                runs["Switcher"].append((call, call, low))
+        for job, seconds in runs.items():
+            add(f"{job}, {name}", seconds)
     pack.unlink()
     return rows
+
+
+def both(seconds: list[float]) -> str:
+    """Median and least."""
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f})"
 
 
 def loaded(base: Path) -> dict[str, np.ndarray]:
@@ -193,14 +233,14 @@ def copied(state: dict[str, np.ndarray]) -> None:
             buffer[: part.size] = part
             part[...] = buffer[: part.size]
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(copy, state.values()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scratch", type=Path, default=run.ROOT / "bench" / "scratch")
-    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/packs.md")
     parser.add_argument("--only", choices=("sizes", "speeds"), help="one of the two alone")
     arguments = parser.parse_args()

@@ -64,16 +64,21 @@ except ImportError:  # Windows
 LEAVES = 16  # one job: read, encoded and written at once
 BITS = (64, 32, 16, 8, 4, 2, 1)
 WORTH = 0.95  # of the values' size: what a codec must get below, as decoding costs time
-SAMPLED = 4  # leaves, which tell whether it will
+SAMPLED = 4  # leaves, which tell of tensors with at least 16 whether it will; of smaller ones all do
 SAMPLE = 4096  # bytes at the start, in the middle and at the end, which tell most changed tensors at once
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What a finished pack is. `ratio`: the model's bytes over the pack's."""
+    """What a finished pack is. `ratio`: the model's bytes over the pack's.
+
+    Times in seconds, as of a merge: `seconds` from the first tensor read to the last byte written, without the plan;
+    `fsync_seconds` until those bytes are on the disk, under their name.
+    """
 
     output: str
     seconds: float
+    fsync_seconds: float
     bytes: int
     model_bytes: int
     tensors: int
@@ -178,7 +183,6 @@ def pack(
         if say:
             say(line)
 
-    began = time.perf_counter()
     with open_plan(recipe) as plan:
         _refuse_out(out, plan, overwrite)
         for line in plan.notes:
@@ -195,13 +199,13 @@ def pack(
         writer = Writer(plan, settings, rescale, threads or default_threads())
         for line in () if lossless else writer.losses():
             note(line)
-        size, document = writer.write(out, overwrite=overwrite, progress=progress)
+        written = writer.write(out, overwrite=overwrite, progress=progress)
         model_bytes = sum(info.nbytes for info in plan.models[0].tensors.values())
-    tensors = document.tensors.values()
+    tensors = written.document.tensors.values()
     return PackReport(
-        str(out), time.perf_counter() - began, size, model_bytes, len(tensors),
+        str(out), written.seconds, written.fsync_seconds, written.size, model_bytes, len(tensors),
         sum(tensor.kind == "same" for tensor in tensors), sum(tensor.count for tensor in tensors),
-        sum(tensor.kept for tensor in tensors), document.seed, peak_rss(), tuple(said), lossless,
+        sum(tensor.kept for tensor in tensors), written.document.seed, peak_rss(), tuple(said), lossless,
     )  # fmt: skip
 
 
@@ -232,7 +236,7 @@ class _Job:
     """A tensor on its way into the pack.
 
     `digests`: of every leaf of base, result, and stored bytes, as values and as frames; `frames`: bytes of every leaf's
-    frame, where there are.
+    frame, where there are; `bare`: whether leaves are kept without frames too, until all are made.
     """
 
     source: AlignedTensor
@@ -242,6 +246,7 @@ class _Job:
     rows: Bytes | None
     digests: Mapping[str, list[bytes]]
     frames: Counts | None = None
+    bare: bool = True
 
 
 @dataclass(frozen=True)
@@ -252,6 +257,33 @@ class _Piece:
     first: int
     offset: int
     sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A published pack: bytes of the file, what stands in it, and the times of `PackReport`."""
+
+    size: int
+    document: Document
+    seconds: float
+    fsync_seconds: float
+
+
+class _Buffers(threading.local):
+    """What leaves are read into, one for the base and one for the model in each thread: fresh pages are dear."""
+
+    def __init__(self) -> None:
+        self._held = [np.empty(0, np.uint8) for _ in range(2)]
+
+    def of(self, *sizes: int) -> list[Bytes]:
+        """Two buffers, (size,) uint8 each, with whatever was in them."""
+        for place, size in enumerate(sizes):
+            if self._held[place].size < size:
+                self._held[place] = np.empty(size, np.uint8)
+        return [held[:size] for held, size in zip(self._held, sizes, strict=True)]
+
+
+_BUFFERS = _Buffers()
 
 
 class Writer:
@@ -279,8 +311,9 @@ class Writer:
                 f"`dare drop` by that; --bits {8 * DTYPES[dtype].itemsize} is exact"
             )
 
-    def write(self, out: Path, *, overwrite: bool, progress: Progress | None) -> tuple[int, Document]:
+    def write(self, out: Path, *, overwrite: bool, progress: Progress | None) -> Written:
         """Scan, lay out, write out of sight, publish."""
+        began = time.perf_counter()
         self._refuse_other_tensors()
         hidden, spool = (out.with_name(f".{out.name}.darekit-{word}") for word in ("part", "spool"))
         with _claimed(hidden, out):
@@ -290,19 +323,21 @@ class Writer:
                 jobs = [_settled(job, self.codec) for job in jobs]
                 waiting = InputFile(spool)
                 try:
-                    size, document = self._write_jobs(jobs, hidden, pieces, waiting)
+                    size, document, waited = self._write_jobs(jobs, hidden, pieces, waiting)
                 finally:
                     waiting.close()
             finally:
                 with contextlib.suppress(OSError):
                     spool.unlink()
             self._refuse_changed()
+            seconds = time.perf_counter() - began - waited
             _publish(hidden, out, overwrite)
-        return size, document
+        return Written(size, document, seconds, time.perf_counter() - began - seconds)
 
     def _write_jobs(
         self, jobs: Sequence[_Job], hidden: Path, pieces: Sequence[_Piece], spool: InputFile
-    ) -> tuple[int, Document]:
+    ) -> tuple[int, Document, float]:
+        """All of the file; returns its size, what stands in it, and the seconds that the disk took to have it."""
         # Cut to the base's rows, the model does not know the tokens that its own tokenizer and config speak of.
         contents = dict(_companions(self.base if self.settings.get("vocab") == "base" else self.model))
         files = tuple(
@@ -325,10 +360,12 @@ class Writer:
             document = self._with_digests(document, jobs)
             header = render_header(document, list(layout.places.values()), layout.data)
             output.write(np.frombuffer(header, np.uint8), 0)
+            began = time.perf_counter()
             output.sync()
+            waited = time.perf_counter() - began
         finally:
             output.close()
-        return layout.size, document
+        return layout.size, document, waited
 
     def _document(self, jobs: Sequence[_Job], files: tuple[CompanionFile, ...]) -> Document:
         return Document(
@@ -401,15 +438,16 @@ class Writer:
                 bitmap = None
         counts = np.zeros(tensor.leaves, np.int64)
         job = _Job(aligned, tensor, values, counts, bitmap, _digest_lists(tensor))
-        if self.codec == "none" or not can_shrink(tensor) or (self.codec == "auto" and not self._looks_worth(job)):
+        if self.codec == "none" or not can_shrink(tensor):
             return job
-        return replace(job, frames=np.zeros(tensor.leaves, np.int64))
+        sampled = self.codec == "auto" and tensor.leaves >= 4 * SAMPLED
+        if sampled and not self._looks_worth(job):
+            return job
+        return replace(job, frames=np.zeros(tensor.leaves, np.int64), bare=not sampled)
 
     def _looks_worth(self, job: _Job) -> bool:
-        """Whether a few leaves, spread over a tensor, say that frames will pay; of small tensors all are tried."""
+        """Whether a few leaves, spread over a tensor, say that frames will pay."""
         tensor, base, tuned = job.tensor, job.source.base, job.source.models[0]
-        if tensor.leaves < 4 * SAMPLED:
-            return True
         assert base is not None and tuned is not None
         mask, dtype, bare, framed = Mask(tensor, self.seed, job.rows), DTYPES[tuned.dtype], 0, 0
         for leaf in ((2 * i + 1) * tensor.leaves // (2 * SAMPLED) for i in range(SAMPLED)):
@@ -516,7 +554,7 @@ class Writer:
         mask, factor = Mask(tensor, self.seed, job.rows), factor_of(tensor, self.rescale)
         lane = lane_for(mask, job.values, factor) if formats[1].name == "BF16" else None
         step = LANE_LEAVES if lane else 1
-        buffers = [np.empty(step * LEAF * dtype.itemsize, np.uint8) for dtype in formats]
+        buffers = _BUFFERS.of(*(step * LEAF * dtype.itemsize for dtype in formats))
         parts: dict[str, list[bytes]] = {"values": [], "frames": [], "scales": []}
         last, done = min(first + LEAVES, tensor.leaves), 0
         for at in range(first, last, step):
@@ -560,9 +598,11 @@ class Writer:
     def _keep_leaf(job: _Job, leaf: int, found: Encoded, parts: Mapping[str, list[bytes]]) -> None:
         """What is written of a leaf, and its digests."""
         values, scales = found.values.tobytes(), found.scales.tobytes()
-        job.digests["stored"][leaf] = xxhash.xxh3_128_digest(values + scales)
-        parts["values"].append(values)
+        if job.bare:
+            job.digests["stored"][leaf] = xxhash.xxh3_128_digest(values + scales)
         parts["scales"].append(scales)
+        if job.bare:
+            parts["values"].append(values)
         if job.frames is not None:
             frame = compress_values(job.tensor, job.values, found.values, found.base).tobytes()
             job.frames[leaf] = len(frame)
@@ -628,7 +668,7 @@ def _settled(job: _Job, codec: str) -> _Job:
         return job
     sizes = int(job.frames.sum()) + job.tensor.leaves * _sizes_dtype(job.frames).itemsize
     bare = int(value_sizes(job.tensor, job.counts, job.values.itemsize).sum())
-    if sizes < bare * (WORTH if codec == "auto" else 1):
+    if not job.bare or sizes < bare * (WORTH if codec == "auto" else 1):
         digests = {**job.digests, "stored": job.digests["framed"]}
         return replace(job, tensor=replace(job.tensor, codec="zstd", values=job.values.name), digests=digests)
     return replace(job, frames=None)
