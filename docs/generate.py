@@ -175,6 +175,8 @@ def _preset(parameter: inspect.Parameter, kind: Any) -> str:
         return "required"
     if parameter.default is None or parameter.default is False:
         return ""
+    if isinstance(parameter.default, list):
+        return f"`{','.join(map(str, parameter.default))}`"
     return f"`{getattr(parameter.default, 'value', parameter.default)}`"
 
 

@@ -259,14 +259,17 @@ class Worker:
 def _explain(tally: Tally, names: Sequence[str]) -> str:
     lines = []
     if tally.nonfinite:
-        lines.append("NaN or Inf in the input; nothing was published:")
+        lines.append("NaN or Inf in the input, so there is no result:")
         lines += _listed(tally.nonfinite, names, "values")
-        lines.append("Repair or leave out these models, or take the base's elements there: --allow-nonfinite")
+        lines.append(
+            "Repair or leave out these models; `dare merge` and `dare drop` can also take the base's elements there: "
+            "--allow-nonfinite"
+        )
     if tally.differing:
         lines.append("Integer tensors differ from the base's and cannot be merged (is the model quantised?):")
         lines += _listed(tally.differing, names, "tiles")
     if tally.overflow:
-        lines.append("Results do not fit the output's number format; nothing was published:")
+        lines.append("Values do not fit the output's number format, so there is no result:")
         lines += [f"  {name}: {count} values" for name, count in sorted(tally.overflow.items())[:10]]
         lines.append("Write a wider format (dtype: bfloat16 or float32), or use a smaller weight or lambda")
     return "\n".join(lines)
