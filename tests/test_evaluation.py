@@ -360,6 +360,21 @@ def test_a_model_that_fails_does_not_stop_the_others(causal, rows, real, dare):
         dk.evaluate(real.path / "m0", data=rows)
 
 
+def test_what_torch_refuses_does_not_stop_the_others(causal, rows, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    def wide(self, *arguments, **keywords):
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", wide)
+    said = []
+    found = dk.evaluate([causal.llama / "m0", causal.gpt2 / "m0"], data=rows, say=said.append)
+    assert found.evaluations[0].error == "IndexError: index out of range in self" and "llama/m0: IndexError" in said[-1]
+    assert found.evaluations[1].scores
+    with pytest.raises(IndexError):
+        dk.evaluate(causal.llama / "m0", data=rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

@@ -201,10 +201,10 @@ def evaluate(
             continue
         try:
             evaluation = _evaluate_one(name, recipe, search, found, device=device, dtype=dtype, say=say)
-        except DarekitError as error:
+        except Exception as error:  # also torch's and transformers': the other models must not suffer
             if len(named) == 1:
                 raise
-            say(f"{name}: {error}")
+            say(f"{name}: {error}" if isinstance(error, DarekitError) else f"{name}: {type(error).__name__}: {error}")
             evaluations.append(Evaluation(name, error=f"{type(error).__name__}: {error}"))
             continue
         evaluations.append(evaluation)
