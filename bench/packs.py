@@ -146,7 +146,13 @@ def speeds(base: Path, model: Path, folder: Path, times: int) -> list[str]:
     whole = sum(path.stat().st_size for path in after)
     state = loaded(base)
     rows = [
-        "| medians (least) of " + str(times) + " | engine s | GB/s | floor s | engine / floor | whole call s |",
+        f"On {THREADS} threads: medians of {times} runs, and the least in brackets, each beside one of its floor.",
+        "The floor of pack is reading both models, of unpack reading the base and writing as much as the result, of",
+        "`Switcher` (from a pack to itself, the base coming back between) reading and writing all weights in memory.",
+        "The engine works from the first read to the last write; the whole call is that with planning and the wait for",
+        "the disk.",
+        "",
+        "| | engine s | GB/s | floor s | engine / floor | whole call s |",
         "|---|--:|--:|--:|--:|--:|",
     ]
 
