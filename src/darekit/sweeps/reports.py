@@ -128,7 +128,8 @@ def words_of(result: SweepResult, summary: Summary) -> tuple[str, ...]:
                      f"{failed[0].outcome.error}")  # fmt: skip
     warned = {line for row in summary.rows for line in row.warnings}
     if warned:
-        lines.append(f"{len(warned)} warnings, beside their cells in {CELLS}; the first: {min(warned)}")
+        count = "1 warning, beside its cell" if len(warned) == 1 else f"{len(warned)} warnings, beside their cells"
+        lines.append(f"{count} in {CELLS}; the first: {min(warned)}")
     return tuple(lines)
 
 
