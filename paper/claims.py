@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's claims, each with the rule by which a run's numbers decide: held, partly held, failed.
 
-The rules stood before the first full run. Scores are in percent of the test items. "Kept" is a score relative to the
-same model's with nothing dropped.
+The rules were fixed in code before the run that was committed first, but not before every number had been seen:
+training rates were settled on validation words, previews of (a) and (d) were visible; and that of DAREx-q's search by
+outputs was added later, after the k of two searches and what other k score had been seen.
+Scores are in percent of the test items. "Kept" is a score relative to the same model's with nothing dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -337,12 +340,39 @@ def best_k(results: Mapping[str, Any], name: str) -> dict[str, tuple[Any, float,
         one = cells.where(model=model)
         grid = [k for k in one.values("k")]
         best = max(grid, key=lambda k: one.where(k=k).score("validation"))
-        found[model] = best, one.where(k=best).score(), one.where(k=_one(grid)).score()
+        found[model] = best, one.where(k=best).score(), one.where(k=one_of(grid)).score()
     return found
 
 
-def _one(grid: Sequence[Any]) -> Any:
+def one_of(grid: Sequence[Any]) -> Any:
+    """k = 1, DARE's own, as the grid names it."""
     return next(k for k in grid if float(k) == 1)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """DAREx-q without labels on one model: for each mask the k of least output change, and the score on test."""
+
+    factors: tuple[float, ...]
+    scores: tuple[float, ...]
+
+
+def searched_of(results: Mapping[str, Any], rate: float) -> dict[str, Searched]:
+    """Model -> what the searches found at one drop rate, named as in the sweeps.
+
+    Raises:
+        KeyError: a search did not run.
+    """
+    import rerun
+
+    found = results["experiments"]["e"]
+    answer = {}
+    for width, ability in rerun.SEARCHED:
+        recipes = [Path(rerun.searched(width, ability, rate, seed)) for seed in rerun.SEARCHED_SEEDS]
+        factors = tuple(found[f"searches/{recipe.stem}"]["factor"] for recipe in recipes)
+        scores = tuple(100 * found[f"evaluations/{ability}"][recipe.name] for recipe in recipes)
+        answer[f"{width}, {ability}"] = Searched(factors, scores)
+    return answer
 
 
 def e_factor(results: Mapping[str, Any]) -> Verdict:
@@ -364,6 +394,20 @@ def e_darex(results: Mapping[str, Any]) -> Verdict:
     return Verdict(
         "e", "DAREx-q (arXiv 2410.09344): at p = .99 another global factor than 1/(1-p) rescues what DARE loses", told,
         "held: the k that validation chooses gains 10 points or more on test; partly: 2", _three(gain >= 10, gain >= 2),
+    )  # fmt: skip
+
+
+def e_outputs(results: Mapping[str, Any]) -> Verdict:
+    labelled, found = best_k(results, "e-rescale-99"), searched_of(results, 0.99)
+    gain = fmean(fmean(one.scores) - labelled[model][2] for model, one in found.items())
+    told = "; ".join(
+        f"{model}: k = {', '.join(f'{k:g}' for k in one.factors)}, {labelled[model][2]:.1f} to {fmean(one.scores):.1f}"
+        for model, one in found.items()
+    )
+    return Verdict(
+        "e", "DAREx-q finds its factor without labels, by how little the outputs change", told,
+        "at p = .99, each mask searched by itself. held: gains 10 points or more over k = 1 on test; partly: 2",
+        _three(gain >= 10, gain >= 2),
     )  # fmt: skip
 
 
@@ -441,7 +485,7 @@ def i_seeds(results: Mapping[str, Any]) -> Verdict:
 CLAIMS: tuple[Callable[[Mapping[str, Any]], Verdict], ...] = (
     a_dare, a_drop_only, a_magnitude, a_magnitude_rescaled, a_weights, a_encoders, b_width,
     *(c_merges(family, method) for family in ("decoders", "encoders") for method in METHODS),
-    d_wrong, d_right, d_inspect, e_factor, e_darex, f_similarity, g_deciles, h_single, h_merges, i_seeds,
+    d_wrong, d_right, d_inspect, e_factor, e_darex, e_outputs, f_similarity, g_deciles, h_single, h_merges, i_seeds,
 )  # fmt: skip
 
 

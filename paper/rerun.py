@@ -3,6 +3,9 @@
 
 Every number comes from a command that a user could type; each is printed before it runs, and runs in the folder WORK
 (``paper/work``). What is finished there (models, cells of sweeps) is not done again. The page is docs/paper/README.md.
+
+Trainings and commands are one queue for two processes, in which each waits for the models and files that it reads: see
+`tasks.py`. A sweep is one process, since importing torch costs as much as twenty of its cells.
 """
 
 from __future__ import annotations
@@ -10,36 +13,65 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import resource
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import storage
+from tasks import Task, run_tasks
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "paper"
 PROCESSES = 2
 DECODERS, ENCODERS = ("shift", "mirror", "rotate"), ("first", "last", "most")
+TRAINING = {"w128": 170.0, "w64": 90.0, "w32": 60.0, "encoder": 40.0}  # CPU seconds, to begin with the longest
 
 
 @dataclass(frozen=True)
 class Command:
-    """One call of `dare`. `result`: the name under which its JSON is kept; `makes`: a file that it writes from `of`,
-    a model, and that need not be written again."""
+    """One call of `dare`.
+
+    Attributes:
+        words: after `dare`; EXPERIMENTS stands for the folder of that name.
+        result: the name under which its JSON is kept.
+        makes: what it writes and others read; where it has no result, what is newer than `of` is not written again.
+        of: the model that `makes` is made from.
+        seconds: of a processor, about; the longest begin first.
+        program: another than `dare`: a script of this folder.
+    """
 
     words: tuple[str, ...]
     result: str | None = None
     makes: str | None = None
     of: str | None = None
+    seconds: float = 3.0
+    program: str = "dare"
+
+    def line(self, experiments: str) -> str:
+        """As it is typed."""
+        script = os.path.normpath(f"{experiments}/../{self.program}")
+        begin = ["dare"] if self.program == "dare" else ["python", script]
+        return shlex.join([*begin, *(word.replace("EXPERIMENTS", experiments) for word in self.words)])
+
+    def reads(self) -> str:
+        """All that names a model or a file that it needs."""
+        files = [HERE / "experiments" / w.removeprefix("EXPERIMENTS/") for w in self.words if "EXPERIMENTS" in w]
+        return "\n".join([*self.words, *(file.read_text() for file in files)])
 
 
-def sweep(name: str) -> Command:
+def sweep(name: str, seconds: float) -> Command:
     """A sweep file of `experiments/`."""
-    return Command(("sweep", f"EXPERIMENTS/{name}.yaml", f"runs/{name}", "--jobs", str(PROCESSES)), f"sweeps/{name}")
+    return Command(("sweep", f"EXPERIMENTS/{name}.yaml", f"runs/{name}"), f"sweeps/{name}", seconds=seconds)
 
 
 def inspection(base: str, model: str) -> Command:
@@ -47,132 +79,224 @@ def inspection(base: str, model: str) -> Command:
     return Command(("inspect", base, model, "--json"), f"inspections/{model} on {base}")
 
 
+def inspections_together(base: str, *models: str, name: str) -> Command:
+    """The deltas of several models, with plots."""
+    return Command(("inspect", base, *models, "--plot", f"runs/{name}", "--json"), seconds=8)
+
+
 def statistic(kind: str, model: str, data: str) -> Command:
     """The Fisher or the Grams of a model on its own training data."""
     out = f"statistics/{data}.{kind}.safetensors"
     words = ("stats", kind, model, "--data", f"data/{data}.training.jsonl", "--out", out)
-    return Command(words, makes=out, of=model)
+    return Command(words, makes=out, of=model, seconds=9)
 
 
 def similarity(base: str, model: str, data: str) -> Command:
     """Hidden states of the model against those after the drop, layer by layer, with a plot."""
-    words = (
-        "similarity",
-        base,
-        model,
-        "--data",
-        f"data/{data}.test.jsonl",
-        "-p",
-        "0.5",
-        "-p",
-        "0.9",
-        "--seeds",
-        "1,2,3",
-    )
-    return Command((*words, "--plot", "runs/f-similarity", "--json"), f"similarities/{model}")
+    return Command(
+        ("similarity", base, model, "--data", f"data/{data}.test.jsonl", "-p", "0.5", "-p", "0.9",
+         "--seeds", "1,2,3", "--plot", "runs/f-similarity", "--json"),
+        f"similarities/{model}", seconds=12,
+    )  # fmt: skip
 
 
 def recommendation(base: str, model: str) -> Command:
     """How much may be dropped, without data."""
-    return Command(("recommend", base, model, "--json"), f"recommendations/{model}")
+    return Command(("recommend", base, model, "--json"), f"recommendations/{model}", seconds=2)
 
 
-# Within an experiment, groups run one after the other, the commands of a group two at a time; a sweep is a group of its
-# own, since it uses both processors.
-EXPERIMENTS: dict[str, tuple[tuple[Command, ...], ...]] = {
-    "a": ((sweep("a-drop-rates"),), (sweep("a-encoders"),)),
+# DAREx-q without labels: a search for each model, drop rate and mask, and the recipes that it writes, judged on test.
+SEARCHED = tuple((width, ability) for width in (32, 128) for ability in ("shift", "mirror"))
+SEARCHED_RATES, SEARCHED_SEEDS = (0.9, 0.99), (1, 2, 3)
+
+
+def searched(width: int, ability: str, rate: float, seed: int) -> str:
+    """The recipe that one search writes."""
+    return f"recipes/w{width}-{ability}-{100 * rate:g}-seed{seed}.yaml"
+
+
+def q_search(width: int, ability: str, rate: float, seed: int) -> Command:
+    """DAREx's own way: q by how much the outputs change. Of the rows, 64 of training, no answer is compared with."""
+    out = searched(width, ability, rate, seed)
+    words = (
+        "recommend", f"w{width}/base", f"w{width}/{ability}", "-p", f"{rate:g}", "--keep-dense", "none",
+        "--seed", f"{seed}", "--data", f"data/{ability}.training.jsonl", "--batch-size", "64",
+        "--search-q", "--out", out, "--json",
+    )  # fmt: skip
+    return Command(words, f"searches/{Path(out).stem}", makes=out, seconds=9)
+
+
+def judged(ability: str) -> Command:
+    """The recipes of all searches for one ability, in one table."""
+    recipes = [
+        searched(width, ability, rate, seed)
+        for width in (32, 128)
+        for rate in SEARCHED_RATES
+        for seed in SEARCHED_SEEDS
+    ]
+    words = ("eval", *recipes, "--data", f"data/{ability}.test.jsonl", "--batch-size", "200", "--json")
+    return Command(words, f"evaluations/{ability}", seconds=12)
+
+
+def stored(ability: str) -> tuple[Command, Command]:
+    """Packs of one model, and what else stores its delta; and all of them judged."""
+    base, model, folder = "w128/base", f"w128/{ability}", f"packs/{ability}"
+    everything = (model, *(f"{folder}/{name}" for name in storage.names()))
+    words = (
+        "eval",
+        *everything,
+        "--base",
+        base,
+        "--data",
+        f"data/{ability}.test.jsonl",
+        "--batch-size",
+        "200",
+        "--json",
+    )
+    return (
+        Command((base, model, folder), f"stored/{ability}", makes=folder, seconds=25, program="storage.py"),
+        Command(words, f"evaluations/{ability}", seconds=30),
+    )
+
+
+EXPERIMENTS: Mapping[str, tuple[Command, ...]] = {
+    "a": (sweep("a-drop-rates", 61), sweep("a-encoders", 20)),
     "b": (
-        tuple(
-            command
+        *(
+            command(f"w{width}/base", f"w{width}/{ability}")
             for width in (32, 64, 128)
             for ability in ("shift", "mirror")
-            for command in (
-                inspection(f"w{width}/base", f"w{width}/{ability}"),
-                recommendation(f"w{width}/base", f"w{width}/{ability}"),
-            )
+            for command in (inspection, recommendation)
         ),
-        (sweep("b-width"),),
+        sweep("b-width", 50),
     ),
     "c": (
-        tuple(
+        *(
             statistic(kind, f"{family}/{name}", name)
             for family, names in (("w128", DECODERS), ("encoder", ENCODERS))
             for name in names
             for kind in ("fisher", "gram")
         ),
-        (sweep("c-two"),),
-        (sweep("c-three"),),
-        (sweep("c-encoders-first-last"),),
-        (sweep("c-encoders-first-most"),),
-        (sweep("c-encoders-last-most"),),
+        sweep("c-two", 100),
+        sweep("c-three", 130),
+        sweep("c-encoders-first-last", 40),
+        sweep("c-encoders-first-most", 40),
+        sweep("c-encoders-last-most", 40),
     ),
     "d": (
-        (inspection("w64/base", "w64/continued-shift"), inspection("w64/continued", "w64/continued-shift")),
-        (sweep("d-wrong-base"),),
+        inspection("w64/base", "w64/continued-shift"),
+        inspection("w64/continued", "w64/continued-shift"),
+        sweep("d-wrong-base", 25),
     ),
-    "e": ((sweep("e-rescale-90"),), (sweep("e-rescale-99"),)),
-    "f": ((similarity("w128/base", "w128/shift", "shift"),),),
+    "e": (
+        sweep("e-rescale-90", 30),
+        sweep("e-rescale-99", 30),
+        *(q_search(*model, rate, seed) for model in SEARCHED for rate in SEARCHED_RATES for seed in SEARCHED_SEEDS),
+        *map(judged, ("shift", "mirror")),
+    ),
+    "f": (similarity("w128/base", "w128/shift", "shift"),),
     "g": (
-        (
-            *(inspection("w128/base", f"w128/{ability}") for ability in DECODERS),
-            inspection("w64/base", "w64/shift"),
-            inspection("w64/base", "w64/continued"),
-            *(inspection("encoder/base", f"encoder/{task}") for task in ENCODERS),
-            Command(("inspect", "w128/base", *(f"w128/{a}" for a in DECODERS), "--plot", "runs/g-deltas", "--json")),
-            Command(("inspect", "w64/base", "w64/shift", "w64/continued", "--plot", "runs/g-continued", "--json")),
-        ),
+        *(inspection("w128/base", f"w128/{ability}") for ability in DECODERS),
+        inspection("w64/base", "w64/shift"),
+        inspection("w64/base", "w64/continued"),
+        *(inspection("encoder/base", f"encoder/{task}") for task in ENCODERS),
+        inspections_together("w128/base", *(f"w128/{ability}" for ability in DECODERS), name="g-deltas"),
+        inspections_together("w64/base", "w64/shift", "w64/continued", name="g-continued"),
     ),
-    "h": ((sweep("h-della"),), (sweep("h-della-merges"),)),
-    "i": ((sweep("i-seeds"),),),
+    "h": (sweep("h-della", 40), sweep("h-della-merges", 85)),
+    "i": (sweep("i-seeds", 45),),
+    "j": tuple(command for ability in DECODERS for command in stored(ability)),
 }
 
 
-def run_experiment(letter: str, work: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], list[str]]:
-    """Run one experiment's commands.
+@dataclass
+class Run:
+    """What the commands of a run gave, by experiment: results by name, what failed (a line each), processor seconds."""
 
-    Returns:
-        What they gave, by the names of their results; and what failed, a line each.
-    """
-    found: dict[str, Any] = {}
-    failed: list[str] = []
+    work: Path
+    say: Callable[[str], None]
+    found: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
+    failed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def one(command: Command) -> None:
-        words = [w.replace("EXPERIMENTS", os.path.relpath(HERE / "experiments", work)) for w in command.words]
-        if command.makes and _is_fresh(work / command.makes, work / str(command.of)):
-            return
-        say(f"$ dare {shlex.join(words)}")
-        if command.makes:
-            (work / command.makes).parent.mkdir(parents=True, exist_ok=True)
-            (work / command.makes).unlink(missing_ok=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "darekit", *words],
-            cwd=work, capture_output=True, text=True, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        )  # fmt: skip
-        if done.returncode == 130:
+    def command(self, letter: str, command: Command) -> None:
+        """Run one, and keep what it gives."""
+        made = None if command.makes is None else self.work / command.makes
+        if made is not None:
+            if command.result is None and _is_fresh(made, self.work / str(command.of)):
+                return
+            made.parent.mkdir(parents=True, exist_ok=True)
+            if made.is_file():
+                made.unlink()
+        experiments = os.path.relpath(HERE / "experiments", self.work)
+        line = command.line(experiments)
+        begin = ["-m", "darekit"] if command.program == "dare" else [str(HERE / command.program)]
+        words = [word.replace("EXPERIMENTS", experiments) for word in command.words]
+        self.say(f"$ {_short_line(line)}")
+        code, out, errors, seconds = _call([sys.executable, *begin, *words], self.work)
+        self.seconds[letter] += seconds
+        if code == 130:
             raise KeyboardInterrupt
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        if done.returncode:
-            failed.append(f"`dare {shlex.join(words[:3])}` ended with {done.returncode}: {last}")
-            say(f"  failed: {done.stderr.strip()}")
+        if code:
+            last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+            self.failed[letter].append(f"`{' '.join(line.split()[:4])}` ended with {code}: {last}")
+            self.say(f"  failed: {errors.strip()}")
         if command.result is None:
             return
         if command.words[0] == "sweep":
-            summary = work / command.words[2] / "summary.json"
-            if summary.is_file() and (not done.returncode or done.returncode == 1):
-                found[command.result] = json.loads(summary.read_text())
-        elif not done.returncode:
-            found[command.result] = json.loads(done.stdout)
+            summary = self.work / command.words[2] / "summary.json"
+            if summary.is_file() and code in (0, 1):
+                self.found[letter][command.result] = json.loads(summary.read_text())
+        elif not code:
+            self.found[letter][command.result] = json.loads(out)
 
-    for group in EXPERIMENTS[letter]:
-        with ThreadPoolExecutor(PROCESSES) as pool:
-            list(pool.map(one, group))
-    return found, failed
+    def train(self, name: str) -> None:
+        """Train one line."""
+        import training
+
+        training.train_apart(self.work, name, say=self.say)
+
+
+def _call(words: Sequence[str], folder: Path) -> tuple[int, str, str, float]:
+    """Exit code, standard output, standard error, and seconds of a processor, descendants included."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        process = subprocess.Popen(
+            words, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (out, errors):
+            file.seek(0)
+        return process.returncode, out.read(), errors.read(), usage.ru_utime + usage.ru_stime
+
+
+def _short_line(line: str) -> str:
+    return line if len(line) < 200 else f"{line[:120]} ... {line[-60:]}"
 
 
 def _is_fresh(made: Path, model: Path) -> bool:
     weights = model / "model.safetensors"
     return made.is_file() and weights.is_file() and made.stat().st_mtime > weights.stat().st_mtime
+
+
+def tasks_of(letters: Collection[str], run: Run, untrained: Collection[str]) -> list[Task]:
+    """The trainings and commands of some experiments. A command needs each line of models and each file that it, or
+    its sweep file, names."""
+    wanted = [(letter, command) for letter in letters for command in EXPERIMENTS[letter]]
+    makers = {command.makes: f"{letter}: {command.makes}" for letter, command in wanted if command.makes}
+    found, lines = [], set[str]()
+    for number, (letter, command) in enumerate(wanted):
+        read = command.reads()
+        own = {line for line in TRAINING if re.search(rf"\b{line}/", read)}
+        lines |= own
+        needs = own | {name for made, name in makers.items() if made in read and made != command.makes}
+        name = makers.get(command.makes, f"{letter}: {number}")
+        found.append(Task(name, partial(run.command, letter, command), command.seconds, frozenset(needs)))
+    trained = [
+        Task(line, partial(run.train, line), TRAINING[line]) for line in TRAINING if line in lines & {*untrained}
+    ]
+    return [*trained, *found]
 
 
 def condense(name: str, data: Any) -> Any:
@@ -201,6 +325,14 @@ def condense(name: str, data: Any) -> Any:
         return {key: value for key, value in data.items() if key != "tensors"}
     if kind == "recommendations":
         return {key: data[key] for key in ("tau", "drop_rate", "verdict")}
+    if kind == "searches":
+        return data["q"]
+    if kind == "evaluations":
+        return {
+            Path(one["model"]).name: one["scores"]["exact_match"]["value"]
+            for one in data["evaluations"]
+            if not one.get("error")
+        }
     return data
 
 
@@ -219,24 +351,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [letter for letter in letters if letter not in EXPERIMENTS]
     if unknown:
         parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
-    began = time.perf_counter()
-    say = _speaker(began)
+    say = _speaker(time.perf_counter())
     given.work.mkdir(parents=True, exist_ok=True)
 
+    import page
     import training
 
-    training.train_all(given.work, say=say)
-    import page
+    training.write_lessons(given.work)
+    run = Run(given.work, say)
+    untrained = [line for line in training.LINES if not training.is_complete(given.work, line)]
+    run_tasks(tasks_of(letters, run, untrained), processes=PROCESSES)
 
     results = page.read_results(given.page)
     results["settings"] = page.settings_of(training)
     for letter in letters:
-        found, failed = run_experiment(letter, given.work, say)
-        results["experiments"][letter] = {name: condense(name, data) for name, data in sorted(found.items())}
-        results["failed"][letter] = failed
+        results["experiments"][letter] = {n: condense(n, data) for n, data in sorted(run.found[letter].items())}
+        results["failed"][letter] = sorted(run.failed[letter])
     page.write_page(results, given.page, runs=given.work / "runs")
     say(f"written: {given.page / 'README.md'}")
+    _tell_seconds(run, letters, say)
     return 1 if any(results["failed"][letter] for letter in letters) else 0
+
+
+def _tell_seconds(run: Run, letters: Iterable[str], say: Callable[[str], None]) -> None:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total, commands = usage.ru_utime + usage.ru_stime, sum(run.seconds.values())
+    told = ", ".join(f"({letter}) {run.seconds[letter]:.0f}" for letter in letters)
+    say(f"processor seconds: {total:.0f}; training {total - commands:.0f}, {told}")
 
 
 def _speaker(began: float) -> Callable[[str], None]:
@@ -248,7 +389,7 @@ def _speaker(began: float) -> Callable[[str], None]:
 
 def commands(letters: Iterable[str] = tuple(EXPERIMENTS)) -> list[Command]:
     """All commands of some experiments."""
-    return [command for letter in letters for group in EXPERIMENTS[letter] for command in group]
+    return [command for letter in letters for command in EXPERIMENTS[letter]]
 
 
 if __name__ == "__main__":

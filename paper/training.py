@@ -27,9 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,6 @@ from darekit.live.models import quiet_transformers
 
 TRAINING_FILE = "training.json"
 UNFINISHED = ".unfinished-"
-PROCESSES = 2
 HERE = Path(__file__).resolve().parent
 
 
@@ -234,60 +231,57 @@ def _save(work: Path, job: Job, line: Line, model: Any, tokenizer: Any) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def train_all(work: Path, *, small: bool = False, say: Any = print) -> None:
-    """Write the data and train every line that lacks a model, two at a time, each in a process with one thread.
-
-    Raises:
-        SystemExit: a training failed; what was finished is kept.
-    """
+def write_lessons(work: Path) -> None:
+    """The files of examples; and what a killed training left is removed."""
     lengths = {"length": LINES["w128"].word_length, "class_length": LINES["encoder"].word_length + 1}
     lessons.write_data(work / "data", **lengths)
     for path in work.glob(f"*/{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
-    lines = {name: miniature(line) if small else line for name, line in LINES.items()}
-    missing = [n for n, line in lines.items() if not all(is_trained(work, job, line) for job in jobs_of(n, line))]
-    if small:
-        for name in missing:
-            for _ in train_line(work, name, lines[name]):
-                pass
-        return
-    lock = threading.Lock()
 
-    def run(name: str) -> str:
-        command = [sys.executable, str(HERE / "training.py"), str(work), "--line", name]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        ) as process:
-            assert process.stdout is not None and process.stderr is not None
-            for line in process.stdout:
-                with lock:
-                    say(f"trained {line.strip()}")
-            errors = process.stderr.read()
-        return "" if process.returncode == 0 else f"training {name} failed:\n{errors.strip()[-2000:]}"
 
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        failed = [text for text in pool.map(run, missing) if text]
-    if failed:
-        raise SystemExit("\n".join(failed))
+def is_complete(work: Path, name: str) -> bool:
+    """Whether all models of a line are there."""
+    return all(is_trained(work, job, LINES[name]) for job in jobs_of(name, LINES[name]))
+
+
+def train_apart(work: Path, name: str, *, say: Callable[[str], None]) -> None:
+    """Train what is missing of one line, in a process with one thread.
+
+    Raises:
+        SystemExit: it failed; what was finished is kept.
+    """
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "training.py"), str(work), "--line", name],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            say(f"trained {line.strip()}")
+        errors = process.stderr.read()
+    if process.returncode:
+        raise SystemExit(f"training {name} failed:\n{errors.strip()[-2000:]}")
+
+
+def train_small(work: Path) -> None:
+    """Everything, barely trained, in this process: for tests of the machinery."""
+    write_lessons(work)
+    for name, line in LINES.items():
+        for _ in train_line(work, name, miniature(line)):
+            pass
 
 
 def main() -> None:
-    """Train everything, or (a child process) one line."""
+    """Train everything, or one line: what `rerun.py` does, two at a time."""
     parser = argparse.ArgumentParser(description="Train the families of the experiments.")
     parser.add_argument("work", type=Path, nargs="?", default=HERE / "work")
     parser.add_argument("--line", choices=tuple(LINES))
     given = parser.parse_args()
     if given.line is None:
-        train_all(given.work)
-        return
-    for name in train_line(given.work, given.line, LINES[given.line]):
-        print(name, flush=True)
+        write_lessons(given.work)
+    for line in LINES if given.line is None else (given.line,):
+        for name in train_line(given.work, line, LINES[line]):
+            print(name, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ import claims  # noqa: E402
 import lessons  # noqa: E402
 import page  # noqa: E402
 import rerun  # noqa: E402
+import storage  # noqa: E402
+import tasks  # noqa: E402
 import training  # noqa: E402
 
 
@@ -30,10 +33,10 @@ def work(tmp_path_factory):
     from darekit import make_statistics
 
     path = tmp_path_factory.mktemp("paper")
-    training.train_all(path, small=True, say=lambda line: None)
+    training.train_small(path)
     (path / "statistics").mkdir()
     for command in rerun.commands("c"):
-        if command.makes:
+        if command.words[0] == "stats":
             _, kind, model, _, data, *_ = command.words
             make_statistics(kind, path / model, path / data, path / command.makes, limit=2)
     return path
@@ -92,12 +95,87 @@ def test_all_experiments_run_and_all_runs_are_experiments():
     assert sorted(Path(name).name for name in named) == [path.name for path in EXPERIMENTS]
     top = get_command(build_app())
     for command in rerun.commands():
+        if command.program != "dare":
+            assert (PAPER / command.program).is_file()
+            continue
         known, words = top, list(command.words)
         while hasattr(known, "commands"):
             known = known.commands[words.pop(0)]
         options = {option for parameter in known.params for option in parameter.opts}
         for word in words:
             assert not word.startswith("-") or word in options, shlex.join(command.words)
+
+
+def test_commands_wait_for_what_they_read():
+    """Models, statistics, recipes and packs are there before they are named; nothing else is trained."""
+    run = rerun.Run(Path("work"), print)
+    found = {task.name: task for task in rerun.tasks_of("cej", run, rerun.TRAINING)}
+    assert found["w64" if "w64" in found else "w32"].needs == frozenset() and "w64" not in found
+    (three,) = [n for n, c in enumerate(rerun.commands("cej")) if "EXPERIMENTS/c-three.yaml" in c.words]
+    statistics = {f"c: statistics/{name}.{kind}.safetensors" for name in rerun.DECODERS for kind in ("fisher", "gram")}
+    assert found[f"c: {three}"].needs == {"w128", *statistics}
+    shift = [n for n, c in enumerate(rerun.commands("cej")) if c.result == "evaluations/shift"]
+    judged, packs = (found[f"{letter}: {n}"] for letter, n in zip("ej", shift, strict=True))
+    recipes = {rerun.searched(w, "shift", p, seed) for w in (32, 128) for p in (0.9, 0.99) for seed in (1, 2, 3)}
+    assert judged.needs >= {f"e: {recipe}" for recipe in recipes} and len(judged.needs - {"w32", "w128"}) == 12
+    assert packs.needs == {"w128", "j: packs/shift"}
+    assert not [name for name in tasks.chains(found.values()) if name not in found]
+
+
+def test_the_longest_chain_begins_first_and_nothing_before_what_it_needs():
+    order, lock = [], threading.Lock()
+
+    def task(name, seconds, *needs):
+        def run():
+            with lock:
+                assert set(needs) - {"elsewhere"} <= set(order)
+                order.append(name)
+
+        return tasks.Task(name, run, seconds, frozenset(needs))
+
+    some = [task("short", 5), task("last", 20, "first"), task("first", 1), task("alone", 9, "elsewhere")]
+    assert tasks.chains(some) == {"short": 5, "last": 20, "first": 21, "alone": 9}
+    tasks.run_tasks(some, processes=1)
+    assert order == ["first", "last", "alone", "short"]
+    order.clear()
+    tasks.run_tasks(some, processes=3)
+    assert sorted(order) == ["alone", "first", "last", "short"]
+
+
+def test_a_failed_task_ends_the_run():
+    def fail():
+        raise SystemExit("training w64 failed")
+
+    with pytest.raises(SystemExit, match="w64"):
+        tasks.run_tasks([tasks.Task("w64", fail, 1.0)], processes=2)
+
+
+def test_packs_and_other_ways_are_stored_and_judged(work, monkeypatch):
+    """Every way is a model that `dare eval` takes; what is exact scores as the model; fewer bits are fewer bits."""
+    import darekit as dk
+
+    monkeypatch.chdir(work)
+    base, model, out = Path("w128/base"), Path("w128/shift"), Path("packs")
+    out.mkdir(exist_ok=True)
+    parameters = sum(tensor.numel() for tensor in storage.weights(base).values())
+    sizes = {way.name: way.store(base, model, out / way.name) / parameters for way in storage.ways()}
+    assert tuple(sizes) == storage.names()
+    assert sizes["4-bit-p0.5-seed1.pack.safetensors"] < sizes["8-bit-dense.pack.safetensors"]
+    assert sizes["rank-1"] < sizes["rank-2"]
+    some = ["lossless.pack.safetensors", "rank-1", "magnitude-4-bit-p0.9.pack.safetensors", "magnitude-16-bit-p0.9"]
+    models = [str(model), *(str(out / name) for name in some)]
+    found = dk.evaluate(models, base=str(base), data="data/shift.test.jsonl", limit=4)
+    whole, lossless = (one.scores["loss"].value for one in found.evaluations[:2])
+    assert lossless == whole and len(found.evaluations) == 5 and not any(one.error for one in found.evaluations)
+
+
+def test_packs_page_has_the_table_of_the_results():
+    found = page.read_results(PAGE)["experiments"]["j"]
+    entries = storage.entries_of(found, rerun.DECODERS)
+    text = (PAGE.parent / "packs.md").read_text()
+    assert storage.with_table(text, storage.table(entries)) == text, "run `make paper ONLY=j`"
+    with pytest.raises(KeyError):
+        storage.entries_of({**found, "stored/shift": {}}, rerun.DECODERS)
 
 
 def test_no_word_is_in_two_splits():
