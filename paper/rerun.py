@@ -134,28 +134,24 @@ def judged(ability: str) -> Command:
         for rate in SEARCHED_RATES
         for seed in SEARCHED_SEEDS
     ]
-    words = ("eval", *recipes, "--data", f"data/{ability}.test.jsonl", "--batch-size", "200", "--json")
-    return Command(words, f"evaluations/{ability}", seconds=12)
+    return evaluation(recipes, ability, out=f"runs/e-darex-{ability}", seconds=15)
 
 
 def stored(ability: str) -> tuple[Command, Command]:
     """Packs of one model, and what else stores its delta; and all of them judged."""
     base, model, folder = "w128/base", f"w128/{ability}", f"packs/{ability}"
     everything = (model, *(f"{folder}/{name}" for name in storage.names()))
-    words = (
-        "eval",
-        *everything,
-        "--base",
-        base,
-        "--data",
-        f"data/{ability}.test.jsonl",
-        "--batch-size",
-        "200",
-        "--json",
-    )
     return (
-        Command((base, model, folder), f"stored/{ability}", makes=folder, seconds=25, program="storage.py"),
-        Command(words, f"evaluations/{ability}", seconds=30),
+        Command((base, model, folder), f"stored/{ability}", makes=folder, seconds=23, program="storage.py"),
+        evaluation(everything, ability, "--base", base, out=f"runs/j-packs-{ability}", seconds=65),
+    )
+
+
+def evaluation(models: Sequence[str], ability: str, *options: str, out: str, seconds: float) -> Command:
+    """Models, recipes or packs, judged by an ability's test words in one table."""
+    judge = ("--data", f"data/{ability}.test.jsonl", "--batch-size", "200")
+    return Command(
+        ("eval", *models, *options, *judge, "--out", out, "--json"), f"evaluations/{ability}", seconds=seconds
     )
 
 
@@ -191,6 +187,7 @@ EXPERIMENTS: Mapping[str, tuple[Command, ...]] = {
     "e": (
         sweep("e-rescale-90", 30),
         sweep("e-rescale-99", 30),
+        sweep("e-masks", 15),
         *(q_search(*model, rate, seed) for model in SEARCHED for rate in SEARCHED_RATES for seed in SEARCHED_SEEDS),
         *map(judged, ("shift", "mirror")),
     ),
