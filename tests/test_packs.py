@@ -488,6 +488,29 @@ def test_a_recipe_finds_packs_beside_itself_and_inspect_takes_them(llamas, tmp_p
     assert 0.4 < dk.inspect(base, tmp_path / "m0.pack.safetensors").total.zeros < 0.6
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_no_merge_of_a_damaged_pack_is_published(llamas, tmp_path, codec):
+    """With a frame that cannot be decoded it stops at once; a value that merely differs is found by its digest."""
+    base = llamas.path / "base"
+    for k in range(2):
+        dk.pack(base, llamas.path / f"m{k}", tmp_path / f"m{k}.safetensors", drop_rate=0.5, seed=k, codec=codec)
+    models = [str(tmp_path / f"m{k}.safetensors") for k in range(2)]
+    recipe = {"base_model": str(base), "models": models, "merge_method": "task_arithmetic"}
+    dk.merge(recipe, tmp_path / "whole")
+    damaged = bytearray((tmp_path / "m1.safetensors").read_bytes())
+    begin = 8 + int.from_bytes(damaged[:8], "little")
+    parts = json.loads(damaged[8:begin])
+    role = "values" if codec == "none" else "frames"
+    _, end = parts[f"{role}:lm_head.weight"]["data_offsets"]
+    damaged[begin + end - 2] ^= 1
+    (tmp_path / "m1.safetensors").write_bytes(damaged)
+    with pytest.raises((CheckpointError, DataError), match=r"(?s)m1\.safetensors: .*damaged") as caught:
+        dk.merge(recipe, tmp_path / "out")
+    assert ("nothing was published" in str(caught.value)) == (codec == "none")
+    assert "m0.safetensors" not in str(caught.value)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name and path.is_dir() and codec == "none"]
+
+
 def test_packs_with_one_seed_are_warned_of(llamas, tmp_path):
     base = llamas.path / "base"
     for k, seed in enumerate((5, 5, 6)):

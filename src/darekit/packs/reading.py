@@ -10,7 +10,8 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -519,6 +520,11 @@ class PackedSource:
         """Of the mask; None where nothing of this tensor was dropped, or all."""
         return self.decoder.source.document.seed if 0 < self.decoder.tensor.drop_rate < 1 else None
 
+    @property
+    def result(self) -> str:
+        """Digest of all bytes, as they were when the model was packed."""
+        return self.decoder.tensor.result
+
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
         size = self.decoder.leaf_bytes
@@ -532,7 +538,8 @@ class PackedSource:
             if many:
                 target = buffer[done : done + many]
                 self.base.source.read_into(target, leaf * size)
-                self.decoder.swap_leaves(leaf, target)
+                with self._named():
+                    self.decoder.swap_leaves(leaf, target)
                 done += many
                 continue
             count = min(whole - skip, buffer.size - done)
@@ -540,10 +547,19 @@ class PackedSource:
             aligned = target.ctypes.data % DTYPES[self.base.dtype].itemsize == 0
             raw = target if count == whole and aligned else np.empty(whole, np.uint8)
             self.base.source.read_into(raw, leaf * size)
-            self.decoder.restore(leaf, raw)
+            with self._named():
+                self.decoder.restore(leaf, raw)
             if raw is not target:
                 target[:] = raw[skip : skip + count]
             done += count
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error of the decoder gets the pack's name: a recipe may have several."""
+        try:
+            yield
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.decoder.source.file.path}: {error}; download it again") from error
 
     def _whole_leaves(self, buffer: Bytes, leaf: int) -> int:
         """Bytes of the leaves from `leaf` on, a few at most, that fit a buffer and can be decoded in it at once."""
