@@ -66,7 +66,7 @@ def _chosen(sweep: Sweep, summary: Summary) -> Table | None:
 
 def _crossed(sweep: Sweep, summary: Summary) -> Iterator[Table]:
     x, _ = roles_of(sweep)
-    if x is None:
+    if x is None or not summary.score:  # nothing came of any cell
         return
     rest = [axis for axis in sweep.axes if axis is not x]
     for split in _splits(sweep):
