@@ -225,6 +225,24 @@ def test_large_tensor_is_cut_into_spans_and_sampled(monkeypatch):
         same_bits(merged, expected)
 
 
+def test_finished_tensors_keep_no_leaves(monkeypatch):
+    """72 bytes for each tile of each input: memory that would grow with the model."""
+    monkeypatch.setattr(engine, "SPAN", 65536)
+    jobs = []
+    close = engine.Job.close
+
+    def closed(job):
+        jobs.append(job)
+        record = close(job)
+        assert (record is None) == bool(job._leaves)
+        return record
+
+    monkeypatch.setattr(engine.Job, "close", closed)
+    base, models = oracle.family(np.random.default_rng(3), (300, 500), "BF16")
+    dk.merge_tensors({"w": base}, [{"w": m} for m in models], sparsify=dk.dare(0.5, seed=1), seeds=SEEDS, threads=1)
+    assert len(jobs) == 3
+
+
 def test_selection_with_a_misleading_sample(monkeypatch):
     """The first tiles are unlike the rest, so the guess is wrong and a refining pass must put it right."""
     monkeypatch.setattr(Select, "SAMPLE_FROM", 1000)

@@ -189,6 +189,7 @@ class Job:
             key: tensor_digest(leaf for begin in sorted(parts) for leaf in parts[begin])
             for key, parts in self._leaves.items()
         }
+        self._leaves = {}  # 72 bytes for each 64Ki elements of each input: they would grow with the model
         owners = sorted(key for key in digests if key >= 0)
         return {
             "output": digests.get(OUT),

@@ -25,7 +25,7 @@ from darekit.output.card import public_name
 from darekit.planning import Plan, open_plan
 from darekit.quantities import size_of
 from darekit.statistics.budget import bytes_of_sums, grouped, settled
-from darekit.statistics.files import FISHER, FORMAT, KINDS, refuse_existing
+from darekit.statistics.files import FISHER, FORMAT, GRAM, KINDS, refuse_existing
 from darekit.statistics.passes import EMPIRICAL, LABELS, FisherPass, GramPass, Pass
 from darekit.statistics.staging import Stage
 
@@ -36,9 +36,10 @@ PART = 1 << 22  # elements of a sum that are converted at once
 
 LOADING_ADVICE = "use --dtype bfloat16, which takes half of float32's memory, or another --device"
 ADVICE = (
-    "a smaller --memory leaves more for the batches, and can go on with --resume; a smaller --batch-size or "
-    "--max-length, or --dtype bfloat16, means to begin anew"
+    "a smaller --memory leaves more for the batches, and can go on with --resume; {}, or --dtype bfloat16, means to "
+    "begin anew"
 )
+SMALLER = {GRAM: "a smaller --batch-size or --max-length", FISHER: "a smaller --max-length"}
 
 Progress = Callable[[int, int], None]  # examples done, examples in all, over all passes
 
@@ -232,11 +233,11 @@ class _Run:
         Raises:
             DarekitError: see `darekit.errors`; the message says what is kept for `resume`.
         """
-        there = self.stage.partial.exists()
+        there, kind = self.stage.partial.exists(), self.facts["kind"]
         try:
             with (
                 _interrupts_between_batches() as interrupt,
-                memory_told(f"making {self.facts['kind']} statistics", ADVICE),
+                memory_told(f"making {kind} statistics", ADVICE.format(SMALLER[kind])),
             ):
                 if there and resume:
                     self._restore()
