@@ -17,7 +17,7 @@ test: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# The paper's experiments, from training to docs/paper: about 30 CPU minutes in two processes. `make paper ONLY=ad` runs two of them.
+# The paper's experiments, from training to docs/paper: 25 CPU minutes in two processes, 14 minutes on two quiet cores. `make paper ONLY=ad` runs two of them.
 paper: $(VENV)/paper.stamp
 	$(BIN)/python paper/rerun.py $(if $(ONLY),--only $(ONLY))
 
