@@ -51,10 +51,11 @@ def test_indices_are_those_of_the_frozen_mask(rate: float) -> None:
     seed, stream = (1 << 63) + 5, masks.stream_of("lm_head.weight")
     for start in (0, 7 * 1024, 1 << 34, 5 * 1024 << 40):
         for count in SIZES if start == 0 else (1025,):
-            out = np.full(count, -1, np.int32)
-            kept = kernels.kept_indices(np.uint64(seed), np.uint64(stream), start, masks.threshold_of(rate), count, out)
+            constants = np.uint64(seed), np.uint64(stream), start, masks.threshold_of(rate), count
             expected = np.flatnonzero(masks.kept(seed, stream, start, count, rate))
-            assert out[:kept].tolist() == expected.tolist(), (start, count)
+            for kind in (np.int32, np.uint16):
+                room = np.zeros(count + kernels.SPARE, kind)
+                assert kernels.kept_indices(*constants, room).tolist() == expected.tolist(), (start, count)
 
 
 @pytest.mark.parametrize("name", ["BF16", "F32", "F64", "F8_E4M3"])

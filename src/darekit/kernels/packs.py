@@ -14,12 +14,15 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from darekit.kernels.compiling import inlined
 from darekit.kernels.compiling import kernel as _kernel
 from darekit.masks import BLOCK, COUNTERS, MULTIPLIERS, ROUNDS, WEYL
 
 LANES = 32  # counters at once: four registers of AVX2, so that multiplications need not wait for one another
+SPARE = 8  # elements that `list_kept` writes at once
 LEAF = 65536  # elements; a test holds it to `darekit.digests`, which kernels do not know
 _EXPONENT = np.uint32(0x7F800000)
+_ALL = np.uint32(0xFFFFFFFF)
 _LARGEST = np.float32(3.3895314e38)  # of BF16
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -127,40 +130,27 @@ def keep_bits(seed, stream, start, threshold, bits):
 
 
 @_kernel
-def _list_bits(words, first, out, place):
-    """Places of the bits of (n,) uint64, counted from the first word's lowest, plus `first` -> out[place:]."""
-    for w in range(words.size):
-        word = words[w]
-        begin = first + 64 * w
-        count = np.int64(_count_bits(word))
-        end = place + count
+def list_kept(bits, count, out):
+    """`keep_bits` of `count` elements, as (n,) uint64 -> which survive: the front of `out`; how many.
+
+    `out`, int32 or uint16, has room for `SPARE` more, which hold anything then. Drawing is a call of its own (as
+    `kept_indices` does it), so that Philox is compiled once, and not in every kernel.
+    """
+    place = np.int64(0)
+    for w in range((count + 63) // 64):
+        word = bits[w]
+        if w == count // 64:
+            word &= (np.uint64(1) << np.uint64(count % 64)) - np.uint64(1)
+        begin, end = np.int64(64 * w), place + np.int64(_count_bits(word))
         # Eight at a time without asking how many there are: at p = 0.9 of 64 about 6, and a wrong guess costs 5 ns.
-        while place < end and place + 8 <= out.size:
-            for j in range(8):
+        while True:
+            for j in range(SPARE):
                 out[place + j] = begin + np.int64(_lowest_bit(word))
                 word &= word - np.uint64(1)
-            place += 8
-        while place < end:
-            out[place] = begin + np.int64(_lowest_bit(word))
-            word &= word - np.uint64(1)
-            place += 1
+            place += SPARE
+            if place >= end:
+                break
         place = end
-    return place
-
-
-@_kernel
-def list_kept(bits, count, out):
-    """`keep_bits` of `count` elements, as (n,) uint64 -> which survive: the front of `out`, (count,) int32; how many.
-
-    Drawing is a call of its own (as `kept_indices` does it), so that Philox is compiled once, and not in every kernel.
-    """
-    place = _list_bits(bits[: count // 64], np.int64(0), out, np.int64(0))
-    if count % 64:
-        word = bits[count // 64] & ((np.uint64(1) << np.uint64(count % 64)) - np.uint64(1))
-        while word:
-            out[place] = count // 64 * 64 + np.int64(_lowest_bit(word))
-            word &= word - np.uint64(1)
-            place += 1
     return place
 
 
@@ -172,13 +162,12 @@ def kept_bits(seed: Any, stream: Any, start: int, threshold: int, count: int, ro
     return words
 
 
-def kept_indices(seed: Any, stream: Any, start: int, threshold: int, count: int, out: Any) -> int:
-    """Which of elements start .. start + count survive -> the front of `out`, (count,) int32, counted from `start`.
+def kept_indices(seed: Any, stream: Any, start: int, threshold: int, count: int, room: Any) -> Any:
+    """Which of elements start .. start + count survive: the front of `room`, (count + SPARE,), counted from `start`.
 
-    Returns how many. `start` is a multiple of 1024, `threshold` is below 2^32.
+    `start` is a multiple of 1024, `threshold` is below 2^32.
     """
-    found: int = list_kept(kept_bits(seed, stream, start, threshold, count), count, out)
-    return found
+    return room[: list_kept(kept_bits(seed, stream, start, threshold, count), count, room)]
 
 
 @_kernel
@@ -202,44 +191,50 @@ def count_bad_bf16(base, tuned):
     for j in range(base.size):
         before = np.uint32(np.uint32(base[j]) << np.uint32(16)).view(np.float32)
         after = np.uint32(np.uint32(tuned[j]) << np.uint32(16)).view(np.float32)
-        bad += np.uint32((np.float32(after - before).view(np.uint32) & _EXPONENT) == _EXPONENT)
-    return bad
+        change = np.float32(after - before).view(np.uint32)
+        bad = np.uint32(bad + np.uint32(np.uint32(change & _EXPONENT) == _EXPONENT))
+    return int(bad)
+
+
+@inlined
+def _rounded_sum(bits, base, change):
+    """BF16 as uint16 in uint32, the same as float32, and what is added: `add_round_bf16` of one element, uint32."""
+    total = np.float32(base + change).view(np.uint32)
+    even = np.uint32(np.uint32(total >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(np.uint32(total + np.uint32(0x7FFF)) + even) >> np.uint32(16))
+    same = np.uint32(np.uint32(change == np.float32(0)) * _ALL)
+    return np.uint32(np.uint32(rounded & np.uint32(same ^ _ALL)) | np.uint32(bits & same))
 
 
 @_kernel
 def _add_exact(before, after, factor, out):
     """(k,) uint16 BF16 of base and fine-tuned model -> `out`, (k,): `difference_bf16`, `scale`, `add_round_bf16`.
 
-    Returns how many results are NaN or Inf.
+    Returns how many differences, and how many results, are NaN or Inf.
     """
-    bad = np.uint32(0)
+    bad, wrong = np.uint32(0), np.uint32(0)
     for j in range(out.size):
         bits = np.uint32(before[j])
         base = np.uint32(bits << np.uint32(16)).view(np.float32)
-        value = np.uint32(np.uint32(after[j]) << np.uint32(16)).view(np.float32)
-        change = np.float32(np.float32(value - base) * factor)
-        total = np.float32(base + change).view(np.uint32)
-        rounded = np.uint32(total + np.uint32(0x7FFF) + ((total >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        result = bits if change == np.float32(0) else rounded
-        bad += np.uint32((result & np.uint32(0x7F80)) == np.uint32(0x7F80))
+        change = np.float32(np.uint32(np.uint32(after[j]) << np.uint32(16)).view(np.float32) - base)
+        bad = np.uint32(bad + np.uint32(np.uint32(change.view(np.uint32) & _EXPONENT) == _EXPONENT))
+        result = _rounded_sum(bits, base, np.float32(change * factor))
+        wrong = np.uint32(wrong + np.uint32(np.uint32(result & np.uint32(0x7F80)) == np.uint32(0x7F80)))
         out[j] = np.uint16(result)
-    return bad
+    return int(bad), int(wrong)
 
 
 @_kernel
 def _add_changes(before, delta, factor, out):
-    """(k,) uint16 BF16, (k,) float32 -> `out`, (k,) uint16: `scale`, `add_round_bf16`. Returns as `_add_exact`."""
-    bad = np.uint32(0)
+    """(k,) uint16 BF16, (k,) float32 -> `out`, (k,) uint16: `scale`, `add_round_bf16`; how many are NaN or Inf."""
+    wrong = np.uint32(0)
     for j in range(out.size):
         bits = np.uint32(before[j])
         base = np.uint32(bits << np.uint32(16)).view(np.float32)
-        change = np.float32(delta[j] * factor)
-        total = np.float32(base + change).view(np.uint32)
-        rounded = np.uint32(total + np.uint32(0x7FFF) + ((total >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        result = bits if change == np.float32(0) else rounded
-        bad += np.uint32((result & np.uint32(0x7F80)) == np.uint32(0x7F80))
+        result = _rounded_sum(bits, base, np.float32(delta[j] * factor))
+        wrong = np.uint32(wrong + np.uint32(np.uint32(result & np.uint32(0x7F80)) == np.uint32(0x7F80)))
         out[j] = np.uint16(result)
-    return bad
+    return int(wrong)
 
 
 @_kernel
@@ -251,9 +246,9 @@ def restore_bf16(raw, indices, tuned, factor):
     """
     before, out = np.empty(indices.size, np.uint16), np.empty(indices.size, np.uint16)
     take(raw, indices, before)
-    bad = _add_exact(before, tuned, factor, out)
+    _, wrong = _add_exact(before, tuned, factor, out)
     put(raw, indices, out)
-    return bad
+    return wrong
 
 
 @_kernel
@@ -264,9 +259,9 @@ def restore_changes_bf16(raw, indices, delta, factor):
     """
     before, out = np.empty(indices.size, np.uint16), np.empty(indices.size, np.uint16)
     take(raw, indices, before)
-    bad = _add_changes(before, delta, factor, out)
+    wrong = _add_changes(before, delta, factor, out)
     put(raw, indices, out)
-    return bad
+    return wrong
 
 
 @_kernel
@@ -386,8 +381,8 @@ def _mean_scales(delta, group, factor, scales):
         scales[g] = np.uint16(np.uint32(pattern + even) >> np.uint32(16))
 
 
-# --- the fast lane: BF16, dropped, several leaves a call. Scratch, (LEAF,) each: `room` int32, `before` and
-# `out` uint16, `delta` float32. `drawn`: `kept_bits` of them all. What leaves keep stands one after another.
+# --- the fast lane: BF16, dropped, several leaves a call. Scratch, (LEAF,) each: `room` uint16 and SPARE longer,
+# `before` and `out` uint16, `delta` float32. `drawn`: `kept_bits` of them all. What leaves keep stands one after another.
 
 
 @_kernel
@@ -403,8 +398,9 @@ def encode_exact(base, tuned, drawn, factor, counts, kept, values, room, out):
         places, before, after = room[:count], kept[at : at + count], values[at : at + count]
         take(raw, places, before)
         take(other, places, after)
-        bad += count_bad_bf16(before, after)
-        wrong += _add_exact(before, after, factor, out[:count])
+        nans, overflows = _add_exact(before, after, factor, out[:count])
+        bad += nans
+        wrong += overflows
         put(raw, places, out[:count])
         counts[leaf] = count
         at += count
@@ -456,9 +452,9 @@ def _difference(before, after, out):
         base = np.uint32(np.uint32(before[j]) << np.uint32(16)).view(np.float32)
         value = np.uint32(np.uint32(after[j]) << np.uint32(16)).view(np.float32)
         change = np.float32(value - base)
-        bad += np.uint32((change.view(np.uint32) & _EXPONENT) == _EXPONENT)
+        bad = np.uint32(bad + np.uint32(np.uint32(change.view(np.uint32) & _EXPONENT) == _EXPONENT))
         out[j] = change
-    return bad
+    return int(bad)
 
 
 @_kernel
@@ -493,16 +489,16 @@ def restore_exact(raw, drawn, factor, counts, values, forms, kept, places, room,
         if kept.size:
             for j in range(count):  # numba compiles assignment to a slice for 5 s, all for its message of errors
                 kept[at + j] = before[j]
-                places[at + j] = np.uint16(chosen[j])
+                places[at + j] = chosen[j]
         if forms[leaf]:
             low, high = values[2 * at : 2 * at + count], values[2 * at + count : 2 * (at + count)]
             mask = np.uint16(0xFFFF) if forms[leaf] == 2 else np.uint16(0)
             for j in range(count):
                 joined = np.uint16(low[j]) | np.uint16(np.uint16(high[j]) << np.uint16(8))
                 after[j] = joined ^ (before[j] & mask)
-            wrong += _add_exact(before[:count], after[:count], factor, out[:count])
+            wrong += _add_exact(before[:count], after[:count], factor, out[:count])[1]
         else:
-            wrong += _add_exact(before[:count], words[at : at + count], factor, out[:count])
+            wrong += _add_exact(before[:count], words[at : at + count], factor, out[:count])[1]
         put(part, chosen, out[:count])
         at += count
     return -1, wrong
@@ -522,7 +518,7 @@ def restore_integers(raw, drawn, factor, bits, group, counts, packed, scales, ke
         if kept.size:
             for j in range(count):  # numba compiles assignment to a slice for 5 s, all for its message of errors
                 kept[at + j] = before[j]
-                places[at + j] = np.uint16(chosen[j])
+                places[at + j] = chosen[j]
         groups, nbytes = _groups_in(count, group), -(-count * bits // 8)
         unpack_values(packed[begin : begin + nbytes], scales[first : first + groups], bits, group, delta[:count])
         wrong += _add_changes(before[:count], delta[:count], factor, out[:count])

@@ -33,7 +33,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.bits = np.empty(LANE_LEAVES * LEAF // 64, np.uint64)
-        self.room, self.delta = np.empty(LEAF, np.int32), np.empty(LEAF, np.float32)
+        self.room, self.delta = np.empty(LEAF + kernels.SPARE, np.uint16), np.empty(LEAF, np.float32)
         self.before, self.after, self.out = np.empty((3, LEAF), np.uint16)
         # What `encode` returns lies here, and what frames hold before `restore` has seen it.
         self.kept, self.values = np.empty((2, LANE_LEAVES * LEAF), np.uint16)

@@ -36,8 +36,8 @@ class Mask:
         """Whether every element is stored."""
         return self.threshold == 0 and self.rows is None
 
-    def indices(self, leaf: int, room: Indices | None = None) -> Indices:
-        """(k,) int32: the leaf's stored elements, counted from its first; a part of `room`, (LEAF,), where given."""
+    def indices(self, leaf: int) -> Indices:
+        """(k,) int32: the leaf's stored elements, counted from its first."""
         start = leaf * LEAF
         count = min(LEAF, self.tensor.count - start)
         if self.threshold == DROP_ALL:
@@ -45,8 +45,8 @@ class Mask:
         if self.threshold == 0:
             found: Indices = np.arange(count, dtype=np.int32)
         else:
-            found = np.empty(count, np.int32) if room is None else room
-            found = found[: cpu.kept_indices(self.seed, self.stream, start, self.threshold, count, found)]
+            room = np.empty(count + cpu.SPARE, np.int32)
+            found = cpu.kept_indices(self.seed, self.stream, start, self.threshold, count, room)
         if self.rows is not None:
             row = (start + found.astype(np.int64)) // self.tensor.row
             found = found[(self.rows[row >> 3] >> (row & 7).astype(np.uint8)) & 1 == 1]
