@@ -12,7 +12,7 @@ from darekit.errors import CheckpointError, DataError
 from darekit.kernels import packs as kernels
 from darekit.packs.format import PackedTensor
 from darekit.packs.frames import DIFFERENCE, PLANES, RAW
-from darekit.packs.lane import Lane, lane_for
+from darekit.packs.lane import READ_LEAVES, Lane, lane_for
 from darekit.packs.leaves import Mask, encode, factor_of, put, restore, scale_factors, take
 from darekit.packs.lossless import cut_planes, join_planes
 from darekit.packs.quantization import encode_values, groups_in, pack_bits, quantize
@@ -109,6 +109,10 @@ def lane_of(tensor: PackedTensor) -> Lane:
     return lane
 
 
+def rooms(lane: Lane) -> tuple[np.ndarray, np.ndarray]:
+    return np.empty(READ_LEAVES * 2 * digests.LEAF, np.uint8), np.empty(READ_LEAVES * lane.most_scales, np.uint8)
+
+
 @pytest.mark.parametrize("encoding", ["exact", "int8", "int4", "int2", "int1"])
 @pytest.mark.parametrize("rate", [0.1, 0.9, 0.99])
 def test_the_fast_lane_does_what_the_general_way_does(encoding: str, rate: float) -> None:
@@ -116,14 +120,15 @@ def test_the_fast_lane_does_what_the_general_way_does(encoding: str, rate: float
         tensor, (base, tuned) = tensor_of(count, rate, encoding), pair(count)
         stored, result, expected = general(tensor, base, tuned)
         counts, raw, lane = np.zeros(tensor.leaves, np.int64), base.copy(), lane_of(tensor)
-        made = lane.encode(raw, tuned, 0, counts)
+        made = lane.encode(raw, tuned, 0, counts, *rooms(lane))
         assert counts.tolist() == expected
         assert np.array_equal(raw, result)
-        for (values, scales), found in zip(stored, made, strict=True):
-            assert np.array_equal(found.values, values)
-            assert np.array_equal(found.scales, scales)
-        # And back, with what was overwritten.
+        assert made.ends == np.cumsum([pieces[0].size for pieces in stored]).tolist()
+        assert made.scale_ends == np.cumsum([pieces[1].size for pieces in stored]).tolist()
         values, scales = (np.concatenate([pieces[i] for pieces in stored]) for i in (0, 1))
+        assert np.array_equal(made.values, values)
+        assert np.array_equal(made.scales, scales)
+        # And back, with what was overwritten.
         kept, places = np.zeros((2, sum(expected)), np.uint16)
         raw = base.copy()
         plain = np.zeros(tensor.leaves, np.uint8)
@@ -166,10 +171,12 @@ def test_what_is_not_finite_is_refused() -> None:
     tuned.view(np.uint16)[:] = 0x7F80
     for encoding in ("exact", "int4", "int1"):
         with pytest.raises(DataError, match="NaN or Inf"):
-            lane_of(tensor_of(1000, 0.5, encoding)).encode(base.copy(), tuned, 0, np.zeros(1, np.int64))
+            lane = lane_of(tensor_of(1000, 0.5, encoding))
+            lane.encode(base.copy(), tuned, 0, np.zeros(1, np.int64), *rooms(lane))
     tuned.view(np.uint16)[:] = 0x7F00  # 1.7e38: ten times that does not fit
     with pytest.raises(CheckpointError, match="results are NaN or Inf"):
-        lane_of(tensor_of(1000, 0.9, "exact")).encode(base.copy(), tuned, 0, np.zeros(1, np.int64))
+        lane = lane_of(tensor_of(1000, 0.9, "exact"))
+        lane.encode(base.copy(), tuned, 0, np.zeros(1, np.int64), *rooms(lane))
 
 
 def test_what_takes_the_lane() -> None:

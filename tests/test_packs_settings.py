@@ -10,7 +10,7 @@ import pytest
 import darekit as dk
 import families
 from darekit.errors import HomologyError, PlanError
-from darekit.packs import packing
+from darekit.packs import frames, jobs, spans
 
 
 def grown(llamas, folder, rows):
@@ -123,16 +123,42 @@ def test_auto_asks_four_leaves_before_it_compresses(tmp_path, monkeypatch, bits,
     for name, weights in (("base", base), ("m0", tuned)):
         families.save(tmp_path / name, {"w.weight": weights})
     tried = []
-    compress = packing.compress_values
+    compress = frames.compress_values
 
     def counted(*arguments):
         tried.append(1)
         return compress(*arguments)
 
-    monkeypatch.setattr(packing, "compress_values", counted)
+    for module in (jobs, spans):
+        monkeypatch.setattr(module, "compress_values", counted)
     out = tmp_path / "m.safetensors"
     dk.pack(tmp_path / "base", tmp_path / "m0", out, drop_rate=rate, bits=bits, seed=1, force=True)
     assert len(tried) == tries
     with dk.open_pack(out, base=tmp_path / "base") as found:
         assert found.tensors["w.weight"].codec == codec
         assert not found.verify().faults
+
+
+@pytest.mark.parametrize(("same", "told"), [(700, True), (3, False)])
+def test_rows_that_no_sample_told_of_are_found_while_leaves_are_made(tmp_path, monkeypatch, same, told):
+    """Of 4000 rows some did not change, none of the 64 that are looked at first: the file is that of comparing all."""
+    rng = np.random.default_rng(6)
+    base = rng.normal(0, 0.02, (4000, 40)).astype(ml_dtypes.bfloat16)
+    tuned = (base.astype(np.float32) + rng.normal(0, 5e-3, base.shape)).astype(ml_dtypes.bfloat16)
+    sampled = [row * 3999 // (jobs.SAMPLED_ROWS - 1) for row in range(jobs.SAMPLED_ROWS)]
+    rows = np.setdiff1d(np.arange(4000), sampled)[:same]
+    tuned[rows] = base[rows]
+    for name, weights in (("base", base), ("m0", tuned)):
+        families.save(tmp_path / name, {"model.embed_tokens.weight": weights})
+    options = {"drop_rate": 0.5, "bits": 4, "seed": 1, "force": True}
+    found, compared = tmp_path / "found.safetensors", tmp_path / "compared.safetensors"
+    dk.pack(tmp_path / "base", tmp_path / "m0", found, **options)
+    monkeypatch.setattr(jobs, "_has_same_row", lambda *_: True)
+    dk.pack(tmp_path / "base", tmp_path / "m0", compared, **options)
+    assert found.read_bytes() == compared.read_bytes()
+    with dk.open_pack(found, base=tmp_path / "base") as pack:
+        assert ("model.embed_tokens.weight" in pack._source.rows) == told
+        assert not pack.verify().faults
+        delta = pack.delta("model.embed_tokens.weight")
+        assert not delta[rows].any()
+        assert delta.any(axis=1).sum() > 3000 - same

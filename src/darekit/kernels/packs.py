@@ -109,11 +109,27 @@ def _lowest_bit(typing: Any, word: Any) -> Any:
     return types.uint64(types.uint64), build
 
 
+@intrinsic
+def _prefetch(typing: Any, address: Any) -> Any:
+    """Have the processor bring a line of 64 bytes into its second cache, and go on."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
+        for_reading, second_cache, data = (ir.Constant(number, value) for value in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), for_reading, second_cache, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
 @_kernel
-def keep_bits(seed, stream, start, threshold, bits):
+def keep_bits(seed, stream, start, threshold, bits, ahead):
     """Which of elements start .. start + 32 n survive -> `bits`, (n,) uint32, the first in the lowest bit.
 
-    `start` is a multiple of 1024, n of 32; `threshold` is below 2^32.
+    `start` is a multiple of 1024, n of 32; `threshold` is below 2^32. `ahead`: addresses of two arrays of 32 n uint16
+    that are wanted next, or the same twice, or zeros: they come while memory has nothing else to do.
     """
     limit = np.uint32(threshold)
     quarter = COUNTERS // LANES
@@ -122,6 +138,11 @@ def keep_bits(seed, stream, start, threshold, bits):
         low, high = np.uint32(first), np.uint32(first >> np.uint64(32))
         part = bits[block * 4 * quarter : (block + 1) * 4 * quarter]
         for i in range(quarter):
+            if ahead[0]:
+                at = (block * quarter + i) * 8 * LANES
+                for line in range(at, at + 8 * LANES, 64):
+                    _prefetch(ahead[0] + line)
+                    _prefetch(ahead[1] + line)
             m0, m1, m2, m3 = _keep_lanes(np.uint32(low + np.uint32(i * LANES)), high, stream, seed, limit)
             part[i] = m0
             part[quarter + i] = m1
@@ -158,7 +179,7 @@ def kept_bits(seed: Any, stream: Any, start: int, threshold: int, count: int, ro
     """Which of start .. start + count survive: a bit each, (16 per 1024 of them,) uint64; in `room`, or new."""
     size = -(-count // BLOCK) * (BLOCK // 64)
     words = np.empty(size, np.uint64) if room is None else room[:size]
-    keep_bits(seed, stream, start, threshold, words.view(np.uint32))
+    keep_bits(seed, stream, start, threshold, words.view(np.uint32), (0, 0))
     return words
 
 
@@ -182,6 +203,21 @@ def put(words, indices, values):
     """(n,) of any kind in place, (k,) int32 or uint16, (k,): the inverse of `take`."""
     for j in range(indices.size):
         words[np.uint32(indices[j])] = values[j]
+
+
+@_kernel
+def mark_changed(base, tuned, start, row, changed):
+    """(n,) of any kind twice, elements from `start` on of rows of `row` -> True in `changed`, (rows,), where a row's
+    bits differ. Rows that did change are found out by their first elements."""
+    at = 0
+    while at < base.size:
+        r = (start + at) // row
+        end = min((r + 1) * row - start, base.size)
+        while at < end and base[at] == tuned[at]:
+            at += 1
+        if at < end:
+            changed[r] = True
+        at = end
 
 
 @_kernel
@@ -382,11 +418,21 @@ def _mean_scales(delta, group, factor, scales):
 
 
 # --- the fast lane: BF16, dropped, several leaves a call. Scratch, (LEAF,) each: `room` uint16 and SPARE longer,
-# `before` and `out` uint16, `delta` float32. `drawn`: `kept_bits` of them all. What leaves keep stands one after another.
+# `before`, `after` and `out` uint16, `delta` and `singles` float32; `bits`, (LEAF / 64,) uint64. `mask`: seed, stream,
+# threshold and first element, as `keep_bits` takes them. What leaves keep stands one after another.
 
 
 @_kernel
-def encode_exact(base, tuned, drawn, factor, counts, kept, values, room, out):
+def _list_leaf(mask, leaf, size, ahead, bits, room):
+    """What the mask keeps of `size` elements of the leaf-th leaf -> the front of `room`; how many."""
+    seed, stream, threshold, start = mask
+    words = bits[: (size + BLOCK - 1) // BLOCK * (BLOCK // 64)]
+    keep_bits(seed, stream, start + leaf * LEAF, threshold, words.view(np.uint32), ahead)
+    return list_kept(words, size, room)
+
+
+@_kernel
+def encode_exact(base, tuned, mask, factor, counts, kept, values, bits, room, out):
     """(n,) uint16 of the base, in place the result, and of the model -> kept elements of both, and each leaf's count.
 
     Returns how many differences, and how many results, are NaN or Inf.
@@ -394,7 +440,7 @@ def encode_exact(base, tuned, drawn, factor, counts, kept, values, room, out):
     at, bad, wrong = 0, 0, 0
     for leaf in range(counts.size):
         raw, other = base[leaf * LEAF : (leaf + 1) * LEAF], tuned[leaf * LEAF : (leaf + 1) * LEAF]
-        count = list_kept(drawn[leaf * LEAF // 64 : (leaf + 1) * LEAF // 64], raw.size, room)
+        count = _list_leaf(mask, leaf, raw.size, (raw.ctypes.data, other.ctypes.data), bits, room)
         places, before, after = room[:count], kept[at : at + count], values[at : at + count]
         take(raw, places, before)
         take(other, places, after)
@@ -408,19 +454,34 @@ def encode_exact(base, tuned, drawn, factor, counts, kept, values, room, out):
 
 
 @_kernel
-def encode_integers(base, tuned, drawn, factor, bits, group, mean, counts, packed, scales, room, out, delta):
+def encode_integers(
+    base,
+    tuned,
+    mask,
+    factor,
+    width,
+    group,
+    mean,
+    counts,
+    packed,
+    scales,
+    bits,
+    room,
+    before,
+    after,
+    out,
+    delta,
+    singles,
+):
     """(n,) uint16 of the base, in place the result, and of the model -> codes, BF16 scales, and each leaf's count.
 
     `mean`: scales are so many times mean |d|; None: max |d| / (2^(bits-1) - 1), rounded up (numba compiles but one of
     the two). Returns as `encode_exact`.
     """
     begin, first, bad, wrong = 0, 0, 0, 0
-    before = np.empty(room.size, np.uint16)
-    after = np.empty(room.size, np.uint16)
-    singles = np.empty(room.size, np.float32)
     for leaf in range(counts.size):
         raw, other = base[leaf * LEAF : (leaf + 1) * LEAF], tuned[leaf * LEAF : (leaf + 1) * LEAF]
-        count = list_kept(drawn[leaf * LEAF // 64 : (leaf + 1) * LEAF // 64], raw.size, room)
+        count = _list_leaf(mask, leaf, raw.size, (raw.ctypes.data, other.ctypes.data), bits, room)
         places = room[:count]
         take(raw, places, before[:count])
         take(other, places, after[:count])
@@ -428,14 +489,14 @@ def encode_integers(base, tuned, drawn, factor, bits, group, mean, counts, packe
         groups = _groups_in(count, group)
         found = scales[first : first + groups]
         if mean is None:
-            group_scales(delta[:count], group, (1 << (bits - 1)) - 1, found)
+            group_scales(delta[:count], group, (1 << (width - 1)) - 1, found)
         else:
             _mean_scales(delta[:count], group, mean, found)
-        codes = packed[begin : begin + -(-count * bits // 8)]
-        pack_codes(delta[:count], found, bits, group, codes)
+        codes = packed[begin : begin + -(-count * width // 8)]
+        pack_codes(delta[:count], found, width, group, codes)
         for g in range(groups):
             singles[g] = np.uint32(np.uint32(found[g]) << np.uint32(16)).view(np.float32)
-        unpack_values(codes, singles[:groups], bits, group, delta[:count])
+        unpack_values(codes, singles[:groups], width, group, delta[:count])
         wrong += _add_changes(before[:count], delta[:count], factor, out[:count])
         put(raw, places, out[:count])
         counts[leaf] = count
@@ -468,7 +529,7 @@ def cut_difference(words, base, planes):
 
 
 @_kernel
-def restore_exact(raw, drawn, factor, counts, values, forms, kept, places, room, before, after, out):
+def restore_exact(raw, mask, factor, counts, values, forms, kept, places, bits, room, before, after, out):
     """(n,) uint16 of the base, in place the result; each leaf's count, and the kept elements of the model, raw.
 
     `forms`, (leaves,) uint8, says how these stand in `values`, (2 k,) uint8, as frames do (`packs.frames`): 0 plain, 1
@@ -481,7 +542,7 @@ def restore_exact(raw, drawn, factor, counts, values, forms, kept, places, room,
     words = values.view(np.uint16)
     for leaf in range(counts.size):
         part = raw[leaf * LEAF : (leaf + 1) * LEAF]
-        count = list_kept(drawn[leaf * LEAF // 64 : (leaf + 1) * LEAF // 64], part.size, room)
+        count = _list_leaf(mask, leaf, part.size, (part.ctypes.data, part.ctypes.data), bits, room)
         if count != counts[leaf]:
             return leaf, wrong
         chosen = room[:count]
@@ -492,10 +553,10 @@ def restore_exact(raw, drawn, factor, counts, values, forms, kept, places, room,
                 places[at + j] = chosen[j]
         if forms[leaf]:
             low, high = values[2 * at : 2 * at + count], values[2 * at + count : 2 * (at + count)]
-            mask = np.uint16(0xFFFF) if forms[leaf] == 2 else np.uint16(0)
+            differs = np.uint16(0xFFFF) if forms[leaf] == 2 else np.uint16(0)
             for j in range(count):
                 joined = np.uint16(low[j]) | np.uint16(np.uint16(high[j]) << np.uint16(8))
-                after[j] = joined ^ (before[j] & mask)
+                after[j] = joined ^ (before[j] & differs)
             wrong += _add_exact(before[:count], after[:count], factor, out[:count])[1]
         else:
             wrong += _add_exact(before[:count], words[at : at + count], factor, out[:count])[1]
@@ -505,12 +566,14 @@ def restore_exact(raw, drawn, factor, counts, values, forms, kept, places, room,
 
 
 @_kernel
-def restore_integers(raw, drawn, factor, bits, group, counts, packed, scales, kept, places, room, before, out, delta):
+def restore_integers(
+    raw, mask, factor, width, group, counts, packed, scales, kept, places, bits, room, before, out, delta
+):
     """`restore_exact` from codes and float32 scales."""
     at, begin, first, wrong = 0, 0, 0, 0
     for leaf in range(counts.size):
         part = raw[leaf * LEAF : (leaf + 1) * LEAF]
-        count = list_kept(drawn[leaf * LEAF // 64 : (leaf + 1) * LEAF // 64], part.size, room)
+        count = _list_leaf(mask, leaf, part.size, (part.ctypes.data, part.ctypes.data), bits, room)
         if count != counts[leaf]:
             return leaf, wrong
         chosen = room[:count]
@@ -519,8 +582,8 @@ def restore_integers(raw, drawn, factor, bits, group, counts, packed, scales, ke
             for j in range(count):  # numba compiles assignment to a slice for 5 s, all for its message of errors
                 kept[at + j] = before[j]
                 places[at + j] = chosen[j]
-        groups, nbytes = _groups_in(count, group), -(-count * bits // 8)
-        unpack_values(packed[begin : begin + nbytes], scales[first : first + groups], bits, group, delta[:count])
+        groups, nbytes = _groups_in(count, group), -(-count * width // 8)
+        unpack_values(packed[begin : begin + nbytes], scales[first : first + groups], width, group, delta[:count])
         wrong += _add_changes(before[:count], delta[:count], factor, out[:count])
         put(part, chosen, out[:count])
         at += count

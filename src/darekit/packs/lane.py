@@ -23,20 +23,22 @@ from darekit.packs.leaves import Mask, refuse_nonfinite, refuse_nonfinite_result
 from darekit.packs.quantization import TERNARY, groups_in
 
 LANE_LEAVES = 4  # a call: with the model's they still fit the caches
+READ_LEAVES = 16  # a call that reads them from files: fewer calls, of Python and of the system, are worth more
 
 Words = npt.NDArray[np.uint16]
 Counts = npt.NDArray[np.int64]
 
 
 class _Scratch(threading.local):
-    """What the kernels work in, up to 2 MB for each thread: used again, as fresh pages cost a quarter of their time."""
+    """What the kernels work in, a few MB for each thread: used again, as fresh pages cost a quarter of their time."""
 
     def __init__(self) -> None:
-        self.bits = np.empty(LANE_LEAVES * LEAF // 64, np.uint64)
+        self.bits = np.empty(LEAF // 64, np.uint64)
         self.room, self.delta = np.empty(LEAF + kernels.SPARE, np.uint16), np.empty(LEAF, np.float32)
+        self.singles = np.empty(LEAF, np.float32)
         self.before, self.after, self.out = np.empty((3, LEAF), np.uint16)
-        # What `encode` returns lies here, and what frames hold before `restore` has seen it.
-        self.kept, self.values = np.empty((2, LANE_LEAVES * LEAF), np.uint16)
+        # What frames hold before `restore` has seen it; and the base's elements that `encode` returns.
+        self.values, self.kept = np.empty(LANE_LEAVES * LEAF, np.uint16), np.empty(READ_LEAVES * LEAF, np.uint16)
 
 
 _SCRATCH = _Scratch()
@@ -44,14 +46,22 @@ _SCRATCH = _Scratch()
 
 @dataclass(frozen=True)
 class Encoded:
-    """One leaf: the base's kept elements (where values are fine-tuned elements), values and scales, all raw.
+    """Leaves as they are stored, all raw and one behind another.
 
-    They may lie in the thread's scratch, and hold until it encodes again.
+    Attributes:
+        base: the base's kept elements, where values are the model's in the same format; holds until the thread encodes
+            again.
+        values: in the buffer that was given.
+        scales: likewise.
+        ends: where each leaf's values end, in bytes.
+        scale_ends: where each leaf's scales end, in bytes.
     """
 
     base: Bytes
     values: Bytes
     scales: Bytes
+    ends: list[int]
+    scale_ends: list[int]
 
 
 @dataclass(frozen=True)
@@ -62,37 +72,45 @@ class Lane:
     mask: Mask
     factor: np.float32
 
-    def encode(self, base: Bytes, tuned: Bytes, first: int, counts: Counts) -> list[Encoded]:
-        """(2n,) uint8 of base, in place the result, and model -> leaves as they are stored; `counts` is filled.
+    @property
+    def most_scales(self) -> int:
+        """Bytes of a leaf's scales, at most."""
+        return 2 * int(groups_in(LEAF, self.tensor.group)) if self.tensor.bits else 0
+
+    def encode(self, base: Bytes, tuned: Bytes, first: int, counts: Counts, values: Bytes, scales: Bytes) -> Encoded:
+        """(2n,) uint8 of base, in place the result, and of the model -> the leaves as they are stored.
+
+        Args:
+            base: whole leaves, READ_LEAVES at most.
+            tuned: the same of the model.
+            first: the number of the first.
+            counts: (leaves,) takes how many elements each keeps.
+            values: takes what is stored of them, (2n,) uint8 at most.
+            scales: likewise, `most_scales` for each leaf.
 
         Raises:
             DataError: differences or results are NaN or Inf.
         """
         tensor, size = self.tensor, base.size // 2
         before, after = base.view(np.uint16), tuned.view(np.uint16)
-        own = _SCRATCH
-        constants = self._drawn(first, size), self.factor
+        own, nothing = _SCRATCH, scales[:0]
+        constants = self._mask_from(first), self.factor
         if not tensor.bits:
-            kept, values = own.kept[:size], own.values[:size]
-            bad, wrong = kernels.encode_exact(before, after, *constants, counts, kept, values, own.room, own.out)
-            ends = np.cumsum(counts)
-            found = [
-                Encoded(kept[begin:end].view(np.uint8), values[begin:end].view(np.uint8), np.empty(0, np.uint8))
-                for begin, end in zip(ends - counts, ends, strict=True)
-            ]
+            kept, words = own.kept[:size], values[: 2 * size].view(np.uint16)
+            bad, wrong = kernels.encode_exact(
+                before, after, *constants, counts, kept, words, own.bits, own.room, own.out
+            )
+            ends = (2 * np.cumsum(counts)).tolist()
+            found = Encoded(kept.view(np.uint8)[: ends[-1]], values[: ends[-1]], nothing, ends, [0] * counts.size)
         else:
-            packed = own.values.view(np.uint8)[:size]
-            scales = np.empty(counts.size * int(groups_in(LEAF, tensor.group)) + 1, np.uint16)
             mean = TERNARY if tensor.bits == 2 else 1.0 if tensor.bits == 1 else None
             bad, wrong = kernels.encode_integers(
-                before, after, *constants, tensor.bits, tensor.group, mean, counts, packed, scales, own.room, own.out,
-                own.delta,
+                before, after, *constants, tensor.bits, tensor.group, mean, counts, values, scales.view(np.uint16),
+                own.bits, own.room, own.before, own.after, own.out, own.delta, own.singles,
             )  # fmt: skip
-            sizes, groups = -(-counts * tensor.bits // 8), groups_in(counts, tensor.group)
-            found = [
-                Encoded(np.empty(0, np.uint8), packed[end - nbytes : end], scales[last - many : last].view(np.uint8))
-                for nbytes, end, many, last in zip(sizes, np.cumsum(sizes), groups, np.cumsum(groups), strict=True)
-            ]
+            ends = np.cumsum(-(-counts * tensor.bits // 8)).tolist()
+            scale_ends = (2 * np.cumsum(groups_in(counts, tensor.group))).tolist()
+            found = Encoded(nothing, values[: ends[-1]], scales[: scale_ends[-1]], ends, scale_ends)
         refuse_nonfinite(bad, tensor.name)
         refuse_nonfinite_results(wrong, tensor.name)
         return found
@@ -119,22 +137,33 @@ class Lane:
         """
         tensor, words = self.tensor, raw.view(np.uint16)
         own = _SCRATCH
-        constants = self._drawn(first, words.size), self.factor
+        constants = self._mask_from(first), self.factor
         if not tensor.bits:
             other, wrong = kernels.restore_exact(
-                words, *constants, counts, values, forms, kept, places, own.room, own.before, own.after, own.out
+                words,
+                *constants,
+                counts,
+                values,
+                forms,
+                kept,
+                places,
+                own.bits,
+                own.room,
+                own.before,
+                own.after,
+                own.out,
             )
         else:
             other, wrong = kernels.restore_integers(
-                words, *constants, tensor.bits, tensor.group, counts, values, scales, kept, places, own.room,
+                words, *constants, tensor.bits, tensor.group, counts, values, scales, kept, places, own.bits, own.room,
                 own.before, own.out, own.delta,
             )  # fmt: skip
         return int(other), int(wrong)
 
-    def _drawn(self, first: int, count: int) -> Any:
-        """Which of `count` elements from leaf `first` on are kept, as bits."""
-        mask, room = self.mask, _SCRATCH.bits if count <= LANE_LEAVES * LEAF else None
-        return kernels.kept_bits(mask.seed, mask.stream, first * LEAF, mask.threshold, count, room)
+    def _mask_from(self, first: int) -> tuple[Any, Any, int, int]:
+        """As kernels take it: seed, stream, threshold, and the first element of leaf `first`."""
+        mask = self.mask
+        return mask.seed, mask.stream, mask.threshold, first * LEAF
 
 
 def values_room(nbytes: int) -> Bytes:

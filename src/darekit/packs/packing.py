@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a pack: plan as `dare drop` does > what changed > leaves in any order, into a spool > layout > copy > header.
+"""Writing a pack: plan as `dare drop` does > jobs > spans of leaves, into a spool > layout > copy > header.
 
-Everything is read, drawn and encoded once. How long leaves are is known when they are made, so they wait in a file
-beside the output until all are; memory is a few leaves per thread, whatever the model's size.
+Everything is read, drawn and encoded once, but for tensors of which only then some rows turn out to be unchanged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +18,11 @@ import numpy as np
 import xxhash
 
 from darekit import __version__, api
-from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, Source, sync_directory
-from darekit.digests import LEAF, checkpoint_digest, tensor_digest
-from darekit.dtypes import DTYPES, Bytes, DType, dtype_named
-from darekit.errors import CheckpointError, DataError, OutputError, PlanError
+from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, sync_directory
+from darekit.digests import checkpoint_digest, tensor_digest
+from darekit.dtypes import DTYPES, dtype_named
+from darekit.errors import CheckpointError, OutputError, PlanError
 from darekit.homology import AlignedTensor
-from darekit.naming import has_vocabulary_rows
 from darekit.output.card import agreed_license, public_name
 from darekit.output.tokenizer import model_files, tokenizer_files
 from darekit.packs.format import (
@@ -37,9 +34,7 @@ from darekit.packs.format import (
     Counts,
     Document,
     LeafTable,
-    PackedTensor,
     expected_counts,
-    full_counts,
     lay_out_parts,
     leaf_table,
     needs_table,
@@ -47,11 +42,10 @@ from darekit.packs.format import (
     stored_digest,
     value_sizes,
 )
-from darekit.packs.frames import can_shrink, compress_values
-from darekit.packs.lane import LANE_LEAVES, Encoded, lane_for
-from darekit.packs.leaves import Mask, encode, factor_of, restore, take
-from darekit.packs.lossless import compress
+from darekit.packs.jobs import WORTH, Job, Terms, job_for, without_same_rows
+from darekit.packs.lane import READ_LEAVES
 from darekit.packs.opening import packed_seed
+from darekit.packs.spans import BUFFERS, Piece, Spool, make_span
 from darekit.packs.workers import run_all
 from darekit.planning import Plan, drop_rate_of, open_plan
 from darekit.running import Progress, peak_rss
@@ -61,11 +55,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LEAVES = 16  # one job: read, encoded and written at once
 BITS = (64, 32, 16, 8, 4, 2, 1)
-WORTH = 0.95  # of the values' size: what a codec must get below, as decoding costs time
-SAMPLED = 4  # leaves, which tell of tensors with at least 16 whether it will; of smaller ones all do
-SAMPLE = 4096  # bytes at the start, in the middle and at the end, which tell most changed tensors at once
 
 
 @dataclass(frozen=True)
@@ -196,7 +186,9 @@ def pack(
             "keep_dense": list(recipe.sparsify.keep_dense if recipe.sparsify else ()),
             **({"tau": tau} if tau is not None else {}), **({"vocab": vocab} if vocab != "strict" else {}),
         }  # fmt: skip
-        writer = Writer(plan, settings, rescale, threads or default_threads())
+        assert plan.seeds[0] is not None
+        terms = Terms(plan.seeds[0], lossless, codec, rescale, bits, dense_bits, group)
+        writer = Writer(plan, settings, terms, threads or default_threads())
         for line in () if lossless else writer.losses():
             note(line)
         written = writer.write(out, overwrite=overwrite, progress=progress)
@@ -222,43 +214,6 @@ def _refuse_out(out: Path, plan: Plan, overwrite: bool) -> None:
         raise OutputError(f"{out} is one of the inputs; choose another name")
 
 
-def encoding_for(bits: int, dtype: DType) -> tuple[str, DType]:
-    """Bits asked for and the fine-tuned tensor's format -> encoding, and the format of the values."""
-    if bits >= 8 * dtype.itemsize:
-        return "exact", dtype
-    if bits >= 16:
-        return "delta", DTYPES["F32" if bits == 32 else "BF16"]
-    return f"int{bits}", DTYPES["U8"]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A tensor on its way into the pack.
-
-    `digests`: of every leaf of base, result, and stored bytes, as values and as frames; `frames`: bytes of every leaf's
-    frame, where there are; `bare`: whether leaves are kept without frames too, until all are made.
-    """
-
-    source: AlignedTensor
-    tensor: PackedTensor
-    values: DType
-    counts: Counts
-    rows: Bytes | None
-    digests: Mapping[str, list[bytes]]
-    frames: Counts | None = None
-    bare: bool = True
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Leaves of one tensor from `first` on, as they wait in the spool: bytes of their values, frames and scales."""
-
-    name: str
-    first: int
-    offset: int
-    sizes: Mapping[str, int]
-
-
 @dataclass(frozen=True)
 class Written:
     """A published pack: bytes of the file, what stands in it, and the times of `PackReport`."""
@@ -269,32 +224,13 @@ class Written:
     fsync_seconds: float
 
 
-class _Buffers(threading.local):
-    """What leaves are read into, one for the base and one for the model in each thread: fresh pages are dear."""
-
-    def __init__(self) -> None:
-        self._held = [np.empty(0, np.uint8) for _ in range(2)]
-
-    def of(self, *sizes: int) -> list[Bytes]:
-        """Two buffers, (size,) uint8 each, with whatever was in them."""
-        for place, size in enumerate(sizes):
-            if self._held[place].size < size:
-                self._held[place] = np.empty(size, np.uint8)
-        return [held[:size] for held, size in zip(self._held, sizes, strict=True)]
-
-
-_BUFFERS = _Buffers()
-
-
 class Writer:
     """One pack being written."""
 
-    def __init__(self, plan: Plan, settings: Mapping[str, Any], rescale: str, threads: int) -> None:
-        assert plan.base is not None and plan.seeds[0] is not None
-        self.lossless = bool(settings.get("lossless"))
-        self.codec = str(settings.get("codec", "none"))
-        self.plan, self.settings, self.rescale, self.threads = plan, settings, rescale, threads
-        self.base, self.model, self.seed = plan.base, plan.models[0], plan.seeds[0]
+    def __init__(self, plan: Plan, settings: Mapping[str, Any], terms: Terms, threads: int) -> None:
+        assert plan.base is not None
+        self.plan, self.settings, self.terms, self.threads = plan, settings, terms, threads
+        self.base, self.model = plan.base, plan.models[0]
 
     def losses(self) -> Iterator[str]:
         """What is lost beside what is dropped, where one would not expect it."""
@@ -303,7 +239,7 @@ class Writer:
             for aligned in self.plan.alignment.tensors
             if (info := aligned.models[0]) is not None
             and dtype_named(info.dtype).kind == "float"
-            and encoding_for(self._bits(aligned), dtype_named(info.dtype))[0] == "delta"
+            and self.terms.encoding(self._rate(aligned), dtype_named(info.dtype))[0] == "delta"
         }
         for dtype in sorted(found):
             yield (
@@ -317,10 +253,10 @@ class Writer:
         self._refuse_other_tensors()
         hidden, spool = (out.with_name(f".{out.name}.darekit-{word}") for word in ("part", "spool"))
         with _claimed(hidden, out):
-            jobs = self._scan()
+            jobs = self._jobs()
             try:
-                pieces = self._encode(jobs, spool, progress)
-                jobs = [_settled(job, self.codec) for job in jobs]
+                jobs, pieces = self._make_leaves(jobs, spool, progress)
+                jobs = [_settled(job, self.terms.codec) for job in jobs]
                 waiting = InputFile(spool)
                 try:
                     size, document, waited = self._write_jobs(jobs, hidden, pieces, waiting)
@@ -335,7 +271,7 @@ class Writer:
         return Written(size, document, seconds, time.perf_counter() - began - seconds)
 
     def _write_jobs(
-        self, jobs: Sequence[_Job], hidden: Path, pieces: Sequence[_Piece], spool: InputFile
+        self, jobs: Sequence[Job], hidden: Path, pieces: Sequence[Piece], spool: InputFile
     ) -> tuple[int, Document, float]:
         """All of the file; returns its size, what stands in it, and the seconds that the disk took to have it."""
         # Cut to the base's rows, the model does not know the tokens that its own tokenizer and config speak of.
@@ -367,10 +303,10 @@ class Writer:
             output.close()
         return layout.size, document, waited
 
-    def _document(self, jobs: Sequence[_Job], files: tuple[CompanionFile, ...]) -> Document:
+    def _document(self, jobs: Sequence[Job], files: tuple[CompanionFile, ...]) -> Document:
         return Document(
-            seed=self.seed,
-            rescale=self.rescale,
+            seed=self.terms.seed,
+            rescale=self.terms.rescale,
             tensors={job.tensor.name: job.tensor for job in jobs},
             files=files,
             base={
@@ -389,137 +325,70 @@ class Writer:
             tool=f"darekit {__version__}",
         )
 
-    def _bits(self, aligned: AlignedTensor) -> int:
-        rate, _ = drop_rate_of(self.plan.recipe, 0, aligned)
-        return int(self.settings["bits" if rate > 0 else "dense_bits"])
+    def _rate(self, aligned: AlignedTensor) -> float:
+        return drop_rate_of(self.plan.recipe, 0, aligned)[0]
 
-    def _scan(self) -> list[_Job]:
-        """What is stored of each tensor: nothing where nothing changed, and no row that did not."""
+    def _jobs(self) -> list[Job]:
+        """One for each tensor, in the plan's order."""
         aligned = self.plan.alignment.tensors
-        found: dict[str, _Job] = {}
+        # A few small reads each: threads would only wait for one another.
+        found = {one.name: job_for(one, self._rate(one), self.terms, thorough=False) for one in aligned}
 
-        def scan(one: AlignedTensor) -> int:
-            found[one.name] = self._scan_tensor(one)
+        def read(one: AlignedTensor) -> int:
+            found[one.name] = job_for(one, self._rate(one), self.terms, thorough=True)
             return 1
 
-        run_all(sorted(aligned, key=lambda one: -(one.base.nbytes if one.base else 0)), scan, threads=self.threads)
-        return [found[one.name] for one in aligned]
+        unclear = [one for one in aligned if found[one.name] is None]
+        run_all(sorted(unclear, key=lambda one: -(one.base.nbytes if one.base else 0)), read, threads=self.threads)
+        return [job for one in aligned if (job := found[one.name]) is not None]
 
-    def _scan_tensor(self, aligned: AlignedTensor) -> _Job:
-        aligned = _with_all_rows(aligned)
-        base, tuned = aligned.base, aligned.models[0]
-        assert base is not None
-        rate, _ = drop_rate_of(self.plan.recipe, 0, aligned)
-        tensor = PackedTensor(aligned.name, base.dtype, base.shape, "same")
-        floats = dtype_named(base.dtype).kind == "float"
-        if self.lossless:
-            return self._scan_exactly(aligned, tensor)
-        if tuned is None:
-            return _same(aligned, tensor, _leaf_digests(aligned))
-        bitmap = None
-        alike = tuned.dtype == base.dtype
-        if alike and (not floats or rate == 0 or has_vocabulary_rows(base.name, base.shape) or _looks_same(aligned)):
-            changed, leaves = _changed_rows(aligned, tensor)
-            if not changed.any():
-                return _same(aligned, tensor, leaves)
-            if not changed.all():
-                bitmap = np.packbits(changed, bitorder="little")
-        if not floats:
-            raise DataError(
-                f"{base.name} ({base.dtype}) differs from the base's. The delta of integers cannot be stored; if the "
-                "model is quantised, dequantise it first"
-            )
-        encoding, values = encoding_for(self._bits(aligned), dtype_named(tuned.dtype))
-        group = self.settings["group"] if values.name == "U8" else 0
-        tensor = replace(tensor, kind="delta", drop_rate=rate, encoding=encoding, group=group)
-        if bitmap is not None:
-            saved = (1 - changed.mean()) * tensor.count * (1 - rate) * (tensor.bits or 8 * values.itemsize) / 8
-            if saved <= bitmap.size + 2 * tensor.leaves:
-                bitmap = None
-        counts = np.zeros(tensor.leaves, np.int64)
-        job = _Job(aligned, tensor, values, counts, bitmap, _digest_lists(tensor))
-        if self.codec == "none" or not can_shrink(tensor):
-            return job
-        sampled = self.codec == "auto" and tensor.leaves >= 4 * SAMPLED
-        if sampled and not self._looks_worth(job):
-            return job
-        return replace(job, frames=np.zeros(tensor.leaves, np.int64), bare=not sampled)
-
-    def _looks_worth(self, job: _Job) -> bool:
-        """Whether a few leaves, spread over a tensor, say that frames will pay."""
-        tensor, base, tuned = job.tensor, job.source.base, job.source.models[0]
-        assert base is not None and tuned is not None
-        mask, dtype, bare, framed = Mask(tensor, self.seed, job.rows), DTYPES[tuned.dtype], 0, 0
-        for leaf in ((2 * i + 1) * tensor.leaves // (2 * SAMPLED) for i in range(SAMPLED)):
-            kept, indices = [], mask.indices(leaf)
-            for info, own in ((base, DTYPES[tensor.dtype]), (tuned, dtype)):
-                raw = np.empty(LEAF * own.itemsize, np.uint8)
-                info.source.read_into(raw, leaf * raw.size)
-                kept.append(take(raw, own, indices))
-            try:
-                values, _ = encode(tensor, kept[0], kept[1], job.values, dtype)
-            except DataError:  # it will be said of the whole tensor
-                return True
-            bare += values.size
-            framed += compress_values(tensor, job.values, values, kept[0]).size + 2
-        return framed < bare * WORTH
-
-    def _scan_exactly(self, aligned: AlignedTensor, tensor: PackedTensor) -> _Job:
-        base, tuned = aligned.base, aligned.models[0]
-        assert base is not None and tuned is not None
-        if tuned.dtype != base.dtype:
-            raise PlanError(
-                f"{base.name} is {tuned.dtype} in the model and {base.dtype} in the base; a lossless pack needs equal "
-                "formats. Convert the base, or pack with a drop rate"
-            )
-        if _looks_same(aligned):
-            changed, leaves = _changed_rows(aligned, tensor)
-            if not changed.any():
-                return _same(aligned, tensor, leaves)
-        tensor = replace(tensor, kind="lossless")
-        counts = np.zeros(tensor.leaves, np.int64)
-        return _Job(aligned, tensor, DTYPES["U8"], counts, None, _digest_lists(tensor))
-
-    def _encode(self, jobs: Sequence[_Job], spool: Path, progress: Progress | None) -> list[_Piece]:
-        """All leaves of all tensors that changed, in any order, into one file."""
-        spans = [(job, first) for job in jobs if job.tensor.kind != "same"
-                 for first in range(0, job.tensor.leaves, LEAVES)]  # fmt: skip
+    def _make_leaves(self, jobs: Sequence[Job], path: Path, progress: Progress | None) -> tuple[list[Job], list[Piece]]:
+        """All leaves of all tensors that changed, in any order, into one file; and the jobs as they were done."""
         total = sum(info.nbytes for checkpoint in self.plan.checkpoints for info in checkpoint.tensors.values())
-        found: list[_Piece] = []
-        lock = threading.Lock()
-        with _told(spool), spool.open("wb") as file:
+        with _told(path):
+            spool = Spool(path)
+            try:
 
-            def work(span: tuple[_Job, int]) -> int:
-                job, first = span
-                parts, done = self._compress_span(job, first) if self.lossless else self._encode_span(job, first)
-                raw = b"".join(piece for pieces in parts.values() for piece in pieces)
-                sizes = {role: sum(map(len, pieces)) for role, pieces in parts.items()}
-                with lock:
-                    found.append(_Piece(job.tensor.name, first, file.tell(), sizes))
-                    file.write(raw)
-                return done
+                def tell(done: int) -> None:
+                    if progress:
+                        progress(min(done, total), total)
 
-            def tell(done: int) -> None:
-                if progress:
-                    progress(done, total)
+                pieces = self._make(jobs, spool, tell)
+                again = {job.tensor.name: other for job in jobs if (other := without_same_rows(job)) is not None}
+                if again:
+                    pieces = [piece for piece in pieces if piece.name not in again]
+                    pieces += self._make(list(again.values()), spool, lambda done: None)
+                tell(total)
+            finally:
+                spool.close()
+        return [again.get(job.tensor.name, job) for job in jobs], pieces
 
-            run_all(spans, work, threads=self.threads, tell=tell)
-            tell(total)
+    def _make(self, jobs: Sequence[Job], spool: Spool, tell: Callable[[int], None]) -> list[Piece]:
+        spans = [(job, first) for job in jobs if job.tensor.kind != "same"
+                 for first in range(0, job.tensor.leaves, READ_LEAVES)]  # fmt: skip
+        found: list[Piece] = []
+
+        def work(span: tuple[Job, int]) -> int:
+            piece, done = make_span(*span, self.terms, spool)
+            found.append(piece)
+            return done
+
+        run_all(spans, work, threads=self.threads, tell=tell)
         return found
 
     def _copy(
-        self, jobs: Sequence[_Job], pieces: Sequence[_Piece], spool: InputFile, offsets: Mapping[str, int],
+        self, jobs: Sequence[Job], pieces: Sequence[Piece], spool: InputFile, offsets: Mapping[str, int],
         output: OutputFile,
     ) -> None:  # fmt: skip
         """What waited in the spool, to its place."""
         tables = {job.tensor.name: _table_of(job) for job in jobs if job.tensor.kind != "same"}
 
-        def work(piece: _Piece) -> int:
+        def work(piece: Piece) -> int:
             table, begin = tables[piece.name], piece.offset
             for role, size in piece.sizes.items():
                 place = offsets.get(f"{role}:{piece.name}")  # none: of values and their frames only one is wanted
                 if size and place is not None:
-                    raw = np.empty(size, np.uint8)
+                    raw = BUFFERS.of("copy", size)
                     spool.read_into(raw, begin)
                     starts = table.scales if role == "scales" else table.values
                     output.write(raw, place + int(starts[piece.first]))
@@ -531,13 +400,13 @@ class Writer:
     def _refuse_other_tensors(self) -> None:
         """A lossless pack is the whole model, and nothing but it."""
         names = {aligned.name for aligned in self.plan.alignment.tensors}
-        if self.lossless and names != set(self.model.tensors):
+        if self.terms.lossless and names != set(self.model.tensors):
             other = sorted(names ^ set(self.model.tensors))
             raise PlanError(
                 f"a lossless pack needs the same tensors in base and model; they differ in {', '.join(other[:4])}"
             )
 
-    def _write_tables(self, jobs: Sequence[_Job], offsets: Mapping[str, int], output: OutputFile) -> None:
+    def _write_tables(self, jobs: Sequence[Job], offsets: Mapping[str, int], output: OutputFile) -> None:
         """Everything but the leaves: changed rows, counts and sizes of leaves; their digests come first."""
         for job in jobs:
             head = []
@@ -546,90 +415,7 @@ class Writer:
                 head.append(xxhash.xxh3_128_digest(raw))
             job.digests["head"][:] = head
 
-    def _encode_span(self, job: _Job, first: int) -> tuple[dict[str, list[bytes]], int]:
-        """Some leaves of one tensor -> their values, frames and scales, and the bytes read."""
-        tensor, info = job.tensor, job.source.models[0]
-        assert job.source.base is not None and info is not None
-        formats = DTYPES[tensor.dtype], DTYPES[info.dtype]
-        mask, factor = Mask(tensor, self.seed, job.rows), factor_of(tensor, self.rescale)
-        lane = lane_for(mask, job.values, factor) if formats[1].name == "BF16" else None
-        step = LANE_LEAVES if lane else 1
-        buffers = _BUFFERS.of(*(step * LEAF * dtype.itemsize for dtype in formats))
-        parts: dict[str, list[bytes]] = {"values": [], "frames": [], "scales": []}
-        last, done = min(first + LEAVES, tensor.leaves), 0
-        for at in range(first, last, step):
-            end = min(at + step, last)
-            count = min(end * LEAF, tensor.count) - at * LEAF
-            before, after = (buffer[: count * dtype.itemsize] for buffer, dtype in zip(buffers, formats, strict=True))
-            job.source.base.source.read_into(before, at * LEAF * formats[0].itemsize)
-            info.source.read_into(after, at * LEAF * formats[1].itemsize)
-            done += before.size + after.size
-            cuts = [
-                before[n : n + LEAF * formats[0].itemsize] for n in range(0, before.size, LEAF * formats[0].itemsize)
-            ]
-            job.digests["base"][at:end] = map(xxhash.xxh3_128_digest, cuts)
-            try:
-                if lane:
-                    made = lane.encode(before, after, at, job.counts[at:end])
-                else:
-                    made = [self._encode_leaf(job, mask, factor, formats[1], at, before, after)]
-            except CheckpointError as error:
-                raise DataError(f"{tensor.name}: the result would be NaN or Inf: smaller drop rate?") from error
-            job.digests["result"][at:end] = map(xxhash.xxh3_128_digest, cuts)
-            for leaf, found in enumerate(made, at):
-                self._keep_leaf(job, leaf, found, parts)
-        return parts, done
-
-    @staticmethod
-    def _encode_leaf(
-        job: _Job, mask: Mask, factor: np.float32, dtype: DType, leaf: int, before: Bytes, after: Bytes
-    ) -> Encoded:
-        """One leaf of the base, in place the result, and of the model, whose format is `dtype`, the general way."""
-        own = DTYPES[job.tensor.dtype]
-        indices = None if mask.whole else mask.indices(leaf)
-        kept = (before, after) if indices is None else (take(before, own, indices), take(after, dtype, indices))
-        job.counts[leaf] = kept[0].size // own.itemsize
-        values, scales = encode(job.tensor, *kept, job.values, dtype)
-        origin = kept[0].copy() if indices is None and job.frames is not None else kept[0]
-        restore(job.tensor, job.values, factor, indices, values, scales, before)
-        return Encoded(origin, values, scales)
-
-    @staticmethod
-    def _keep_leaf(job: _Job, leaf: int, found: Encoded, parts: Mapping[str, list[bytes]]) -> None:
-        """What is written of a leaf, and its digests."""
-        values, scales = found.values.tobytes(), found.scales.tobytes()
-        if job.bare:
-            job.digests["stored"][leaf] = xxhash.xxh3_128_digest(values + scales)
-        parts["scales"].append(scales)
-        if job.bare:
-            parts["values"].append(values)
-        if job.frames is not None:
-            frame = compress_values(job.tensor, job.values, found.values, found.base).tobytes()
-            job.frames[leaf] = len(frame)
-            job.digests["framed"][leaf] = xxhash.xxh3_128_digest(frame + scales)
-            parts["frames"].append(frame)
-
-    def _compress_span(self, job: _Job, first: int) -> tuple[dict[str, list[bytes]], int]:
-        """Some leaves of one tensor -> their lossless frames, and the bytes read."""
-        base, tuned = job.source.base, job.source.models[0]
-        assert base is not None and tuned is not None
-        itemsize = DTYPES[job.tensor.dtype].itemsize
-        frames, done = [], 0
-        for leaf in range(first, min(first + LEAVES, job.tensor.leaves)):
-            raws = []
-            for source in (base.source, tuned.source):
-                raw = np.empty(min(LEAF * itemsize, base.nbytes - leaf * LEAF * itemsize), np.uint8)
-                source.read_into(raw, leaf * LEAF * itemsize)
-                raws.append(raw)
-                done += raw.size
-            frame = compress(raws[0], raws[1], itemsize)
-            job.counts[leaf] = frame.size
-            for key, raw in (("base", raws[0]), ("result", raws[1]), ("stored", frame)):
-                job.digests[key][leaf] = xxhash.xxh3_128_digest(raw)
-            frames.append(frame.tobytes())
-        return {"frames": frames}, done
-
-    def _with_digests(self, document: Document, jobs: Sequence[_Job]) -> Document:
+    def _with_digests(self, document: Document, jobs: Sequence[Job]) -> Document:
         tensors = {}
         for job in jobs:
             base = tensor_digest(job.digests["base"])
@@ -655,11 +441,7 @@ class Writer:
             )
 
 
-def _digest_lists(tensor: PackedTensor) -> dict[str, list[bytes]]:
-    return {"head": [], **{key: [b""] * tensor.leaves for key in ("base", "result", "stored", "framed")}}
-
-
-def _settled(job: _Job, codec: str) -> _Job:
+def _settled(job: Job, codec: str) -> Job:
     """With what is known when all leaves are made: how many elements are kept, and whether frames are worth it."""
     if job.tensor.kind != "delta":
         return job
@@ -674,7 +456,7 @@ def _settled(job: _Job, codec: str) -> _Job:
     return replace(job, frames=None)
 
 
-def _table_of(job: _Job) -> LeafTable:
+def _table_of(job: Job) -> LeafTable:
     return leaf_table(job.tensor, job.counts, job.values.itemsize, job.frames)
 
 
@@ -682,94 +464,7 @@ def _sizes_dtype(frames: Counts) -> np.dtype:
     return np.dtype("<u2" if frames.max(initial=0) <= 0xFFFF else "<u4")
 
 
-def _same(aligned: AlignedTensor, tensor: PackedTensor, leaves: list[bytes]) -> _Job:
-    digests: dict[str, list[bytes]] = {"head": [], "base": leaves, "result": leaves, "stored": []}
-    return _Job(aligned, tensor, DTYPES[tensor.dtype], full_counts(tensor), None, digests)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A model's rows, and below them the base's: `size` bytes of the former."""
-
-    model: Source
-    base: Source
-    size: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes
-
-    def read_into(self, buffer: Bytes, offset: int) -> None:
-        own = min(max(self.size - offset, 0), buffer.size)
-        if own:
-            self.model.read_into(buffer[:own], offset)
-        if own < buffer.size:
-            self.base.read_into(buffer[own:], offset + own)
-
-
-def _with_all_rows(aligned: AlignedTensor) -> AlignedTensor:
-    """Where the model's vocabulary is the smaller one, the base's rows are unchanged behind its own."""
-    base, tuned = aligned.base, aligned.models[0]
-    if base is None or tuned is None or tuned.count >= base.count:
-        return aligned
-    if tuned.dtype != base.dtype:
-        raise PlanError(
-            f"{base.name} has {tuned.shape[0]} rows of {tuned.dtype} in the model and {base.shape[0]} of {base.dtype} "
-            "in the base; convert one of them"
-        )
-    source = _Rows(tuned.source, base.source, tuned.nbytes)
-    return replace(aligned, models=(replace(tuned, shape=base.shape, source=source),))
-
-
-def _leaf_digests(aligned: AlignedTensor) -> list[bytes]:
-    return [xxhash.xxh3_128_digest(raw) for raw, _ in _leaf_pairs(aligned)]
-
-
-def _leaf_pairs(aligned: AlignedTensor) -> Iterator[tuple[Bytes, Bytes]]:
-    """Raw leaves of the base and of the model (of the base twice, where the model has nothing)."""
-    base, tuned = aligned.base, aligned.models[0] or aligned.base
-    assert base is not None and tuned is not None
-    size = LEAF * dtype_named(base.dtype).itemsize
-    buffers = np.empty(size, np.uint8), np.empty(size, np.uint8)
-    for start in range(0, base.nbytes, size):
-        count = min(size, base.nbytes - start)
-        base.source.read_into(buffers[0][:count], start)
-        tuned.source.read_into(buffers[1][:count], start)
-        yield buffers[0][:count], buffers[1][:count]
-
-
-def _looks_same(aligned: AlignedTensor) -> bool:
-    base, tuned = aligned.base, aligned.models[0]
-    assert base is not None and tuned is not None
-    size = min(SAMPLE, base.nbytes)
-    raws = np.empty(size, np.uint8), np.empty(size, np.uint8)
-    for at in (0, (base.nbytes - size) // 2, base.nbytes - size):
-        base.source.read_into(raws[0], at)
-        tuned.source.read_into(raws[1], at)
-        if not np.array_equal(*raws):
-            return False
-    return True
-
-
-def _changed_rows(aligned: AlignedTensor, tensor: PackedTensor) -> tuple[np.ndarray, list[bytes]]:
-    """(rows,) bool: whether any bit of the row differs; and the digests of the base's leaves."""
-    word = f"u{DTYPES[tensor.dtype].itemsize}"
-    rows = tensor.shape[0] if tensor.shape else 1
-    changed = np.zeros(rows if tensor.count else 0, bool)
-    digests = []
-    start = 0
-    for before, after in _leaf_pairs(aligned):
-        digests.append(xxhash.xxh3_128_digest(before))
-        differs = before.view(word) != after.view(word)
-        if differs.any():
-            first, end = start // tensor.row, -(-(start + differs.size) // tensor.row)
-            begins = np.maximum(np.arange(first, end, dtype=np.int64) * tensor.row - start, 0)
-            changed[first:end] |= np.bitwise_or.reduceat(differs, begins)
-        start += differs.size
-    return changed, digests
-
-
-def _tables(job: _Job) -> dict[str, np.ndarray]:
+def _tables(job: Job) -> dict[str, np.ndarray]:
     """Role -> content of the small parts that say where things are."""
     tensor, found = job.tensor, {}
     if job.rows is not None:
@@ -788,7 +483,7 @@ def _tables(job: _Job) -> dict[str, np.ndarray]:
     return found
 
 
-def _parts_of(job: _Job) -> Iterator[OutputTensor]:
+def _parts_of(job: Job) -> Iterator[OutputTensor]:
     tensor = job.tensor
     if tensor.kind == "same":
         return
