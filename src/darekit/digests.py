@@ -28,9 +28,11 @@ class TensorDigest:
 
     def update(self, raw: Bytes) -> None:
         """Take the next bytes."""
-        while self._filled == 0 and raw.size >= self.leaf_bytes:  # whole leaves need no state
-            self.leaves.append(xxhash.xxh3_128_digest(raw[: self.leaf_bytes]))
-            raw = raw[self.leaf_bytes :]
+        if self._filled == 0:  # whole leaves need no state
+            size = self.leaf_bytes
+            whole = raw.size // size * size
+            self.leaves += [xxhash.xxh3_128_digest(raw[begin : begin + size]) for begin in range(0, whole, size)]
+            raw = raw[whole:]
         while raw.size:
             part = raw[: self.leaf_bytes - self._filled]
             self._open.update(part)

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def execute(
     threads = threads or default_threads()
     began = time.perf_counter()
     jobs = [Job(group, tile) for group in _by_tensor(steps) if group[0].name not in finished]
-    queue = deque(_spans_in_order(jobs))
+    queue = deque(_spans_in_order(jobs, threads))
     records: dict[str, Mapping[str, Any]] = {}
     stop = threading.Event()
     broken = threading.Event()  # bad values were found: go on reading, to list them all, but write no more
@@ -138,11 +139,21 @@ def _by_tensor(steps: Sequence[Step]) -> list[list[Step]]:
     return groups
 
 
-def _spans_in_order(jobs: Sequence[Job]) -> list[tuple[Job, int, int]]:
-    """Jobs that one thread must do alone come first, largest first, so that none is left over at the end."""
-    alone = sorted((job for job in jobs if len(job.spans) == 1), key=lambda job: -job.cost)
-    shared = [job for job in jobs if len(job.spans) > 1]
-    return [(job, begin, end) for job in (*alone, *shared) for begin, end in job.spans]
+def _spans_in_order(jobs: Sequence[Job], threads: int) -> list[tuple[Job, int, int]]:
+    """Jobs that one thread must do alone come first, largest first, so that none is left over at the end.
+
+    Of the others, spans of as many files as there are threads take turns: threads that write to one file wait for each
+    other.
+    """
+    alone = sorted((job for job in jobs if not job.divisible), key=lambda job: -job.cost)
+    files: dict[int, list[tuple[Job, int, int]]] = {}
+    for job in jobs:
+        if job.divisible:
+            files.setdefault(job.steps[0].output, []).extend((job, *span) for span in job.spans)
+    queues = list(files.values())
+    groups = [zip_longest(*queues[i : i + threads]) for i in range(0, len(queues), threads)]
+    taking_turns = [span for group in groups for turn in group for span in turn if span is not None]
+    return [*((job, *span) for job in alone for span in job.spans), *taking_turns]
 
 
 class Job:
@@ -154,7 +165,8 @@ class Job:
         self.cost = sum(step.count * (1 + len(step.models)) for step in steps)
         whole = [(0, sum(step.count for step in steps))]
         self.spans = whole
-        if len(steps) == 1 and self._can_be_cut(steps[0], tile):
+        self.divisible = len(steps) == 1 and self._can_be_cut(steps[0], tile)
+        if self.divisible:
             count = steps[0].count
             self.spans = [(begin, min(begin + SPAN, count)) for begin in range(0, count, SPAN)] or whole
         self._lock = threading.Lock()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -81,7 +82,7 @@ class ScratchPool:
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, int, type[np.floating]], Scratch] = {}
-        self._raw: npt.NDArray[np.uint16] | None = None
+        self._raw: Bytes = np.empty(0, np.uint8)
         self.blocks = Blocks()
 
     def get(self, models: int, count: int, wide: bool) -> Scratch:
@@ -96,10 +97,14 @@ class ScratchPool:
 
     def raw_only(self, models: int, count: int) -> tuple[Bytes, npt.NDArray[np.uint16], Bytes]:
         """Buffers of BF16 for the fast lane: the base's bytes, the models' elements (K, count), the output's bytes."""
-        if self._raw is None or self._raw.size < (models + 2) * count:
-            self._raw = np.empty((models + 2) * count, np.uint16)
-        rows = self._raw[: (models + 2) * count].reshape(models + 2, count)
-        return rows[0].view(np.uint8), rows[2:], rows[1].view(np.uint8)
+        rows = self.rows(models + 2, 2 * count)
+        return rows[0], rows[2:].view(np.uint16), rows[1]
+
+    def rows(self, many: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Buffers of bytes, (many, nbytes), in the memory that the last ones had."""
+        if self._raw.size < many * nbytes:
+            self._raw = np.empty(many * nbytes, np.uint8)
+        return self._raw[: many * nbytes].reshape(many, nbytes)
 
 
 class Hands(Protocol):
@@ -129,11 +134,12 @@ class StepRun:
         # the survivors.
         self.bad_at: npt.NDArray[np.bool_] | None = None
         self.taken: list[int | None] = []
-        for key, entry in zip(step.owners, step.models, strict=True):
+        self.inputs = [*([(BASE, step.base)] if step.base else []), *zip(step.owners, step.models, strict=True)]
+        for key, entry in self.inputs:
             digests.setdefault(key, TensorDigest(entry.dtype.itemsize))
-        if step.base is not None:
-            digests.setdefault(BASE, TensorDigest(step.base.dtype.itemsize))
-        digests.setdefault(OUT, TensorDigest(step.dtype.itemsize))
+        self.relayed = len(self.inputs) == 1 and _is_relayed(step, self.inputs[0][1])
+        # A relayed tensor has one digest, its input's and its output's.
+        digests.setdefault(OUT, digests[self.inputs[0][0]] if self.relayed else TensorDigest(step.dtype.itemsize))
         self.digests = digests
 
     def settle(self, stop: threading.Event) -> None:
@@ -354,7 +360,8 @@ class StepRun:
             self.hands.tally.overflow[step.name] += overflowed
             self.hands.broken.set()
             return
-        self.digests[OUT].update(out)
+        if not self.relayed:
+            self.digests[OUT].update(out)
         self.hands.outputs[step.output].write(out, step.offset + (step.begin + start) * step.dtype.itemsize)
         self.hands.tally.bytes_written += out.size
 
@@ -362,29 +369,37 @@ class StepRun:
         """Elements begin .. end of a tensor that is not merged: the base's bytes (in the output's format, where that of
         a float is another), when all agree."""
         step = self.step
-        entries = [(BASE, step.base), *zip(step.owners, step.models, strict=True)]
-        present = [(key, entry) for key, entry in entries if entry is not None]
+        (first, origin), *others = self.inputs
+        converted = origin.dtype.name != step.dtype.name
+        size = min(self.tile, end - begin) * max(entry.dtype.itemsize for _, entry in self.inputs)
+        rooms = self.hands.scratch.rows(2 if others else 1, size)
         for start in range(begin, end, self.tile):
             if stop.is_set():
                 return
             count = min(self.tile, end - start)
-            scratch = self.hands.scratch.get(0, count, step.wide)
-            raw = self._read(present[0][1], step.begin + start, count, scratch.base_raw)
-            self.digests[present[0][0]].update(raw)
-            for key, entry in present[1:]:
-                other = self._read(entry, step.begin + start, count, scratch.raw)
+            raw = self._read(origin, step.begin + start, count, rooms[0])
+            self.digests[first].update(raw)
+            for key, entry in others:
+                other = self._read(entry, step.begin + start, count, rooms[1])
                 self.digests[key].update(other)
                 if not np.array_equal(raw, other):
                     self.hands.tally.differing[key, step.name] += 1
                     self.hands.broken.set()
             if self.hands.broken.is_set():
                 continue
-            overflowed, dtype = 0, present[0][1].dtype
-            if dtype.name != step.dtype.name:
-                kernels.widen(raw, dtype, scratch.base)
+            overflowed = 0
+            if converted:
+                scratch = self.hands.scratch.get(0, count, step.wide)
+                kernels.widen(raw, origin.dtype, scratch.base)
                 raw = scratch.out[: count * step.dtype.itemsize]
                 overflowed = kernels.round_to(scratch.base, step.dtype, raw)
             self._write(raw, start, overflowed)
+
+
+def _is_relayed(step: Step, origin: Input) -> bool:
+    """Whether the output tensor is made of all bytes of its one input, and of nothing else."""
+    whole = step.begin == 0 and step.count == math.prod(step.shape) == origin.count
+    return step.kind == "copy" and whole and origin.dtype.name == step.dtype.name
 
 
 def _read(tally: Tally, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:

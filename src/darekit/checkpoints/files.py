@@ -7,9 +7,11 @@ shrinks under a map kills the process with SIGBUS where a read reports an error.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +136,8 @@ class OutputFile:
             free = _free(path)
             if free is not None and free < size - held:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if not held:
+                _reserve(fd, size)
         except OSError as error:
             if fd is not None:
                 os.close(fd)
@@ -255,6 +259,25 @@ def _why_unwritable(path: Path, size: int, error: OSError) -> str:
     room = "" if free is None else f", {free:,} are free on its disk"
     what = "the disk quota is used up" if error.errno != errno.ENOSPC else "no space left on the disk"
     return f"{path} needs {size:,} bytes{room}: {what}. Free some space, or write to another disk"
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Have the file system find places for all bytes of an empty file at once, if it can: writing them then takes a
+    third less of its time than finding a place for each page, and a disk that is full says so before any work is done.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    # Not `os.posix_fallocate`: where the file system cannot, it writes a byte into every block.
+    if not sys.platform.startswith("linux") or sys.maxsize < 1 << 32 or not size:
+        return
+    try:
+        call = ctypes.CDLL(None, use_errno=True).fallocate
+    except (AttributeError, OSError):
+        return
+    call.argtypes = ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
+    if call(fd, 0, 0, size) and ctypes.get_errno() in FULL:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _free(path: Path) -> int | None:

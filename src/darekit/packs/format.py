@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
@@ -308,17 +308,26 @@ class PackFile:
         """Raw bytes of one leaf's values (or frame) and of its scales."""
         return self.read_leaves(tensor, leaf, leaf + 1)
 
-    def read_leaves(self, tensor: PackedTensor, first: int, last: int) -> tuple[Bytes, Bytes]:
-        """Raw bytes of the values (or frames) of leaves first .. last, one behind the other, and of their scales."""
+    def read_leaves(
+        self, tensor: PackedTensor, first: int, last: int, room: Callable[[int], Bytes] | None = None
+    ) -> tuple[Bytes, Bytes]:
+        """Raw bytes of the values (or frames) of leaves first .. last, one behind the other, and of their scales.
+
+        `room`: gives the memory that values are read into, (n,) uint8 for n; new memory, where there is none.
+        """
         parts, table = self.parts[tensor.name], self.tables[tensor.name]
-        found = []
-        for place, starts in ((parts.values or parts.frames, table.values), (parts.scales, table.scales)):
-            begin, end = int(starts[first]), int(starts[last])
-            raw = np.empty(end - begin, np.uint8)
-            if place is not None and raw.size:
-                self.file.read_into(raw, place.offset + begin)
-            found.append(raw)
-        return found[0], found[1]
+        begin, end = int(table.values[first]), int(table.values[last])
+        values = room(end - begin) if room else np.empty(end - begin, np.uint8)
+        place = parts.values or parts.frames
+        if place is not None and values.size:
+            self.file.read_into(values, place.offset + begin)
+        if parts.scales is None:
+            return values, np.empty(0, np.uint8)
+        begin, end = int(table.scales[first]), int(table.scales[last])
+        scales = np.empty(end - begin, np.uint8)
+        if scales.size:
+            self.file.read_into(scales, parts.scales.offset + begin)
+        return values, scales
 
     def read_part(self, place: Placement) -> Bytes:
         """All bytes of one part."""

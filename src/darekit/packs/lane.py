@@ -29,6 +29,19 @@ Words = npt.NDArray[np.uint16]
 Counts = npt.NDArray[np.int64]
 
 
+class _Room:
+    """Memory that is used again and again; it grows where more is asked for."""
+
+    def __init__(self) -> None:
+        self._raw: Bytes = np.empty(0, np.uint8)
+
+    def get(self, nbytes: int) -> Bytes:
+        """(nbytes,) uint8, in place of what was got before."""
+        if self._raw.size < nbytes:
+            self._raw = np.empty(nbytes + nbytes // 16 + 4096, np.uint8)  # other leaves keep a little more
+        return self._raw[:nbytes]
+
+
 class _Scratch(threading.local):
     """What the kernels work in, a few MB for each thread: used again, as fresh pages cost a quarter of their time."""
 
@@ -37,8 +50,8 @@ class _Scratch(threading.local):
         self.room, self.delta = np.empty(LEAF + kernels.SPARE, np.uint16), np.empty(LEAF, np.float32)
         self.singles = np.empty(LEAF, np.float32)
         self.before, self.after, self.out = np.empty((3, LEAF), np.uint16)
-        # What frames hold before `restore` has seen it; and the base's elements that `encode` returns.
-        self.values, self.kept = np.empty(LANE_LEAVES * LEAF, np.uint16), np.empty(READ_LEAVES * LEAF, np.uint16)
+        self.kept = np.empty(READ_LEAVES * LEAF, np.uint16)  # the base's elements that `encode` returns
+        self.stored, self.values = _Room(), _Room()
 
 
 _SCRATCH = _Scratch()
@@ -140,19 +153,8 @@ class Lane:
         constants = self._mask_from(first), self.factor
         if not tensor.bits:
             other, wrong = kernels.restore_exact(
-                words,
-                *constants,
-                counts,
-                values,
-                forms,
-                kept,
-                places,
-                own.bits,
-                own.room,
-                own.before,
-                own.after,
-                own.out,
-            )
+                words, *constants, counts, values, forms, kept, places, own.bits, own.room, own.before, own.after, own.out
+            )  # fmt: skip
         else:
             other, wrong = kernels.restore_integers(
                 words, *constants, tensor.bits, tensor.group, counts, values, scales, kept, places, own.bits, own.room,
@@ -166,9 +168,14 @@ class Lane:
         return mask.seed, mask.stream, mask.threshold, first * LEAF
 
 
+def stored_room(nbytes: int) -> Bytes:
+    """(nbytes,) uint8 of this thread's scratch: what is read of a pack for one call of `restore`."""
+    return _SCRATCH.stored.get(nbytes)
+
+
 def values_room(nbytes: int) -> Bytes:
-    """(nbytes,) uint8 of this thread's scratch, for the values of the leaves of one call of `restore`."""
-    return _SCRATCH.values.view(np.uint8)[:nbytes]
+    """(nbytes,) uint8 of this thread's scratch: the values for one call of `restore`, out of their frames."""
+    return _SCRATCH.values.get(nbytes)
 
 
 def lane_for(mask: Mask, values: DType, factor: np.float32) -> Lane | None:

@@ -10,8 +10,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +27,7 @@ from darekit.errors import CheckpointError, DarekitError, DataError, HomologyErr
 from darekit.kernels import packs
 from darekit.packs.format import Counts, PackedTensor, PackFile, read_pack, stored_digest, value_sizes
 from darekit.packs.frames import decompress_values, unwrap_values
-from darekit.packs.lane import LANE_LEAVES, Words, lane_for, values_room
+from darekit.packs.lane import READ_LEAVES, Words, lane_for, stored_room, values_room
 from darekit.packs.leaves import (
     Indices,
     Mask,
@@ -44,6 +43,7 @@ from darekit.packs.lossless import decompress
 from darekit.packs.opening import locate_pack, open_base, refuse_swapped
 
 NOTHING: Words = np.empty(0, np.uint16)
+NO_SCALES: Floats = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -365,7 +365,8 @@ class Decoder:
 
     def __init__(self, source: PackFile, tensor: PackedTensor) -> None:
         self.source, self.tensor = source, tensor
-        self.leaf_bytes = LEAF * DTYPES[tensor.dtype].itemsize
+        self.itemsize = DTYPES[tensor.dtype].itemsize
+        self.nbytes, self.leaf_bytes = tensor.count * self.itemsize, LEAF * self.itemsize
         self.values = source.value_dtype(tensor) if tensor.kind == "delta" else DTYPES["U8"]
         self.number = number_for(tensor, self.values)
         self.factor = factor_of(tensor, source.document.rescale)
@@ -374,7 +375,7 @@ class Decoder:
 
     def size(self, leaf: int) -> int:
         """Bytes of a leaf."""
-        return min(self.leaf_bytes, self.tensor.count * DTYPES[self.tensor.dtype].itemsize - leaf * self.leaf_bytes)
+        return min(self.leaf_bytes, self.nbytes - leaf * self.leaf_bytes)
 
     def indices(self, leaf: int) -> Indices:
         """(k,) int32: the leaf's kept elements.
@@ -450,11 +451,11 @@ class Decoder:
         tensor, table = self.tensor, self.source.tables[self.tensor.name]
         last = first + -(-raw.size // self.leaf_bytes)
         counts = table.counts[first:last]
-        values, scales = self.source.read_leaves(tensor, first, last)
+        values, scales = self.source.read_leaves(tensor, first, last, stored_room)
         forms = np.zeros(counts.size, np.uint8)
         if tensor.codec != "none":
             values, forms = self._unwrapped(values, counts, table.values[first : last + 1])
-        factors = scale_factors(scales, tensor.name)
+        factors = scale_factors(scales, tensor.name) if scales.size else NO_SCALES
         kept, places = keep.room(int(counts.sum())) if keep else (NOTHING, NOTHING)
         other, wrong = self.lane.restore(raw, first, counts, values, factors, forms, kept, places)
         if keep:
@@ -513,7 +514,7 @@ class PackedSource:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return self.base.nbytes
+        return self.decoder.nbytes
 
     @property
     def seed(self) -> int | None:
@@ -528,47 +529,47 @@ class PackedSource:
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
         size = self.decoder.leaf_bytes
-        if offset < 0 or offset + buffer.nbytes > self.nbytes:
-            raise ValueError(f"bytes {offset} to {offset + buffer.nbytes} lie outside a tensor of {self.nbytes}")
+        if offset < 0 or offset + buffer.size > self.nbytes:
+            raise ValueError(f"bytes {offset} to {offset + buffer.size} lie outside a tensor of {self.nbytes}")
         done = 0
         while done < buffer.size:
             leaf, skip = divmod(offset + done, size)
-            whole = min(size, self.nbytes - leaf * size)
-            many = self._whole_leaves(buffer[done:], leaf) if skip == 0 else 0
-            if many:
-                target = buffer[done : done + many]
-                self.base.source.read_into(target, leaf * size)
-                with self._named():
-                    self.decoder.swap_leaves(leaf, target)
-                done += many
+            target = buffer[done:] if skip == 0 else NOTHING.view(np.uint8)
+            target = target[: self._whole_leaves(target, leaf)]
+            if target.size:
+                self._decode(leaf, target)
+                done += target.size
                 continue
-            count = min(whole - skip, buffer.size - done)
-            target = buffer[done : done + count]
-            aligned = target.ctypes.data % DTYPES[self.base.dtype].itemsize == 0
-            raw = target if count == whole and aligned else np.empty(whole, np.uint8)
-            self.base.source.read_into(raw, leaf * size)
-            with self._named():
-                self.decoder.restore(leaf, raw)
-            if raw is not target:
-                target[:] = raw[skip : skip + count]
-            done += count
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """An error of the decoder gets the pack's name: a recipe may have several."""
-        try:
-            yield
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.decoder.source.file.path}: {error}; download it again") from error
+            raw = np.empty(self.decoder.size(leaf), np.uint8)  # of which no more than a part is wanted
+            self._decode(leaf, raw)
+            part = raw[skip : skip + buffer.size - done]
+            buffer[done : done + part.size] = part
+            done += part.size
 
     def _whole_leaves(self, buffer: Bytes, leaf: int) -> int:
-        """Bytes of the leaves from `leaf` on, a few at most, that fit a buffer and can be decoded in it at once."""
-        if self.decoder.lane is None or buffer.ctypes.data % 2:
-            return 0
-        size = self.decoder.leaf_bytes
-        rest = self.nbytes - leaf * size
-        most = min(LANE_LEAVES * size, rest)
-        return most if buffer.size >= most else buffer.size // size * size
+        """Bytes of the leaves from `leaf` on that fit a buffer and can be decoded in it, in one call."""
+        decoder = self.decoder
+        most = (READ_LEAVES if decoder.lane else 1) * decoder.leaf_bytes
+        rest = self.nbytes - leaf * decoder.leaf_bytes
+        nbytes = (
+            min(most, rest)
+            if buffer.size >= rest
+            else min(most, buffer.size) // decoder.leaf_bytes * decoder.leaf_bytes
+        )
+        aligned = buffer[:nbytes].view(f"u{decoder.itemsize}").flags.aligned
+        return nbytes if aligned else 0
+
+    def _decode(self, leaf: int, raw: Bytes) -> None:
+        """Whole leaves, from `leaf` on: (n,) uint8, filled; more than one only where there is a lane."""
+        decoder = self.decoder
+        self.base.source.read_into(raw, leaf * decoder.leaf_bytes)
+        try:
+            if decoder.lane:
+                decoder.swap_leaves(leaf, raw)
+            else:
+                decoder.restore(leaf, raw)
+        except CheckpointError as error:  # a recipe may have several packs
+            raise CheckpointError(f"{decoder.source.file.path}: {error}; download it again") from error
 
 
 def open_pack(path: str | Path, base: str | Path | Checkpoint | None = None) -> Pack:

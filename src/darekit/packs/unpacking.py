@@ -12,7 +12,7 @@ from typing import Any
 from darekit.api import Options
 from darekit.digests import LEAF
 from darekit.errors import DataError
-from darekit.packs.lane import LANE_LEAVES
+from darekit.packs.lane import READ_LEAVES
 from darekit.packs.opening import open_base
 from darekit.packs.reading import Pack, open_pack
 from darekit.planning import make_plan
@@ -50,7 +50,7 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Any) 
                 plan,
                 Path(out),
                 threads=settings.threads,
-                tile=settings.tile or LANE_LEAVES * LEAF,
+                tile=settings.tile or READ_LEAVES * LEAF,
                 overwrite=settings.overwrite,
                 resume=settings.resume,
                 allow_nonfinite=False,
