@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening checkpoints: directories, files, the Hub's cache, pickled files; and files that many threads share."""
 
+import ctypes
 import errno
 import fnmatch
 import hashlib
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -536,6 +538,32 @@ class TestFiles:
         with pytest.raises(OutputError, match=r"out needs 10 bytes, [\d,]+ are free on its disk: "):
             output.write(np.zeros(10, np.uint8), 0)
         output.close()
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux's call is used")
+    @pytest.mark.parametrize(
+        ("code", "refused"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EOPNOTSUPP, False)]
+    )
+    def test_room_is_found_before_the_first_byte(self, code, refused, tmp_path, monkeypatch):
+        asked = []
+
+        def fallocate(fd, mode, offset, length):
+            asked.append((mode, offset, length))
+            ctypes.set_errno(code)
+            return -1
+
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(fallocate=fallocate))
+        if refused:
+            with pytest.raises(OutputError, match=r"out needs 10 bytes, .*(no space left|quota is used up)"):
+                OutputFile.create(tmp_path / "out", 10)
+        else:
+            OutputFile.create(tmp_path / "out", 10).close()
+        assert asked == [(0, 0, 10)]
+        assert (tmp_path / "out").read_bytes() == bytes(10)
+
+    def test_what_is_there_is_not_asked_for_again(self, tmp_path, monkeypatch):
+        (tmp_path / "out").write_bytes(b"0123456789")
+        monkeypatch.setattr(files_module, "_reserve", lambda *_: pytest.fail("asked for room"))
+        OutputFile.create(tmp_path / "out", 10).close()
 
     def test_too_large_for_the_disk(self, tmp_path):
         with pytest.raises(OutputError, match=r"needs 9,007,199,254,740,992 bytes|cannot be written"):

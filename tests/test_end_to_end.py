@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From checkpoints on disk to a checkpoint on disk: what transformers loads, and every bit of it."""
 
+import contextlib
 import json
 
 import ml_dtypes
@@ -10,9 +11,13 @@ import pytest
 import darekit as dk
 import families
 import oracle
-from darekit import masks
+from darekit import engine, masks
+from darekit.checkpoints import open_checkpoint
+from darekit.digests import LEAF
 from darekit.errors import CheckpointError, DataError, HomologyError, PlanError, RecipeError
 from darekit.naming import group_of
+from darekit.planning import make_plan
+from darekit.recipe import read_recipe
 
 BF16 = ml_dtypes.bfloat16
 DARE = {"method": "dare", "drop_rate": 0.7}
@@ -183,6 +188,28 @@ def test_output_shards_hold_the_same_tensors(llamas, tmp_path, real):
         dk.merge(families.recipe(real.path, sparsify=DARE), tmp_path / "sharded", shard_size=10_000)
         assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
         loaded(real, tmp_path / "sharded")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_take_spans_of_different_files(llamas, tmp_path, threads):
+    """As long as there are that many; every span once, and those that one thread must do alone first."""
+    recipe = read_recipe(families.recipe(llamas.path, sparsify=DARE))
+    with contextlib.ExitStack() as stack:
+        base, *models = (
+            stack.enter_context(contextlib.closing(open_checkpoint(llamas.path / name)))
+            for name in ("base", *(f"m{k}" for k in range(len(recipe.models))))
+        )
+        steps = make_plan(recipe, base, models, shard_size=10_000).steps
+    jobs = [engine.Job([step], LEAF) for step in steps]
+    spans = engine._spans_in_order(jobs, threads)
+    assert sorted((id(job), begin, end) for job, begin, end in spans) == sorted(
+        (id(job), *span) for job in jobs for span in job.spans
+    )
+    files = [job.steps[0].output for job, _, _ in spans]
+    assert len(set(files)) > 2
+    shortest = min(files.count(file) for file in set(files))
+    first = files[: threads * shortest]
+    assert all(len(set(first[i : i + threads])) == threads for i in range(0, len(first), threads))
 
 
 def test_masks_follow_the_model_when_the_order_changes(llamas, tmp_path):

@@ -16,9 +16,11 @@ import families
 import oracle
 from darekit import masks
 from darekit.checkpoints import open_checkpoint
+from darekit.digests import LEAF, checkpoint_digest, tensor_digest
 from darekit.dtypes import DTYPES, FLOAT_DTYPES
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, OutputError, PlanError, Unsupported
 from darekit.packs import packing
+from darekit.packs.lane import READ_LEAVES
 from darekit.packs.lossless import compress, decompress
 from darekit.packs.quantization import decode_values, dequantize, encode_values, pack_bits, quantize, unpack_bits
 from golden_base import base_of
@@ -47,6 +49,10 @@ def pack(directory, name="m.safetensors", **options):
 def restored(directory, name="m.safetensors"):
     dk.unpack(directory / "base", directory / name, directory / f"{name}.unpacked", threads=2)
     return families.load(directory / f"{name}.unpacked")
+
+
+def leaf_digests(raw, itemsize=2):
+    return [xxhash.xxh3_128_digest(raw[i : i + LEAF * itemsize]) for i in range(0, len(raw), LEAF * itemsize)]
 
 
 # --- exact packs restore what `dare drop` writes
@@ -472,6 +478,44 @@ def test_merging_packs_equals_merging_what_they_unpack_to(llamas, tmp_path, bits
         outputs.append(families.load(tmp_path / f"out{suffix}"))
     families.same(*outputs)
     assert not np.array_equal(outputs[0]["lm_head.weight"], llamas.base["lm_head.weight"])
+
+
+@pytest.mark.parametrize(("dtype", "keep"), [("BF16", 0.9), ("BF16", 0.0), ("F16", 0.9)])
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_any_range_of_a_bound_pack_is_that_range_of_the_result(tmp_path, dtype, keep, codec):
+    """More leaves than one call takes, ranges that begin and end within leaves, and buffers that are not aligned."""
+    count = (READ_LEAVES + 1) * LEAF + 333
+    sizes(tmp_path, dtype, shapes=[(count,)])
+    pack(tmp_path, drop_rate=keep, codec=codec, bits=16)
+    whole = restored(tmp_path)[f"t{count}.weight"].reshape(-1).view(np.uint8)
+    with dk.open_pack(tmp_path / "m.safetensors", base=tmp_path / "base") as found:
+        source = found.checkpoint().tensors[f"t{count}.weight"].source
+        leaf = 2 * LEAF
+        for begin, end in (
+            (0, whole.size),
+            (0, 2 * leaf),
+            (3, leaf + 5),
+            (leaf, whole.size - 1),
+            (16 * leaf, whole.size),
+        ):
+            for shift in (0, 1):
+                buffer = np.empty(end - begin + shift, np.uint8)[shift:]
+                source.read_into(buffer, begin)
+                assert np.array_equal(buffer, whole[begin:end])
+        with pytest.raises(ValueError, match="outside"):
+            source.read_into(np.empty(2, np.uint8), whole.size - 1)
+
+
+def test_the_digest_of_what_is_unpacked_is_taken_of_every_tensor(tmp_path):
+    """Input and output of a copy have one digest, and it is the file's."""
+    sizes(tmp_path, shapes=SHAPES[1:])
+    pack(tmp_path)
+    found = restored(tmp_path)
+    lock = json.loads((tmp_path / "m.safetensors.unpacked/darekit.lock.json").read_text())
+    entries = [
+        (name, "BF16", array.shape, tensor_digest(leaf_digests(array.tobytes()))) for name, array in found.items()
+    ]
+    assert lock["output"]["content_digest"] == lock["inputs"][0]["content_digest"] == checkpoint_digest(entries)
 
 
 def test_a_recipe_finds_packs_beside_itself_and_inspect_takes_them(llamas, tmp_path, dare):
