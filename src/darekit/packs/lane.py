@@ -153,7 +153,8 @@ class Lane:
         constants = self._mask_from(first), self.factor
         if not tensor.bits:
             other, wrong = kernels.restore_exact(
-                words, *constants, counts, values, forms, kept, places, own.bits, own.room, own.before, own.after, own.out
+                words, *constants, counts, values, forms, kept, places, own.bits, own.room, own.before, own.after,
+                own.out,
             )  # fmt: skip
         else:
             other, wrong = kernels.restore_integers(
