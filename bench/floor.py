@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 import threading
@@ -37,7 +38,9 @@ def floor(inputs: list[Path], output: Path, size: int, threads: int) -> float:
         written += CHUNK
 
     def work() -> None:
-        buffer = bytearray(CHUNK)
+        buffer = mmap.mmap(
+            -1, CHUNK
+        )  # begins at a page: 16 bytes behind one, some processors copy four times as slowly
         view = memoryview(buffer)
         while True:
             try:

@@ -8,8 +8,8 @@ zeros and all, cut into byte planes and leaves as a pack's are; measured on ever
 Speeds are medians of a few runs, each beside a run of its floor: reading both models (pack), reading the base and
 writing as much as the result (unpack), reading and writing all weights in memory (Switcher). Before each of the two all
 outputs of the last run are deleted, a pause of equal length follows (memory that was freed just now is cheaper than any
-other on some machines), and all inputs are read once. What is compared is the engine, from the first read to the last
-write; the whole call, with planning and the wait for the disk, stands beside it.
+other on some machines), and all inputs are read once, or forgotten by the system. What is compared is the engine, from
+the first read to the last write; the whole call, with planning and the wait for the disk, stands beside it.
 """
 
 from __future__ import annotations
@@ -152,68 +152,101 @@ def speeds(base: Path, model: Path, folder: Path, times: int) -> list[str]:
         "`Switcher` (from a pack to itself, the base coming back between) reading and writing all weights in memory.",
         "The engine works from the first read to the last write, and leaves it to the system, as the floor does, when",
         "the disk gets what was written; the whole call is that with planning, and waits for the disk.",
+        "*From memory*: the system had all inputs in its cache. *From disk*: it had none of them.",
         "",
-        "| | engine s | GB/s | floor s | engine / floor | whole call s |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| | from memory: engine s | GB/s | floor s | engine / floor | from disk: engine s | floor s | engine / floor "
+        "| whole call s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
 
-    def settle(inputs: list[Path], *outputs: Path) -> None:
+    def settle(inputs: list[Path], outputs: list[Path], cold: bool) -> None:
         for path in outputs:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
         time.sleep(PAUSE)
-        run.warm(inputs)
+        if cold:
+            os.sync()
+            evict(inputs)
+        else:
+            run.warm(inputs)
 
-    def add(name: str, runs: list[tuple[float, float, float]]) -> None:
-        engines, calls, floors = ([one[i] for one in runs] for i in range(3))
+    def measure(
+        inputs: list[Path], models: list[Path], out: Path, size: int, engine: Callable[[], Any], cold: bool
+    ) -> tuple[float, float, float]:
+        """Seconds of the engine, of the whole call, and of the floor, which reads `models` and writes `size` bytes."""
+        settle(inputs, [out], cold)
+        low = floor.floor(models, scrap, size, THREADS)
+        settle(inputs, [], cold)
+        with unsynced():
+            report, _ = clocked(engine)
+        if cold:
+            return report.seconds, 0, low
+        settle(inputs, [out], cold)
+        return report.seconds, clocked(engine)[1], low
+
+    def add(name: str, warm: list[tuple[float, float, float]], cold: list[tuple[float, float, float]]) -> None:
+        engines, calls, floors = ([one[i] for one in warm] for i in range(3))
         middle, low = statistics.median(engines), statistics.median(floors)
-        cells = [
-            name,
-            both(engines),
-            f"{2 * whole / middle / 1e9:.1f}",
-            both(floors),
-            f"{middle / low:.1f}",
-            both(calls),
-        ]
-        rows.append(row_of(cells))
+        cells = [name, both(engines), f"{2 * whole / middle / 1e9:.1f}", both(floors), f"{middle / low:.1f}"]
+        if cold:
+            engines, _, floors = ([one[i] for one in cold] for i in range(3))
+            ratio = statistics.median(engines) / statistics.median(floors)
+            cells += [both(engines), both(floors), f"{ratio:.1f}"]
+        else:
+            cells += ["", "", ""]
+        rows.append(row_of([*cells, both(calls)]))
         print(rows[-1], file=sys.stderr)
 
     for bits, codec in ((16, "none"), (16, "auto"), (4, "none"), (4, "auto")):
-        options = {"drop_rate": 0.9, "bits": bits, "codec": codec, "seed": 42}
+        options = {"drop_rate": 0.9, "bits": bits, "codec": codec, "seed": 42, "overwrite": True}
         name = f"p = 0.9, {bits} bit, codec {codec}"
-        runs: dict[str, list[tuple[float, float, float]]] = {"pack": [], "unpack": [], "Switcher": []}
-        for turn in range(times + 1):
-            settle([*before, *after], pack)
-            low = floor.floor([*before, *after], scrap, 0, THREADS)
-            settle([*before, *after])
-            report, call = clocked(lambda options=options: dk.pack(base, model, pack, threads=THREADS, **options))
-            found = [("pack", report.seconds, call, low)]
-            settle([*before, pack], unpacked)
-            low = floor.floor(before, scrap, whole, THREADS)
-            settle([*before, pack])
-            with unsynced():
-                report, _ = clocked(lambda: dk.unpack(base, pack, unpacked, threads=THREADS))
-            settle([*before, pack], unpacked)
-            _, call = clocked(lambda: dk.unpack(base, pack, unpacked, threads=THREADS))
-            found.append(("unpack", report.seconds, call, low))
-            settle([pack], unpacked)
-            if turn:  # the first turn compiles
-                for job, *seconds in found:
-                    runs[job].append((seconds[0], seconds[1], seconds[2]))
+        jobs: dict[str, tuple[list[Path], list[Path], Path, int, Callable[[], Any]]] = {
+            "pack": (
+                [*before, *after],
+                [*before, *after],
+                pack,
+                0,
+                lambda options=options: dk.pack(base, model, pack, threads=THREADS, **options),
+            ),
+            "unpack": (
+                [*before, pack],
+                before,
+                unpacked,
+                whole,
+                lambda: dk.unpack(base, pack, unpacked, threads=THREADS, overwrite=True),
+            ),
+        }
+        for job, arguments in jobs.items():
+            found: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
+            for turn in range(times + 1):
+                for cold, runs in found.items():
+                    seconds = measure(*arguments, cold)
+                    if turn:  # the first turn compiles
+                        runs.append(seconds)
+            add(f"{job}, {name}", found[False], found[True])
+        settle([pack], [unpacked], cold=False)
         # From pack to pack on a model in memory: the base comes back, and the pack is put on it.
+        switches = []
         with dk.Switcher(state, base, threads=THREADS) as switcher:
             switcher.switch(pack)
             for _ in range(times):
                 run.warm([pack])
                 low = clocked(lambda: copied(state))[1]
                 call = clocked(lambda switcher=switcher: switcher.switch(pack))[1]
-                runs["Switcher"].append((call, call, low))
-        for job, seconds in runs.items():
-            add(f"{job}, {name}", seconds)
+                switches.append((call, call, low))
+        add(f"Switcher, {name}", switches, [])
     pack.unlink()
     return rows
+
+
+def evict(paths: list[Path]) -> None:
+    """Have the system forget what it knows of these files."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 @contextmanager
