@@ -149,3 +149,12 @@ def contents(directory):
 def copy(source, target):
     shutil.copytree(source, target)
     return target
+
+
+def damage(pack: Path, part: str) -> None:
+    """Flip one bit of a part of a pack, such as `values:lm_head.weight`."""
+    raw = bytearray(pack.read_bytes())
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    _, end = json.loads(raw[8:begin])[part]["data_offsets"]
+    raw[begin + end - 2] ^= 1
+    pack.write_bytes(raw)

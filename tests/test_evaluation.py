@@ -291,6 +291,14 @@ def test_a_pack_scores_as_the_model_that_it_holds(causal, rows, tmp_path, dare):
     assert first["scores"] == second["scores"]
 
 
+def test_a_damaged_pack_has_no_score(causal, rows, tmp_path, dare):
+    base, pack = causal.llama / "base", tmp_path / "m0.safetensors"
+    dk.pack(base, causal.llama / "m0", pack, drop_rate=0.5, seed=4, codec="none", force=True)
+    families.damage(pack, "values:lm_head.weight")
+    done = dare("eval", pack, "--base", base, "--data", rows)
+    assert done.code == 1 and "m0.safetensors: lm_head.weight" in done.err and "dare verify" in done.err
+
+
 def test_a_command_gets_the_bytes_that_a_merge_writes(causal, tmp_path):
     recipe = families.recipe(causal.llama, k=2, **RECIPE)
     dk.merge(recipe, tmp_path / "out")

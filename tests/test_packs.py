@@ -541,13 +541,7 @@ def test_no_merge_of_a_damaged_pack_is_published(llamas, tmp_path, codec):
     models = [str(tmp_path / f"m{k}.safetensors") for k in range(2)]
     recipe = {"base_model": str(base), "models": models, "merge_method": "task_arithmetic"}
     dk.merge(recipe, tmp_path / "whole")
-    damaged = bytearray((tmp_path / "m1.safetensors").read_bytes())
-    begin = 8 + int.from_bytes(damaged[:8], "little")
-    parts = json.loads(damaged[8:begin])
-    role = "values" if codec == "none" else "frames"
-    _, end = parts[f"{role}:lm_head.weight"]["data_offsets"]
-    damaged[begin + end - 2] ^= 1
-    (tmp_path / "m1.safetensors").write_bytes(damaged)
+    families.damage(tmp_path / "m1.safetensors", f"{'values' if codec == 'none' else 'frames'}:lm_head.weight")
     with pytest.raises((CheckpointError, DataError), match=r"(?s)m1\.safetensors: .*damaged") as caught:
         dk.merge(recipe, tmp_path / "out")
     assert ("nothing was published" in str(caught.value)) == (codec == "none")

@@ -27,7 +27,7 @@ from darekit.checkpoints import (
     sample_digest,
 )
 from darekit.dtypes import DTYPES, dtype_named
-from darekit.errors import PlanError, RecipeError
+from darekit.errors import DataError, PlanError, RecipeError
 from darekit.homology import AlignedTensor, Alignment, Heads, align, label
 from darekit.informed import HEAVY, matrix_memory, statistics_bytes, tile_memory
 from darekit.masks import effective_seeds
@@ -114,6 +114,29 @@ class Plan:
             total += (2 if measured else 1) * step.count * sum(entry.dtype.itemsize for entry in inputs)
             total += 0 if step.verbatim else statistics_bytes(step, tile_of(step, step.count))
         return total
+
+    def refuse_damaged(self, records: Mapping[str, Mapping[str, Any]], outcome: str) -> None:
+        """What packs decoded to while the engine ran must be what was packed: their sources know the digests of that.
+
+        Raises:
+            DataError: it is not; `outcome`: what became of the run.
+        """
+        wrong: dict[str, list[str]] = {}
+        for k, model in enumerate(self.models):
+            for name, info in model.tensors.items():
+                wanted = getattr(info.source, "result", None)
+                found = records.get(name, {}).get("models", {}).get(str(k))
+                if wanted is not None and found is not None and found != wanted:
+                    wrong.setdefault(model.ref, []).append(name)
+        if wrong:
+            told = [
+                f"{ref}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+                for ref, names in wrong.items()
+            ]
+            raise DataError(
+                f"These tensors do not decode to what was packed; {outcome}: {'; '.join(told)}. The pack or its base "
+                "is damaged: `dare verify PACK BASE` says which"
+            )
 
     @property
     def bytes_out(self) -> int:

@@ -125,7 +125,7 @@ def execute(
         records = {**stage.finished, **execution.records}
         if accept:
             accept(records)
-        _refuse_damaged(plan, records)
+        plan.refuse_damaged(records, "nothing was published")
         if len(plan.shards) > 1:
             _write(stage.path / INDEX_NAME, index_json(plan.shards))
         _write(stage.path / LOCK_NAME, json.dumps(make_lock(plan, records), indent=1) + "\n")
@@ -199,25 +199,6 @@ def _refuse_changed(plan: Plan) -> None:
     if changed:
         raise CheckpointError(
             f"{', '.join(changed)} changed while it was read; nothing was published. Run again when it is still"
-        )
-
-
-def _refuse_damaged(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """What a pack decoded to while it was merged must be what was packed: its sources know the digests of that."""
-    wrong: dict[str, list[str]] = {}
-    for k, model in enumerate(plan.models):
-        for name, info in model.tensors.items():
-            wanted = getattr(info.source, "result", None)
-            found = records.get(name, {}).get("models", {}).get(str(k))
-            if wanted is not None and found is not None and found != wanted:
-                wrong.setdefault(model.ref, []).append(name)
-    if wrong:
-        told = [
-            f"{ref}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") for ref, names in wrong.items()
-        ]
-        raise DataError(
-            f"These tensors do not decode to what was packed; nothing was published: {'; '.join(told)}. The pack or "
-            "its base is damaged: `dare verify PACK BASE` says which"
         )
 
 

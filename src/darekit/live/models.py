@@ -64,7 +64,7 @@ class LiveModel:
 
         Raises:
             HomologyError: the output has other tensors than this model.
-            DataError: NaN, Inf or an overflow; the weights are undefined then.
+            DataError: NaN, Inf, an overflow, or a damaged pack; the weights are undefined then.
         """
         targets, tied = self._targets()
         threads = threads or engine.default_threads()
@@ -86,7 +86,9 @@ class LiveModel:
             )
         live = {name: None if target is None else targets[target] for name, target in known.items()}
         sinks = [_Shard(shard.placements, live) for shard in plan.shards]
-        engine.execute(steps, sinks, names=[model.ref for model in plan.models], threads=threads, tile=tiles.TILE)
+        names = [model.ref for model in plan.models]
+        done = engine.execute(steps, sinks, names=names, threads=threads, tile=tiles.TILE)
+        plan.refuse_damaged(done.records, "the model's weights are of no use")
 
     def tensors(self, names: Iterable[str]) -> dict[str, Any]:
         """Names in the checkpoint -> live tensors, each under its first name; names of nothing here are left out."""
