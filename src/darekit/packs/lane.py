@@ -22,8 +22,7 @@ from darekit.packs.format import PackedTensor
 from darekit.packs.leaves import Mask, refuse_nonfinite, refuse_nonfinite_results
 from darekit.packs.quantization import TERNARY, groups_in
 
-LANE_LEAVES = 4  # a call: with the model's they still fit the caches
-READ_LEAVES = 16  # a call that reads them from files: fewer calls, of Python and of the system, are worth more
+READ_LEAVES = 16  # a call, of Python and of the system: fewer cost more time, and more only memory
 
 Words = npt.NDArray[np.uint16]
 Counts = npt.NDArray[np.int64]

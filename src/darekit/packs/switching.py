@@ -15,12 +15,10 @@ import numpy.typing as npt
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, open_checkpoint, sample_digest
 from darekit.dtypes import DTYPES, Bytes
 from darekit.errors import HomologyError
-from darekit.packs.lane import LANE_LEAVES
+from darekit.packs.lane import READ_LEAVES
 from darekit.packs.leaves import Indices
 from darekit.packs.reading import Decoder, Swapped, bytes_of, open_pack
 from darekit.packs.workers import run_all
-
-LEAVES = 16  # one job
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +98,22 @@ class Switcher:
 
     def _apply(self, decoders: list[tuple[Decoder, Bytes]]) -> None:
         """Where the lane goes, the base comes back and leaves again while it is in the cache."""
-        jobs = [(decoder, raw, first) for decoder, raw in decoders for first in range(0, decoder.tensor.leaves, LEAVES)]
+        jobs = [
+            (decoder, raw, first) for decoder, raw in decoders for first in range(0, decoder.tensor.leaves, READ_LEAVES)
+        ]
 
         def work(job: tuple[Decoder, Bytes, int]) -> int:
             decoder, whole, first = job
             itemsize = DTYPES[decoder.tensor.dtype].itemsize
+            last = min(first + READ_LEAVES, decoder.tensor.leaves)
             if decoder.lane:
-                last = min(first + LEAVES, decoder.tensor.leaves)
-                for leaf in range(first, last, LANE_LEAVES):
-                    end = min(leaf + LANE_LEAVES, last) * decoder.leaf_bytes
-                    kept = self._swapped.get((decoder.tensor.name, leaf))
-                    if kept is None:
-                        kept = self._swapped[decoder.tensor.name, leaf] = Swapped()
-                    kept.put_back()
-                    decoder.swap_leaves(leaf, whole[leaf * decoder.leaf_bytes : end], kept)
+                kept = self._swapped.get((decoder.tensor.name, first))
+                if kept is None:
+                    kept = self._swapped[decoder.tensor.name, first] = Swapped()
+                kept.put_back()
+                decoder.swap_leaves(first, whole[first * decoder.leaf_bytes : last * decoder.leaf_bytes], kept)
                 return 1
-            for leaf in range(first, min(first + LEAVES, decoder.tensor.leaves)):
+            for leaf in range(first, last):
                 raw = whole[leaf * decoder.leaf_bytes : (leaf + 1) * decoder.leaf_bytes]
 
                 def keep(where: Indices | None, words: Bytes, raw: Bytes = raw) -> None:
