@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,9 @@ from darekit.checkpoints import open_checkpoint
 from darekit.digests import LEAF, checkpoint_digest, tensor_digest
 from darekit.dtypes import DTYPES, FLOAT_DTYPES
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, OutputError, PlanError, Unsupported
-from darekit.packs import packing
+from darekit.packs import lossless, packing
 from darekit.packs.lane import READ_LEAVES
-from darekit.packs.lossless import compress, decompress
+from darekit.packs.lossless import compress, decompress, inflate_all
 from darekit.packs.quantization import decode_values, dequantize, encode_values, pack_bits, quantize, unpack_bits
 from golden_base import base_of
 
@@ -504,6 +505,41 @@ def test_any_range_of_a_bound_pack_is_that_range_of_the_result(tmp_path, dtype, 
                 assert np.array_equal(buffer, whole[begin:end])
         with pytest.raises(ValueError, match="outside"):
             source.read_into(np.empty(2, np.uint8), whole.size - 1)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("harm", ["none", "flipped", "cut", "no frame", "larger", "empty"])
+def test_frames_that_are_read_together_are_read_as_one_by_one(monkeypatch, together, harm):
+    rng = np.random.default_rng(0)
+    contents = [bytes(rng.integers(0, 7, 1000 + 100 * i, np.uint8)) for i in range(5)]
+    sizes = [len(content) for content in contents]
+    codec = zstandard.ZstdCompressor(write_checksum=True)
+    frames = [bytearray(codec.compress(content)) for content in contents]
+    if harm == "flipped":
+        frames[3][-1] ^= 1
+    elif harm == "cut":
+        del frames[3][-20:]
+    elif harm == "no frame":
+        frames[3][:4] = b"none"
+    elif harm == "larger":
+        frames[3] = bytearray(codec.compress(bytes(1 << 30)))
+    elif harm == "empty":
+        frames[3].clear()
+    if not together:  # as where zstandard has no such call
+        decoder = zstandard.ZstdDecompressor()
+        alone = SimpleNamespace(codec=SimpleNamespace(decompress=decoder.decompress))
+        monkeypatch.setattr(lossless, "_DECOMPRESSOR", alone)
+    given = [memoryview(frame) for frame in frames]
+    if harm == "none":
+        assert [bytes(found) for found in inflate_all(given, sizes, "w")] == contents
+        assert list(inflate_all([], [], "w")) == []
+        with pytest.raises(CheckpointError, match="tensor w: a frame of 1,300 bytes"):
+            inflate_all(given, [*sizes[:3], sizes[3] - 1, sizes[4]], "w")
+        with pytest.raises(CheckpointError, match="tensor w: a frame of 1,300 bytes for 1,301"):
+            inflate_all(given, [*sizes[:3], sizes[3] + 1, sizes[4]], "w")
+    else:
+        with pytest.raises(CheckpointError, match="tensor w: a frame"):
+            inflate_all(given, sizes, "w")
 
 
 def test_the_digest_of_what_is_unpacked_is_taken_of_every_tensor(tmp_path):

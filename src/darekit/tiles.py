@@ -128,7 +128,8 @@ class StepRun:
         self.tile = tile_of(step, hands.tile)
         self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
         # Not `self._read`: the cycle would keep a solve's matrices in memory until Python's collector comes by.
-        self.combine = informed_combiner(step, partial(_read, hands.tally)) if step.statistics else combiner(step)
+        if step.kind == "merge":
+            self.combine = informed_combiner(step, partial(_read, hands.tally)) if step.statistics else combiner(step)
         self.fused = fuse(step, self.chains)
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
         # the survivors.

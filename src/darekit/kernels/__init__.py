@@ -8,6 +8,7 @@ than BF16) numpy does the work.
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,12 @@ class _Later:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._module: ModuleType | None = None
 
     def __getattr__(self, kernel: str) -> Any:
-        return getattr(import_module(self._name), kernel)
+        if self._module is None:
+            self._module = import_module(self._name)
+        return getattr(self._module, kernel)
 
 
 packs: Any = _Later("darekit.kernels.packs")  # a merge imports the readers of packs, and rarely reads one

@@ -9,6 +9,7 @@ their size, 8, 4 and 2 bit codes 0.93, 0.91 and 0.82, signs nothing.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import zstandard
@@ -17,7 +18,7 @@ from darekit.dtypes import Bytes, DType
 from darekit.errors import CheckpointError
 from darekit.kernels.packs import cut_difference
 from darekit.packs.format import PackedTensor
-from darekit.packs.lossless import cut_planes, inflate, join_planes
+from darekit.packs.lossless import cut_planes, inflate_all, join_planes
 
 RAW, PLANES, DIFFERENCE = 0, 1, 2
 # As small as zstd's level 1 makes them, and decoded in three quarters of the time: matches of four bytes in noise save
@@ -74,39 +75,57 @@ def decompress_values(tensor: PackedTensor, values: DType, frame: Bytes, nbytes:
     """
     if not frame.size and not nbytes:
         return frame
-    method, body = _open(tensor, values, frame, nbytes)
-    if method == RAW:
-        return body.copy()  # aligned
-    words = join_planes(body, values.itemsize)
-    if method == DIFFERENCE and base is not None:
+    form = _form_of(tensor, values, frame.data, nbytes)
+    if form == RAW:
+        return frame[1:].copy()  # aligned
+    (body,) = inflate_all([frame.data[1:]], [nbytes], tensor.name)
+    words = join_planes(np.frombuffer(body, np.uint8), values.itemsize)
+    if form == DIFFERENCE and base is not None:
         words ^= base.view(words.dtype)
     return words.view(np.uint8)
 
 
-def unwrap_values(tensor: PackedTensor, values: DType, frame: Bytes, out: Bytes) -> int:
-    """A frame -> `out`, (n,) uint8, in the form that is returned: RAW, PLANES or DIFFERENCE.
+def unwrap_values(
+    tensor: PackedTensor, values: DType, frames: Bytes, frame_ends: Sequence[int], out: Bytes, ends: Sequence[int]
+) -> Bytes:
+    """Frames of several leaves -> their values in `out`, and in what form each leaf's are: RAW, PLANES or DIFFERENCE.
+
+    Args:
+        tensor: whose leaves.
+        values: format of the values.
+        frames: (m,) uint8, one frame behind another.
+        frame_ends: where each ends.
+        out: (n,) uint8, one leaf's values behind another's.
+        ends: where each leaf's end.
 
     Raises:
         CheckpointError: as `decompress_values`.
     """
-    if not frame.size and not out.size:
-        return RAW
-    method, out[:] = _open(tensor, values, frame, out.size)
-    return method
+    source, target = frames.data, out.data
+    forms, bodies, places = [], [], []
+    first = begin = 0
+    for last, end in zip(frame_ends, ends, strict=True):
+        form = _form_of(tensor, values, source[first:last], end - begin) if last > first or end > begin else RAW
+        forms.append(form)
+        if form != RAW:
+            bodies.append(source[first + 1 : last])
+            places.append((begin, end))
+        elif end > begin:
+            target[begin:end] = source[first + 1 : last]
+        first, begin = last, end
+    found = inflate_all(bodies, [end - begin for begin, end in places], tensor.name)
+    for (begin, end), body in zip(places, found, strict=True):
+        target[begin:end] = body
+    return np.array(forms, np.uint8)
 
 
-def _open(tensor: PackedTensor, values: DType, frame: Bytes, nbytes: int) -> tuple[int, Bytes]:
-    """How a frame's values stand in it, and these, (nbytes,) uint8, without zstd."""
-    method = int(frame[0]) if frame.size else -1
-    if method == RAW and frame.size == nbytes + 1:
-        return method, frame[1:]
-    if method != PLANES and not (method == DIFFERENCE and has_difference(tensor, values)):
-        raise CheckpointError(
-            f"tensor {tensor.name}: a frame of kind {method} with {frame.size:,} bytes; the pack is damaged"
-        )
-    body = inflate(frame[1:], nbytes, tensor.name)
-    if body.size != nbytes:
-        raise CheckpointError(
-            f"tensor {tensor.name}: a frame of {body.size:,} bytes for {nbytes:,}; the pack is damaged"
-        )
-    return method, body
+def _form_of(tensor: PackedTensor, values: DType, frame: memoryview, nbytes: int) -> int:
+    """How `nbytes` of values stand in a frame."""
+    form = frame[0] if frame else -1
+    if form == PLANES or (form == RAW and len(frame) == nbytes + 1):
+        return form
+    if form == DIFFERENCE and has_difference(tensor, values):
+        return form
+    raise CheckpointError(
+        f"tensor {tensor.name}: a frame of kind {form} with {len(frame):,} bytes; the pack is damaged"
+    )

@@ -467,13 +467,8 @@ class Decoder:
     def _unwrapped(self, frames: Bytes, counts: Counts, starts: Counts) -> tuple[Bytes, Bytes]:
         """Frames that lie behind one another -> their values likewise, in the thread's scratch; each leaf's form."""
         ends = np.cumsum(value_sizes(self.tensor, counts, self.values.itemsize)).tolist()
-        cuts = (starts - starts[0]).tolist()
-        room, forms, begin = values_room(ends[-1]), np.zeros(counts.size, np.uint8), 0
-        for leaf, end in enumerate(ends):
-            frame = frames[cuts[leaf] : cuts[leaf + 1]]
-            forms[leaf] = unwrap_values(self.tensor, self.values, frame, room[begin:end])
-            begin = end
-        return room, forms
+        room = values_room(ends[-1])
+        return room, unwrap_values(self.tensor, self.values, frames, (starts[1:] - starts[0]).tolist(), room, ends)
 
 
 class Swapped:
