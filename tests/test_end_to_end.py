@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+from collections import Counter
 
 import ml_dtypes
 import numpy as np
@@ -190,26 +191,46 @@ def test_output_shards_hold_the_same_tensors(llamas, tmp_path, real):
         loaded(real, tmp_path / "sharded")
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_take_spans_of_different_files(llamas, tmp_path, threads):
-    """As long as there are that many; every span once, and those that one thread must do alone first."""
-    recipe = read_recipe(families.recipe(llamas.path, sparsify=DARE))
+def jobs_of(llamas, sparsify, shard_size=1 << 30):
+    """The engine's jobs for a merge."""
+    recipe = read_recipe(families.recipe(llamas.path, sparsify=sparsify))
     with contextlib.ExitStack() as stack:
-        base, *models = (
-            stack.enter_context(contextlib.closing(open_checkpoint(llamas.path / name)))
-            for name in ("base", *(f"m{k}" for k in range(len(recipe.models))))
-        )
-        steps = make_plan(recipe, base, models, shard_size=10_000).steps
-    jobs = [engine.Job([step], LEAF) for step in steps]
-    spans = engine._spans_in_order(jobs, threads)
-    assert sorted((id(job), begin, end) for job, begin, end in spans) == sorted(
-        (id(job), *span) for job in jobs for span in job.spans
-    )
-    files = [job.steps[0].output for job, _, _ in spans]
-    assert len(set(files)) > 2
-    shortest = min(files.count(file) for file in set(files))
-    first = files[: threads * shortest]
-    assert all(len(set(first[i : i + threads])) == threads for i in range(0, len(first), threads))
+        names = ("base", *(f"m{k}" for k in range(len(recipe.models))))
+        opened = [contextlib.closing(open_checkpoint(llamas.path / name)) for name in names]
+        base, *models = [stack.enter_context(one) for one in opened]
+        return [engine.Job([step], LEAF) for step in make_plan(recipe, base, models, shard_size=shard_size).steps]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_take_spans_of_different_files(llamas, threads):
+    """As long as there are that many; and every span once."""
+    jobs = jobs_of(llamas, DARE, shard_size=10_000)
+    expected = sorted((id(job), *span) for job in jobs for span in job.spans)
+    left = Counter(job.steps[0].output for job in jobs for _ in job.spans)
+    assert len(left) > 3
+    rng = np.random.default_rng(threads)
+    queue, found, writes = engine.Queue(jobs), [], {}
+    while left.total():
+        thread = int(rng.integers(threads))  # some are faster
+        others = {file for one, file in writes.items() if one != thread}
+        free = {file for file, count in left.items() if count} - others
+        job, begin, end = queue.take(thread)
+        found.append((id(job), begin, end))
+        writes[thread] = job.steps[0].output
+        left[writes[thread]] -= 1
+        assert writes[thread] in free or not free
+    assert sorted(found) == expected
+    assert queue.take(0) is None
+
+
+def test_what_one_thread_must_do_alone_comes_first_and_largest_first(llamas):
+    alone = jobs_of(llamas, {"method": "magnitude", "drop_rate": 0.5})
+    shared = jobs_of(llamas, DARE)
+    assert not any(job.divisible for job in alone) and all(job.divisible for job in shared)
+    queue = engine.Queue([*shared, *alone])
+    taken = [queue.take(None)[0] for _ in range(len(alone) + len(shared))]
+    assert [job.cost for job in taken[: len(alone)]] == sorted((job.cost for job in alone), reverse=True)
+    assert all(job.divisible for job in taken[len(alone) :])
 
 
 def test_masks_follow_the_model_when_the_order_changes(llamas, tmp_path):

@@ -14,7 +14,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from darekit.steps import Step
 from darekit.tiles import BASE, OUT, TILE, ScratchPool, Sink, StepRun, Tally
 
 SPAN = 64 * LEAF  # elements of an unmeasured tensor that one thread takes at a time
+Span = tuple["Job", int, int]  # elements of a tensor, from and to
 FLUSH_SECONDS = 0.1  # the disk writes while processors compute: what is left at the end takes little
 
 
@@ -81,7 +81,7 @@ def execute(
     threads = threads or default_threads()
     began = time.perf_counter()
     jobs = [Job(group, tile) for group in _by_tensor(steps) if group[0].name not in finished]
-    queue = deque(_spans_in_order(jobs, threads))
+    queue = Queue(jobs)
     records: dict[str, Mapping[str, Any]] = {}
     stop = threading.Event()
     broken = threading.Event()  # bad values were found: go on reading, to list them all, but write no more
@@ -90,10 +90,10 @@ def execute(
 
     def work(worker: Worker) -> None:
         while not stop.is_set():
-            try:
-                job, begin, end = queue.popleft()
-            except IndexError:
+            span = queue.take(worker)
+            if span is None:
                 return
+            job, begin, end = span
             worker.run(job, begin, end, stop)
             if stop.is_set():  # somebody failed: this span may be cut short
                 return
@@ -139,21 +139,37 @@ def _by_tensor(steps: Sequence[Step]) -> list[list[Step]]:
     return groups
 
 
-def _spans_in_order(jobs: Sequence[Job], threads: int) -> list[tuple[Job, int, int]]:
-    """Jobs that one thread must do alone come first, largest first, so that none is left over at the end.
+class Queue:
+    """Spans that wait for a thread.
 
-    Of the others, spans of as many files as there are threads take turns: threads that write to one file wait for each
-    other.
+    Jobs that one thread must do alone come first, largest first, so that none is left over at the end. Of the others
+    a thread takes those of one file after another, and while there are enough none that another thread takes from:
+    threads that write to one file wait for each other.
     """
-    alone = sorted((job for job in jobs if not job.divisible), key=lambda job: -job.cost)
-    files: dict[int, list[tuple[Job, int, int]]] = {}
-    for job in jobs:
-        if job.divisible:
-            files.setdefault(job.steps[0].output, []).extend((job, *span) for span in job.spans)
-    queues = list(files.values())
-    groups = [zip_longest(*queues[i : i + threads]) for i in range(0, len(queues), threads)]
-    taking_turns = [span for group in groups for turn in group for span in turn if span is not None]
-    return [*((job, *span) for job in alone for span in job.spans), *taking_turns]
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._alone = deque(sorted((job for job in jobs if not job.divisible), key=lambda job: -job.cost))
+        self._files: dict[int, deque[Span]] = {}
+        for job in jobs:
+            if job.divisible:
+                self._files.setdefault(job.steps[0].output, deque()).extend((job, *span) for span in job.spans)
+        self._taken: dict[object, int] = {}  # by whom: the file
+        self._lock = threading.Lock()
+
+    def take(self, taker: object) -> Span | None:
+        """The next span for `taker`; None when there is none left."""
+        with self._lock:
+            if self._alone:
+                job = self._alone.popleft()
+                return (job, *job.spans[0])
+            if not self._files.get(self._taken.get(taker, -1)):
+                self._taken.pop(taker, None)
+                others = Counter(self._taken.values())
+                left = [file for file, spans in self._files.items() if spans]
+                if not left:
+                    return None
+                self._taken[taker] = min(left, key=lambda file: others[file])
+            return self._files[self._taken[taker]].popleft()
 
 
 class Job:

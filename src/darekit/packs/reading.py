@@ -366,6 +366,7 @@ class Decoder:
     def __init__(self, source: PackFile, tensor: PackedTensor) -> None:
         self.source, self.tensor = source, tensor
         self.itemsize = DTYPES[tensor.dtype].itemsize
+        self.word = np.dtype(f"u{self.itemsize}")
         self.nbytes, self.leaf_bytes = tensor.count * self.itemsize, LEAF * self.itemsize
         self.values = source.value_dtype(tensor) if tensor.kind == "delta" else DTYPES["U8"]
         self.number = number_for(tensor, self.values)
@@ -544,15 +545,10 @@ class PackedSource:
     def _whole_leaves(self, buffer: Bytes, leaf: int) -> int:
         """Bytes of the leaves from `leaf` on that fit a buffer and can be decoded in it, in one call."""
         decoder = self.decoder
-        most = (READ_LEAVES if decoder.lane else 1) * decoder.leaf_bytes
         rest = self.nbytes - leaf * decoder.leaf_bytes
-        nbytes = (
-            min(most, rest)
-            if buffer.size >= rest
-            else min(most, buffer.size) // decoder.leaf_bytes * decoder.leaf_bytes
-        )
-        aligned = buffer[:nbytes].view(f"u{decoder.itemsize}").flags.aligned
-        return nbytes if aligned else 0
+        fits = rest if buffer.size >= rest else buffer.size // decoder.leaf_bytes * decoder.leaf_bytes
+        nbytes = min(fits, (READ_LEAVES if decoder.lane else 1) * decoder.leaf_bytes)
+        return nbytes if buffer[:nbytes].view(decoder.word).flags.aligned else 0
 
     def _decode(self, leaf: int, raw: Bytes) -> None:
         """Whole leaves, from `leaf` on: (n,) uint8, filled; more than one only where there is a lane."""
