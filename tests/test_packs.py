@@ -568,6 +568,31 @@ def test_a_recipe_finds_packs_beside_itself_and_inspect_takes_them(llamas, tmp_p
     assert 0.4 < dk.inspect(base, tmp_path / "m0.pack.safetensors").total.zeros < 0.6
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_live_weights_never_meet_a_damaged_pack(llamas, tmp_path, bits):
+    """A value that merely differs would go unseen by decoding; a pack that was sound once is looked at again when it
+    changed."""
+    base, whole, damaged = llamas.path / "base", tmp_path / "whole.safetensors", tmp_path / "damaged.safetensors"
+    for path in (whole, damaged):
+        dk.pack(base, llamas.path / "m0", path, drop_rate=0.5, bits=bits, seed=3, codec="none")
+    live = {name: array.copy() for name, array in llamas.base.items()}
+    with dk.Switcher(live, base) as switcher:
+        switcher.switch(damaged)
+        switcher.switch(whole)
+        packed = {name: array.copy() for name, array in live.items()}
+        families.damage(damaged, "values:lm_head.weight")
+        with pytest.raises(CheckpointError, match=r"damaged\.safetensors, tensor lm_head\.weight: .* is damaged"):
+            switcher.switch(damaged)
+        families.same(live, packed)
+    families.same(live, llamas.base)
+    with (
+        dk.open_pack(damaged, base=base) as found,
+        pytest.raises(CheckpointError, match=r"lm_head\.weight: .* damaged"),
+    ):
+        found.apply_(live)
+    families.same(live, llamas.base)
+
+
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_no_merge_of_a_damaged_pack_is_published(llamas, tmp_path, codec):
     """With a frame that cannot be decoded it stops at once; a value that merely differs is found by its digest."""

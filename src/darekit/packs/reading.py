@@ -44,6 +44,7 @@ from darekit.packs.opening import locate_pack, open_base, refuse_swapped
 
 NOTHING: Words = np.empty(0, np.uint16)
 NO_SCALES: Floats = np.empty(0, np.float32)
+_DAMAGED = "what is stored does not have its digest: the pack is damaged; download it again"
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ class Pack:
         self._source.file.close()
         if self.base is not None and self._owned:
             self.base.close()
+
+    @property
+    def identity(self) -> tuple[Path, int, int]:
+        """Path, size and time of last change (ns) of the file, as it was opened."""
+        file = self._source.file
+        return file.path, file.size, file.mtime_ns
 
     def info(self) -> dict[str, Any]:
         """What the pack is, JSON-able: sizes, ratio, and the document without its tensors."""
@@ -165,7 +172,9 @@ class Pack:
 
         Raises:
             HomologyError: a tensor is missing, or has another shape, format or other values; nothing was changed.
+            CheckpointError: the pack is damaged; nothing was changed.
         """
+        self.refuse_damaged()
         decoders = self.decoders(tensors)
         for decoder, raw in decoders:
             if _raw_digest(raw, decoder) != decoder.tensor.base:
@@ -184,6 +193,23 @@ class Pack:
             HomologyError: it is another.
         """
         bind(self._source, base, digest)
+
+    def refuse_damaged(self, *, threads: int | None = None) -> None:
+        """Compare all that is stored with its digests; a hundredth of the time that decoding it takes.
+
+        Raises:
+            CheckpointError: something differs.
+        """
+        from darekit.engine import default_threads
+        from darekit.packs.workers import run_all
+
+        def work(tensor: PackedTensor) -> int:
+            if _stored_digest(self._source, tensor) != tensor.stored:
+                raise CheckpointError(f"{self.path}, tensor {tensor.name}: {_DAMAGED}")
+            return 1
+
+        stored = [tensor for tensor in self.tensors.values() if tensor.kind != "same"]
+        run_all(stored, work, threads=threads or default_threads())
 
     def decoders(self, tensors: Mapping[str, Any] | Any) -> list[tuple[Decoder, Bytes]]:
         """What decodes each tensor that changes, and the memory, (n,) uint8, of its counterpart in `tensors`."""
@@ -268,12 +294,10 @@ class Pack:
         info = self.base.tensors[tensor.name] if self.base is not None else None
         if tensor.kind == "same":
             return self.explain(tensor.name) if info and _source_digest(info, tensor) != tensor.result else None
-        digests = [_part_digest(source, tensor.name, role) for role in ("rows", "leaves", "sizes")]
         decoder = Decoder(source, tensor)
         results = []
         for leaf in range(tensor.leaves):
             stored, scales = source.read_leaf(tensor, leaf)
-            digests.append(_bytes_digest(stored, scales))
             if info is not None:
                 raw = np.empty(decoder.size(leaf), np.uint8)
                 info.source.read_into(raw, leaf * decoder.leaf_bytes)
@@ -281,8 +305,8 @@ class Pack:
                 results.append(xxhash.xxh3_128_digest(raw))
             else:
                 decoder.check(leaf, stored, scales)
-        if stored_digest([digest for digest in digests if digest]) != tensor.stored:
-            return "what is stored does not have its digest: the pack is damaged; download it again"
+        if _stored_digest(source, tensor) != tensor.stored:  # after what says more
+            return _DAMAGED
         if info is not None and tensor_digest(results) != tensor.result:
             return self.explain(tensor.name)
         return None
@@ -644,8 +668,18 @@ def _digest_of(raw: Bytes) -> str:
     return xxhash.xxh3_128_hexdigest(raw)
 
 
-def _bytes_digest(*raws: Bytes) -> bytes:
-    return xxhash.xxh3_128_digest(b"".join(raw.tobytes() for raw in raws))
+def _stored_digest(source: PackFile, tensor: PackedTensor) -> str:
+    """Of all that is stored of a tensor, as it is now."""
+    table = source.tables[tensor.name]
+    digests = [_part_digest(source, tensor.name, role) for role in ("rows", "leaves", "sizes")]
+    for first in range(0, tensor.leaves, READ_LEAVES):
+        last = min(first + READ_LEAVES, tensor.leaves)
+        raws = source.read_leaves(tensor, first, last, stored_room)
+        cuts = [(starts[first : last + 1] - starts[first]).tolist() for starts in (table.values, table.scales)]
+        for leaf in range(last - first):
+            parts = [raw[cut[leaf] : cut[leaf + 1]] for raw, cut in zip(raws, cuts, strict=True)]
+            digests.append(xxhash.xxh3_128_digest(b"".join(parts) if parts[1].size else parts[0]))
+    return stored_digest([digest for digest in digests if digest])
 
 
 def _part_digest(source: PackFile, name: str, role: str) -> bytes:

@@ -61,6 +61,7 @@ class Switcher:
         self.current: Path | None = None
         self._swapped: dict[tuple[str, int], Swapped] = {}  # by tensor and first leaf: always the same leaves
         self._saved: list[_Saved] = []  # where no lane goes
+        self._checked: set[Any] = set()  # packs whose bytes were compared with their digests
         self._base = open_checkpoint(base)
         try:
             self._refuse_other_weights()
@@ -80,7 +81,7 @@ class Switcher:
 
         Raises:
             HomologyError: the pack is of another base; the weights stay as they are.
-            CheckpointError: the pack is damaged; the weights are the base's then.
+            CheckpointError: the pack is damaged; the weights stay as they are, or are the base's then.
         """
         if pack is None:
             self._return()
@@ -88,6 +89,9 @@ class Switcher:
         with open_pack(pack) as found:
             found.refuse_base(self._live, self._digest)
             decoders = found.decoders(self.state)
+            if found.identity not in self._checked:
+                found.refuse_damaged(threads=self.threads)
+                self._checked.add(found.identity)
             self._return_others({decoder.tensor.name for decoder, _ in decoders if decoder.lane})
             try:
                 self._apply(decoders)
