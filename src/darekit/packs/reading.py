@@ -183,8 +183,9 @@ class Pack:
                     f"which {self.path} was packed; load the base's weights (`Switcher` goes from one pack to another)"
                 )
         for decoder, raw in decoders:
-            for leaf in range(decoder.tensor.leaves):
-                decoder.restore(leaf, raw[leaf * decoder.leaf_bytes : (leaf + 1) * decoder.leaf_bytes])
+            for first in range(0, decoder.tensor.leaves, decoder.step):
+                begin = first * decoder.leaf_bytes
+                decoder.restore_leaves(first, raw[begin : begin + decoder.step * decoder.leaf_bytes])
 
     def refuse_base(self, base: Checkpoint, digest: bytes | None = None) -> None:
         """Refuse a base that is not this pack's; `digest`: its sample digest, where that is known.
@@ -295,16 +296,19 @@ class Pack:
         if tensor.kind == "same":
             return self.explain(tensor.name) if info and _source_digest(info, tensor) != tensor.result else None
         decoder = Decoder(source, tensor)
-        results = []
-        for leaf in range(tensor.leaves):
-            stored, scales = source.read_leaf(tensor, leaf)
-            if info is not None:
-                raw = np.empty(decoder.size(leaf), np.uint8)
-                info.source.read_into(raw, leaf * decoder.leaf_bytes)
-                decoder.restore(leaf, raw, (stored, scales))
-                results.append(xxhash.xxh3_128_digest(raw))
-            else:
-                decoder.check(leaf, stored, scales)
+        results: list[bytes] = []
+        if info is None:
+            for leaf in range(tensor.leaves):
+                decoder.check(leaf, *source.read_leaf(tensor, leaf))
+        else:
+            digest, room = TensorDigest(decoder.itemsize), np.empty(decoder.step * decoder.leaf_bytes, np.uint8)
+            for first in range(0, tensor.leaves, decoder.step):
+                begin = first * decoder.leaf_bytes
+                raw = room[: decoder.nbytes - begin]
+                info.source.read_into(raw, begin)
+                decoder.restore_leaves(first, raw)
+                digest.update(raw)
+            results = digest.finish()
         if _stored_digest(source, tensor) != tensor.stored:  # after what says more
             return _DAMAGED
         if info is not None and tensor_digest(results) != tensor.result:
@@ -441,6 +445,18 @@ class Decoder:
         nbytes = value_sizes(self.tensor, count, self.values.itemsize)
         return decompress_values(self.tensor, self.values, stored, nbytes, base)
 
+    @property
+    def step(self) -> int:
+        """How many leaves `restore_leaves` takes at most."""
+        return READ_LEAVES if self.lane else 1
+
+    def restore_leaves(self, first: int, raw: Bytes) -> None:
+        """Whole leaves of the base from `first` on, raw, in place -> the result."""
+        if self.lane:
+            self.swap_leaves(first, raw)
+        else:
+            self.restore(first, raw)
+
     def restore(self, leaf: int, raw: Bytes, found: tuple[Bytes, Bytes] | None = None) -> None:
         """One leaf of the base, raw, in place -> the result."""
         self.swap(leaf, raw, None, found)
@@ -571,7 +587,7 @@ class PackedSource:
         decoder = self.decoder
         rest = self.nbytes - leaf * decoder.leaf_bytes
         fits = rest if buffer.size >= rest else buffer.size // decoder.leaf_bytes * decoder.leaf_bytes
-        nbytes = min(fits, (READ_LEAVES if decoder.lane else 1) * decoder.leaf_bytes)
+        nbytes = min(fits, decoder.step * decoder.leaf_bytes)
         return nbytes if buffer[:nbytes].view(decoder.word).flags.aligned else 0
 
     def _decode(self, leaf: int, raw: Bytes) -> None:
@@ -579,10 +595,7 @@ class PackedSource:
         decoder = self.decoder
         self.base.source.read_into(raw, leaf * decoder.leaf_bytes)
         try:
-            if decoder.lane:
-                decoder.swap_leaves(leaf, raw)
-            else:
-                decoder.restore(leaf, raw)
+            decoder.restore_leaves(leaf, raw)
         except CheckpointError as error:  # a recipe may have several packs
             raise CheckpointError(f"{decoder.source.file.path}: {error}; download it again") from error
 
