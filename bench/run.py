@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make bench`: the numbers in README. Prints a table; `--write` puts it there.
 
-Machines are noisy, and floors vary by 3x between runs: all files are warmed, merge and I/O floor run in turn, and
+Machines are noisy: all files are warmed, merge and I/O floor run in turn, and
 minima are compared. MERGEKIT=path/to/mergekit-yaml adds a comparison on the same recipe files.
 
 A merge brings its output to the disk before it says that it is done (fsync), and the disk's share varies most of all.
