@@ -47,8 +47,7 @@ def _keep_lanes(typing: Any, low: Any, high: Any, stream: Any, seed: Any, limit:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         low, high, stream, seed, limit = arguments
 
-        def constant(kind: Any, values: Any) -> Any:
-            return ir.Constant(kind, values)
+        constant = ir.Constant
 
         def spread(value: Any) -> Any:
             one = builder.insert_element(constant(_WORDS, ir.Undefined), value, constant(_I32, 0))
@@ -154,8 +153,7 @@ def keep_bits(seed, stream, start, threshold, bits, ahead):
 def list_kept(bits, count, out):
     """`keep_bits` of `count` elements, as (n,) uint64 -> which survive: the front of `out`; how many.
 
-    `out`, int32 or uint16, has room for `SPARE` more, which hold anything then. Drawing is a call of its own (as
-    `kept_indices` does it), so that Philox is compiled once, and not in every kernel.
+    `out`, int32 or uint16, has room for `SPARE` more, which hold anything then.
     """
     place = np.int64(0)
     for w in range((count + 63) // 64):
@@ -175,20 +173,14 @@ def list_kept(bits, count, out):
     return place
 
 
-def kept_bits(seed: Any, stream: Any, start: int, threshold: int, count: int, room: Any = None) -> Any:
-    """Which of start .. start + count survive: a bit each, (16 per 1024 of them,) uint64; in `room`, or new."""
-    size = -(-count // BLOCK) * (BLOCK // 64)
-    words = np.empty(size, np.uint64) if room is None else room[:size]
-    keep_bits(seed, stream, start, threshold, words.view(np.uint32), (0, 0))
-    return words
-
-
 def kept_indices(seed: Any, stream: Any, start: int, threshold: int, count: int, room: Any) -> Any:
     """Which of elements start .. start + count survive: the front of `room`, (count + SPARE,), counted from `start`.
 
     `start` is a multiple of 1024, `threshold` is below 2^32.
     """
-    return room[: list_kept(kept_bits(seed, stream, start, threshold, count), count, room)]
+    words = np.empty(-(-count // BLOCK) * (BLOCK // 64), np.uint64)
+    keep_bits(seed, stream, start, threshold, words.view(np.uint32), (0, 0))
+    return room[: list_kept(words, count, room)]
 
 
 @_kernel
@@ -455,24 +447,9 @@ def encode_exact(base, tuned, mask, factor, counts, kept, values, bits, room, ou
 
 @_kernel
 def encode_integers(
-    base,
-    tuned,
-    mask,
-    factor,
-    width,
-    group,
-    mean,
-    counts,
-    packed,
-    scales,
-    bits,
-    room,
-    before,
-    after,
-    out,
-    delta,
+    base, tuned, mask, factor, width, group, mean, counts, packed, scales, bits, room, before, after, out, delta,
     singles,
-):
+):  # fmt: skip
     """(n,) uint16 of the base, in place the result, and of the model -> codes, BF16 scales, and each leaf's count.
 
     `mean`: scales are so many times mean |d|; None: max |d| / (2^(bits-1) - 1), rounded up (numba compiles but one of

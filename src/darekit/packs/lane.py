@@ -28,7 +28,7 @@ Words = npt.NDArray[np.uint16]
 Counts = npt.NDArray[np.int64]
 
 
-class _Room:
+class Room:
     """Memory that is used again and again; it grows where more is asked for."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class _Scratch(threading.local):
         self.singles = np.empty(LEAF, np.float32)
         self.before, self.after, self.out = np.empty((3, LEAF), np.uint16)
         self.kept = np.empty(READ_LEAVES * LEAF, np.uint16)  # the base's elements that `encode` returns
-        self.stored, self.values = _Room(), _Room()
+        self.stored, self.values = Room(), Room()
 
 
 _SCRATCH = _Scratch()

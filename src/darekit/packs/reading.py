@@ -196,7 +196,7 @@ class Pack:
         bind(self._source, base, digest)
 
     def refuse_damaged(self, *, threads: int | None = None) -> None:
-        """Compare all that is stored with its digests; a hundredth of the time that decoding it takes.
+        """Compare all that is stored with its digests; a sixth of the time that `Switcher` takes to decode it.
 
         Raises:
             CheckpointError: something differs.

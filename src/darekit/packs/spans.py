@@ -8,6 +8,7 @@ few leaves per thread, whatever the model's size.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from darekit.dtypes import DTYPES, Bytes, DType
 from darekit.errors import CheckpointError, DataError
 from darekit.packs.frames import compress_values
 from darekit.packs.jobs import Job, Terms, note_changes
-from darekit.packs.lane import READ_LEAVES, Encoded, Lane, lane_for
+from darekit.packs.lane import READ_LEAVES, Encoded, Lane, Room, lane_for
 from darekit.packs.leaves import Mask, encode, factor_of, restore, take
 from darekit.packs.lossless import compress
 
@@ -65,14 +66,11 @@ class _Buffers(threading.local):
     """What one thread works in, span after span: fresh pages are dear."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Bytes] = {}
+        self._rooms: defaultdict[str, Room] = defaultdict(Room)
 
     def of(self, what: str, size: int) -> Bytes:
         """(size,) uint8, with whatever was in it."""
-        held = self._held.get(what)
-        if held is None or held.size < size:
-            held = self._held[what] = np.empty(size, np.uint8)
-        return held[:size]
+        return self._rooms[what].get(size)
 
 
 BUFFERS = _Buffers()
