@@ -151,10 +151,10 @@ def copy(source, target):
     return target
 
 
-def damage(pack: Path, part: str) -> None:
-    """Flip one bit of a part of a pack, such as `values:lm_head.weight`."""
+def damage(pack: Path, part: str, at: int = -2) -> None:
+    """Flip one bit of a part of a pack, such as `values:lm_head.weight`: of its byte `at`, from the end if negative."""
     raw = bytearray(pack.read_bytes())
     begin = 8 + int.from_bytes(raw[:8], "little")
-    _, end = json.loads(raw[8:begin])[part]["data_offsets"]
-    raw[begin + end - 2] ^= 1
+    first, end = json.loads(raw[8:begin])[part]["data_offsets"]
+    raw[begin + (first if at >= 0 else end) + at] ^= 1
     pack.write_bytes(raw)

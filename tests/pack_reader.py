@@ -57,6 +57,27 @@ def narrow(dtype, values):
     return values.astype(f"<f{SIZES[dtype]}").view(f"<u{SIZES[dtype]}")
 
 
+def in_order(words):
+    """Bits of floats as places among all numbers of their format, and back."""
+    top = words.dtype.type(1 << (8 * words.itemsize - 1))
+    return np.where(words & top, words ^ (top - words.dtype.type(1)), words)
+
+
+def take_steps(origin, steps):
+    """Bits of the base's elements and steps from them, words of the same size -> bits."""
+    one = steps.dtype.type(1)
+    return in_order(in_order(origin) + np.where(steps & one, ~(steps >> one), steps >> one))
+
+
+def narrow_steps(frame):
+    """Of a frame of kind 4: steps, in 16 bits."""
+    many = int.from_bytes(frame[1:3], "little")
+    body = zstandard.ZstdDecompressor().decompress(frame[3 + 2 * many :], max_output_size=LEAF)
+    steps = np.frombuffer(body, np.uint8).astype("<u2")
+    steps[steps == 255] = np.frombuffer(frame[3 : 3 + 2 * many], "<u2")
+    return steps
+
+
 def read_values(parts, name, tensor, leaf, sizes, itemsize, origin=b""):
     """The bytes of one leaf's values; `sizes`: of all leaves', `origin`: the base's elements at their places."""
     if "codec" not in tensor:
@@ -67,9 +88,14 @@ def read_values(parts, name, tensor, leaf, sizes, itemsize, origin=b""):
     frame = parts[f"frames:{name}"][1][lengths[:leaf].sum() :][: lengths[leaf]]
     if not frame or frame[0] == 0:
         return frame[1:]
+    word = f"<u{itemsize}"
+    if frame[0] == 4:
+        return take_steps(np.frombuffer(origin, word), narrow_steps(frame)).tobytes()
     body = zstandard.ZstdDecompressor().decompress(frame[1:], max_output_size=sizes[leaf])
     values = np.frombuffer(body, np.uint8).reshape(itemsize, -1).T.tobytes()
-    assert frame[0] in (1, 2)
+    assert frame[0] in (1, 2, 3)
+    if frame[0] == 3:
+        return take_steps(np.frombuffer(origin, word), np.frombuffer(values, word)).tobytes()
     return values if frame[0] == 1 else bytes(a ^ b for a, b in zip(values, origin, strict=True))
 
 
@@ -129,15 +155,17 @@ def lossless_leaf(parts, name, tensor, leaf, base):
         return base
     if frame[0] == 0:
         return frame[1:]
+    words = np.frombuffer(base, f"<u{size}").copy()
+    if frame[0] == 4:
+        return take_steps(words, narrow_steps(frame)).tobytes()
     body = zstandard.ZstdDecompressor().decompress(frame[1:], max_output_size=2 * len(base) + 16)
-    words = np.frombuffer(base, np.uint8).reshape(-1, size).copy()
-    if frame[0] == 1:
-        return (words ^ np.frombuffer(body, np.uint8).reshape(size, -1).T).tobytes()
-    assert frame[0] == 2
-    k = len(body) // (2 + size)
+    assert frame[0] in (1, 2, 3, 5)
+    sparse = frame[0] in (2, 5)
+    k = len(body) // (2 + size) if sparse else len(words)
     gaps = np.frombuffer(body[: 2 * k], np.uint8).reshape(2, k).T.copy().view("<u2").reshape(-1)
-    places = np.cumsum(gaps.astype(int) + 1) - 1
-    words[places] ^= np.frombuffer(body[2 * k :], np.uint8).reshape(size, k).T
+    places = np.cumsum(gaps.astype(int) + 1) - 1 if sparse else slice(None)
+    found = np.frombuffer(body[2 * k if sparse else 0 :], np.uint8).reshape(size, k).T.copy().view(words.dtype)[:, 0]
+    words[places] = words[places] ^ found if frame[0] < 3 else take_steps(words[places], found)
     return words.tobytes()
 
 

@@ -24,6 +24,8 @@ FILES = {
     "lossless": "2d31a4b5a937344e",
     "none": "785593d5b262b604",
     "rounded": "24bff576c7778a03",
+    "steps-exact": "a613ad3e485e3c5e",
+    "steps-lossless": "c5d606d56250f990",
     "zstd-exact": "074a65be65523ee1",
     "zstd-int4": "f4f01689c0da2d46",
     "zstd-rounded": "cf390ac3d3895494",

@@ -11,11 +11,12 @@ from darekit.dtypes import DTYPES
 from darekit.errors import CheckpointError, DataError
 from darekit.kernels import packs as kernels
 from darekit.packs.format import PackedTensor
-from darekit.packs.frames import DIFFERENCE, PLANES, RAW
+from darekit.packs.frames import DIFFERENCE, NARROW, PLANES, RAW, STEPS, Forms, compress_values, decompress_values
 from darekit.packs.lane import READ_LEAVES, Lane, lane_for
 from darekit.packs.leaves import Mask, encode, factor_of, put, restore, scale_factors, take
-from darekit.packs.lossless import cut_planes, join_planes
+from darekit.packs.lossless import compress, cut_planes, decompress
 from darekit.packs.quantization import encode_values, groups_in, pack_bits, quantize
+from darekit.packs.steps import after_steps, cut_narrow, head_of, join_narrow, steps_between
 
 SIZES = (0, 1, 63, 64, 65, 1023, 1024, 1025, 8191, 8193, 65536)
 RATES = (1e-9, 0.1, 0.5, 0.9, 0.99)
@@ -131,39 +132,98 @@ def test_the_fast_lane_does_what_the_general_way_does(encoding: str, rate: float
         # And back, with what was overwritten.
         kept, places = np.zeros((2, sum(expected)), np.uint16)
         raw = base.copy()
-        plain = np.zeros(tensor.leaves, np.uint8)
+        plain = Forms.plain(tensor.leaves)
         assert lane.restore(raw, 0, counts, values, scale_factors(scales, "w"), plain, kept, places) == (-1, 0)
         assert np.array_equal(raw, result)
         kernels.put_leaves(raw.view(np.uint16), counts, places, kept)
         assert np.array_equal(raw, base)
 
 
-@pytest.mark.parametrize("form", [RAW, PLANES, DIFFERENCE])
+@pytest.mark.parametrize("form", [RAW, PLANES, DIFFERENCE, STEPS, NARROW])
 def test_the_fast_lane_begins_at_any_leaf_and_reads_what_frames_hold(form: int) -> None:
     tensor, (base, tuned) = tensor_of(3 * 65536 + 17, 0.9, "exact"), pair(3 * 65536 + 17)
     stored, result, expected = general(tensor, base, tuned)
     begin, lane, nothing = 2 * 2 * digests.LEAF, lane_of(tensor), np.empty(0, np.uint16)
-    origin = take(base[begin:], BF16, Mask(tensor, 42, None).indices(2))
-    words = stored[2][0].view(np.uint16) ^ (origin.view(np.uint16) if form == DIFFERENCE else np.uint16(0))
-    first = words.view(np.uint8) if form == RAW else cut_planes(words)
+    origin = take(base[begin:], BF16, Mask(tensor, 42, None).indices(2)).view(np.uint16)
+    words = stored[2][0].view(np.uint16)
+    many = np.empty(0, np.uint16)
+    if form == NARROW:
+        narrow = cut_narrow(words, origin)
+        assert narrow is not None and narrow[1].size
+        many, first = narrow[1], np.pad(narrow[0], (0, words.size))
+    elif form == RAW:
+        first = words.view(np.uint8)
+    else:
+        first = cut_planes({PLANES: words, DIFFERENCE: words ^ origin, STEPS: steps_between(words, origin)}[form])
     values = np.concatenate([first, stored[3][0]])
     raw = base[begin:].copy()
-    forms = np.array([form, RAW], np.uint8)
+    forms = Forms(np.array([form, RAW], np.uint8), many, np.array([many.size, 0]))
     counts = np.array(expected[2:], np.int64)
     assert lane.restore(raw, 2, counts, values, np.empty(0, np.float32), forms, nothing, nothing) == (-1, 0)
     assert np.array_equal(raw, result[begin:])
     counts[1] += 1
     raw = base[begin:].copy()
     assert lane.restore(raw, 2, counts, values, np.empty(0, np.float32), forms, nothing, nothing)[0] == 1
+    if form == NARROW:  # one step is missing: nothing is touched
+        forms, raw = Forms(forms.kinds, many, np.array([many.size - 1, 0])), base[begin:].copy()
+        assert lane.restore(raw, 2, counts, values, np.empty(0, np.float32), forms, nothing, nothing)[0] == 0
+        assert np.array_equal(raw, base[begin:])
 
 
-def test_planes_of_differences_are_those_of_the_formula() -> None:
-    for count in (0, 1, 2, 31, 1000):
-        words, base = np.random.default_rng(count).integers(0, 1 << 16, (2, count), np.uint16)
-        planes = np.empty(2 * count, np.uint8)
-        kernels.cut_difference(words, base, planes)
-        assert np.array_equal(planes, cut_planes(words ^ base))
-        assert np.array_equal(join_planes(planes, 2), words ^ base)
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.uint64])
+def test_steps_are_undone_and_the_nearest_numbers_are_one_step_away(kind: type) -> None:
+    rng, most = np.random.default_rng(0), np.iinfo(kind).max
+    base, words = rng.integers(0, most, (2, 5000), kind, endpoint=True)
+    assert np.array_equal(after_steps(base, steps_between(words, base)), words)
+    assert not steps_between(base, base).any()
+    floats = {np.uint16: np.float16, np.uint32: np.float32, np.uint64: np.float64}
+    if kind in floats:
+        number = rng.standard_normal(1000).astype(floats[kind])
+        number[:3] = 1, -1, 2  # where the exponent changes
+        up, down = (np.nextafter(number, floats[kind](end)).view(kind) for end in (np.inf, -np.inf))
+        assert set(steps_between(up, number.view(kind))) == {2} and set(steps_between(down, number.view(kind))) == {1}
+        zeros = np.array([0.0, -0.0], floats[kind]).view(kind)
+        assert steps_between(zeros[::-1], zeros).tolist() == [1, 2]
+
+
+def test_steps_in_one_byte_are_those_of_the_formula() -> None:
+    rng = np.random.default_rng(1)
+    for count in (0, 1, 7, 8, 9, 31, 1000, 1003):
+        base = rng.integers(0, 1 << 16, count, np.uint16)
+        words = base + rng.integers(-200, 200, count).astype(np.uint16)
+        steps = steps_between(words, base)
+        low, found = np.empty(count, np.uint8), np.empty(count, np.uint16)
+        many = kernels.cut_steps(words, base, found, low)
+        assert np.array_equal(low, np.minimum(steps, 255)) and np.array_equal(found[:many], steps[steps >= 255])
+        raw = memoryview(found[:many].tobytes())
+        assert np.array_equal(join_narrow(base, low, raw, "w"), words)
+        for other in ([raw[2:]] if many else []) + [memoryview(raw.tobytes() + b"..")]:
+            with pytest.raises(CheckpointError, match="steps do not fit together"):
+                join_narrow(base, low, other, "w")
+    far = rng.integers(0, 1 << 16, (2, 1000), np.uint16)
+    assert cut_narrow(*far) is None
+    assert head_of(np.array([255, 0x1234], np.uint16)) == b"\2\0\xff\0\x34\x12"
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 0.02, 3.0])
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32", "F64"])
+def test_frames_hold_every_value_and_pay(name: str, spread: float) -> None:
+    """Spread: of the changes, relative to the weights. Small ones in 16 bits are a byte each, all others planes."""
+    dtype, rng = DTYPES[name], np.random.default_rng(2)
+    base = (rng.standard_normal(3001) * 0.02).astype(dtype.numpy)
+    tuned = (base.astype(np.float64) + rng.standard_normal(3001) * 0.02 * spread).astype(dtype.numpy)
+    before, after = base.view(np.uint8), tuned.view(np.uint8)
+    tensor = PackedTensor("w", name, (65536,), "delta", drop_rate=0.9, encoding="exact")
+    frame = compress_values(tensor, dtype, after, before)
+    assert frame[0] == (NARROW if dtype.itemsize == 2 and spread <= (0.02 if name == "BF16" else 1e-4) else STEPS)
+    assert np.array_equal(decompress_values(tensor, dtype, frame, after.size, before), after)
+    words, origin = (raw.view(f"u{dtype.itemsize}") for raw in (after, before))
+    difference = compress_values(tensor_of(65536, 0.9, "delta"), dtype, (words ^ origin).view(np.uint8), before)
+    assert spread in (0, 3) or frame.size < 0.99 * difference.size
+    exact = compress(before, after, dtype.itemsize)
+    raw = before.copy()
+    decompress(exact, raw, dtype.itemsize, "w")
+    assert np.array_equal(raw, after)
 
 
 def test_what_is_not_finite_is_refused() -> None:

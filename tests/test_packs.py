@@ -254,11 +254,13 @@ def test_lossless_packs_that_are_refused(tmp_path):
     assert not list(tmp_path.glob("*m.safetensors*")) and not list(tmp_path.glob(".m*"))
 
 
-@pytest.mark.parametrize("method", [0, 1, 2, 3, 255])
+@pytest.mark.parametrize("method", [0, 1, 2, 3, 4, 5, 6, 255])
 def test_hostile_frames(method):
     base = np.zeros(2000, np.uint8)
     bodies = (b"", b"x", b"\xff" * 2000, zstandard.compress(b"\0" * 10**8), zstandard.compress(b"\xff" * 4000),
-              zstandard.compress(b"abc"), zstandard.compress(b"\xff" * 400)[:-3], b"\0" * 1999)  # fmt: skip
+              zstandard.compress(b"abc"), zstandard.compress(b"\xff" * 400)[:-3], b"\0" * 1999,
+              b"\0\0" + zstandard.compress(b"\0" * 10**8), b"\1\0\0\1" + zstandard.compress(b"\xff" * 1000),
+              b"\1\0\0\1" + zstandard.compress(b"\0" * 1000), b"\x7e\0" + b"\1" * 252)  # fmt: skip
     for body in bodies:
         if (method, len(body)) == (0, 2000):
             continue
@@ -286,6 +288,30 @@ def bomb(document, header, data):
     return data[: first + sizes[0]] + frame + data[last:]
 
 
+def steps(document, header, data):
+    """The second frame holds as many steps apart as no leaf of its size has."""
+    first, _ = header["frames:t300x257.weight"]["data_offsets"]
+    place = first + int(np.frombuffer(data[slice(*header["sizes:t300x257.weight"]["data_offsets"])], "<u2")[0])
+    return data[:place] + b"\4\xff\xff" + data[place + 3 :]
+
+
+def other_steps(document, header, data):
+    """The same with one step less than its bytes speak of."""
+    first, _ = header["frames:t300x257.weight"]["data_offsets"]
+    place = first + int(np.frombuffer(data[slice(*header["sizes:t300x257.weight"]["data_offsets"])], "<u2")[0])
+    number = int.from_bytes(data[place + 1 : place + 3], "little") - 1
+    frame = data[place : place + 1] + number.to_bytes(2, "little") + data[place + 5 :]
+    sizes = bytearray(data[slice(*header["sizes:t300x257.weight"]["data_offsets"])])
+    sizes[2:4] = (int.from_bytes(sizes[2:4], "little") - 2).to_bytes(2, "little")
+    header["frames:t300x257.weight"]["shape"][0] -= 2
+    begin = header["sizes:t300x257.weight"]["data_offsets"][0]
+    data = data[:begin] + bytes(sizes) + data[begin + len(sizes) : place] + frame
+    for name, entry in header.items():
+        if name != "__metadata__":
+            entry["data_offsets"] = [at - 2 * (at > place) for at in entry["data_offsets"]]
+    return data
+
+
 def no_frame(document, header, data):
     first, _ = header["frames:t300x257.weight"]["data_offsets"]
     return data[:first] + b"\x07" + data[first + 1 :]
@@ -294,9 +320,17 @@ def no_frame(document, header, data):
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(lying_sizes, "frame"), (bomb, "frame of 100,000,000 bytes, expected at most"), (no_frame, "frame of kind 7")],
+    [
+        (lying_sizes, "frame"),
+        (bomb, "frame of 100,000,000 bytes, expected at most"),
+        (no_frame, "frame of kind 7"),
+        (steps, "frame whose steps do not fit together"),
+        (other_steps, "frame whose steps do not fit together"),
+    ],
 )
 def test_hostile_frames_of_values(tmp_path, bits, change, words):
+    if change in (steps, other_steps) and bits < 16:
+        words = "frame of kind 4" if change is steps else "frame"
     sizes(tmp_path, shapes=((300, 257),))
     pack(tmp_path, bits=bits, codec="zstd")
     rewrite(tmp_path / "m.safetensors", change)
@@ -602,7 +636,8 @@ def test_no_merge_of_a_damaged_pack_is_published(llamas, tmp_path, codec):
     models = [str(tmp_path / f"m{k}.safetensors") for k in range(2)]
     recipe = {"base_model": str(base), "models": models, "merge_method": "task_arithmetic"}
     dk.merge(recipe, tmp_path / "whole")
-    families.damage(tmp_path / "m1.safetensors", f"{'values' if codec == 'none' else 'frames'}:lm_head.weight")
+    part, at = ("values", -2) if codec == "none" else ("frames", 0)
+    families.damage(tmp_path / "m1.safetensors", f"{part}:lm_head.weight", at)
     with pytest.raises((CheckpointError, DataError), match=r"(?s)m1\.safetensors: .*damaged") as caught:
         dk.merge(recipe, tmp_path / "out")
     assert ("nothing was published" in str(caught.value)) == (codec == "none")

@@ -19,6 +19,7 @@ from darekit.dtypes import Bytes, DType, Floats
 from darekit.kernels import packs as kernels
 from darekit.masks import DROP_ALL
 from darekit.packs.format import PackedTensor
+from darekit.packs.frames import Forms
 from darekit.packs.leaves import Mask, refuse_nonfinite, refuse_nonfinite_results
 from darekit.packs.quantization import TERNARY, groups_in
 
@@ -129,7 +130,7 @@ class Lane:
 
     def restore(
         self, raw: Bytes, first: int, counts: Counts, values: Bytes, scales: Floats,
-        forms: Bytes, kept: Words, places: Words,
+        forms: Forms, kept: Words, places: Words,
     ) -> tuple[int, int]:  # fmt: skip
         """(2n,) uint8 of the base, in place -> the result.
 
@@ -139,21 +140,21 @@ class Lane:
             counts: (leaves,) kept elements of each.
             values: their values, (m,) uint8, one leaf behind the other.
             scales: (groups,) float32; empty where there are none.
-            forms: (leaves,) in what form each leaf's values are: plain, or what `darekit.packs.frames` names.
+            forms: how they stand there.
             kept: takes what is overwritten, (sum of counts,); empty: nobody asks.
             places: takes where in its leaf that was; as `kept`.
 
         Returns:
-            The first leaf of which the mask keeps another number of elements, -1 where there is none: it and those
-            behind it are untouched. And how many results are NaN or Inf.
+            The first leaf of which the mask keeps another number of elements, or whose values make no sense, -1 where
+            there is none: it and those behind it are untouched. And how many results are NaN or Inf.
         """
         tensor, words = self.tensor, raw.view(np.uint16)
         own = _SCRATCH
         constants = self._mask_from(first), self.factor
         if not tensor.bits:
             other, wrong = kernels.restore_exact(
-                words, *constants, counts, values, forms, kept, places, own.bits, own.room, own.before, own.after,
-                own.out,
+                words, *constants, counts, values, forms.kinds, forms.many, forms.numbers, kept, places, own.bits,
+                own.room, own.before, own.after, own.out,
             )  # fmt: skip
         else:
             other, wrong = kernels.restore_integers(

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One leaf of a fine-tuned tensor exactly, from its base: a frame that is as small as three ways can make it.
 
-Nothing where nothing changed; else one byte that says how, and then: 0 the fine-tuned bytes; 1 their XOR with the
-base's, cut into byte planes, through zstd (BitX, NSDI'26); 2 of the changed elements only, gaps between them and
-XORs, both in byte planes, through zstd. RL-tuned models change 5 to 30 % of their elements, others nearly all.
+Nothing where nothing changed; else one byte that says how, and then: 0 the fine-tuned bytes; 3 their steps from the
+base's (`darekit.packs.steps`) in byte planes, through zstd, or 4, of elements of 16 bits, those beyond a byte apart
+and then one byte for each, through zstd; 5 of the changed elements only, gaps between them and steps, both in byte
+planes, through zstd. 1 and 2 are read, and not written any more: 3 and 5 with XORs (BitX, NSDI'26) instead of steps.
+RL-tuned models change 5 to 30 % of their elements, others nearly all.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import zstandard
 
 from darekit.dtypes import Bytes
 from darekit.errors import CheckpointError
+from darekit.packs.steps import after_steps, cut_narrow, head_of, join_narrow, read_head, steps_between
 
-RAW, PLANES, SPARSE = 0, 1, 2
-LEVEL = 1  # higher levels gain 1 % on XORs of weights, and cost several times as long
-# Fractions of changed elements. In BF16 deltas of 2 % of the weights gaps and planes are equal at 0.46 (0.70 of the
-# leaf); between these two limits both are tried.
+RAW, PLANES, SPARSE, STEPS, NARROW, SPARSE_STEPS = range(6)
+DENSE = (PLANES, STEPS)
+LEVEL = 1  # higher levels gain 1 %, and cost several times as long
+# Fractions of changed elements: in BF16 gaps and one byte for each element are equal at about a half; between these two
+# limits both are tried.
 SPARSE_BELOW = 0.6
 PLANES_ABOVE = 0.3
 
@@ -35,25 +39,34 @@ class _Decompressor(threading.local):
         self.codec = zstandard.ZstdDecompressor()
 
 
-_DECOMPRESSOR = _Decompressor()
+class _Compressor(threading.local):
+    """zstd's, one for each thread."""
+
+    def __init__(self) -> None:
+        self.codec = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False)
+
+
+_DECOMPRESSOR, _COMPRESSOR = _Decompressor(), _Compressor()
 
 
 def compress(base: Bytes, tuned: Bytes, itemsize: int) -> Bytes:
     """(n * itemsize,) uint8 twice -> the smallest frame, (m,) uint8 with m <= n * itemsize + 1."""
-    words = base.view(f"u{itemsize}") ^ tuned.view(f"u{itemsize}")
-    count = np.count_nonzero(words)
-    if not count:
+    before, after = base.view(f"u{itemsize}"), tuned.view(f"u{itemsize}")
+    changed = np.flatnonzero(before != after)
+    if not changed.size:
         return np.empty(0, np.uint8)
-    codec = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False)
+    deflate = _COMPRESSOR.codec.compress
     frames = []
-    if count > PLANES_ABOVE * words.size:
-        frames.append(bytes([PLANES]) + codec.compress(cut_planes(words).data))
-    if count <= SPARSE_BELOW * words.size:
-        changed = np.flatnonzero(words)
+    if changed.size > PLANES_ABOVE * before.size:
+        narrow = cut_narrow(after, before) if itemsize == 2 else None
+        if narrow is not None:
+            frames.append(bytes([NARROW]) + head_of(narrow[1]) + deflate(narrow[0].data))
+        else:
+            frames.append(bytes([STEPS]) + deflate(cut_planes(steps_between(after, before)).data))
+    if changed.size <= SPARSE_BELOW * before.size:
         gaps = (np.diff(changed, prepend=-1) - 1).astype(np.uint16)
-        frames.append(
-            bytes([SPARSE]) + codec.compress(np.concatenate([cut_planes(gaps), cut_planes(words[changed])]).data)
-        )
+        steps = steps_between(after[changed], before[changed])
+        frames.append(bytes([SPARSE_STEPS]) + deflate(np.concatenate([cut_planes(gaps), cut_planes(steps)]).data))
     best = min(frames, key=len)
     return np.frombuffer(best if len(best) <= tuned.size else bytes([RAW]) + tuned.tobytes(), np.uint8)
 
@@ -80,24 +93,31 @@ def decompress(frame: Bytes, raw: Bytes, itemsize: int, name: str) -> None:
     if method == RAW and frame.size == raw.size + 1:
         raw[:] = frame[1:]
         return
-    if method not in (PLANES, SPARSE):
+    if method not in (PLANES, SPARSE, STEPS, NARROW, SPARSE_STEPS) or (method == NARROW and itemsize != 2):
         raise CheckpointError(f"tensor {name}: a frame of kind {method} with {frame.size:,} bytes; the pack is damaged")
-    limit = raw.size if method == PLANES else (2 + itemsize) * count
+    words: Any = raw.view(f"u{itemsize}")
+    if method == NARROW:
+        many, rest = read_head(frame.data[1:], count, name)
+        (low,) = inflate_all([rest], [count], name)
+        words[:] = join_narrow(words, low, many, name)
+        return
+    limit = raw.size if method in DENSE else (2 + itemsize) * count
     body = np.frombuffer(inflate(frame.data[1:], limit, name), np.uint8)
-    words = raw.reshape(-1, itemsize)
-    if method == PLANES:
+    if method in DENSE:
         if body.size != raw.size:
             raise CheckpointError(
                 f"tensor {name}: a frame of {body.size:,} bytes for {raw.size:,}; the pack is damaged"
             )
-        words ^= body.reshape(itemsize, -1).T
+        found = join_planes(body, itemsize)
+        words[:] = words ^ found if method == PLANES else after_steps(words, found)
         return
-    kept, rest = divmod(body.size, 2 + itemsize)
-    gaps = np.ascontiguousarray(body[: 2 * kept].reshape(2, kept).T).view("<u2").reshape(-1)
+    kept, left = divmod(body.size, 2 + itemsize)
+    gaps = join_planes(body[: 2 * kept], 2)
     places = np.cumsum(gaps.astype(np.int64) + 1) - 1
-    if rest or not kept or places[-1] >= count:
+    if left or not kept or places[-1] >= count:
         raise CheckpointError(f"tensor {name}: a frame whose elements lie outside its leaf; the pack is damaged")
-    words[places] ^= body[2 * kept :].reshape(itemsize, kept).T
+    found = join_planes(body[2 * kept :], itemsize)
+    words[places] = words[places] ^ found if method == SPARSE else after_steps(words[places], found)
 
 
 def join_planes(body: Bytes, itemsize: int) -> npt.NDArray[np.unsignedinteger]:

@@ -26,7 +26,7 @@ from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, PlanError
 from darekit.kernels import packs
 from darekit.packs.format import Counts, PackedTensor, PackFile, read_pack, stored_digest, value_sizes
-from darekit.packs.frames import decompress_values, unwrap_values
+from darekit.packs.frames import Forms, decompress_values, unwrap_values
 from darekit.packs.lane import READ_LEAVES, Words, lane_for, stored_room, values_room
 from darekit.packs.leaves import (
     Indices,
@@ -41,6 +41,7 @@ from darekit.packs.leaves import (
 )
 from darekit.packs.lossless import decompress
 from darekit.packs.opening import locate_pack, open_base, refuse_swapped
+from darekit.packs.steps import bad_steps
 
 NOTHING: Words = np.empty(0, np.uint16)
 NO_SCALES: Floats = np.empty(0, np.float32)
@@ -493,7 +494,7 @@ class Decoder:
         last = first + -(-raw.size // self.leaf_bytes)
         counts = table.counts[first:last]
         values, scales = self.source.read_leaves(tensor, first, last, stored_room)
-        forms = np.zeros(counts.size, np.uint8)
+        forms = Forms.plain(counts.size)
         if tensor.codec != "none":
             values, forms = self._unwrapped(values, counts, table.values[first : last + 1])
         factors = scale_factors(scales, tensor.name) if scales.size else NO_SCALES
@@ -502,11 +503,12 @@ class Decoder:
         if keep:
             keep.take(raw, counts if other < 0 else counts[:other])
         if other >= 0:
-            self.indices(first + other)  # says what is wrong
+            self.indices(first + other)  # says what is wrong with the mask
+            raise bad_steps(tensor.name)
         refuse_nonfinite_results(wrong, tensor.name)
 
-    def _unwrapped(self, frames: Bytes, counts: Counts, starts: Counts) -> tuple[Bytes, Bytes]:
-        """Frames that lie behind one another -> their values likewise, in the thread's scratch; each leaf's form."""
+    def _unwrapped(self, frames: Bytes, counts: Counts, starts: Counts) -> tuple[Bytes, Forms]:
+        """Frames that lie behind one another -> their values likewise, in the thread's scratch; their forms."""
         ends = np.cumsum(value_sizes(self.tensor, counts, self.values.itemsize)).tolist()
         room = values_room(ends[-1])
         return room, unwrap_values(self.tensor, self.values, frames, (starts[1:] - starts[0]).tolist(), room, ends)
