@@ -283,7 +283,8 @@ class Writer:
         # No digest but the files' is known yet; the size of all of them is.
         document = self._document(jobs, files)
         stored = [file for file in files if file.stored]
-        parts = [part for job in jobs for part in _parts_of(job)]
+        changed = [_Changed(job, _table_of(job), _tables(job)) for job in jobs if job.tensor.kind != "same"]
+        parts = [part for one in changed for part in _parts_of(one)]
         parts += [OutputTensor(f"{FILE_ROLE}:{file.name}", "U8", (len(contents[file.name]),)) for file in stored]
         layout = lay_out_parts(parts, document)
         offsets = {name: place.offset for name, place in layout.places.items()}
@@ -291,8 +292,8 @@ class Writer:
         try:
             for file in stored:
                 output.write(np.frombuffer(contents[file.name], np.uint8), offsets[f"{FILE_ROLE}:{file.name}"])
-            self._write_tables(jobs, offsets, output)
-            self._copy(jobs, pieces, spool, offsets, output)
+            self._write_tables(changed, offsets, output)
+            self._copy(changed, pieces, spool, offsets, output)
             document = self._with_digests(document, jobs)
             header = render_header(document, list(layout.places.values()), layout.data)
             output.write(np.frombuffer(header, np.uint8), 0)
@@ -377,11 +378,11 @@ class Writer:
         return found
 
     def _copy(
-        self, jobs: Sequence[Job], pieces: Sequence[Piece], spool: InputFile, offsets: Mapping[str, int],
+        self, changed: Sequence[_Changed], pieces: Sequence[Piece], spool: InputFile, offsets: Mapping[str, int],
         output: OutputFile,
     ) -> None:  # fmt: skip
         """What waited in the spool, to its place."""
-        tables = {job.tensor.name: _table_of(job) for job in jobs if job.tensor.kind != "same"}
+        tables = {one.job.tensor.name: one.table for one in changed}
 
         def work(piece: Piece) -> int:
             table, begin = tables[piece.name], piece.offset
@@ -406,14 +407,14 @@ class Writer:
                 f"a lossless pack needs the same tensors in base and model; they differ in {', '.join(other[:4])}"
             )
 
-    def _write_tables(self, jobs: Sequence[Job], offsets: Mapping[str, int], output: OutputFile) -> None:
+    def _write_tables(self, changed: Sequence[_Changed], offsets: Mapping[str, int], output: OutputFile) -> None:
         """Everything but the leaves: changed rows, counts and sizes of leaves; their digests come first."""
-        for job in jobs:
+        for one in changed:
             head = []
-            for role, raw in _tables(job).items():
-                output.write(raw.view(np.uint8), offsets[f"{role}:{job.tensor.name}"])
+            for role, raw in one.small.items():
+                output.write(raw.view(np.uint8), offsets[f"{role}:{one.job.tensor.name}"])
                 head.append(xxhash.xxh3_128_digest(raw))
-            job.digests["head"][:] = head
+            one.job.digests["head"][:] = head
 
     def _with_digests(self, document: Document, jobs: Sequence[Job]) -> Document:
         tensors = {}
@@ -456,6 +457,15 @@ def _settled(job: Job, codec: str) -> Job:
     return replace(job, frames=None)
 
 
+@dataclass(frozen=True)
+class _Changed:
+    """A tensor all of whose leaves are made. `table`: where they begin; `small`: role -> the parts that say so."""
+
+    job: Job
+    table: LeafTable
+    small: Mapping[str, np.ndarray]
+
+
 def _table_of(job: Job) -> LeafTable:
     return leaf_table(job.tensor, job.counts, job.values.itemsize, job.frames)
 
@@ -483,18 +493,16 @@ def _tables(job: Job) -> dict[str, np.ndarray]:
     return found
 
 
-def _parts_of(job: Job) -> Iterator[OutputTensor]:
+def _parts_of(changed: _Changed) -> Iterator[OutputTensor]:
+    job, table = changed.job, changed.table
     tensor = job.tensor
-    if tensor.kind == "same":
-        return
-    table = _table_of(job)
     if tensor.kind == "lossless" or job.frames is not None:
         yield OutputTensor(f"frames:{tensor.name}", "U8", (int(table.values[-1]),))
     else:
         yield OutputTensor(f"values:{tensor.name}", job.values.name, (int(table.values[-1]) // job.values.itemsize,))
     if tensor.bits:
         yield OutputTensor(f"scales:{tensor.name}", "BF16", (int(table.scales[-1]) // 2,))
-    for role, content in _tables(job).items():
+    for role, content in changed.small.items():
         dtype = next(entry.name for entry in DTYPES.values() if entry.numpy == content.dtype)
         yield OutputTensor(f"{role}:{tensor.name}", dtype, content.shape)
 
