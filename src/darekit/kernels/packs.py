@@ -547,6 +547,16 @@ def cut_steps(words, base, steps, low):
 
 
 @_kernel
+def cut_leaves(words, base, ends, steps, low, numbers):
+    """`cut_steps` of leaves that end at `ends`, (leaves,) int64: steps of each in its place; `numbers`: how many."""
+    begin = 0
+    for leaf in range(ends.size):
+        end = ends[leaf]
+        numbers[leaf] = cut_steps(words[begin:end], base[begin:end], steps[begin:end], low[begin:end])
+        begin = end
+
+
+@_kernel
 def take_steps(base, low, many, out):
     """The inverse of `cut_steps`: (k,) uint16, (k,) uint8, (m,) uint16 -> `out`, (k,) uint16; whether `many` is as
     long as `low` says."""

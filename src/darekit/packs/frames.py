@@ -23,7 +23,7 @@ from darekit.dtypes import Bytes, DType
 from darekit.errors import CheckpointError
 from darekit.packs.format import Counts, PackedTensor
 from darekit.packs.lossless import cut_planes, inflate_all, join_planes
-from darekit.packs.steps import after_steps, apart, cut_narrow, head_of, join_narrow, read_head, steps_between
+from darekit.packs.steps import after_steps, apart, cut_narrow, join_narrow, read_head, steps_between
 
 RAW, PLANES, DIFFERENCE, STEPS, NARROW = 0, 1, 2, 3, 4
 OF_BASE = (DIFFERENCE, STEPS, NARROW)
@@ -76,22 +76,58 @@ def has_difference(tensor: PackedTensor, values: DType) -> bool:
 
 def compress_values(tensor: PackedTensor, values: DType, stored: Bytes, base: Bytes) -> Bytes:
     """A leaf's values and the base's elements at the same places, raw -> its frame, at most one byte longer."""
-    if not stored.size:
-        return stored
-    words: Any = stored.view(f"u{values.itemsize}")
-    compress = _COMPRESSOR.codec.compress
-    if has_difference(tensor, values):
-        origin = base.view(words.dtype)
-        narrow = cut_narrow(words, origin) if values.itemsize == 2 else None
-        if narrow is not None:
-            frame = bytes([NARROW]) + head_of(narrow[1]) + compress(narrow[0].data)
+    return compress_leaves(tensor, values, stored, base, [stored.size])[0]
+
+
+def compress_leaves(
+    tensor: PackedTensor, values: DType, stored: Bytes, base: Bytes, ends: Sequence[int]
+) -> list[Bytes]:
+    """`compress_values` of leaves that lie behind one another; each one's bytes end at one of `ends`."""
+    cuts = list(zip([0, *ends], ends, strict=False))
+    begun = _begun(tensor, values, stored, base, cuts)
+    kept = [number for number, (begin, end) in enumerate(cuts) if end > begin]
+    bodies = _deflated([begun[number][1] for number in kept])
+    frames = [stored[:0]] * len(cuts)
+    for number, body in zip(kept, bodies, strict=True):
+        begin, end = cuts[number]
+        frame = b"".join((begun[number][0], body))
+        if len(frame) > end - begin:
+            frame = b"".join((bytes([RAW]), stored[begin:end].data))
+        frames[number] = np.frombuffer(frame, np.uint8)
+    return frames
+
+
+def _begun(
+    tensor: PackedTensor, values: DType, stored: Bytes, base: Bytes, cuts: Sequence[tuple[int, int]]
+) -> list[tuple[bytes, Any]]:
+    """How each leaf's frame begins, and what is then to be compressed."""
+    size = values.itemsize
+    words: Any = stored.view(f"u{size}")
+    if not has_difference(tensor, values):
+        if size == 1:
+            return [(bytes([PLANES]), stored[begin:end].data) for begin, end in cuts]
+        return [(bytes([PLANES]), cut_planes(words[begin // size : end // size]).data) for begin, end in cuts]
+    origin: Any = base.view(words.dtype)
+    places = [(begin // size, end // size) for begin, end in cuts]
+    narrow = cut_narrow(words, origin, [end for _, end in places]) if size == 2 else [None] * len(cuts)
+    found: list[tuple[bytes, Any]] = []
+    for (begin, end), one in zip(places, narrow, strict=True):
+        if one is not None:
+            found.append((bytes([NARROW]) + one[0], one[1].data))
         else:
-            frame = bytes([STEPS]) + compress(cut_planes(steps_between(words, origin)).data)
-    else:
-        frame = bytes([PLANES]) + compress((cut_planes(words) if values.itemsize > 1 else stored).data)
-    if len(frame) <= stored.size:
-        return np.frombuffer(frame, np.uint8)
-    return np.concatenate([np.zeros(1, np.uint8), stored])
+            steps = steps_between(words[begin:end], origin[begin:end])
+            found.append((bytes([STEPS]), cut_planes(steps).data))
+    return found
+
+
+def _deflated(bodies: Sequence[Any]) -> Sequence[Any]:
+    """Each as a zstd frame, of something that has a buffer."""
+    codec = _COMPRESSOR.codec
+    many = getattr(codec, "multi_compress_to_buffer", None)  # zstandard's C, and not all of its builds
+    if many and len(bodies) > 1:
+        found: Sequence[Any] = many(bodies)
+        return found
+    return [codec.compress(body) for body in bodies]
 
 
 def decompress_values(tensor: PackedTensor, values: DType, frame: Bytes, nbytes: int, base: Bytes | None) -> Bytes:

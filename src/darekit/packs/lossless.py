@@ -21,7 +21,7 @@ import zstandard
 
 from darekit.dtypes import Bytes
 from darekit.errors import CheckpointError
-from darekit.packs.steps import after_steps, cut_narrow, head_of, join_narrow, read_head, steps_between
+from darekit.packs.steps import after_steps, cut_narrow, join_narrow, read_head, steps_between
 
 RAW, PLANES, SPARSE, STEPS, NARROW, SPARSE_STEPS = range(6)
 DENSE = (PLANES, STEPS)
@@ -58,9 +58,9 @@ def compress(base: Bytes, tuned: Bytes, itemsize: int) -> Bytes:
     deflate = _COMPRESSOR.codec.compress
     frames = []
     if changed.size > PLANES_ABOVE * before.size:
-        narrow = cut_narrow(after, before) if itemsize == 2 else None
+        (narrow,) = cut_narrow(after, before, [after.size]) if itemsize == 2 else [None]
         if narrow is not None:
-            frames.append(bytes([NARROW]) + head_of(narrow[1]) + deflate(narrow[0].data))
+            frames.append(bytes([NARROW]) + narrow[0] + deflate(narrow[1].data))
         else:
             frames.append(bytes([STEPS]) + deflate(cut_planes(steps_between(after, before)).data))
     if changed.size <= SPARSE_BELOW * before.size:

@@ -21,7 +21,7 @@ import xxhash
 
 from darekit import kernels
 from darekit.checkpoints import Checkpoint, InputFile, TensorInfo, sample_digest
-from darekit.digests import LEAF, TensorDigest, tensor_digest
+from darekit.digests import LEAF, TensorDigest, digest_pieces, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, PlanError
 from darekit.kernels import packs
@@ -690,10 +690,13 @@ def _stored_digest(source: PackFile, tensor: PackedTensor) -> str:
     for first in range(0, tensor.leaves, READ_LEAVES):
         last = min(first + READ_LEAVES, tensor.leaves)
         raws = source.read_leaves(tensor, first, last, stored_room)
-        cuts = [(starts[first : last + 1] - starts[first]).tolist() for starts in (table.values, table.scales)]
-        for leaf in range(last - first):
-            parts = [raw[cut[leaf] : cut[leaf + 1]] for raw, cut in zip(raws, cuts, strict=True)]
-            digests.append(xxhash.xxh3_128_digest(b"".join(parts) if parts[1].size else parts[0]))
+        starts = [begins[first : last + 1] - begins[first] for begins in (table.values, table.scales)]
+        raw, ends = raws[0], starts[0][1:]
+        if raws[1].size:
+            cuts = [begins.tolist() for begins in starts]
+            pieces = [raws[i][cuts[i][leaf] : cuts[i][leaf + 1]] for leaf in range(last - first) for i in (0, 1)]
+            raw, ends = np.concatenate(pieces), starts[0][1:] + starts[1][1:]
+        digests += digest_pieces(raw, ends.tolist())
     return stored_digest([digest for digest in digests if digest])
 
 

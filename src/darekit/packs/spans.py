@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from darekit.digests import LEAF
+from darekit.digests import LEAF, digest_pieces
 from darekit.dtypes import DTYPES, Bytes, DType
 from darekit.errors import CheckpointError, DataError
-from darekit.packs.frames import compress_values
+from darekit.packs.frames import compress_leaves
 from darekit.packs.jobs import Job, Terms, note_changes
 from darekit.packs.lane import READ_LEAVES, Encoded, Lane, Room, lane_for
 from darekit.packs.leaves import Mask, encode, factor_of, restore, take
@@ -111,13 +111,14 @@ def _encode_in_lane(job: Job, lane: Lane, first: int, parts: Parts) -> int:
     tuned.source.read_into(after, first * size)
     if job.changed is not None:
         note_changes(tensor, before, after, first * LEAF, job.changed)
-    job.digests["base"][first:last] = _digests(before, size)
+    ends = [*range(size, nbytes, size), nbytes]
+    job.digests["base"][first:last] = digest_pieces(before, ends)
     rooms = BUFFERS.of("values", nbytes), BUFFERS.of("scales", (last - first) * lane.most_scales)
     try:
         found = lane.encode(before, after, first, job.counts[first:last], *rooms)
     except CheckpointError as error:
         raise DataError(_TOO_MUCH.format(tensor.name)) from error
-    job.digests["result"][first:last] = _digests(before, size)
+    job.digests["result"][first:last] = digest_pieces(before, ends)
     _keep(job, first, found, parts)
     return 2 * nbytes
 
@@ -154,21 +155,17 @@ def _encode_leaves(job: Job, mask: Mask, factor: np.float32, dtype: DType, first
 
 def _keep(job: Job, first: int, found: Encoded, parts: Parts) -> None:
     """What is written of leaves from `first` on, and its digests."""
-    values, scales = found.values.data, found.scales.data
+    last = first + len(found.ends)
     if job.bare:
-        parts["values"].append(values)
-    parts["scales"].append(scales)
-    begin = scaled = 0
-    for leaf, (end, scales_end) in enumerate(zip(found.ends, found.scale_ends, strict=True), first):
-        own, factors = values[begin:end], scales[scaled:scales_end]
-        if job.bare:
-            job.digests["stored"][leaf] = _digest(own, factors)
-        if job.frames is not None:
-            frame = compress_values(job.tensor, job.values, found.values[begin:end], found.base[begin:end])
-            job.frames[leaf] = frame.size
-            job.digests["framed"][leaf] = _digest(frame.data, factors)
-            parts["frames"].append(frame.data)
-        begin, scaled = end, scales_end
+        parts["values"].append(found.values.data)
+        job.digests["stored"][first:last] = _stored_digests(found.values, found.ends, found)
+    if job.frames is not None:
+        frames = compress_leaves(job.tensor, job.values, found.values, found.base, found.ends)
+        together = np.concatenate(frames)
+        job.frames[first:last] = sizes = [frame.size for frame in frames]
+        parts["frames"].append(together.data)
+        job.digests["framed"][first:last] = _stored_digests(together, np.cumsum(sizes).tolist(), found)
+    parts["scales"].append(found.scales.data)
 
 
 def _compress_leaves(job: Job, first: int, parts: Parts) -> int:
@@ -191,12 +188,14 @@ def _compress_leaves(job: Job, first: int, parts: Parts) -> int:
     return done
 
 
-def _digests(raw: Bytes, size: int) -> list[bytes]:
-    """Of every `size` bytes."""
-    view = raw.data
-    return [xxhash.xxh3_128_digest(view[at : at + size]) for at in range(0, raw.size, size)]
-
-
-def _digest(values: memoryview, scales: memoryview) -> bytes:
-    """Of both, one behind the other."""
-    return xxhash.xxh3_128_digest(b"".join((values, scales)) if len(scales) else values)
+def _stored_digests(values: Bytes, ends: Sequence[int], found: Encoded) -> list[bytes]:
+    """Of each leaf's values, which end at `ends`, and of its scales behind them."""
+    if not found.scales.size:
+        return digest_pieces(values, ends)
+    pieces: list[Bytes] = []
+    begin = scaled = 0
+    for end, scales_end in zip(ends, found.scale_ends, strict=True):
+        pieces += [values[begin:end], found.scales[scaled:scales_end]]
+        begin, scaled = end, scales_end
+    sizes = np.array([piece.size for piece in pieces]).reshape(-1, 2).sum(1)
+    return digest_pieces(np.concatenate(pieces), np.cumsum(sizes).tolist())

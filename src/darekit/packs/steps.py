@@ -8,6 +8,7 @@ NSDI'26) 0.45. A step up from b counts 2, one down 1, two down 3 and so on, as b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,12 +37,19 @@ def after_steps(base: Unsigned, steps: Unsigned) -> Unsigned:
     return _in_order(_in_order(base) + ((steps >> one) ^ (~(steps & one) + one)))
 
 
-def cut_narrow(words: Unsigned, base: Unsigned) -> tuple[Bytes, npt.NDArray[np.uint16]] | None:
-    """(k,) uint16 bits twice -> steps as one byte each, (k,) uint8, and those that are `MANY` or more, (m,) uint16;
-    None: these are too many."""
+def cut_narrow(words: Unsigned, base: Unsigned, ends: Sequence[int]) -> list[tuple[bytes, Bytes] | None]:
+    """(k,) uint16 bits twice, of leaves that end at `ends` -> of each leaf how its frame begins, and steps as one byte
+    each, (k,) uint8; None: too many do not fit one."""
     low, steps = np.empty(words.size, np.uint8), np.empty(words.size, np.uint16)
-    many = kernels.cut_steps(words, base, steps, low)
-    return (low, steps[:many]) if many <= words.size // FEW_APART else None
+    numbers = np.empty(len(ends), np.int64)
+    kernels.cut_leaves(words, base, np.array(ends, np.int64), steps, low, numbers)
+    found: list[tuple[bytes, Bytes] | None] = []
+    begin = 0
+    for end, number in zip(ends, numbers.tolist(), strict=True):
+        fits = number <= (end - begin) // FEW_APART
+        found.append((head_of(steps[begin : begin + number]), low[begin:end]) if fits else None)
+        begin = end
+    return found
 
 
 def join_narrow(base: Unsigned, low: Any, many: memoryview, name: str) -> Unsigned:
@@ -63,7 +71,7 @@ def apart(raw: Any) -> npt.NDArray[np.uint16]:
 
 def head_of(many: npt.NDArray[np.uint16]) -> bytes:
     """(m,) uint16 -> how frames begin: their number, and they themselves."""
-    return len(many).to_bytes(2, "little") + many.astype("<u2").tobytes()
+    return many.size.to_bytes(2, "little") + many.astype("<u2", copy=False).tobytes()
 
 
 def read_head(frame: memoryview, count: int, name: str) -> tuple[memoryview, memoryview]:
