@@ -8,29 +8,22 @@ checkpoint = BLAKE2b-128 over name-sorted (name, dtype, shape, tensor digest).
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-import numpy as np
 import xxhash
 
 from darekit.dtypes import Bytes
-from darekit.kernels import hashing
 
 LEAF = 65536
 
 
-def digest_pieces(raw: Bytes, ends: Sequence[int]) -> list[bytes]:
+def digest_pieces(raw: Bytes, ends: Iterable[int]) -> list[bytes]:
     """(n,) uint8, cut at `ends` -> the xxh3-128 of each piece."""
-    cuts = list(zip([0, *ends], ends, strict=False))
-    # Where numba is loaded anyway: to import it takes longer than what is saved.
-    together = len(cuts) > 1 and "numba" in sys.modules and min(end - begin for begin, end in cuts) > hashing.TOO_SHORT
-    if not together:
-        return [xxhash.xxh3_128_digest(raw[begin:end]) for begin, end in cuts]
-    found = np.empty((len(cuts), 2), np.uint64)
-    hashing.digest_pieces(raw, np.array(ends, np.int64), found)
-    canonical = found.astype(">u8").tobytes()
-    return [canonical[at : at + 16] for at in range(0, len(canonical), 16)]
+    found, begin = [], 0
+    for end in ends:
+        found.append(xxhash.xxh3_128_digest(raw[begin:end]))
+        begin = end
+    return found
 
 
 class TensorDigest:

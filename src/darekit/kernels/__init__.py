@@ -32,7 +32,6 @@ class _Later:
 
 
 packs: Any = _Later("darekit.kernels.packs")  # a merge imports the readers of packs, and rarely reads one
-hashing: Any = _Later("darekit.kernels.hashing")
 
 
 def widen(raw: Bytes, dtype: DType, out: Floats) -> None:
