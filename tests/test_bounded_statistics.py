@@ -31,6 +31,25 @@ def make(kind, model, data, out, **options):
     return dk.make_statistics(kind, model, data, out, device="cpu", **options)
 
 
+def killed(kind, model, data, out, when, **options):
+    """A child that makes statistics, and is killed when `when` says so of what is done."""
+    import torch
+
+    child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)  # its pool is made anew after a fork, and not by two threads at once: that fails
+
+            def die(done, total):
+                if when(done):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            make(kind, model, data, out, progress=die, **options)
+        finally:
+            os._exit(7)  # it was not killed, and pytest must not go on in here
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
 @pytest.fixture
 def data(real, tmp_path):
     return data_of(tmp_path, real.kind)
@@ -162,16 +181,7 @@ def test_killed_in_the_second_group_and_resumed(kind, real, data, whole, tmp_pat
     monkeypatch.setattr(running, "SAVE_SHARE", 0)
     for number, memory in enumerate((2 * largest, largest)):
         out = tmp_path / f"out{number}.safetensors"
-        child = os.fork()
-        if not child:
-
-            def die(done, total):
-                if done >= 5 + 3:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            make(kind, real.path / "m0", data, out, memory=2 * largest, progress=die)
-            os._exit(7)  # it was not killed
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        killed(kind, real.path / "m0", data, out, lambda done: done >= 5 + 3, memory=2 * largest)
         assert not out.exists() and len(hidden(tmp_path)) == 2
         said, seen = [], []
         make(
@@ -186,10 +196,7 @@ def test_killed_in_the_second_group_and_resumed(kind, real, data, whole, tmp_pat
 @DECODER
 def test_killed_before_anything_was_saved(kind, real, data, whole, tmp_path):
     out = tmp_path / "out.safetensors"
-    child = os.fork()
-    if not child:
-        make(kind, real.path / "m0", data, out, progress=lambda done, _: os.kill(os.getpid(), signal.SIGKILL))
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    killed(kind, real.path / "m0", data, out, lambda done: True)
     said = []
     make(kind, real.path / "m0", data, out, resume=True, say=said.append)
     assert said[0].startswith("no unfinished run of") and out.read_bytes() == whole[0]
