@@ -20,8 +20,7 @@ from darekit.kernels import packs as kernels
 
 Unsigned: TypeAlias = npt.NDArray[np.unsignedinteger]
 
-MANY = 255  # steps of 16 bit elements that do not fit a byte stand apart, in 16 bits
-FEW_APART = 8  # of so many elements one may; where more do, byte planes are smaller
+FEW_APART = 8  # of so many elements of 16 bits the steps of one may be 255 or more, and stand apart
 
 
 def steps_between(words: Unsigned, base: Unsigned) -> Unsigned:
