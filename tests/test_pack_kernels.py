@@ -216,7 +216,7 @@ def test_frames_hold_every_value_and_pay(name: str, spread: float) -> None:
     before, after = base.view(np.uint8), tuned.view(np.uint8)
     tensor = PackedTensor("w", name, (65536,), "delta", drop_rate=0.9, encoding="exact")
     frame = compress_values(tensor, dtype, after, before)
-    assert frame[0] == (NARROW if dtype.itemsize == 2 and spread <= (0.02 if name == "BF16" else 1e-4) else STEPS)
+    assert frame[0] == (NARROW if dtype.itemsize == 2 and spread <= 0.02 else STEPS)
     assert np.array_equal(decompress_values(tensor, dtype, frame, after.size, before), after)
     words, origin = (raw.view(f"u{dtype.itemsize}") for raw in (after, before))
     difference = compress_values(tensor_of(65536, 0.9, "delta"), dtype, (words ^ origin).view(np.uint8), before)

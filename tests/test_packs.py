@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 import xxhash
@@ -252,6 +253,26 @@ def test_lossless_packs_that_are_refused(tmp_path):
     with pytest.raises(PlanError, match="F32 in the model and BF16"):
         pack(tmp_path, lossless=True, drop_rate=None)
     assert not list(tmp_path.glob("*m.safetensors*")) and not list(tmp_path.glob(".m*"))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.9])
+@pytest.mark.parametrize(("wide", "bits"), [(np.float32, 32), (np.float64, 64), (np.float64, 32)])
+def test_a_model_of_a_wider_format_than_its_base_comes_out_of_frames(tmp_path, wide, bits, rate):
+    """In a frame its values stand by themselves: the base's elements have another size."""
+    rng = np.random.default_rng(8)
+    base = rng.normal(0, 0.02, (301, 257)).astype(ml_dtypes.bfloat16)
+    tuned = (base.astype(np.float32) * np.float32(1 + 2**-7)).astype(wide)
+    families.save(tmp_path / "base", {"w.weight": base})
+    families.save(tmp_path / "m0", {"w.weight": tuned})
+    found = {}
+    for codec in ("none", "zstd"):
+        out = tmp_path / f"{codec}.safetensors"
+        dk.pack(tmp_path / "base", tmp_path / "m0", out, drop_rate=rate, bits=bits, seed=1, force=True, codec=codec)
+        dk.unpack(tmp_path / "base", out, tmp_path / codec)
+        with dk.open_pack(out, base=tmp_path / "base") as pack:
+            assert pack.tensors["w.weight"].codec == codec and not pack.verify().faults
+            found[codec] = np.array(pack.delta("w.weight")), families.load(tmp_path / codec)["w.weight"].tobytes()
+    assert np.array_equal(found["zstd"][0], found["none"][0]) and found["zstd"][1] == found["none"][1]
 
 
 @pytest.mark.parametrize("method", [0, 1, 2, 3, 4, 5, 6, 255])

@@ -142,7 +142,9 @@ def decompress_values(tensor: PackedTensor, values: DType, frame: Bytes, nbytes:
     if form == RAW:
         return frame[1:].copy()  # aligned
     count = nbytes // values.itemsize
-    origin = np.zeros(count, f"u{values.itemsize}") if base is None else base.view(f"u{values.itemsize}")
+    origin = np.zeros(0, np.uint8)
+    if form in OF_BASE:  # only there are the base's elements of the same size
+        origin = np.zeros(count, f"u{values.itemsize}") if base is None else base.view(f"u{values.itemsize}")
     if form == NARROW:
         many, body = read_head(frame.data[1:], count, tensor.name)
         (low,) = inflate_all([body], [count], tensor.name)

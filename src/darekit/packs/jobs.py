@@ -25,7 +25,7 @@ Flags = npt.NDArray[np.bool_]
 
 WORTH = 0.95  # of the values' size: what a codec must get below, as decoding costs time
 SAMPLED = 4  # leaves, which tell of tensors with at least 16 whether it will; of smaller ones all do
-CLEAR = 0.1  # as much above or below WORTH, fewer do, if they hold SAMPLE bytes
+CLEAR = 0.1  # if they are as much below WORTH, fewer do, once they hold SAMPLE bytes
 SAMPLE = 4096  # bytes at the start, in the middle and at the end, which tell most changed tensors at once
 SAMPLED_ROWS = 64
 
@@ -274,7 +274,7 @@ def _leaf_pairs(aligned: AlignedTensor) -> Iterator[tuple[Bytes, Bytes]]:
 
 
 def _looks_worth(job: Job, seed: int) -> bool:
-    """Whether a few leaves, spread over a tensor, say that frames will pay: fewer, where that is clear."""
+    """Whether a few leaves, spread over a tensor, say that frames will pay: fewer, where they clearly do."""
     tensor, base, tuned = job.tensor, job.source.base, job.source.models[0]
     assert base is not None and tuned is not None
     mask, dtype, bare, framed = Mask(tensor, seed, job.rows), DTYPES[tuned.dtype], 0, 0
@@ -290,6 +290,6 @@ def _looks_worth(job: Job, seed: int) -> bool:
             return True
         bare += values.size
         framed += compress_values(tensor, job.values, values, kept[0]).size + 2
-        if bare >= SAMPLE and abs(framed - bare * WORTH) > bare * CLEAR:
+        if bare >= SAMPLE and framed < bare * (WORTH - CLEAR):
             break
     return framed < bare * WORTH

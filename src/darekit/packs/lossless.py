@@ -50,7 +50,7 @@ _DECOMPRESSOR, _COMPRESSOR = _Decompressor(), _Compressor()
 
 
 def compress(base: Bytes, tuned: Bytes, itemsize: int) -> Bytes:
-    """(n * itemsize,) uint8 twice -> the smallest frame, (m,) uint8 with m <= n * itemsize + 1."""
+    """(n * itemsize,) uint8 twice -> a frame, (m,) uint8 with m <= n * itemsize + 1."""
     before, after = base.view(f"u{itemsize}"), tuned.view(f"u{itemsize}")
     changed = np.flatnonzero(before != after)
     if not changed.size:
