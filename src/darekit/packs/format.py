@@ -21,7 +21,7 @@ import xxhash
 from darekit.checkpoints import InputFile, OutputTensor, Placement, natural_key, read_header
 from darekit.checkpoints.documents import parse_object, shorten
 from darekit.checkpoints.safetensors import HEADER_LIMIT
-from darekit.digests import LEAF
+from darekit.digests import LEAF, digest_pieces
 from darekit.dtypes import DTYPES, Bytes, DType
 from darekit.errors import CheckpointError, PlanError, Unsupported
 from darekit.masks import threshold_of
@@ -221,6 +221,20 @@ def _starts(sizes: Counts) -> Counts:
 def needs_table(tensor: PackedTensor, rows: bool) -> bool:
     """Whether the counts of the leaves are stored: not where every element is."""
     return tensor.kind == "lossless" or tensor.drop_rate > 0 or rows
+
+
+def stored_digests(values: Bytes, ends: Sequence[int], scales: Bytes, scale_ends: Sequence[int]) -> list[bytes]:
+    """Of each leaf's values or frame, which end at `ends` in (n,) uint8, and of its scales behind them."""
+    if not scales.size:
+        return digest_pieces(values, ends)
+    pieces: list[Bytes] = []
+    joined: list[int] = []
+    begin = scaled = 0
+    for end, scales_end in zip(ends, scale_ends, strict=True):
+        pieces += [values[begin:end], scales[scaled:scales_end]]
+        joined.append(end + scales_end)
+        begin, scaled = end, scales_end
+    return digest_pieces(np.concatenate(pieces), joined)
 
 
 def stored_digest(parts: Sequence[bytes]) -> str:

@@ -21,11 +21,11 @@ import xxhash
 
 from darekit import kernels
 from darekit.checkpoints import Checkpoint, InputFile, TensorInfo, sample_digest
-from darekit.digests import LEAF, TensorDigest, digest_pieces, tensor_digest
+from darekit.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, PlanError
 from darekit.kernels import packs
-from darekit.packs.format import Counts, PackedTensor, PackFile, read_pack, stored_digest, value_sizes
+from darekit.packs.format import Counts, PackedTensor, PackFile, read_pack, stored_digest, stored_digests, value_sizes
 from darekit.packs.frames import Forms, decompress_values, unwrap_values
 from darekit.packs.lane import READ_LEAVES, Words, lane_for, stored_room, values_room
 from darekit.packs.leaves import (
@@ -689,14 +689,11 @@ def _stored_digest(source: PackFile, tensor: PackedTensor) -> str:
     digests = [_part_digest(source, tensor.name, role) for role in ("rows", "leaves", "sizes")]
     for first in range(0, tensor.leaves, READ_LEAVES):
         last = min(first + READ_LEAVES, tensor.leaves)
-        raws = source.read_leaves(tensor, first, last, stored_room)
-        starts = [begins[first : last + 1] - begins[first] for begins in (table.values, table.scales)]
-        raw, ends = raws[0], starts[0][1:]
-        if raws[1].size:
-            cuts = [begins.tolist() for begins in starts]
-            pieces = [raws[i][cuts[i][leaf] : cuts[i][leaf + 1]] for leaf in range(last - first) for i in (0, 1)]
-            raw, ends = np.concatenate(pieces), starts[0][1:] + starts[1][1:]
-        digests += digest_pieces(raw, ends.tolist())
+        values, scales = source.read_leaves(tensor, first, last, stored_room)
+        ends, scale_ends = (
+            (begins[first + 1 : last + 1] - begins[first]).tolist() for begins in (table.values, table.scales)
+        )
+        digests += stored_digests(values, ends, scales, scale_ends)
     return stored_digest([digest for digest in digests if digest])
 
 

@@ -20,6 +20,7 @@ import xxhash
 from darekit.digests import LEAF, digest_pieces
 from darekit.dtypes import DTYPES, Bytes, DType
 from darekit.errors import CheckpointError, DataError
+from darekit.packs.format import stored_digests
 from darekit.packs.frames import compress_leaves
 from darekit.packs.jobs import Job, Terms, note_changes
 from darekit.packs.lane import READ_LEAVES, Encoded, Lane, Room, lane_for
@@ -158,13 +159,14 @@ def _keep(job: Job, first: int, found: Encoded, parts: Parts) -> None:
     last = first + len(found.ends)
     if job.bare:
         parts["values"].append(found.values.data)
-        job.digests["stored"][first:last] = _stored_digests(found.values, found.ends, found)
+        job.digests["stored"][first:last] = stored_digests(found.values, found.ends, found.scales, found.scale_ends)
     if job.frames is not None:
         frames = compress_leaves(job.tensor, job.values, found.values, found.base, found.ends)
         together = np.concatenate(frames)
         job.frames[first:last] = sizes = [frame.size for frame in frames]
         parts["frames"].append(together.data)
-        job.digests["framed"][first:last] = _stored_digests(together, np.cumsum(sizes).tolist(), found)
+        ends = np.cumsum(sizes).tolist()
+        job.digests["framed"][first:last] = stored_digests(together, ends, found.scales, found.scale_ends)
     parts["scales"].append(found.scales.data)
 
 
@@ -186,16 +188,3 @@ def _compress_leaves(job: Job, first: int, parts: Parts) -> int:
             job.digests[key][leaf] = xxhash.xxh3_128_digest(raw)
         parts["frames"].append(frame.data)
     return done
-
-
-def _stored_digests(values: Bytes, ends: Sequence[int], found: Encoded) -> list[bytes]:
-    """Of each leaf's values, which end at `ends`, and of its scales behind them."""
-    if not found.scales.size:
-        return digest_pieces(values, ends)
-    pieces: list[Bytes] = []
-    begin = scaled = 0
-    for end, scales_end in zip(ends, found.scale_ends, strict=True):
-        pieces += [values[begin:end], found.scales[scaled:scales_end]]
-        begin, scaled = end, scales_end
-    sizes = np.array([piece.size for piece in pieces]).reshape(-1, 2).sum(1)
-    return digest_pieces(np.concatenate(pieces), np.cumsum(sizes).tolist())

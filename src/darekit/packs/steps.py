@@ -21,9 +21,8 @@ from darekit.kernels import packs as kernels
 
 Unsigned: TypeAlias = npt.NDArray[np.unsignedinteger]
 
-FEW_APART = (
-    4  # of so many elements of 16 bits the steps of one may be 255 or more: of BF16 planes take less from 0.26 on
-)
+# Of so many elements of 16 bits the steps of one may be 255 or more: of BF16 planes take less from 0.26 on.
+FEW_APART = 4
 
 
 def steps_between(words: Unsigned, base: Unsigned) -> Unsigned:
