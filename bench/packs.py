@@ -227,18 +227,66 @@ def speeds(base: Path, model: Path, folder: Path, times: int) -> list[str]:
                         runs.append(seconds)
             add(f"{job}, {name}", found[False], found[True])
         settle([pack], [unpacked], cold=False)
-        # From pack to pack on a model in memory: the base comes back, and the pack is put on it.
-        switches = []
-        with dk.Switcher(state, base, threads=THREADS) as switcher:
-            switcher.switch(pack)
-            for _ in range(times):
-                run.warm([pack])
-                low = clocked(lambda: copied(state))[1]
-                call = clocked(lambda switcher=switcher: switcher.switch(pack))[1]
-                switches.append((call, call, low))
-        add(f"Switcher, {name}", switches, [])
+        switches = switched(state, base, pack, times, THREADS, lambda: copied(state))
+        add(f"Switcher, {name}", [(call, call, low) for call, low in switches], [])
     pack.unlink()
     return rows
+
+
+def switched(
+    state: dict[str, Any], base: Path, pack: Path, times: int, threads: int, floor: Callable[[], None]
+) -> list[tuple[float, float]]:
+    """Seconds from pack to pack on a live model (the base comes back, the pack is put on it), and of the floor."""
+    found = []
+    with dk.Switcher(state, base, threads=threads) as switcher:
+        switcher.switch(pack)
+        for _ in range(times):
+            run.warm([pack])
+            low = clocked(floor)[1]
+            found.append((clocked(lambda: switcher.switch(pack))[1], low))
+    return found
+
+
+def on_gpu(base: Path, model: Path, pack: Path, times: int) -> list[str]:
+    """`Switcher` on a model that lies on a GPU; the floor copies all weights to the host and back."""
+    import torch
+
+    state = {
+        name: torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).cuda() for name, array in loaded(base).items()
+    }
+    nbytes = sum(tensor.nbytes for tensor in state.values())
+    room = torch.empty(1 << 25, dtype=torch.uint8, pin_memory=True)
+
+    def both_ways() -> None:
+        for tensor in state.values():
+            flat = tensor.view(-1).view(torch.uint8)
+            for at in range(0, flat.numel(), room.numel()):
+                part = flat[at : at + room.numel()]
+                room[: part.numel()].copy_(part)
+                part.copy_(room[: part.numel()])
+        torch.cuda.synchronize()
+
+    lines = [
+        f"{torch.cuda.get_device_name()}, {nbytes / 1e9:.2f} GB of weights: medians of {times} runs, and the least",
+        "in brackets. Beside it what copying all weights to the host and back takes.",
+        "",
+        "| `Switcher` on a GPU | threads | s | GB/s | to the host and back, s |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for bits, codec in ((16, "none"), (16, "auto"), (4, "auto")):
+        dk.pack(base, model, pack, drop_rate=0.9, bits=bits, codec=codec, seed=42, overwrite=True)
+        for threads in (2, 4, 8):
+            calls, floors = zip(*switched(state, base, pack, times, threads, both_ways), strict=True)
+            speed = nbytes / statistics.median(calls) / 1e9
+            cells = [
+                f"p = 0.9, {bits} bit, codec {codec}",
+                str(threads),
+                both(list(calls)),
+                f"{speed:.1f}",
+                both(list(floors)),
+            ]
+            lines.append(row_of(cells))
+    return lines
 
 
 def evict(paths: list[Path]) -> None:
@@ -296,7 +344,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=run.ROOT / "bench" / "scratch")
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/packs.md")
-    parser.add_argument("--only", choices=("sizes", "speeds"), help="one of the two alone")
+    parser.add_argument("--only", choices=("sizes", "speeds", "gpu"), help="one of them alone; gpu only so")
     arguments = parser.parse_args()
     folder = arguments.scratch.resolve() / "family"
     family.build(folder)
@@ -305,9 +353,10 @@ def main() -> None:
     parts = {
         "sizes": lambda: [*sizes(base, model, out), *shapes()],
         "speeds": lambda: speeds(base, model, folder, arguments.times),
+        "gpu": lambda: on_gpu(base, model, out, arguments.times),
     }
     for part, measure in parts.items():
-        if arguments.only not in (None, part):
+        if arguments.only != part and (arguments.only or part == "gpu"):
             continue
         lines = measure()
         print("\n".join(lines))

@@ -76,6 +76,7 @@ RULES = {
             "darekit.recommendation.shrinkage",
             "darekit.demo",
             "darekit.memory",
+            "darekit.packs.weights",
             "darekit.checkpoints.pytorch",
         )
     ),

@@ -21,7 +21,7 @@ from darekit.checkpoints import open_checkpoint
 from darekit.digests import LEAF, checkpoint_digest, tensor_digest
 from darekit.dtypes import DTYPES, FLOAT_DTYPES
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, OutputError, PlanError, Unsupported
-from darekit.packs import lossless, packing
+from darekit.packs import lossless, packing, weights
 from darekit.packs.lane import READ_LEAVES
 from darekit.packs.lossless import compress, decompress, inflate_all
 from darekit.packs.quantization import decode_values, dequantize, encode_values, pack_bits, quantize, unpack_bits
@@ -442,14 +442,36 @@ def test_random_access_equals_the_whole(tmp_path):
         found.delta("t1000x300.weight")
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-def test_apply_in_place(tmp_path, bits):
+@pytest.fixture(params=["host", "ranges", "cuda"])
+def device(request, monkeypatch):
+    """Where torch's tensors lie; "ranges": in the host's memory, but treated as a device's."""
     torch = pytest.importorskip("torch")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if request.param == "ranges":
+        monkeypatch.setattr(weights, "on_host", lambda tensor: False)
+    return "cuda" if request.param == "cuda" else "cpu"
+
+
+def torch_tensor(array, device="cpu"):
+    import torch
+
+    return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).to(device)
+
+
+def numpy_array(tensor):
+    import torch
+
+    return tensor.detach().cpu().view(torch.int16).numpy().view(families.KINDS["BF16"]).copy()
+
+
+@pytest.mark.parametrize("options", [{"bits": 16}, {"bits": 4}, {"bits": 16, "codec": "none"}, {"drop_rate": 0.0}])
+def test_apply_in_place(tmp_path, options, device):
     base, _ = sizes(tmp_path)
-    pack(tmp_path, bits=bits)
+    pack(tmp_path, **options)
     expected = restored(tmp_path)
     arrays = {name: array.copy() for name, array in base.items()}
-    tensors = {n: torch.from_numpy(a.view(np.int16).copy()).view(torch.bfloat16) for n, a in base.items()}
+    tensors = {name: torch_tensor(array, device) for name, array in base.items()}
     with dk.open_pack(tmp_path / "m.safetensors") as found:
         found.apply_(arrays)
         found.apply_(tensors)
@@ -460,11 +482,12 @@ def test_apply_in_place(tmp_path, bits):
         with pytest.raises(HomologyError, match="should be BF16"):
             found.apply_({name: array.astype(np.float32) for name, array in base.items()})
     families.same(arrays, expected)
-    families.same({n: t.view(torch.int16).numpy().view(families.KINDS["BF16"]) for n, t in tensors.items()}, expected)
+    families.same({name: numpy_array(tensor) for name, tensor in tensors.items()}, expected)
 
 
-def test_one_live_model_takes_pack_after_pack_and_returns_exactly(llamas, tmp_path):
-    torch = pytest.importorskip("torch")
+def test_one_live_model_takes_pack_after_pack_and_returns_exactly(llamas, tmp_path, device):
+    import torch
+
     base = llamas.path / "base"
     expected = {}
     for k, options in enumerate(({"drop_rate": 0.9}, {"drop_rate": 0.5, "bits": 4}, {"lossless": True})):
@@ -474,28 +497,26 @@ def test_one_live_model_takes_pack_after_pack_and_returns_exactly(llamas, tmp_pa
 
     module = torch.nn.Module()
     for name, array in llamas.base.items():
-        tensor = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
         at = module
         *path, last = name.split(".")
         for part in path:
             if not hasattr(at, part):
                 at.add_module(part, torch.nn.Module())
             at = getattr(at, part)
-        at.register_parameter(last, torch.nn.Parameter(tensor))
+        at.register_parameter(last, torch.nn.Parameter(torch_tensor(array, device)))
 
-    def weights():
-        kind = families.KINDS["BF16"]
-        return {n: t.detach().view(torch.int16).numpy().view(kind).copy() for n, t in module.state_dict().items()}
+    def values():
+        return {name: numpy_array(tensor) for name, tensor in module.state_dict().items()}
 
     with dk.Switcher(module, base, threads=2) as switcher:
         for k in (0, 1, 2, 1, None, 2, 0):
             switcher.switch(None if k is None else tmp_path / f"m{k}.safetensors")
-            families.same(weights(), llamas.base if k is None else expected[k])
+            families.same(values(), llamas.base if k is None else expected[k])
         assert switcher.current == tmp_path / "m0.safetensors"
         dk.pack(llamas.path / "m1", llamas.path / "m2", tmp_path / "other.safetensors", drop_rate=0.9)
         with pytest.raises(HomologyError, match="is not the base"):
             switcher.switch(tmp_path / "other.safetensors")
-        families.same(weights(), expected[0])
+        families.same(values(), expected[0])
 
         def broken(document, header, data):
             document["seed"] += 1
@@ -503,13 +524,40 @@ def test_one_live_model_takes_pack_after_pack_and_returns_exactly(llamas, tmp_pa
         rewrite(tmp_path / "m1.safetensors", broken)
         with pytest.raises(CheckpointError, match="its mask keeps"):
             switcher.switch(tmp_path / "m1.safetensors")
-        families.same(weights(), llamas.base)
+        families.same(values(), llamas.base)
         switcher.switch(tmp_path / "m0.safetensors")
-    families.same(weights(), llamas.base)
+    families.same(values(), llamas.base)
     with pytest.raises(HomologyError, match="are not those of"):
         dk.Switcher(module, llamas.path / "m1")
     with pytest.raises(HomologyError, match="has no tensor"):
         dk.Switcher({}, base)
+
+
+def test_a_switcher_refuses_weights_that_moved(llamas, tmp_path):
+    base, path = llamas.path / "base", tmp_path / "m.safetensors"
+    dk.pack(base, llamas.path / "m0", path, drop_rate=0.5, force=True)
+    live = {name: array.copy() for name, array in llamas.base.items()}
+    switcher = dk.Switcher(live, base)
+    switcher.switch(path)
+    kept, live["lm_head.weight"] = live["lm_head.weight"], live["lm_head.weight"].copy()
+    for pack in (path, None):
+        with pytest.raises(HomologyError, match=r"lm_head\.weight is not where it was .* make a switcher then"):
+            switcher.switch(pack)
+    live["lm_head.weight"] = kept
+    switcher.switch(None)
+    families.same(live, llamas.base)
+
+
+def test_weights_that_are_not_there_yet(llamas, tmp_path):
+    torch = pytest.importorskip("torch")
+    live = {name: torch_tensor(array) for name, array in llamas.base.items()}
+    with pytest.raises(HomologyError, match=r"lm_head\.weight has no values yet .* device meta"):
+        dk.Switcher(
+            live | {"lm_head.weight": torch.empty_like(live["lm_head.weight"], device="meta")}, llamas.path / "base"
+        )
+    turned = live["lm_head.weight"].T.contiguous().T
+    with pytest.raises(HomologyError, match=r"lm_head\.weight must be contiguous"):
+        dk.Switcher(live | {"lm_head.weight": turned}, llamas.path / "base")
 
 
 # --- packs where models go

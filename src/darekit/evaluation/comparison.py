@@ -27,7 +27,7 @@ from darekit.evaluation.judges import (
     judge_of,
     judges_directory,
 )
-from darekit.live.models import build, memory_told, recipe_of
+from darekit.live.models import build, recipe_of
 from darekit.packs.opening import find_pack
 from darekit.planning import Plan, open_plan
 from darekit.recipe import Recipe
@@ -309,8 +309,7 @@ def _evaluate_one(
             with _directory(plan, search) as folder:
                 scores = judge.judge_directory(folder)  # type: ignore[attr-defined]
         else:
-            with memory_told(f"loading {name}"):
-                live = build(plan, device=device, dtype=dtype)
+            live = build(plan, device=device, dtype=dtype)
             try:
                 scores = judge(live)
             finally:

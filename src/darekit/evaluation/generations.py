@@ -198,8 +198,7 @@ def generate(
             say(f"{path} has all answers already (--overwrite asks again)")
             continue
         with open_plan(recipe, search=search) as plan:
-            with memory_told(f"loading {name}"):
-                live = build(plan, device=device, dtype=dtype)
+            live = build(plan, device=device, dtype=dtype)
             if prompt is None and live.tokenizer is not None and not getattr(live.tokenizer, "chat_template", None):
                 say(f"{name} has no chat template: instructions are given as they are (--prompt sets a form)")
             answers = answer(

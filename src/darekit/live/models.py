@@ -199,9 +199,14 @@ def build(plan: Plan, *, device: str | None = None, dtype: str | None = None) ->
     Raises:
         Unsupported: torch or transformers is missing, or transformers does not know the model.
         PlanError: no such device.
+        DataError: out of memory.
     """
-    live = _empty(plan, device, dtype)
-    live.put(plan)
+    models = [model.ref for model in plan.models]
+    with memory_told(
+        f"loading {models[0] if len(models) == 1 else f'the merge of {len(models)} models'}", LOADING_ADVICE
+    ):
+        live = _empty(plan, device, dtype)
+        live.put(plan)
     return live
 
 
@@ -345,6 +350,7 @@ def one_thread(device: Any) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+LOADING_ADVICE = "use --dtype bfloat16, which takes half of float32's memory, or another --device"
 BATCH_ADVICE = "use a smaller --batch-size or --max-length, --dtype bfloat16, or --device cpu"
 
 

@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +20,9 @@ import numpy as np
 import xxhash
 
 from darekit import kernels
-from darekit.checkpoints import Checkpoint, InputFile, TensorInfo, sample_digest
+from darekit.checkpoints import Checkpoint, InputFile, Source, TensorInfo, sample_digest
 from darekit.digests import LEAF, TensorDigest, tensor_digest
-from darekit.dtypes import DTYPES, Bytes, Floats, dtype_from_torch_name
+from darekit.dtypes import DTYPES, Bytes, Floats
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, PlanError
 from darekit.kernels import packs
 from darekit.packs.format import Counts, PackedTensor, PackFile, read_pack, stored_digest, stored_digests, value_sizes
@@ -42,6 +42,7 @@ from darekit.packs.leaves import (
 from darekit.packs.lossless import decompress
 from darekit.packs.opening import locate_pack, open_base, refuse_swapped
 from darekit.packs.steps import bad_steps
+from darekit.packs.weights import Weight, state_of, weight_of
 
 NOTHING: Words = np.empty(0, np.uint16)
 NO_SCALES: Floats = np.empty(0, np.float32)
@@ -164,29 +165,42 @@ class Pack:
         found: Floats = out.reshape((last - first, *tensor.shape[1:]) if tensor.shape else ())
         return found
 
-    def apply_(self, tensors: MutableMapping[str, Any] | Any) -> None:
+    def apply_(self, tensors: MutableMapping[str, Any] | Any, *, threads: int | None = None) -> None:
         """Turn the base's weights into the packed model's, in place; every bit as `unpack` writes it.
 
         Args:
-            tensors: name -> numpy array or torch tensor on the CPU, contiguous, with the base's values; or a torch
+            tensors: name -> contiguous numpy array or torch tensor (on any device) with the base's values; or a torch
                 module. Tied tensors need to stand there once. Names that the pack lacks are left alone.
+            threads: worker threads.
 
         Raises:
             HomologyError: a tensor is missing, or has another shape, format or other values; nothing was changed.
             CheckpointError: the pack is damaged; nothing was changed.
         """
-        self.refuse_damaged()
+        from darekit.engine import default_threads
+        from darekit.packs.workers import run_all
+
+        threads = threads or default_threads()
+        self.refuse_damaged(threads=threads)
         decoders = self.decoders(tensors)
-        for decoder, raw in decoders:
-            if _raw_digest(raw, decoder) != decoder.tensor.base:
+
+        def compare(job: tuple[Decoder, Weight]) -> int:
+            decoder, weight = job
+            if _source_digest(weight, decoder.tensor) != decoder.tensor.base:
                 raise HomologyError(
                     f"{decoder.tensor.name} does not hold the values of {self._source.document.base['ref']}, against "
                     f"which {self.path} was packed; load the base's weights (`Switcher` goes from one pack to another)"
                 )
-        for decoder, raw in decoders:
-            for first in range(0, decoder.tensor.leaves, decoder.step):
-                begin = first * decoder.leaf_bytes
-                decoder.restore_leaves(first, raw[begin : begin + decoder.step * decoder.leaf_bytes])
+            return 1
+
+        def restore(job: tuple[Decoder, Weight, int]) -> int:
+            decoder, weight, first = job
+            with weight.changing(*decoder.span(first)) as raw:
+                decoder.restore_leaves(first, raw)
+            return 1
+
+        run_all(decoders, compare, threads=threads)
+        run_all(spans_of(decoders), restore, threads=threads)
 
     def refuse_base(self, base: Checkpoint, digest: bytes | None = None) -> None:
         """Refuse a base that is not this pack's; `digest`: its sample digest, where that is known.
@@ -213,17 +227,16 @@ class Pack:
         stored = [tensor for tensor in self.tensors.values() if tensor.kind != "same"]
         run_all(stored, work, threads=threads or default_threads())
 
-    def decoders(self, tensors: Mapping[str, Any] | Any) -> list[tuple[Decoder, Bytes]]:
-        """What decodes each tensor that changes, and the memory, (n,) uint8, of its counterpart in `tensors`."""
-        state = tensors.state_dict() if hasattr(tensors, "state_dict") else tensors
-        found = []
+    def decoders(self, tensors: Mapping[str, Any] | Any) -> list[tuple[Decoder, Weight]]:
+        """What decodes each tensor that changes, and its counterpart in `tensors`."""
+        state, found = state_of(tensors), []
         for name, tensor in self.tensors.items():
             if tensor.kind == "same":
                 continue
             if name not in state:
                 raise HomologyError(f"there is no tensor {name} to apply {self.path} to")
-            raw = bytes_of(state[name], name, tensor.dtype, tensor.shape)
-            found.append((Decoder(self._source, tensor), raw))
+            weight = weight_of(state[name], name, tensor.dtype, tensor.shape)
+            found.append((Decoder(self._source, tensor), weight))
         return found
 
     def checkpoint(self, base: Checkpoint | None = None) -> Checkpoint:
@@ -283,7 +296,7 @@ class Pack:
         """Why a tensor's result is not the one that was packed: its base, or what is stored."""
         assert self.base is not None
         tensor = self.tensors[name]
-        if _source_digest(self.base.tensors[name], tensor) != tensor.base:
+        if _source_digest(self.base.tensors[name].source, tensor) != tensor.base:
             return (
                 f"{name} of {self.base.ref} is not the tensor that the pack was made against, "
                 f"{self._source.document.base['ref']}; give that base"
@@ -295,7 +308,7 @@ class Pack:
         source = self._source
         info = self.base.tensors[tensor.name] if self.base is not None else None
         if tensor.kind == "same":
-            return self.explain(tensor.name) if info and _source_digest(info, tensor) != tensor.result else None
+            return self.explain(tensor.name) if info and _source_digest(info.source, tensor) != tensor.result else None
         decoder = Decoder(source, tensor)
         results: list[bytes] = []
         if info is None:
@@ -451,6 +464,10 @@ class Decoder:
         """How many leaves `restore_leaves` takes at most."""
         return READ_LEAVES if self.lane else 1
 
+    def span(self, first: int) -> tuple[int, int]:
+        """Where `step` leaves begin and end, from `first` on: bytes of the tensor."""
+        return first * self.leaf_bytes, min((first + self.step) * self.leaf_bytes, self.nbytes)
+
     def restore_leaves(self, first: int, raw: Bytes) -> None:
         """Whole leaves of the base from `first` on, raw, in place -> the result."""
         if self.lane:
@@ -501,7 +518,7 @@ class Decoder:
         kept, places = keep.room(int(counts.sum())) if keep else (NOTHING, NOTHING)
         other, wrong = self.lane.restore(raw, first, counts, values, factors, forms, kept, places)
         if keep:
-            keep.take(raw, counts if other < 0 else counts[:other])
+            keep.counts = counts if other < 0 else counts[:other]
         if other >= 0:
             self.indices(first + other)  # says what is wrong with the mask
             raise bad_steps(tensor.name)
@@ -514,15 +531,28 @@ class Decoder:
         return room, unwrap_values(self.tensor, self.values, frames, (starts[1:] - starts[0]).tolist(), room, ends)
 
 
+def spans_of(decoders: Sequence[tuple[Decoder, Weight]]) -> list[tuple[Decoder, Weight, int]]:
+    """What `restore_leaves` does in one call each: and the number of the first leaf."""
+    return [
+        (decoder, weight, first)
+        for decoder, weight in decoders
+        for first in range(0, decoder.tensor.leaves, decoder.step)
+    ]
+
+
 class Swapped:
     """What some leaves of a BF16 tensor held, and where; filled and put back again and again, in the same memory."""
 
-    __slots__ = ("counts", "places", "raw", "words")
+    __slots__ = ("counts", "places", "words")
 
     def __init__(self) -> None:
-        self.raw = np.empty(0, np.uint8)  # those leaves
         self.counts = np.empty(0, np.int64)  # of each leaf's elements that are kept here
         self.words = self.places = NOTHING
+
+    @property
+    def filled(self) -> bool:
+        """Whether anything is kept here."""
+        return bool(self.counts.size)
 
     def room(self, count: int) -> tuple[Words, Words]:
         """(count,) uint16 twice: for the elements, and for their places in their leaves. Nothing may be kept here."""
@@ -531,14 +561,10 @@ class Swapped:
             self.words, self.places = np.empty((2, count + count // 32 + 256), np.uint16)
         return self.words[:count], self.places[:count]
 
-    def take(self, raw: Bytes, counts: Counts) -> None:
-        """The room is filled with what these leaves held."""
-        self.raw, self.counts = raw, counts
-
-    def put_back(self) -> None:
-        """In place; nothing is kept then."""
-        if self.counts.size:
-            packs.put_leaves(self.raw.view(np.uint16), self.counts, self.places, self.words)
+    def put_back(self, raw: Bytes) -> None:
+        """Into those leaves, (n,) uint8, in place; nothing is kept then."""
+        if self.filled:
+            packs.put_leaves(raw.view(np.uint16), self.counts, self.places, self.words)
             self.counts = self.counts[:0]
 
 
@@ -660,25 +686,6 @@ def bind(source: PackFile, base: Checkpoint, digest: bytes | None = None) -> Non
         )
 
 
-def bytes_of(array: Any, name: str, wanted: str, shape: tuple[int, ...]) -> Bytes:
-    """(n,) uint8: the memory of a numpy array or torch tensor itself."""
-    torch = type(array).__module__.split(".")[0] == "torch"
-    dtype = dtype_from_torch_name(str(array.dtype)) if torch else None
-    if not torch:
-        dtype = next((entry for entry in DTYPES.values() if entry.numpy == array.dtype), None)
-    if dtype is None or dtype.name != wanted or tuple(array.shape) != shape:
-        raise HomologyError(f"{name} should be {wanted} {list(shape)}, found {array.dtype} {list(array.shape)}")
-    if torch:
-        if array.device.type != "cpu" or not array.is_contiguous():
-            raise HomologyError(f"{name} must be contiguous and on the CPU to be changed in place")
-        raw: Bytes = array.detach().reshape(-1).view(array.new_empty(0).byte().dtype).numpy()
-        return raw
-    if not (array.flags.c_contiguous and array.flags.writeable):
-        raise HomologyError(f"{name} must be contiguous and writable to be changed in place")
-    found: Bytes = array.reshape(-1).view(np.uint8)
-    return found
-
-
 def _digest_of(raw: Bytes) -> str:
     return xxhash.xxh3_128_hexdigest(raw)
 
@@ -702,18 +709,12 @@ def _part_digest(source: PackFile, name: str, role: str) -> bytes:
     return b"" if place is None else xxhash.xxh3_128_digest(source.read_part(place))
 
 
-def _raw_digest(raw: Bytes, decoder: Decoder) -> str:
-    digest = TensorDigest(DTYPES[decoder.tensor.dtype].itemsize)
-    for leaf in range(decoder.tensor.leaves):
-        digest.update(raw[leaf * decoder.leaf_bytes : (leaf + 1) * decoder.leaf_bytes])
-    return tensor_digest(digest.finish())
-
-
-def _source_digest(info: TensorInfo, tensor: PackedTensor) -> str:
-    digest = TensorDigest(DTYPES[tensor.dtype].itemsize)
-    size = LEAF * DTYPES[tensor.dtype].itemsize
-    for start in range(0, info.nbytes, size):
-        raw = np.empty(min(size, info.nbytes - start), np.uint8)
-        info.source.read_into(raw, start)
+def _source_digest(source: Source, tensor: PackedTensor) -> str:
+    """Of all bytes of a tensor, wherever they lie."""
+    digest, size = TensorDigest(DTYPES[tensor.dtype].itemsize), READ_LEAVES * LEAF * DTYPES[tensor.dtype].itemsize
+    room = np.empty(min(size, source.nbytes), np.uint8)
+    for start in range(0, source.nbytes, size):
+        raw = room[: source.nbytes - start]
+        source.read_into(raw, start)
         digest.update(raw)
     return tensor_digest(digest.finish())

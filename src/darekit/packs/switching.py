@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,37 +12,58 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, open_checkpoint, sample_digest
-from darekit.dtypes import DTYPES, Bytes
+from darekit.checkpoints import Checkpoint, TensorInfo, open_checkpoint, sample_digest
+from darekit.dtypes import Bytes
 from darekit.errors import HomologyError
-from darekit.packs.lane import READ_LEAVES
 from darekit.packs.leaves import Indices
-from darekit.packs.reading import Decoder, Swapped, bytes_of, open_pack
+from darekit.packs.reading import Decoder, Swapped, open_pack, spans_of
+from darekit.packs.weights import Weight, state_of, weight_of
 from darekit.packs.workers import run_all
+
+
+@dataclass(slots=True)
+class _Span:
+    """Some leaves of a live tensor, bytes `begin` to `end`, and what the base had there."""
+
+    weight: Weight
+    begin: int
+    end: int
+    swapped: Swapped
+
+    def put_back(self) -> None:
+        """The base's bits."""
+        if self.swapped.filled:
+            with self.weight.changing(self.begin, self.end) as raw:
+                self.swapped.put_back(raw)
 
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """What the base had in one leaf: `where` (None: everywhere), counted from its first element, and raw bytes."""
+    """The same of one leaf that no lane goes through. `where`: (k,) indices in it, None: everywhere; `words`: bytes."""
 
-    raw: Bytes
+    weight: Weight
+    begin: int
+    end: int
     itemsize: int
     where: npt.NDArray[np.uint16] | None
     words: Bytes
 
     def put_back(self) -> None:
-        if self.where is None:
-            self.raw[:] = self.words
-        else:
-            self.raw.view(f"u{self.itemsize}")[self.where] = self.words.view(f"u{self.itemsize}")
+        """The base's bits."""
+        with self.weight.changing(self.begin, self.end) as raw:
+            if self.where is None:
+                raw[:] = self.words
+            else:
+                raw.view(f"u{self.itemsize}")[self.where] = self.words.view(f"u{self.itemsize}")
 
 
 class Switcher:
-    """A live model on the CPU that takes one pack after another.
+    """A live model, on the CPU or any device of torch's, that takes one pack after another.
 
-    What a pack overwrites is remembered (at p = 0.9 a fifth of a BF16 model's size), so that the base comes back bit
-    for bit without reading it again; that memory is used again by the next pack, and free when the switcher is. Nobody
-    else may change the weights meanwhile.
+    What a pack overwrites is remembered in the host's memory (at p = 0.9 a fifth of a BF16 model's size), so that the
+    base comes back bit for bit without reading it again; that memory is used again by the next pack, and free when the
+    switcher is. A device's weights come to the host range by range, are changed there, and go back. Nobody else may
+    change the weights meanwhile, or move them: a model goes to its device first.
 
     Args:
         model: a torch module, or name -> torch tensor or numpy array, with the base's weights.
@@ -56,12 +77,13 @@ class Switcher:
     def __init__(self, model: Mapping[str, Any] | Any, base: str | Path, *, threads: int | None = None) -> None:
         from darekit.engine import default_threads
 
-        self.state: Mapping[str, Any] = model.state_dict() if hasattr(model, "state_dict") else model
+        self.model = model
         self.threads = threads or default_threads()
         self.current: Path | None = None
-        self._swapped: dict[tuple[str, int], Swapped] = {}  # by tensor and first leaf: always the same leaves
+        self._spans: dict[tuple[str, int], _Span] = {}  # by tensor and first leaf: always the same leaves
         self._saved: list[_Saved] = []  # where no lane goes
         self._checked: set[Any] = set()  # packs whose bytes were compared with their digests
+        self._places: dict[str, tuple[str, int]] = {}
         self._base = open_checkpoint(base)
         try:
             self._refuse_other_weights()
@@ -80,15 +102,16 @@ class Switcher:
         """Put a pack on the base's weights, whatever is on them now; None: the base's weights themselves.
 
         Raises:
-            HomologyError: the pack is of another base; the weights stay as they are.
+            HomologyError: the pack is of another base, or the weights lie elsewhere than before; they stay as they are.
             CheckpointError: the pack is damaged; the weights stay as they are, or are the base's then.
         """
+        self._refuse_moved()
         if pack is None:
             self._return()
             return
         with open_pack(pack) as found:
             found.refuse_base(self._live, self._digest)
-            decoders = found.decoders(self.state)
+            decoders = found.decoders(self.model)
             if found.identity not in self._checked:
                 found.refuse_damaged(threads=self.threads)
                 self._checked.add(found.identity)
@@ -100,33 +123,30 @@ class Switcher:
                 raise
         self.current = Path(pack)
 
-    def _apply(self, decoders: list[tuple[Decoder, Bytes]]) -> None:
+    def _apply(self, decoders: Sequence[tuple[Decoder, Weight]]) -> None:
         """Where the lane goes, the base comes back and leaves again while it is in the cache."""
-        jobs = [
-            (decoder, raw, first) for decoder, raw in decoders for first in range(0, decoder.tensor.leaves, READ_LEAVES)
-        ]
 
-        def work(job: tuple[Decoder, Bytes, int]) -> int:
-            decoder, whole, first = job
-            itemsize = DTYPES[decoder.tensor.dtype].itemsize
-            last = min(first + READ_LEAVES, decoder.tensor.leaves)
+        def work(job: tuple[Decoder, Weight, int]) -> int:
+            decoder, weight, first = job
+            begin, end = decoder.span(first)
             if decoder.lane:
-                kept = self._swapped.get((decoder.tensor.name, first))
-                if kept is None:
-                    kept = self._swapped[decoder.tensor.name, first] = Swapped()
-                kept.put_back()
-                decoder.swap_leaves(first, whole[first * decoder.leaf_bytes : last * decoder.leaf_bytes], kept)
+                span = self._spans.get((decoder.tensor.name, first))
+                if span is None:
+                    span = self._spans[decoder.tensor.name, first] = _Span(weight, begin, end, Swapped())
+                with weight.changing(begin, end) as raw:
+                    span.swapped.put_back(raw)
+                    decoder.swap_leaves(first, raw, span.swapped)
                 return 1
-            for leaf in range(first, last):
-                raw = whole[leaf * decoder.leaf_bytes : (leaf + 1) * decoder.leaf_bytes]
 
-                def keep(where: Indices | None, words: Bytes, raw: Bytes = raw) -> None:
-                    self._saved.append(_Saved(raw, itemsize, None if where is None else where.astype(np.uint16), words))
+            def keep(where: Indices | None, words: Bytes) -> None:
+                places = None if where is None else where.astype(np.uint16)
+                self._saved.append(_Saved(weight, begin, end, decoder.itemsize, places, words))
 
-                decoder.swap(leaf, raw, keep)
+            with weight.changing(begin, end) as raw:
+                decoder.swap(first, raw, keep)
             return 1
 
-        run_all(jobs, work, threads=self.threads)
+        run_all(spans_of(decoders), work, threads=self.threads)
 
     def _return(self) -> None:
         """The base's bits, everywhere."""
@@ -134,11 +154,11 @@ class Switcher:
 
     def _return_others(self, names: Collection[str]) -> None:
         """The base's bits, everywhere but in those of these tensors that the lane changed."""
-        saved: list[_Saved | Swapped] = [kept for (name, _), kept in self._swapped.items() if name not in names]
+        saved: list[_Saved | _Span] = [span for (name, _), span in self._spans.items() if name not in names]
         saved += self._saved
         parts = [saved[i::64] for i in range(64)]
 
-        def work(saved: list[_Saved | Swapped]) -> int:
+        def work(saved: list[_Saved | _Span]) -> int:
             for one in saved:
                 one.put_back()
             return 1
@@ -147,13 +167,26 @@ class Switcher:
         self._saved = []
         self.current = None
 
+    def _refuse_moved(self) -> None:
+        """What was remembered belongs to the memory that the weights had."""
+        state = state_of(self.model)
+        for name, info in self._live.tensors.items():
+            if name not in state or (
+                info.nbytes and weight_of(state[name], name, info.dtype, info.shape).place != self._places[name]
+            ):
+                raise HomologyError(
+                    f"{name} is not where it was when this switcher was made: move or load a model first, and make a "
+                    "switcher then"
+                )
+
     def _refuse_other_weights(self) -> None:
-        infos = {}
+        infos, state = {}, state_of(self.model)
         for name, info in self._base.tensors.items():
-            if name not in self.state:
+            if name not in state:
                 raise HomologyError(f"the model has no tensor {name}, which {self._base.ref} has")
-            raw = bytes_of(self.state[name], name, info.dtype, info.shape)
-            infos[name] = TensorInfo(name, info.dtype, info.shape, ArrayBytes(raw))
+            weight = weight_of(state[name], name, info.dtype, info.shape)
+            infos[name] = TensorInfo(name, info.dtype, info.shape, weight)
+            self._places[name] = weight.place
         live = Checkpoint(self._base.ref, None, infos, None, (), None)
         self._digest = sample_digest(live)
         if self._digest != sample_digest(self._base):

@@ -34,7 +34,6 @@ SAVE_SECONDS = 30.0  # between two savings of an unfinished pass, more where a s
 SAVE_SHARE = 20  # a saving may take one part in so many of the time
 PART = 1 << 22  # elements of a sum that are converted at once
 
-LOADING_ADVICE = "use --dtype bfloat16, which takes half of float32's memory, or another --device"
 ADVICE = (
     "a smaller --memory leaves more for the batches, and can go on with --resume; {}, or --dtype bfloat16, means to "
     "begin anew"
@@ -126,7 +125,7 @@ def make_statistics(
 
     began = time.perf_counter()
     recipe, _ = recipe_of(str(model))
-    with open_plan(recipe) as plan, memory_told(f"loading {model}", LOADING_ADVICE):
+    with open_plan(recipe) as plan:
         live = build(plan, device=device, dtype=dtype)
         if live.tokenizer is None:
             raise CheckpointError(f"{model} has no tokenizer, so text cannot become tokens; copy its base's into it")

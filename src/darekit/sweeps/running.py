@@ -21,7 +21,7 @@ from darekit.engine import default_threads
 from darekit.errors import DarekitError, DataError, PlanError
 from darekit.evaluation.examples import Examples
 from darekit.evaluation.judges import Judge, check_judge, identity_of, judge_of
-from darekit.live.models import LiveModel, build, memory_told
+from darekit.live.models import LiveModel, build
 from darekit.packs.opening import open_model
 from darekit.planning import Plan, open_plan
 from darekit.recipe import Recipe
@@ -324,8 +324,7 @@ class _Evaluator:
         if self.live is None or kind != self.kind:
             self.live = None
             gc.collect()  # the old model goes before the new one comes
-            with memory_told("building the model"):
-                self.live = build(plan, device=self.workplace.device, dtype=self.workplace.dtype)
+            self.live = build(plan, device=self.workplace.device, dtype=self.workplace.dtype)
             self.kind = kind
         else:
             self.live.put(plan, threads=self.workplace.threads)
