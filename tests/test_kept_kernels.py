@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels whose object code is kept: loaded without numba, checked before it is loaded, and never needed."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
@@ -81,3 +84,37 @@ def test_arguments_that_c_cannot_take_go_to_numba(fresh, folder):
     assert fresh()(BASE, RAW, bins, delta) == 0
     assert np.array_equal(bins, run(fresh())[0])
     assert sorted((folder / "darekit").iterdir()) == before
+
+
+def test_threads_that_come_first_together(monkeypatch):
+    """A kernel is seen as compiled only when those that it calls are; numba cannot type the others."""
+    import numba
+
+    slow = numba.njit
+
+    def njit(**options):
+        time.sleep(0.02)
+        return slow(**options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    names = {}
+    exec(
+        "def twice(x):\n    return x + x\n"
+        "def four_times(x):\n    return twice(twice(x))\n"
+        "def entry(x):\n    return four_times(x[0]) + twice(x[0])\n",
+        names,
+    )
+    for name in ("entry", "twice", "four_times"):
+        names[name] = compiling.Kernel(names[name], OPTIONS)
+    found = []
+
+    def work(wait):
+        time.sleep(wait)
+        found.append(names["entry"](np.ones(1)))
+
+    threads = [threading.Thread(target=work, args=(0.01 * i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [6.0] * 8

@@ -47,17 +47,17 @@ class Kernel:
         return (self.compiled or self.compile())(*arguments)
 
     def compile(self) -> Callable[..., Any]:
-        """numba's dispatcher. All kernels of the module are replaced by theirs: they call each other by name."""
+        """numba's dispatcher. The kernels that this one calls, which it does by name, are replaced by theirs first:
+        another thread may call this one as soon as it is seen."""
         from numba import njit
 
         with _LOCK:
-            names = self.function.__globals__
-            for value in {id(one): one for one in (self, *names.values()) if isinstance(one, Kernel)}.values():
-                if value.compiled is None:
-                    value.compiled = njit(**value.options)(value.function)
-                    if not isinstance(value, KeptKernel):
-                        names[value.function.__name__] = value.compiled
-            assert self.compiled is not None
+            if self.compiled is None:
+                names = self.function.__globals__
+                for name in self.function.__code__.co_names:
+                    if isinstance(other := names.get(name), Kernel):
+                        names[name] = other.compile()
+                self.compiled = njit(**self.options)(self.function)
             return self.compiled
 
 
