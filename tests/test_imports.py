@@ -59,8 +59,8 @@ def offenders(rule, found=None):
 
 
 RULES = {
-    "only kernels.compiling and kernels.packs import numba": lambda name, one: (
-        not within(one, "numba", "llvmlite") or within(name, "darekit.kernels.compiling", "darekit.kernels.packs")
+    "only kernels.compiling and kernels.intrinsics import numba": lambda name, one: (
+        not within(one, "numba", "llvmlite") or within(name, "darekit.kernels.compiling", "darekit.kernels.intrinsics")
     ),
     "torch only where models run, and where tensors, pickles or the demo are": lambda name, one: (
         not within(one, "torch", "transformers", "tokenizers")
@@ -149,7 +149,7 @@ def test_the_package_keeps_the_rule(rule):
 @pytest.mark.parametrize(
     ("rule", "module", "source"),
     [
-        ("only kernels.compiling and kernels.packs import numba", "darekit.tiles",
+        ("only kernels.compiling and kernels.intrinsics import numba", "darekit.tiles",
          "def f():\n    from numba import njit\n"),
         ("torch only where models run, and where tensors, pickles or the demo are", "darekit.engine",
          "import torch.nn as nn\n"),

@@ -16,11 +16,15 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+LANES = (
+    32  # counters that are drawn at once: four registers of AVX2, so that multiplications need not wait for each other
+)
 OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 NEEDS_NOBODY = {"memset", "memcpy", "memmove"}  # what object code may call: every process has them
 
@@ -55,10 +59,23 @@ class Kernel:
             if self.compiled is None:
                 names = self.function.__globals__
                 for name in self.function.__code__.co_names:
-                    if isinstance(other := names.get(name), Kernel):
+                    if isinstance(other := names.get(name), Kernel | Intrinsic):
                         names[name] = other.compile()
                 self.compiled = njit(**self.options)(self.function)
             return self.compiled
+
+
+@dataclass(frozen=True)
+class Intrinsic:
+    """A part of kernels that stands in `kernels.intrinsics`, which imports numba."""
+
+    name: str
+
+    def compile(self) -> Any:
+        """As numba knows it."""
+        from darekit.kernels import intrinsics
+
+        return getattr(intrinsics, self.name)
 
 
 class KeptKernel(Kernel):
@@ -104,6 +121,11 @@ def kernel(function: Callable[..., Any]) -> Any:
 def inlined(function: Callable[..., Any]) -> Any:
     """A part of kernels."""
     return Kernel(function, {"inline": "always"})
+
+
+def intrinsic(name: str) -> Any:
+    """A part of kernels, by its name in `kernels.intrinsics`."""
+    return Intrinsic(name)
 
 
 def kept_kernel(function: Callable[..., Any]) -> Any:
@@ -226,9 +248,9 @@ def _place(function: Callable[..., Any], kinds: tuple[str, ...]) -> Path:
     import llvmlite
     import llvmlite.binding as llvm
 
-    source = Path(function.__code__.co_filename)
+    source, here = Path(function.__code__.co_filename), Path(__file__).parent
     about = [
-        *(path.read_bytes() for path in (source, Path(__file__), source.parent.parent / "masks.py")),
+        *(path.read_bytes() for path in (source, Path(__file__), here / "intrinsics.py", here.parent / "masks.py")),
         " ".join(kinds), llvmlite.__version__, sys.platform, llvm.get_process_triple(), llvm.get_host_cpu_name(),
         llvm.get_host_cpu_features().flatten(),
     ]  # fmt: skip

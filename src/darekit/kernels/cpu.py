@@ -12,63 +12,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from darekit.kernels.compiling import inlined, kept_kernel, kernel
-from darekit.masks import BLOCK, COUNTERS, MULTIPLIERS, WEYL
+from darekit.kernels.compiling import LANES, intrinsic, kept_kernel, kernel
+from darekit.masks import BLOCK, COUNTERS
 
-_M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
-_W0, _W1 = np.uint32(WEYL[0]), np.uint32(WEYL[1])
 _EXPONENT = np.uint32(0x7F800000)
 _ABS = np.uint32(0x7FFFFFFF)
 _ALL = np.uint32(0xFFFFFFFF)
 
 
-@inlined
-def _round(c0, c1, c2, c3, k0, k1):
-    wide0, wide1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
-    return (
-        np.uint32(np.uint32(wide1 >> np.uint64(32)) ^ c1 ^ k0),
-        np.uint32(wide1),
-        np.uint32(np.uint32(wide0 >> np.uint64(32)) ^ c3 ^ k1),
-        np.uint32(wide0),
-    )
+_store_lanes = intrinsic("store_lanes")
 
 
 @kernel
 def _draw_block(block, stream, seed, words):
-    """Draws of one aligned block of 1024 elements -> `words`, (1024,) uint32.
-
-    The ten rounds stand unrolled: as a loop LLVM does not vectorise them and a core makes 0.2e9 draws/s, not 1.3e9.
-    """
-    s0, s1 = np.uint32(stream), np.uint32(stream >> np.uint64(32))
-    k00, k01 = np.uint32(seed), np.uint32(seed >> np.uint64(32))
-    k10, k11 = np.uint32(k00 + _W0), np.uint32(k01 + _W1)
-    k20, k21 = np.uint32(k10 + _W0), np.uint32(k11 + _W1)
-    k30, k31 = np.uint32(k20 + _W0), np.uint32(k21 + _W1)
-    k40, k41 = np.uint32(k30 + _W0), np.uint32(k31 + _W1)
-    k50, k51 = np.uint32(k40 + _W0), np.uint32(k41 + _W1)
-    k60, k61 = np.uint32(k50 + _W0), np.uint32(k51 + _W1)
-    k70, k71 = np.uint32(k60 + _W0), np.uint32(k61 + _W1)
-    k80, k81 = np.uint32(k70 + _W0), np.uint32(k71 + _W1)
-    k90, k91 = np.uint32(k80 + _W0), np.uint32(k81 + _W1)
+    """Draws of one aligned block of 1024 elements -> `words`, (1024,) uint32."""
     # 256 counters of one block never cross a multiple of 2^32: the high word is constant.
     first = np.uint64(block) * np.uint64(COUNTERS)
     low, high = np.uint32(first), np.uint32(first >> np.uint64(32))
-    for i in range(COUNTERS):
-        c0, c1, c2, c3 = np.uint32(low + np.uint32(i)), high, s0, s1
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k00, k01)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k10, k11)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k20, k21)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k30, k31)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k40, k41)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k50, k51)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k60, k61)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k70, k71)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k80, k81)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k90, k91)
-        words[i] = c0
-        words[COUNTERS + i] = c1
-        words[2 * COUNTERS + i] = c2
-        words[3 * COUNTERS + i] = c3
+    for i in range(0, COUNTERS, LANES):
+        _store_lanes(np.uint32(low + np.uint32(i)), high, stream, seed, words.ctypes.data + 4 * i)
 
 
 @kernel

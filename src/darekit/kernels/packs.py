@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels of packs: which elements a mask keeps, as bits and as indices; kept values taken, encoded and put back.
 
-A mask is drawn, compared and packed into bits in registers, by vectors written out in LLVM's own language (for any
-processor: LLVM cuts them to its width). Everything behind it works on the kept elements alone.
+A mask is drawn, compared and packed into bits in registers. Everything behind it works on the kept elements alone.
 """
 
 from __future__ import annotations
@@ -10,117 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from darekit.kernels.compiling import inlined
+from darekit.kernels.compiling import LANES, inlined, intrinsic
 from darekit.kernels.compiling import kernel as _kernel
-from darekit.masks import BLOCK, COUNTERS, MULTIPLIERS, ROUNDS, WEYL
+from darekit.masks import BLOCK, COUNTERS
 
-LANES = 32  # counters at once: four registers of AVX2, so that multiplications need not wait for one another
 SPARE = 8  # elements that `list_kept` writes at once
 LEAF = 65536  # elements; a test holds it to `darekit.digests`, which kernels do not know
 _EXPONENT = np.uint32(0x7F800000)
 _ALL = np.uint32(0xFFFFFFFF)
 _LARGEST = np.float32(3.3895314e38)  # of BF16
 
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
-_WORDS, _PAIRS = ir.VectorType(_I32, LANES), ir.VectorType(_I64, LANES // 2)
-# Of the products of even lanes and those of odd lanes, as 32 bit words: the lower or upper halves of both, within each
-# 128 bits, as one shuffle of AVX2 does it. Even lanes then stand before odd ones; twice that, and order is restored.
-_LOWER = [start + i for start in range(0, LANES, 4) for i in (0, 2, LANES, LANES + 2)]
-_UPPER = [place + 1 for place in _LOWER]
-
-
-@intrinsic
-def _keep_lanes(typing: Any, low: Any, high: Any, stream: Any, seed: Any, limit: Any) -> Any:
-    """Counters low .. low + 31 -> four masks of 32 bits: which of their draws are `limit` or more.
-
-    `low`, `high`: the counter's halves, uint32; `limit` uint32; `stream`, `seed` uint64.
-    Philox's two upper words come out of each round in another order of lanes than its lower words, which are not
-    reordered: they are needed a round later, in the order that the next upper words have then. (14 operations a round
-    for 32 draws of AVX2, 2.2e9 draws/s at 3.0 GHz; with every word in a lane of 64 bits, it was 16, and 1.6e9.)
-    """
-    signature = types.UniTuple(types.uint32, 4)(types.uint32, types.uint32, types.uint64, types.uint64, types.uint32)
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        low, high, stream, seed, limit = arguments
-
-        constant = ir.Constant
-
-        def spread(value: Any) -> Any:
-            one = builder.insert_element(constant(_WORDS, ir.Undefined), value, constant(_I32, 0))
-            zeros = constant(_WORDS, [0] * LANES)
-            return builder.shuffle_vector(one, constant(_WORDS, ir.Undefined), zeros)
-
-        def products(words: Any, multiplier: int) -> tuple[Any, Any]:
-            """Of even lanes and of odd ones."""
-            pairs, factor = builder.bitcast(words, _PAIRS), constant(_PAIRS, [multiplier] * (LANES // 2))
-            even = builder.and_(pairs, constant(_PAIRS, [0xFFFFFFFF] * (LANES // 2)))
-            odd = builder.lshr(pairs, constant(_PAIRS, [32] * (LANES // 2)))
-            even, odd = builder.mul(even, factor), builder.mul(odd, factor)
-            return builder.bitcast(even, _WORDS), builder.bitcast(odd, _WORDS)
-
-        def shuffled(both: tuple[Any, Any], places: list[int]) -> Any:
-            return builder.shuffle_vector(*both, constant(_WORDS, places))
-
-        def key(part: Any, number: int, weyl: int) -> Any:
-            return spread(builder.add(part, constant(_I32, number * weyl % (1 << 32))))
-
-        half = constant(_I64, 32)
-        keys = builder.trunc(seed, _I32), builder.trunc(builder.lshr(seed, half), _I32)
-        c0, c1 = builder.add(spread(low), constant(_WORDS, list(range(LANES)))), spread(high)
-        c2 = spread(builder.trunc(stream, _I32))
-        c3 = spread(builder.trunc(builder.lshr(stream, half), _I32))
-        for number in range(ROUNDS):
-            wide0, wide1 = products(c0, MULTIPLIERS[0]), products(c2, MULTIPLIERS[1])
-            mixed1 = builder.xor(c1, key(keys[0], number, WEYL[0]))  # first: it waits for nothing
-            mixed3 = builder.xor(c3, key(keys[1], number, WEYL[1]))
-            if number + 1 < ROUNDS:
-                c1 = builder.mul(c2, constant(_WORDS, [MULTIPLIERS[1]] * LANES))
-                c3 = builder.mul(c0, constant(_WORDS, [MULTIPLIERS[0]] * LANES))
-            else:
-                c1, c3 = shuffled(wide1, _LOWER), shuffled(wide0, _LOWER)
-            c0, c2 = builder.xor(shuffled(wide1, _UPPER), mixed1), builder.xor(shuffled(wide0, _UPPER), mixed3)
-        limits = spread(limit)
-        masks = [builder.bitcast(builder.icmp_unsigned(">=", c, limits), _I32) for c in (c0, c1, c2, c3)]
-        return context.make_tuple(builder, signature.return_type, masks)
-
-    return signature, build
-
-
-@intrinsic
-def _count_bits(typing: Any, word: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return types.uint64(types.uint64), build
-
-
-@intrinsic
-def _lowest_bit(typing: Any, word: Any) -> Any:
-    """Place of the lowest bit that is set; 64 where none is."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.uint64(types.uint64), build
-
-
-@intrinsic
-def _prefetch(typing: Any, address: Any) -> Any:
-    """Have the processor bring a line of 64 bytes into its second cache, and go on."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
-        for_reading, second_cache, data = (ir.Constant(number, value) for value in (0, 2, 1))
-        builder.call(function, [builder.inttoptr(arguments[0], pointer), for_reading, second_cache, data])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), build
+_keep_lanes, _prefetch = intrinsic("keep_lanes"), intrinsic("prefetch")
+_count_bits, _lowest_bit = intrinsic("count_bits"), intrinsic("lowest_bit")
 
 
 @_kernel
