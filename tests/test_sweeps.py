@@ -18,6 +18,13 @@ from darekit.sweeps.summaries import figure_of, summarise
 torch = pytest.importorskip("torch")
 llama = pytest.mark.parametrize("real", ["llama"], indirect=True)
 
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """These compare bits with what transformers computes there; where there is a GPU it would be taken."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 # Judges in a file, as a user would write them. Each call leaves a line behind.
 JUDGES = """
 import os
