@@ -320,7 +320,8 @@ def _list_leaf(mask, leaf, size, ahead, bits, room):
     """What the mask keeps of `size` elements of the leaf-th leaf -> the front of `room`; how many."""
     seed, stream, threshold, start = mask
     words = bits[: (size + BLOCK - 1) // BLOCK * (BLOCK // 64)]
-    keep_bits(seed, stream, start + leaf * LEAF, threshold, words.view(np.uint32), ahead)
+    addresses = np.int64(ahead[0]), np.int64(ahead[1])  # as Python gives them: one compilation serves both
+    keep_bits(seed, stream, start + leaf * LEAF, threshold, words.view(np.uint32), addresses)
     return list_kept(words, size, room)
 
 

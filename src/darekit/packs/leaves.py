@@ -45,8 +45,8 @@ class Mask:
         if self.threshold == 0:
             found: Indices = np.arange(count, dtype=np.int32)
         else:
-            room = np.empty(count + cpu.SPARE, np.int32)
-            found = cpu.kept_indices(self.seed, self.stream, start, self.threshold, count, room)
+            room = np.empty(count + cpu.SPARE, np.uint16)  # as kernels call it: one compilation serves both
+            found = cpu.kept_indices(self.seed, self.stream, start, self.threshold, count, room).astype(np.int32)
         if self.rows is not None:
             row = (start + found.astype(np.int64)) // self.tensor.row
             found = found[(self.rows[row >> 3] >> (row & 7).astype(np.uint8)) & 1 == 1]
