@@ -164,3 +164,12 @@ def test_rows_that_no_sample_told_of_are_found_while_leaves_are_made(tmp_path, m
         delta = pack.delta("model.embed_tokens.weight")
         assert not delta[rows].any()
         assert delta.any(axis=1).sum() > 3000 - same
+
+
+@pytest.mark.parametrize("command", ["drop", "pack"])
+def test_options_that_make_no_recipe_are_told_as_options(llamas, tmp_path, dare, command):
+    arguments = (command, llamas.path / "base", llamas.path / "m0", tmp_path / "out.safetensors")
+    done = dare(*arguments, "-p", "0.9", "--keep-dense", "nosuch")
+    assert done.code == 1 and done.err.startswith("dare: keep_dense.0: 'nosuch' is neither a group (embeddings, ")
+    done = dare(*arguments, "-p", "auto", "--tau", "-3")
+    assert done.code == 1 and done.err.startswith("dare: tau must be in [0.001, 1], found -3.0")

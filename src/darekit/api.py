@@ -7,13 +7,14 @@ A merge: recipe > plan (headers) > homology (a sample of values) > stage > engin
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from darekit.errors import HomologyError, PlanError
+from darekit.errors import HomologyError, PlanError, RecipeError
 from darekit.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -160,18 +161,20 @@ def drop_recipe(
     if seed is not None:
         entry["parameters"] = {"seed": seed}
     given = {} if heads is None else {"heads": model if heads == "model" else heads}
-    return read_recipe(
-        {
-            **given,
-            "base_model": base,
-            "models": [entry],
-            "sparsify": sparsify | dict(parameters or {}),
-            "merge_method": "linear" if on == "weights" else "task_arithmetic",
-            "vocab": vocab,
-            # Cut to the base's rows, the model no longer knows the tokens that its tokenizer has added.
-            "tokenizer_source": "base" if vocab == "base" else model,
-        }
-    )
+    recipe = {
+        **given,
+        "base_model": base,
+        "models": [entry],
+        "sparsify": sparsify | dict(parameters or {}),
+        "merge_method": "linear" if on == "weights" else "task_arithmetic",
+        "vocab": vocab,
+        # Cut to the base's rows, the model no longer knows the tokens that its tokenizer has added.
+        "tokenizer_source": "base" if vocab == "base" else model,
+    }
+    try:
+        return read_recipe(recipe)
+    except RecipeError as error:  # who gave options knows of no recipe, and of no place in one
+        raise RecipeError(re.sub(r"\brecipe: (sparsify\.|models\.0\.parameters\.)?", "", str(error))) from None
 
 
 def _options(given: Mapping[str, Any]) -> Options:
