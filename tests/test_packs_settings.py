@@ -9,7 +9,7 @@ import pytest
 
 import darekit as dk
 import families
-from darekit.errors import HomologyError, PlanError
+from darekit.errors import HomologyError, PlanError, RecipeError
 from darekit.packs import frames, jobs, spans
 
 
@@ -168,8 +168,9 @@ def test_rows_that_no_sample_told_of_are_found_while_leaves_are_made(tmp_path, m
 
 @pytest.mark.parametrize("command", ["drop", "pack"])
 def test_options_that_make_no_recipe_are_told_as_options(llamas, tmp_path, dare, command):
-    arguments = (command, llamas.path / "base", llamas.path / "m0", tmp_path / "out.safetensors")
-    done = dare(*arguments, "-p", "0.9", "--keep-dense", "nosuch")
+    base, model = llamas.path / "base", llamas.path / "m0"
+    done = dare(command, base, model, tmp_path / "out.safetensors", "-p", "0.9", "--keep-dense", "nosuch")
     assert done.code == 1 and done.err.startswith("dare: keep_dense.0: 'nosuch' is neither a group (embeddings, ")
-    done = dare(*arguments, "-p", "auto", "--tau", "-3")
-    assert done.code == 1 and done.err.startswith("dare: tau must be in [0.001, 1], found -3.0")
+    given = {"tau": -3.0} if command == "pack" else {"parameters": {"tau": -3.0}}
+    with pytest.raises(RecipeError, match=r"^tau must be in \[0\.001, 1\], found -3"):
+        getattr(dk, command)(base, model, tmp_path / "out.safetensors", drop_rate="auto", **given)

@@ -36,7 +36,10 @@ def pack(
         str | None,
         typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped; auto: each tensor's own."),
     ] = None,
-    tau: Annotated[float | None, typer.Option(help="Noise in a layer's output that -p auto allows.")] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1, help="How far a layer's output may move by -p auto; default 0.2."),
+    ] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Drop nothing: the exact model, compressed.")] = False,
     bits: Annotated[int, typer.Option(help="Per kept element: 64, 32, 16, 8, 4, 2 or 1.")] = 16,
     dense_bits: Annotated[
