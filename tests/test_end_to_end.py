@@ -740,6 +740,16 @@ def test_weights_alone_take_the_bases_config_and_tokenizer(real, tmp_path):
     assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_memory_takes_any_byte_order():
+    base = {"w": np.linspace(-1, 1, 40, dtype=np.float32)}
+    tuned = {"w": base["w"] + np.float32(0.25)}
+    expected = dk.merge_tensors(base, [tuned], method="task_arithmetic")
+    found = dk.merge_tensors(
+        {"w": base["w"].astype(">f4")}, [{"w": tuned["w"].astype(">f4")}], method="task_arithmetic"
+    )
+    assert np.array_equal(found["w"], expected["w"]) and np.array_equal(found["w"], tuned["w"])
+
+
 @pytest.mark.parametrize(
     ("base", "models", "says"),
     [

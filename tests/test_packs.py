@@ -548,6 +548,55 @@ def test_a_switcher_refuses_weights_that_moved(llamas, tmp_path):
     families.same(live, llamas.base)
 
 
+def test_names_of_one_memory_are_refused(tmp_path, device):
+    """A base that stores both, a model that ties them: it cannot become two tensors."""
+    base, _ = sizes(tmp_path, shapes=((300, 257), (257, 300)))
+    pack(tmp_path)
+    live = {name: torch_tensor(array, device) for name, array in base.items()}
+    first, second = live
+    live[second] = live[first].view(257, 300)
+    with dk.open_pack(tmp_path / "m.safetensors") as found:
+        before = {name: numpy_array(tensor) for name, tensor in live.items()}
+        with pytest.raises(HomologyError, match=rf"({first} and {second}|{second} and {first}) lie in the same memory"):
+            found.apply_(live)
+        families.same({name: numpy_array(tensor) for name, tensor in live.items()}, before)
+
+
+def test_weights_of_every_mode_of_torch(llamas, tmp_path, device):
+    """Servers run in inference mode, and may have another default device."""
+    import torch
+
+    base, path = llamas.path / "base", tmp_path / "m.safetensors"
+    dk.pack(base, llamas.path / "m0", path, drop_rate=0.5, force=True)
+    with torch.inference_mode():
+        strict = {name: torch_tensor(array, device) for name, array in llamas.base.items()}
+    plain = {name: torch_tensor(array, device) for name, array in llamas.base.items()}
+
+    def there_and_back(live):
+        with dk.Switcher(live, base, threads=2) as switcher:
+            switcher.switch(path)
+            found.append({name: numpy_array(tensor) for name, tensor in live.items()})
+        families.same({name: numpy_array(tensor) for name, tensor in live.items()}, llamas.base)
+
+    found = []
+    for live in (strict, plain):
+        there_and_back(live)
+        with torch.inference_mode():
+            there_and_back(live)
+        with torch.device("meta"):
+            there_and_back(live)
+    for one in found[1:]:
+        families.same(one, found[0])
+
+
+def test_what_failed_before_is_what_is_told(llamas, tmp_path):
+    live = {name: array.copy() for name, array in llamas.base.items()}
+    with pytest.raises(KeyError, match="theirs") as caught, dk.Switcher(live, llamas.path / "base"):
+        live["lm_head.weight"] = live["lm_head.weight"].copy()
+        raise KeyError("theirs")
+    assert "lm_head.weight is not where it was" in caught.value.__notes__[0]
+
+
 def test_weights_that_are_not_there_yet(llamas, tmp_path):
     torch = pytest.importorskip("torch")
     live = {name: torch_tensor(array) for name, array in llamas.base.items()}

@@ -174,7 +174,7 @@ def drop_recipe(
     try:
         return read_recipe(recipe)
     except RecipeError as error:  # who gave options knows of no recipe, and of no place in one
-        raise RecipeError(re.sub(r"\brecipe: (sparsify\.|models\.0\.parameters\.)?", "", str(error))) from None
+        raise RecipeError(re.sub(r"^recipe: (sparsify\.|models\.0\.parameters\.)?", "", str(error))) from None
 
 
 def _options(given: Mapping[str, Any]) -> Options:

@@ -7,8 +7,9 @@ once, to nearest even. The functions below are the reference; `darekit.kernels` 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -75,6 +76,20 @@ def dtype_from_torch_name(name: str) -> DType | None:
     """Look up a format by the name that torch and recipes use (`bfloat16`, `torch.bfloat16`); None if unknown."""
     wanted = name.removeprefix("torch.")
     return next((entry for entry in DTYPES.values() if entry.torch_name == wanted), None)
+
+
+def is_torch(array: Any) -> bool:
+    """Whether an array is torch's, of a class of whomever; torch is not imported for that."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def dtype_of(array: Any) -> DType | None:
+    """Format of a numpy array or torch tensor; None if unknown."""
+    if is_torch(array):
+        return dtype_from_torch_name(str(array.dtype))
+    dtype = array.dtype.newbyteorder("<")
+    return next((entry for entry in DTYPES.values() if entry.numpy == dtype), None)
 
 
 def widen(raw: Bytes, dtype: DType, out: Floats) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, natural_key
-from darekit.dtypes import DTYPES, Bytes, DType, dtype_from_torch_name
+from darekit.dtypes import DTYPES, Bytes, DType, dtype_of, is_torch
 from darekit.errors import CheckpointError, PlanError
 from darekit.methods import MERGE_METHODS
 from darekit.recipe import Sparsify, read_recipe
@@ -216,10 +216,6 @@ class _ArraySink:
         self.raw[at : at + buffer.size] = buffer
 
 
-def _is_torch(array: Any) -> bool:
-    return type(array).__module__.split(".")[0] == "torch"
-
-
 def _checkpoint(ref: str, tensors: Mapping[str, Any]) -> Checkpoint:
     infos = {}
     if not isinstance(tensors, Mapping):
@@ -232,12 +228,12 @@ def _checkpoint(ref: str, tensors: Mapping[str, Any]) -> Checkpoint:
                 "makes one"
             )
         dtype = _dtype_of(array, name)
-        if _is_torch(array):
+        if is_torch(array):
             import torch
 
             flat = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         else:
-            flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            flat = np.ascontiguousarray(array, dtype.numpy).reshape(-1).view(np.uint8)  # whatever its byte order
         infos[name] = TensorInfo(name, dtype.name, tuple(array.shape), ArrayBytes(flat))
     return Checkpoint(ref=ref, directory=None, tensors=infos, config=None, files=(), revision=None)
 
@@ -257,22 +253,18 @@ def _statistics(method: str, k: int, tensors: Mapping[str, Any] | str | Path) ->
 
 
 def _float64(array: Any) -> Any:
-    return array.detach().double().cpu().numpy() if _is_torch(array) else np.asarray(array, np.float64)
+    return array.detach().double().cpu().numpy() if is_torch(array) else np.asarray(array, np.float64)
 
 
 def _dtype_of(array: Any, name: str) -> DType:
-    if _is_torch(array):
-        found = dtype_from_torch_name(str(array.dtype))
-    else:
-        dtype = np.asarray(array).dtype.newbyteorder("<")
-        found = next((entry for entry in DTYPES.values() if entry.numpy == dtype), None)
+    found = dtype_of(array if is_torch(array) else np.asarray(array))
     if found is None:
         raise CheckpointError(f"{name}: number format {array.dtype} is not supported; use one of {', '.join(DTYPES)}")
     return found
 
 
 def _empty(like: Any, dtype: DType, shape: tuple[int, ...]) -> tuple[Any, Bytes]:
-    if _is_torch(like):
+    if is_torch(like):
         import torch
 
         tensor = torch.empty(shape, dtype=getattr(torch, dtype.torch_name))

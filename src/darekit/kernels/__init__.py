@@ -7,31 +7,11 @@ than BF16) numpy does the work.
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-from typing import Any
-
 import numpy as np
 
 from darekit.dtypes import Bytes, DType, Floats, narrow
 from darekit.dtypes import widen as widen_any
 from darekit.kernels import cpu
-
-
-class _Later:
-    """A module of kernels that imports numba itself, imported when one of them is looked up."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._module: ModuleType | None = None
-
-    def __getattr__(self, kernel: str) -> Any:
-        if self._module is None:
-            self._module = import_module(self._name)
-        return getattr(self._module, kernel)
-
-
-packs: Any = _Later("darekit.kernels.packs")  # a merge imports the readers of packs, and rarely reads one
 
 
 def widen(raw: Bytes, dtype: DType, out: Floats) -> None:

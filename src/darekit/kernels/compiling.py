@@ -22,9 +22,6 @@ from typing import Any
 
 import numpy as np
 
-LANES = (
-    32  # counters that are drawn at once: four registers of AVX2, so that multiplications need not wait for each other
-)
 OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 NEEDS_NOBODY = {"memset", "memcpy", "memmove"}  # what object code may call: every process has them
 
@@ -59,7 +56,8 @@ class Kernel:
             if self.compiled is None:
                 names = self.function.__globals__
                 for name in self.function.__code__.co_names:
-                    if isinstance(other := names.get(name), Kernel | Intrinsic):
+                    other = names.get(name)  # or what has an attribute's name by chance
+                    if isinstance(other, Kernel | Intrinsic) and other is not self and type(other) is not KeptKernel:
                         names[name] = other.compile()
                 self.compiled = njit(**self.options)(self.function)
             return self.compiled
@@ -100,7 +98,7 @@ class KeptKernel(Kernel):
         return ready(*arguments)
 
     def _prepare(self, kinds: tuple[str, ...]) -> Callable[..., int]:
-        if "x" in "".join(kinds) or os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        if "x" in "".join(kinds):
             return self.compile()
         try:
             path = _place(self.function, kinds)

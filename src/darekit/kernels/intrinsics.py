@@ -2,7 +2,7 @@
 """Parts of kernels in LLVM's own language, for what it does not find in a loop: vectors for any processor, which LLVM
 cuts to its width, and single instructions.
 
-Only `compiling.intrinsic` imports this, and so numba, when a kernel that uses a part of it is compiled. numba's caches
+Only `compiling.Intrinsic` imports this, and so numba, when a kernel that uses a part of it is compiled. numba's caches
 do not see that this file changed: whoever changes it touches the kernels' files as well.
 """
 
@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from darekit.kernels.compiling import LANES
+from darekit.kernels.cpu import LANES
 from darekit.masks import COUNTERS, MULTIPLIERS, ROUNDS, WEYL
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)

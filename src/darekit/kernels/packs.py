@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from darekit.kernels.compiling import LANES, inlined, intrinsic
+from darekit.kernels.compiling import inlined, intrinsic
 from darekit.kernels.compiling import kernel as _kernel
+from darekit.kernels.cpu import LANES
 from darekit.masks import BLOCK, COUNTERS
 
 SPARE = 8  # elements that `list_kept` writes at once

@@ -217,7 +217,6 @@ def _require_torch() -> None:
 
 
 def _empty(plan: Plan, device: str | None, dtype: str | None) -> LiveModel:
-    _require_torch()
     import torch
     import transformers
 

@@ -42,7 +42,7 @@ from darekit.packs.leaves import (
 from darekit.packs.lossless import decompress
 from darekit.packs.opening import locate_pack, open_base, refuse_swapped
 from darekit.packs.steps import bad_steps
-from darekit.packs.weights import Weight, state_of, weight_of
+from darekit.packs.weights import Weight, refuse_shared, state_of, weight_of
 
 NOTHING: Words = np.empty(0, np.uint16)
 NO_SCALES: Floats = np.empty(0, np.float32)
@@ -170,12 +170,15 @@ class Pack:
 
         Args:
             tensors: name -> contiguous numpy array or torch tensor (on any device) with the base's values; or a torch
-                module. Tied tensors need to stand there once. Names that the pack lacks are left alone.
+                module. Tied tensors may stand there twice only where the pack has one of them. Names that the pack
+                lacks are left alone.
             threads: worker threads.
 
         Raises:
-            HomologyError: a tensor is missing, or has another shape, format or other values; nothing was changed.
-            CheckpointError: the pack is damaged; nothing was changed.
+            HomologyError: a tensor is missing, shares another's memory, or has another shape, format or other values;
+                nothing was changed.
+            CheckpointError: the pack is damaged, and nothing was changed; or it says what its own mask does not (then
+                an error comes only while weights change: load the base again).
         """
         from darekit.engine import default_threads
         from darekit.packs.workers import run_all
@@ -228,7 +231,11 @@ class Pack:
         run_all(stored, work, threads=threads or default_threads())
 
     def decoders(self, tensors: Mapping[str, Any] | Any) -> list[tuple[Decoder, Weight]]:
-        """What decodes each tensor that changes, and its counterpart in `tensors`."""
+        """What decodes each tensor that changes, and its counterpart in `tensors`.
+
+        Raises:
+            HomologyError: a counterpart is missing, is another tensor's memory as well, or cannot be changed in place.
+        """
         state, found = state_of(tensors), []
         for name, tensor in self.tensors.items():
             if tensor.kind == "same":
@@ -237,6 +244,7 @@ class Pack:
                 raise HomologyError(f"there is no tensor {name} to apply {self.path} to")
             weight = weight_of(state[name], name, tensor.dtype, tensor.shape)
             found.append((Decoder(self._source, tensor), weight))
+        refuse_shared({decoder.tensor.name: weight for decoder, weight in found})
         return found
 
     def checkpoint(self, base: Checkpoint | None = None) -> Checkpoint:
@@ -532,7 +540,7 @@ class Decoder:
 
 
 def spans_of(decoders: Sequence[tuple[Decoder, Weight]]) -> list[tuple[Decoder, Weight, int]]:
-    """What `restore_leaves` does in one call each: and the number of the first leaf."""
+    """What each call of `restore_leaves` is for: the decoder, the weight, the first leaf."""
     return [
         (decoder, weight, first)
         for decoder, weight in decoders

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from darekit.checkpoints import Checkpoint, TensorInfo, open_checkpoint, sample_digest
 from darekit.dtypes import Bytes
-from darekit.errors import HomologyError
+from darekit.errors import DarekitError, HomologyError
 from darekit.packs.leaves import Indices
 from darekit.packs.reading import Decoder, Swapped, open_pack, spans_of
 from darekit.packs.weights import Weight, state_of, weight_of
@@ -96,7 +96,12 @@ class Switcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.switch(None)
+        try:
+            self.switch(None)
+        except DarekitError as failure:
+            if error is None:
+                raise
+            error.add_note(f"the base's weights did not come back: {failure}")
 
     def switch(self, pack: str | Path | None) -> None:
         """Put a pack on the base's weights, whatever is on them now; None: the base's weights themselves.

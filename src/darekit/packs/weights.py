@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from darekit.checkpoints import ArrayBytes, Source
-from darekit.dtypes import DTYPES, Bytes, dtype_from_torch_name
+from darekit.dtypes import Bytes, dtype_of, is_torch
 from darekit.errors import HomologyError
 
 
@@ -29,31 +31,45 @@ class Weight(Source, Protocol):
         ...
 
 
-class HostWeight(ArrayBytes):
-    """Memory that numpy sees."""
+@dataclass(frozen=True)
+class HostWeight:
+    """Memory that numpy sees: (n,) uint8."""
+
+    raw: Bytes
+
+    @property
+    def nbytes(self) -> int:
+        """See `Weight`."""
+        return self.raw.nbytes
 
     @property
     def place(self) -> tuple[str, int]:
         """See `Weight`."""
-        return "cpu", self.data.ctypes.data
+        return "cpu", self.raw.ctypes.data
+
+    def read_into(self, buffer: Bytes, offset: int) -> None:
+        """See `Weight`."""
+        ArrayBytes(self.raw).read_into(buffer, offset)
 
     @contextmanager
     def changing(self, begin: int, end: int) -> Iterator[Bytes]:
         """See `Weight`: the memory itself."""
-        yield self.data[begin:end]
+        yield self.raw[begin:end]
 
 
 class DeviceWeight:
-    """A contiguous torch tensor in memory that only a device sees."""
+    """A contiguous torch tensor in memory that only a device sees. What runs on the device ends before it is made."""
 
     def __init__(self, tensor: Any) -> None:
         import torch
 
+        if tensor.device.type == "cuda":  # streams beside the default one, which copies go through, wait for nothing
+            torch.cuda.synchronize(tensor.device)
         self._flat = tensor.detach().view(-1).view(torch.uint8)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """See `Weight`."""
         return int(self._flat.numel())
 
     @property
@@ -68,18 +84,25 @@ class DeviceWeight:
     @contextmanager
     def changing(self, begin: int, end: int) -> Iterator[Bytes]:
         """See `Weight`: copied to this thread's room, and back."""
+        import torch
+
         room = self._fetched(begin, end)
         try:
             yield room.numpy()
         finally:
-            self._flat[begin:end].copy_(room)
+            with torch.inference_mode():
+                self._flat[begin:end].copy_(room)
 
     def _fetched(self, begin: int, end: int) -> Any:
         """These bytes, in a torch tensor of the host's."""
+        import torch
+
         if begin < 0 or end > self.nbytes:
             raise ValueError(f"bytes {begin} to {end} lie outside a tensor of {self.nbytes}")
-        room = _ROOMS.of(end - begin, pinned=self._flat.device.type == "cuda")
-        room.copy_(self._flat[begin:end])
+        # In inference mode tensors of every mode may be written to, out of it none that it made.
+        with torch.inference_mode():
+            room = _ROOMS.of(end - begin, pinned=self._flat.device.type == "cuda")
+            room.copy_(self._flat[begin:end])
         return room
 
 
@@ -95,7 +118,7 @@ class _Rooms(threading.local):
 
         room = self._rooms.get(pinned)
         if room is None or room.numel() < nbytes:
-            room = self._rooms[pinned] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+            room = self._rooms[pinned] = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         return room[:nbytes]
 
 
@@ -120,23 +143,35 @@ def weight_of(array: Any, name: str, wanted: str, shape: tuple[int, ...]) -> Wei
     Raises:
         HomologyError: another shape or format, or memory that cannot be changed in place.
     """
-    torch = type(array).__module__.split(".")[0] == "torch"
-    dtype = dtype_from_torch_name(str(array.dtype)) if torch else None
-    if not torch:
-        dtype = next((entry for entry in DTYPES.values() if entry.numpy == array.dtype), None)
+    dtype = dtype_of(array)
     if dtype is None or dtype.name != wanted or tuple(array.shape) != shape:
         raise HomologyError(f"{name} should be {wanted} {list(shape)}, found {array.dtype} {list(array.shape)}")
-    if not torch:
-        if not (array.flags.c_contiguous and array.flags.writeable):
-            raise HomologyError(f"{name} must be contiguous and writable to be changed in place")
+    if not is_torch(array):
+        if not (array.flags.c_contiguous and array.flags.writeable and array.dtype == dtype.numpy):
+            raise HomologyError(f"{name} must be contiguous, writable and little-endian to be changed in place")
         return HostWeight(array.reshape(-1).view(np.uint8))
+    import torch
+
     if array.device.type == "meta":
         raise HomologyError(f"{name} has no values yet (it is on torch's device meta); load the base's weights first")
     if not array.is_contiguous():
         raise HomologyError(f"{name} must be contiguous to be changed in place")
-    if not on_host(array):
-        return DeviceWeight(array)
-    return HostWeight(array.detach().view(-1).view(array.new_empty(0).byte().dtype).numpy())
+    return HostWeight(array.detach().view(-1).view(torch.uint8).numpy()) if on_host(array) else DeviceWeight(array)
+
+
+def refuse_shared(weights: Mapping[str, Weight]) -> None:
+    """Refuse names of one memory: it cannot become what both of them are to be.
+
+    Raises:
+        HomologyError: two share a byte.
+    """
+    placed = sorted((*weight.place, weight.nbytes, name) for name, weight in weights.items() if weight.nbytes)
+    for (device, address, nbytes, name), (other, start, _, second) in itertools.pairwise(placed):
+        if device == other and start < address + nbytes:
+            raise HomologyError(
+                f"{name} and {second} lie in the same memory (the model ties them), and the pack has each of them as a "
+                "tensor of its own; untie them first, or `dare unpack` it"
+            )
 
 
 def on_host(tensor: Any) -> bool:
