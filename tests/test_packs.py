@@ -604,6 +604,8 @@ def test_weights_that_are_not_there_yet(llamas, tmp_path):
         dk.Switcher(
             live | {"lm_head.weight": torch.empty_like(live["lm_head.weight"], device="meta")}, llamas.path / "base"
         )
+    with pytest.raises(HomologyError, match=r"should be BF16 .* found torch\.float32 .*dtype=torch\.bfloat16$"):
+        dk.Switcher({name: tensor.float() for name, tensor in live.items()}, llamas.path / "base")
     turned = live["lm_head.weight"].T.contiguous().T
     with pytest.raises(HomologyError, match=r"lm_head\.weight must be contiguous"):
         dk.Switcher(live | {"lm_head.weight": turned}, llamas.path / "base")

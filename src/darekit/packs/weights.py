@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from darekit.checkpoints import ArrayBytes, Source
-from darekit.dtypes import Bytes, dtype_of, is_torch
+from darekit.dtypes import DTYPES, Bytes, dtype_of, is_torch
 from darekit.errors import HomologyError
 
 
@@ -145,7 +145,9 @@ def weight_of(array: Any, name: str, wanted: str, shape: tuple[int, ...]) -> Wei
     """
     dtype = dtype_of(array)
     if dtype is None or dtype.name != wanted or tuple(array.shape) != shape:
-        raise HomologyError(f"{name} should be {wanted} {list(shape)}, found {array.dtype} {list(array.shape)}")
+        loaded_wide = is_torch(array) and tuple(array.shape) == shape
+        advice = f"; load the model with dtype=torch.{DTYPES[wanted].torch_name}" if loaded_wide else ""
+        raise HomologyError(f"{name} should be {wanted} {list(shape)}, found {array.dtype} {list(array.shape)}{advice}")
     if not is_torch(array):
         if not (array.flags.c_contiguous and array.flags.writeable and array.dtype == dtype.numpy):
             raise HomologyError(f"{name} must be contiguous, writable and little-endian to be changed in place")
