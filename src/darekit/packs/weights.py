@@ -58,13 +58,11 @@ class HostWeight:
 
 
 class DeviceWeight:
-    """A contiguous torch tensor in memory that only a device sees. What runs on the device ends before it is made."""
+    """A contiguous torch tensor in memory that only a device sees."""
 
     def __init__(self, tensor: Any) -> None:
         import torch
 
-        if tensor.device.type == "cuda":  # streams beside the default one, which copies go through, wait for nothing
-            torch.cuda.synchronize(tensor.device)
         self._flat = tensor.detach().view(-1).view(torch.uint8)
 
     @property
@@ -126,8 +124,15 @@ _ROOMS = _Rooms()
 
 
 def state_of(model: Mapping[str, Any] | Any) -> Mapping[str, Any]:
-    """A torch module's tensors by name, as they are now; a mapping is that itself."""
+    """A torch module's tensors by name, as they are now; a mapping is that itself. What runs on their GPUs has ended:
+    copies go through the default stream, and streams beside it would not wait for them."""
     state: Mapping[str, Any] = model.state_dict() if hasattr(model, "state_dict") else model
+    devices = {tensor.device for tensor in state.values() if is_torch(tensor)}
+    for device in devices:
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(device)
     return state
 
 
