@@ -36,7 +36,7 @@ import floor
 import run
 from darekit import masks
 from darekit.checkpoints import open_checkpoint
-from darekit.digests import LEAF
+from darekit.checkpoints.digests import LEAF
 
 THREADS = 2
 PAUSE = 3  # seconds

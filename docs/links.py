@@ -19,8 +19,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     >>> class Page:
     ...     class file:
     ...         src_uri = "architecture.md"
-    >>> on_page_markdown("[tiles.py](../src/darekit/tiles.py), [recipes](recipes.md)", page=Page)
-    'tiles.py (`src/darekit/tiles.py`), [recipes](recipes.md)'
+    >>> on_page_markdown("[tiles.py](../src/darekit/engine/tiles.py), [recipes](recipes.md)", page=Page)
+    'tiles.py (`src/darekit/engine/tiles.py`), [recipes](recipes.md)'
     >>> on_page_markdown("[nothing](../src/nothing.py)", page=Page)
     '[nothing](../src/nothing.py)'
     """

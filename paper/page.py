@@ -139,15 +139,15 @@ DAREX_LABELS = (
 
 def _draw_darex(results: Mapping[str, Any], stem: Path) -> None:
     """The paper's factor and validation's k on the same masks; and so, on others, the k that the outputs choose."""
-    from darekit.plots import style
+    from darekit import plotting
 
-    with style.settings():
-        figure, axes = style.new_figure(columns=2, width=5.2, height=3.8, extra=0.6)
+    with plotting.settings():
+        figure, axes = plotting.new_figure(columns=2, width=5.2, height=3.8, extra=0.6)
         for plot, (name, rate) in zip(axes[0], RESCALED, strict=True):
             rows = darex_rows(results, name, rate)
             for number, label in enumerate(DAREX_LABELS):
                 points = [scores[number] for _, scores in rows]
-                look = style.line_style(number) | {"linestyle": "none"}
+                look = plotting.line_style(number) | {"linestyle": "none"}
                 places = [at + 0.16 * (number - 1.5) for at in range(len(rows))]
                 plot.errorbar(places, [p[0] for p in points], yerr=[p[1] for p in points], label=label, capsize=3,
                               elinewidth=1.2, **look)  # fmt: skip
@@ -159,7 +159,7 @@ def _draw_darex(results: Mapping[str, Any], stem: Path) -> None:
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
         figure.suptitle("(e) DAREx-q: mean and standard deviation of three masks")
-        png, _ = style.save(figure, stem)
+        png, _ = plotting.save(figure, stem)
     _shrink(png, png)
 
 

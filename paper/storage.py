@@ -191,21 +191,21 @@ def entries_of(found: Mapping[str, Any], models: Sequence[str]) -> list[Entry]:
 
 def draw(entries: Sequence[Entry], stem: Path) -> None:
     """Accuracy over log size, one line for each way."""
-    from darekit.plots import style
+    from darekit import plotting
 
     lines = list(dict.fromkeys(entry.line for entry in entries if entry.line != FINE_TUNED))
-    with style.settings():
-        figure, axes = style.new_figure(width=9.0, height=5.4)
+    with plotting.settings():
+        figure, axes = plotting.new_figure(width=9.0, height=5.4)
         plot = axes[0][0]
         top = fmean(entries[0].scores)
-        plot.axhline(top, color=style.GREY, linewidth=1, linestyle=":")
-        plot.annotate("fine-tuned, 16 bits", (16, top), ha="right", va="bottom", color=style.GREY, xytext=(0, 2),
+        plot.axhline(top, color=plotting.GREY, linewidth=1, linestyle=":")
+        plot.annotate("fine-tuned, 16 bits", (16, top), ha="right", va="bottom", color=plotting.GREY, xytext=(0, 2),
                       textcoords="offset points")  # fmt: skip
         for number, line in enumerate(lines):
             points = sorted((entry.bits, fmean(entry.scores)) for entry in entries if entry.line == line)
             # Beyond the seven colours: greys, with markers and dashes of their own.
-            grey = {"color": style.GREY, "marker": "*<>"[number % 3], "linestyle": ("-", "--", ":")[number % 3]}
-            look = style.line_style(number) if number < len(style.COLOURS) else grey
+            grey = {"color": plotting.GREY, "marker": "*<>"[number % 3], "linestyle": ("-", "--", ":")[number % 3]}
+            look = plotting.line_style(number) if number < len(plotting.COLOURS) else grey
             if not line.startswith(("pack", "magnitude", "truncated")):
                 look["linestyle"] = "none"
             plot.plot(*zip(*points, strict=True), label=line, **look)
@@ -215,7 +215,7 @@ def draw(entries: Sequence[Entry], stem: Path) -> None:
         plot.set_ylabel("exact match, %")
         plot.set_ylim(-3, 104)
         plot.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        style.save(figure, stem)
+        plotting.save(figure, stem)
 
 
 def table(entries: Sequence[Entry]) -> str:

@@ -15,9 +15,9 @@ import pytest
 import darekit as dk
 import families
 from darekit.errors import DataError, OutputError, PlanError
+from darekit.inputs.statistics import open_statistics
 from darekit.methods.informed import NormalEquations
 from darekit.statistics.budget import ITEM, bytes_of_sums, grouped
-from darekit.statistics.files import open_statistics
 from test_statistics_merges import data_of
 
 torch = pytest.importorskip("torch")

@@ -6,10 +6,10 @@ import pytest
 
 import darekit as dk
 import oracle
-from darekit import engine, tiles
 from darekit.dtypes import FLOAT_DTYPES
+from darekit.engine import execution, tiles
+from darekit.engine.selection import Select
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
-from darekit.stages import Select
 
 SIZES = (0, 1, 63, 64, 65, 1023, 1024, 1025)
 SHAPES = (*((n,) for n in SIZES), (7, 33), (3, 1), (130, 517), (2, 5, 64))
@@ -212,7 +212,7 @@ def test_tile_size_and_threads_do_not_matter(sparsify, monkeypatch):
 
 def test_large_tensor_is_cut_into_spans_and_sampled(monkeypatch):
     # Small spans and samples stand in for large tensors: the same code paths, in little memory.
-    monkeypatch.setattr(engine, "SPAN", 65536)
+    monkeypatch.setattr(execution, "SPAN", 65536)
     monkeypatch.setattr(Select, "SAMPLE_FROM", 1000)
     rng = np.random.default_rng(3)
     base, models = oracle.family(rng, (700, 500), "BF16")
@@ -227,9 +227,9 @@ def test_large_tensor_is_cut_into_spans_and_sampled(monkeypatch):
 
 def test_finished_tensors_keep_no_leaves(monkeypatch):
     """72 bytes for each tile of each input: memory that would grow with the model."""
-    monkeypatch.setattr(engine, "SPAN", 65536)
+    monkeypatch.setattr(execution, "SPAN", 65536)
     jobs = []
-    close = engine.Job.close
+    close = execution.Job.close
 
     def closed(job):
         jobs.append(job)
@@ -237,7 +237,7 @@ def test_finished_tensors_keep_no_leaves(monkeypatch):
         assert (record is None) == bool(job._leaves)
         return record
 
-    monkeypatch.setattr(engine.Job, "close", closed)
+    monkeypatch.setattr(execution.Job, "close", closed)
     base, models = oracle.family(np.random.default_rng(3), (300, 500), "BF16")
     dk.merge_tensors({"w": base}, [{"w": m} for m in models], sparsify=dk.dare(0.5, seed=1), seeds=SEEDS, threads=1)
     assert len(jobs) == 3

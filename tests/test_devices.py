@@ -13,10 +13,10 @@ import pytest
 import darekit as dk
 import families
 from darekit.errors import DataError
+from darekit.inputs.statistics import open_statistics
 from darekit.live.models import build, open_live
-from darekit.planning import open_plan
+from darekit.planning.opening import open_plan
 from darekit.recipe import read_recipe
-from darekit.statistics.files import open_statistics
 from test_statistics_merges import data_of
 
 torch = pytest.importorskip("torch")

@@ -23,7 +23,7 @@ import pytest
 import conftest
 import families
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, sample_digest
-from darekit.digests import TensorDigest, checkpoint_digest, tensor_digest
+from darekit.checkpoints.digests import TensorDigest, checkpoint_digest, tensor_digest
 from darekit.masks import draws, effective_seeds, kept, stream_of, threshold_of
 from darekit.recipe import read_recipe
 

@@ -12,12 +12,13 @@ import pytest
 import darekit as dk
 import families
 import oracle
-from darekit import engine, masks
+from darekit import masks
+from darekit.architectures.groups import group_of
 from darekit.checkpoints import open_checkpoint
-from darekit.digests import LEAF
+from darekit.checkpoints.digests import LEAF
+from darekit.engine import execution
 from darekit.errors import CheckpointError, DataError, HomologyError, PlanError, RecipeError
-from darekit.naming import group_of
-from darekit.planning import make_plan
+from darekit.planning.plan import make_plan
 from darekit.recipe import read_recipe
 
 BF16 = ml_dtypes.bfloat16
@@ -198,7 +199,7 @@ def jobs_of(llamas, sparsify, shard_size=1 << 30):
         names = ("base", *(f"m{k}" for k in range(len(recipe.models))))
         opened = [contextlib.closing(open_checkpoint(llamas.path / name)) for name in names]
         base, *models = [stack.enter_context(one) for one in opened]
-        return [engine.Job([step], LEAF) for step in make_plan(recipe, base, models, shard_size=shard_size).steps]
+        return [execution.Job([step], LEAF) for step in make_plan(recipe, base, models, shard_size=shard_size).steps]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -209,7 +210,7 @@ def test_threads_take_spans_of_different_files(llamas, threads):
     left = Counter(job.steps[0].output for job in jobs for _ in job.spans)
     assert len(left) > 3
     rng = np.random.default_rng(threads)
-    queue, found, writes = engine.Queue(jobs), [], {}
+    queue, found, writes = execution.Queue(jobs), [], {}
     while left.total():
         thread = int(rng.integers(threads))  # some are faster
         others = {file for one, file in writes.items() if one != thread}
@@ -227,7 +228,7 @@ def test_what_one_thread_must_do_alone_comes_first_and_largest_first(llamas):
     alone = jobs_of(llamas, {"method": "magnitude", "drop_rate": 0.5})
     shared = jobs_of(llamas, DARE)
     assert not any(job.divisible for job in alone) and all(job.divisible for job in shared)
-    queue = engine.Queue([*shared, *alone])
+    queue = execution.Queue([*shared, *alone])
     taken = [queue.take(None)[0] for _ in range(len(alone) + len(shared))]
     assert [job.cost for job in taken[: len(alone)]] == sorted((job.cost for job in alone), reverse=True)
     assert all(job.divisible for job in taken[len(alone) :])
@@ -383,7 +384,7 @@ def test_missing_rows_are_the_bases_when_whole_models_are_averaged(grown, tmp_pa
 
 def test_content_digest_counts_the_rows_that_are_cut_off(tmp_path, monkeypatch):
     """The fingerprint of an input does not depend on how its tensors are cut for the threads."""
-    from darekit import engine
+    from darekit.engine import execution
 
     rng = np.random.default_rng(0)
     base = {"model.embed_tokens.weight": rng.normal(0, 0.05, (4096, 48)).astype(BF16)}
@@ -391,8 +392,8 @@ def test_content_digest_counts_the_rows_that_are_cut_off(tmp_path, monkeypatch):
     families.save(tmp_path / "base", base, families.config())
     families.save(tmp_path / "m0", model, families.config())
     digests = []
-    for span in (engine.SPAN, 65536):
-        monkeypatch.setattr(engine, "SPAN", span)
+    for span in (execution.SPAN, 65536):
+        monkeypatch.setattr(execution, "SPAN", span)
         out = tmp_path / f"out{span}"
         dk.merge(families.recipe(tmp_path, k=1, vocab="base"), out, force=True)
         digests.append(lock_of(out)["inputs"][1]["content_digest"])

@@ -18,9 +18,9 @@ import pytest
 
 import darekit as dk
 import families
-from darekit import engine
+from darekit.engine import execution
 from darekit.errors import CheckpointError, DataError, OutputError
-from darekit.running import OutputFile
+from darekit.output.publishing import OutputFile
 
 SPARSIFY = {"method": "dare", "drop_rate": 0.7}
 
@@ -145,7 +145,7 @@ def interrupt(monkeypatch, llamas):
             write(self, buffer, offset)
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "FLUSH_SECONDS", 0.0)
+            patch.setattr(execution, "FLUSH_SECONDS", 0.0)
             patch.setattr(OutputFile, "write", failing)
             with pytest.raises(Stop):
                 dk.merge(recipe or families.recipe(llamas.path, sparsify=SPARSIFY), out, threads=1, **options)
@@ -418,12 +418,12 @@ def test_two_runs_on_one_out(llamas, tmp_path, monkeypatch):
 
 
 def test_a_courtesy_that_fails_does_not_cost_the_weights(llamas, tmp_path, monkeypatch):
-    from darekit import running
+    from darekit.output import publishing
 
     def fails(**_):
         raise ValueError("no card today")
 
-    monkeypatch.setattr(running, "model_card", fails)
+    monkeypatch.setattr(publishing, "model_card", fails)
     report = dk.merge(families.recipe(llamas.path), tmp_path / "out")
     assert any("no card today" in note for note in report.notes)
     assert families.load(tmp_path / "out") and not (tmp_path / "out" / "README.md").exists()

@@ -10,8 +10,8 @@ import pytest
 import darekit as dk
 import families
 import oracle
+from darekit.architectures.groups import is_head
 from darekit.errors import HomologyError, PlanError, RecipeError
-from darekit.naming import is_head
 
 BF16 = ml_dtypes.bfloat16
 HIDDEN = 32

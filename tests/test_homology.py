@@ -7,8 +7,8 @@ import pytest
 
 import darekit as dk
 import families
-from darekit import homology
 from darekit.errors import HomologyError
+from darekit.planning import alignment, homology
 
 BF16 = ml_dtypes.bfloat16
 
@@ -139,7 +139,7 @@ def test_sampled_norms_are_close_to_the_true_ones(tmp_path):
     for name, array in (("base", base), ("m0", model)):
         families.save(tmp_path / name, {"w": array})
     opened = [open_checkpoint(tmp_path / name) for name in ("base", "m0")]
-    tensors = homology.align(opened[0], opened[1:], "strict").tensors
+    tensors = alignment.align(opened[0], opened[1:], "strict").tensors
     (norms,) = homology.sample_norms(tensors, 0, lambda _: (0.9, True))
     truth = np.linalg.norm(model - base) / np.linalg.norm(base)
     assert norms.r == pytest.approx(truth, rel=0.05) and norms.parameters == base.size

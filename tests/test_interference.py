@@ -5,7 +5,7 @@ import pytest
 
 import darekit as dk
 import families
-from darekit.inspection import Comparison
+from darekit.analysis.inspection import Comparison
 
 
 def family(path, deltas, *, kind=np.float32):
@@ -145,6 +145,6 @@ def test_the_command_with_several_models_and_plots(llamas, dare, tmp_path):
 
 
 def test_models_whose_short_names_are_equal(tmp_path):
-    from darekit.homology import distinct_labels
+    from darekit.wording import distinct_labels
 
     assert distinct_labels(["x/a/m", "x/b/m", "x/n"]) == ["x/a/m", "x/b/m", "n"]

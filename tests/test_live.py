@@ -9,7 +9,7 @@ import families
 from darekit.errors import CheckpointError, DataError, HomologyError
 from darekit.live.data import Row, read_rows, tokenize
 from darekit.live.models import build, open_live
-from darekit.planning import open_plan
+from darekit.planning.opening import open_plan
 from darekit.recipe import read_recipe
 
 torch = pytest.importorskip("torch")

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from darekit.architectures.tying import TIED_MODEL_TYPES, is_tied, tied_by_default
 from darekit.dtypes import DTYPES
 from darekit.errors import OutputError
 from darekit.output.card import agreed_license, front_matter, model_card, public_name
 from darekit.output.companions import write_companions
-from darekit.output.config import TIED_MODEL_TYPES, is_tied, merged_config, tied_by_default
+from darekit.output.config import merged_config
 from darekit.output.tokenizer import (
     TemplateChoice,
     chat_template,

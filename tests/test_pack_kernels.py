@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from darekit import digests, masks
+from darekit import masks
+from darekit.checkpoints import digests
 from darekit.dtypes import DTYPES
 from darekit.errors import CheckpointError, DataError
 from darekit.kernels import packs as kernels

@@ -18,10 +18,11 @@ import families
 import oracle
 from darekit import masks
 from darekit.checkpoints import open_checkpoint
-from darekit.digests import LEAF, checkpoint_digest, tensor_digest
+from darekit.checkpoints.digests import LEAF, checkpoint_digest, tensor_digest
 from darekit.dtypes import DTYPES, FLOAT_DTYPES
 from darekit.errors import CheckpointError, DarekitError, DataError, HomologyError, OutputError, PlanError, Unsupported
-from darekit.packs import lossless, packing, weights
+from darekit.packing import writing
+from darekit.packs import lossless, weights
 from darekit.packs.lane import READ_LEAVES
 from darekit.packs.lossless import compress, decompress, inflate_all
 from darekit.packs.quantization import decode_values, dequantize, encode_values, pack_bits, quantize, unpack_bits
@@ -874,7 +875,7 @@ def test_a_killed_pack_leaves_nothing_visible(tmp_path, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packing, "_publish", die)
+    monkeypatch.setattr(writing, "_publish", die)
     with pytest.raises(KeyboardInterrupt):
         pack(tmp_path)
     assert not list(tmp_path.glob("*m.safetensors*")) and not list(tmp_path.glob(".m*"))
@@ -927,14 +928,14 @@ dk.{command}({str(tmp_path / inputs[0])!r}, {str(tmp_path / inputs[1])!r}, {str(
 def test_two_runs_do_not_write_one_file(tmp_path, monkeypatch, lossless):
     sizes(tmp_path)
     options = {"lossless": True, "drop_rate": None} if lossless else {}
-    publish = packing._publish
+    publish = writing._publish
 
     def meanwhile(*arguments):
         with pytest.raises(OutputError, match="another run is writing"):
             pack(tmp_path, **options)
         publish(*arguments)
 
-    monkeypatch.setattr(packing, "_publish", meanwhile)
+    monkeypatch.setattr(writing, "_publish", meanwhile)
     pack(tmp_path, **options)
     with dk.open_pack(tmp_path / "m.safetensors", base=tmp_path / "base") as found:
         assert not found.verify().faults
@@ -1114,9 +1115,9 @@ def test_other_safetensors_files_are_no_packs(llamas, tmp_path):
 
 
 def test_a_large_integer_tensor_is_copied_once(tmp_path, monkeypatch):
-    from darekit import engine
+    from darekit.engine import execution
 
-    monkeypatch.setattr(engine, "SPAN", 65536)
+    monkeypatch.setattr(execution, "SPAN", 65536)
     numbers = np.arange(200_000, dtype=np.int64)
     families.save(tmp_path / "base", {"n": numbers, "w": np.ones(3, np.float32)})
     families.save(tmp_path / "m0", {"n": numbers, "w": np.full(3, 1.1, np.float32)})

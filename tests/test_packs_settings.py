@@ -10,7 +10,8 @@ import pytest
 import darekit as dk
 import families
 from darekit.errors import HomologyError, PlanError, RecipeError
-from darekit.packs import frames, jobs, spans
+from darekit.packing import jobs, spans
+from darekit.packs import frames
 
 
 def grown(llamas, folder, rows):

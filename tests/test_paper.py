@@ -63,7 +63,7 @@ def test_every_model_that_is_named_is_trained():
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_cell_can_be_planned(path, work, monkeypatch):
-    from darekit.planning import open_plan
+    from darekit.planning.opening import open_plan
     from darekit.sweeps.grid import cells_of
     from darekit.sweeps.reading import read_sweep
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 import darekit as dk
 import families
 from darekit.errors import RecipeError
-from darekit.homology import TAU, judge, p_max, sample_norms
-from darekit.lock import identity
-from darekit.planning import open_plan
+from darekit.output.lock import identity
+from darekit.planning.homology import TAU, judge, p_max, sample_norms
+from darekit.planning.opening import open_plan
+from darekit.planning.rates import MOST, rate_within, rounded_down, spend
 from darekit.recipe import Filtered, Filters, read_recipe, resolve
-from darekit.recommendation.rates import MOST, rate_within, rounded_down, spend
 
 BASE = {"base_model": "b", "models": [{"model": "a"}], "merge_method": "task_arithmetic"}
 

@@ -11,11 +11,11 @@ import pytest
 import darekit as dk
 import families
 from conftest import _tokenizer
-from darekit.api import drop_recipe
 from darekit.errors import DataError, OutputError, PlanError, RecipeError
-from darekit.homology import p_max, weighted_median
-from darekit.planning import open_plan
+from darekit.planning.homology import p_max, weighted_median
+from darekit.planning.opening import open_plan
 from darekit.recipe import read_recipe
+from darekit.recipe.single import drop_recipe
 from darekit.recommendation.advice import divisor, write_recipe
 
 DENSE = ("embeddings", "norms", "biases")

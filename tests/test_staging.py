@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from darekit import staging
 from darekit.errors import OutputError
-from darekit.staging import open_stage
+from darekit.output import staging
+from darekit.output.staging import open_stage
 
 IDENTITY = {"recipe": {"method": "ties"}, "seed": 42}
 

@@ -10,9 +10,9 @@ import pytest
 import darekit as dk
 import families
 from darekit.errors import DarekitError, DataError, HomologyError, PlanError, RecipeError
+from darekit.inputs.statistics import open_statistics
 from darekit.methods import SPARSIFIERS
 from darekit.methods.informed import NormalEquations, fisher, regmean
-from darekit.statistics.files import open_statistics
 
 torch = pytest.importorskip("torch")
 
@@ -170,7 +170,7 @@ def test_where_all_fishers_are_0_the_average_decides():
 
 
 def test_tiles_and_threads_do_not_matter(monkeypatch):
-    from darekit import tiles
+    from darekit.engine import tiles
 
     rng = np.random.default_rng(13)
     base, models = rng.normal(size=(300, 777)).astype(np.float32), rng.normal(size=(2, 300, 777)).astype(np.float32)
@@ -514,7 +514,7 @@ def test_from_the_command_to_the_merged_model(real, data, tmp_path, dare, monkey
 def made(tmp_path_factory, llamas):
     """Statistics files by hand for the hand-made family: no torch in them."""
     from darekit.checkpoints import open_checkpoint, sample_digest
-    from darekit.statistics.files import FORMAT, write_statistics
+    from darekit.inputs.statistics import FORMAT, write_statistics
 
     path = tmp_path_factory.mktemp("made")
     rng = np.random.default_rng(0)
@@ -799,7 +799,7 @@ def test_where_a_model_is_not_finite_the_base_stays(method):
 def test_vocabularies_that_differ(tmp_path, method, vocab):
     """Rows that all have are merged by their statistics; those that only one has are that one's."""
     from darekit.checkpoints import open_checkpoint, sample_digest
-    from darekit.statistics.files import FORMAT, write_statistics
+    from darekit.inputs.statistics import FORMAT, write_statistics
 
     rng = np.random.default_rng(21)
     kind = {"fisher": "fisher", "regmean": "gram"}[method]
@@ -832,14 +832,12 @@ def test_vocabularies_that_differ(tmp_path, method, vocab):
 
 
 def test_the_plan_counts_matrices_once_and_tiles_per_thread(llamas, made, monkeypatch):
-    from darekit import informed as tiling
-    from darekit import planning
+    from darekit.engine import costs
 
     plan = dk.plan(informed(llamas, made, "regmean", "gram"))
     alike = plan.peak_memory(4, 65536)
-    monkeypatch.setattr(tiling, "HEAVY", 0)
-    monkeypatch.setattr(planning, "HEAVY", 0)
+    monkeypatch.setattr(costs, "HEAVY", 0)
     alone = plan.peak_memory(4, 65536)
     assert alone < alike  # the largest matrix is then in memory once, not once for each thread
     largest = max(step.shape[1] for step in plan.steps if step.statistics)
-    assert alone - planning.INTERPRETER_BYTES > 3 * 8 * largest**2
+    assert alone - costs.INTERPRETER_BYTES > 3 * 8 * largest**2

@@ -488,7 +488,7 @@ def test_changed_statistics_are_seen(real, place):
 def _fisher(model, path, value):
     """A Fisher of that model with the same value everywhere."""
     from darekit.checkpoints import open_checkpoint, sample_digest
-    from darekit.statistics.files import FISHER, FORMAT, write_statistics
+    from darekit.inputs.statistics import FISHER, FORMAT, write_statistics
 
     checkpoint = open_checkpoint(str(model))
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -563,8 +563,8 @@ def test_a_dry_run_lists_the_cells(real, place, dare):
 @llama
 def test_plots_are_the_same_for_the_same_data(real, place):
     pytest.importorskip("matplotlib")
-    from darekit.plots import style
-    from darekit.plots.sweeps import draw_sweep
+    from darekit import plotting
+    from darekit.sweeps.drawing import draw_sweep
 
     result = dk.sweep(place.sweep(axes={"sparsify.drop_rate": [0, 0.5, 0.9]}), place.path / "out")
     figure = figure_of(result.sweep, summarise(result.sweep, result.finished), "test")
@@ -572,6 +572,6 @@ def test_plots_are_the_same_for_the_same_data(real, place):
         assert path.read_bytes() == (place.path / "out" / f"test{path.suffix}").read_bytes()
     svg = (place.path / "again.svg").read_text()
     assert "drop rate p" in svg and "all/total on test" in svg and "<dc:date>" not in svg
-    looks = [style.line_style(i) for i in range(7)]
+    looks = [plotting.line_style(i) for i in range(7)]
     for key in ("color", "marker", "linestyle"):
         assert len({str(look[key]) for look in looks}) == 7

@@ -18,34 +18,34 @@ _LAZY = {
     "merge": "api",
     "drop": "api",
     "plan": "api",
-    "inspect": "inspection",
-    "similarity": "similarities",
+    "inspect": "analysis.inspection",
+    "similarity": "analysis.similarities",
     "recommend": "recommendation.advice",
     "sweep": "sweeps.running",
     "evaluate": "evaluation.comparison",
     "generate": "evaluation.generations",
-    "pack": "packs.packing",
-    "unpack": "packs.unpacking",
+    "pack": "packing.writing",
+    "unpack": "packing.unpacking",
     "open_pack": "packs.reading",
-    "export": "packs.exporting",
-    "push": "packs.sharing",
-    "pull": "packs.sharing",
+    "export": "packing.exporting",
+    "push": "packing.sharing",
+    "pull": "packing.sharing",
     "Switcher": "packs.switching",
     "make_statistics": "statistics.running",
     "merge_tensors": "memory",
     "read_recipe": "recipe",
-    "dare": "memory",
-    "drop_only": "memory",
-    "magnitude": "memory",
-    "della": "memory",
-    "breadcrumbs": "memory",
-    "linear": "memory",
-    "task_arithmetic": "memory",
-    "ties": "memory",
-    "fisher": "memory",
-    "regmean": "memory",
-    "sparsifier": "memory",
-    "merge_method": "memory",
+    "dare": "recipe.typed",
+    "drop_only": "recipe.typed",
+    "magnitude": "recipe.typed",
+    "della": "recipe.typed",
+    "breadcrumbs": "recipe.typed",
+    "linear": "recipe.typed",
+    "task_arithmetic": "recipe.typed",
+    "ties": "recipe.typed",
+    "fisher": "recipe.typed",
+    "regmean": "recipe.typed",
+    "sparsifier": "recipe.typed",
+    "merge_method": "recipe.typed",
     "DarekitError": "errors",
 }
 
@@ -85,12 +85,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from darekit.analysis.inspection import inspect
+    from darekit.analysis.similarities import similarity
     from darekit.api import drop, merge, plan
     from darekit.errors import DarekitError
     from darekit.evaluation.comparison import evaluate
     from darekit.evaluation.generations import generate
-    from darekit.inspection import inspect
-    from darekit.memory import (
+    from darekit.memory import merge_tensors
+    from darekit.packing.exporting import export
+    from darekit.packing.sharing import pull, push
+    from darekit.packing.unpacking import unpack
+    from darekit.packing.writing import pack
+    from darekit.packs.reading import open_pack
+    from darekit.packs.switching import Switcher
+    from darekit.recipe import read_recipe
+    from darekit.recipe.typed import (
         breadcrumbs,
         dare,
         della,
@@ -99,21 +108,12 @@ if TYPE_CHECKING:
         linear,
         magnitude,
         merge_method,
-        merge_tensors,
         regmean,
         sparsifier,
         task_arithmetic,
         ties,
     )
-    from darekit.packs.exporting import export
-    from darekit.packs.packing import pack
-    from darekit.packs.reading import open_pack
-    from darekit.packs.sharing import pull, push
-    from darekit.packs.switching import Switcher
-    from darekit.packs.unpacking import unpack
-    from darekit.recipe import read_recipe
     from darekit.recommendation.advice import recommend
-    from darekit.similarities import similarity
     from darekit.statistics.running import make_statistics
     from darekit.sweeps.running import sweep
 

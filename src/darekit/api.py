@@ -7,20 +7,19 @@ A merge: recipe > plan (headers) > homology (a sample of values) > stage > engin
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from darekit.errors import HomologyError, PlanError, RecipeError
+from darekit.errors import PlanError
+from darekit.planning.checks import check
 from darekit.recipe import Recipe, read_recipe
+from darekit.recipe.single import drop_recipe
 
 if TYPE_CHECKING:
-    from darekit.homology import Judgement
-    from darekit.planning import Plan
-    from darekit.running import Progress, Report
+    from darekit.output.publishing import Progress, Report
+    from darekit.planning.plan import Plan
 
 SHARD_SIZE = 5_000_000_000  # bytes; what the Hub's tools write
 
@@ -84,7 +83,7 @@ def plan(
     Raises:
         DarekitError: everything that can be foreseen about this merge.
     """
-    from darekit.planning import open_plan
+    from darekit.planning.opening import open_plan
 
     found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed)
     with open_plan(found, search=search_path(recipe), shard_size=shard_size) as made:
@@ -131,52 +130,6 @@ def drop(
     return run(recipe, Path(out), _options(options), search=())
 
 
-def drop_recipe(
-    base: str,
-    model: str,
-    *,
-    drop_rate: float | str,
-    method: str = "dare",
-    rescale: str | None = None,
-    on: str = "delta",
-    keep_dense: Sequence[str] = (),
-    seed: int | None = None,
-    vocab: str = "strict",
-    heads: str | None = None,
-    parameters: Mapping[str, Any] | None = None,
-) -> Recipe:
-    """The recipe that `drop` runs.
-
-    Raises:
-        RecipeError: what is given makes no recipe.
-        PlanError: base and model are one.
-    """
-    if base.rstrip("/") == model.rstrip("/"):
-        raise PlanError(f"{model} is given as the base and as the model: name a model that was fine-tuned from it")
-    sparsify: dict[str, Any] = {"method": method, "drop_rate": drop_rate, "on": on}
-    # Where nothing is said, `auto` keeps dense what averages nothing out.
-    sparsify |= {"keep_dense": list(keep_dense)} if keep_dense or drop_rate != "auto" else {}
-    sparsify |= {"rescale": rescale} if rescale is not None else {}
-    entry: dict[str, Any] = {"model": model}
-    if seed is not None:
-        entry["parameters"] = {"seed": seed}
-    given = {} if heads is None else {"heads": model if heads == "model" else heads}
-    recipe = {
-        **given,
-        "base_model": base,
-        "models": [entry],
-        "sparsify": sparsify | dict(parameters or {}),
-        "merge_method": "linear" if on == "weights" else "task_arithmetic",
-        "vocab": vocab,
-        # Cut to the base's rows, the model no longer knows the tokens that its tokenizer has added.
-        "tokenizer_source": "base" if vocab == "base" else model,
-    }
-    try:
-        return read_recipe(recipe)
-    except RecipeError as error:  # who gave options knows of no recipe, and of no place in one
-        raise RecipeError(re.sub(r"^recipe: (sparsify\.|models\.0\.parameters\.)?", "", str(error))) from None
-
-
 def _options(given: Mapping[str, Any]) -> Options:
     """Keyword arguments of `merge` and `drop` -> options.
 
@@ -199,35 +152,10 @@ def search_path(recipe: object) -> tuple[Path, ...]:
     return (Path(recipe).resolve().parent,) if isinstance(recipe, str | Path) else ()
 
 
-def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None = None) -> list[Judgement]:
-    """Numeric homology tests on a sample of the values; says warnings, raises on refusals.
-
-    Raises:
-        HomologyError: a model does not look like its base's child, or too much is dropped (unless `force`).
-        DataError: integer tensors differ.
-    """
-    from darekit.homology import check_integers, judge, sample_norms
-
-    check_integers(plan.alignment.tensors, [model.ref for model in plan.models])
-    if plan.base is None or (plan.recipe.sparsify is not None and plan.recipe.sparsify.on == "weights"):
-        return []
-    judgements = []
-    for k, model in enumerate(plan.models):
-        norms = sample_norms(plan.alignment.tensors, k, partial(plan.rate_of, k))
-        judgements.append(judge(model.ref, plan.base.ref, norms))
-    stops = [j.stop for j in judgements if j.stop]
-    if stops and not force:
-        raise HomologyError("\n".join(f"{stop}; --force goes on all the same" for stop in stops))
-    for judgement in judgements:
-        if say and (judgement.stop or judgement.warning):
-            say(judgement.stop or judgement.warning or "")
-    return judgements
-
-
 def run(recipe: Recipe, out: Path, options: Options, *, search: Sequence[Path] = ()) -> Report:
     """Plan, check, execute and publish one recipe."""
-    from darekit.planning import open_plan
-    from darekit.running import execute
+    from darekit.output.publishing import execute
+    from darekit.planning.opening import open_plan
 
     if options.allow_nonfinite and recipe.base_model is None:
         raise PlanError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,105 +14,10 @@ import numpy as np
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import DTYPES, Bytes, DType, dtype_of, is_torch
 from darekit.errors import CheckpointError, PlanError
+from darekit.inputs.statistics import FISHER, Statistics, open_statistics
 from darekit.methods import MERGE_METHODS
 from darekit.recipe import Sparsify, read_recipe
-from darekit.statistics.files import FISHER, Statistics, open_statistics
-
-
-@dataclass(frozen=True)
-class Method:
-    """A merge method and its parameters, as in a recipe."""
-
-    name: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-def sparsifier(
-    method: str, drop_rate: float, *, seed: int = 0, keep_dense: Sequence[str] = (), on: str = "delta", **more: Any
-) -> Sparsify:
-    """Any sparsifier of the table by name, with its parameters; the functions below are the same, typed."""
-    return Sparsify(
-        method=method,
-        parameters={"drop_rate": drop_rate, **more},
-        on=on,  # type: ignore[arg-type]
-        seed=seed,
-        keep_dense=tuple(keep_dense),
-    )
-
-
-def dare(
-    drop_rate: float,
-    *,
-    seed: int = 0,
-    rescale: str = "paper",
-    q: float = 0.0,
-    keep_dense: Sequence[str] = (),
-    on: str = "delta",
-) -> Sparsify:
-    """DARE: random drop, survivors times 1/(1-p), or 1/q where q > 0. See `darekit.methods.sparsifiers.dare`."""
-    return sparsifier("dare", drop_rate, seed=seed, keep_dense=keep_dense, on=on, rescale=rescale, q=q)
-
-
-def drop_only(drop_rate: float, *, seed: int = 0, keep_dense: Sequence[str] = (), on: str = "delta") -> Sparsify:
-    """Random drop without rescale. See `darekit.methods.sparsifiers.drop_only`."""
-    return sparsifier("drop_only", drop_rate, seed=seed, keep_dense=keep_dense, on=on)
-
-
-def magnitude(
-    drop_rate: float, *, rescale: str = "none", keep_dense: Sequence[str] = (), on: str = "delta"
-) -> Sparsify:
-    """Keep the largest magnitudes. See `darekit.methods.sparsifiers.magnitude`."""
-    return sparsifier("magnitude", drop_rate, keep_dense=keep_dense, on=on, rescale=rescale)
-
-
-def della(
-    drop_rate: float,
-    *,
-    window: float = 0.14,
-    seed: int = 0,
-    rescale: str = "paper",
-    keep_dense: Sequence[str] = (),
-    on: str = "delta",
-) -> Sparsify:
-    """MAGPRUNE: small magnitudes drop more often. See `darekit.methods.sparsifiers.della`."""
-    return sparsifier("della", drop_rate, seed=seed, keep_dense=keep_dense, on=on, window=window, rescale=rescale)
-
-
-def breadcrumbs(
-    drop_rate: float, *, gamma: float = 0.01, rescale: str = "none", keep_dense: Sequence[str] = (), on: str = "delta"
-) -> Sparsify:
-    """Drop the largest and the smallest magnitudes. See `darekit.methods.sparsifiers.breadcrumbs`."""
-    return sparsifier("breadcrumbs", drop_rate, keep_dense=keep_dense, on=on, gamma=gamma, rescale=rescale)
-
-
-def merge_method(name: str, **parameters: Any) -> Method:
-    """Any merge method of the table by name, with its parameters; the functions below are the same, typed."""
-    return Method(name, parameters)
-
-
-def linear(*, normalize: bool = True) -> Method:
-    """Weighted average of the models. See `darekit.methods.merging.linear`."""
-    return Method("linear", {"normalize": normalize})
-
-
-def task_arithmetic(*, lambda_: float = 1.0, normalize: bool = False) -> Method:
-    """Base + lambda times the weighted sum of the deltas. See `darekit.methods.merging.task_arithmetic`."""
-    return Method("task_arithmetic", {"lambda": lambda_, "normalize": normalize})
-
-
-def ties(*, keep: float = 1.0, lambda_: float = 1.0, normalize: bool = True, trim: str = "tensor") -> Method:
-    """Trim to `keep`, elect signs, disjoint mean. See `darekit.methods.merging.ties`."""
-    return Method("ties", {"keep": keep, "lambda": lambda_, "normalize": normalize, "trim": trim})
-
-
-def fisher(*, minimal: float = 1e-6, normalize: bool = False) -> Method:
-    """Each element counts by its diagonal Fisher; takes `statistics`. See `darekit.methods.informed.fisher`."""
-    return Method("fisher", {"minimal": minimal, "normalize": normalize})
-
-
-def regmean(*, off_diagonal: float = 0.9, ridge: float = 1e-6, normalize: bool = True) -> Method:
-    """Least squares on each linear layer's inputs; takes `statistics`. See `darekit.methods.informed.regmean`."""
-    return Method("regmean", {"off_diagonal": off_diagonal, "ridge": ridge, "normalize": normalize})
+from darekit.recipe.typed import Method, linear
 
 
 def merge_tensors(
@@ -149,9 +54,10 @@ def merge_tensors(
         name -> array of the base's kind (torch tensors for torch tensors), with the bits that a merge of the same
         tensors on disk would write.
     """
-    from darekit import engine, tiles
-    from darekit.planning import make_plan
-    from darekit.trimming import settle_model_trim
+    from darekit import machine
+    from darekit.engine import execution, tiles
+    from darekit.engine.trimming import settle_model_trim
+    from darekit.planning.plan import make_plan
 
     if allow_nonfinite and base is None:
         raise PlanError("allow_nonfinite takes the base's element where a model has NaN or Inf: it needs a base")
@@ -187,7 +93,7 @@ def merge_tensors(
         for k, found in enumerate(statistics or ()):
             known.append(_statistics(recipe.merge_method, k, found))
         plan = make_plan(recipe, origin, opened, statistics=known, shard_size=1)
-        threads = threads or engine.default_threads()
+        threads = threads or machine.default_threads()
         tile = tiles.TILE
         steps = settle_model_trim(plan.steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
         template = base if base is not None else models[0]
@@ -197,7 +103,7 @@ def merge_tensors(
             array, raw = _empty(template[place.name], DTYPES[place.dtype], place.shape)
             merged[place.name] = array
             sinks.append(_ArraySink(raw, place.offset))
-        engine.execute(
+        execution.execute(
             steps, sinks, names=[c.ref for c in opened], threads=threads, tile=tile, allow_nonfinite=allow_nonfinite
         )
         return {name: merged[name] for name in template if name in merged}

@@ -33,11 +33,11 @@ def inspect(
 ) -> None:
     """Show how far models are from BASE, how much can be dropped, and how several pull against each other."""
     with errors_told():
+        from darekit.analysis.inspection import inspect as inspect_models
         from darekit.cli import display, display_analysis
-        from darekit.inspection import inspect as inspect_models
 
         if plot is not None:
-            from darekit.plots.style import require_matplotlib
+            from darekit.plotting import require_matplotlib
 
             require_matplotlib()
         with display.progress_bar("inspecting", quiet=as_json) as progress:
@@ -46,7 +46,7 @@ def inspect(
             )  # fmt: skip
         drawn = []
         if plot is not None:
-            from darekit.plots.inspections import draw_inspection
+            from darekit.analysis.drawing import draw_inspection
 
             drawn = draw_inspection(found, plot)
         display_analysis.show_inspections(found, drawn, as_json=as_json)
@@ -89,10 +89,10 @@ def similarity(
         from darekit.cli import display, display_analysis
 
         if plot is not None:
-            from darekit.plots.style import require_matplotlib
+            from darekit.plotting import require_matplotlib
 
             require_matplotlib()
-        from darekit.similarities import similarity as compare
+        from darekit.analysis.similarities import similarity as compare
 
         with display.progress_bar("comparing", quiet=as_json, unit="rows") as progress:
             found = compare(
@@ -102,7 +102,7 @@ def similarity(
             )  # fmt: skip
         drawn = []
         if plot is not None:
-            from darekit.plots.similarities import draw_similarity
+            from darekit.analysis.curves import draw_similarity
 
             drawn = [*draw_similarity(found, plot / "similarity")]
         display_analysis.show_similarity(found, drawn, as_json=as_json)

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from darekit.quantities import size_of
+from darekit.wording import size_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from darekit.homology import Judgement
-    from darekit.planning import Plan
-    from darekit.running import Report
+    from darekit.output.publishing import Report
+    from darekit.planning.homology import Judgement
+    from darekit.planning.plan import Plan
     from darekit.statistics.running import StatisticsReport
 
 
@@ -113,8 +113,8 @@ def show_statistics(report: StatisticsReport, *, as_json: bool) -> None:
 
 def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None) -> dict[str, Any]:
     """A plan in JSON-able form."""
-    from darekit.engine import default_threads
-    from darekit.tiles import TILE
+    from darekit.engine.tiles import TILE
+    from darekit.machine import default_threads
 
     return {
         "tensors": len(plan.alignment.tensors),
@@ -142,7 +142,7 @@ def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str],
 
 def dense_tensors(plan: Plan) -> dict[str, list[str]]:
     """What each entry of `keep_dense` matched."""
-    from darekit.naming import is_kept_dense
+    from darekit.architectures.groups import is_kept_dense
 
     if plan.recipe.sparsify is None:
         return {}

@@ -13,11 +13,11 @@ from rich.table import Table
 from darekit.cli.display import print_table, say_note
 
 if TYPE_CHECKING:
-    from darekit.inspection import Comparison, Inspection, TensorReport
-    from darekit.similarities import Similarity
+    from darekit.analysis.inspection import Comparison, Inspection, TensorReport
+    from darekit.analysis.similarities import Similarity
     from darekit.sweeps.data import Cell
     from darekit.sweeps.reports import Table as Text
-    from darekit.sweeps.running import SweepResult
+    from darekit.sweeps.store import SweepResult
 
 
 PERCENT_COLUMNS = ("10%", "50%", "90%", "max")
@@ -25,7 +25,7 @@ PERCENT_COLUMNS = ("10%", "50%", "90%", "max")
 
 def show_inspections(found: Inspection | Comparison, drawn: Sequence[Path], *, as_json: bool) -> None:
     """Of one model every tensor, then the verdict; of several a line for each, and how they stand to each other."""
-    from darekit.inspection import Comparison
+    from darekit.analysis.inspection import Comparison
 
     if as_json:
         print(json.dumps(found.to_data() | ({"plots": [str(path) for path in drawn]} if drawn else {})))
@@ -59,7 +59,7 @@ def _deltas(reports: Sequence[TensorReport], head: Sequence[str] = ("tensor", "s
 def _show_comparison(found: Comparison) -> None:
     from dataclasses import replace
 
-    from darekit.homology import distinct_labels
+    from darekit.wording import distinct_labels
 
     names = distinct_labels([one.model for one in found.models])
     print_table(_deltas([replace(one.total, name=n) for one, n in zip(found.models, names, strict=True)], ("model",)))

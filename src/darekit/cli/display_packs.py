@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from darekit.cli.display import count_of
-from darekit.quantities import size_of
+from darekit.wording import size_of
 
 if TYPE_CHECKING:
-    from darekit.packs.exporting import ExportReport
-    from darekit.packs.packing import PackReport
+    from darekit.packing.exporting import ExportReport
+    from darekit.packing.sharing import Pulled, Pushed
+    from darekit.packing.writing import PackReport
     from darekit.packs.reading import Verification
-    from darekit.packs.sharing import Pulled, Pushed
 
 SHOWN = 10
 

@@ -106,7 +106,7 @@ def drop(
     limit = bytes_of(shard_size)
     _check_method(method)
     with errors_told(resumes=True):
-        from darekit.api import drop_recipe
+        from darekit.recipe.single import drop_recipe
 
         given = (("window", window), ("gamma", gamma), ("q", rescale_q), ("tau", tau))
         extra = {name: value for name, value in given if value is not None}
@@ -154,13 +154,14 @@ def _check_method(method: str) -> None:
 def _run(recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, **options: Any) -> None:
     from darekit import api
     from darekit.cli import display
+    from darekit.planning import checks
 
     if dry_run:
-        from darekit.planning import open_plan
+        from darekit.planning.opening import open_plan
 
         with open_plan(recipe, search=search, shard_size=options["shard_size"]) as plan:
             notes: list[str] = list(plan.notes)
-            judgements = api.check(plan, force=options["force"], say=notes.append)
+            judgements = checks.check(plan, force=options["force"], say=notes.append)
             display.show_plan(plan, judgements, notes, options["threads"], as_json=as_json)
         return
     with display.progress_bar("merging", quiet=as_json) as progress:

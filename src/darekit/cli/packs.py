@@ -76,7 +76,7 @@ def pack(
             raise typer.BadParameter(f"{value} is none of {', '.join(map(str, widths))}", param_hint=name)
     with errors_told():
         from darekit.cli import display, display_packs
-        from darekit.packs.packing import pack as pack_model
+        from darekit.packing.writing import pack as pack_model
 
         with display.progress_bar("packing", quiet=as_json) as progress:
             report = pack_model(
@@ -102,7 +102,7 @@ def unpack(
     limit = bytes_of(shard_size)
     with errors_told(resumes=True):
         from darekit.cli import display
-        from darekit.packs.unpacking import unpack as unpack_model
+        from darekit.packing.unpacking import unpack as unpack_model
 
         with display.progress_bar("unpacking", quiet=as_json) as progress:
             report = unpack_model(
@@ -162,7 +162,7 @@ def export(
         raise typer.BadParameter("goes with --to dense", param_hint="--resume")
     with errors_told(resumes=to is ExportTarget.DENSE):
         from darekit.cli import display, display_packs
-        from darekit.packs.exporting import export as export_pack
+        from darekit.packing.exporting import export as export_pack
 
         with display.progress_bar("exporting", quiet=as_json) as progress:
             report = export_pack(
@@ -187,7 +187,7 @@ def push(
     """Put PACK with a model card on the Hugging Face Hub, or into a folder."""
     with errors_told():
         from darekit.cli import display, display_packs
-        from darekit.packs.sharing import push as push_pack
+        from darekit.packing.sharing import push as push_pack
 
         pushed = push_pack(
             pack, to, base_model=base_model, license=license, private=private, new_card=new_card, message=message,
@@ -205,7 +205,7 @@ def pull(
     """Fetch PACK from the Hugging Face Hub or a folder, and check it."""
     with errors_told():
         from darekit.cli import display, display_packs
-        from darekit.packs.sharing import pull as pull_pack
+        from darekit.packing.sharing import pull as pull_pack
 
         with display.progress_bar("checking", quiet=as_json) as progress:
             pulled = pull_pack(pack, out, overwrite=overwrite, progress=progress)

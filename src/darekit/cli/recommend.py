@@ -72,8 +72,8 @@ def recommend(
     if search_q and data is None:
         raise typer.BadParameter("the search compares outputs on text: add --data FILE", param_hint="--search-q")
     with errors_told():
+        from darekit.architectures.groups import ONE_TERM
         from darekit.cli import display
-        from darekit.naming import ONE_TERM
         from darekit.recommendation import advice
 
         if out is not None:  # before anything long

@@ -89,10 +89,8 @@ class Family:
 
 def fingerprint(family: Family, job: Job) -> str:
     """Digest of what shapes a model's weights: settings, code and, for a fine-tuned model, the base it started from."""
-    from darekit.demo import training
-
     parts: dict[str, Any] = {"settings": family.settings.shaping(tuned=job.ability is not None), "job": asdict(job)}
-    parts["code"] = [inspect.getsource(module) for module in (tasks, training)]
+    parts["code"] = [inspect.getsource(tasks), Path(__file__).with_name("training.py").read_text(encoding="utf-8")]
     if job.ability is not None:
         parts["base"] = hashlib.blake2b((family.base / "model.safetensors").read_bytes()).hexdigest()
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -29,7 +29,8 @@ from darekit.evaluation.judges import (
 )
 from darekit.live.models import build, recipe_of
 from darekit.packs.opening import find_pack
-from darekit.planning import Plan, open_plan
+from darekit.planning.opening import open_plan
+from darekit.planning.plan import Plan
 from darekit.recipe import Recipe
 
 KEPT = "evaluations.jsonl"  # one line for each model that is finished
@@ -296,7 +297,7 @@ def _judge(
 def _evaluate_one(
     name: str, recipe: Recipe, search: Sequence[Path], judge: Judge, *, device: str | None, dtype: str | None, say: Say
 ) -> Evaluation:
-    from darekit.api import check
+    from darekit.planning.checks import check
 
     begin = time.monotonic()
     with open_plan(recipe, search=search) as plan:

@@ -16,7 +16,7 @@ from darekit.evaluation.comparison import Model, file_name, named_models, write_
 from darekit.evaluation.examples import Progress
 from darekit.evaluation.guards import nan_refused
 from darekit.live.models import CAUSAL, LiveModel, build, memory_told, one_thread, quiet_transformers
-from darekit.planning import open_plan
+from darekit.planning.opening import open_plan
 
 BATCH_SIZE = 8
 MAX_NEW_TOKENS = 512

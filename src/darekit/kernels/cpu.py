@@ -13,13 +13,15 @@ from __future__ import annotations
 import numpy as np
 
 from darekit.kernels.compiling import intrinsic, kept_kernel, kernel
+from darekit.kernels.lanes import LANES
 from darekit.masks import BLOCK, COUNTERS
 
 _EXPONENT = np.uint32(0x7F800000)
+
 _ABS = np.uint32(0x7FFFFFFF)
+
 _ALL = np.uint32(0xFFFFFFFF)
-# Counters that are drawn at once: four registers of AVX2, so that multiplications need not wait for one another.
-LANES = 32
+
 _store_lanes = intrinsic("store_lanes")
 
 

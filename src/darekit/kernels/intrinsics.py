@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from darekit.kernels.cpu import LANES
+from darekit.kernels.lanes import LANES
 from darekit.masks import COUNTERS, MULTIPLIERS, ROUNDS, WEYL
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)

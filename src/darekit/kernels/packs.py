@@ -12,11 +12,11 @@ import numpy as np
 
 from darekit.kernels.compiling import inlined, intrinsic
 from darekit.kernels.compiling import kernel as _kernel
-from darekit.kernels.cpu import LANES
+from darekit.kernels.lanes import LANES
 from darekit.masks import BLOCK, COUNTERS
 
 SPARE = 8  # elements that `list_kept` writes at once
-LEAF = 65536  # elements; a test holds it to `darekit.digests`, which kernels do not know
+LEAF = 65536  # elements; a test holds it to `darekit.checkpoints.digests`, which kernels do not know
 _EXPONENT = np.uint32(0x7F800000)
 _ALL = np.uint32(0xFFFFFFFF)
 _LARGEST = np.float32(3.3895314e38)  # of BF16

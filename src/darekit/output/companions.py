@@ -6,13 +6,26 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from darekit.checkpoints import Checkpoint
+from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.errors import OutputError
-from darekit.output.tokenizer import TemplateChoice, write_chat_template
+from darekit.output.config import merged_config
+from darekit.output.tokenizer import (
+    TemplateChoice,
+    choose_chat_template,
+    model_files,
+    tokenizer_files,
+    write_chat_template,
+)
+from darekit.planning.plan import Plan, heads_giver
+from darekit.wording import label
 
 RECIPE_NAME = "darekit_recipe.yaml"
 
@@ -87,3 +100,53 @@ def _copy(source: Path, target: Path) -> None:
 
 def _write(text: Callable[[], str], path: Path) -> None:
     path.write_text(text(), encoding="utf-8")
+
+
+def main_dtype(plan: Plan) -> DType:
+    """The format of most of the output's float bytes: what config.json must say."""
+    sizes: Counter[str] = Counter()
+    for shard in plan.shards:
+        for place in shard.placements:
+            if dtype_named(place.dtype).kind == "float":
+                sizes[place.dtype] += max(1, place.nbytes)
+    return DTYPES[sizes.most_common(1)[0][0]] if sizes else DTYPES["F32"]
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What lies beside an output's weights: config.json (None: no input has one), copied files, the chat template."""
+
+    config: dict[str, Any] | None
+    files: tuple[Path, ...]
+    chat_template: TemplateChoice | None
+
+
+def companions_of(plan: Plan) -> Companions:
+    """Config of the base (of the model, where there is only one and the tokenizer is its own too), and the rest."""
+    recipe = plan.recipe
+    donor = plan.base or plan.models[0]
+    tokenizer: Checkpoint = donor
+    if recipe.tokenizer_source != "base":
+        tokenizer = next(
+            m for m, e in zip(plan.models, recipe.models, strict=True) if e.model == recipe.tokenizer_source
+        )
+        if len(plan.models) == 1 and tokenizer.config is not None:
+            donor = tokenizer
+        if tokenizer.directory is None or not tokenizer_files(tokenizer.directory):
+            tokenizer = donor  # weights alone: the base's is better than none
+    giver = heads_giver(recipe, plan.base, plan.models)
+    if giver is not None and giver.config is not None:  # class, number of labels and their names go with the head
+        donor = giver
+    config = None
+    if donor.config is not None:
+        config = merged_config(
+            donor.config, dtype=main_dtype(plan), vocab_size=plan.alignment.vocab_size, tied=plan.alignment.tied
+        )
+    files = (
+        *(tokenizer_files(tokenizer.directory) if tokenizer.directory else ()),
+        *(model_files(donor.directory) if donor.directory else ()),
+    )
+    template = choose_chat_template(
+        tokenizer.directory, [(label(model.ref), model.directory) for model in plan.models if model.directory]
+    )
+    return Companions(config, files, template)

@@ -6,28 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from darekit.architectures.tying import TEXT_CONFIGS
+
 if TYPE_CHECKING:
     from darekit.dtypes import DType
 
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 writes the first and reads both, 4 writes the second
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config")  # where a composite model keeps its language model
-CODERS = ("encoder", "decoder")  # nested configs not named `*_config`
 
-# Model types whose embeddings are tied unless the config says otherwise, in transformers 4.48 and 5.23 alike (they
-# disagree about mt5, whose checkpoints say it). Untied by default are llama, mistral, mixtral, qwen2, qwen3, phi3,
-# olmo, gpt_neox and most others.
-TIED_MODEL_TYPES = frozenset(
-    """
-    albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert
-    cohere cohere2 cohere2_moe convbert cpmant ctrl data2vec-text deberta deberta-v2 distilbert electra ernie ernie4_5
-    ernie4_5_moe esm falcon falcon_mamba flaubert fnet funnel gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text
-    gemma4 gemma4_text gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese ibert jetmoe layoutlm led lfm2 lfm2_moe
-    longformer longt5 luke m2m_100 mamba marian mbart megatron-bert mobilebert modernbert modernbert-decoder mpnet mpt
-    mra mvp nllb-moe nystromformer openai-gpt opt paligemma pegasus pegasus_x plbart prophetnet recurrent_gemma
-    roberta roberta-prelayernorm roc_bert roformer smollm3 squeezebert starcoder2 switch_transformers t5 t5gemma
-    t5gemma2 tapas umt5 vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod yoso zamba zamba2
-    """.split()  # noqa: SIM905 (read as a paragraph)
-)
+CODERS = ("encoder", "decoder")  # nested configs not named `*_config`
 
 
 def merged_config(
@@ -53,19 +39,6 @@ def merged_config(
         if text is not None:
             merged[text]["tie_word_embeddings"] = tied
     return merged
-
-
-def is_tied(config: Mapping[str, Any]) -> bool | None:
-    """Whether the config says that output and input embeddings are one; None where it does not say."""
-    for part in (config, *(config.get(key) for key in TEXT_CONFIGS)):
-        if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
-            return bool(part["tie_word_embeddings"])
-    return None
-
-
-def tied_by_default(model_type: str | None) -> bool:
-    """What transformers assumes where a config of this `model_type` has no `tie_word_embeddings`."""
-    return model_type in TIED_MODEL_TYPES
 
 
 def _load_name(dtype: DType) -> str:

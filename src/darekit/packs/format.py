@@ -19,9 +19,9 @@ import numpy.typing as npt
 import xxhash
 
 from darekit.checkpoints import InputFile, OutputTensor, Placement, natural_key, read_header
+from darekit.checkpoints.digests import LEAF, digest_pieces
 from darekit.checkpoints.documents import parse_object, shorten
 from darekit.checkpoints.safetensors import HEADER_LIMIT
-from darekit.digests import LEAF, digest_pieces
 from darekit.dtypes import DTYPES, Bytes, DType
 from darekit.errors import CheckpointError, PlanError, Unsupported
 from darekit.masks import threshold_of

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from darekit.digests import LEAF
+from darekit.checkpoints.digests import LEAF
 from darekit.dtypes import Bytes, DType, Floats
 from darekit.kernels import packs as kernels
 from darekit.masks import DROP_ALL

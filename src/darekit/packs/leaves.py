@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from darekit import kernels
-from darekit.digests import LEAF
+from darekit.checkpoints.digests import LEAF
 from darekit.dtypes import DTYPES, Bytes, DType, Floats
 from darekit.errors import CheckpointError, DataError
 from darekit.kernels import packs as cpu

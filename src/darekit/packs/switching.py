@@ -15,8 +15,9 @@ import numpy.typing as npt
 from darekit.checkpoints import Checkpoint, TensorInfo, open_checkpoint, sample_digest
 from darekit.dtypes import Bytes
 from darekit.errors import DarekitError, HomologyError
+from darekit.packs.decoding import Decoder, Swapped, spans_of
 from darekit.packs.leaves import Indices
-from darekit.packs.reading import Decoder, Swapped, open_pack, spans_of
+from darekit.packs.reading import open_pack
 from darekit.packs.weights import Weight, state_of, weight_of
 from darekit.packs.workers import run_all
 
@@ -75,7 +76,7 @@ class Switcher:
     """
 
     def __init__(self, model: Mapping[str, Any] | Any, base: str | Path, *, threads: int | None = None) -> None:
-        from darekit.engine import default_threads
+        from darekit.machine import default_threads
 
         self.model = model
         self.threads = threads or default_threads()

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from darekit.architectures.groups import GROUPS, ONE_TERM
 from darekit.dtypes import DTYPES, FLOAT_DTYPES, dtype_from_torch_name
 from darekit.methods import MERGE_METHODS, SEED, SPARSIFIERS, Choice, Number, Parameter, Switch
-from darekit.naming import GROUPS, ONE_TERM
 from darekit.recipe import mergekit
 from darekit.recipe.data import AUTO, Filtered, Filters, ModelEntry, Recipe, Sparsify, Value, is_glob
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, override, shown, suggest

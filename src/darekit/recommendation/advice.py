@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from darekit.api import check, drop_recipe
+from darekit.analysis.inspection import TensorReport, inspect
+from darekit.architectures.groups import ONE_TERM, is_head, is_kept_dense
 from darekit.errors import OutputError, PlanError
-from darekit.homology import RULE_OF_THUMB, TAU, label, p_max, weighted_median
-from darekit.inspection import TensorReport, inspect
 from darekit.methods.sparsifiers import noise_gain
-from darekit.naming import ONE_TERM, is_head, is_kept_dense
-from darekit.planning import open_plan
+from darekit.planning.checks import check
+from darekit.planning.homology import RULE_OF_THUMB, TAU, p_max, weighted_median
+from darekit.planning.opening import open_plan
+from darekit.planning.rates import MOST, rate_within, rounded_down, spend
 from darekit.recipe import Filtered, Filters, Recipe, Value
-from darekit.recommendation.rates import MOST, rate_within, rounded_down, spend
+from darekit.recipe.single import drop_recipe
+from darekit.wording import label
 
 if TYPE_CHECKING:
     from darekit.recommendation.calibration import Calibration, Layer

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from darekit.architectures.groups import group_of
 from darekit.checkpoints import TensorInfo
 from darekit.dtypes import Floats, dtype_named, widen
 from darekit.errors import DataError
 from darekit.live.batches import padding_known
 from darekit.live.models import CAUSAL, build, memory_told, one_thread
 from darekit.methods.sparsifiers import noise_gain
-from darekit.naming import group_of
-from darekit.planning import Plan
+from darekit.planning.plan import Plan
 from darekit.recommendation.inputs import Feed, Progress, batched
 
 _CACHED = 1 << 30  # bytes of deltas that are kept from batch to batch; what is more is read again for each

@@ -14,7 +14,7 @@ from typing import Any
 from darekit.errors import DataError
 from darekit.live.batches import padding_known
 from darekit.live.models import CAUSAL, REGRESSOR, LiveModel, build, memory_told, one_thread
-from darekit.planning import Plan
+from darekit.planning.plan import Plan
 from darekit.recommendation.inputs import Feed, Progress, batched
 
 FACTORS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)

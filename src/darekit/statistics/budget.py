@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from darekit.errors import PlanError
+from darekit.machine import free_memory
 
 ITEM = 4  # bytes of a float32
 
@@ -50,31 +48,3 @@ def settled(memory: int | None, shapes: Mapping[str, tuple[int, ...]], device: A
             f"{largest:,}, and one tensor's are never split; give at least that"
         )
     return memory
-
-
-def free_memory(device: Any) -> int:
-    """Bytes that can still be taken on a device; a guess where the system does not tell."""
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    free = _available()
-    with suppress(OSError, ValueError):  # a container's limit
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-        cache = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, max(0, limit - used + cache))
-    return free
-
-
-def _available() -> int:
-    with suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with suppress(OSError, ValueError, AttributeError):  # macOS: half of what is built in
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 8 << 30

@@ -18,16 +18,17 @@ import numpy as np
 
 from darekit import __version__
 from darekit.errors import CheckpointError, DataError, OutputError, PlanError, Unsupported
+from darekit.inputs.statistics import FISHER, FORMAT, GRAM, KINDS, refuse_existing
 from darekit.live.batches import padding_known
 from darekit.live.data import Row, Tokens, read_rows, rows_digest, tokenize
 from darekit.live.models import LiveModel, build, memory_told, one_thread, recipe_of
 from darekit.output.card import public_name
-from darekit.planning import Plan, open_plan
-from darekit.quantities import size_of
+from darekit.planning.opening import open_plan
+from darekit.planning.plan import Plan
 from darekit.statistics.budget import bytes_of_sums, grouped, settled
-from darekit.statistics.files import FISHER, FORMAT, GRAM, KINDS, refuse_existing
 from darekit.statistics.passes import EMPIRICAL, LABELS, FisherPass, GramPass, Pass
 from darekit.statistics.staging import Stage
+from darekit.wording import size_of
 
 MAX_LENGTH = 2048  # tokens of an example, where neither the model nor the caller asks for less
 SAVE_SECONDS = 30.0  # between two savings of an unfinished pass, more where a saving takes long

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from darekit.checkpoints import FileRange, InputFile, OutputFile, OutputTensor, lay_out, read_header, sync_directory
 from darekit.checkpoints.documents import parse_object
 from darekit.errors import OutputError
-from darekit.statistics.files import FORMAT, KEY, told, write_statistics
+from darekit.inputs.statistics import FORMAT, KEY, told, write_statistics
 
 UNFINISHED = f"{FORMAT}-unfinished-2"
 

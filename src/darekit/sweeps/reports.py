@@ -15,7 +15,7 @@ from darekit.sweeps.store import CELLS, PLOTS, SUMMARY, TABLES, write_whole
 from darekit.sweeps.summaries import Row, Summary, figure_of, roles_of, shown, shown_label, summarise, title_of
 
 if TYPE_CHECKING:
-    from darekit.sweeps.running import SweepResult
+    from darekit.sweeps.store import SweepResult
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def write_reports(result: SweepResult, *, plots: bool) -> None:
     write_whole(result.out / SUMMARY, json.dumps(data_of(result, summary), indent=1) + "\n")
     drawn: set[Path] = set()
     if plots and find_spec("matplotlib") is not None:
-        from darekit.plots.sweeps import draw_sweep
+        from darekit.sweeps.drawing import draw_sweep
 
         for split in _splits(result.sweep):
             figure = figure_of(result.sweep, summary, split)

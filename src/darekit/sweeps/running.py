@@ -15,42 +15,28 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from darekit import api
 from darekit.checkpoints import open_checkpoint, sample_digest
-from darekit.engine import default_threads
 from darekit.errors import DarekitError, DataError, PlanError
 from darekit.evaluation.examples import Examples
 from darekit.evaluation.judges import Judge, check_judge, identity_of, judge_of
+from darekit.inputs.opening import open_model
+from darekit.inputs.statistics import open_statistics
 from darekit.live.models import LiveModel, build
-from darekit.packs.opening import open_model
-from darekit.planning import Plan, open_plan
+from darekit.machine import default_threads
+from darekit.output.companions import companions_of
+from darekit.planning import checks
+from darekit.planning.opening import open_plan
+from darekit.planning.plan import Plan
 from darekit.recipe import Recipe
-from darekit.running import companions_of
-from darekit.statistics.files import open_statistics
 from darekit.sweeps.data import SPLITS, Cell, Sweep
 from darekit.sweeps.grid import cells_of, essence
 from darekit.sweeps.reading import found_in, read_sweep
 from darekit.sweeps.records import record_of, refuse_other, write_record
-from darekit.sweeps.store import FAILED, OK, Finished, Outcome, Store, digest_of, open_store
+from darekit.sweeps.store import FAILED, OK, Finished, Outcome, Store, SweepResult, digest_of, open_store
 
 FORMAT = 1  # of what a digest stands for
+
 STOP_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """All cells of a sweep with their outcomes, in the order of the grid. `notes`: what was added, reused, cut off."""
-
-    sweep: Sweep
-    out: Path
-    finished: tuple[Finished, ...]
-    notes: tuple[str, ...]
-    seconds: float
-
-    @property
-    def failed(self) -> tuple[Finished, ...]:
-        """The cells that came to nothing."""
-        return tuple(one for one in self.finished if one.outcome.status == FAILED)
 
 
 @dataclass
@@ -304,7 +290,7 @@ class _Evaluator:
         try:
             with open_plan(recipe, search=self.workplace.search) as plan:
                 # A sweep is meant to pass the points where a merge refuses, and to show what happens there.
-                api.check(plan, force=True, say=warnings.append)
+                checks.check(plan, force=True, say=warnings.append)
                 live = self._put(plan)
             for split in SPLITS:
                 for name in names if split in self.judges else ():

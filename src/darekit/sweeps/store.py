@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.errors import OutputError
-from darekit.sweeps.data import SPLITS, Cell
+from darekit.sweeps.data import SPLITS, Cell, Sweep
 
 CELLS, TABLES, SUMMARY = "cells.jsonl", "tables.md", "summary.json"
 PLOTS = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("png", "svg"))
@@ -183,3 +183,19 @@ def _lock(descriptor: int, out: Path) -> None:
         raise OutputError(f"another run of this sweep is writing to {out}; wait for it, or give another OUT") from None
     except OSError:  # a file system without locks
         return
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All cells of a sweep with their outcomes, in the order of the grid. `notes`: what was added, reused, cut off."""
+
+    sweep: Sweep
+    out: Path
+    finished: tuple[Finished, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def failed(self) -> tuple[Finished, ...]:
+        """The cells that came to nothing."""
+        return tuple(one for one in self.finished if one.outcome.status == FAILED)

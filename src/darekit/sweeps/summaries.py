@@ -10,11 +10,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from darekit.errors import RecipeError
-from darekit.homology import label
 from darekit.recipe.documents import suggest
 from darekit.sweeps.data import DROP_RATE, SPLITS, UNDROPPED, Axis, Sweep
 from darekit.sweeps.grid import is_single
 from darekit.sweeps.store import OK, Finished
+from darekit.wording import label
 
 MEAN = "mean"
 

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the deltas of several models stand to each other: cosine, agreement of signs, what a sum of them would cancel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from darekit.wording import label
+
+TOGETHER = 0.1  # cosine from which two deltas are said to pull one way; far above what chance makes of large tensors
+
+CHANCE = 0.5  # share of equal signs of two independent deltas; K: signs conflict in 1 - 2^(1-K), and of normal ones of
+
+
+# equal size a sum cancels 1 - 1 / sqrt(K), as |sum| grows with sqrt(K) and the sum of sizes with K
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Two deltas in one tensor (or in all).
+
+    Attributes:
+        cosine: of the two deltas as vectors; 0 where one of them is 0.
+        agreement: of the elements that both models moved, the share that they moved the same way; None where there is
+            no such element.
+        overlap: share of all elements that both moved.
+        conflict: share of all elements that they moved in opposite ways.
+    """
+
+    cosine: float
+    agreement: float | None
+    overlap: float
+    conflict: float
+
+
+@dataclass(frozen=True)
+class TensorInterference:
+    """One tensor (or all): every pair of models, and all of them together.
+
+    Attributes:
+        pairs: in the order of `Comparison.pairs`.
+        conflict: share of elements that some models raise and others lower.
+        cancelled: 1 - sum |sum of deltas| / sum of |deltas|: how much of the models' changes a plain sum would lose.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    pairs: tuple[Relation, ...]
+    conflict: float
+    cancelled: float
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**self.__dict__, "shape": list(self.shape), "pairs": [dict(_fields(pair)) for pair in self.pairs]}
+
+
+@dataclass(frozen=True)
+class Interference:
+    """All tensors, their total, and the verdict on each pair in words.
+
+    `mean_cosine` of each pair is the mean of the tensors' cosines weighted by their parameters; the total's cosine is
+    that of the whole deltas, in which tensors that moved far count most.
+    """
+
+    models: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    tensors: tuple[TensorInterference, ...]
+    total: TensorInterference
+    mean_cosine: tuple[float, ...]
+    words: tuple[str, ...]
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "pairs": [
+                {"models": [self.models[i], self.models[j]], "mean_cosine": mean, **dict(_fields(relation))}
+                for (i, j), mean, relation in zip(self.pairs, self.mean_cosine, self.total.pairs, strict=True)
+            ],
+            "conflict": self.total.conflict,
+            "cancelled": self.total.cancelled,
+            "words": list(self.words),
+            "tensors": [tensor.to_data() for tensor in self.tensors],
+        }
+
+
+def _fields(relation: Relation) -> Iterator[tuple[str, float | None]]:
+    yield from relation.__dict__.items()
+
+
+class PairCounts:
+    """What the tiles of K deltas add up to; tensors add up to the total in the same way."""
+
+    def __init__(self, models: int) -> None:
+        self.pairs = tuple(combinations(range(models), 2))
+        self.dots = np.zeros((len(self.pairs), 3))  # d_i . d_j, |d_i|^2, |d_j|^2
+        self.same = np.zeros(len(self.pairs), np.int64)
+        self.opposite = np.zeros(len(self.pairs), np.int64)
+        self.counts = np.zeros(len(self.pairs), np.int64)
+        self.conflicts = self.count = 0
+        self.sums = np.zeros(2)  # sum |sum_k d_k|, sum_k sum |d_k|
+
+    def take(self, deltas: Sequence[npt.NDArray[np.float32]]) -> None:
+        """K deltas of one tile, each (n,) float32; where vocabularies differ some are shorter, down to (0,)."""
+        wide = [delta.astype(np.float64) for delta in deltas]
+        up, down = [delta > 0 for delta in deltas], [delta < 0 for delta in deltas]
+        for at, (i, j) in enumerate(self.pairs):
+            n = min(deltas[i].size, deltas[j].size)
+            x, y = wide[i][:n], wide[j][:n]
+            self.dots[at] += x @ y, x @ x, y @ y
+            self.same[at] += np.count_nonzero(up[i][:n] & up[j][:n]) + np.count_nonzero(down[i][:n] & down[j][:n])
+            self.opposite[at] += np.count_nonzero(up[i][:n] & down[j][:n]) + np.count_nonzero(down[i][:n] & up[j][:n])
+            self.counts[at] += n
+        n = max(delta.size for delta in deltas)
+        raised, lowered, total = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n)
+        for one, u, d in zip(wide, up, down, strict=True):
+            raised[: u.size] |= u
+            lowered[: d.size] |= d
+            total[: one.size] += one
+        self.conflicts += int(np.count_nonzero(raised & lowered))
+        self.count += n
+        self.sums += np.abs(total).sum(), sum(float(np.abs(one).sum()) for one in wide)
+
+    def add(self, other: PairCounts) -> None:
+        """Add another tensor's."""
+        for name in ("dots", "same", "opposite", "counts", "conflicts", "count", "sums"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def report(self, name: str, shape: tuple[int, ...]) -> TensorInterference:
+        """The sums as shares."""
+        relations = []
+        for (dot, x, y), same, opposite, count in zip(self.dots, self.same, self.opposite, self.counts, strict=True):
+            both = int(same + opposite)
+            cosine = float(dot) / math.sqrt(float(x) * float(y)) if x and y else 0.0
+            relations.append(
+                Relation(
+                    max(-1.0, min(1.0, cosine)),
+                    int(same) / both if both else None,
+                    both / max(1, int(count)),
+                    int(opposite) / max(1, int(count)),
+                )
+            )
+        net, gross = (float(one) for one in self.sums)
+        return TensorInterference(
+            name, shape, self.count, tuple(relations), self.conflicts / max(1, self.count),
+            max(0.0, 1 - net / gross) if gross else 0.0,
+        )  # fmt: skip
+
+
+def judged(
+    models: Sequence[str], pairs: Sequence[tuple[int, int]], tensors: Sequence[TensorInterference],
+    total: TensorInterference,
+) -> Interference:  # fmt: skip
+    """Reports -> the whole, with means and words."""
+    parameters = sum(tensor.parameters for tensor in tensors)
+    means = tuple(
+        sum(tensor.pairs[at].cosine * tensor.parameters for tensor in tensors) / max(1, parameters)
+        for at in range(len(pairs))
+    )
+    words = [
+        _words(label(models[i]), label(models[j]), relation)
+        for (i, j), relation in zip(pairs, total.pairs, strict=True)
+    ]
+    count = len(models)
+    words.append(
+        f"Together: signs conflict in {_percent(total.conflict)} of the elements, and a plain sum would cancel "
+        f"{_percent(total.cancelled)} of the deltas' size ({count} independent ones of equal size: "
+        f"{_percent(1 - 2 ** (1 - count))} and {_percent(1 - count**-0.5)})"
+    )
+    return Interference(tuple(models), tuple(pairs), tuple(tensors), total, means, tuple(words))
+
+
+def _words(one: str, other: str, relation: Relation) -> str:
+    names = f"{one} and {other}"
+    if relation.agreement is None:
+        return f"{names} moved no element in common: they do not touch each other"
+    signs = f"cosine {relation.cosine:.2f}, equal signs in {_percent(relation.agreement)} of what both moved"
+    if relation.cosine > 1 - 1e-6:
+        return f"{names} have the same delta but for its length ({signs}): is it one model twice?"
+    if relation.cosine > TOGETHER:
+        return (
+            f"{names} pull the same way ({signs}; chance would be {_percent(CHANCE)}): summed, what they share doubles"
+        )
+    if relation.cosine < -TOGETHER:
+        return f"{names} pull against each other ({signs}): summed, each takes from the other"
+    return f"{names} are nearly independent ({signs})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What executing steps costs: bytes beside the tiles, and what a step's matrices take."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+
+from darekit.engine.stages import build, tile_of
+from darekit.engine.steps import Step
+from darekit.methods.informed import PART_ELEMENTS
+
+# Resident before the first tile: 103 MiB were measured in the fast lane, which does without numba, and 175 with it.
+INTERPRETER_BYTES = 175 << 20
+
+HEAVY = 64 << 20  # bytes from which a step's matrices are in memory one step at a time
+
+
+def matrix_memory(step: Step) -> int:
+    """Bytes that a step needs beside its tiles: the sum of its Grams, its factor, and one more while it is made."""
+    if step.method != "regmean":
+        return 0
+    columns = columns_of(step)
+    return 8 * (3 * columns * columns + 2 * min(PART_ELEMENTS, columns * columns))
+
+
+def tile_memory(step: Step, tile: int) -> int:
+    """Bytes that a tile of a step needs beside its deltas: float64 for sums and solves."""
+    if not step.statistics:
+        return 0
+    return tile * (8 * 4 if step.method == "regmean" else 8 * (3 + len(step.statistics)))
+
+
+def statistics_bytes(step: Step, tile: int) -> int:
+    """Bytes of statistics that a step reads: Grams once for their sum and once for every run of rows."""
+    size = sum(entry.dtype.itemsize * entry.count for entry in step.statistics)
+    return size * (1 + -(-step.count // max(1, tile))) if step.method == "regmean" else size
+
+
+def columns_of(step: Step) -> int:
+    """Inputs of a linear layer: the side of its Gram."""
+    return step.shape[0] if step.transposed else step.row
+
+
+def bytes_to_read(steps: Iterable[Step], finished: Container[str] = ()) -> int:
+    """Bytes that the engine reads: a tensor that must be measured first is read twice, or a little more.
+
+    Tensors in `finished` are left out.
+    """
+    total = 0
+    for step in steps:
+        if step.name in finished:
+            continue
+        measured = any(not build(spec, step).ready for chain in step.chains for spec in chain)
+        inputs = (*step.models, *([step.base] if step.base else []))
+        total += (2 if measured else 1) * step.count * sum(entry.dtype.itemsize for entry in inputs)
+        total += 0 if step.verbatim else statistics_bytes(step, tile_of(step, step.count))
+    return total
+
+
+def peak_memory(steps: Iterable[Step], threads: int, tile: int) -> int:
+    """Estimate in bytes: the interpreter, and per thread the buffers of the step whose tiles are largest; steps with
+    large matrices run one at a time."""
+    light = heavy = 0
+    for step in steps:
+        size, matrix = min(tile_of(step, tile), step.count), matrix_memory(step)
+        width = 8 if step.wide else 4
+        cost = size * width * (2 * len(step.models) + 6) + tile_memory(step, size) + matrix
+        if matrix <= HEAVY:
+            light = max(light, cost)
+        else:
+            heavy = max(heavy, cost)
+    return INTERPRETER_BYTES + threads * light + heavy

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: executes steps tile by tile, from ranged reads to positional writes, on a few threads.
+
+Nothing depends on the order of tiles (`darekit.engine.tiles`), so threads share nothing but a queue; memory is threads x
+(K + 6) tiles. A tensor with a stage that must first measure all of it is run by one thread, in order.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from darekit.checkpoints.digests import LEAF, TensorDigest, tensor_digest
+from darekit.engine.costs import HEAVY, matrix_memory
+from darekit.engine.stages import build, tile_of
+from darekit.engine.steps import Step
+from darekit.engine.tiles import BASE, OUT, TILE, ScratchPool, Sink, StepRun, Tally
+from darekit.errors import DataError
+from darekit.machine import default_threads
+from darekit.methods import MERGE_METHODS
+
+SPAN = 64 * LEAF  # elements of an unmeasured tensor that one thread takes at a time
+
+Span = tuple["Job", int, int]  # elements of a tensor, from and to
+
+FLUSH_SECONDS = 0.1  # the disk writes while processors compute: what is left at the end takes little
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What a run of the engine did. `records`: per finished tensor its digests and kept elements."""
+
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    records: Mapping[str, Mapping[str, Any]]
+
+
+def execute(
+    steps: Sequence[Step],
+    outputs: Sequence[Sink],
+    *,
+    names: Sequence[str],
+    threads: int | None = None,
+    tile: int = TILE,
+    finished: Container[str] = (),
+    allow_nonfinite: bool = False,
+    on_tensor: Callable[[str, Mapping[str, Any]], None] | None = None,
+    flush: Callable[[], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Execution:
+    """Run all steps whose tensor is not in `finished`.
+
+    Args:
+        steps: the plan's steps; several of one tensor stand side by side, in order.
+        outputs: one sink per output file.
+        names: what to call each model in errors.
+        threads: worker threads.
+        tile: elements per tile; the result does not depend on it.
+        finished: names of tensors that an earlier run has already written.
+        allow_nonfinite: where an input has NaN or Inf, take the base's element instead of failing.
+        on_tensor: called once per finished tensor with its record.
+        flush: called now and then from this thread, so that finished tensors survive a kill.
+        progress: called with the bytes read so far.
+
+    Raises:
+        DataError: NaN or Inf in an input (all are listed), overflow of the output format, or integer tensors that
+            differ. Nothing of what was written may be published then.
+    """
+    threads = threads or default_threads()
+    began = time.perf_counter()
+    jobs = [Job(group, tile) for group in _by_tensor(steps) if group[0].name not in finished]
+    queue = Queue(jobs)
+    records: dict[str, Mapping[str, Any]] = {}
+    stop = threading.Event()
+    broken = threading.Event()  # bad values were found: go on reading, to list them all, but write no more
+    one_at_a_time = threading.Lock()
+    workers = [Worker(outputs, tile, allow_nonfinite, broken, one_at_a_time) for _ in range(threads)]
+
+    def work(worker: Worker) -> None:
+        while not stop.is_set():
+            span = queue.take(worker)
+            if span is None:
+                return
+            job, begin, end = span
+            worker.run(job, begin, end, stop)
+            if stop.is_set():  # somebody failed: this span may be cut short
+                return
+            record = job.close()
+            if record is not None and not broken.is_set():
+                records[job.name] = record
+                if on_tensor:
+                    on_tensor(job.name, record)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="darekit") as pool:
+        futures = [pool.submit(work, worker) for worker in workers]
+        try:
+            flushed = time.perf_counter()
+            while wait(futures, timeout=0.1, return_when=FIRST_EXCEPTION).not_done:
+                if any(future.done() and future.exception() for future in futures):
+                    break
+                if progress:
+                    progress(sum(worker.tally.bytes_read for worker in workers))
+                if flush and time.perf_counter() - flushed > FLUSH_SECONDS:
+                    flush()
+                    flushed = time.perf_counter()
+        finally:
+            stop.set()
+        for future in futures:
+            future.result()
+    tally = Tally()
+    for worker in workers:
+        tally.add(worker.tally)
+    if progress:
+        progress(tally.bytes_read)
+    if tally.failed:
+        raise DataError(_explain(tally, names))
+    return Execution(time.perf_counter() - began, tally.bytes_read, tally.bytes_written, records)
+
+
+def _by_tensor(steps: Sequence[Step]) -> list[list[Step]]:
+    groups: list[list[Step]] = []
+    for step in steps:
+        if groups and groups[-1][0].name == step.name:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
+
+
+class Queue:
+    """Spans that wait for a thread.
+
+    Jobs that one thread must do alone come first, largest first, so that none is left over at the end. Of the others
+    a thread takes those of one file after another, and while there are enough none that another thread takes from:
+    threads that write to one file wait for each other.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._alone = deque(sorted((job for job in jobs if not job.divisible), key=lambda job: -job.cost))
+        self._files: dict[int, deque[Span]] = {}
+        for job in jobs:
+            if job.divisible:
+                self._files.setdefault(job.steps[0].output, deque()).extend((job, *span) for span in job.spans)
+        self._taken: dict[object, int] = {}  # by whom: the file
+        self._lock = threading.Lock()
+
+    def take(self, taker: object) -> Span | None:
+        """The next span for `taker`; None when there is none left."""
+        with self._lock:
+            if self._alone:
+                job = self._alone.popleft()
+                return (job, *job.spans[0])
+            if not self._files.get(self._taken.get(taker, -1)):
+                self._taken.pop(taker, None)
+                others = Counter(self._taken.values())
+                left = [file for file, spans in self._files.items() if spans]
+                if not left:
+                    return None
+                self._taken[taker] = min(left, key=lambda file: others[file])
+            return self._files[self._taken[taker]].popleft()
+
+
+class Job:
+    """One output tensor on its way: its steps, how it may be cut, and what its finished parts add up to."""
+
+    def __init__(self, steps: Sequence[Step], tile: int) -> None:
+        self.steps = tuple(steps)
+        self.name = steps[0].name
+        self.cost = sum(step.count * (1 + len(step.models)) for step in steps)
+        whole = [(0, sum(step.count for step in steps))]
+        self.spans = whole
+        self.divisible = len(steps) == 1 and self._can_be_cut(steps[0], tile)
+        if self.divisible:
+            count = steps[0].count
+            self.spans = [(begin, min(begin + SPAN, count)) for begin in range(0, count, SPAN)] or whole
+        self._lock = threading.Lock()
+        self._open = len(self.spans)
+        self._leaves: dict[int, dict[int, list[bytes]]] = {}
+        self._kept: Counter[tuple[int, int]] = Counter()
+
+    @staticmethod
+    def _can_be_cut(step: Step, tile: int) -> bool:
+        if tile_of(step, tile) != tile or SPAN % tile or MERGE_METHODS[step.method].rows:
+            return False
+        inputs = (*step.models, *([step.base] if step.base else []))
+        if any(entry.count != step.count for entry in inputs):  # one thread then digests what is cut off as well
+            return False
+        stages = [build(spec, step) for chain in step.chains for spec in chain]
+        return all(stage.ready and not stage.ordered for stage in stages)
+
+    def add(self, begin: int, digests: Mapping[int, TensorDigest], kept: Counter[tuple[int, int]]) -> None:
+        """Take what one span found out."""
+        with self._lock:
+            for key, digest in digests.items():
+                self._leaves.setdefault(key, {})[begin] = digest.finish()
+            self._kept.update(kept)
+
+    def close(self) -> dict[str, Any] | None:
+        """One span is done; the tensor's record if it was the last."""
+        with self._lock:
+            self._open -= 1
+            if self._open:
+                return None
+        digests = {
+            key: tensor_digest(leaf for begin in sorted(parts) for leaf in parts[begin])
+            for key, parts in self._leaves.items()
+        }
+        self._leaves = {}  # 72 bytes for each 64Ki elements of each input: they would grow with the model
+        owners = sorted(key for key in digests if key >= 0)
+        return {
+            "output": digests.get(OUT),
+            "base": digests.get(BASE),
+            "models": {str(owner): digests[owner] for owner in owners},
+            # What the stage that leaves least lets through: DARE's tenth, or TIES' fifth.
+            "kept": {
+                str(owner): min((n for (key, _), n in self._kept.items() if key == owner), default=0)
+                for owner in owners
+            },
+        }
+
+
+class Worker:
+    """One thread: runs whole jobs or spans of them, and counts what went through."""
+
+    def __init__(
+        self,
+        outputs: Sequence[Sink],
+        tile: int,
+        allow_nonfinite: bool,
+        broken: threading.Event,
+        one_at_a_time: threading.Lock | None = None,
+    ) -> None:
+        self.outputs, self.tile, self.allow_nonfinite, self.broken = outputs, tile, allow_nonfinite, broken
+        self.one_at_a_time = one_at_a_time or threading.Lock()
+        self.tally = Tally()
+        self.scratch = ScratchPool()
+
+    def run(self, job: Job, begin: int, end: int, stop: threading.Event) -> None:
+        """Elements begin .. end of a tensor that can be cut; all of one that cannot."""
+        digests: dict[int, TensorDigest] = {}
+        kept: Counter[tuple[int, int]] = Counter()
+        for step in job.steps:
+            run = StepRun(step, self, digests, kept)
+            if step.kind == "copy":
+                run.copy(begin, end, stop)
+            elif len(job.spans) > 1:
+                run.merge(begin, end, stop)
+            elif matrix_memory(step) > HEAVY:  # its algebra runs on all processors anyway
+                with self.one_at_a_time:
+                    self._run_whole(run, stop)
+                    self.scratch = ScratchPool()
+            else:
+                self._run_whole(run, stop)
+        if len(job.spans) == 1:
+            self._digest_rest(job, digests)
+        job.add(begin, digests, kept)
+
+    @staticmethod
+    def _run_whole(run: StepRun, stop: threading.Event) -> None:
+        run.settle(stop)
+        run.merge(0, run.step.count, stop)
+
+    def _digest_rest(self, job: Job, digests: dict[int, TensorDigest]) -> None:
+        """Rows that no step wanted (a vocabulary cut to the base's) still belong to the input's digest."""
+        inputs = {key: entry for step in job.steps for key, entry in zip(step.owners, step.models, strict=True)}
+        for key, entry in inputs.items():
+            done = sum(step.count for step in job.steps if key in step.owners)
+            raw = np.empty(self.tile * entry.dtype.itemsize, np.uint8)
+            for start in range(done, entry.count, self.tile):
+                part = raw[: min(self.tile, entry.count - start) * entry.dtype.itemsize]
+                entry.source.read_into(part, start * entry.dtype.itemsize)
+                self.tally.bytes_read += part.size
+                digests[key].update(part)
+
+
+def _explain(tally: Tally, names: Sequence[str]) -> str:
+    lines = []
+    if tally.nonfinite:
+        lines.append("NaN or Inf in the input, so there is no result:")
+        lines += _listed(tally.nonfinite, names, "values")
+        lines.append(
+            "Repair or leave out these models; `dare merge` and `dare drop` can also take the base's elements there: "
+            "--allow-nonfinite"
+        )
+    if tally.differing:
+        lines.append("Integer tensors differ from the base's and cannot be merged (is the model quantised?):")
+        lines += _listed(tally.differing, names, "tiles")
+    if tally.overflow:
+        lines.append("Values do not fit the output's number format, so there is no result:")
+        lines += [f"  {name}: {count} values" for name, count in sorted(tally.overflow.items())[:10]]
+        lines.append("Write a wider format (dtype: bfloat16 or float32), or use a smaller weight or lambda")
+    return "\n".join(lines)
+
+
+def _listed(counter: Counter[tuple[int, str]], names: Sequence[str], unit: str) -> list[str]:
+    rows = sorted(counter.items())
+    lines = [f"  {'base' if key == BASE else names[key]}: {name}: {count} {unit}" for (key, name), count in rows[:20]]
+    return lines + ([f"  ... and {len(rows) - 20} more tensors"] if len(rows) > 20 else [])

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fast lane: steps on BF16 whose work is element by element, or a selection whose threshold is known.
+
+One kernel call takes four tiles from raw bytes to raw bytes, through the same small kernels as the general way of
+`darekit.engine.tiles`, but on blocks that stay in L1. Every other step goes the general way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from darekit.dtypes import Bytes
+from darekit.engine.contracts import Stage
+from darekit.engine.selection import Select
+from darekit.engine.stages import RandomDrop
+from darekit.engine.steps import Step
+from darekit.kernels import cpu
+from darekit.masks import BLOCK, DROP_ALL, stream_of
+from darekit.methods.merging import total_weight
+
+TILES = 4  # raw bytes of so many tiles of all inputs still fit a third-level cache
+
+FEW = 8  # models; for each number of them the kernel is compiled anew, with its loops over models unrolled
+
+
+class Blocks:
+    """Scratch of the fast lane's kernels: one block of draws, and of float32 for each model, the base and the sum."""
+
+    def __init__(self) -> None:
+        self.words: npt.NDArray[np.uint32] = np.empty(BLOCK, np.uint32)
+        self.work: npt.NDArray[np.float32] = np.empty((FEW + 2, BLOCK), np.float32)
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """A step's constants: per model (K,) seeds, thresholds (0: no random drop) and factors, the stages that select
+    (None: none), weights; and the merge's."""
+
+    stream: np.uint64
+    seeds: npt.NDArray[np.uint64]
+    thresholds: npt.NDArray[np.uint32]
+    factors: npt.NDArray[np.float32]
+    selects: tuple[Select | None, ...]
+    weights: tuple[np.float32, ...]
+    election: bool
+    normalize: bool
+    divisor: np.float32
+    scale: np.float32
+
+    def absorb(
+        self, base_raw: Bytes, raws: npt.NDArray[np.uint16], start: int, out: Bytes, blocks: Blocks
+    ) -> npt.NDArray[np.int64] | None:
+        """(2n,) uint8 base, (K, n) uint16 models -> (2n,) uint8 `out`, and how many elements of each model survive.
+
+        None where NaN or Inf came up anywhere; then nothing has happened.
+        """
+        kept = np.zeros(len(self.weights), np.int64)
+        bounds = np.zeros((len(self.weights), 4), np.int64)
+        for k, select in enumerate(self.selects):
+            if select is not None:
+                bounds[k] = select.low, select.lows, select.high, select.highs
+        bad = cpu.absorb_bf16(
+            base_raw.view(np.uint16), raws, start, self.stream, self.seeds, self.thresholds, self.factors, bounds,
+            self.weights, self.election, self.normalize, self.divisor, self.scale, kept, out.view(np.uint16),
+            blocks.words, blocks.work,
+        )  # fmt: skip
+        if bad:
+            return None
+        for k, select in enumerate(self.selects):
+            if select is not None:
+                select.lows, select.highs = int(bounds[k, 1]), int(bounds[k, 3])
+        return kept
+
+
+def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
+    """The step's constants, if the one kernel can do all of it; `chains`: each model's stages."""
+    inputs = (*step.models, *([step.base] if step.base else []))
+    if step.kind != "merge" or step.base is None or step.on_weights or step.verbatim or len(chains) > FEW:
+        return None
+    if step.method not in ("linear", "task_arithmetic", "ties"):
+        return None
+    if any(entry.dtype.name != "BF16" or entry.count < step.begin + step.count for entry in inputs):
+        return None
+    if step.dtype.name != "BF16" or not all(map(_is_known, chains)):
+        return None
+    drops = [chain[0] if chain and isinstance(chain[0], RandomDrop) else None for chain in chains]
+    weights = np.array(step.weights, np.float64)
+    normalize = bool(step.parameters.get("normalize"))
+    return FusedStep(
+        stream=np.uint64(stream_of(step.name)),
+        seeds=np.array([drop.seed if drop else 0 for drop in drops], np.uint64),
+        thresholds=np.array([drop.threshold if drop else 0 for drop in drops], np.uint32),
+        factors=np.array([drop.factor if drop else 1 for drop in drops], np.float32),
+        selects=tuple(chain[0] if chain and isinstance(chain[0], Select) else None for chain in chains),
+        weights=tuple(weights.astype(np.float32)),
+        election=step.method == "ties",
+        normalize=normalize,
+        divisor=np.float32(total_weight(weights) if normalize and step.method != "ties" else 1.0),
+        scale=np.float32(step.factor),
+    )
+
+
+def _is_known(chain: Sequence[Stage]) -> bool:
+    """Nothing, one selection, or one random drop that keeps something."""
+    if not chain:
+        return True
+    one = chain[0]
+    return len(chain) == 1 and (isinstance(one, Select) or (isinstance(one, RandomDrop) and one.threshold < DROP_ALL))

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages: sparsifiers (and TIES' trim) cut into tiles.
+
+A stage sees one model's delta of one tensor, tile by tile and in order. It may first ask for measuring passes over
+the whole tensor; then it is applied in place. What a stage computes is defined by the functions in
+`darekit.methods.sparsifiers`; the tests hold each stage to them, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from darekit.dtypes import Bytes, DType
+from darekit.engine.contracts import Stage, Tile
+from darekit.engine.selection import Select
+from darekit.engine.steps import TRIM, TRIM_AT, TRIM_MODEL, StageSpec, Step, is_trim
+from darekit.kernels import cpu
+from darekit.masks import DROP_ALL, stream_of, threshold_of
+from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods.sparsifiers import (
+    L1_LANES,
+    breadcrumb_counts,
+    dropped_to_density,
+    l1_factor,
+    largest,
+    paper_factor,
+    survivor_factor,
+)
+
+
+def build(spec: StageSpec, step: Step) -> Stage:
+    """Spec and step -> a fresh stage, ready for the step's first pass."""
+    p = spec.parameters
+    if spec.method == TRIM_AT:
+        return Select.at(step.count, p["low"], p["low_left"])
+    if step.wide:
+        return Whole(spec, step)
+    if spec.method == TRIM:
+        return Select(step.count, 0, p["keep_count"])
+    if spec.method == TRIM_MODEL:  # not settled yet: stands for a stage that will have to measure
+        return Select(step.count, 0, int(p["keep"] * step.count))
+    rate, rescale = p["drop_rate"], p.get("rescale", "none")
+    stage: Stage
+    match spec.method:
+        case "dare" | "drop_only":
+            stage = RandomDrop(spec.seed, stream_of(step.name), rate, survivor_factor(rate, rescale, p.get("q", 0.0)))
+        case "della":
+            stage = RankedDrop(spec, step, rescale == "paper")
+        case "magnitude":
+            stage = Select(step.count, 0, dropped_to_density(step.count, rate))
+        case "breadcrumbs":
+            stage = Select(step.count, *breadcrumb_counts(step.count, p["keep_count"], p["gamma"]))
+        case _:
+            return Whole(spec, step)
+    if rescale == "l1":
+        return RestoreL1(stage)
+    if rescale == "paper" and spec.method in ("magnitude", "breadcrumbs"):
+        return Scale(stage, paper_factor(rate))
+    return stage
+
+
+class RandomDrop(Stage):
+    """`dare` and `drop_only`: needs nothing but the element's index."""
+
+    def __init__(self, seed: int, stream: int, drop_rate: float, factor: np.float32) -> None:
+        self.seed, self.stream = np.uint64(seed), np.uint64(stream)
+        self.threshold = threshold_of(drop_rate)
+        self.factor = factor
+
+    def take(self, raw: Bytes, dtype: DType, base: Tile, delta: Tile, start: int) -> tuple[int, int] | None:
+        if dtype.name != "BF16" or self.threshold == DROP_ALL:
+            return None
+        bad, kept = cpu.random_difference_bf16(
+            raw.view(np.uint16), base, self.seed, self.stream, start, self.threshold, self.factor, delta
+        )
+        return int(bad), int(kept)
+
+    def apply(self, delta: Tile, start: int) -> int:
+        if self.threshold == DROP_ALL:
+            delta[...] = 0
+            return 0
+        return int(cpu.random_drop(delta, self.seed, self.stream, start, self.threshold, self.factor))
+
+
+class RankedDrop(Stage):
+    """`della`: ranks within rows. Keep probability and factor depend on the rank alone, so both are tables."""
+
+    def __init__(self, spec: StageSpec, step: Step, rescale: bool) -> None:
+        self.seed, self.stream, self.row = np.uint64(spec.seed), np.uint64(stream_of(step.name)), step.row
+        rate, window = spec.parameters["drop_rate"], spec.parameters["window"]
+        ranks = np.arange(self.row, dtype=np.float64)
+        keep = (1.0 - rate) - window / 2 + window * ranks / (self.row - 1) if self.row > 1 else np.full(1, 1.0 - rate)
+        self.limits = np.rint((1.0 - keep) * 4294967296.0).astype(np.uint64)
+        with np.errstate(divide="ignore"):
+            self.factors = (1.0 / keep).astype(np.float32) if rescale else np.ones(self.row, np.float32)
+
+    def apply(self, delta: Tile, start: int) -> int:
+        rows = delta.reshape(-1, self.row)
+        # Magnitude above, index below: one vectorised sort gives ranks with ties by index.
+        keys = (delta.view(np.uint32) & np.uint32(0x7FFFFFFF)).astype(np.uint64).reshape(rows.shape)
+        keys <<= np.uint64(32)
+        keys |= np.arange(self.row, dtype=np.uint64)
+        keys.sort(axis=1)
+        order = (keys & np.uint64(0xFFFFFFFF)).astype(np.intp)
+        draws = np.empty(delta.size, np.uint32)
+        cpu.draws(self.seed, self.stream, start, draws)
+        ranked_draws = np.take_along_axis(draws.reshape(rows.shape), order, axis=1)
+        mask = ranked_draws >= self.limits
+        ranked = np.take_along_axis(rows, order, axis=1)
+        np.put_along_axis(rows, order, np.where(mask, ranked * self.factors, np.float32(0)), axis=1)
+        return int(np.count_nonzero(mask))
+
+
+class Scale(Stage):
+    """A stage whose survivors are multiplied by a constant."""
+
+    ordered: bool = True
+
+    def __init__(self, inner: Stage, factor: np.float32) -> None:
+        self.inner, self.factor = inner, factor
+
+    @property
+    def ready(self) -> bool:
+        return self.inner.ready
+
+    @property
+    def sampling(self) -> bool:
+        return self.inner.sampling
+
+    def begin(self) -> None:
+        self.inner.begin()
+
+    def measure(self, delta: Tile, start: int) -> None:
+        self.inner.measure(delta, start)
+
+    def settle(self) -> None:
+        self.inner.settle()
+
+    def apply(self, delta: Tile, start: int) -> int:
+        kept = self.inner.apply(delta, start)
+        cpu.scale(delta, self.factor)
+        return kept
+
+
+class RestoreL1(Stage):
+    """A stage whose survivors are scaled so that the tensor keeps its L1 norm: mergekit's `rescale`."""
+
+    ordered: bool = True
+
+    def __init__(self, inner: Stage) -> None:
+        self.inner = inner
+        self.factor: np.float32 | None = None
+        self.before, self.after = np.zeros(L1_LANES), np.zeros(L1_LANES)
+
+    @property
+    def ready(self) -> bool:
+        return self.factor is not None
+
+    @property
+    def sampling(self) -> bool:
+        return not self.inner.ready and self.inner.sampling
+
+    def begin(self) -> None:
+        self.inner.begin()
+
+    def measure(self, delta: Tile, start: int) -> None:
+        if not self.inner.ready:
+            self.inner.measure(delta, start)
+            return
+        cpu.add_l1(delta, start, self.before)
+        self.inner.apply(delta, start)
+        cpu.add_l1(delta, start, self.after)
+
+    def settle(self) -> None:
+        if not self.inner.ready:
+            self.inner.settle()
+        else:
+            self.factor = l1_factor(float(sum(self.before.tolist())), float(sum(self.after.tolist())))
+
+    def apply(self, delta: Tile, start: int) -> int:
+        kept = self.inner.apply(delta, start)
+        cpu.scale(delta, self.factor)
+        return kept
+
+
+class Whole(Stage):
+    """Any sparsifier through its definition: float64 tensors, and methods without a kernel of their own.
+
+    The step's tiles are then as large as the method's scope asks for (`tile_of`).
+    """
+
+    def __init__(self, spec: StageSpec, step: Step) -> None:
+        self.spec, self.step = spec, step
+
+    def apply(self, delta: Tile, start: int) -> int:
+        if self.spec.method == TRIM:
+            mask = largest(np.abs(delta), self.spec.parameters["keep_count"])
+            delta[~mask] = 0
+            return int(np.count_nonzero(mask))
+        entry = SPARSIFIERS[self.spec.method]
+        draws = np.empty(delta.size, np.uint32)
+        cpu.draws(np.uint64(self.spec.seed), np.uint64(stream_of(self.step.name)), start, draws)
+        arguments: dict[str, Any] = {
+            name: self.spec.parameters[name] for name in entry.parameters if name in self.spec.parameters
+        }
+        # An element-scoped method does not care, and its tiles need not be whole rows.
+        rows = delta.reshape(1 if entry.scope == "element" else -1, -1 if entry.scope == "element" else self.step.row)
+        rows[...] = entry.function(rows, draws.reshape(rows.shape), **arguments)
+        return int(np.count_nonzero(delta))
+
+
+def tile_of(step: Step, wanted: int) -> int:
+    """Elements per tile of a step: `wanted`, whole rows, or the whole tensor, as its stages' scopes ask.
+
+    Where the merge method takes a number of rows of its own, that many, or the whole tensor.
+    """
+    method = MERGE_METHODS[step.method]
+    scopes: list[str] = ["tensor" if step.transposed else method.scope]
+    for chain in step.chains:
+        for spec in chain:
+            entry = SPARSIFIERS.get(spec.method)
+            scope = entry.scope if entry else "tensor"
+            if step.wide and spec.parameters.get("rescale") == "l1":
+                scope = "tensor"
+            streamed = not step.wide and (is_trim(spec) or spec.method in ("magnitude", "breadcrumbs"))
+            scopes.append("element" if streamed else scope)
+    if "tensor" in scopes:
+        return max(1, step.count)
+    if method.rows:
+        return max(1, min(step.count, method.rows(step.row) * step.row))
+    if "row" in scopes:
+        return max(1, wanted // max(1, step.row)) * max(1, step.row)
+    return wanted

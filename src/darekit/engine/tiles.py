@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of one tile: read base and models > widen > subtract base > stages > merge > add base > round > write."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from darekit import kernels
+from darekit.checkpoints.digests import TensorDigest
+from darekit.dtypes import Bytes, Floats
+from darekit.engine.contracts import Stage
+from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, fuse
+from darekit.engine.informed import Combine, informed_combiner
+from darekit.engine.selection import Select
+from darekit.engine.stages import build, tile_of
+from darekit.engine.steps import Input, Step
+from darekit.kernels import cpu
+from darekit.masks import BLOCK
+from darekit.methods import MERGE_METHODS
+from darekit.methods.merging import total_weight
+
+TILE = 65536  # elements
+
+SAMPLED_PIECES = 16  # of a quarter of a tile each
+
+BASE = -1  # the base's place among digests and tallies, where models have their recipe index
+
+OUT = -2
+
+
+class Sink(Protocol):
+    """Where output bytes go."""
+
+    def write(self, buffer: Bytes, offset: int) -> None:
+        """Write all of `buffer` at a byte offset; thread-safe."""
+
+
+@dataclass
+class Tally:
+    """What went through: one per thread, added up at the end."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    nonfinite: Counter[tuple[int, str]] = field(default_factory=Counter)
+    overflow: Counter[str] = field(default_factory=Counter)
+    differing: Counter[tuple[int, str]] = field(default_factory=Counter)
+
+    def add(self, other: Tally) -> None:
+        """Add another thread's tally to this one."""
+        self.bytes_read += other.bytes_read
+        self.bytes_written += other.bytes_written
+        self.nonfinite += other.nonfinite
+        self.overflow += other.overflow
+        self.differing += other.differing
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing may be published."""
+        return bool(self.nonfinite or self.overflow or self.differing)
+
+
+class Scratch:
+    """The buffers of one tile of one kind of step."""
+
+    def __init__(self, models: int, count: int, number: type[np.floating]) -> None:
+        self.base_raw: Bytes = np.empty(count * 8, np.uint8)
+        self.raw: Bytes = np.empty(count * 8, np.uint8)
+        self.out: Bytes = np.empty(count * 8, np.uint8)
+        self.base: Floats = np.empty(count, number)
+        self.zeros: Floats = np.zeros(count, number)
+        self.merged: Floats = np.empty(count, number)
+        self.deltas: Floats = np.empty((models, count), number)
+
+
+class ScratchPool:
+    """One thread's scratch, kept from step to step; tiles of a tensor's end get their own."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[int, int, type[np.floating]], Scratch] = {}
+        self._raw: Bytes = np.empty(0, np.uint8)
+        self.blocks = Blocks()
+
+    def get(self, models: int, count: int, wide: bool) -> Scratch:
+        """Scratch for a tile of `count` elements."""
+        key = models, count, np.float64 if wide else np.float32
+        found = self._last.get(key)
+        if found is None:
+            if len(self._last) > 3:  # a few shapes recur: full tiles, norms, a matrix's last tile
+                self._last.clear()
+            found = self._last[key] = Scratch(*key)
+        return found
+
+    def raw_only(self, models: int, count: int) -> tuple[Bytes, npt.NDArray[np.uint16], Bytes]:
+        """Buffers of BF16 for the fast lane: the base's bytes, the models' elements (K, count), the output's bytes."""
+        rows = self.rows(models + 2, 2 * count)
+        return rows[0], rows[2:].view(np.uint16), rows[1]
+
+    def rows(self, many: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Buffers of bytes, (many, nbytes), in the memory that the last ones had."""
+        if self._raw.size < many * nbytes:
+            self._raw = np.empty(many * nbytes, np.uint8)
+        return self._raw[: many * nbytes].reshape(many, nbytes)
+
+
+class Hands(Protocol):
+    """What a step needs of the thread that runs it."""
+
+    outputs: Sequence[Sink]
+    tile: int
+    tally: Tally
+    scratch: ScratchPool
+    allow_nonfinite: bool
+    broken: threading.Event  # bad values were found: go on reading, to list them all, but write no more
+
+
+class StepRun:
+    """One step being run by one thread: its stages' state, its scratch, and the digests it feeds."""
+
+    def __init__(
+        self, step: Step, hands: Hands, digests: MutableMapping[int, TensorDigest], kept: Counter[tuple[int, int]]
+    ) -> None:
+        self.step, self.hands, self.kept = step, hands, kept
+        self.tile = tile_of(step, hands.tile)
+        self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
+        # Not `self._read`: the cycle would keep a solve's matrices in memory until Python's collector comes by.
+        if step.kind == "merge":
+            self.combine = informed_combiner(step, partial(_read, hands.tally)) if step.statistics else combiner(step)
+        self.fused = fuse(step, self.chains)
+        # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
+        # the survivors.
+        self.bad_at: npt.NDArray[np.bool_] | None = None
+        self.taken: list[int | None] = []
+        self.inputs = [*([(BASE, step.base)] if step.base else []), *zip(step.owners, step.models, strict=True)]
+        for key, entry in self.inputs:
+            digests.setdefault(key, TensorDigest(entry.dtype.itemsize))
+        self.relayed = len(self.inputs) == 1 and _is_relayed(step, self.inputs[0][1])
+        # A relayed tensor has one digest, its input's and its output's.
+        digests.setdefault(OUT, digests[self.inputs[0][0]] if self.relayed else TensorDigest(step.dtype.itemsize))
+        self.digests = digests
+
+    def settle(self, stop: threading.Event) -> None:
+        """Measuring passes over the whole step, until every stage is ready."""
+        while not stop.is_set() and not self.hands.broken.is_set():
+            waiting = [next((i for i, stage in enumerate(chain) if not stage.ready), None) for chain in self.chains]
+            busy = {k: i for k, i in enumerate(waiting) if i is not None}
+            if not busy:
+                return
+            self._measure(busy, stop)
+
+    def _measure(self, busy: dict[int, int], stop: threading.Event) -> None:
+        """One pass in which each model's first stage that is not ready measures what the ones before it leave."""
+        for k, i in busy.items():
+            for stage in self.chains[k][: i + 1]:
+                stage.begin()
+        stages = {k: self.chains[k][i] for k, i in busy.items()}
+        sampling = all(stage.sampling for stage in stages.values())
+        if self._measure_bf16(stages, sampling, stop):
+            return
+        starts, size = self._pieces(self.tile, sampling)
+        for start in starts:
+            if stop.is_set():
+                return
+            deltas = self.load(start, min(size, self.step.count - start), only=busy).deltas
+            for k, i in busy.items():
+                for stage in self.chains[k][:i]:
+                    stage.apply(deltas[k], start)
+                stages[k].measure(deltas[k], start)
+        for stage in stages.values():
+            stage.settle()
+
+    def _pieces(self, size: int, sampling: bool) -> tuple[range, int]:
+        """Where a measuring pass looks, and how many elements it takes there."""
+        if not sampling:
+            return range(0, self.step.count, size), size
+        if self.tile == self.hands.tile:  # rows and whole tensors cannot be quartered
+            size = max(1, self.tile // 4)
+        starts = range(0, self.step.count, size)
+        return starts[:: max(1, len(starts) // SAMPLED_PIECES)], size
+
+    def _measure_bf16(self, stages: Mapping[int, Stage], sampling: bool, stop: threading.Event) -> bool:
+        """A measuring pass in the fast lane; False if it is none for it, or a value is NaN or Inf."""
+        step, selects = self.step, {k: stage for k, stage in stages.items() if isinstance(stage, Select)}
+        if self.fused is None or step.base is None or len(selects) < len(stages):
+            return False
+        starts, size = self._pieces(TILES * self.tile, sampling)
+        for start in starts:
+            if stop.is_set():
+                return True
+            count = min(size, step.count - start)
+            base_raw, raws, _ = self.hands.scratch.raw_only(1, count)
+            self._read(step.base, step.begin + start, count, base_raw)
+            for k, select in selects.items():
+                self._read(step.models[k], step.begin + start, count, raws[0].view(np.uint8))
+                if not select.measure_bf16(base_raw, raws[0]):
+                    for one in selects.values():
+                        one.begin()
+                    return False
+        for select in selects.values():
+            select.settle()
+        return True
+
+    def merge(self, begin: int, end: int, stop: threading.Event) -> None:
+        """The tiles of elements begin .. end, from disk to disk."""
+        for chain in self.chains:
+            for stage in chain:
+                stage.begin()
+        if self.fused is not None and begin % BLOCK == 0 and self.tile % BLOCK == 0:
+            size = TILES * self.tile
+            for start in range(begin, end, size):
+                if stop.is_set():
+                    return
+                self._absorb(self.fused, start, min(size, end - start))
+            return
+        for start in range(begin, end, self.tile):
+            if stop.is_set():
+                return
+            self._merge(start, min(self.tile, end - start))
+
+    def _absorb(self, fused: FusedStep, start: int, count: int) -> None:
+        """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf."""
+        step = self.step
+        assert step.base is not None
+        base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
+        self._read(step.base, step.begin + start, count, base_raw)
+        for k, model in enumerate(step.models):
+            self._read(model, step.begin + start, count, raws[k].view(np.uint8))
+        kept = None
+        if not self.hands.broken.is_set():
+            kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
+        if kept is None:
+            for at in range(start, start + count, self.tile):
+                self._merge(at, min(self.tile, start + count - at))
+            return
+        self.digests[BASE].update(base_raw)
+        for k, owner in enumerate(step.owners):
+            self.digests[owner].update(raws[k].view(np.uint8))
+            self.kept[owner, 0] += int(kept[k])
+        self._write(out, start, 0)
+
+    def _merge(self, start: int, count: int) -> None:
+        step = self.step
+        scratch = self.load(start, count, final=True)
+        if self.hands.broken.is_set():
+            return
+        for k, chain in enumerate(self.chains):
+            taken = self.taken[k]
+            for i, stage in enumerate(chain):
+                if i == 0 and taken is not None:
+                    self.kept[step.owners[k], i] += taken
+                else:
+                    self.kept[step.owners[k], i] += stage.apply(scratch.deltas[k], start)
+            if not chain:
+                self.kept[step.owners[k], 0] += count
+        out = scratch.out[: count * step.dtype.itemsize]
+        if step.verbatim and self.bad_at is None:
+            overflowed = self._verbatim(scratch, count, out)
+        else:
+            merged = self.combine(scratch.deltas, scratch.merged, start)
+            if self.bad_at is not None:  # a method that mixes columns has made something of the others
+                merged[self.bad_at] = 0
+            if step.base is None or step.on_weights:
+                overflowed = kernels.round_to(merged, step.dtype, out)
+                if self.bad_at is not None and step.base is not None:
+                    self._put_base(scratch, self.bad_at, count, out)
+            else:
+                base_raw = scratch.base_raw[: count * step.base.dtype.itemsize]
+                overflowed = kernels.add_round(
+                    base_raw, step.base.dtype, scratch.base, merged, step.factor, step.dtype, out
+                )
+        self._write(out, start, overflowed)
+
+    def load(self, start: int, count: int, *, only: object = None, final: bool = False) -> Scratch:
+        """Fill scratch with one tile: the base, and the models' deltas (their values, where there is no base or
+        `on_weights`); `only` these models. The final pass also feeds the digests and counts NaN and Inf."""
+        step = self.step
+        scratch = self.hands.scratch.get(len(step.models), count, step.wide)
+        at = step.begin + start
+        origin = scratch.zeros
+        lacking = any(model.count < at + count for model in step.models)
+        if step.base is not None and (final or lacking or not step.on_weights):
+            raw = self._read(step.base, at, count, scratch.base_raw)
+            if final:
+                self.digests[BASE].update(raw)
+            kernels.widen(raw, step.base.dtype, scratch.base)
+            origin = scratch.zeros if step.on_weights else scratch.base
+        self.bad_at = None
+        self.taken = [None] * len(step.models)
+        for k, model in enumerate(step.models):
+            if only is not None and k not in only:  # type: ignore[operator]
+                continue
+            raw = self._read(model, at, count, scratch.raw)
+            if final:
+                self.digests[step.owners[k]].update(raw)
+            delta = scratch.deltas[k]
+            have = raw.size // model.dtype.itemsize
+            if have < count:  # rows that this model does not have are the base's: a delta of 0
+                delta[have:] = scratch.base[have:] if step.on_weights else 0
+                delta, here = delta[:have], origin[:have]
+            else:
+                here = origin
+            if final and self.chains[k] and have == count and not step.wide:
+                taken = self.chains[k][0].take(raw, model.dtype, here, delta, start)
+                if taken is not None and not taken[0]:
+                    self.taken[k] = taken[1]
+                    continue
+            if kernels.difference(raw, model.dtype, here, delta):
+                self._blame(k, raw, scratch, final)
+        if self.bad_at is not None and self.hands.allow_nonfinite:
+            scratch.deltas[:, self.bad_at] = 0
+        return scratch
+
+    def _read(self, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:
+        return _read(self.hands.tally, entry, start, count, buffer)
+
+    def _blame(self, k: int, raw: Bytes, scratch: Scratch, final: bool) -> None:
+        """Find out which input a NaN or Inf came from, and remember where this tile has any."""
+        step, tally = self.step, self.hands.tally
+        bad_at = ~np.isfinite(scratch.deltas[k])
+        if final and not self.hands.allow_nonfinite:
+            values = np.empty(raw.size // step.models[k].dtype.itemsize, scratch.deltas.dtype)
+            kernels.widen(raw, step.models[k].dtype, values)
+            in_model = kernels.count_nonfinite(values)
+            in_base = kernels.count_nonfinite(scratch.base) if step.base and not step.on_weights else 0
+            if in_model:
+                tally.nonfinite[step.owners[k], step.name] += in_model
+            if in_base and self.bad_at is None:
+                tally.nonfinite[BASE, step.name] += in_base
+            if not in_model and not in_base:
+                tally.overflow[step.name] += int(np.count_nonzero(bad_at))
+            self.hands.broken.set()
+        self.bad_at = bad_at if self.bad_at is None else bad_at | self.bad_at
+
+    def _put_base(self, scratch: Scratch, where: npt.NDArray[np.bool_], count: int, out: Bytes) -> None:
+        """The base's elements, in the output's format: its very bits, where that is its own."""
+        assert self.step.base is not None
+        size, dtype = self.step.dtype.itemsize, self.step.base.dtype
+        raw = scratch.base_raw[: count * dtype.itemsize]
+        if dtype.name != self.step.dtype.name:
+            raw = np.empty_like(out)
+            kernels.round_to(scratch.base, self.step.dtype, raw)
+        np.copyto(out.view(f"u{size}"), raw.view(f"u{size}"), where=where)
+
+    def _verbatim(self, scratch: Scratch, count: int, out: Bytes) -> int:
+        """The one model's own bytes, in the output's format."""
+        dtype = self.step.models[0].dtype
+        raw = scratch.raw[: count * dtype.itemsize]
+        if dtype.name == self.step.dtype.name:
+            out[:] = raw
+            return 0
+        kernels.widen(raw, dtype, scratch.merged)
+        return kernels.round_to(scratch.merged, self.step.dtype, out)
+
+    def _write(self, out: Bytes, start: int, overflowed: int) -> None:
+        step = self.step
+        if overflowed:
+            self.hands.tally.overflow[step.name] += overflowed
+            self.hands.broken.set()
+            return
+        if not self.relayed:
+            self.digests[OUT].update(out)
+        self.hands.outputs[step.output].write(out, step.offset + (step.begin + start) * step.dtype.itemsize)
+        self.hands.tally.bytes_written += out.size
+
+    def copy(self, begin: int, end: int, stop: threading.Event) -> None:
+        """Elements begin .. end of a tensor that is not merged: the base's bytes (in the output's format, where that of
+        a float is another), when all agree."""
+        step = self.step
+        (first, origin), *others = self.inputs
+        converted = origin.dtype.name != step.dtype.name
+        size = min(self.tile, end - begin) * max(entry.dtype.itemsize for _, entry in self.inputs)
+        rooms = self.hands.scratch.rows(2 if others else 1, size)
+        for start in range(begin, end, self.tile):
+            if stop.is_set():
+                return
+            count = min(self.tile, end - start)
+            raw = self._read(origin, step.begin + start, count, rooms[0])
+            self.digests[first].update(raw)
+            for key, entry in others:
+                other = self._read(entry, step.begin + start, count, rooms[1])
+                self.digests[key].update(other)
+                if not np.array_equal(raw, other):
+                    self.hands.tally.differing[key, step.name] += 1
+                    self.hands.broken.set()
+            if self.hands.broken.is_set():
+                continue
+            overflowed = 0
+            if converted:
+                scratch = self.hands.scratch.get(0, count, step.wide)
+                kernels.widen(raw, origin.dtype, scratch.base)
+                raw = scratch.out[: count * step.dtype.itemsize]
+                overflowed = kernels.round_to(scratch.base, step.dtype, raw)
+            self._write(raw, start, overflowed)
+
+
+def _is_relayed(step: Step, origin: Input) -> bool:
+    """Whether the output tensor is made of all bytes of its one input, and of nothing else."""
+    whole = step.begin == 0 and step.count == math.prod(step.shape) == origin.count
+    return step.kind == "copy" and whole and origin.dtype.name == step.dtype.name
+
+
+def _read(tally: Tally, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:
+    """Raw bytes of elements start .. start + count, as far as the input has them."""
+    size = entry.dtype.itemsize
+    raw = buffer[: max(0, min(count, entry.count - start)) * size]
+    if raw.size:
+        entry.source.read_into(raw, start * size)
+        tally.bytes_read += raw.size
+    return raw
+
+
+def combiner(step: Step) -> Combine:
+    """The step's merge method with its constants: deltas (K, n), scratch (n,), first element -> merged (n,)."""
+    weights = np.array(step.weights, np.float64)
+    narrow = weights.astype(np.float32)
+    if not step.wide and step.method == "ties":
+        normalize = bool(step.parameters["normalize"])
+
+        few = tuple(narrow) if len(narrow) <= FEW else None
+
+        def elect(deltas: Floats, merged: Floats, start: int) -> Floats:
+            if few is None:
+                cpu.elect(deltas, narrow, normalize, merged)
+            else:
+                cpu.elect_few(deltas, few, normalize, merged)
+            return merged
+
+        return elect
+    if not step.wide and step.method in ("linear", "task_arithmetic"):
+        divisor = np.float32(total_weight(weights) if step.parameters.get("normalize") else 1.0)
+
+        def add_up(deltas: Floats, merged: Floats, start: int) -> Floats:
+            cpu.weighted_sum(deltas, narrow, divisor, merged)
+            return merged
+
+        return add_up
+    function = MERGE_METHODS[step.method].function
+
+    def define(deltas: Floats, merged: Floats, start: int) -> Floats:
+        result: Floats = function(deltas, weights, **step.parameters)
+        return result
+
+    return define

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine offers: processors, free memory, the most that this process has used."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def free_memory(device: Any) -> int:
+    """Bytes that can still be taken on a device; a guess where the system does not tell."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    free = _available()
+    with suppress(OSError, ValueError):  # a container's limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        cache = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, max(0, limit - used + cache))
+    return free
+
+
+def _available() -> int:
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError, AttributeError):  # macOS: half of what is built in
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 8 << 30
+
+
+def default_threads() -> int:
+    """The processors this process may use, 8 at most: more only fight over the disk."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, available)
+
+
+def peak_rss() -> int:
+    """The process's largest resident size so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

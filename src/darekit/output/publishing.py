@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checked plan to a published model directory: stage, engine, companions, lock."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from darekit import machine
+from darekit.checkpoints import OutputFile, index_json
+from darekit.engine import execution, tiles
+from darekit.engine.trimming import settle_model_trim
+from darekit.errors import CheckpointError, DataError, OutputError
+from darekit.machine import peak_rss
+from darekit.output.card import agreed_license, model_card
+from darekit.output.companions import companions_of, write_companions
+from darekit.output.lock import LOCK_NAME, identity, make_lock
+from darekit.output.staging import Stage, open_stage
+from darekit.planning.plan import Plan
+
+INDEX_NAME = "model.safetensors.index.json"
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a finished merge did. Times in seconds: `seconds` is the engine, first read to last write."""
+
+    output: str
+    seconds: float
+    fsync_seconds: float
+    bytes_read: int
+    bytes_written: int
+    peak_rss_bytes: int
+    tensors: int
+    parameters: int
+    kept: dict[str, int]
+    notes: tuple[str, ...] = field(default=())
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**self.__dict__, "notes": list(self.notes)}
+
+
+def execute(
+    plan: Plan,
+    out: Path,
+    *,
+    threads: int | None,
+    tile: int | None,
+    overwrite: bool,
+    resume: bool,
+    allow_nonfinite: bool,
+    progress: Progress | None,
+    say: Callable[[str], None],
+    accept: Callable[[Mapping[str, Mapping[str, Any]]], None] | None = None,
+) -> Report:
+    """Execute a plan whose checkpoints are open, and publish the result at `out`, unless `accept` of the tensors'
+    records raises."""
+    threads = threads or machine.default_threads()
+    tile = tile or tiles.TILE
+    inputs = [file.path for file in plan.files]
+    with (
+        open_stage(
+            out,
+            identity=identity(plan, allow_nonfinite=allow_nonfinite),
+            overwrite=overwrite,
+            resume=resume,
+            inputs=inputs,
+        ) as stage,
+        _remains_told(stage),
+    ):
+        for note in stage.notes:
+            say(note)
+        began = time.perf_counter()
+        steps = settle_model_trim(plan.steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
+        trimming = time.perf_counter() - began
+        _refuse_full_disk(plan, stage.path)
+        outputs = [OutputFile.create(stage.path / shard.filename, shard.size) for shard in plan.shards]
+
+        def sync() -> None:
+            for output in outputs:
+                output.sync()
+
+        try:
+            for output, shard in zip(outputs, plan.shards, strict=True):
+                output.write(np.frombuffer(shard.header, np.uint8), 0)
+            done = execution.execute(
+                steps,
+                outputs,
+                names=[model.ref for model in plan.models],
+                threads=threads,
+                tile=tile,
+                finished=stage.finished,
+                allow_nonfinite=allow_nonfinite,
+                on_tensor=stage.record,
+                flush=partial(stage.flush, sync),
+                progress=partial(_tell, progress, plan.bytes_to_read(stage.finished)) if progress else None,
+            )
+            began = time.perf_counter()
+            stage.flush(sync)
+            sync()
+        except BaseException:  # Ctrl-C, a full disk: --resume shall find all that was finished
+            with suppress(Exception):
+                stage.flush(sync)
+            raise
+        finally:
+            for output in outputs:
+                output.close()
+        _refuse_changed(plan)
+        records = {**stage.finished, **done.records}
+        if accept:
+            accept(records)
+        plan.refuse_damaged(records, "nothing was published")
+        if len(plan.shards) > 1:
+            _write(stage.path / INDEX_NAME, index_json(plan.shards))
+        _write(stage.path / LOCK_NAME, json.dumps(make_lock(plan, records), indent=1) + "\n")
+        for warning in _write_companions(plan, stage.path, out.name):
+            say(warning)
+        stage.publish()
+        publishing = time.perf_counter() - began
+    return Report(
+        output=str(out),
+        seconds=done.seconds + trimming,
+        fsync_seconds=publishing,
+        bytes_read=done.bytes_read,
+        bytes_written=done.bytes_written,
+        peak_rss_bytes=peak_rss(),
+        tensors=len(plan.alignment.tensors),
+        parameters=plan.parameters,
+        kept=_kept(plan, records),
+    )
+
+
+@contextmanager
+def _remains_told(stage: Stage) -> Iterator[None]:
+    """What becomes of the unfinished files when the inputs fail a run."""
+    try:
+        yield
+    except DataError:
+        stage.discard()  # a repaired model, or --allow-nonfinite, is another run: nothing could resume this one
+        raise
+    except CheckpointError as error:
+        raise type(error)(f"{error}. The unfinished output is in {stage.root}: run again, or delete it") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}. All tensors are there: free some space, then run again "
+            "with --resume"
+        ) from error
+
+
+def _refuse_full_disk(plan: Plan, directory: Path) -> None:
+    """What a resumed run has already written counts as free."""
+    there = sum(path.stat().st_blocks * 512 for path in directory.glob("*.safetensors"))
+    usage = shutil.disk_usage(directory)
+    free = usage.free + there
+    if usage.total and free < plan.bytes_out:  # some FUSE mounts report only zeros
+        raise OutputError(
+            f"the output needs {plan.bytes_out} bytes, and the disk of {directory} has {free} free; make room, or "
+            "choose an OUT on another disk"
+        )
+
+
+def _tell(progress: Progress, total: int, done: int) -> None:
+    progress(done, total)
+
+
+def _refuse_changed(plan: Plan) -> None:
+    changed = [str(file.path) for file in plan.files if file.changed()]
+    if changed:
+        raise CheckpointError(
+            f"{', '.join(changed)} changed while it was read; nothing was published. Run again when it is still"
+        )
+
+
+def _kept(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Surviving elements per model; of two models with one name the later ones carry their place."""
+    seen: Counter[str] = Counter()
+    kept = {}
+    for k, summary in enumerate(plan.summaries):
+        seen[summary.ref] += 1
+        name = summary.ref if seen[summary.ref] == 1 else f"{summary.ref} #{k + 1}"
+        kept[name] = sum(record["kept"].get(str(k), 0) for record in records.values())
+    return kept
+
+
+def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
+    recipe, found = plan.recipe, companions_of(plan)
+    directories = [checkpoint.directory for checkpoint in plan.checkpoints if checkpoint.directory]
+
+    def card() -> str:
+        return model_card(
+            base_model=recipe.base_model,
+            models=[entry.model for entry in recipe.models],
+            statistics=[entry.stats for entry in recipe.models if entry.stats],
+            recipe_text=recipe.text,
+            lock_name=LOCK_NAME,
+            license=agreed_license(directories),
+            title=title,
+        )
+
+    warnings = write_companions(
+        directory,
+        config=found.config,
+        files=found.files,
+        chat_template=found.chat_template,
+        recipe_text=recipe.text,
+        card=card,
+    )
+    return ([found.chat_template.note] if found.chat_template and found.chat_template.note else []) + warnings

@@ -1,0 +1,591 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an output appears: written out of sight, journaled, and put in its place only when it is complete.
+
+The stage of `models/merged` is the hidden sibling `models/.merged.darekit-stage`::
+
+    lock            held by the one run that may write here
+    journal.jsonl   first line: the identity of the run; then one line per finished tensor
+    files/          what will become OUT (`Stage.path`)
+    trash/          a replaced output on its way out; always garbage
+
+Publishing is one rename of `files/`. An OUT that is replaced is first moved aside to `.merged.darekit-old`, which
+is therefore always complete: a run killed in between leaves it there, and the next `open_stage` puts it back.
+
+An OUT that cannot be renamed (a mount point, or in a parent without write permission) is staged in
+`OUT/.darekit-stage` and published file by file, `config.json` last. A `publishing.json` in the stage, written once
+all files are complete and synced, makes the next `open_stage` finish what a killed run began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from darekit.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+INSIDE = ".darekit-stage"  # the stage of an OUT that cannot be renamed
+
+NOT_OURS = (INSIDE, "lost+found")  # entries of an OUT that is nevertheless empty, and that are never deleted
+
+LAST = ("model.safetensors.index.json", "config.json")  # what makes a directory loadable, in order of appearance
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one output and its stage lie."""
+
+    out: Path
+    root: Path
+    inside: bool
+
+    @property
+    def files(self) -> Path:
+        """What will become OUT."""
+        return self.root / "files"
+
+    @property
+    def journal(self) -> Path:
+        """The identity of the run and its finished tensors."""
+        return self.root / "journal.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Held while a run lasts."""
+        return self.root / "lock"
+
+    @property
+    def trash(self) -> Path:
+        """Garbage, whatever it holds."""
+        return self.root / "trash"
+
+    @property
+    def marker(self) -> Path:
+        """Present while the files of a complete output are moved one by one."""
+        return self.root / "publishing.json"
+
+    @property
+    def old(self) -> Path:
+        """An output that is about to be replaced, always complete."""
+        return self.out.with_name(f".{self.out.name}.darekit-old")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What may be replaced: nothing without `overwrite`, and never what holds one of `inputs`."""
+
+    overwrite: bool
+    inputs: tuple[Path, ...]
+
+
+class Stage:
+    """An output that nobody sees yet; use it in a `with` statement and `publish` it.
+
+    Leaving the `with` statement without `publish`, or dying, leaves OUT untouched and the stage where it is.
+
+    Attributes:
+        path: the directory to write the files in.
+        finished: what the journal of a resumed run holds: tensor name -> record. Empty for a new run.
+        notes: lines worth telling the user.
+    """
+
+    def __init__(
+        self, place: Place, lock: Lock, guard: Guard, finished: Mapping[str, dict[str, Any]], notes: list[str]
+    ) -> None:
+        self.path = place.files
+        self.finished = finished
+        self.notes = notes
+        self._place = place
+        self._lock = lock
+        self._guard = guard
+        self._pending: list[bytes] = []
+        self._pending_lock = threading.Lock()
+        self._flush_lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
+
+    def record(self, name: str, record: Mapping[str, Any]) -> None:
+        """Remember that a tensor's bytes are written; nothing is on disk before the next `flush`."""
+        line = json.dumps({"name": name, "record": dict(record)}).encode() + b"\n"
+        with self._pending_lock:
+            self._pending.append(line)
+
+    def flush(self, sync: Callable[[], None]) -> None:
+        """Journal what was recorded so far; `sync` must bring the weight files themselves to the disk."""
+        with self._flush_lock:
+            # Taken BEFORE the sync: a tensor recorded while it runs may not be covered by it.
+            with self._pending_lock:
+                lines, self._pending = self._pending, []
+            if not lines:
+                return
+            try:
+                sync()
+                # The first newline ends whatever a kill or a full disk tore.
+                _append(self._place.journal, b"\n" + b"".join(lines))
+            except BaseException as error:
+                with self._pending_lock:
+                    self._pending[:0] = lines
+                if isinstance(error, OSError):
+                    raise OutputError(_told(f"cannot bring {self._place.root} to the disk", error)) from error
+                raise
+
+    def discard(self) -> None:
+        """Give the unfinished output up: nothing of it is left, and no --resume can continue it."""
+        with contextlib.suppress(OSError):  # whatever made the run fail is what the user should read
+            _discard(self._place)
+            _remove_root(self._place)
+
+    @property
+    def root(self) -> Path:
+        """The directory that holds the unfinished files."""
+        return self._place.root
+
+    def publish(self) -> None:
+        """Put the complete files in their place, all at once, and remove the stage.
+
+        Raises:
+            OutputError: OUT changed while the run lasted, or cannot be renamed. The files stay in `path`.
+        """
+        place = self._place
+        try:
+            # The run may have lasted an hour: OUT may hold something now that was not there when it began.
+            _check_out(place, self._guard)
+            _sync_tree(place.files)
+            if place.inside:
+                _mark(place)
+                _move_files(place)
+            else:
+                _swap(place)
+        except OSError as error:
+            raise OutputError(
+                f"{_told(f'cannot put the output in place at {place.out}', error)}. Its complete files are in "
+                f"{place.root}; fix the cause and run again with --resume, or move them yourself"
+            ) from error
+        except OutputError as error:
+            raise OutputError(f"{error}. The complete files are in {place.root}") from error
+        try:
+            _discard(place)
+            _remove_root(place)
+        except OSError as error:
+            self.notes.append(_told(f"{place.out} is complete, but its stage could not be removed", error))
+
+
+def open_stage(
+    out: Path, *, identity: Mapping[str, Any], overwrite: bool, resume: bool, inputs: Sequence[Path]
+) -> Stage:
+    """Lock OUT for this run, repair what a killed run left, and begin or resume a stage.
+
+    `identity` is JSON-able and holds all that the output's bytes depend on; a run is only resumed under an equal
+    one. `inputs` are the files or directories that an --overwrite must not replace.
+
+    Raises:
+        OutputError: OUT exists and may not be replaced, another run writes it, or the run to be resumed is another.
+    """
+    place = _locate(out)
+    guard = Guard(overwrite, tuple(inputs))
+    try:
+        lock = _acquire(place)
+        try:
+            notes = _repair(place)
+            try:
+                _check_out(place, guard)
+            except OutputError as error:
+                raise OutputError(". ".join([*notes, str(error)])) from None
+            finished = _begin(place, json.loads(json.dumps(identity)), resume, notes)
+        except BaseException:
+            # Only an empty stage goes: one with files in it is somebody's hour of work.
+            if {path.name for path in place.root.iterdir()} <= {place.lock.name}:
+                _remove_root(place)
+            lock.close()
+            raise
+    except OSError as error:
+        raise OutputError(_told(f"cannot write beside {place.out}", error)) from error
+    return Stage(place, lock, guard, finished, notes)
+
+
+# Where
+
+
+def _locate(out: Path) -> Place:
+    out = out.expanduser().resolve()  # the target of a symlink, never the link: a rename would replace the link
+    if not out.name:
+        raise OutputError(f"{out} is the root of a file system: expected a directory of its own for the output")
+    inside = out / INSIDE
+    if out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK | os.X_OK) or inside.is_dir()):
+        return Place(out, inside, True)
+    return Place(out, out.with_name(f".{out.name}.darekit-stage"), False)
+
+
+def _entries(place: Place) -> list[str]:
+    """What OUT holds, not counting what is no output; empty where OUT does not exist."""
+    if not place.out.is_dir():
+        return []
+    return sorted(path.name for path in place.out.iterdir() if path.name not in NOT_OURS)
+
+
+# What must not be replaced
+
+
+def _check_out(place: Place, guard: Guard) -> None:
+    out = place.out
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file: expected a new or empty directory for the output; choose another OUT")
+    found = _entries(place)
+    if not found:
+        if not place.inside and _holds(out, Path.cwd()):
+            raise OutputError(f"{out} is the current directory: name a directory in it, or run from elsewhere")
+        return
+    if not guard.overwrite:
+        raise OutputError(
+            f"{out} exists and is not empty ({_some(found)}): expected a new or empty directory; choose another OUT, "
+            f"or let --overwrite replace it once the new output is complete"
+        )
+    reason = _reason_to_keep(out, found, guard.inputs)
+    if reason:
+        raise OutputError(
+            f"--overwrite does not replace {out}, because it {reason}; choose another OUT, or remove it yourself"
+        )
+
+
+def _reason_to_keep(out: Path, found: Sequence[str], inputs: Sequence[Path]) -> str | None:
+    for what, path in (
+        ("holds the current directory", Path.cwd()),
+        ("holds your home directory", Path(os.path.expanduser("~"))),  # noqa: PTH111 (pathlib's raises without a home)
+        *((f"holds the input {path}", path) for path in inputs),
+        # A checkpoint may be a directory of links, as in the Hub's cache: what they point to is input as well.
+        *((f"holds {path}, an input", path) for top in inputs if top.is_dir() for path in top.iterdir()),
+    ):
+        if _holds(out, path):
+            return what
+    if not _is_model(out):
+        return f"does not look like a model (no config.json, *.safetensors or darekit.lock.json among {_some(found)})"
+    if ".git" in found:
+        return "is a git repository"
+    nested = next((path.name for path in sorted(out.iterdir()) if path.is_dir() and _is_model(path)), None)
+    return f"holds another model in {nested}/" if nested else None
+
+
+def _is_model(path: Path) -> bool:
+    names = [entry.name for entry in path.iterdir()]
+    known = ("config.json", "darekit.lock.json", "patches.json")  # the last: an export without a single patch
+    return any(name in known or name.endswith(".safetensors") for name in names)
+
+
+def _holds(directory: Path, path: Path) -> bool:
+    """Whether `path` is `directory` or lies in it; by inode, since case-insensitive systems have many names."""
+    wanted = directory.stat()
+    path = path.resolve()
+    for above in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(wanted, above.stat()):
+                return True
+    return False
+
+
+# One run per OUT
+
+
+class Lock:
+    """A held lock file."""
+
+    def __init__(self, descriptor: int, exclusive_file: Path | None) -> None:
+        self._descriptor: int | None = descriptor
+        self._exclusive_file = exclusive_file
+
+    def close(self) -> None:
+        """Let the next run in."""
+        if self._descriptor is not None:
+            if self._exclusive_file is not None:
+                self._exclusive_file.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _acquire(place: Place) -> Lock:
+    if place.root.is_symlink():
+        raise OutputError(f"{place.root} is a symbolic link: expected the stage of a run; remove the link")
+    while True:
+        place.root.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(place.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # a run that ended has just removed its stage
+            continue
+        try:
+            lock = _lock_file(place, descriptor)
+            # The file that was locked may be the one that an ending run has just unlinked: then it guards nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), place.lock.stat()):
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, str(os.getpid()).encode())
+                    return lock
+            lock.close()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            raise
+
+
+def _lock_file(place: Place, descriptor: int) -> Lock:
+    exclusive = place.lock.with_name("lock.exclusive")
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOTSUP, "no flock here")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Lock(descriptor, None)
+    except BlockingIOError:
+        pid = place.lock.read_text(errors="replace").strip()
+        raise OutputError(
+            f"{place.out} is being written by another run{f' (process {pid})' if pid else ''}: expected one run per "
+            f"output; wait for it, or choose another OUT"
+        ) from None
+    except OSError as error:  # a file system (or Windows) without flock: a file that only one can create
+        if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK):
+            raise
+    try:
+        os.close(os.open(exclusive, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    except FileExistsError:
+        pid = place.lock.read_text(errors="replace").strip()
+        raise OutputError(
+            f"{place.out} is being written by another run{f' (process {pid})' if pid else ''}; if no such process "
+            f"runs any more (this file system cannot tell), delete {exclusive}"
+        ) from None
+    return Lock(descriptor, exclusive)
+
+
+# What a killed run left
+
+
+def _repair(place: Place) -> list[str]:
+    notes = []
+    if place.marker.exists():
+        _move_files(place)
+        _discard(place)
+        notes.append(f"the last run was killed while it moved its complete output to {place.out}: finished that")
+    if os.path.lexists(place.old):
+        if not place.out.exists() or not any(place.out.iterdir()):
+            place.old.rename(place.out)
+            notes.append(f"the last run was killed while it replaced {place.out}: put the old output back")
+        elif not place.files.exists():
+            place.old.rename(_room(place.trash))
+            notes.append(f"the last run was killed after it had replaced {place.out}: deleted the old output")
+        else:
+            raise OutputError(
+                f"{place.old} is an output that a killed run was about to replace, but {place.out} was made by "
+                f"something else since: expected only one of them; remove or rename one"
+            )
+        _sync_directory(place.out.parent)
+    return notes
+
+
+def _begin(place: Place, identity: Mapping[str, Any], resume: bool, notes: list[str]) -> Mapping[str, dict[str, Any]]:
+    """Open the journal of an unfinished run, or discard it and begin a new one."""
+    header, finished = _read_journal(place.journal) if place.files.is_dir() else (None, {})
+    if resume and header is not None:
+        differing = [key for key in {**header, **identity} if header.get(key) != identity.get(key)]
+        if differing:
+            changes = "; ".join(_changes(header, identity))
+            raise OutputError(
+                f"the unfinished run in {place.root} cannot be resumed, because it is not the same run ({changes}); "
+                f"undo the change, or run without --resume to discard its {len(finished)} finished tensors"
+            )
+        notes.append(f"resuming: {len(finished)} tensors are done")
+        return finished
+    if finished:
+        told = "its identity cannot be read" if resume else "--resume would have continued it"
+        notes.append(f"discarded an unfinished run ({len(finished)} tensors done); {told}")
+    elif resume:
+        notes.append(f"no unfinished run of {place.out} to resume: starting anew")
+    _discard(place)
+    place.files.mkdir()
+    _append(place.journal, json.dumps({"format": 1, "identity": identity}).encode() + b"\n")
+    _sync_directory(place.root)
+    return {}
+
+
+def _read_journal(path: Path) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+    """The identity (None if it cannot be read) and the finished tensors; unreadable lines are work to be redone."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    header = next(_parsed(lines[:1]), {})
+    if header.get("format") != 1 or not isinstance(header.get("identity"), dict):
+        return None, {}
+    finished = {
+        line["name"]: line["record"]
+        for line in _parsed(lines[1:])
+        if isinstance(line.get("name"), str) and isinstance(line.get("record"), dict)
+    }
+    return header["identity"], finished
+
+
+def _parsed(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                yield value
+
+
+# Into its place, and away
+
+
+def _swap(place: Place) -> None:
+    """One rename; two where an output is replaced."""
+    replaces = bool(_entries(place))
+    if replaces:
+        place.out.rename(place.old)
+    try:
+        place.files.rename(place.out)
+    except OSError:
+        if replaces:
+            place.old.rename(place.out)
+        raise
+    _sync_directory(place.out.parent)
+    if replaces:
+        place.old.rename(_room(place.trash))
+
+
+def _mark(place: Place) -> None:
+    """From here on the new output is the one that will be there, even after a kill."""
+    new = {path.name for path in place.files.iterdir()}
+    stale = [name for name in _entries(place) if name not in new]
+    draft = place.marker.with_suffix(".draft")
+    draft.unlink(missing_ok=True)
+    _append(draft, json.dumps({"stale": stale}).encode())
+    draft.rename(place.marker)
+    _sync_directory(place.root)
+
+
+def _move_files(place: Place) -> None:
+    """File by file; may be begun again at any point. Nothing half-done has a config.json."""
+    stale = json.loads(place.marker.read_bytes())["stale"]
+    new = sorted(
+        (path for path in place.files.iterdir()) if place.files.is_dir() else (),
+        key=lambda path: (LAST.index(path.name) + 1 if path.name in LAST else 0, path.suffix != ".safetensors", path),
+    )
+    for name in reversed(LAST):
+        if name in stale or (place.files / name).exists():
+            _remove(place.out / name)
+    for name in stale:
+        _remove(place.out / name)
+    for source in new:
+        target = place.out / source.name
+        if source.name in LAST:
+            _sync_directory(place.out)  # the weights first, on the disk too
+        if target.is_dir():
+            _remove(target)
+        source.replace(target)
+    _sync_directory(place.out)
+
+
+def _discard(place: Place) -> None:
+    """Empty the stage, but for its lock. The journal goes first: it must never promise tensors that are gone."""
+    for path in (place.journal, place.marker, place.files, place.trash):
+        _remove(path)
+
+
+def _remove_root(place: Place) -> None:
+    # Unlinked while it is held: whoever opened it meanwhile sees that it is no longer the lock (`_acquire`).
+    for name in (place.lock.name, place.marker.with_suffix(".draft").name, "lock.exclusive"):
+        (place.root / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty: the next run has already begun in it
+        place.root.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _room(path: Path) -> Path:
+    _remove(path)
+    return path
+
+
+# Onto the disk
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab", buffering=0) as file:
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
+        os.fsync(file.fileno())
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            _sync_directory(path)
+        elif path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# In words
+
+
+def _told(what: str, error: OSError) -> str:
+    hints = {
+        errno.ENOSPC: "the disk is full: free some space, then run again with --resume",
+        errno.EDQUOT: "the disk quota is used up: free some space, then run again with --resume",
+        errno.EBUSY: "it is in use, perhaps as a mount point: choose a directory in it",
+        errno.EXDEV: "it is on another file system than its parent: choose a directory in it",
+    }
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{what}: {error.strerror or error}{where}" + (f"; {hints[error.errno]}" if error.errno in hints else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _changes(before: Any, after: Any, at: str = "") -> Iterator[str]:
+    """Where two JSON documents differ, as "recipe.sparsify.seed: 0 -> 5"."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in {**before, **after}:
+            if before.get(key) != after.get(key):
+                yield from _changes(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            if old != new:
+                yield from _changes(old, new, f"{at}.{i}")
+    else:
+        yield f"{at}: {_short(before)} -> {_short(after)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}"

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making packs and what is made of them: writing, unpacking, exporting, sharing."""

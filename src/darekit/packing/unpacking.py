@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a base and a pack to an ordinary checkpoint: the engine copies what the bound pack decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from darekit.api import Options
+from darekit.checkpoints.digests import LEAF
+from darekit.errors import DataError
+from darekit.output.publishing import Report, execute
+from darekit.packs.lane import READ_LEAVES
+from darekit.packs.opening import open_base
+from darekit.packs.reading import Pack, open_pack
+from darekit.planning.plan import make_plan
+from darekit.recipe import read_recipe
+
+SHOWN = 5
+
+
+def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Any) -> Report:
+    """Write the packed model as a directory of its own, with the bits that `dare drop` gives at the same seed.
+
+    Args:
+        base: the checkpoint that was packed against.
+        pack: the file.
+        out: the directory to write.
+        **options: threads, shard_size, overwrite, resume, progress, say; see `darekit.api.Options`.
+
+    Raises:
+        HomologyError: another base.
+        CheckpointError: the pack cannot be decoded.
+        DataError: what it decodes to is not what was packed, because it or the base is damaged.
+    """
+    settings = Options(**options)
+    checkpoint = open_base(base, pack)
+    try:
+        with open_pack(pack, base=checkpoint) as found:
+            model = found.checkpoint()
+            recipe = read_recipe({"models": [{"model": str(pack)}], "merge_method": "linear"})
+            plan = make_plan(recipe, None, [model], shard_size=settings.shard_size)
+            # Bits are copied, NaN and all: there is nothing to merge. The base must neither change nor be replaced.
+            steps = tuple(replace(step, kind="copy") for step in plan.steps)
+            plan = replace(plan, steps=steps, read_besides=checkpoint.files)
+            report = execute(
+                plan,
+                Path(out),
+                threads=settings.threads,
+                tile=settings.tile or READ_LEAVES * LEAF,
+                overwrite=settings.overwrite,
+                resume=settings.resume,
+                allow_nonfinite=False,
+                progress=settings.progress,
+                say=settings.say or (lambda line: None),
+                accept=partial(_refuse_wrong, found),
+            )
+            return replace(report, kept={})  # of deltas, and here there were none
+    finally:
+        checkpoint.close()
+
+
+def _refuse_wrong(pack: Pack, records: Mapping[str, Mapping[str, Any]]) -> None:
+    # A tensor without elements has no step, and no record.
+    wrong = [name for name, t in pack.tensors.items() if t.count and records[name]["output"] != t.result]
+    if wrong:
+        lines = [pack.explain(name) for name in wrong[:SHOWN]]
+        more = [f"... and {len(wrong) - SHOWN} more tensors"] if len(wrong) > SHOWN else []
+        # Not a CheckpointError: there is nothing here that another run should resume.
+        raise DataError("\n  ".join(["The result is not what was packed; nothing was published:", *lines, *more]))

@@ -1,0 +1,569 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a pack: plan as `dare drop` does > jobs > spans of leaves, into a spool > layout > copy > header.
+
+Everything is read, drawn and encoded once, but for tensors of which only then some rows turn out to be unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from darekit import __version__
+from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, sync_directory
+from darekit.checkpoints.digests import checkpoint_digest, tensor_digest
+from darekit.dtypes import DTYPES, dtype_named
+from darekit.errors import CheckpointError, OutputError, PlanError
+from darekit.inputs.opening import packed_seed
+from darekit.machine import peak_rss
+from darekit.output.card import agreed_license, public_name
+from darekit.output.publishing import Progress
+from darekit.output.tokenizer import model_files, tokenizer_files
+from darekit.packing.jobs import WORTH, Job, Terms, job_for, without_same_rows
+from darekit.packing.spans import BUFFERS, Piece, Spool, make_span
+from darekit.packs.format import (
+    CODECS,
+    FILE_ROLE,
+    GROUP_LIMIT,
+    NO_DIGEST,
+    CompanionFile,
+    Counts,
+    Document,
+    LeafTable,
+    expected_counts,
+    lay_out_parts,
+    leaf_table,
+    needs_table,
+    render_header,
+    stored_digest,
+    value_sizes,
+)
+from darekit.packs.lane import READ_LEAVES
+from darekit.packs.workers import run_all
+from darekit.planning import checks
+from darekit.planning.alignment import AlignedTensor
+from darekit.planning.opening import open_plan
+from darekit.planning.plan import Plan
+from darekit.planning.settings import drop_rate_of
+from darekit.recipe import single
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+BITS = (64, 32, 16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What a finished pack is. `ratio`: the model's bytes over the pack's.
+
+    Times in seconds, as of a merge: `seconds` from the first tensor read to the last byte written, without the plan;
+    `fsync_seconds` until those bytes are on the disk, under their name.
+    """
+
+    output: str
+    seconds: float
+    fsync_seconds: float
+    bytes: int
+    model_bytes: int
+    tensors: int
+    same: int
+    parameters: int
+    kept: int
+    seed: int
+    peak_rss_bytes: int
+    notes: tuple[str, ...] = ()
+    lossless: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the model."""
+        return self.model_bytes / self.bytes
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**self.__dict__, "notes": list(self.notes), "ratio": self.ratio}
+
+
+def pack(
+    base: str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    drop_rate: float | str | None = None,
+    tau: float | None = None,
+    lossless: bool = False,
+    bits: int = 16,
+    dense_bits: int | None = None,
+    group: int = 64,
+    codec: str = "auto",
+    rescale: str = "paper",
+    keep_dense: Sequence[str] = (),
+    seed: int | None = None,
+    vocab: str = "strict",
+    threads: int | None = None,
+    overwrite: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> PackReport:
+    """Store a fine-tuned model as its kept deltas from a base, in one safetensors file.
+
+    Args:
+        base: the checkpoint that `model` was fine-tuned from.
+        model: the fine-tuned model.
+        out: the file to write.
+        drop_rate: fraction of the delta that is dropped, in [0, 1], or "auto": each tensor's own, from a sample of its
+            delta; to be given unless `lossless`.
+        tau: the noise that `auto` allows, relative to a layer's output.
+        lossless: store the exact model instead, bit for bit; bits, group, rescale and keep_dense mean nothing then.
+        bits: per kept element: 64, 32 or 16 (exact where the format has no more), 8, 4, 2 or 1.
+        dense_bits: the same for tensors that are not dropped; `bits` where not given, at least 4.
+        group: kept elements that share a scale, where bits are 8 or fewer.
+        codec: what is done to the stored values of a tensor: none; zstd, wherever that is smaller; or auto, where it
+            saves at least a twentieth. A lossless pack is always compressed.
+        rescale: paper (kept deltas times 1/(1-p)) or none.
+        keep_dense: groups or glob patterns of tensors that are not dropped.
+        seed: the mask's effective seed; derived from the model's content where not given, as `drop` does.
+        vocab: what to do with vocabularies that differ: strict refuses, base keeps the base's rows, with its tokenizer.
+        threads: worker threads.
+        overwrite: replace `out`.
+        force: go on although the base looks wrong or too much is dropped.
+        progress: called with (bytes done, bytes in all).
+        say: receives notes and warnings as they arise.
+
+    Raises:
+        DarekitError: see `darekit.errors`; nothing is written then.
+    """
+    from darekit.machine import default_threads
+
+    out = Path(out)
+    dense_bits = max(bits, 4) if dense_bits is None else dense_bits
+    if bits not in BITS or dense_bits not in BITS:
+        raise PlanError(f"{bits if bits not in BITS else dense_bits} bits are none of {', '.join(map(str, BITS))}")
+    if not 1 <= group <= GROUP_LIMIT:
+        raise PlanError(f"groups of {group} elements; expected 1 to {GROUP_LIMIT}")
+    if codec not in ("auto", *CODECS):
+        raise PlanError(f"codec {codec!r}: a pack knows auto, {' and '.join(CODECS)}")
+    if rescale not in ("paper", "none"):
+        raise PlanError(f"rescale {rescale!r}: a pack knows paper and none")
+    if vocab not in ("strict", "base"):
+        raise PlanError(
+            f"vocab {vocab!r}: a pack knows strict and base. Rows that the base does not have are no delta from it"
+        )
+    if isinstance(drop_rate, str) and drop_rate != "auto":
+        raise PlanError(f"drop rate {drop_rate!r}: a number in [0, 1], or auto")
+    if tau is not None and drop_rate != "auto":
+        raise PlanError("tau goes with the drop rate auto")
+    if (drop_rate is None) != lossless:
+        raise PlanError("a pack needs either a drop rate or lossless" + (", not both" if lossless else ""))
+    recipe = single.drop_recipe(
+        str(base), str(model), drop_rate=drop_rate or 0.0, rescale=rescale, keep_dense=keep_dense, seed=seed,
+        vocab="strict" if lossless else vocab, parameters={} if tau is None else {"tau": tau},
+    )  # fmt: skip
+    said: list[str] = []
+
+    def note(line: str) -> None:
+        said.append(line)
+        if say:
+            say(line)
+
+    with open_plan(recipe) as plan:
+        _refuse_out(out, plan, overwrite)
+        for line in plan.notes:
+            note(line)
+        if not lossless and packed_seed(plan.models[0]) is not None:
+            note(f"{model} is a pack: most of its delta was dropped already, and this drops from the rest")
+        if not lossless:  # which another base would only make larger, and integers that differ do not trouble
+            checks.check(plan, force=force, say=note)
+        settings = {"lossless": True} if lossless else {
+            "drop_rate": drop_rate, "bits": bits, "dense_bits": dense_bits, "group": group, "codec": codec,
+            "keep_dense": list(recipe.sparsify.keep_dense if recipe.sparsify else ()),
+            **({"tau": tau} if tau is not None else {}), **({"vocab": vocab} if vocab != "strict" else {}),
+        }  # fmt: skip
+        assert plan.seeds[0] is not None
+        terms = Terms(plan.seeds[0], lossless, codec, rescale, bits, dense_bits, group)
+        writer = Writer(plan, settings, terms, threads or default_threads())
+        for line in () if lossless else writer.losses():
+            note(line)
+        written = writer.write(out, overwrite=overwrite, progress=progress)
+        model_bytes = sum(info.nbytes for info in plan.models[0].tensors.values())
+    tensors = written.document.tensors.values()
+    return PackReport(
+        str(out), written.seconds, written.fsync_seconds, written.size, model_bytes, len(tensors),
+        sum(tensor.kind == "same" for tensor in tensors), sum(tensor.count for tensor in tensors),
+        sum(tensor.kept for tensor in tensors), written.document.seed, peak_rss(), tuple(said), lossless,
+    )  # fmt: skip
+
+
+def _refuse_out(out: Path, plan: Plan, overwrite: bool) -> None:
+    if out.suffix != ".safetensors":
+        raise OutputError(f"{out} must end in .safetensors: a pack is such a file, and is known by its name")
+    if out.is_dir():
+        raise OutputError(f"{out} is a directory; a pack is one file")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists; choose another name, or replace it with --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"there is no directory {out.absolute().parent} to write {out.name} in")
+    if any(file.path.resolve() == out.resolve() for checkpoint in plan.checkpoints for file in checkpoint.files):
+        raise OutputError(f"{out} is one of the inputs; choose another name")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A published pack: bytes of the file, what stands in it, and the times of `PackReport`."""
+
+    size: int
+    document: Document
+    seconds: float
+    fsync_seconds: float
+
+
+class Writer:
+    """One pack being written."""
+
+    def __init__(self, plan: Plan, settings: Mapping[str, Any], terms: Terms, threads: int) -> None:
+        assert plan.base is not None
+        self.plan, self.settings, self.terms, self.threads = plan, settings, terms, threads
+        self.base, self.model = plan.base, plan.models[0]
+
+    def losses(self) -> Iterator[str]:
+        """What is lost beside what is dropped, where one would not expect it."""
+        found = {
+            info.dtype
+            for aligned in self.plan.alignment.tensors
+            if (info := aligned.models[0]) is not None
+            and dtype_named(info.dtype).kind == "float"
+            and self.terms.encoding(self._rate(aligned), dtype_named(info.dtype))[0] == "delta"
+        }
+        for dtype in sorted(found):
+            yield (
+                f"{self.settings['bits']} bits are fewer than {dtype} has: deltas are rounded, and unpack differs from "
+                f"`dare drop` by that; --bits {8 * DTYPES[dtype].itemsize} is exact"
+            )
+
+    def write(self, out: Path, *, overwrite: bool, progress: Progress | None) -> Written:
+        """Scan, lay out, write out of sight, publish."""
+        began = time.perf_counter()
+        self._refuse_other_tensors()
+        hidden, spool = (out.with_name(f".{out.name}.darekit-{word}") for word in ("part", "spool"))
+        with _claimed(hidden, out):
+            jobs = self._jobs()
+            try:
+                jobs, pieces = self._make_leaves(jobs, spool, progress)
+                jobs = [_settled(job, self.terms.codec) for job in jobs]
+                waiting = InputFile(spool)
+                try:
+                    size, document, waited = self._write_jobs(jobs, hidden, pieces, waiting)
+                finally:
+                    waiting.close()
+            finally:
+                with contextlib.suppress(OSError):
+                    spool.unlink()
+            self._refuse_changed()
+            seconds = time.perf_counter() - began - waited
+            _publish(hidden, out, overwrite)
+        return Written(size, document, seconds, time.perf_counter() - began - seconds)
+
+    def _write_jobs(
+        self, jobs: Sequence[Job], hidden: Path, pieces: Sequence[Piece], spool: InputFile
+    ) -> tuple[int, Document, float]:
+        """All of the file; returns its size, what stands in it, and the seconds that the disk took to have it."""
+        # Cut to the base's rows, the model does not know the tokens that its own tokenizer and config speak of.
+        contents = dict(_companions(self.base if self.settings.get("vocab") == "base" else self.model))
+        files = tuple(
+            CompanionFile(name, not _is_same_file(self.base, name, raw), xxhash.xxh3_128_hexdigest(raw))
+            for name, raw in contents.items()
+        )
+        # No digest but the files' is known yet; the size of all of them is.
+        document = self._document(jobs, files)
+        stored = [file for file in files if file.stored]
+        changed = [_Changed(job, _table_of(job), _tables(job)) for job in jobs if job.tensor.kind != "same"]
+        parts = [part for one in changed for part in _parts_of(one)]
+        parts += [OutputTensor(f"{FILE_ROLE}:{file.name}", "U8", (len(contents[file.name]),)) for file in stored]
+        layout = lay_out_parts(parts, document)
+        offsets = {name: place.offset for name, place in layout.places.items()}
+        output = OutputFile.create(hidden, layout.size)
+        try:
+            for file in stored:
+                output.write(np.frombuffer(contents[file.name], np.uint8), offsets[f"{FILE_ROLE}:{file.name}"])
+            self._write_tables(changed, offsets, output)
+            self._copy(changed, pieces, spool, offsets, output)
+            document = self._with_digests(document, jobs)
+            header = render_header(document, list(layout.places.values()), layout.data)
+            output.write(np.frombuffer(header, np.uint8), 0)
+            began = time.perf_counter()
+            output.sync()
+            waited = time.perf_counter() - began
+        finally:
+            output.close()
+        return layout.size, document, waited
+
+    def _document(self, jobs: Sequence[Job], files: tuple[CompanionFile, ...]) -> Document:
+        return Document(
+            seed=self.terms.seed,
+            rescale=self.terms.rescale,
+            tensors={job.tensor.name: job.tensor for job in jobs},
+            files=files,
+            base={
+                "ref": public_name(self.base.ref),
+                "revision": self.base.revision,
+                "sample_digest": self.plan.sample_digests[0].hex(),
+                "content_digest": NO_DIGEST,
+            },
+            model={
+                "ref": public_name(self.model.ref),
+                "revision": self.model.revision,
+                "sample_digest": self.plan.sample_digests[1].hex(),
+            },
+            settings=self.settings,
+            license=agreed_license([self.model.directory] if self.model.directory else []),
+            tool=f"darekit {__version__}",
+        )
+
+    def _rate(self, aligned: AlignedTensor) -> float:
+        return drop_rate_of(self.plan.recipe, 0, aligned)[0]
+
+    def _jobs(self) -> list[Job]:
+        """One for each tensor, in the plan's order."""
+        aligned = self.plan.alignment.tensors
+        # A few small reads each: threads would only wait for one another.
+        found = {one.name: job_for(one, self._rate(one), self.terms, thorough=False) for one in aligned}
+
+        def read(one: AlignedTensor) -> int:
+            found[one.name] = job_for(one, self._rate(one), self.terms, thorough=True)
+            return 1
+
+        unclear = [one for one in aligned if found[one.name] is None]
+        run_all(sorted(unclear, key=lambda one: -(one.base.nbytes if one.base else 0)), read, threads=self.threads)
+        return [job for one in aligned if (job := found[one.name]) is not None]
+
+    def _make_leaves(self, jobs: Sequence[Job], path: Path, progress: Progress | None) -> tuple[list[Job], list[Piece]]:
+        """All leaves of all tensors that changed, in any order, into one file; and the jobs as they were done."""
+        total = sum(info.nbytes for checkpoint in self.plan.checkpoints for info in checkpoint.tensors.values())
+        with _told(path):
+            spool = Spool(path)
+            try:
+
+                def tell(done: int) -> None:
+                    if progress:
+                        progress(min(done, total), total)
+
+                pieces = self._make(jobs, spool, tell)
+                again = {job.tensor.name: other for job in jobs if (other := without_same_rows(job)) is not None}
+                if again:
+                    pieces = [piece for piece in pieces if piece.name not in again]
+                    pieces += self._make(list(again.values()), spool, lambda done: None)
+                tell(total)
+            finally:
+                spool.close()
+        return [again.get(job.tensor.name, job) for job in jobs], pieces
+
+    def _make(self, jobs: Sequence[Job], spool: Spool, tell: Callable[[int], None]) -> list[Piece]:
+        spans = [(job, first) for job in jobs if job.tensor.kind != "same"
+                 for first in range(0, job.tensor.leaves, READ_LEAVES)]  # fmt: skip
+        found: list[Piece] = []
+
+        def work(span: tuple[Job, int]) -> int:
+            piece, done = make_span(*span, self.terms, spool)
+            found.append(piece)
+            return done
+
+        run_all(spans, work, threads=self.threads, tell=tell)
+        return found
+
+    def _copy(
+        self, changed: Sequence[_Changed], pieces: Sequence[Piece], spool: InputFile, offsets: Mapping[str, int],
+        output: OutputFile,
+    ) -> None:  # fmt: skip
+        """What waited in the spool, to its place."""
+        tables = {one.job.tensor.name: one.table for one in changed}
+
+        def work(piece: Piece) -> int:
+            table, begin = tables[piece.name], piece.offset
+            for role, size in piece.sizes.items():
+                place = offsets.get(f"{role}:{piece.name}")  # none: of values and their frames only one is wanted
+                if size and place is not None:
+                    raw = BUFFERS.of("copy", size)
+                    spool.read_into(raw, begin)
+                    starts = table.scales if role == "scales" else table.values
+                    output.write(raw, place + int(starts[piece.first]))
+                begin += size
+            return 1
+
+        run_all(pieces, work, threads=self.threads)
+
+    def _refuse_other_tensors(self) -> None:
+        """A lossless pack is the whole model, and nothing but it."""
+        names = {aligned.name for aligned in self.plan.alignment.tensors}
+        if self.terms.lossless and names != set(self.model.tensors):
+            other = sorted(names ^ set(self.model.tensors))
+            raise PlanError(
+                f"a lossless pack needs the same tensors in base and model; they differ in {', '.join(other[:4])}"
+            )
+
+    def _write_tables(self, changed: Sequence[_Changed], offsets: Mapping[str, int], output: OutputFile) -> None:
+        """Everything but the leaves: changed rows, counts and sizes of leaves; their digests come first."""
+        for one in changed:
+            head = []
+            for role, raw in one.small.items():
+                output.write(raw.view(np.uint8), offsets[f"{role}:{one.job.tensor.name}"])
+                head.append(xxhash.xxh3_128_digest(raw))
+            one.job.digests["head"][:] = head
+
+    def _with_digests(self, document: Document, jobs: Sequence[Job]) -> Document:
+        tensors = {}
+        for job in jobs:
+            base = tensor_digest(job.digests["base"])
+            result = base if job.tensor.kind == "same" else tensor_digest(job.digests["result"])
+            stored = stored_digest([*job.digests["head"], *job.digests["stored"]])
+            tensors[job.tensor.name] = replace(job.tensor, base=base, result=result, stored=stored)
+
+        def content(which: str) -> str:
+            return checkpoint_digest((t.name, t.dtype, t.shape, getattr(t, which)) for t in tensors.values())
+
+        return replace(
+            document,
+            tensors=tensors,
+            base={**document.base, "content_digest": content("base")},
+            content_digest=content("result"),
+        )
+
+    def _refuse_changed(self) -> None:
+        changed = [str(f.path) for checkpoint in self.plan.checkpoints for f in checkpoint.files if f.changed()]
+        if changed:
+            raise CheckpointError(
+                f"{', '.join(changed)} changed while it was read; nothing was written. Run again when it is still"
+            )
+
+
+def _settled(job: Job, codec: str) -> Job:
+    """With what is known when all leaves are made: how many elements are kept, and whether frames are worth it."""
+    if job.tensor.kind != "delta":
+        return job
+    job = replace(job, tensor=replace(job.tensor, kept=int(job.counts.sum())))
+    if job.frames is None:
+        return job
+    sizes = int(job.frames.sum()) + job.tensor.leaves * _sizes_dtype(job.frames).itemsize
+    bare = int(value_sizes(job.tensor, job.counts, job.values.itemsize).sum())
+    if not job.bare or sizes < bare * (WORTH if codec == "auto" else 1):
+        digests = {**job.digests, "stored": job.digests["framed"]}
+        return replace(job, tensor=replace(job.tensor, codec="zstd", values=job.values.name), digests=digests)
+    return replace(job, frames=None)
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """A tensor all of whose leaves are made. `table`: where they begin; `small`: role -> the parts that say so."""
+
+    job: Job
+    table: LeafTable
+    small: Mapping[str, np.ndarray]
+
+
+def _table_of(job: Job) -> LeafTable:
+    return leaf_table(job.tensor, job.counts, job.values.itemsize, job.frames)
+
+
+def _sizes_dtype(frames: Counts) -> np.dtype:
+    return np.dtype("<u2" if frames.max(initial=0) <= 0xFFFF else "<u4")
+
+
+def _tables(job: Job) -> dict[str, np.ndarray]:
+    """Role -> content of the small parts that say where things are."""
+    tensor, found = job.tensor, {}
+    if job.rows is not None:
+        found["rows"] = job.rows
+    if tensor.kind == "lossless":
+        found["leaves"] = job.counts.astype("<u4")
+    elif tensor.kind == "delta" and needs_table(tensor, job.rows is not None):
+        # At p = 0.99 the U16 of each leaf would be 2 % of a pack of 1 bit.
+        differences = job.counts - expected_counts(tensor)
+        if np.all(np.abs(differences) <= 127):
+            found["leaves"] = differences.astype("i1")
+        else:
+            found["leaves"] = job.counts.astype("<u2" if job.counts.max() <= 0xFFFF else "<u4")
+    if job.frames is not None:
+        found["sizes"] = job.frames.astype(_sizes_dtype(job.frames))
+    return found
+
+
+def _parts_of(changed: _Changed) -> Iterator[OutputTensor]:
+    job, table = changed.job, changed.table
+    tensor = job.tensor
+    if tensor.kind == "lossless" or job.frames is not None:
+        yield OutputTensor(f"frames:{tensor.name}", "U8", (int(table.values[-1]),))
+    else:
+        yield OutputTensor(f"values:{tensor.name}", job.values.name, (int(table.values[-1]) // job.values.itemsize,))
+    if tensor.bits:
+        yield OutputTensor(f"scales:{tensor.name}", "BF16", (int(table.scales[-1]) // 2,))
+    for role, content in changed.small.items():
+        dtype = next(entry.name for entry in DTYPES.values() if entry.numpy == content.dtype)
+        yield OutputTensor(f"{role}:{tensor.name}", dtype, content.shape)
+
+
+def _companions(model: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """Name -> content of the small files that make the result an ordinary model directory."""
+    directory = model.directory
+    if directory is None:
+        return
+    paths = [path for path in (directory / "config.json",) if path.is_file()]
+    for path in dict.fromkeys((*paths, *tokenizer_files(directory), *model_files(directory))):
+        with contextlib.suppress(OSError):
+            yield path.relative_to(directory).as_posix(), path.read_bytes()
+
+
+def _is_same_file(base: Checkpoint, name: str, raw: bytes) -> bool:
+    if base.directory is None:
+        return False
+    try:
+        return (base.directory / name).read_bytes() == raw
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _claimed(hidden: Path, out: Path) -> Iterator[None]:
+    """Hold the hidden file alone; whatever goes wrong, it is gone then."""
+    with _told(out):
+        descriptor = os.open(hidden, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OutputError(f"another run is writing {out}; wait for it, or choose another name") from error
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                hidden.unlink()
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _publish(hidden: Path, out: Path, overwrite: bool) -> None:
+    with _told(out):
+        if out.exists() and not overwrite:
+            raise OutputError(f"{out} appeared while the pack was written; nothing was replaced")
+        hidden.replace(out)
+        sync_directory(out.absolute().parent)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numeric checks of a plan: a small sample of values is read before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from darekit.errors import HomologyError
+
+if TYPE_CHECKING:
+    from darekit.planning.homology import Judgement
+    from darekit.planning.plan import Plan
+
+
+def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None = None) -> list[Judgement]:
+    """Numeric homology tests on a sample of the values; says warnings, raises on refusals.
+
+    Raises:
+        HomologyError: a model does not look like its base's child, or too much is dropped (unless `force`).
+        DataError: integer tensors differ.
+    """
+    from darekit.planning.homology import check_integers, judge, sample_norms
+
+    check_integers(plan.alignment.tensors, [model.ref for model in plan.models])
+    if plan.base is None or (plan.recipe.sparsify is not None and plan.recipe.sparsify.on == "weights"):
+        return []
+    judgements = []
+    for k, model in enumerate(plan.models):
+        norms = sample_norms(plan.alignment.tensors, k, partial(plan.rate_of, k))
+        judgements.append(judge(model.ref, plan.base.ref, norms))
+    stops = [j.stop for j in judgements if j.stop]
+    if stops and not force:
+        raise HomologyError("\n".join(f"{stop}; --force goes on all the same" for stop in stops))
+    for judgement in judgements:
+        if say and (judgement.stop or judgement.warning):
+            say(judgement.stop or judgement.warning or "")
+    return judgements

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: a recipe meets the headers of real checkpoints and becomes steps with every byte offset known.
+
+Every foreseeable error is raised here, before one byte is written. A plan can be printed, counted and executed; it
+holds no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from darekit.checkpoints import Checkpoint, InputFile, OutputTensor, Shard, lay_out, sample_digest
+from darekit.dtypes import DTYPES
+from darekit.engine.costs import bytes_to_read, peak_memory
+from darekit.engine.steps import Step
+from darekit.errors import DataError
+from darekit.masks import effective_seeds
+from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.planning.alignment import AlignedTensor, Alignment, Heads, align
+from darekit.planning.notes import notes_of, rate_notes
+from darekit.planning.rates import settle
+from darekit.planning.settings import drop_rate_of, is_float
+from darekit.planning.steps import steps_of
+from darekit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from darekit.inputs.statistics import Statistics
+
+SHARD_SIZE = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What a plan does to one model. `kept` is the expected number of surviving elements."""
+
+    ref: str
+    seed: int | None
+    parameters: int
+    kept: int
+
+    @property
+    def drop_rate(self) -> float:
+        """Over all of the model's float parameters."""
+        return 1 - self.kept / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Recipe x headers: the steps, the output's layout, the cost."""
+
+    recipe: Recipe
+    base: Checkpoint | None
+    models: tuple[Checkpoint, ...]
+    alignment: Alignment
+    steps: tuple[Step, ...]
+    shards: tuple[Shard, ...]
+    sample_digests: tuple[bytes, ...]  # base first, where there is one
+    seeds: tuple[int | None, ...]
+    summaries: tuple[ModelSummary, ...]
+    notes: tuple[str, ...]
+    rates: tuple[Mapping[str, float], ...]  # per model: what `drop_rate: auto` came to, by tensor
+    statistics: tuple[Statistics, ...] = ()  # one of each model, where the method uses them
+    read_besides: tuple[InputFile, ...] = ()  # by the models' own sources: the base of a pack that is unpacked
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Base (where there is one) and models."""
+        return (*([self.base] if self.base else []), *self.models)
+
+    @property
+    def files(self) -> tuple[InputFile, ...]:
+        """All open files: those of the checkpoints, the statistics, and what is read besides."""
+        weights = [file for checkpoint in self.checkpoints for file in checkpoint.files]
+        return (*weights, *(entry.file for entry in self.statistics if entry.file), *self.read_besides)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of all input tensors, and of the statistics that are used: what is read at least once."""
+        tensors = [info for checkpoint in self.checkpoints for info in checkpoint.tensors.values()]
+        used = [entry for step in self.steps for entry in step.statistics]
+        return sum(info.nbytes for info in tensors) + sum(entry.count * entry.dtype.itemsize for entry in used)
+
+    def bytes_to_read(self, finished: Container[str] = ()) -> int:
+        """Bytes that the engine will read: a tensor that must be measured first is read twice, or a little more.
+
+        Tensors in `finished` are left out.
+        """
+        return bytes_to_read(self.steps, finished)
+
+    def refuse_damaged(self, records: Mapping[str, Mapping[str, Any]], outcome: str) -> None:
+        """What packs decoded to while the engine ran must be what was packed: their sources know the digests of that.
+
+        Raises:
+            DataError: it is not; `outcome`: what became of the run.
+        """
+        wrong: dict[str, list[str]] = {}
+        for k, model in enumerate(self.models):
+            for name, info in model.tensors.items():
+                wanted = getattr(info.source, "result", None)
+                found = records.get(name, {}).get("models", {}).get(str(k))
+                if wanted is not None and found is not None and found != wanted:
+                    wrong.setdefault(model.ref, []).append(name)
+        if wrong:
+            told = [
+                f"{ref}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+                for ref, names in wrong.items()
+            ]
+            raise DataError(
+                f"These tensors do not decode to what was packed; {outcome}: {'; '.join(told)}. The pack or its base "
+                "is damaged: `dare verify PACK BASE` says which"
+            )
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of the output's weight files."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the output."""
+        return sum(step.count for step in self.steps)
+
+    def peak_memory(self, threads: int, tile: int) -> int:
+        """Estimate in bytes: the interpreter, and per thread the buffers of the step whose tiles are largest; steps
+        with large matrices run one at a time."""
+        return peak_memory(self.steps, threads, tile)
+
+    def rate_of(self, model: int, tensor: AlignedTensor) -> tuple[float, float]:
+        """Drop rate of one tensor of one model, and the noise of one element of it: see `drop_rate_of`."""
+        return drop_rate_of(self.recipe, model, tensor)
+
+
+def make_plan(
+    recipe: Recipe,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    *,
+    statistics: Sequence[Statistics] = (),
+    shard_size: int = SHARD_SIZE,
+) -> Plan:
+    """Recipe x open checkpoints (x open statistics, one of each model) -> the plan.
+
+    Raises:
+        HomologyError: the checkpoints do not belong together, or statistics are another model's.
+        PlanError: a parameter is impossible for a tensor.
+    """
+    alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models))
+    recipe, rates = settle(recipe, alignment.tensors)
+    digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
+    seeds = _seeds(recipe, digests[1:] if base else digests)
+    informed = MERGE_METHODS[recipe.merge_method].statistics is not None
+    if informed:
+        from darekit.planning.statistics import check_statistics, statistics_notes
+
+        check_statistics(recipe, models, digests[1:] if base else digests, statistics)
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
+    wanted = [
+        OutputTensor(t.name, dtype.name if dtype and is_float(t.dtype) else t.dtype, t.shape) for t in alignment.tensors
+    ]
+    shards = lay_out(wanted, shard_size)
+    places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
+    steps = [step for t in alignment.tensors for step in steps_of(recipe, seeds, t, *places[t.name], statistics)]
+    notes = [*recipe.notes, *alignment.notes, *notes_of(recipe, alignment, models, seeds), *rate_notes(models, rates)]
+    notes += statistics_notes(recipe, steps, statistics) if informed else ()
+    return Plan(
+        recipe, base, tuple(models), alignment, tuple(steps), shards, digests, seeds,
+        _summaries(recipe, models, alignment, seeds), tuple(notes), rates, tuple(statistics),
+    )  # fmt: skip
+
+
+def _heads_of(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Heads:
+    giver = heads_giver(recipe, base, models)
+    return "merged" if giver is None else giver
+
+
+def heads_giver(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint that `heads` names; None: heads are merged like all tensors."""
+    if recipe.heads is None:
+        return None
+    if recipe.heads == "base" and base is not None:
+        return base
+    return next(model for model, entry in zip(models, recipe.models, strict=True) if entry.model == recipe.heads)
+
+
+def _seeds(recipe: Recipe, digests: Sequence[bytes]) -> tuple[int | None, ...]:
+    if recipe.sparsify is None or not SPARSIFIERS[recipe.sparsify.method].random:
+        return tuple(None for _ in recipe.models)
+    derived = effective_seeds(recipe.sparsify.seed, digests)
+    explicit = [entry.parameters.get("seed") for entry in recipe.models]
+    return tuple(d if e is None else cast(int, e) for d, e in zip(derived, explicit, strict=True))
+
+
+def _summaries(
+    recipe: Recipe, models: Sequence[Checkpoint], alignment: Alignment, seeds: Sequence[int | None]
+) -> tuple[ModelSummary, ...]:
+    summaries = []
+    for k, checkpoint in enumerate(models):
+        total = kept = 0
+        for tensor in alignment.tensors:
+            info = tensor.models[k]
+            if info is None or not is_float(info.dtype):
+                continue
+            total += info.count
+            kept += round(info.count * (1 - drop_rate_of(recipe, k, tensor)[0]))
+        summaries.append(ModelSummary(checkpoint.ref, seeds[k], total, kept))
+    return tuple(summaries)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which statistics belong to which tensors of a plan, and what is wrong where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from darekit.checkpoints import Checkpoint, TensorInfo
+from darekit.dtypes import dtype_named
+from darekit.engine.steps import Input, Step
+from darekit.errors import HomologyError, PlanError
+from darekit.inputs.statistics import FISHER, Statistics
+from darekit.methods import MERGE_METHODS
+from darekit.planning.alignment import AlignedTensor
+from darekit.recipe import Recipe
+
+
+def statistics_of(
+    recipe: Recipe,
+    tensor: AlignedTensor,
+    owners: Sequence[int],
+    weights: Mapping[int, float],
+    statistics: Sequence[Statistics],
+) -> dict[str, Any] | None:
+    """What a step must know of its models' statistics: its `statistics`, `sizes` and `transposed`.
+
+    None where the method uses none, or a model has none of this tensor, which is then averaged.
+
+    Raises:
+        HomologyError: statistics of another shape than the tensor.
+        PlanError: all weights are 0.
+    """
+    if not MERGE_METHODS[recipe.merge_method].statistics:
+        return None
+    if not any(weights.values()):
+        raise PlanError(f"all weights of {tensor.name} are 0, so there is no mean; give one model a weight above 0")
+    found: list[TensorInfo] = []
+    for k in owners:
+        info, entry = tensor.models[k], statistics[k]
+        known = entry.tensors.get(tensor.name)
+        if known is None or info is None:
+            return None
+        inputs = info.shape[0 if tensor.name in entry.transposed else -1] if len(info.shape) == 2 else None
+        wanted = info.shape if entry.kind == FISHER else (inputs, inputs)
+        if known.shape != wanted:
+            raise HomologyError(
+                f"{entry.ref} has {list(known.shape)} for {tensor.name}, which is {list(info.shape)} in "
+                f"{recipe.models[k].model}: expected {list(wanted) if inputs or entry.kind == FISHER else 'a matrix'}; "
+                "make the statistics anew with this model"
+            )
+        found.append(known)
+    transposed = [tensor.name in statistics[k].transposed for k in owners]
+    if len(set(transposed)) > 1:
+        raise HomologyError(
+            f"{tensor.name} is stored [in, out] according to some of the statistics, [out, in] to others"
+        )
+    if transposed[0] and len({info.shape for info in tensor.models if info}) > 1:
+        return None
+    return {
+        "statistics": tuple(Input(info.source, dtype_named(info.dtype), info.count) for info in found),
+        "sizes": tuple(statistics[k].size_of(tensor.name) for k in owners),
+        "transposed": transposed[0],
+    }
+
+
+def check_statistics(
+    recipe: Recipe, models: Sequence[Checkpoint], digests: Sequence[bytes], statistics: Sequence[Statistics]
+) -> None:
+    """Each model's statistics are of the kind that the method needs, and were made with that very model.
+
+    Raises:
+        PlanError: the other kind.
+        HomologyError: another model's.
+    """
+    wanted = MERGE_METHODS[recipe.merge_method].statistics
+    if wanted is None:
+        return
+    for model, digest, entry in zip(models, digests, statistics, strict=True):
+        if entry.kind != wanted:
+            raise PlanError(
+                f"{entry.ref} holds {entry.kind} statistics, and {recipe.merge_method} needs {wanted}: run `dare stats "
+                f"{wanted} {model.ref} --data FILE --out NAME.{wanted}.safetensors`"
+            )
+        if entry.model_digest is not None and entry.model_digest != digest.hex():
+            right = next((m.ref for m, d in zip(models, digests, strict=True) if d.hex() == entry.model_digest), None)
+            mixed = f": they are those of {right}, are the files mixed up?" if right else ""
+            raise HomologyError(
+                f"{entry.ref} was not made with {model.ref}: it names the model {entry.facts.get('model')} with the "
+                f"sample digest {entry.model_digest}, and {model.ref} has {digest.hex()}{mixed or '.'} Run `dare stats "
+                f"{wanted}` with this very model"
+            )
+
+
+def statistics_notes(recipe: Recipe, steps: Sequence[Step], statistics: Sequence[Statistics]) -> Iterator[str]:
+    """What a user should know: which tensors are averaged, and whether the Fishers have a say at all."""
+    kind = MERGE_METHODS[recipe.merge_method].statistics
+    if kind is None:
+        return
+    merged = [step for step in steps if step.kind == "merge" and step.begin == 0]
+    plain = [step.name for step in merged if not step.statistics]
+    if len(plain) == len(merged):
+        yield f"the statistics know none of the tensors: all are averaged, and {recipe.merge_method} does nothing else"
+    elif kind == FISHER and plain:
+        listed = ", ".join(plain[:3]) + (", ..." if len(plain) > 3 else "")
+        yield f"{len(plain)} tensors without statistics are averaged: {listed}"
+    elif plain:
+        yield f"{len(merged) - len(plain)} tensors have a Gram; the other {len(plain)} are averaged"
+    minimal = recipe.parameters.get("minimal", MERGE_METHODS["fisher"].parameters["minimal"].default)
+    for entry in statistics:
+        if kind == FISHER and isinstance(minimal, float) and 0 < entry.mean < minimal:
+            yield (
+                f"the mean of {entry.ref} is {entry.mean:.1e}, less than minimal ({minimal:g}): most elements are "
+                f"merely averaged; write parameters: {{minimal: {entry.mean * 1e-3:.0e}}} for the Fisher to decide"
+            )

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of a single model: base + sparsified delta."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from darekit.errors import PlanError, RecipeError
+from darekit.recipe import Recipe, read_recipe
+
+
+def drop_recipe(
+    base: str,
+    model: str,
+    *,
+    drop_rate: float | str,
+    method: str = "dare",
+    rescale: str | None = None,
+    on: str = "delta",
+    keep_dense: Sequence[str] = (),
+    seed: int | None = None,
+    vocab: str = "strict",
+    heads: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe that `drop` runs.
+
+    Raises:
+        RecipeError: what is given makes no recipe.
+        PlanError: base and model are one.
+    """
+    if base.rstrip("/") == model.rstrip("/"):
+        raise PlanError(f"{model} is given as the base and as the model: name a model that was fine-tuned from it")
+    sparsify: dict[str, Any] = {"method": method, "drop_rate": drop_rate, "on": on}
+    # Where nothing is said, `auto` keeps dense what averages nothing out.
+    sparsify |= {"keep_dense": list(keep_dense)} if keep_dense or drop_rate != "auto" else {}
+    sparsify |= {"rescale": rescale} if rescale is not None else {}
+    entry: dict[str, Any] = {"model": model}
+    if seed is not None:
+        entry["parameters"] = {"seed": seed}
+    given = {} if heads is None else {"heads": model if heads == "model" else heads}
+    recipe = {
+        **given,
+        "base_model": base,
+        "models": [entry],
+        "sparsify": sparsify | dict(parameters or {}),
+        "merge_method": "linear" if on == "weights" else "task_arithmetic",
+        "vocab": vocab,
+        # Cut to the base's rows, the model no longer knows the tokens that its tokenizer has added.
+        "tokenizer_source": "base" if vocab == "base" else model,
+    }
+    try:
+        return read_recipe(recipe)
+    except RecipeError as error:  # who gave options knows of no recipe, and of no place in one
+        raise RecipeError(re.sub(r"^recipe: (sparsify\.|models\.0\.parameters\.)?", "", str(error))) from None

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words for people: short names of models, sizes in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePath
+
+
+def size_of(count: float) -> str:
+    """Bytes for people, in powers of ten.
+
+    >>> size_of(1_234_000_000)
+    '1.23 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def label(ref: str) -> str:
+    """A model's short name for tables and errors: the last part of its path or id."""
+    return PurePath(ref).name or ref
+
+
+def distinct_labels(refs: Sequence[str]) -> list[str]:
+    """Short names, or the whole ones where two short ones are the same.
+
+    >>> distinct_labels(["a/math", "a/code", "b/code"])
+    ['math', 'a/code', 'b/code']
+    """
+    short = [label(ref) for ref in refs]
+    return [ref if short.count(one) > 1 else one for ref, one in zip(refs, short, strict=True)]
