@@ -204,7 +204,7 @@ def test_record_and_flush_from_many_threads(tmp_path):
 
 def test_a_second_run_is_refused_with_the_pid(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from darekit.staging import open_stage\n"
+        "import sys; from pathlib import Path; from darekit.output.staging import open_stage\n"
         "try: open_stage(Path(sys.argv[1]), identity={}, overwrite=False, resume=True, inputs=[])\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
