@@ -573,6 +573,43 @@ class TestFiles:
         with pytest.raises(OutputError, match="cannot be written: No such file"):
             OutputFile.create(tmp_path / "no/out", 10)
 
+    def test_a_closed_file_refuses_to_be_read_though_another_has_its_descriptor(self, tmp_path):
+        (tmp_path / "own").write_bytes(b"own!")
+        (tmp_path / "other").write_bytes(b"other")
+        file = InputFile(tmp_path / "own")
+        descriptor = file._fd
+        file.close()
+        other = os.open(tmp_path / "other", os.O_RDONLY)
+        try:
+            assert other == descriptor, "the system gives the smallest free number: the old one"
+            for read in (lambda: file.read(0, 4), lambda: FileRange(file, 0, 4).read_into(np.empty(4, np.uint8), 0)):
+                with pytest.raises(CheckpointError, match=r"own is closed, and was to be read: .*with dk\.plan"):
+                    read()
+            file.close()  # must not close the other file
+            assert os.pread(other, 5, 0) == b"other"
+        finally:
+            os.close(other)
+
+    def test_a_closed_file_reopens_while_it_is_the_same(self, tmp_path):
+        (tmp_path / "own").write_bytes(b"own!")
+        file = InputFile(tmp_path / "own")
+        descriptor = file._fd
+        file.reopen()
+        assert file._fd == descriptor, "it was open"
+        file.close()
+        file.reopen()
+        assert file.read(0, 4) == b"own!"
+        file.close()
+        (tmp_path / "new").write_bytes(b"new!")
+        (tmp_path / "new").replace(tmp_path / "own")
+        with pytest.raises(CheckpointError, match="own has changed since it was first opened"):
+            file.reopen()
+        with pytest.raises(CheckpointError, match="own is closed"):
+            file.read(0, 4)
+        (tmp_path / "own").unlink()
+        with pytest.raises(CheckpointError, match="own does not exist"):
+            file.reopen()
+
     def test_ranges_stay_inside(self, tmp_path):
         (tmp_path / "x").write_bytes(bytes(range(10)))
         file = InputFile(tmp_path / "x")
