@@ -441,8 +441,12 @@ class TestHub:
         wanted = {
             "config.json": b"{}", "tokenizer.model": b"", "merges.txt": b"", "chat_template.jinja": b"",
             "model.safetensors.index.json": index, "model-1.safetensors": b"", "model-2.safetensors": b"",
+            "README.md": b"", "own.py": b"",
         }  # fmt: skip
-        other = ("consolidated.safetensors", "pytorch_model.bin", "onnx/x.json", "README.md", "m.gguf")
+        other = (
+            "consolidated.safetensors", "pytorch_model.bin", "onnx/config.json", "onnx/x.py", "trainer_state.json",
+            "onnx/README.md", "requirements.txt", "m.gguf",
+        )  # fmt: skip
         hub, fetch = self.fetch(tmp_path, monkeypatch, {**wanted, **dict.fromkeys(other, b"")})
         assert fetch().revision == COMMIT
         assert set(hub.fetched) == set(wanted)
@@ -452,6 +456,7 @@ class TestHub:
         [
             (["model.safetensors", "other.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
             (["other.safetensors", "pytorch_model.bin"], ["other.safetensors"]),
+            (["original/other.safetensors", "pytorch_model.bin"], ["pytorch_model.bin"]),
             (["pytorch_model.bin", "training_args.bin"], ["pytorch_model.bin"]),
         ],
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from darekit.checkpoints.companions import CARD
 from darekit.checkpoints.hub import HUB_ID, refuse_address, upload_files
 from darekit.errors import CheckpointError, OutputError, PlanError
 from darekit.packs.card import pack_card
@@ -18,7 +19,6 @@ from darekit.packs.opening import SUFFIX, locate_pack
 from darekit.packs.reading import open_pack
 from darekit.running import Progress
 
-CARD = "README.md"
 PACK_SUFFIX = ".pack.safetensors"
 
 
