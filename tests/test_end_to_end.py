@@ -667,6 +667,36 @@ def test_linear_works_without_a_base(real, tmp_path):
     assert config["architectures"] == first["architectures"]
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "weight"),
+    [
+        ("task_arithmetic", {"lambda": 0.5}, 1.0),
+        ("task_arithmetic", {}, 0.5),
+        ("task_arithmetic", {"lambda": 0.5}, 2.0),  # which is the model itself
+        ("ties", {"lambda": 0.5}, 1.0),
+    ],
+)
+def test_a_lone_model_that_is_not_sparsified_is_still_scaled(llamas, tmp_path, method, parameters, weight):
+    data = families.recipe(llamas.path, k=1, merge_method=method, parameters=parameters)
+    data["models"][0]["parameters"] = {"weight": weight}
+    dk.merge(data, tmp_path / "out")
+    how = {"method": method, "lambda_": parameters.get("lambda", 1.0), "weights": [weight]}
+    expected = formulas(llamas.base, llamas.models[:1], [0], **how)
+    families.same(families.load(tmp_path / "out"), expected)
+    scaled = any(array.tobytes() != llamas.models[0][name].tobytes() for name, array in expected.items())
+    assert scaled is (how["lambda_"] * weight != 1)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_a_lone_model_without_a_base_is_still_scaled(llamas, tmp_path, weight):
+    data = families.recipe(llamas.path, k=1, merge_method="linear", parameters={"normalize": False})
+    data["models"][0]["parameters"] = {"weight": weight}
+    del data["base_model"]
+    dk.merge(data, tmp_path / "out")
+    expected = {name: (array.astype(np.float32) * weight).astype(BF16) for name, array in llamas.models[0].items()}
+    families.same(families.load(tmp_path / "out"), expected)
+
+
 @pytest.mark.parametrize("method", ["drop_only", "dare", "magnitude"])
 def test_on_weights_drops_from_the_weights_themselves(llamas, tmp_path, dare, method):
     out = tmp_path / "out"
