@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 import families
+from hub_server import Hub
 
 # Examples are not timed: machines are noisy. CI repeats one fixed set; everyone else keeps looking for new ones.
 settings.register_profile("darekit", deadline=None, derandomize="CI" in os.environ)
@@ -23,6 +24,14 @@ def llamas(tmp_path_factory):
     path = tmp_path_factory.mktemp("llamas")
     base, models = families.family(path)
     return SimpleNamespace(path=path, base=base, models=models)
+
+
+@pytest.fixture
+def hub():
+    """A stand-in of the Hub on this machine; ask it by `hub_server.dare`."""
+    server = Hub()
+    yield server
+    server.close()
 
 
 @pytest.fixture

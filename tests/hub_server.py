@@ -4,11 +4,28 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TOKEN = "hf_test"
+
+
+def dare(hub, folder, *arguments, token=TOKEN):
+    """The command in a process of its own: huggingface_hub reads its environment when it is imported."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "no_proxy": "*"}  # fmt: skip
+    env |= {"HF_TOKEN": token} if token else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "darekit", *map(str, arguments)], env=env, cwd=folder, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
 
 
 class Hub:

@@ -441,8 +441,12 @@ class TestHub:
         wanted = {
             "config.json": b"{}", "tokenizer.model": b"", "merges.txt": b"", "chat_template.jinja": b"",
             "model.safetensors.index.json": index, "model-1.safetensors": b"", "model-2.safetensors": b"",
+            "README.md": b"", "own.py": b"",
         }  # fmt: skip
-        other = ("consolidated.safetensors", "pytorch_model.bin", "onnx/x.json", "README.md", "m.gguf")
+        other = (
+            "consolidated.safetensors", "pytorch_model.bin", "onnx/config.json", "onnx/x.py", "trainer_state.json",
+            "onnx/README.md", "requirements.txt", "m.gguf",
+        )  # fmt: skip
         hub, fetch = self.fetch(tmp_path, monkeypatch, {**wanted, **dict.fromkeys(other, b"")})
         assert fetch().revision == COMMIT
         assert set(hub.fetched) == set(wanted)
@@ -452,6 +456,7 @@ class TestHub:
         [
             (["model.safetensors", "other.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
             (["other.safetensors", "pytorch_model.bin"], ["other.safetensors"]),
+            (["original/other.safetensors", "pytorch_model.bin"], ["pytorch_model.bin"]),
             (["pytorch_model.bin", "training_args.bin"], ["pytorch_model.bin"]),
         ],
     )
@@ -572,6 +577,43 @@ class TestFiles:
     def test_no_such_directory(self, tmp_path):
         with pytest.raises(OutputError, match="cannot be written: No such file"):
             OutputFile.create(tmp_path / "no/out", 10)
+
+    def test_a_closed_file_refuses_to_be_read_though_another_has_its_descriptor(self, tmp_path):
+        (tmp_path / "own").write_bytes(b"own!")
+        (tmp_path / "other").write_bytes(b"other")
+        file = InputFile(tmp_path / "own")
+        descriptor = file._fd
+        file.close()
+        other = os.open(tmp_path / "other", os.O_RDONLY)
+        try:
+            assert other == descriptor, "the system gives the smallest free number: the old one"
+            for read in (lambda: file.read(0, 4), lambda: FileRange(file, 0, 4).read_into(np.empty(4, np.uint8), 0)):
+                with pytest.raises(CheckpointError, match=r"own is closed, and was to be read: .*with dk\.plan"):
+                    read()
+            file.close()  # must not close the other file
+            assert os.pread(other, 5, 0) == b"other"
+        finally:
+            os.close(other)
+
+    def test_a_closed_file_reopens_while_it_is_the_same(self, tmp_path):
+        (tmp_path / "own").write_bytes(b"own!")
+        file = InputFile(tmp_path / "own")
+        descriptor = file._fd
+        file.reopen()
+        assert file._fd == descriptor, "it was open"
+        file.close()
+        file.reopen()
+        assert file.read(0, 4) == b"own!"
+        file.close()
+        (tmp_path / "new").write_bytes(b"new!")
+        (tmp_path / "new").replace(tmp_path / "own")
+        with pytest.raises(CheckpointError, match="own has changed since it was first opened"):
+            file.reopen()
+        with pytest.raises(CheckpointError, match="own is closed"):
+            file.read(0, 4)
+        (tmp_path / "own").unlink()
+        with pytest.raises(CheckpointError, match="own does not exist"):
+            file.reopen()
 
     def test_ranges_stay_inside(self, tmp_path):
         (tmp_path / "x").write_bytes(bytes(range(10)))

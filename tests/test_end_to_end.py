@@ -3,7 +3,9 @@
 
 import contextlib
 import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -34,6 +36,55 @@ def formulas(base, models, seeds, **how):
     return {
         name: oracle.merge(name, array, [m[name] for m in models], seeds=seeds, **how) for name, array in base.items()
     }
+
+
+# --- plans
+
+
+def open_files():
+    """Paths of all files that this process has open."""
+    return {str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
+
+
+def value_of(checkpoint):
+    info = checkpoint.tensors["model.norm.weight"]
+    raw = np.empty(info.nbytes, np.uint8)
+    info.source.read_into(raw, 0)
+    return raw.tobytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux lists the open files")
+def test_a_plan_holds_files_open_only_inside_with(llamas, tmp_path):
+    paths = {str(llamas.path / name / "model.safetensors") for name in ("base", "m0", "m1")}
+    plan = dk.plan(families.recipe(llamas.path, k=2))
+    assert not paths & open_files()
+    assert plan.bytes_out and plan.steps and plan.notes == () and "m1" in repr(plan.summaries)
+    with plan as entered:
+        assert entered is plan and paths <= open_files()
+        values = {model.ref: value_of(model) for model in plan.models}
+    assert not paths & open_files()
+    for i in range(2):
+        found = values[str(llamas.path / f"m{i}")]
+        assert found == llamas.models[i]["model.norm.weight"].tobytes()
+    other = [(llamas.path / "base" / "config.json").open("rb") for _ in range(3)]  # take the descriptors
+    for checkpoint in plan.checkpoints:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is closed"):
+            value_of(checkpoint)
+    with plan:
+        assert value_of(plan.models[0]) == values[plan.models[0].ref]
+    for file in other:
+        file.close()
+
+
+def test_a_plan_whose_files_have_changed_is_not_entered(llamas, tmp_path):
+    for name in ("base", "m0"):
+        shutil.copytree(llamas.path / name, tmp_path / name)
+    plan = dk.plan(families.recipe(tmp_path, k=1))
+    families.save(tmp_path / "m0", llamas.models[1])
+    with pytest.raises(CheckpointError, match=r"m0.*has changed since"), plan:
+        pass
+    with pytest.raises(CheckpointError, match=r"base.*is closed"):  # which was opened first
+        value_of(plan.base)
 
 
 # --- transformers loads what we write
@@ -202,7 +253,6 @@ def jobs_of(llamas, sparsify, shard_size=1 << 30):
         return [execution.Job([step], LEAF) for step in make_plan(recipe, base, models, shard_size=shard_size).steps]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_take_spans_of_different_files(llamas, threads):
     """As long as there are that many; and every span once."""
     jobs = jobs_of(llamas, DARE, shard_size=10_000)
@@ -616,6 +666,36 @@ def test_linear_works_without_a_base(real, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     first = json.loads((real.path / "m0" / "config.json").read_text())
     assert config["architectures"] == first["architectures"]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "weight"),
+    [
+        ("task_arithmetic", {"lambda": 0.5}, 1.0),
+        ("task_arithmetic", {}, 0.5),
+        ("task_arithmetic", {"lambda": 0.5}, 2.0),  # which is the model itself
+        ("ties", {"lambda": 0.5}, 1.0),
+    ],
+)
+def test_a_lone_model_that_is_not_sparsified_is_still_scaled(llamas, tmp_path, method, parameters, weight):
+    data = families.recipe(llamas.path, k=1, merge_method=method, parameters=parameters)
+    data["models"][0]["parameters"] = {"weight": weight}
+    dk.merge(data, tmp_path / "out")
+    how = {"method": method, "lambda_": parameters.get("lambda", 1.0), "weights": [weight]}
+    expected = formulas(llamas.base, llamas.models[:1], [0], **how)
+    families.same(families.load(tmp_path / "out"), expected)
+    scaled = any(array.tobytes() != llamas.models[0][name].tobytes() for name, array in expected.items())
+    assert scaled is (how["lambda_"] * weight != 1)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_a_lone_model_without_a_base_is_still_scaled(llamas, tmp_path, weight):
+    data = families.recipe(llamas.path, k=1, merge_method="linear", parameters={"normalize": False})
+    data["models"][0]["parameters"] = {"weight": weight}
+    del data["base_model"]
+    dk.merge(data, tmp_path / "out")
+    expected = {name: (array.astype(np.float32) * weight).astype(BF16) for name, array in llamas.models[0].items()}
+    families.same(families.load(tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize("method", ["drop_only", "dare", "magnitude"])

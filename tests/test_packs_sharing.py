@@ -2,10 +2,7 @@
 """Pushing and pulling packs: huggingface_hub's own client against a stand-in of the Hub, and folders."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -13,14 +10,7 @@ import yaml
 import darekit as dk
 import families
 from darekit.errors import CheckpointError, OutputError, PlanError
-from hub_server import TOKEN, Hub
-
-
-@pytest.fixture
-def hub():
-    server = Hub()
-    yield server
-    server.close()
+from hub_server import dare
 
 
 @pytest.fixture
@@ -28,20 +18,6 @@ def packed(llamas, tmp_path):
     """base and m0 are those of `llamas`; the pack is m0.pack.safetensors."""
     dk.pack(llamas.path / "base", llamas.path / "m0", tmp_path / "m0.pack.safetensors", drop_rate=0.9, bits=4, seed=7)
     return tmp_path / "m0.pack.safetensors"
-
-
-def dare(hub, folder, *arguments, token=TOKEN):
-    """The command in a process of its own: huggingface_hub reads its environment when it is imported."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "no_proxy": "*"}  # fmt: skip
-    env |= {"HF_TOKEN": token} if token else {}
-    done = subprocess.run(
-        [sys.executable, "-m", "darekit", *map(str, arguments)], env=env, cwd=folder, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
 
 
 def front_matter(card):

@@ -74,6 +74,14 @@ def plan(
 ) -> Plan:
     """Plan a merge from headers alone, without running it: its steps, files, bytes, notes.
 
+    The plan can be printed and counted, and holds no file open: reading a tensor through it raises. Where tensors are
+    to be read, use it as a context manager, which opens its files and closes them on leaving::
+
+        with dk.plan("recipe.yaml") as plan:
+            embedding = plan.base.tensors["model.embed_tokens.weight"]
+            raw = np.empty(embedding.nbytes, np.uint8)
+            embedding.source.read_into(raw, 0)
+
     Args:
         recipe: a recipe file, its data, or a `Recipe`.
         seed: replaces the recipe's seed.

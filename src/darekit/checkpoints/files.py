@@ -26,11 +26,12 @@ Bytes = npt.NDArray[np.uint8]
 
 BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 POSITIONAL = hasattr(os, "preadv") and hasattr(os, "pwrite")  # Windows has neither
+CLOSED = -1  # in place of a descriptor: no call of the system takes it for a file
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 class InputFile:
-    """A file opened for reading once; many threads may read it at the same time.
+    """A file opened for reading; many threads may read it at the same time. Once closed it refuses every read.
 
     Attributes:
         path: where it was opened, symbolic links unresolved (the Hub's cache is made of them).
@@ -40,26 +41,23 @@ class InputFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            # Asked before opening: opening a named pipe waits for a writer, for ever.
-            if not stat.S_ISREG(path.stat().st_mode):
-                kind = "a directory" if path.is_dir() else "not a regular file"
-                raise CheckpointError(f"{path} is {kind}; expected a file of weights")
-            self._fd = os.open(path, os.O_RDONLY | BINARY)
-        except OSError as error:
-            raise CheckpointError(_why_unreadable(path, error)) from error
+        self._fd = _open(path)
         status = os.fstat(self._fd)
         self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
         self._inode = (status.st_dev, status.st_ino)
         self._lock = threading.Lock()
-        self._closed = False
 
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """(n,) uint8, filled with the n bytes that begin at `offset`.
 
         Raises:
-            CheckpointError: the file ends before, or the disk fails.
+            CheckpointError: the file was closed, it ends before, or the disk fails.
         """
+        if self._fd == CLOSED:
+            raise CheckpointError(
+                f"{self.path} is closed, and was to be read: read tensors before their checkpoint, pack or plan is "
+                "closed (the files of a plan are open inside `with dk.plan(recipe) as plan:`)"
+            )
         view = buffer.data
         done = 0
         while done < len(view):  # the kernel may return less than asked, and never returns more than 2 GiB
@@ -88,13 +86,35 @@ class InputFile:
             now = self.path.stat()
         except OSError:
             return True
-        return (now.st_size, now.st_mtime_ns, (now.st_dev, now.st_ino)) != (self.size, self.mtime_ns, self._inode)
+        return self._differs(now)
+
+    def reopen(self) -> None:
+        """Open a closed file again; does nothing where it is open.
+
+        Raises:
+            CheckpointError: it is gone, or is no longer the file that was opened first.
+        """
+        if self._fd != CLOSED:
+            return
+        fd = _open(self.path)
+        if self._differs(os.fstat(fd)):
+            os.close(fd)
+            raise CheckpointError(
+                f"{self.path} has changed since it was first opened, so what is known about it no longer holds. Plan "
+                "again"
+            )
+        self._fd = fd
 
     def close(self) -> None:
         """Give the descriptor back; a second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            os.close(self._fd)
+        # The number goes first: the system gives it to the next file that anyone opens.
+        fd, self._fd = self._fd, CLOSED
+        if fd != CLOSED:
+            os.close(fd)
+
+    def _differs(self, status: os.stat_result) -> bool:
+        now = status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino)
+        return now != (self.size, self.mtime_ns, self._inode)
 
     def _read_at(self, view: memoryview, offset: int) -> int:
         if POSITIONAL:
@@ -240,6 +260,17 @@ class ArrayBytes:
         if offset < 0 or offset + buffer.nbytes > self.nbytes:
             raise ValueError(f"bytes {offset} to {offset + buffer.nbytes} lie outside a tensor of {self.nbytes}")
         buffer[...] = self.data[offset : offset + buffer.nbytes]
+
+
+def _open(path: Path) -> int:
+    try:
+        # Asked before opening: opening a named pipe waits for a writer, for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            kind = "a directory" if path.is_dir() else "not a regular file"
+            raise CheckpointError(f"{path} is {kind}; expected a file of weights")
+        return os.open(path, os.O_RDONLY | BINARY)
+    except OSError as error:
+        raise CheckpointError(_why_unreadable(path, error)) from error
 
 
 def _why_unreadable(path: Path, error: OSError) -> str:

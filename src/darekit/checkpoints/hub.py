@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from darekit.checkpoints import companions
 from darekit.checkpoints.documents import read_object
-from darekit.checkpoints.weights import INDEX, SINGLE, read_index, refuse_config, refuse_directory
+from darekit.checkpoints.weights import ADAPTER_CONFIG, INDEX, SINGLE, read_index, refuse_config, refuse_directory
 from darekit.errors import CheckpointError, OutputError
 
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>.+))?", re.ASCII)
 HUB_FILE = re.compile(
     r"(?P<repository>\w[\w.-]*/\w[\w.-]*)/(?P<name>\w[\w.-]*\.safetensors)(?:@(?P<revision>.+))?", re.ASCII
 )
-COMPANIONS = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+SMALL = (
+    companions.CONFIG, companions.CARD, ADAPTER_CONFIG, *INDEX.values(), *companions.TOKENIZER, *companions.TEMPLATES,
+    *companions.PROCESSOR, *companions.MODEL, *companions.CODE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,16 @@ def fetch_snapshot(ref: str, *, cache: Path | None = None) -> Snapshot:
     if match is None:
         raise CheckpointError(f"{ref!r} is not a Hub id; expected org/name or org/name@revision")
     repository, revision = match["repository"], match["revision"]
-    directory = _fetch(ref, repository, revision, cache, COMPANIONS, partial=True)
+    directory = _fetch(ref, repository, revision, cache, SMALL, partial=True)
     commit = directory.name  # further calls must not see a push that happens meanwhile
-    config_path = directory / "config.json"
+    config_path = directory / companions.CONFIG
     if not config_path.exists():  # with one it may be a whole model that keeps its adapter's settings
         refuse_directory(directory)
     else:
         refuse_config(read_object(config_path, strict=False), config_path)
     for patterns in _wanted(directory):
         # With config.json among them a pattern is never without a match, of which huggingface_hub would warn.
-        _fetch(ref, repository, commit, cache, ("config.json", *patterns), partial=False)
+        _fetch(ref, repository, commit, cache, (companions.CONFIG, *patterns), partial=False)
         if any(any(directory.glob(pattern)) for pattern in patterns):
             break
     return Snapshot(directory, commit)
@@ -164,8 +168,9 @@ def _fetch(
 
     try:
         found = huggingface_hub.snapshot_download(
-            repository, revision=revision, cache_dir=cache, allow_patterns=list(patterns), ignore_patterns=["*/*"]
-        )
+            repository, revision=revision, cache_dir=cache, allow_patterns=list(patterns),
+            ignore_patterns=_in_folders(patterns),
+        )  # fmt: skip
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{ref} is gated: ask for access at https://huggingface.co/{repository}, then run `hf auth login` or set "
@@ -189,6 +194,16 @@ def _fetch(
             f"{ref} could not be fetched from the Hub ({_name(error)}). Run again: finished files are kept"
         ) from error
     return Path(found)
+
+
+def _in_folders(patterns: Sequence[str]) -> list[str]:
+    """What `patterns` should not match, though they do: to the Hub's client `*` matches a slash like any character.
+
+    >>> _in_folders(["config.json", "*.py", "templates/*.jinja"])
+    ['*/*.py', 'templates/*/*.jinja']
+    """
+    stars = [(pattern, star.start()) for pattern in patterns for star in re.finditer(r"\*", pattern)]
+    return [f"{pattern[:at]}*/*{pattern[at + 1 :]}" for pattern, at in stars]
 
 
 def _about_network(ref: str, repository: str, revision: str | None, *, incomplete: bool) -> str:

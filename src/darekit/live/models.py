@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit import machine
-from darekit.checkpoints import Placement
+from darekit.checkpoints import Placement, companions
 from darekit.dtypes import Bytes, DType, dtype_named
 from darekit.engine import execution, tiles
 from darekit.engine.trimming import settle_model_trim
@@ -260,11 +260,11 @@ def _empty(plan: Plan, device: str | None, dtype: str | None) -> LiveModel:
 def _tokenizer(folder: str) -> Any:
     import transformers
 
-    if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("*vocab*")):
+    if not any(any(Path(folder).glob(pattern)) for pattern in companions.TOKENIZER):
         return None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, ImportError) as error:  # the last: sentencepiece is not installed
         raise CheckpointError(f"the tokenizer cannot be read: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

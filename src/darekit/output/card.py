@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from darekit.checkpoints.companions import CARD
+
 FRONT_MATTER_LIMIT = 1 << 16  # characters; a card's metadata is far smaller, and a hostile one need not be read
 
 CITATION = """\
@@ -108,7 +110,7 @@ def public_name(model: str) -> str:
 
 def agreed_license(directories: Sequence[Path]) -> str | None:
     """The license on which the cards of all these checkpoints agree, None if there is no such."""
-    found = {_license(directory / "README.md") for directory in directories}
+    found = {_license(directory / CARD) for directory in directories}
     return found.pop() if len(found) == 1 else None
 
 

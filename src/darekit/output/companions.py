@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints import Checkpoint
+from darekit.checkpoints.companions import CARD, CONFIG
 from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.errors import OutputError
 from darekit.output.config import merged_config
@@ -53,7 +54,7 @@ def write_companions(
     if config is None:
         warnings.append("no input has a config.json: the output has none, and transformers cannot load it by itself")
     else:
-        path = directory / "config.json"
+        path = directory / CONFIG
         try:
             path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         except (OSError, TypeError, ValueError) as error:
@@ -69,7 +70,7 @@ def write_companions(
         warnings.extend(chat_template.warnings)
         if chat_template.borrowed and chat_template.template is not None:
             _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template.template)
-    texts = ((RECIPE_NAME, RECIPE_NAME, lambda: recipe_text), ("the model card", "README.md", card))
+    texts = ((RECIPE_NAME, RECIPE_NAME, lambda: recipe_text), ("the model card", CARD, card))
     for what, name, text in texts:
         _try(warnings, f"could not write {what}", _whole, directory / name, partial(_write, text))
     return warnings

@@ -9,34 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "*.tiktoken",
-    "tekken.json",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-    "target.spm",
-    "bpe.codes",
-    "normalizer.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-)
-MODEL_FILES = ("generation_config.json",)
-CODE_FILES = ("*.py",)  # only where a config's auto_map refers to code
+from darekit.checkpoints import companions
 
 
 @dataclass(frozen=True)
@@ -60,12 +33,14 @@ class TemplateChoice:
 
 def tokenizer_files(directory: Path) -> tuple[Path, ...]:
     """The files in `directory` that turn text into tokens and back."""
-    return _matching(directory, TOKENIZER_FILES) + _code(directory, "tokenizer_config.json")
+    return _matching(directory, (*companions.TOKENIZER, *companions.TEMPLATES, *companions.PROCESSOR)) + _code(
+        directory, "tokenizer_config.json"
+    )
 
 
 def model_files(directory: Path) -> tuple[Path, ...]:
     """The files in `directory` that belong to its model, beside `config.json` and the weights."""
-    return _matching(directory, MODEL_FILES) + _code(directory, "config.json")
+    return _matching(directory, companions.MODEL) + _code(directory, companions.CONFIG)
 
 
 def companion_files(directory: Path) -> tuple[Path, ...]:
@@ -135,7 +110,7 @@ def _matching(directory: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
 
 
 def _code(directory: Path, config: str) -> tuple[Path, ...]:
-    return _matching(directory, CODE_FILES) if _read_json(directory / config).get("auto_map") else ()
+    return _matching(directory, companions.CODE) if _read_json(directory / config).get("auto_map") else ()
 
 
 def _is_default(entry: object) -> bool:

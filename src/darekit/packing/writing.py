@@ -19,6 +19,7 @@ import xxhash
 
 from darekit import __version__
 from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, sync_directory
+from darekit.checkpoints.companions import CONFIG
 from darekit.checkpoints.digests import checkpoint_digest, tensor_digest
 from darekit.dtypes import DTYPES, dtype_named
 from darekit.errors import CheckpointError, OutputError, PlanError
@@ -517,7 +518,7 @@ def _companions(model: Checkpoint) -> Iterator[tuple[str, bytes]]:
     directory = model.directory
     if directory is None:
         return
-    paths = [path for path in (directory / "config.json",) if path.is_file()]
+    paths = [path for path in (directory / CONFIG,) if path.is_file()]
     for path in dict.fromkeys((*paths, *tokenizer_files(directory), *model_files(directory))):
         with contextlib.suppress(OSError):
             yield path.relative_to(directory).as_posix(), path.read_bytes()

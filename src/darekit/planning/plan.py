@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from darekit.checkpoints import Checkpoint, InputFile, OutputTensor, Shard, lay_out, sample_digest
 from darekit.dtypes import DTYPES
@@ -48,7 +48,11 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class Plan:
-    """Recipe x headers: the steps, the output's layout, the cost."""
+    """Recipe x headers: the steps, the output's layout, the cost.
+
+    What follows from headers (steps, shards, notes, costs) needs no open file; reading a tensor does. As a context
+    manager a plan reopens its files where they are closed, and closes them on leaving.
+    """
 
     recipe: Recipe
     base: Checkpoint | None
@@ -74,6 +78,28 @@ class Plan:
         """All open files: those of the checkpoints, the statistics, and what is read besides."""
         weights = [file for checkpoint in self.checkpoints for file in checkpoint.files]
         return (*weights, *(entry.file for entry in self.statistics if entry.file), *self.read_besides)
+
+    def __enter__(self) -> Self:
+        """Reopen the files that are closed.
+
+        Raises:
+            CheckpointError: one of them is gone, or has changed since it was planned.
+        """
+        try:
+            for file in self.files:
+                file.reopen()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; a second call does nothing."""
+        for file in self.files:
+            file.close()
 
     @property
     def bytes_in(self) -> int:
