@@ -408,6 +408,19 @@ def test_drop_of_a_model_with_one_more_row_says_how_many_rows_there_are(grown, t
     families.same(families.load(tmp_path / "out"), expected)
 
 
+def test_rows_of_another_embedding_are_not_the_vocabularys(tmp_path):
+    """The config's vocab_size counts tokens, and not the rows of whatever else is called an embedding."""
+    rng = np.random.default_rng(0)
+    base = families.llama(rng)
+    for name, tensors, rows in (("base", base, 5), ("m0", families.tuned(rng, base), 7)):
+        families.save(
+            tmp_path / name, tensors | {"model.embed_codes.weight": np.ones((rows, 4), BF16)}, families.config()
+        )
+    dk.merge(families.recipe(tmp_path, k=1, vocab="pad"), tmp_path / "out")
+    assert families.load(tmp_path / "out")["model.embed_codes.weight"].shape == (7, 4)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == families.VOCAB
+
+
 @pytest.mark.parametrize("vocab", ["base", "pad"])
 def test_a_tokenizer_from_the_one_model_comes_with_a_config_that_is_true(grown, tmp_path, vocab):
     path, _, _ = grown

@@ -174,6 +174,12 @@ def test_missing_and_extra_tensors_are_listed_with_counts(llamas, tmp_path):
     assert "has 1 tensors (model.extra.weight)" in message and str(tmp_path / "m0") in message
 
 
+def test_a_head_that_could_be_tied_to_nothing_is_missing(llamas, tmp_path):
+    gone = ("model.embed_tokens.weight", "lm_head.weight")
+    message = refused(tmp_path, llamas, {n: a for n, a in llamas.models[0].items() if n not in gone})
+    assert "m0 lacks 2 tensors (lm_head.weight, model.embed_tokens.weight)" in message
+
+
 def test_misshaped_tensors_are_listed_with_both_shapes(llamas, tmp_path):
     model = dict(llamas.models[0])
     for name in model:
