@@ -644,6 +644,20 @@ def test_allow_nonfinite_takes_the_bases_element(spoilt, tmp_path, method):
         families.same({name: found[name]}, {name: np.where(bad, array, expected[name])})
 
 
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+def test_allow_nonfinite_takes_the_bases_element_wherever_either_model_has_none(llamas, tmp_path, method):
+    name = "model.norm.weight"
+    models = [{n: a.copy() for n, a in m.items()} for m in llamas.models[:2]]
+    models[0][name][3], models[1][name][8] = np.nan, np.inf
+    families.save(tmp_path / "base", llamas.base, families.config())
+    for i, model in enumerate(models):
+        families.save(tmp_path / f"m{i}", model, families.config())
+    dk.merge(families.recipe(tmp_path, k=2, merge_method=method), tmp_path / "out", allow_nonfinite=True)
+    expected = formulas(llamas.base, models, [0, 0], method=method)
+    expected[name][[3, 8]] = llamas.base[name][[3, 8]]
+    families.same(families.load(tmp_path / "out"), expected)
+
+
 @pytest.mark.parametrize("keys", [{"parameters": {"normalize": False}}, {"sparsify": {**DARE, "on": "weights"}}])
 def test_allow_nonfinite_takes_the_bases_element_when_whole_models_are_merged(tmp_path, keys):
     base, model = np.full(100, 2, np.float32), np.full(100, 3, np.float32)
