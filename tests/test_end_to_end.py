@@ -429,6 +429,18 @@ def test_a_tokenizer_from_the_one_model_comes_with_a_config_that_is_true(grown, 
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows
 
 
+def test_missing_rows_are_the_bases_when_whole_models_are_measured(grown, tmp_path):
+    """m2 lacks row 95: which half of its weights is the larger one is asked with the base's row."""
+    path, base, models = grown
+    sparsify = {"method": "magnitude", "drop_rate": 0.5, "on": "weights"}
+    dk.merge(families.recipe(path, vocab="base", merge_method="linear", sparsify=sparsify), tmp_path / "out", threads=1)
+    found = families.load(tmp_path / "out")
+    for name in HEADS:
+        cut = [np.concatenate([m[name], base[name][len(m[name]) :]])[:96] for m in models]
+        how = {"seeds": [0] * 3, "sparsify": ("magnitude", {"drop_rate": 0.5}), "method": "linear", "on": "weights"}
+        families.same({name: found[name]}, {name: oracle.merge(name, base[name], cut, **how)})
+
+
 def test_missing_rows_are_the_bases_when_whole_models_are_averaged(grown, tmp_path):
     """m2 lacks row 95: on weights and in an unnormalised sum it counts as the base's, not as zeros."""
     path, base, _models = grown
