@@ -348,6 +348,21 @@ def test_a_head_stored_twice_is_left_out_of_a_tied_output(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
 
 
+@pytest.mark.parametrize(("kind", "tied"), [("gemma2", True), ("mistral", False)])
+def test_a_config_that_does_not_say_whether_the_head_is_tied_means_what_its_kind_means(tmp_path, kind, tied):
+    rng = np.random.default_rng(0)
+    config = families.config() | {"model_type": kind}
+    del config["tie_word_embeddings"]
+    base = families.llama(rng)
+    model = families.tuned(rng, base)
+    families.save(tmp_path / "base", base, config)
+    families.save(tmp_path / "m0", model, config)
+    dk.drop(tmp_path / "base", tmp_path / "m0", tmp_path / "out", drop_rate=0)
+    families.same(
+        families.load(tmp_path / "out"), {n: a for n, a in model.items() if n != "lm_head.weight" or not tied}
+    )
+
+
 # --- vocabularies
 
 
@@ -736,6 +751,17 @@ def test_a_lone_model_without_a_base_is_still_scaled(llamas, tmp_path, weight):
     dk.merge(data, tmp_path / "out")
     expected = {name: (array.astype(np.float32) * weight).astype(BF16) for name, array in llamas.models[0].items()}
     families.same(families.load(tmp_path / "out"), expected)
+
+
+def test_an_unnormalised_sum_of_models_is_a_sum_of_weights_and_not_of_deltas(tmp_path):
+    rng = np.random.default_rng(0)
+    base, one, two = (rng.normal(0, 1, (4, 8)).astype(np.float32) for _ in range(3))
+    data = one_tensor(tmp_path, base, one, two, merge_method="linear", parameters={"normalize": False})
+    for entry, weight in zip(data["models"], (0.5, 0.25), strict=True):
+        entry["parameters"] = {"weight": weight}
+    dk.merge(data, tmp_path / "out", force=True)
+    (found,) = families.load(tmp_path / "out").values()
+    assert np.array_equal(found, np.float32(0.5) * one + np.float32(0.25) * two)
 
 
 @pytest.mark.parametrize("method", ["drop_only", "dare", "magnitude"])
