@@ -14,6 +14,7 @@ The examples of one document run in order in one folder, which looks like `demo/
 in any block must run, except those in NOT_RUN, which are parsed.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -95,9 +96,14 @@ def dare_lines(document):
             yield shlex.join(shlex.split(line, comments=True)), marker in RUN
 
 
+@functools.cache
+def whole_command():
+    return typer.main.get_command(cli.build_app())
+
+
 def command_of(words):
     """The command that these words name, and the words that are left."""
-    command, words = typer.main.get_command(cli.build_app()), list(words)
+    command, words = whole_command(), list(words)
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         command = command.commands[words.pop(0)]
     return command, words
