@@ -56,7 +56,8 @@ FENCE = re.compile(
 )
 RUN = ("run", "run in sh", "run on the Hub")
 OTHERS_FLAGS = {"--random-seed"}  # mergekit's
-DARE_LINE = re.compile(r"^\s*(?:\$ )?(?:\S*/)?(dare\s.*)$", re.M)
+# Where a command can begin: a line, a prompt, after another command, after variables.
+DARE_LINE = re.compile(r"^(?:.*?(?:&&|[;|$(])[ \t]*)?[ \t]*(?:\w+=\S*[ \t]+)*(?:\S*/)?(dare[ \t].*)$", re.M)
 
 # Lines that no test can run, and why. They are parsed by the command itself.
 DOWNLOADS = "lm-eval fetches this task's questions from the Hub"
@@ -222,9 +223,19 @@ def test_every_dare_line_runs_or_is_known_not_to(document):
 def test_a_dare_line_that_nothing_runs_is_noticed(tmp_path):
     page = tmp_path / "page.md"
     for fence in ("```sh", "```console", "```"):
-        for line in ("dare merge a.yaml b  # comment", "$ dare merge a.yaml b", ".venv/bin/dare merge a.yaml b"):
+        for before in (
+            "",
+            "  ",
+            "$ ",
+            ".venv/bin/",
+            "HF_HUB_OFFLINE=1 ",
+            "cd demo && ",
+            "yes | ",
+            "true; A=b C=d bin/",
+        ):
+            line = f"{before}dare merge a.yaml b  # comment"
             page.write_text(f"text\n\n{fence}\n{line}\n```\n")
-            assert not_run(page) == ["dare merge a.yaml b"]
+            assert not_run(page) == ["dare merge a.yaml b"], line
     page.write_text("<!-- run -->\n```sh\ndare merge a.yaml b\n```\n")
     assert not_run(page) == [] and list(dare_lines(page)) == [("dare merge a.yaml b", True)]
 
@@ -243,7 +254,7 @@ def test_what_is_known_not_to_run_is_in_a_document_and_parses():
 def test_commands_named_in_the_text_exist(document):
     for span in re.findall(r"`dare ([a-z][^`\n]*)`", document.read_text(encoding="utf-8")):
         command, words = command_of(shlex.split(span))
-        known = {name for parameter in command.params for name in parameter.opts}
+        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
         for word in words:
             assert not word.startswith("-") or word in known, f"{name_of(document)}: `dare {span}` has no {word}"
 
@@ -333,6 +344,7 @@ def test_versions_agree():
 
 
 FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+SENTENCES = " ".join(FORMATS.split())
 
 
 def test_known_answers_of_the_mask():
@@ -345,12 +357,12 @@ def test_known_answers_of_the_mask():
         assert found == words.split()
         assert np.flatnonzero(kept(number, stream_of(name), 0, 200, 0.9))[:6].tolist() == [*map(int, first.split())]
     for offset, word in ((5, "8a95f27c"), (1029, "6122140e")):
-        assert f"element 2^34 + {offset} draws `{word}`" in FORMATS
+        assert f"element 2^34 + {offset} draws `{word}`" in SENTENCES
         assert draws(0, stream_of("w"), 2**34 + offset, 1)[0] == int(word, 16)
-    assert f"The threshold of p = 0.9 is {threshold_of(0.9)}." in FORMATS
+    assert f"The threshold of p = 0.9 is {threshold_of(0.9)}." in SENTENCES
     zeros = bytes(16)
     for number in (*effective_seeds(42, [bytes(range(16)), zeros]), *effective_seeds(42, [zeros, zeros])):
-        assert str(number) in FORMATS
+        assert str(number) in SENTENCES
 
 
 def test_known_answers_of_the_digests():
@@ -362,10 +374,10 @@ def test_known_answers_of_the_digests():
         digest = TensorDigest(size)
         digest.update(raws[name])
         rows.append((name, dtype, shape, tensor_digest(digest.finish())))
-        assert f"`{name}` `{rows[-1][-1]}`" in FORMATS
+        assert f"`{name}` `{rows[-1][-1]}`" in SENTENCES
     checkpoint = Checkpoint(ref="x", directory=None, tensors=infos, config=None, files=(), revision=None)
-    assert f"`{sample_digest(checkpoint).hex()}`" in FORMATS
-    assert f"the checkpoint `{checkpoint_digest(rows)}`" in FORMATS
+    assert f"`{sample_digest(checkpoint).hex()}`" in SENTENCES
+    assert f"the checkpoint `{checkpoint_digest(rows)}`" in SENTENCES
 
 
 def test_the_readme_cites_what_the_cards_cite():
