@@ -253,6 +253,7 @@ def jobs_of(llamas, sparsify, shard_size=1 << 30):
         return [execution.Job([step], LEAF) for step in make_plan(recipe, base, models, shard_size=shard_size).steps]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_take_spans_of_different_files(llamas, threads):
     """As long as there are that many; and every span once."""
     jobs = jobs_of(llamas, DARE, shard_size=10_000)

@@ -60,8 +60,8 @@ def layers(checkpoint: Checkpoint, start: int, end: int, *, stack: str | None = 
     count = 1 + max(layer.index for layer in found.values() if layer.stack == stack)
     if not 0 <= start <= end <= count:
         raise PlanError(
-            f"layers {start} to {end} of {stack} in {checkpoint.ref}: expected 0 <= start <= end <= {count}, the number "
-            "of its layers"
+            f"layers {start} to {end} of {stack} in {checkpoint.ref}, which has {count}: expected 0 <= start <= end <= "
+            f"{count}"
         )
     names = {}
     for name in checkpoint.tensors:
