@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import commands
+
 HELD, PARTLY, FAILED, MISSING = "held", "partly held", "failed", "not run"
 DROP_RATE = "sparsify.drop_rate"
 ABILITIES = ("shift", "mirror", "rotate")
@@ -371,16 +373,14 @@ def searched_of(results: Mapping[str, Any], rate: float) -> dict[str, Searched]:
     Raises:
         KeyError: a search did not run.
     """
-    import rerun
-
     found, cells = results["experiments"]["e"], sweep_of(results, "e-masks").where(rate=rate)
     answer = {}
-    for width, ability in rerun.SEARCHED:
-        recipes = [Path(rerun.searched(width, ability, rate, seed)) for seed in rerun.SEARCHED_SEEDS]
+    for width, ability in commands.SEARCHED:
+        recipes = [Path(commands.searched(width, ability, rate, seed)) for seed in commands.SEARCHED_SEEDS]
         factors = tuple(found[f"searches/{recipe.stem}"]["factor"] for recipe in recipes)
         scores = tuple(100 * found[f"evaluations/{ability}"][recipe.name] for recipe in recipes)
         name = f"{width}, {ability}"
-        without = tuple(cells.where(model=name, mask=str(seed)).score() for seed in rerun.SEARCHED_SEEDS)
+        without = tuple(cells.where(model=name, mask=str(seed)).score() for seed in commands.SEARCHED_SEEDS)
         answer[name] = Searched(factors, scores, without)
     return answer
 

@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import claims
+import commands
 import storage
 from claims import DROP_RATE, METHODS, PAIRS, SCOPES, Cells, cosines, merge_of, sweep_of
 
@@ -127,9 +128,7 @@ def _draw(results: Mapping[str, Any], page: Path) -> None:
 
 def packs_models() -> tuple[str, ...]:
     """Whose deltas (j) stores."""
-    import rerun
-
-    return rerun.DECODERS
+    return commands.DECODERS
 
 
 DAREX_LABELS = (
@@ -313,9 +312,7 @@ def _slug(letter: str) -> str:
 
 
 def _again(letter: str) -> Iterator[str]:
-    import rerun
-
-    lines = [f"$ {command.line('../experiments')}" for command in rerun.commands(letter)]
+    lines = [f"$ {command.line('../experiments')}" for command in commands.commands(letter)]
     shown = lines if len(lines) <= 6 else [*lines[:3], "...", lines[-1]]
     shown = [line if len(line) < 300 else f"{line[:130]} ... {line[-90:]}" for line in shown]
     yield f"Again: `make paper ONLY={letter}`, which runs in `paper/work`\n\n```console\n" + "\n".join(shown) + "\n```"

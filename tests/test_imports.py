@@ -145,6 +145,14 @@ def test_a_circle_is_seen():
     assert {"darekit.engine.steps", "darekit.engine.tiles"} <= set(circles(graph(found)))
 
 
+def test_the_architecture_draws_the_same_floors():
+    text = (PACKAGE.parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = text[text.index("## The house") : text.index("## The flow")]
+    rows = [line.strip().split("  ")[0].split() for line in picture.splitlines() if line.startswith("    ")]
+    drawn = [tuple(one.removesuffix("/").removesuffix(".py") for one in row) for row in rows]
+    assert drawn == [floor for floor in FLOORS if floor != ("__main__",)]
+
+
 def test_the_root_holds_few_modules():
     """What everybody imports, and what nobody looks for in a room."""
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}

@@ -19,6 +19,7 @@ pytest.importorskip("tokenizers")
 
 sys.path.insert(0, str(PAPER))
 import claims  # noqa: E402
+import commands  # noqa: E402
 import lessons  # noqa: E402
 import page  # noqa: E402
 import rerun  # noqa: E402
@@ -35,7 +36,7 @@ def work(tmp_path_factory):
     path = tmp_path_factory.mktemp("paper")
     training.train_small(path)
     (path / "statistics").mkdir()
-    for command in rerun.commands("c"):
+    for command in commands.commands("c"):
         if command.words[0] == "stats":
             _, kind, model, _, data, *_ = command.words
             make_statistics(kind, path / model, path / data, path / command.makes, limit=2)
@@ -57,7 +58,7 @@ def test_every_model_that_is_named_is_trained():
     for path in EXPERIMENTS:
         found = set(re.findall(r"\b(?:w\d+|encoder)/[\w-]+", path.read_text()))
         assert found and found <= names, path.name
-    for command in rerun.commands():
+    for command in commands.commands():
         assert {word for word in command.words if re.fullmatch(r"(w\d+|encoder)/[\w-]+", word)} <= names, command
 
 
@@ -91,10 +92,10 @@ def test_all_experiments_run_and_all_runs_are_experiments():
 
     from darekit.cli import build_app
 
-    named = [command.words[1] for command in rerun.commands() if command.words[0] == "sweep"]
+    named = [command.words[1] for command in commands.commands() if command.words[0] == "sweep"]
     assert sorted(Path(name).name for name in named) == [path.name for path in EXPERIMENTS]
     top = get_command(build_app())
-    for command in rerun.commands():
+    for command in commands.commands():
         if command.program != "dare":
             assert (PAPER / command.program).is_file()
             continue
@@ -109,14 +110,16 @@ def test_all_experiments_run_and_all_runs_are_experiments():
 def test_commands_wait_for_what_they_read():
     """Models, statistics, recipes and packs are there before they are named; nothing else is trained."""
     run = rerun.Run(Path("work"), print)
-    found = {task.name: task for task in rerun.tasks_of("cej", run, rerun.TRAINING)}
+    found = {task.name: task for task in rerun.tasks_of("cej", run, commands.TRAINING)}
     assert found["w64" if "w64" in found else "w32"].needs == frozenset() and "w64" not in found
-    (three,) = [n for n, c in enumerate(rerun.commands("cej")) if "EXPERIMENTS/c-three.yaml" in c.words]
-    statistics = {f"c: statistics/{name}.{kind}.safetensors" for name in rerun.DECODERS for kind in ("fisher", "gram")}
+    (three,) = [n for n, c in enumerate(commands.commands("cej")) if "EXPERIMENTS/c-three.yaml" in c.words]
+    statistics = {
+        f"c: statistics/{name}.{kind}.safetensors" for name in commands.DECODERS for kind in ("fisher", "gram")
+    }
     assert found[f"c: {three}"].needs == {"w128", *statistics}
-    shift = [n for n, c in enumerate(rerun.commands("cej")) if c.result == "evaluations/shift"]
+    shift = [n for n, c in enumerate(commands.commands("cej")) if c.result == "evaluations/shift"]
     judged, packs = (found[f"{letter}: {n}"] for letter, n in zip("ej", shift, strict=True))
-    recipes = {rerun.searched(w, "shift", p, seed) for w in (32, 128) for p in (0.9, 0.99) for seed in (1, 2, 3)}
+    recipes = {commands.searched(w, "shift", p, seed) for w in (32, 128) for p in (0.9, 0.99) for seed in (1, 2, 3)}
     assert judged.needs >= {f"e: {recipe}" for recipe in recipes} and len(judged.needs - {"w32", "w128"}) == 12
     assert packs.needs == {"w128", "j: packs/shift"}
     assert not [name for name in tasks.chains(found.values()) if name not in found]
@@ -171,11 +174,11 @@ def test_packs_and_other_ways_are_stored_and_judged(work, monkeypatch):
 
 def test_packs_page_has_the_table_of_the_results():
     found = page.read_results(PAGE)["experiments"]["j"]
-    entries = storage.entries_of(found, rerun.DECODERS)
+    entries = storage.entries_of(found, commands.DECODERS)
     text = (PAGE.parent / "packs.md").read_text()
     assert storage.with_table(text, storage.table(entries)) == text, "run `make paper ONLY=j`"
     with pytest.raises(KeyError):
-        storage.entries_of({**found, "stored/shift": {}}, rerun.DECODERS)
+        storage.entries_of({**found, "stored/shift": {}}, commands.DECODERS)
 
 
 def test_no_word_is_in_two_splits():

@@ -512,14 +512,14 @@ def test_an_interrupted_command_keeps_what_it_finished(real, place, dare, monkey
     from darekit.sweeps import running
 
     (place.path / "s.yaml").write_text(json.dumps(place.sweep(axes={"sparsify.drop_rate": [0, 0.3, 0.6, 0.9]})))
-    real_check = running.api.check
+    real_check = running.checks.check
 
     def check(*arguments, **options):
         if place.calls() == 2:
             raise KeyboardInterrupt
         return real_check(*arguments, **options)
 
-    monkeypatch.setattr(running.api, "check", check)
+    monkeypatch.setattr(running.checks, "check", check)
     done = dare("sweep", place.path / "s.yaml", "--no-plots")
     assert done.code == 130 and "finished cells are in" in done.err and "the same command goes on" in done.err
     kept = lines(place.path / "s")

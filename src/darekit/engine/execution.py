@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: executes steps tile by tile, from ranged reads to positional writes, on a few threads.
 
-Nothing depends on the order of tiles (`darekit.engine.tiles`), so threads share nothing but a queue; memory is threads x
-(K + 6) tiles. A tensor with a stage that must first measure all of it is run by one thread, in order.
+Nothing depends on the order of tiles (`darekit.engine.tiles`), so threads share nothing but a queue; memory is threads
+x (K + 6) tiles. A tensor with a stage that must first measure all of it is run by one thread, in order.
 """
 
 from __future__ import annotations
