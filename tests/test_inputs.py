@@ -83,7 +83,7 @@ def test_a_pack_needs_its_base_and_is_none(llamas, packed):
 
 
 def test_every_command_opens_through_planning(llamas, monkeypatch, tmp_path):
-    """A kind of input that one line brings is known to all of them: here "1:REF", the model with its last layer alone."""
+    """A kind of input that one line brings is known to all: here "1:REF", a model with its last layer alone."""
 
     def find(opening):
         return str(opening.ref)[2:] if str(opening.ref).startswith("1:") else None
