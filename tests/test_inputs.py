@@ -12,7 +12,8 @@ from darekit.analysis import inspection
 from darekit.checkpoints import open_checkpoint, sample_digest
 from darekit.errors import CheckpointError, HoldsPack, PlanError
 from darekit.inputs import opening
-from darekit.inputs.opening import OPENERS, Opener, only_on_base, open_base, open_model
+from darekit.inputs.kinds import Opener
+from darekit.inputs.opening import OPENERS, only_on_base, open_base, open_model
 from darekit.inputs.slices import layers, renamed
 from darekit.planning import opening as planned
 
