@@ -98,6 +98,8 @@ def test_every_command_opens_through_planning(llamas, monkeypatch, tmp_path):
         "base_model": names["base"], "models": [{"model": names["m0"]}, {"model": names["m1"]}],
         "merge_method": "task_arithmetic", "sparsify": {"method": "dare", "drop_rate": 0.7},
     }  # fmt: skip
+    with pytest.raises(PlanError, match=r"layers\.0\.\S+ is stored as model\.layers\.1\..*write the model out first"):
+        dk.pack(names["base"], names["m0"], tmp_path / "m.safetensors", drop_rate=0.5)
     dk.merge(data, tmp_path / "out")
     whole = families.recipe(llamas.path, k=2, sparsify=data["sparsify"])
     dk.merge(whole, tmp_path / "whole")

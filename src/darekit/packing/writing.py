@@ -181,6 +181,8 @@ def pack(
 
     with open_plan(recipe) as plan:
         _refuse_out(out, plan, overwrite)
+        if not lossless:
+            _refuse_other_names(plan)
         for line in plan.notes:
             note(line)
         if not lossless and packed_seed(plan.models[0]) is not None:
@@ -205,6 +207,17 @@ def pack(
         sum(tensor.kind == "same" for tensor in tensors), sum(tensor.count for tensor in tensors),
         sum(tensor.kept for tensor in tensors), written.document.seed, peak_rss(), tuple(said), lossless,
     )  # fmt: skip
+
+
+def _refuse_other_names(plan: Plan) -> None:
+    """A pack draws its masks by the names of its base, a merge by those that a model is stored under."""
+    for tensor in plan.alignment.tensors:
+        info = tensor.models[0]
+        if info is not None and info.stored is not None and info.stored != tensor.name:
+            raise PlanError(
+                f"{plan.models[0].ref}: {tensor.name} is stored as {info.stored}, so a pack would drop other elements "
+                "than a merge does; write the model out first (merge it alone, by `merge_method: linear`), and pack that"
+            )
 
 
 def _refuse_out(out: Path, plan: Plan, overwrite: bool) -> None:
