@@ -106,7 +106,8 @@ class TestOpening:
     def test_one_file(self, tmp_path):
         make_model(tmp_path)
         checkpoint = open_checkpoint(tmp_path / "model.safetensors")
-        assert (checkpoint.directory, checkpoint.config) == (tmp_path, {"model_type": "llama"})
+        assert (checkpoint.directory, checkpoint.config) == (None, {"model_type": "llama"})
+        assert checkpoint.companions == {"config.json": tmp_path / "config.json"}
         assert read_all(checkpoint) == EXPECTED
         checkpoint.close()
 

@@ -20,7 +20,10 @@ import darekit as dk
 import families
 from darekit.engine import execution
 from darekit.errors import CheckpointError, DataError, OutputError
+from darekit.output.lock import identity
 from darekit.output.publishing import OutputFile
+from darekit.planning.opening import open_plan
+from darekit.recipe import read_recipe
 
 SPARSIFY = {"method": "dare", "drop_rate": 0.7}
 
@@ -41,14 +44,15 @@ def journaled(out):
 DRIVER = """
 import json, os, signal, sys, time
 from pathlib import Path
-from darekit import api, engine
+from darekit import api
 from darekit.checkpoints import OutputFile
+from darekit.engine import execution
 
 recipe, work, waits = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 api.merge(recipe, work / "reference", threads=2)
 
 def run(out):
-    engine.FLUSH_SECONDS = 0.0
+    execution.FLUSH_SECONDS = 0.0
     write = OutputFile.write
     def slow(self, buffer, offset):
         time.sleep(0.05)
@@ -213,6 +217,40 @@ def test_resume_after_an_input_changed_names_it(llamas, tmp_path, interrupt):
         dk.merge(recipe, tmp_path / "out", resume=True)
     message = str(error.value)
     assert str(tmp_path / "m1") in message and str(tmp_path / "m0") not in message
+
+
+def test_resume_after_a_change_that_kept_size_and_time_names_the_file(llamas, tmp_path, interrupt):
+    for name in ("base", "m0", "m1", "m2"):
+        families.copy(llamas.path / name, tmp_path / name)
+    recipe = families.recipe(tmp_path, sparsify=SPARSIFY)
+    interrupt(tmp_path / "out", 20_000, recipe)
+    file = tmp_path / "m1" / "model.safetensors"
+    status, raw = file.stat(), bytearray(file.read_bytes())
+    raw[-1] ^= 1  # no tensor's first 4096 bytes
+    file.write_bytes(raw)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(OutputError, match=r"file 2 \(model\.safetensors\)\.sample: \S+ -> \S+; undo"):
+        dk.merge(recipe, tmp_path / "out", resume=True)
+
+
+def test_resume_on_another_machine_compares_content_and_no_times(llamas, tmp_path, interrupt, monkeypatch):
+    for name in ("base", "m0", "m1", "m2"):
+        families.copy(llamas.path / name, tmp_path / name)
+    recipe = families.recipe(tmp_path, sparsify=SPARSIFY)
+    dk.merge(recipe, tmp_path / "whole" / "out")
+    finished = interrupt(tmp_path / "out", 20_000, recipe)
+    os.utime(tmp_path / "m1" / "model.safetensors")  # copied there, say
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    report = dk.merge(recipe, tmp_path / "out", resume=True)
+    assert f"resuming: {len(finished)} tensors are done" in report.notes
+    assert families.contents(tmp_path / "out") == families.contents(tmp_path / "whole" / "out")
+
+
+def test_files_with_one_name_do_not_hide_one_another(llamas):
+    with open_plan(read_recipe(families.recipe(llamas.path, k=2))) as plan:
+        files = {key: value for key, value in identity(plan, allow_nonfinite=False).items() if key.startswith("file")}
+    assert list(files) == [f"file {k} (model.safetensors)" for k in range(3)]
+    assert files["file 0 (model.safetensors)"] != files["file 1 (model.safetensors)"]
 
 
 def test_interrupted_from_the_keyboard(llamas, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from darekit.architectures.tying import TIED_MODEL_TYPES, is_tied, tied_by_default
+from darekit.checkpoints.companions import companions_in
 from darekit.dtypes import DTYPES
 from darekit.errors import OutputError
 from darekit.output.card import agreed_license, front_matter, model_card, public_name
@@ -171,15 +172,16 @@ def test_companions_are_found_and_nothing_else(tmp_path):
     put(tmp_path, "config.json", {"model_type": "llama"})
     put(tmp_path, "model.safetensors", "")
 
-    def names(paths):
-        return sorted(path.relative_to(tmp_path).as_posix() for path in paths)
-
-    assert names(tokenizer_files(tmp_path)) == sorted(wanted)
-    assert names(model_files(tmp_path)) == ["generation_config.json"]
-    assert names(companion_files(tmp_path)) == sorted([*wanted, "generation_config.json"])
+    assert sorted(tokenizer_files(companions_in(tmp_path))) == sorted(wanted)
+    assert list(model_files(companions_in(tmp_path))) == ["generation_config.json"]
+    found = companion_files(companions_in(tmp_path))
+    assert found == {name: tmp_path / name for name in (*wanted, "generation_config.json")}
     put(tmp_path, "config.json", {"auto_map": {"AutoModel": "modeling_own.Own"}})
-    assert names(companion_files(tmp_path)) == sorted([*wanted, "generation_config.json", "modeling_own.py"])
-    assert companion_files(tmp_path / "nowhere") == ()
+    found = companion_files(companions_in(tmp_path))
+    assert sorted(found) == sorted([*wanted, "generation_config.json", "modeling_own.py"])
+    assert companion_files(companions_in(tmp_path / "nowhere")) == {}
+    said = {name: path.read_bytes() for name, path in companions_in(tmp_path).items()}
+    assert companion_files(said) == {name: said[name] for name in found}, "files that lie nowhere are found alike"
 
 
 @pytest.mark.parametrize(
@@ -207,25 +209,27 @@ def test_companions_are_found_and_nothing_else(tmp_path):
     ],
 )
 def test_chat_template_forms(tmp_path, name, value, expected):
-    assert chat_template(put(tmp_path, name, value)) == expected
+    beside = companions_in(put(tmp_path, name, value))
+    assert chat_template(beside) == expected
+    assert chat_template({name: path.read_bytes() for name, path in beside.items()}) == expected
 
 
 def test_chat_template_order(tmp_path):
     put(tmp_path, "chat_template.json", {"chat_template": "json"})
     put(tmp_path, "tokenizer_config.json", {"chat_template": "config"})
-    assert chat_template(tmp_path) == "config"
+    assert chat_template(companions_in(tmp_path)) == "config"
     put(tmp_path, "chat_template.jinja", "jinja")
-    assert chat_template(tmp_path) == "jinja"
+    assert chat_template(companions_in(tmp_path)) == "jinja"
 
 
 def test_whose_chat_template(tmp_path):
-    bare = put(tmp_path / "bare", "tokenizer_config.json", {})
-    one = put(tmp_path / "one", "chat_template.jinja", "A\n")
-    same = put(tmp_path / "same", "tokenizer_config.json", {"chat_template": "A"})
-    other = put(tmp_path / "other", "chat_template.jinja", "B")
+    bare = companions_in(put(tmp_path / "bare", "tokenizer_config.json", {}))
+    one = companions_in(put(tmp_path / "one", "chat_template.jinja", "A\n"))
+    same = companions_in(put(tmp_path / "same", "tokenizer_config.json", {"chat_template": "A"}))
+    other = companions_in(put(tmp_path / "other", "chat_template.jinja", "B"))
     assert choose_chat_template(other, [("one", one)]) == TemplateChoice("B", "base")
     assert choose_chat_template(bare, [("bare", bare)]) == TemplateChoice()
-    for base in (bare, None):
+    for base in (bare, {}):
         choice = choose_chat_template(base, [("bare", bare), ("one", one), ("same", same)])
         assert (choice.template, choice.source, choice.borrowed, choice.warnings) == ("A\n", "one", True, ())
         assert choice.note == "the base has no chat template: took the one of one, same"
@@ -241,7 +245,7 @@ def test_a_written_template_is_loaded_by_transformers(tmp_path, tokenizer_direct
         write_companions(
             tmp_path,
             config={"model_type": "llama"},
-            files=companion_files(tokenizer_directory),
+            files=companion_files(companions_in(tokenizer_directory)),
             chat_template=choice,
             recipe_text="",
             card=lambda: "",
@@ -322,7 +326,9 @@ def test_the_license_needs_agreement(tmp_path):
     mit2 = put(tmp_path / "b", "README.md", "---\nlicense: mit\n---\n")
     llama = put(tmp_path / "c", "README.md", "---\nlicense: llama2\n---\n")
     other = put(tmp_path / "d", "README.md", "---\nlicense: other\nlicense_name: mine\n---\n")
-    none = tmp_path / "e"
+    mit, mit2, llama, other = (companions_in(directory) for directory in (mit, mit2, llama, other))
+    none = companions_in(tmp_path / "e")
+    assert agreed_license([mit, {"README.md": b"---\nlicense: mit\n---\n"}]) == "mit"
     assert agreed_license([mit, mit2]) == "mit" and agreed_license([mit, llama]) is None
     assert agreed_license([mit, none]) is None and agreed_license([other, other]) is None and agreed_license([]) is None
 
@@ -336,13 +342,12 @@ def test_companions_are_written(tmp_path):
     source = put(tmp_path / "snapshot", "merges.txt", "x")
     (source / "tokenizer.json").symlink_to(blob)
     put(source, "additional_chat_templates/tool_use.jinja", "tool")
-    second = put(tmp_path / "second", "merges.txt", "y")
     out = tmp_path / "out"
     out.mkdir()
     warnings = write_companions(
         out,
         config={"z": 1, "a": "é"},
-        files=[*companion_files(source), *companion_files(second)],
+        files={**companion_files(companions_in(source)), "vocab.txt": b"bytes"},
         recipe_text="recipe: 1\n",
         card=lambda: "# card",
     )
@@ -350,7 +355,7 @@ def test_companions_are_written(tmp_path):
     assert (out / "config.json").read_text(encoding="utf-8") == '{\n  "z": 1,\n  "a": "é"\n}\n'
     assert (out / "tokenizer.json").read_text() == '{"a": 1}' and not (out / "tokenizer.json").is_symlink()
     assert (out / "tokenizer.json").stat().st_mode & 0o600 == 0o600
-    assert (out / "merges.txt").read_text() == "x", "the first of two files with one name"
+    assert (out / "merges.txt").read_text() == "x" and (out / "vocab.txt").read_bytes() == b"bytes"
     assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "tool"
     assert (out / "darekit_recipe.yaml").read_text() == "recipe: 1\n" and (out / "README.md").read_text() == "# card"
 
@@ -363,13 +368,14 @@ def test_a_failing_courtesy_is_a_warning(tmp_path):
     warnings = write_companions(
         tmp_path,
         config={},
-        files=[tmp_path / "nowhere" / "tokenizer.json"],
+        files={"tokenizer.json": tmp_path / "nowhere" / "tokenizer.json", "no/such/folder": b"x"},
         chat_template=TemplateChoice("T", "x", True, warnings=("choose",)),
         recipe_text="\ud800",  # cannot be encoded
         card=card,
     )
     assert [warning.split(":")[0] for warning in warnings] == [
         f"could not copy {tmp_path / 'nowhere' / 'tokenizer.json'}",
+        "could not write no/such/folder",
         "choose",
         "could not write the chat template",
         "could not write darekit_recipe.yaml",
@@ -381,10 +387,10 @@ def test_a_failing_courtesy_is_a_warning(tmp_path):
 def test_a_failing_config_is_an_error(tmp_path):
     for directory, config in ((tmp_path / "nowhere", {}), (tmp_path, {"a": {1, 2}})):
         with pytest.raises(OutputError, match=r"config\.json"):
-            write_companions(directory, config=config, files=[], recipe_text="", card=lambda: "")
+            write_companions(directory, config=config, files={}, recipe_text="", card=lambda: "")
     assert (
         "transformers cannot load"
-        in write_companions(tmp_path, config=None, files=[], recipe_text="", card=lambda: "")[0]
+        in write_companions(tmp_path, config=None, files={}, recipe_text="", card=lambda: "")[0]
     )
 
 

@@ -1152,13 +1152,18 @@ def test_the_command_packs_shows_verifies_and_unpacks(llamas, tmp_path, dare):
         assert dare("pack", base, llamas.path / "m0", tmp_path / "x.safetensors", *arguments).code == 2
 
 
-def test_closing_a_packs_checkpoint_removes_its_directory(real, tmp_path):
-    dk.pack(real.path / "base", real.path / "m0", tmp_path / "m.safetensors", drop_rate=0.9, bits=32)
-    opened = open_checkpoint(real.path / "base")
+def test_a_packs_companions_are_carried_and_need_no_directory(real, tmp_path):
+    base = families.copy(real.path / "base", tmp_path / "base")
+    tuned = families.copy(real.path / "m0", tmp_path / "m0")
+    (tuned / "generation_config.json").write_text('{"max_new_tokens": 3}')
+    dk.pack(base, tuned, tmp_path / "m.safetensors", drop_rate=0.9, bits=32)
+    opened = open_checkpoint(base)
     with dk.open_pack(tmp_path / "m.safetensors", base=opened) as found:
         model = found.checkpoint()
-        directory = model.directory
-        assert (directory / "config.json").exists() and model.config
-        del model
-        assert not directory.exists()
+        assert model.directory is None and model.config["model_type"] == opened.config["model_type"]
+        assert model.companions["tokenizer.json"] == base / "tokenizer.json", "shared with the base, not stored"
+        assert model.companions["generation_config.json"] == b'{"max_new_tokens": 3}'
+        (base / "tokenizer.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json of .*base is not the file that was packed"):
+            found.checkpoint()
     opened.close()

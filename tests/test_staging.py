@@ -14,13 +14,13 @@ import pytest
 
 from darekit.errors import OutputError
 from darekit.output import staging
-from darekit.output.staging import open_stage
+from darekit.output.staging import FORMAT, open_stage
 
 IDENTITY = {"recipe": {"method": "ties"}, "seed": 42}
 
 
-def begin(out, *, identity=IDENTITY, overwrite=False, resume=False, inputs=()):
-    return open_stage(out, identity=identity, overwrite=overwrite, resume=resume, inputs=inputs)
+def begin(out, *, identity=IDENTITY, times=None, overwrite=False, resume=False, inputs=()):
+    return open_stage(out, identity=identity, times=times, overwrite=overwrite, resume=resume, inputs=inputs)
 
 
 def make_model(path, text, shards=1):
@@ -154,13 +154,50 @@ def test_garbage_in_the_journal_is_redone(tmp_path):
         assert list(stage.finished) == ["a", "b", "z"]
 
 
-@pytest.mark.parametrize("header", [b"", b"{}\n", b"garbage\n", b'{"format": 2, "identity": {}}\n'])
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"{}\n", b"garbage\n", b'{"format": 2, "identity": {}}\n', b'{"format": "2", "identity": {}, "times": {}}\n'],
+)
 def test_an_unreadable_header_means_starting_anew(tmp_path, header):
     stage = leave(tmp_path / "out")
     journal = stage.path.parent / "journal.jsonl"
     journal.write_bytes(header + b'{"name": "a", "record": {}}\n')
     with begin(tmp_path / "out", resume=True) as stage:
         assert stage.finished == {} and not any(stage.path.iterdir()) and "starting anew" in stage.notes[0]
+
+
+@pytest.mark.parametrize(("version", "whose"), [(1, "an earlier"), (FORMAT + 1, "a later")])
+def test_a_run_that_another_version_began_is_refused_with_the_reason(tmp_path, version, whose):
+    stage = leave(tmp_path / "out")
+    journal = stage.path.parent / "journal.jsonl"
+    first, *rest = journal.read_bytes().split(b"\n")
+    header = json.loads(first) | {"format": version}
+    if version == 1:
+        del header["times"]
+    journal.write_bytes(b"\n".join([json.dumps(header).encode(), *rest]))
+    before = content(stage.path.parent)
+    said = (
+        rf"cannot be resumed, because {whose} version of darekit .* format {version}, .* format {FORMAT}\).*2 finished"
+    )
+    with pytest.raises(OutputError, match=said):
+        begin(tmp_path / "out", resume=True)
+    assert content(stage.path.parent) == before, "the refusal must not have cost the stage"
+    with begin(tmp_path / "out") as stage:
+        assert stage.notes == ["discarded an unfinished run (2 tensors done); --resume would have continued it"]
+
+
+def test_times_are_compared_on_the_machine_that_knows_them(tmp_path):
+    there = {"machine": "here", "changed": {"/base": 1, "/model": 2}}
+    leave(tmp_path / "out", times=there)
+    with pytest.raises(OutputError, match=r"not the same run \(/model has been written to since\)"):
+        begin(tmp_path / "out", times={"machine": "here", "changed": {"/base": 1, "/model": 3}}, resume=True)
+    for times in (
+        {"machine": "elsewhere", "changed": {"/model": 3}},
+        {"machine": "here", "changed": {"/moved": 3}},
+        there,
+    ):
+        with begin(tmp_path / "out", times=times, resume=True) as stage:
+            assert list(stage.finished) == ["a", "b"]
 
 
 def test_the_sync_comes_before_the_journal_and_covers_what_it_promises(tmp_path):

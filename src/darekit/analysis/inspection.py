@@ -19,13 +19,13 @@ import numpy as np
 
 from darekit import kernels
 from darekit.analysis.interference import Interference, PairCounts, judged
-from darekit.checkpoints import Checkpoint, open_checkpoint
 from darekit.dtypes import dtype_named
 from darekit.errors import DataError, PlanError
-from darekit.inputs.opening import open_model, packed_seed
+from darekit.inputs.opening import packed_seed
 from darekit.kernels import cpu
 from darekit.planning.alignment import AlignedTensor, align
 from darekit.planning.homology import R_LARGE, R_STOP, RULE_OF_THUMB, TAU, p_max, weighted_median
+from darekit.planning.opening import open_models
 from darekit.wording import label
 
 VOCABULARIES = ("strict", "base", "pad")
@@ -277,17 +277,12 @@ def _inspect_all(
 ) -> tuple[list[Inspection], Interference | None, tuple[str, ...]]:
     from darekit.machine import default_threads
 
-    opened: list[Checkpoint] = []
-    try:
-        opened.append(open_checkpoint(base))
-        for model in models:
-            opened.append(open_model(model, opened[0]))
-        alignment = align(opened[0], opened[1:], vocab, heads="common" if giver is None else opened[giver])
+    with open_models(base, models) as (origin, tuned):
+        assert origin is not None
+        alignment = align(origin, tuned, vocab, heads="common" if giver is None else (origin, *tuned)[giver])
         compared = [tensor for tensor in alignment.tensors if any(tensor.models) and not tensor.head]
         unseen = () if giver is None else ("heads are not compared: they are taken as they are",)
-        dropped = [
-            label(name) for name, model in zip(models, opened[1:], strict=True) if packed_seed(model) is not None
-        ]
+        dropped = [label(name) for name, model in zip(models, tuned, strict=True) if packed_seed(model) is not None]
         notes = (*alignment.notes, *unseen, *_rows_left_out(compared, models), *map(PACK_NOTE.format, dropped))
         tensors = [tensor for tensor in compared if dtype_named(tensor.dtype).kind == "float"]
         total_bytes = sum(info.nbytes for t in tensors for info in (t.base, *t.models) if info)
@@ -307,9 +302,6 @@ def _inspect_all(
                 done += sum(info.nbytes for info in (tensor.base, *tensor.models) if info)
                 if progress:
                     progress(done, total_bytes)
-    finally:
-        for checkpoint in opened:
-            checkpoint.close()
     found = [
         _judged(base, model, own, total.report("total", ()), total.histogram())
         for model, own, total in zip(models, reports, totals, strict=True)

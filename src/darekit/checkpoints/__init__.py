@@ -7,7 +7,7 @@ Knows files and no method. Nothing is imported here that is not needed to read a
 from __future__ import annotations
 
 from darekit.checkpoints.checkpoint import Checkpoint, TensorInfo, natural_key, sample_digest
-from darekit.checkpoints.files import ArrayBytes, FileRange, InputFile, OutputFile, Source, sync_directory
+from darekit.checkpoints.files import InputFile, OutputFile, sync_directory
 from darekit.checkpoints.opening import open_checkpoint
 from darekit.checkpoints.safetensors import (
     OutputTensor,
@@ -18,10 +18,12 @@ from darekit.checkpoints.safetensors import (
     read_header,
     read_placements,
 )
+from darekit.checkpoints.sources import ArrayBytes, Delta, FileRange, Source, Traits, traits_of
 
 __all__ = [
     "ArrayBytes",
     "Checkpoint",
+    "Delta",
     "FileRange",
     "InputFile",
     "OutputFile",
@@ -30,6 +32,7 @@ __all__ = [
     "Shard",
     "Source",
     "TensorInfo",
+    "Traits",
     "index_json",
     "lay_out",
     "natural_key",
@@ -38,4 +41,5 @@ __all__ = [
     "read_placements",
     "sample_digest",
     "sync_directory",
+    "traits_of",
 ]

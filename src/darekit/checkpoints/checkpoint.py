@@ -7,13 +7,15 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from darekit.checkpoints.files import InputFile, Source
+from darekit.checkpoints.companions import Companions
+from darekit.checkpoints.files import InputFile
+from darekit.checkpoints.sources import Source, traits_of
 from darekit.dtypes import dtype_named
 
 SAMPLE_BYTES = 4096  # of each tensor; frozen, see `sample_digest`
@@ -21,12 +23,26 @@ SAMPLE_BYTES = 4096  # of each tensor; frozen, see `sample_digest`
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: what a header says about it, and where its bytes come from. `dtype` is the safetensors name."""
+    """One tensor: what a header says about it, and where its bytes come from.
+
+    Attributes:
+        name: in this checkpoint.
+        dtype: the safetensors name.
+        shape: the dimensions.
+        source: where the bytes come from.
+        stored: the name that the tensor is stored under, where a view gave it another one.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     source: Source
+    stored: str | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """The name that masks and digests know the tensor by, whatever views have called it since."""
+        return self.name if self.stored is None else self.stored
 
     @property
     def count(self) -> int:
@@ -45,11 +61,15 @@ class Checkpoint:
 
     Attributes:
         ref: as the user wrote it.
-        directory: where config.json and the tokenizer's files lie; None for tensors in memory.
+        directory: holds this very model, so that other programs can load it from there; None for whatever is no such
+            directory: a single file, tensors in memory, a pack, a view.
         tensors: in canonical order, that of `natural_key`.
         config: the content of config.json, None without one.
-        files: what must stay open and unchanged while tensors are read.
+        files: what this checkpoint opened, and closes.
         revision: commit hash on the Hub, where known.
+        companions: the files beside the weights that belong to the model, by name.
+        origin: the stored model that this one is a view of: tensors renamed or left out, and none with other bytes.
+            Seeds, and through them masks, are those of the origin.
     """
 
     ref: str
@@ -58,9 +78,17 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     files: tuple[InputFile, ...]
     revision: str | None
+    companions: Companions = field(default_factory=dict)
+    origin: Checkpoint | None = None
+
+    @property
+    def read_files(self) -> tuple[InputFile, ...]:
+        """All files that must stay open and unchanged: this checkpoint's own, and those that its sources name."""
+        named = [file for info in self.tensors.values() for file in traits_of(info.source).files]
+        return tuple(dict.fromkeys((*self.files, *named)))
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files that were opened for this checkpoint."""
         for file in self.files:
             file.close()
 
@@ -78,6 +106,9 @@ def natural_key(name: str) -> tuple[tuple[str | tuple[int, str], ...], str]:
     return key, name
 
 
+COMPUTED = b"darekit-computed-1\0"  # frozen, see `sample_digest`
+
+
 def sample_digest(checkpoint: Checkpoint) -> bytes:
     """Checkpoint -> 16 bytes: a cheap fingerprint of its content that does not depend on its shards.
 
@@ -86,16 +117,28 @@ def sample_digest(checkpoint: Checkpoint) -> bytes:
 
         name in UTF-8, b"\\0", dtype as in safetensors ("BF16") in ASCII, b"\\0",
         the dimensions in decimal joined by "," (nothing for a scalar), b"\\0",
-        the tensor's first min(4096, nbytes) raw little-endian bytes
+        the tensor's first min(4096, nbytes) raw little-endian bytes; or, where its source has an identity,
+        b"darekit-computed-1\\0" and the identity
 
-    Seeds, and through them masks in packs on disk, depend on this encoding: it never changes.
+    Of a view that only renames tensors or leaves some out it is the digest of its origin. Seeds, and through them masks
+    in packs on disk, depend on this encoding: it never changes.
     """
+    if checkpoint.origin is not None:
+        return sample_digest(checkpoint.origin)
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(checkpoint.tensors):
         info = checkpoint.tensors[name]
-        sample = np.empty(min(SAMPLE_BYTES, info.nbytes), np.uint8)
-        if sample.size:
-            info.source.read_into(sample, 0)
         shape = ",".join(map(str, info.shape))
-        digest.update(b"\0".join((name.encode(), info.dtype.encode("ascii"), shape.encode("ascii"), sample.tobytes())))
+        head = name.encode(), info.dtype.encode("ascii"), shape.encode("ascii")
+        digest.update(b"\0".join((*head, _content_of(info))))
     return digest.digest()
+
+
+def _content_of(info: TensorInfo) -> bytes:
+    identity = traits_of(info.source).identity
+    if identity is not None:
+        return COMPUTED + identity
+    sample = np.empty(min(SAMPLE_BYTES, info.nbytes), np.uint8)
+    if sample.size:
+        info.source.read_into(sample, 0)
+    return sample.tobytes()

@@ -7,6 +7,11 @@ and packs, and found where a tokenizer is looked for; so a new companion file is
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
 CONFIG = "config.json"
 CARD = "README.md"  # read for its license; every output gets a card of its own
 
@@ -46,3 +51,43 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templ
 PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 MODEL = ("generation_config.json",)
 CODE = ("*.py",)  # copied only where a config's auto_map refers to code
+
+Content = Path | bytes  # where a companion file lies, or what it says
+Companions = Mapping[str, Content]  # by name, relative to the model's directory, with forward slashes
+
+ALL = (CONFIG, CARD, *TOKENIZER, *TEMPLATES, *PROCESSOR, *MODEL, *CODE)
+
+
+def companions_in(directory: Path) -> Companions:
+    """The companion files in a directory, where they lie."""
+    folders = dict.fromkeys(str(PurePosixPath(pattern).parent) for pattern in ALL)
+    names: list[str] = []
+    for folder in folders:
+        with suppress(OSError):  # no such folder, or one that may not be listed
+            names += [(PurePosixPath(folder) / path.name).as_posix() for path in (directory / folder).iterdir()]
+    found = {name: directory / name for name in _matches(names, ALL)}
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
+def matching(companions: Companions, patterns: Sequence[str]) -> dict[str, Content]:
+    """The companion files that match, in the order of the patterns; those of one pattern by name."""
+    return {name: companions[name] for name in _matches(companions, patterns)}
+
+
+def content_of(content: Content) -> bytes:
+    """What a companion file says.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def _matches(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    ordered = sorted(names)
+    return [
+        name
+        for pattern in patterns
+        for name in ordered
+        if name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+    ]

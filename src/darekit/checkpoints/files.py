@@ -13,9 +13,7 @@ import os
 import stat
 import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -214,52 +212,6 @@ def sync_directory(path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a directory
             raise OutputError(f"{path}: cannot be synced to disk: {error.strerror or error}") from error
-
-
-class Source(Protocol):
-    """Where the raw little-endian bytes of one tensor come from."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        ...
-
-    def read_into(self, buffer: Bytes, offset: int) -> None:
-        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
-        ...
-
-
-@dataclass(frozen=True)
-class FileRange:
-    """A tensor that lies in a file."""
-
-    file: InputFile
-    offset: int
-    nbytes: int
-
-    def read_into(self, buffer: Bytes, offset: int) -> None:
-        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
-        if offset < 0 or offset + buffer.nbytes > self.nbytes:
-            raise ValueError(f"bytes {offset} to {offset + buffer.nbytes} lie outside a tensor of {self.nbytes}")
-        self.file.read_into(buffer, self.offset + offset)
-
-
-@dataclass(frozen=True)
-class ArrayBytes:
-    """A tensor that lies in memory. `data`: (nbytes,) uint8, contiguous."""
-
-    data: Bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return self.data.nbytes
-
-    def read_into(self, buffer: Bytes, offset: int) -> None:
-        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
-        if offset < 0 or offset + buffer.nbytes > self.nbytes:
-            raise ValueError(f"bytes {offset} to {offset + buffer.nbytes} lie outside a tensor of {self.nbytes}")
-        buffer[...] = self.data[offset : offset + buffer.nbytes]
 
 
 def _open(path: Path) -> int:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from darekit.checkpoints.checkpoint import Checkpoint, TensorInfo, natural_key
+from darekit.checkpoints.companions import CONFIG, companions_in
 from darekit.checkpoints.documents import read_object
-from darekit.checkpoints.files import FileRange, InputFile
+from darekit.checkpoints.files import InputFile
 from darekit.checkpoints.hub import fetch_snapshot, looks_like_hub_id, refuse_address
 from darekit.checkpoints.pytorch import read_pickled
 from darekit.checkpoints.safetensors import read_header
+from darekit.checkpoints.sources import FileRange
 from darekit.checkpoints.weights import (
     SAFETENSORS,
     Weights,
@@ -72,7 +74,10 @@ def open_checkpoint(ref: str | Path, *, search: Sequence[Path] = ()) -> Checkpoi
             raise CheckpointError(f"{location.path} holds no tensors")
         refuse_scales({name: info.dtype for name, info in tensors.items()}, str(location.path))
         opened.pop_all()  # nothing failed: the checkpoint owns the files now
-    return Checkpoint(str(ref), directory, tensors, config, tuple(files), location.revision)
+    return Checkpoint(
+        str(ref), location.path if location.path.is_dir() else None, tensors, config, tuple(files), location.revision,
+        companions_in(directory),
+    )  # fmt: skip
 
 
 def _choose(path: Path) -> Weights:
@@ -88,7 +93,7 @@ def _choose(path: Path) -> Weights:
 
 
 def _read_config(directory: Path) -> dict[str, object] | None:
-    path = directory / "config.json"
+    path = directory / CONFIG
     if not path.exists():
         return None
     config = read_object(path, strict=False)
@@ -116,18 +121,23 @@ def _read_header(weights: Weights, file: InputFile) -> Iterable[TensorInfo]:
     )
 
 
+def places_of(ref: str | Path, search: Sequence[Path]) -> list[Path]:
+    """Where a name is looked up on this machine: in the working directory, then in each of `search`."""
+    try:
+        path = Path(ref).expanduser()
+    except RuntimeError:  # ~somebody who has no home here
+        path = Path(ref)
+    places = [path, *(directory / path for directory in search if not path.is_absolute())]
+    return list({place.absolute(): place for place in places}.values())  # the recipe's folder may be this one
+
+
 def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
     if not str(ref).strip():
         raise CheckpointError(
             "the name of a checkpoint is empty; expected a directory, a file or an org/name on the Hub"
         )
     refuse_address(ref)
-    try:
-        path = Path(ref).expanduser()
-    except RuntimeError:  # ~somebody who has no home here
-        path = Path(ref)
-    places = [path, *(directory / path for directory in search if not path.is_absolute())]
-    tried = list({place.absolute(): place for place in places}.values())  # the recipe's folder may be this one
+    tried = places_of(ref, search)
     for candidate in tried:
         if _exists(candidate):
             return Location(candidate, _commit_of(candidate))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints.documents import shorten
-from darekit.checkpoints.files import ArrayBytes
+from darekit.checkpoints.sources import ArrayBytes
 from darekit.dtypes import dtype_from_torch_name
 from darekit.errors import CheckpointError, Unsupported
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
+from darekit.checkpoints import traits_of
 from darekit.engine.stages import build, tile_of
 from darekit.engine.steps import Step
 from darekit.methods.informed import PART_ELEMENTS
@@ -30,6 +31,13 @@ def tile_memory(step: Step, tile: int) -> int:
     return tile * (8 * 4 if step.method == "regmean" else 8 * (3 + len(step.statistics)))
 
 
+def decoding_memory(step: Step, tile: int) -> int:
+    """Bytes that the sources of a step need while they decode more than the tile that they were asked for."""
+    inputs = (*step.models, *([step.base] if step.base else []))
+    grains = ((min(traits_of(entry.source).grain, entry.count), entry.dtype.itemsize) for entry in inputs)
+    return max((grain * itemsize for grain, itemsize in grains if grain > tile), default=0)
+
+
 def statistics_bytes(step: Step, tile: int) -> int:
     """Bytes of statistics that a step reads: Grams once for their sum and once for every run of rows."""
     size = sum(entry.dtype.itemsize * entry.count for entry in step.statistics)
@@ -42,7 +50,8 @@ def columns_of(step: Step) -> int:
 
 
 def bytes_to_read(steps: Iterable[Step], finished: Container[str] = ()) -> int:
-    """Bytes that the engine reads: a tensor that must be measured first is read twice, or a little more.
+    """Bytes that the engine reads, or has its inputs' sources read: a tensor that must be measured first is read
+    twice, or a little more.
 
     Tensors in `finished` are left out.
     """
@@ -52,7 +61,7 @@ def bytes_to_read(steps: Iterable[Step], finished: Container[str] = ()) -> int:
             continue
         measured = any(not build(spec, step).ready for chain in step.chains for spec in chain)
         inputs = (*step.models, *([step.base] if step.base else []))
-        total += (2 if measured else 1) * step.count * sum(entry.dtype.itemsize for entry in inputs)
+        total += round((2 if measured else 1) * step.count * sum(entry.dtype.itemsize * entry.cost for entry in inputs))
         total += 0 if step.verbatim else statistics_bytes(step, tile_of(step, step.count))
     return total
 
@@ -64,7 +73,9 @@ def peak_memory(steps: Iterable[Step], threads: int, tile: int) -> int:
     for step in steps:
         size, matrix = min(tile_of(step, tile), step.count), matrix_memory(step)
         width = 8 if step.wide else 4
-        cost = size * width * (2 * len(step.models) + 6) + tile_memory(step, size) + matrix
+        cost = (
+            size * width * (2 * len(step.models) + 6) + tile_memory(step, size) + decoding_memory(step, size) + matrix
+        )
         if matrix <= HEAVY:
             light = max(light, cost)
         else:

@@ -277,7 +277,7 @@ class Worker:
             for start in range(done, entry.count, self.tile):
                 part = raw[: min(self.tile, entry.count - start) * entry.dtype.itemsize]
                 entry.source.read_into(part, start * entry.dtype.itemsize)
-                self.tally.bytes_read += part.size
+                self.tally.bytes_read += round(part.size * entry.cost)
                 digests[key].update(part)
 
 

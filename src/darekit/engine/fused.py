@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from darekit.checkpoints import traits_of
 from darekit.dtypes import Bytes
 from darekit.engine.contracts import Stage
 from darekit.engine.selection import Select
 from darekit.engine.stages import RandomDrop
 from darekit.engine.steps import Step
 from darekit.kernels import cpu
-from darekit.masks import BLOCK, DROP_ALL, stream_of
+from darekit.masks import BLOCK, DROP_ALL
 from darekit.methods.merging import total_weight
 
 TILES = 4  # raw bytes of so many tiles of all inputs still fit a third-level cache
@@ -37,10 +38,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class FusedStep:
-    """A step's constants: per model (K,) seeds, thresholds (0: no random drop) and factors, the stages that select
-    (None: none), weights; and the merge's."""
+    """A step's constants: per model (K,) streams, seeds, thresholds (0: no random drop) and factors, the stages that
+    select (None: none), weights; and the merge's."""
 
-    stream: np.uint64
+    streams: npt.NDArray[np.uint64]
     seeds: npt.NDArray[np.uint64]
     thresholds: npt.NDArray[np.uint32]
     factors: npt.NDArray[np.float32]
@@ -64,7 +65,7 @@ class FusedStep:
             if select is not None:
                 bounds[k] = select.low, select.lows, select.high, select.highs
         bad = cpu.absorb_bf16(
-            base_raw.view(np.uint16), raws, start, self.stream, self.seeds, self.thresholds, self.factors, bounds,
+            base_raw.view(np.uint16), raws, start, self.streams, self.seeds, self.thresholds, self.factors, bounds,
             self.weights, self.election, self.normalize, self.divisor, self.scale, kept, out.view(np.uint16),
             blocks.words, blocks.work,
         )  # fmt: skip
@@ -85,13 +86,15 @@ def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
         return None
     if any(entry.dtype.name != "BF16" or entry.count < step.begin + step.count for entry in inputs):
         return None
+    if any(traits_of(model.source).delta is not None for model in step.models):  # which is no difference of BF16
+        return None
     if step.dtype.name != "BF16" or not all(map(_is_known, chains)):
         return None
     drops = [chain[0] if chain and isinstance(chain[0], RandomDrop) else None for chain in chains]
     weights = np.array(step.weights, np.float64)
     normalize = bool(step.parameters.get("normalize"))
     return FusedStep(
-        stream=np.uint64(stream_of(step.name)),
+        streams=np.array([drop.stream if drop else 0 for drop in drops], np.uint64),
         seeds=np.array([drop.seed if drop else 0 for drop in drops], np.uint64),
         thresholds=np.array([drop.threshold if drop else 0 for drop in drops], np.uint32),
         factors=np.array([drop.factor if drop else 1 for drop in drops], np.float32),

@@ -45,7 +45,7 @@ def build(spec: StageSpec, step: Step) -> Stage:
     stage: Stage
     match spec.method:
         case "dare" | "drop_only":
-            stage = RandomDrop(spec.seed, stream_of(step.name), rate, survivor_factor(rate, rescale, p.get("q", 0.0)))
+            stage = RandomDrop(spec.seed, _stream(spec, step), rate, survivor_factor(rate, rescale, p.get("q", 0.0)))
         case "della":
             stage = RankedDrop(spec, step, rescale == "paper")
         case "magnitude":
@@ -59,6 +59,10 @@ def build(spec: StageSpec, step: Step) -> Stage:
     if rescale == "paper" and spec.method in ("magnitude", "breadcrumbs"):
         return Scale(stage, paper_factor(rate))
     return stage
+
+
+def _stream(spec: StageSpec, step: Step) -> int:
+    return stream_of(spec.stream or step.name)
 
 
 class RandomDrop(Stage):
@@ -88,7 +92,7 @@ class RankedDrop(Stage):
     """`della`: ranks within rows. Keep probability and factor depend on the rank alone, so both are tables."""
 
     def __init__(self, spec: StageSpec, step: Step, rescale: bool) -> None:
-        self.seed, self.stream, self.row = np.uint64(spec.seed), np.uint64(stream_of(step.name)), step.row
+        self.seed, self.stream, self.row = np.uint64(spec.seed), np.uint64(_stream(spec, step)), step.row
         rate, window = spec.parameters["drop_rate"], spec.parameters["window"]
         ranks = np.arange(self.row, dtype=np.float64)
         keep = (1.0 - rate) - window / 2 + window * ranks / (self.row - 1) if self.row > 1 else np.full(1, 1.0 - rate)
@@ -201,7 +205,7 @@ class Whole(Stage):
             return int(np.count_nonzero(mask))
         entry = SPARSIFIERS[self.spec.method]
         draws = np.empty(delta.size, np.uint32)
-        cpu.draws(np.uint64(self.spec.seed), np.uint64(stream_of(self.step.name)), start, draws)
+        cpu.draws(np.uint64(self.spec.seed), np.uint64(_stream(self.spec, self.step)), start, draws)
         arguments: dict[str, Any] = {
             name: self.spec.parameters[name] for name in entry.parameters if name in self.spec.parameters
         }

@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from darekit.checkpoints import Source
-from darekit.dtypes import DType
+from darekit.checkpoints import Source, TensorInfo, traits_of
+from darekit.dtypes import DType, dtype_named
+
+# Of what the engine writes and records. Raised when equal steps would give other bytes or other records than before: no
+# run is resumed across it.
+ENGINE_FORMAT = 1
 
 # The stages that belong to a merge method: per tensor; per model, before and after its threshold is known.
 TRIM, TRIM_MODEL, TRIM_AT = "trim", "trim_model", "trim_at"
@@ -21,20 +25,33 @@ def is_trim(spec: StageSpec) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One tensor of one checkpoint, as a step reads it. `count`: its elements; a step may want more or fewer."""
+    """One tensor of one checkpoint, as a step reads it.
+
+    `count`: its elements; a step may want more or fewer. `cost`: bytes read for each byte that the source gives.
+    """
 
     source: Source
     dtype: DType
     count: int
+    cost: float = 1.0
+
+    @staticmethod
+    def of(info: TensorInfo) -> Input:
+        """A checkpoint's tensor as an input."""
+        return Input(info.source, dtype_named(info.dtype), info.count, traits_of(info.source).cost)
 
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """One operation on one model's delta: a sparsifier with its parameters, or the trim of a merge method."""
+    """One operation on one model's delta: a sparsifier with its parameters, or the trim of a merge method.
+
+    `stream`: the name of the tensor whose masks are drawn; empty: the step's.
+    """
 
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    stream: str = ""
 
 
 @dataclass(frozen=True, slots=True)

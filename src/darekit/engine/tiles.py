@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from darekit import kernels
+from darekit.checkpoints import Delta, traits_of
 from darekit.checkpoints.digests import TensorDigest
 from darekit.dtypes import Bytes, Floats
 from darekit.engine.contracts import Stage
@@ -135,6 +136,7 @@ class StepRun:
         if step.kind == "merge":
             self.combine = informed_combiner(step, partial(_read, hands.tally)) if step.statistics else combiner(step)
         self.fused = fuse(step, self.chains)
+        self.known = [_known_delta(step, model) for model in step.models]
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
         # the survivors.
         self.bad_at: npt.NDArray[np.bool_] | None = None
@@ -297,16 +299,21 @@ class StepRun:
         for k, model in enumerate(step.models):
             if only is not None and k not in only:  # type: ignore[operator]
                 continue
-            raw = self._read(model, at, count, scratch.raw)
+            known, have = self.known[k], max(0, min(count, model.count - at))
+            raw = self._read(model, at, count if final or known is None else 0, scratch.raw)
             if final:
                 self.digests[step.owners[k]].update(raw)
             delta = scratch.deltas[k]
-            have = raw.size // model.dtype.itemsize
             if have < count:  # rows that this model does not have are the base's: a delta of 0
                 delta[have:] = scratch.base[have:] if step.on_weights else 0
                 delta, here = delta[:have], origin[:have]
             else:
                 here = origin
+            if known is not None:
+                known.read_into(delta, at)
+                if kernels.count_nonfinite(delta):
+                    self._blame(k, raw, scratch, final)
+                continue
             if final and self.chains[k] and have == count and not step.wide:
                 taken = self.chains[k][0].take(raw, model.dtype, here, delta, start)
                 if taken is not None and not taken[0]:
@@ -413,8 +420,16 @@ def _read(tally: Tally, entry: Input, start: int, count: int, buffer: Bytes) -> 
     raw = buffer[: max(0, min(count, entry.count - start)) * size]
     if raw.size:
         entry.source.read_into(raw, start * size)
-        tally.bytes_read += raw.size
+        tally.bytes_read += round(raw.size * entry.cost)
     return raw
+
+
+def _known_delta(step: Step, model: Input) -> Delta | None:
+    """The delta that a model's source knows, where it is one to this very base and of the step's precision."""
+    known = traits_of(model.source).delta
+    if known is None or step.base is None or step.on_weights or step.wide:
+        return None
+    return known if known.base == step.base.source else None
 
 
 def combiner(step: Step) -> Combine:

@@ -28,8 +28,7 @@ from darekit.evaluation.judges import (
     judges_directory,
 )
 from darekit.live.models import build, recipe_of
-from darekit.packs.opening import find_pack
-from darekit.planning.opening import open_plan
+from darekit.planning.opening import only_on_base, open_plan
 from darekit.planning.plan import Plan
 from darekit.recipe import Recipe
 
@@ -254,11 +253,12 @@ def resolve_model(model: Model, base: str | Path | None) -> tuple[Recipe, tuple[
     Raises:
         PlanError: a pack without a base.
     """
-    path = find_pack(model) if isinstance(model, str | Path) else None
-    if path is None:
+    found = only_on_base(model) if isinstance(model, str | Path) else None
+    if found is None:
         return recipe_of(model)
+    kind, path = found
     if base is None:
-        raise PlanError(f"{path} is a pack: what it holds needs its base; say --base BASE")
+        raise PlanError(f"{path} is {kind}: what it holds needs its base; say --base BASE")
     return recipe_of({"base_model": str(base), "models": [{"model": str(path)}], "merge_method": "task_arithmetic"})
 
 
@@ -324,7 +324,7 @@ def _directory(plan: Plan, search: Sequence[Path]) -> Iterator[Path]:
     """The model's own directory where it has one; else it is merged into a temporary one."""
     single = plan.models[0].directory if plan.base is None and len(plan.models) == 1 else None
     if single is not None:
-        yield Path(single)
+        yield single
         return
     from darekit.api import Options, run
 

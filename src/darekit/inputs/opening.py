@@ -1,40 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way in: whatever a user may name as a model -> an open checkpoint."""
+"""The one way in: whatever a user may name as a model or a base -> an open checkpoint.
+
+Each kind of input is an `Opener`, and the first in the list that recognises a name opens it. A new kind is a file in
+this room and a line in `OPENERS`. Rooms above may put openers of their own before them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from darekit.checkpoints import Checkpoint, open_checkpoint
-from darekit.errors import HoldsPack, PlanError
+from darekit.checkpoints import Checkpoint, open_checkpoint, traits_of
+from darekit.errors import HoldsPack
+from darekit.inputs.kinds import Opener, Opening, found_by, open_by
 from darekit.packs.opening import find_pack
 
 
-def open_model(ref: str | Path, base: Checkpoint | None, *, search: Sequence[Path] = ()) -> Checkpoint:
-    """Open what stands where a model stands: a checkpoint, or a pack of one that was fine-tuned from `base`."""
-    path = find_pack(ref, search)
-    if path is None:
-        try:
-            return open_checkpoint(ref, search=search)
-        except HoldsPack as error:  # a folder or a repository that holds nothing else
-            path = error.path
-    if base is None:
-        raise PlanError(
-            f"{path} is a pack: what it holds needs its base; name the base (base_model in a recipe, --base or BASE of "
-            f"a command that has it), or write the whole model with `dare unpack BASE {path} OUT`"
-        )
+def _find_pack(opening: Opening) -> Path | None:
+    return find_pack(opening.ref, opening.search)
+
+
+def _open_pack(opening: Opening) -> Checkpoint:
     from darekit.packs.reading import open_pack
 
-    found = open_pack(path)
+    found = open_pack(opening.ref)
     try:
-        return found.checkpoint(base)
+        return found.checkpoint(opening.base)
     except BaseException:
         found.close()
         raise
 
 
+def _open_stored(opening: Opening) -> Checkpoint:
+    try:
+        return open_checkpoint(opening.ref, search=opening.search)
+    except HoldsPack as error:  # a folder or a repository that holds nothing else
+        if Path(opening.ref) == error.path:  # nobody here opens packs
+            raise
+        return opening.open(error.path)
+
+
+OPENERS = (
+    Opener(
+        "a pack", _find_pack, _open_pack, needs_base=True,
+        instead="or write the whole model with `dare unpack BASE {ref} OUT`",
+    ),
+    Opener("a checkpoint", lambda opening: opening.ref, _open_stored),
+)  # fmt: skip
+
+
+def open_model(
+    ref: str | Path, base: Checkpoint | None, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS
+) -> Checkpoint:
+    """Open what stands for a model. Closing it leaves `base` open.
+
+    Raises:
+        CheckpointError: nothing is there, or it is malformed.
+        PlanError: it needs a base, and there is none.
+    """
+    return open_by(Opening(ref, base, search, openers))
+
+
+def open_base(ref: str | Path, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS) -> Checkpoint:
+    """Open what other models are compared with.
+
+    Raises:
+        CheckpointError: nothing is there, or it is malformed; or it needs a base itself.
+    """
+    return open_by(Opening(ref, None, search, [opener for opener in openers if not opener.needs_base]))
+
+
+def only_on_base(
+    ref: str | Path, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS
+) -> tuple[str, str | Path] | None:
+    """Of what is a model only on top of its base: its kind, and what was found under the name; None of all else."""
+    opener, opening = found_by(Opening(ref, None, search, openers))
+    return (opener.kind, opening.ref) if opener.needs_base else None
+
+
 def packed_seed(model: Checkpoint) -> int | None:
-    """The seed of the mask by which a model was packed; None where it is no pack, or nothing of it was dropped."""
-    seeds: Iterator[int | None] = (getattr(info.source, "seed", None) for info in model.tensors.values())
+    """The seed of the mask by which a model was dropped before it was stored; None where nothing of it was."""
+    seeds = (traits_of(info.source).seed for info in model.tensors.values())
     return next((seed for seed in seeds if seed is not None), None)

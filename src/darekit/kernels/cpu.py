@@ -328,14 +328,14 @@ def add_round_bf16(base_raw, base, merged, factor, raw):
 
 @kept_kernel
 def absorb_bf16(
-    base_raw, raws, start, stream, seeds, thresholds, factors, bounds, weights, election, normalize, divisor, scale,
+    base_raw, raws, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize, divisor, scale,
     kept, out, words, work,
 ):  # fmt: skip
     """The whole way of a BF16 tile: the small kernels one after another, on blocks that stay in L1.
 
-    base_raw (n,), raws (K, n), out (n,) uint16. Per model, (K,) each: uint64 seeds, uint32 thresholds (0: no random
-    drop), float32 factors, and (K, 4) int64 bounds: what `select` takes (high 0: no selection), left as it leaves
-    them. `weights`: a tuple of K float32. `kept` (K,) int64 is added to. `start` is a multiple of 1024. Scratch:
+    base_raw (n,), raws (K, n), out (n,) uint16. Per model, (K,) each: uint64 streams and seeds, uint32 thresholds (0:
+    no random drop), float32 factors, and (K, 4) int64 bounds: what `select` takes (high 0: no selection), left as it
+    leaves them. `weights`: a tuple of K float32. `kept` (K,) int64 is added to. `start` is a multiple of 1024. Scratch:
     words (1024,) uint32, work (K + 2, 1024) float32. Returns how many differences or results are NaN or Inf; `out`,
     `kept` and `bounds` are then worthless.
     """
@@ -349,7 +349,7 @@ def absorb_bf16(
         for k in range(models):
             raw, delta = raws[k, begin : begin + count], work[k, :count]
             if thresholds[k]:
-                _draw_block((start + begin) // BLOCK, stream, seeds[k], words)
+                _draw_block((start + begin) // BLOCK, streams[k], seeds[k], words)
                 faulty, survivors = _drop_difference(raw, base, words[:count], thresholds[k], factors[k], delta)
             elif bounds[k, 2]:
                 faulty = difference_bf16(raw, base, merged)  # which is free until all deltas are there

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from darekit.checkpoints.companions import CARD
+from darekit.checkpoints.companions import CARD, Companions, Content
 
-FRONT_MATTER_LIMIT = 1 << 16  # characters; a card's metadata is far smaller, and a hostile one need not be read
+FRONT_MATTER_LIMIT = 1 << 16  # bytes or characters; metadata is far smaller, and a hostile card need not be read
 
 CITATION = """\
 @inproceedings{yu2024language,
@@ -108,9 +109,9 @@ def public_name(model: str) -> str:
     return parts[-1] if parts else "model"
 
 
-def agreed_license(directories: Sequence[Path]) -> str | None:
+def agreed_license(companions: Sequence[Companions]) -> str | None:
     """The license on which the cards of all these checkpoints agree, None if there is no such."""
-    found = {_license(directory / CARD) for directory in directories}
+    found = {_license(beside.get(CARD)) for beside in companions}
     return found.pop() if len(found) == 1 else None
 
 
@@ -124,10 +125,12 @@ def front_matter(text: str) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _license(card: Path) -> str | None:
+def _license(card: Content | None) -> str | None:
+    if card is None:
+        return None
     try:
-        with card.open(encoding="utf-8", errors="replace") as file:
-            found = front_matter(file.read(FRONT_MATTER_LIMIT)).get("license")
+        with io.BytesIO(card) if isinstance(card, bytes) else card.open("rb") as file:
+            found = front_matter(file.read(FRONT_MATTER_LIMIT).decode("utf-8", "replace")).get("license")
     except OSError:
         return None
     # Two licenses called "other" are not one.

@@ -7,14 +7,14 @@ import contextlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints import Checkpoint
-from darekit.checkpoints.companions import CARD, CONFIG
+from darekit.checkpoints.companions import CARD, CONFIG, Companions, Content
 from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.errors import OutputError
 from darekit.output.config import merged_config
@@ -35,12 +35,12 @@ def write_companions(
     directory: Path,
     *,
     config: Mapping[str, Any] | None,
-    files: Sequence[Path],
+    files: Companions,
     chat_template: TemplateChoice | None = None,
     recipe_text: str,
     card: Callable[[], str],
 ) -> list[str]:
-    """Config, tokenizer and other copied `files` (of two with one name the first), recipe, and the card last.
+    """Config, tokenizer and other `files`, recipe, and the card last.
 
     `card` makes the card's text; it is called here, so that whatever it raises becomes a warning.
 
@@ -60,12 +60,9 @@ def write_companions(
         except (OSError, TypeError, ValueError) as error:
             raise OutputError(f"cannot write {path}: {error}; a model without it cannot be loaded") from error
 
-    targets: dict[Path, Path] = {}
-    for source in files:
-        nested = source.parent.name if source.parent.name == "additional_chat_templates" else ""
-        targets.setdefault(directory / nested / source.name, source)
-    for target, source in targets.items():
-        _try(warnings, f"could not copy {source}", _whole, target, partial(_copy, source))
+    for name, content in files.items():
+        what = f"could not write {name}" if isinstance(content, bytes) else f"could not copy {content}"
+        _try(warnings, what, _whole, directory / name, partial(_copy, content))
     if chat_template is not None:
         warnings.extend(chat_template.warnings)
         if chat_template.borrowed and chat_template.template is not None:
@@ -93,10 +90,13 @@ def _whole(target: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(content: Content, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
-    # Contents only: files in the Hub's cache are links, and may be read-only.
-    shutil.copyfile(source, target)
+    if isinstance(content, bytes):
+        target.write_bytes(content)
+    else:
+        # Contents only: files in the Hub's cache are links, and may be read-only.
+        shutil.copyfile(content, target)
 
 
 def _write(text: Callable[[], str], path: Path) -> None:
@@ -114,15 +114,15 @@ def main_dtype(plan: Plan) -> DType:
 
 
 @dataclass(frozen=True)
-class Companions:
+class OutputCompanions:
     """What lies beside an output's weights: config.json (None: no input has one), copied files, the chat template."""
 
     config: dict[str, Any] | None
-    files: tuple[Path, ...]
+    files: Companions
     chat_template: TemplateChoice | None
 
 
-def companions_of(plan: Plan) -> Companions:
+def companions_of(plan: Plan) -> OutputCompanions:
     """Config of the base (of the model, where there is only one and the tokenizer is its own too), and the rest."""
     recipe = plan.recipe
     donor = plan.base or plan.models[0]
@@ -133,7 +133,7 @@ def companions_of(plan: Plan) -> Companions:
         )
         if len(plan.models) == 1 and tokenizer.config is not None:
             donor = tokenizer
-        if tokenizer.directory is None or not tokenizer_files(tokenizer.directory):
+        if not tokenizer_files(tokenizer.companions):
             tokenizer = donor  # weights alone: the base's is better than none
     giver = heads_giver(recipe, plan.base, plan.models)
     if giver is not None and giver.config is not None:  # class, number of labels and their names go with the head
@@ -143,11 +143,9 @@ def companions_of(plan: Plan) -> Companions:
         config = merged_config(
             donor.config, dtype=main_dtype(plan), vocab_size=plan.alignment.vocab_size, tied=plan.alignment.tied
         )
-    files = (
-        *(tokenizer_files(tokenizer.directory) if tokenizer.directory else ()),
-        *(model_files(donor.directory) if donor.directory else ()),
-    )
+    files = tokenizer_files(tokenizer.companions)
+    files |= {name: content for name, content in model_files(donor.companions).items() if name not in files}
     template = choose_chat_template(
-        tokenizer.directory, [(label(model.ref), model.directory) for model in plan.models if model.directory]
+        tokenizer.companions, [(label(model.ref), model.companions) for model in plan.models]
     )
-    return Companions(config, files, template)
+    return OutputCompanions(config, files, template)

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
 from collections.abc import Mapping
 from typing import Any
 
 from darekit import __version__
+from darekit.checkpoints import InputFile
 from darekit.checkpoints.digests import checkpoint_digest
+from darekit.engine.steps import ENGINE_FORMAT
 from darekit.inputs.statistics import Statistics
 from darekit.planning.plan import Plan
 
@@ -37,39 +41,61 @@ def resolved_parameters(plan: Plan) -> list[Mapping[str, Any]]:
 LOCK_NAME = "darekit.lock.json"
 
 
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each input file
+
+
 def identity(plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
-    """Plan -> what must be equal for a resume, JSON-able."""
+    """Plan -> what must be equal for a resume, JSON-able: facts on which two machines with equal inputs agree.
+
+    A change of what stands here is a change of `darekit.output.staging.FORMAT`.
+    """
     return {
-        "version": __version__,
+        "engine": ENGINE_FORMAT,
         "recipe": plan.recipe.to_data(),
-        # A key of its own for each input, so that the refusal of a resume names the one that changed.
+        # A key of its own for each input and each file, so that the refusal of a resume names the one that changed.
         **{
-            f"input {checkpoint.ref}": {
-                "sample_digest": digest.hex(),
-                "files": {
-                    file.path.name: {"bytes": file.size, "time of last change": file.mtime_ns}
-                    for file in checkpoint.files
-                },
-            }
-            for checkpoint, digest in zip(plan.checkpoints, plan.sample_digests, strict=True)
+            f"input {k} ({checkpoint.ref})": {"sample_digest": digest.hex()}
+            for k, (checkpoint, digest) in enumerate(zip(plan.checkpoints, plan.sample_digests, strict=True))
         },
-        **{f"statistics {entry.ref}": entry.fingerprint() for entry in plan.statistics},
+        **{f"statistics {k} ({entry.ref})": entry.fingerprint() for k, entry in enumerate(plan.statistics)},
+        **{
+            f"file {k} ({file.path.name})": {"bytes": file.size, "sample": _sample_of(file)}
+            for k, file in enumerate(plan.files)
+        },
         "shards": [[shard.filename, shard.size] for shard in plan.shards],
         "allow_nonfinite": allow_nonfinite,
     }
 
 
+def _sample_of(file: InputFile) -> str:
+    """Digest of pieces from everywhere in a file, its first and last bytes among them: training changes all of a
+    model, but maybe not the beginnings of its tensors, which are all that the sample digest sees."""
+    last, digest = max(0, file.size - SAMPLE_BYTES), hashlib.blake2b(digest_size=16)
+    for offset in sorted({last * k // (SAMPLES - 1) for k in range(SAMPLES)}):
+        digest.update(file.read(offset, min(SAMPLE_BYTES, file.size - offset)))
+    return digest.hexdigest()
+
+
+def times_of(plan: Plan) -> dict[str, Any]:
+    """When each input file was last changed, and on which machine: a resume there finds even changes that no sample
+    shows. On another machine equal files have other times."""
+    return {"machine": platform.node(), "changed": {str(file.path.absolute()): file.mtime_ns for file in plan.files}}
+
+
 def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Everything that determines the output's bytes, and fingerprints of what went in and came out.
 
-    Content digests are those of `darekit.checkpoints.digests`; null where not every tensor of an input was read.
+    Content digests are those of `darekit.checkpoints.digests`; null where not every tensor of an input was read. That
+    of a view is the one of its origin.
     """
 
     def content(key: str | None, index: int) -> str | None:
         checkpoint = plan.checkpoints[index]
+        stored = checkpoint.origin or checkpoint
+        names = {info.stored_name: name for name, info in checkpoint.tensors.items()}
         rows = []
-        for name, info in checkpoint.tensors.items():
-            record = records.get(name, {})
+        for name, info in stored.tensors.items():
+            record = records.get(names.get(name, ""), {})
             digest = record.get("base") if key is None else record.get("models", {}).get(key)
             if digest is None:
                 return None

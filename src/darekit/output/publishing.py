@@ -24,7 +24,7 @@ from darekit.errors import CheckpointError, DataError, OutputError
 from darekit.machine import peak_rss
 from darekit.output.card import agreed_license, model_card
 from darekit.output.companions import companions_of, write_companions
-from darekit.output.lock import LOCK_NAME, identity, make_lock
+from darekit.output.lock import LOCK_NAME, identity, make_lock, times_of
 from darekit.output.staging import Stage, open_stage
 from darekit.planning.plan import Plan
 
@@ -75,6 +75,7 @@ def execute(
         open_stage(
             out,
             identity=identity(plan, allow_nonfinite=allow_nonfinite),
+            times=times_of(plan),
             overwrite=overwrite,
             resume=resume,
             inputs=inputs,
@@ -202,7 +203,6 @@ def _kept(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, int
 
 def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
     recipe, found = plan.recipe, companions_of(plan)
-    directories = [checkpoint.directory for checkpoint in plan.checkpoints if checkpoint.directory]
 
     def card() -> str:
         return model_card(
@@ -211,7 +211,7 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
             statistics=[entry.stats for entry in recipe.models if entry.stats],
             recipe_text=recipe.text,
             lock_name=LOCK_NAME,
-            license=agreed_license(directories),
+            license=agreed_license([checkpoint.companions for checkpoint in plan.checkpoints]),
             title=title,
         )
 

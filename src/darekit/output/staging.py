@@ -25,7 +25,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,6 +40,10 @@ except ImportError:  # Windows
 INSIDE = ".darekit-stage"  # the stage of an OUT that cannot be renamed
 
 NOT_OURS = (INSIDE, "lost+found")  # entries of an OUT that is nevertheless empty, and that are never deleted
+
+# Of the journal's first line, and of what `darekit.output.lock.identity` puts there; raised whenever either changes. A
+# run begun under another number is not resumed.
+FORMAT = 2
 
 LAST = ("model.safetensors.index.json", "config.json")  # what makes a directory loadable, in order of appearance
 
@@ -190,12 +194,24 @@ class Stage:
 
 
 def open_stage(
-    out: Path, *, identity: Mapping[str, Any], overwrite: bool, resume: bool, inputs: Sequence[Path]
+    out: Path,
+    *,
+    identity: Mapping[str, Any],
+    times: Mapping[str, Any] | None = None,
+    overwrite: bool,
+    resume: bool,
+    inputs: Sequence[Path],
 ) -> Stage:
     """Lock OUT for this run, repair what a killed run left, and begin or resume a stage.
 
-    `identity` is JSON-able and holds all that the output's bytes depend on; a run is only resumed under an equal
-    one. `inputs` are the files or directories that an --overwrite must not replace.
+    Args:
+        out: where the output goes.
+        identity: JSON-able: all that the output's bytes depend on; a run is only resumed under an equal one.
+        times: JSON-able: `machine`, a name, and `changed`, path -> time of last change. On the machine of that name a
+            run is only resumed if no path has another time now.
+        overwrite: whether OUT may be replaced.
+        resume: whether an unfinished run is continued; else it is discarded.
+        inputs: the files or directories that an `overwrite` must not replace.
 
     Raises:
         OutputError: OUT exists and may not be replaced, another run writes it, or the run to be resumed is another.
@@ -210,7 +226,8 @@ def open_stage(
                 _check_out(place, guard)
             except OutputError as error:
                 raise OutputError(". ".join([*notes, str(error)])) from None
-            finished = _begin(place, json.loads(json.dumps(identity)), resume, notes)
+            header = Header(json.loads(json.dumps(identity)), json.loads(json.dumps(times or {})))
+            finished = _begin(place, header, resume, notes)
         except BaseException:
             # Only an empty stage goes: one with files in it is somebody's hour of work.
             if {path.name for path in place.root.iterdir()} <= {place.lock.name}:
@@ -398,16 +415,40 @@ def _repair(place: Place) -> list[str]:
     return notes
 
 
-def _begin(place: Place, identity: Mapping[str, Any], resume: bool, notes: list[str]) -> Mapping[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Header:
+    """The first line of a journal: what a run is, and when its inputs were last changed; see `open_stage`."""
+
+    identity: dict[str, Any]
+    times: dict[str, Any]
+
+    def changes(self, now: Header) -> list[str]:
+        """What makes today's run another one."""
+        found = list(_changes(self.identity, now.identity)) if self.identity != now.identity else []
+        if self.times.get("machine") == now.times.get("machine"):
+            before, after = self.times.get("changed", {}), now.times.get("changed", {})
+            rewritten = [path for path in before if path in after and before[path] != after[path]]
+            found += [f"{path} has been written to since" for path in rewritten]
+        return found
+
+
+def _begin(place: Place, header: Header, resume: bool, notes: list[str]) -> Mapping[str, dict[str, Any]]:
     """Open the journal of an unfinished run, or discard it and begin a new one."""
-    header, finished = _read_journal(place.journal) if place.files.is_dir() else (None, {})
-    if resume and header is not None:
-        differing = [key for key in {**header, **identity} if header.get(key) != identity.get(key)]
-        if differing:
-            changes = "; ".join(_changes(header, identity))
+    version, before, finished = _read_journal(place.journal) if place.files.is_dir() else (None, None, {})
+    if resume and version is not None and version != FORMAT:
+        whose = "an earlier" if version < FORMAT else "a later"
+        raise OutputError(
+            f"the unfinished run in {place.root} cannot be resumed, because {whose} version of darekit began it (its "
+            f"journal has format {version}, this version resumes format {FORMAT}); resume it with that version, or run "
+            f"without --resume to discard its {len(finished)} finished tensors"
+        )
+    if resume and before is not None:
+        changes = before.changes(header)
+        if changes:
             raise OutputError(
-                f"the unfinished run in {place.root} cannot be resumed, because it is not the same run ({changes}); "
-                f"undo the change, or run without --resume to discard its {len(finished)} finished tensors"
+                f"the unfinished run in {place.root} cannot be resumed, because it is not the same run "
+                f"({'; '.join(changes)}); undo the change, or run without --resume to discard its {len(finished)} "
+                "finished tensors"
             )
         notes.append(f"resuming: {len(finished)} tensors are done")
         return finished
@@ -418,23 +459,29 @@ def _begin(place: Place, identity: Mapping[str, Any], resume: bool, notes: list[
         notes.append(f"no unfinished run of {place.out} to resume: starting anew")
     _discard(place)
     place.files.mkdir()
-    _append(place.journal, json.dumps({"format": 1, "identity": identity}).encode() + b"\n")
+    _append(place.journal, json.dumps({"format": FORMAT, **asdict(header)}).encode() + b"\n")
     _sync_directory(place.root)
     return {}
 
 
-def _read_journal(path: Path) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
-    """The identity (None if it cannot be read) and the finished tensors; unreadable lines are work to be redone."""
+def _read_journal(path: Path) -> tuple[int | None, Header | None, dict[str, dict[str, Any]]]:
+    """The journal's format, its header (None if it cannot be read) and the finished tensors; unreadable lines are work
+    to be redone."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     header = next(_parsed(lines[:1]), {})
-    if header.get("format") != 1 or not isinstance(header.get("identity"), dict):
-        return None, {}
+    version, identity, times = header.get("format"), header.get("identity"), header.get("times")
+    if (
+        type(version) is not int
+        or not isinstance(identity, dict)
+        or (version == FORMAT and not isinstance(times, dict))
+    ):
+        return None, None, {}
     finished = {
         line["name"]: line["record"]
         for line in _parsed(lines[1:])
         if isinstance(line.get("name"), str) and isinstance(line.get("record"), dict)
     }
-    return header["identity"], finished
+    return version, Header(identity, times or {}), finished
 
 
 def _parsed(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints import companions
+from darekit.checkpoints.companions import Companions, Content
 
 
 @dataclass(frozen=True)
@@ -31,32 +32,31 @@ class TemplateChoice:
     warnings: tuple[str, ...] = ()
 
 
-def tokenizer_files(directory: Path) -> tuple[Path, ...]:
-    """The files in `directory` that turn text into tokens and back."""
-    return _matching(directory, (*companions.TOKENIZER, *companions.TEMPLATES, *companions.PROCESSOR)) + _code(
-        directory, "tokenizer_config.json"
-    )
+def tokenizer_files(beside: Companions) -> dict[str, Content]:
+    """The companion files that turn text into tokens and back."""
+    named = companions.matching(beside, (*companions.TOKENIZER, *companions.TEMPLATES, *companions.PROCESSOR))
+    return named | _code(beside, "tokenizer_config.json")
 
 
-def model_files(directory: Path) -> tuple[Path, ...]:
-    """The files in `directory` that belong to its model, beside `config.json` and the weights."""
-    return _matching(directory, companions.MODEL) + _code(directory, companions.CONFIG)
+def model_files(beside: Companions) -> dict[str, Content]:
+    """The companion files that belong to the model itself, beside `config.json` and the weights."""
+    return companions.matching(beside, companions.MODEL) | _code(beside, companions.CONFIG)
 
 
-def companion_files(directory: Path) -> tuple[Path, ...]:
-    """Everything in `directory` that an output made from it should carry, beside `config.json` and the weights."""
-    return tuple(dict.fromkeys(tokenizer_files(directory) + model_files(directory)))
+def companion_files(beside: Companions) -> dict[str, Content]:
+    """Everything that an output made from a model should carry, beside `config.json` and the weights."""
+    return tokenizer_files(beside) | model_files(beside)
 
 
-def chat_template(directory: Path) -> str | None:
+def chat_template(beside: Companions) -> str | None:
     """The default chat template, found where transformers looks for it and in the same order."""
     try:
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        return companions.content_of(beside["chat_template.jinja"]).decode("utf-8")
+    except (KeyError, OSError, ValueError):
         pass
     # chat_template.json is read by processors only, so a tokenizer's own config goes before it.
     for name in ("tokenizer_config.json", "chat_template.json"):
-        found = _read_json(directory / name).get("chat_template")
+        found = _read_json(beside, name).get("chat_template")
         if isinstance(found, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
             found = next((each.get("template") for each in found if _is_default(each)), None)
         if isinstance(found, dict):
@@ -66,24 +66,24 @@ def chat_template(directory: Path) -> str | None:
     return None
 
 
-def choose_chat_template(base: Path | None, models: Sequence[tuple[str, Path]]) -> TemplateChoice:
-    """The base's template; where it has none, the one on which all (name, directory) models that have one agree.
+def choose_chat_template(base: Companions, models: Sequence[tuple[str, Companions]]) -> TemplateChoice:
+    """The base's template; where it has none, the one on which all (name, companions) models that have one agree.
 
-    `base` is the directory the tokenizer comes from; None counts as one without a template.
+    `base`: the companion files among which the tokenizer is.
     """
-    own = chat_template(base) if base is not None else None
+    own = chat_template(base)
     if own is not None:
         return TemplateChoice(own, "base")
     owners: dict[str, list[str]] = {}  # by template without the blank end that only some file formats keep
-    for name, directory in models:
-        template = chat_template(directory)
+    for name, beside in models:
+        template = chat_template(beside)
         if template is not None:
             owners.setdefault(template.rstrip(), []).append(name)
     if not owners:
         return TemplateChoice()
     if len(owners) == 1:
         names = next(iter(owners.values()))
-        template = next(found for name, path in models if name == names[0] and (found := chat_template(path)))
+        template = next(found for name, beside in models if name == names[0] and (found := chat_template(beside)))
         return TemplateChoice(
             template, names[0], True, f"the base has no chat template: took the one of {', '.join(names)}"
         )
@@ -105,22 +105,18 @@ def write_chat_template(directory: Path, template: str) -> None:
         path.write_text(json.dumps({**config, "chat_template": template}, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _matching(directory: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
-    return tuple(path for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file())
-
-
-def _code(directory: Path, config: str) -> tuple[Path, ...]:
-    return _matching(directory, companions.CODE) if _read_json(directory / config).get("auto_map") else ()
+def _code(beside: Companions, config: str) -> dict[str, Content]:
+    return companions.matching(beside, companions.CODE) if _read_json(beside, config).get("auto_map") else {}
 
 
 def _is_default(entry: object) -> bool:
     return isinstance(entry, dict) and entry.get("name") == "default"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(beside: Companions, name: str) -> dict[str, Any]:
     """A JSON object; an empty one where there is none that can be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = json.loads(companions.content_of(beside[name]).decode("utf-8"))
+    except (KeyError, OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -43,9 +43,9 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Any) 
             model = found.checkpoint()
             recipe = read_recipe({"models": [{"model": str(pack)}], "merge_method": "linear"})
             plan = make_plan(recipe, None, [model], shard_size=settings.shard_size)
-            # Bits are copied, NaN and all: there is nothing to merge. The base must neither change nor be replaced.
+            # Bits are copied, NaN and all: there is nothing to merge.
             steps = tuple(replace(step, kind="copy") for step in plan.steps)
-            plan = replace(plan, steps=steps, read_besides=checkpoint.files)
+            plan = replace(plan, steps=steps)
             report = execute(
                 plan,
                 Path(out),

@@ -19,7 +19,7 @@ import xxhash
 
 from darekit import __version__
 from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, sync_directory
-from darekit.checkpoints.companions import CONFIG
+from darekit.checkpoints.companions import CONFIG, content_of, matching
 from darekit.checkpoints.digests import checkpoint_digest, tensor_digest
 from darekit.dtypes import DTYPES, dtype_named
 from darekit.errors import CheckpointError, OutputError, PlanError
@@ -27,7 +27,7 @@ from darekit.inputs.opening import packed_seed
 from darekit.machine import peak_rss
 from darekit.output.card import agreed_license, public_name
 from darekit.output.publishing import Progress
-from darekit.output.tokenizer import model_files, tokenizer_files
+from darekit.output.tokenizer import companion_files
 from darekit.packing.jobs import WORTH, Job, Terms, job_for, without_same_rows
 from darekit.packing.spans import BUFFERS, Piece, Spool, make_span
 from darekit.packs.format import (
@@ -181,6 +181,8 @@ def pack(
 
     with open_plan(recipe) as plan:
         _refuse_out(out, plan, overwrite)
+        if not lossless:
+            _refuse_other_names(plan)
         for line in plan.notes:
             note(line)
         if not lossless and packed_seed(plan.models[0]) is not None:
@@ -207,6 +209,17 @@ def pack(
     )  # fmt: skip
 
 
+def _refuse_other_names(plan: Plan) -> None:
+    """A pack draws its masks by the names of its base, a merge by those that a model is stored under."""
+    for tensor in plan.alignment.tensors:
+        info = tensor.models[0]
+        if info is not None and info.stored is not None and info.stored != tensor.name:
+            raise PlanError(
+                f"{plan.models[0].ref}: {tensor.name} is stored as {info.stored}, so a pack would drop other elements "
+                "than a merge does; write the model out first (merge it alone, by `merge_method: linear`), and pack that"
+            )
+
+
 def _refuse_out(out: Path, plan: Plan, overwrite: bool) -> None:
     if out.suffix != ".safetensors":
         raise OutputError(f"{out} must end in .safetensors: a pack is such a file, and is known by its name")
@@ -216,7 +229,7 @@ def _refuse_out(out: Path, plan: Plan, overwrite: bool) -> None:
         raise OutputError(f"{out} exists; choose another name, or replace it with --overwrite")
     if not out.absolute().parent.is_dir():
         raise OutputError(f"there is no directory {out.absolute().parent} to write {out.name} in")
-    if any(file.path.resolve() == out.resolve() for checkpoint in plan.checkpoints for file in checkpoint.files):
+    if any(file.path.resolve() == out.resolve() for file in plan.files):
         raise OutputError(f"{out} is one of the inputs; choose another name")
 
 
@@ -328,7 +341,7 @@ class Writer:
                 "sample_digest": self.plan.sample_digests[1].hex(),
             },
             settings=self.settings,
-            license=agreed_license([self.model.directory] if self.model.directory else []),
+            license=agreed_license([self.model.companions]),
             tool=f"darekit {__version__}",
         )
 
@@ -441,7 +454,7 @@ class Writer:
         )
 
     def _refuse_changed(self) -> None:
-        changed = [str(f.path) for checkpoint in self.plan.checkpoints for f in checkpoint.files if f.changed()]
+        changed = [str(file.path) for file in self.plan.files if file.changed()]
         if changed:
             raise CheckpointError(
                 f"{', '.join(changed)} changed while it was read; nothing was written. Run again when it is still"
@@ -515,20 +528,14 @@ def _parts_of(changed: _Changed) -> Iterator[OutputTensor]:
 
 def _companions(model: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """Name -> content of the small files that make the result an ordinary model directory."""
-    directory = model.directory
-    if directory is None:
-        return
-    paths = [path for path in (directory / CONFIG,) if path.is_file()]
-    for path in dict.fromkeys((*paths, *tokenizer_files(directory), *model_files(directory))):
+    for name, content in (matching(model.companions, (CONFIG,)) | companion_files(model.companions)).items():
         with contextlib.suppress(OSError):
-            yield path.relative_to(directory).as_posix(), path.read_bytes()
+            yield name, content_of(content)
 
 
 def _is_same_file(base: Checkpoint, name: str, raw: bytes) -> bool:
-    if base.directory is None:
-        return False
     try:
-        return (base.directory / name).read_bytes() == raw
+        return name in base.companions and content_of(base.companions[name]) == raw
     except OSError:
         return False
 

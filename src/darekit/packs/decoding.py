@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from darekit import kernels
-from darekit.checkpoints import TensorInfo
+from darekit.checkpoints import TensorInfo, Traits, traits_of
 from darekit.checkpoints.digests import LEAF
+from darekit.checkpoints.sources import refuse_outside
 from darekit.dtypes import DTYPES, Bytes, Floats
 from darekit.errors import CheckpointError, DataError
 from darekit.kernels import packs
@@ -216,20 +217,22 @@ class PackedSource:
         return self.decoder.nbytes
 
     @property
-    def seed(self) -> int | None:
-        """Of the mask; None where nothing of this tensor was dropped, or all."""
-        return self.decoder.source.document.seed if 0 < self.decoder.tensor.drop_rate < 1 else None
-
-    @property
-    def result(self) -> str:
-        """Digest of all bytes, as they were when the model was packed."""
-        return self.decoder.tensor.result
+    def traits(self) -> Traits:
+        """The pack beside what the base needs; the digest of all bytes as they were when the model was packed."""
+        tensor, pack, base = self.decoder.tensor, self.decoder.source, traits_of(self.base.source)
+        stored = pack.stored_bytes(tensor)
+        return Traits(
+            files=(pack.file, *base.files),
+            result=tensor.result,
+            seed=pack.document.seed if 0 < tensor.drop_rate < 1 else None,
+            grain=LEAF,
+            cost=base.cost + (stored / self.nbytes if self.nbytes else 0),
+        )
 
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
         size = self.decoder.leaf_bytes
-        if offset < 0 or offset + buffer.size > self.nbytes:
-            raise ValueError(f"bytes {offset} to {offset + buffer.size} lie outside a tensor of {self.nbytes}")
+        refuse_outside(buffer, offset, self.nbytes)
         done = 0
         while done < buffer.size:
             leaf, skip = divmod(offset + done, size)

@@ -318,6 +318,11 @@ class PackFile:
         place = self.parts[tensor.name].values
         return DTYPES[tensor.values if place is None else place.dtype]
 
+    def stored_bytes(self, tensor: PackedTensor) -> int:
+        """Bytes of a tensor's values (or frames) and scales: what is read to decode all of it."""
+        parts = self.parts[tensor.name]
+        return sum(place.nbytes for place in (parts.values, parts.frames, parts.scales) if place is not None)
+
     def read_leaf(self, tensor: PackedTensor, leaf: int) -> tuple[Bytes, Bytes]:
         """Raw bytes of one leaf's values (or frame) and of its scales."""
         return self.read_leaves(tensor, leaf, leaf + 1)

@@ -7,9 +7,6 @@ A bound pack decodes ranges on the fly, so it goes wherever a model goes, and no
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ import xxhash
 
 from darekit import kernels
 from darekit.checkpoints import Checkpoint, InputFile, Source, TensorInfo, sample_digest
+from darekit.checkpoints.companions import CONFIG, Companions, Content, content_of
 from darekit.checkpoints.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats
 from darekit.errors import CheckpointError, DarekitError, HomologyError, PlanError
@@ -249,11 +247,8 @@ class Pack:
             origin = base.tensors[name]
             source = origin.source if tensor.kind == "same" else PackedSource(Decoder(self._source, tensor), origin)
             infos[name] = TensorInfo(name, tensor.dtype, tensor.shape, source)
-        directory, config = self._companions(base)
-        found = Checkpoint(str(self.path), directory, infos, config, (self._source.file,), None)
-        if directory is not None:
-            weakref.finalize(found, shutil.rmtree, directory, ignore_errors=True)
-        return found
+        companions, config = self._companions(base)
+        return Checkpoint(str(self.path), None, infos, config, (self._source.file,), None, companions)
 
     def verify(self, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None) -> Verification:
         """Compare what is stored with its digests, and with a base bound also every result."""
@@ -364,35 +359,29 @@ class Pack:
         self.base.tensors[decoder.tensor.name].source.read_into(raw, leaf * decoder.leaf_bytes)
         return raw
 
-    def _companions(self, base: Checkpoint) -> tuple[Path | None, Mapping[str, Any] | None]:
-        """A temporary directory with the model's small files, and its config."""
+    def _companions(self, base: Checkpoint) -> tuple[Companions, Mapping[str, Any] | None]:
+        """The model's small files, those that it shares with its base where the base has them; and its config."""
         files = self._source.document.files
         if not files:
-            return None, base.config
-        directory = Path(tempfile.mkdtemp(prefix="darekit-pack-"))
+            return {}, base.config
+        found: dict[str, Content] = {}
         config = None
-        try:
-            for file in files:
-                raw = self._file(file.name, base)
-                if _digest_of(raw) != file.digest:
-                    where = self.path if file.stored else base.ref
-                    raise CheckpointError(f"{file.name} of {where} is not the file that was packed")
-                target = directory / file.name
-                target.parent.mkdir(exist_ok=True)
-                target.write_bytes(raw.tobytes())
-                if file.name == "config.json":
-                    config = json.loads(raw.tobytes())
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-        return directory, config
+        for file in files:
+            content = found[file.name] = self._file(file.name, base)
+            raw = content_of(content)
+            if _digest_of(raw) != file.digest:
+                where = self.path if file.stored else base.ref
+                raise CheckpointError(f"{file.name} of {where} is not the file that was packed")
+            if file.name == CONFIG:
+                config = json.loads(raw)
+        return found, config
 
-    def _file(self, name: str, base: Checkpoint) -> Bytes:
+    def _file(self, name: str, base: Checkpoint) -> Content:
         if name in self._source.files:
-            return self._source.read_part(self._source.files[name])
-        if base.directory is None or not (base.directory / name).is_file():
+            return self._source.read_part(self._source.files[name]).tobytes()
+        if name not in base.companions:
             raise CheckpointError(f"{base.ref} has no {name}, which {self.path} takes from it")
-        return np.frombuffer((base.directory / name).read_bytes(), np.uint8)
+        return base.companions[name]
 
 
 def open_pack(path: str | Path, base: str | Path | Checkpoint | None = None) -> Pack:
@@ -440,7 +429,9 @@ def bind(source: PackFile, base: Checkpoint, digest: bytes | None = None) -> Non
     for name, tensor in source.document.tensors.items():
         info = base.tensors.get(name)
         found = "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
-        if info is None or (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+        if info is not None and info.stored_name != name:  # the base's sample digest is that of the stored model
+            found += f", which is stored as {info.stored_name}"
+        if info is None or (info.dtype, info.shape, info.stored_name) != (tensor.dtype, tensor.shape, name):
             raise HomologyError(
                 f"{base.ref} is not the base of {source.file.path}: {name} should be {tensor.dtype} "
                 f"{list(tensor.shape)}, found {found}. It was packed against {wanted['ref']}"
@@ -453,7 +444,7 @@ def bind(source: PackFile, base: Checkpoint, digest: bytes | None = None) -> Non
         )
 
 
-def _digest_of(raw: Bytes) -> str:
+def _digest_of(raw: Bytes | bytes) -> str:
     return xxhash.xxh3_128_hexdigest(raw)
 
 

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open everything that a recipe names, and plan."""
+"""Open everything that a command or a recipe names: every command opens models through here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from darekit.checkpoints import Checkpoint, open_checkpoint
-from darekit.inputs.opening import open_model
+from darekit.checkpoints import Checkpoint
+from darekit.inputs import opening
+from darekit.inputs.opening import OPENERS
 from darekit.planning.plan import SHARD_SIZE, Plan, make_plan
 from darekit.recipe import Recipe
 
@@ -18,25 +19,37 @@ if TYPE_CHECKING:
 
 
 @contextmanager
+def open_models(
+    base: str | Path | None, models: Sequence[str | Path], *, search: Sequence[Path] = ()
+) -> Iterator[tuple[Checkpoint | None, tuple[Checkpoint, ...]]]:
+    """Open a base, where there is one, and models (headers only); the files are closed on leaving."""
+    with ExitStack() as opened:
+        origin = None
+        if base is not None:
+            origin = opened.enter_context(closing(opening.open_base(base, search=search, openers=OPENERS)))
+        yield (
+            origin,
+            tuple(
+                opened.enter_context(closing(opening.open_model(model, origin, search=search, openers=OPENERS)))
+                for model in models
+            ),
+        )
+
+
+def only_on_base(ref: str | Path) -> tuple[str, str | Path] | None:
+    """Of what is a model only on top of its base: its kind, and what was found under the name; None of all else."""
+    return opening.only_on_base(ref, openers=OPENERS)
+
+
+@contextmanager
 def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE) -> Iterator[Plan]:
     """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving."""
-    opened: list[Checkpoint] = []
-    statistics: list[Statistics] = []
-    try:
-        if recipe.base_model is not None:
-            opened.append(open_checkpoint(recipe.base_model, search=search))
-        base = opened[0] if opened else None
-        for entry in recipe.models:
-            opened.append(open_model(entry.model, base, search=search))
-        models = tuple(opened[1:] if base else opened)
+    names = [entry.model for entry in recipe.models]
+    with open_models(recipe.base_model, names, search=search) as (base, models), ExitStack() as opened:
+        statistics: list[Statistics] = []
         for entry in recipe.models:
             if entry.stats is not None:
                 from darekit.inputs.statistics import open_statistics
 
-                statistics.append(open_statistics(entry.stats, search=search))
+                statistics.append(opened.enter_context(closing(open_statistics(entry.stats, search=search))))
         yield make_plan(recipe, base, models, statistics=statistics, shard_size=shard_size)
-    finally:
-        for checkpoint in opened:
-            checkpoint.close()
-        for found in statistics:
-            found.close()

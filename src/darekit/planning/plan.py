@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from darekit.checkpoints import Checkpoint, InputFile, OutputTensor, Shard, lay_out, sample_digest
+from darekit.checkpoints import Checkpoint, InputFile, OutputTensor, Shard, lay_out, sample_digest, traits_of
 from darekit.dtypes import DTYPES
 from darekit.engine.costs import bytes_to_read, peak_memory
 from darekit.engine.steps import Step
@@ -66,7 +66,6 @@ class Plan:
     notes: tuple[str, ...]
     rates: tuple[Mapping[str, float], ...]  # per model: what `drop_rate: auto` came to, by tensor
     statistics: tuple[Statistics, ...] = ()  # one of each model, where the method uses them
-    read_besides: tuple[InputFile, ...] = ()  # by the models' own sources: the base of a pack that is unpacked
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -75,9 +74,9 @@ class Plan:
 
     @property
     def files(self) -> tuple[InputFile, ...]:
-        """All open files: those of the checkpoints, the statistics, and what is read besides."""
-        weights = [file for checkpoint in self.checkpoints for file in checkpoint.files]
-        return (*weights, *(entry.file for entry in self.statistics if entry.file), *self.read_besides)
+        """All files that are read, each once: those of the checkpoints and of their sources, and the statistics."""
+        weights = [file for checkpoint in self.checkpoints for file in checkpoint.read_files]
+        return tuple(dict.fromkeys((*weights, *(entry.file for entry in self.statistics if entry.file))))
 
     def __enter__(self) -> Self:
         """Reopen the files that are closed.
@@ -103,10 +102,11 @@ class Plan:
 
     @property
     def bytes_in(self) -> int:
-        """Bytes of all input tensors, and of the statistics that are used: what is read at least once."""
+        """What is read at least once: bytes behind all input tensors, and of the statistics that are used."""
         tensors = [info for checkpoint in self.checkpoints for info in checkpoint.tensors.values()]
         used = [entry for step in self.steps for entry in step.statistics]
-        return sum(info.nbytes for info in tensors) + sum(entry.count * entry.dtype.itemsize for entry in used)
+        behind = sum(round(info.nbytes * traits_of(info.source).cost) for info in tensors)
+        return behind + sum(entry.count * entry.dtype.itemsize for entry in used)
 
     def bytes_to_read(self, finished: Container[str] = ()) -> int:
         """Bytes that the engine will read: a tensor that must be measured first is read twice, or a little more.
@@ -124,7 +124,7 @@ class Plan:
         wrong: dict[str, list[str]] = {}
         for k, model in enumerate(self.models):
             for name, info in model.tensors.items():
-                wanted = getattr(info.source, "result", None)
+                wanted = traits_of(info.source).result
                 found = records.get(name, {}).get("models", {}).get(str(k))
                 if wanted is not None and found is not None and found != wanted:
                     wrong.setdefault(model.ref, []).append(name)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from darekit.checkpoints import Checkpoint, TensorInfo
-from darekit.dtypes import dtype_named
 from darekit.engine.steps import Input, Step
 from darekit.errors import HomologyError, PlanError
 from darekit.inputs.statistics import FISHER, Statistics
@@ -36,21 +35,23 @@ def statistics_of(
     if not any(weights.values()):
         raise PlanError(f"all weights of {tensor.name} are 0, so there is no mean; give one model a weight above 0")
     found: list[TensorInfo] = []
+    names: dict[int, str] = {}  # statistics know the tensors of the stored model
     for k in owners:
         info, entry = tensor.models[k], statistics[k]
-        known = entry.tensors.get(tensor.name)
+        known = entry.tensors.get(info.stored_name) if info is not None else None
         if known is None or info is None:
             return None
-        inputs = info.shape[0 if tensor.name in entry.transposed else -1] if len(info.shape) == 2 else None
+        name = names[k] = info.stored_name
+        inputs = info.shape[0 if name in entry.transposed else -1] if len(info.shape) == 2 else None
         wanted = info.shape if entry.kind == FISHER else (inputs, inputs)
         if known.shape != wanted:
             raise HomologyError(
-                f"{entry.ref} has {list(known.shape)} for {tensor.name}, which is {list(info.shape)} in "
+                f"{entry.ref} has {list(known.shape)} for {name}, which is {list(info.shape)} in "
                 f"{recipe.models[k].model}: expected {list(wanted) if inputs or entry.kind == FISHER else 'a matrix'}; "
                 "make the statistics anew with this model"
             )
         found.append(known)
-    transposed = [tensor.name in statistics[k].transposed for k in owners]
+    transposed = [names[k] in statistics[k].transposed for k in owners]
     if len(set(transposed)) > 1:
         raise HomologyError(
             f"{tensor.name} is stored [in, out] according to some of the statistics, [out, in] to others"
@@ -58,8 +59,8 @@ def statistics_of(
     if transposed[0] and len({info.shape for info in tensor.models if info}) > 1:
         return None
     return {
-        "statistics": tuple(Input(info.source, dtype_named(info.dtype), info.count) for info in found),
-        "sizes": tuple(statistics[k].size_of(tensor.name) for k in owners),
+        "statistics": tuple(Input.of(info) for info in found),
+        "sizes": tuple(statistics[k].size_of(names[k]) for k in owners),
         "transposed": transposed[0],
     }
 

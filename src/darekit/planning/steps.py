@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from darekit.checkpoints import Placement, TensorInfo
+from darekit.checkpoints import Placement
 from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step
 from darekit.errors import PlanError
@@ -35,7 +35,9 @@ def _chain(recipe: Recipe, model: int, tensor: AlignedTensor, count: int, seed: 
             # mergekit's recipes count survivors from the density as written, never through 1 - p.
             density = resolve((recipe.models[model].parameters.get("density"),), tensor.name)
             values["keep_count"] = dropped_to_density(count, rate) if density is None else _count(density, count)
-        stages.append(StageSpec(sparsify.method, values, seed or 0))
+        info = tensor.models[model]
+        # What a view calls otherwise keeps the mask of the tensor that is stored.
+        stages.append(StageSpec(sparsify.method, values, seed or 0, (info and info.stored) or ""))
     method = MERGE_METHODS[recipe.merge_method]
     if method.trims:
         keep = resolve((recipe.models[model].parameters.get("keep"), recipe.parameters.get("keep")), tensor.name)
@@ -64,10 +66,6 @@ def _check_window(rate: float, window: float, name: str) -> None:
         )
 
 
-def _input(info: TensorInfo) -> Input:
-    return Input(info.source, dtype_named(info.dtype), info.count)
-
-
 def steps_of(
     recipe: Recipe,
     seeds: Sequence[int | None],
@@ -78,8 +76,8 @@ def steps_of(
 ) -> Iterator[Step]:
     """One step, or, where vocabularies differ, one per range of rows with the same owners."""
     owners = tuple(k for k, info in enumerate(tensor.models) if info is not None)
-    inputs = tuple(_input(info) for info in tensor.models if info is not None)
-    base = _input(tensor.base) if tensor.base else None
+    inputs = tuple(Input.of(info) for info in tensor.models if info is not None)
+    base = Input.of(tensor.base) if tensor.base else None
     count = math.prod(tensor.shape)
     make = partial(
         Step,

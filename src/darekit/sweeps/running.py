@@ -15,17 +15,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from darekit.checkpoints import open_checkpoint, sample_digest
+from darekit.checkpoints import sample_digest
 from darekit.errors import DarekitError, DataError, PlanError
 from darekit.evaluation.examples import Examples
 from darekit.evaluation.judges import Judge, check_judge, identity_of, judge_of
-from darekit.inputs.opening import open_model
 from darekit.inputs.statistics import open_statistics
 from darekit.live.models import LiveModel, build
 from darekit.machine import default_threads
 from darekit.output.companions import companions_of
 from darekit.planning import checks
-from darekit.planning.opening import open_plan
+from darekit.planning.opening import open_models, open_plan
 from darekit.planning.plan import Plan
 from darekit.recipe import Recipe
 from darekit.sweeps.data import SPLITS, Cell, Sweep
@@ -221,19 +220,10 @@ def _inputs(recipes: Sequence[Recipe], search: Sequence[Path]) -> dict[str, str]
         missing = [e.model for e in recipe.models if e.model not in found]
         if not missing and (recipe.base_model is None or recipe.base_model in found):
             continue
-        base = None if recipe.base_model is None else open_checkpoint(recipe.base_model, search=search)
-        try:
+        with open_models(recipe.base_model, missing, search=search) as (base, models):
             if base is not None and recipe.base_model is not None:
                 found[recipe.base_model] = sample_digest(base).hex()
-            for name in missing:
-                model = open_model(name, base, search=search)
-                try:
-                    found[name] = sample_digest(model).hex()
-                finally:
-                    model.close()
-        finally:
-            if base is not None:
-                base.close()
+            found |= {name: sample_digest(model).hex() for name, model in zip(missing, models, strict=True)}
     return found
 
 
@@ -321,7 +311,7 @@ def _kind(plan: Plan) -> Any:
     """Plans of one kind fill the same live model: equal shapes, config and tokenizer."""
     companions = companions_of(plan)
     shapes = tuple((place.name, place.shape, place.dtype) for shard in plan.shards for place in shard.placements)
-    return shapes, companions.config, tuple(map(str, companions.files))
+    return shapes, companions.config, companions.files
 
 
 def _scores(name: str, judge: Judge, live: LiveModel) -> dict[str, dict[str, Any]]:

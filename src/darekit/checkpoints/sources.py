@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources: where the bytes of a tensor come from, and what else a source may say of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from darekit.checkpoints.files import Bytes, InputFile
+
+
+class Source(Protocol):
+    """Where the raw little-endian bytes of one tensor come from; threads may share it.
+
+    A source may have an attribute `traits`; what it leaves out is asked through `traits_of`.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        ...
+
+    def read_into(self, buffer: Bytes, offset: int) -> None:
+        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A delta that a source knows more precisely than its bytes can say: an adapter's product is float32.
+
+    Attributes:
+        base: the source of the tensor that the delta is added to. Relative to any other it means nothing.
+        read_into: (n,) float32, filled with the delta from an element on, given by its index in the flattened tensor.
+    """
+
+    base: Source
+    read_into: Callable[[npt.NDArray[np.float32], int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a source may say of itself. The defaults are those of bytes that lie somewhere as they are.
+
+    Attributes:
+        files: must stay open and unchanged while the source is read.
+        identity: digest of what the tensor is made of, where it is computed; it takes the place of the sample of bytes
+            in the checkpoint's sample digest. None: the bytes are sampled.
+        result: the content digest (`darekit.checkpoints.digests`) that all bytes must have, where it is known.
+        seed: of the mask by which elements were dropped before the tensor was stored; None: none were.
+        grain: elements that are decoded at once: a range that is not made of whole grains costs more than its bytes.
+        delta: the float32 delta, where the source knows one.
+        cost: bytes read for each byte given.
+    """
+
+    files: tuple[InputFile, ...] = ()
+    identity: bytes | None = None
+    result: str | None = None
+    seed: int | None = None
+    grain: int = 1
+    delta: Delta | None = None
+    cost: float = 1.0
+
+
+PLAIN = Traits()
+
+
+def traits_of(source: Source) -> Traits:
+    """What a source says of itself; of one that says nothing, `PLAIN`."""
+    traits: Traits = getattr(source, "traits", PLAIN)
+    return traits
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """A tensor that lies in a file."""
+
+    file: InputFile
+    offset: int
+    nbytes: int
+
+    @property
+    def traits(self) -> Traits:
+        """The file."""
+        return Traits(files=(self.file,))
+
+    def read_into(self, buffer: Bytes, offset: int) -> None:
+        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
+        refuse_outside(buffer, offset, self.nbytes)
+        self.file.read_into(buffer, self.offset + offset)
+
+
+@dataclass(frozen=True)
+class ArrayBytes:
+    """A tensor that lies in memory. `data`: (nbytes,) uint8, contiguous."""
+
+    data: Bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.data.nbytes
+
+    def read_into(self, buffer: Bytes, offset: int) -> None:
+        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
+        refuse_outside(buffer, offset, self.nbytes)
+        buffer[...] = self.data[offset : offset + buffer.nbytes]
+
+
+def refuse_outside(buffer: Bytes, offset: int, nbytes: int) -> None:
+    """Refuse a range that is not within a tensor of `nbytes`.
+
+    Raises:
+        ValueError: it begins before the tensor, or ends behind it.
+    """
+    if offset < 0 or offset + buffer.nbytes > nbytes:
+        raise ValueError(f"bytes {offset} to {offset + buffer.nbytes} lie outside a tensor of {nbytes}")
