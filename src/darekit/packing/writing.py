@@ -52,7 +52,6 @@ from darekit.planning import checks
 from darekit.planning.alignment import AlignedTensor
 from darekit.planning.opening import open_plan
 from darekit.planning.plan import Plan
-from darekit.planning.settings import drop_rate_of
 from darekit.recipe import single
 
 try:
@@ -332,7 +331,7 @@ class Writer:
         )
 
     def _rate(self, aligned: AlignedTensor) -> float:
-        return drop_rate_of(self.plan.recipe, 0, aligned)[0]
+        return self.plan.rate_of(0, aligned)[0]
 
     def _jobs(self) -> list[Job]:
         """One for each tensor, in the plan's order."""
