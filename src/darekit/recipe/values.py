@@ -149,8 +149,8 @@ def is_scalar(value: Value) -> bool:
     return not isinstance(value, Filters | Gradient)
 
 
-def filters_of(value: Value) -> tuple[Filtered, ...]:
-    """Its filters with their values; none for one value for all tensors."""
+def filters_of(value: Value | None) -> tuple[Filtered, ...]:
+    """Its filters with their values; none where one value is for all tensors."""
     return value.entries if isinstance(value, Filters) else ()
 
 
