@@ -17,6 +17,7 @@ from darekit.architectures.depth import LAYER_WORDS, depths_of, layer_of
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo
 from darekit.errors import PlanError, RecipeError
 from darekit.methods import MERGE_METHODS, MergeMethod, Number
+from darekit.output.lock import resolved_parameters
 from darekit.planning.opening import open_plan
 from darekit.planning.plan import make_plan
 from darekit.recipe import Filtered, Filters, Gradient, Place, read_recipe, resolve
@@ -264,11 +265,19 @@ def test_a_parameter_of_the_merge_may_differ_by_tensor(monkeypatch):
 
     monkeypatch.setitem(MERGE_METHODS, "blend", MergeMethod(blend))
     data = {"merge_method": "blend", "parameters": {"t": [{"filter": "attn", "value": [0, 1]}, {"value": 0.3}]}}
-    steps = {step.name: step.parameters["t"] for step in planned(data).steps}
+    plan = planned(data)
+    steps = {step.name: step.parameters["t"] for step in plan.steps}
     assert steps == {
         "h.0.attn.weight": 0, "h.1.attn.weight": 0.5, "h.2.attn.weight": 1, "h.0.mlp.weight": 0.3,
         "h.1.mlp.weight": 0.3, "h.2.mlp.weight": 0.3, "wte.weight": 0.3,
     }  # fmt: skip
+    assert [(group["parameters"], group["tensors"]) for group in resolved_parameters(plan)] == [
+        ({"t": 0}, ["h.0.attn.weight"]),
+        ({"t": 0.3}, ["h.0.mlp.weight", "h.1.mlp.weight", "h.2.mlp.weight", "wte.weight"]),
+        ({"t": 0.5}, ["h.1.attn.weight"]),
+        ({"t": 1}, ["h.2.attn.weight"]),
+    ]
+    assert "parameters" not in resolved_parameters(planned(data | {"parameters": {"t": 0.3}}))[0]
     with pytest.raises(RecipeError, match=r"no t for tensor h.0.mlp.weight: .*or set parameters.t"):
         planned({"merge_method": "blend", "parameters": {"t": {"filter": "attn", "value": 1}}})
 
