@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS
-from darekit.recipe import Filtered, Recipe, Sparsify, read_recipe
+from darekit.recipe import Filtered, Filters, Gradient, Recipe, Sparsify, read_recipe
 from darekit.recipe.mergekit import LATER_METHODS, PRODUCTS, complement
 
 DARE_TIES = """\
@@ -46,6 +46,10 @@ def refused(method: str, *models: dict[str, Any], **parameters: Any) -> str:
     with pytest.raises(RecipeError) as caught:
         make(method, *models, **parameters)
     return str(caught.value)
+
+
+def filters_of(*pairs: tuple[str, Any]) -> Filters:
+    return Filters(tuple(Filtered(*pair) for pair in pairs))
 
 
 def test_a_recipe_from_the_hub(tmp_path: Path):
@@ -138,7 +142,7 @@ def test_ties_density_is_keep():
     assert any("ties without keep for m1 and m2: no trim" in note for note in notes)
     assert any("ties without keep: no trim" in note for note in make("ties", {}).notes)
     filters = [{"filter": "mlp", "value": 0.5}, {"value": 0.1}]
-    assert make("ties", {}, density=filters).parameters["keep"] == (Filtered("mlp", 0.5), Filtered("*", 0.1))
+    assert make("ties", {}, density=filters).parameters["keep"] == filters_of(("mlp", 0.5), ("*", 0.1))
     assert "density and keep are one quantity" in refused("ties", {"density": 0.3}, keep=0.2)
     assert "density and keep are one quantity" in refused("ties", {"density": 0.3, "keep": 0.2})
 
@@ -176,16 +180,47 @@ def test_breadcrumbs_keeps_the_density_as_written():
     assert recipe.sparsify == Sparsify("breadcrumbs", {"gamma": 0.03})
     assert recipe.models[0].parameters == {"density": 0.8, "drop_rate": 0.2, "gamma": 0.02}
     assert recipe.models[1].parameters == {
-        "density": (Filtered("mlp", 0.3), Filtered("attn", 0.9), Filtered("*", 1.0)),
-        "drop_rate": (Filtered("mlp", 0.7), Filtered("attn", 0.1), Filtered("*", 0.0)),
+        "density": filters_of(("mlp", 0.3), ("attn", 0.9), ("*", 1.0)),
+        "drop_rate": filters_of(("mlp", 0.7), ("attn", 0.1), ("*", 0.0)),
     }
-    assert recipe.models[2].parameters["density"] == (Filtered("attn", 0.9), Filtered("*", 1.0))
+    assert recipe.models[2].parameters["density"] == filters_of(("attn", 0.9), ("*", 1.0))
     assert read_recipe(recipe.to_data()) == recipe
 
 
 def test_a_list_of_densities_falls_through():
     recipe = make("dare_linear", {"density": [{"filter": "mlp", "value": 0.3}]}, density=0.6)
-    assert recipe.models[0].parameters["drop_rate"] == (Filtered("mlp", 0.7), Filtered("*", 0.4))
+    assert recipe.models[0].parameters["drop_rate"] == filters_of(("mlp", 0.7), ("*", 0.4))
+    # What nothing can reach is left out: the recipe in a lock must be one that can be read again.
+    whole = make("dare_linear", {"density": [{"filter": "mlp", "value": 0.3}, {"value": 0.8}]}, density=0.6)
+    assert whole.models[0].parameters["drop_rate"] == filters_of(("mlp", 0.7), ("*", 0.2))
+    assert read_recipe(whole.to_data()) == whole
+
+
+def test_gradients_of_densities():
+    """Complemented number by number; the value of a filter may be one; the next level may be one."""
+    recipe = make("dare_ties", {"density": [1, 0.7, 0.1], "weight": [0, "1e-1"]}, {}, density=[0.5, 0.25])
+    assert recipe.models[0].parameters == {"drop_rate": Gradient((0.0, 0.3, 0.9)), "weight": Gradient((0.0, 0.1))}
+    assert recipe.models[1].parameters == {"drop_rate": Gradient((0.5, 0.75))}
+    assert read_recipe(recipe.to_data()) == recipe
+    mixed = make("dare_ties", {"density": [{"filter": "mlp", "value": [0, 0.5, 1]}]}, density=[0.9, 0.6])
+    assert mixed.models[0].parameters["drop_rate"] == filters_of(
+        ("mlp", Gradient((1.0, 0.5, 0.0))), ("*", Gradient((0.1, 0.4)))
+    )
+    assert read_recipe(mixed.to_data()) == mixed
+    assert make("ties", {"density": [1, 0.7, 0.1]}).models[0].parameters == {"keep": Gradient((1.0, 0.7, 0.1))}
+    magnitude = make("ties", {"density": [1, 0.7, 0.1]}, rescale="l1")
+    assert magnitude.models[0].parameters == {"drop_rate": Gradient((0.0, 0.3, 0.9))}
+    crumbs = make("breadcrumbs", {"density": [0.8, 0.2], "gamma": [0.01, 0.02]})
+    assert crumbs.models[0].parameters == {
+        "drop_rate": Gradient((0.2, 0.8)), "density": Gradient((0.8, 0.2)), "gamma": Gradient((0.01, 0.02)),
+    }  # fmt: skip
+    assert read_recipe(crumbs.to_data()) == crumbs
+    della = make("della", {"density": 0.5, "epsilon": [0.1, 0.2]}, epsilon=[0.05, 0.1])
+    assert della.models[0].parameters["window"] == Gradient((0.2, 0.4))
+    assert della.sparsify is not None and della.sparsify.parameters["window"] == Gradient((0.1, 0.2))
+    assert "drops nothing" in refused("dare_ties", {"density": [1, 1.0]})
+    assert not any("nothing of it is dropped" in note for note in recipe.notes)
+    assert "density.1 must be in [0, 1], found 7" in refused("ties", {"density": [1, 7]})
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
@@ -250,7 +285,6 @@ def test_words_of_other_methods():
     assert "`sparsify: {method: dare, drop_rate: ...}` with `merge_method: ties`" in message
     assert "density must be in [0, 1], found 53; a percentage? write 0.53" in refused("dare_ties", {"density": 53})
     assert "did you mean 'density'?" in refused("dare_ties", {"densty": 0.5})
-    assert "gradients come in a later version" in refused("ties", {"density": [1, 0.7, 0.1]})
 
 
 @pytest.mark.parametrize("method", PRODUCTS)
@@ -284,6 +318,10 @@ def test_near_misses():
         | st.integers(0, 999).map(lambda n: n / 1000)
         | st.lists(st.integers(0, 999), min_size=1, max_size=3).map(
             lambda ns: [{"filter": f"layers.{i}", "value": n / 1000} for i, n in enumerate(ns)]
+        )
+        | st.lists(st.integers(0, 999), min_size=1, max_size=3).map(lambda ns: [n / 1000 for n in ns])
+        | st.lists(st.integers(0, 999), min_size=1, max_size=3).map(
+            lambda ns: [{"filter": "mlp", "value": [n / 1000 for n in ns]}, {"value": 0.5}]
         ),
         min_size=1,
         max_size=4,

@@ -16,7 +16,7 @@ from darekit.output.lock import identity
 from darekit.planning.homology import TAU, judge, p_max, sample_norms
 from darekit.planning.opening import open_plan
 from darekit.planning.rates import MOST, rate_within, rounded_down, spend
-from darekit.recipe import Filtered, Filters, read_recipe, resolve
+from darekit.recipe import Filtered, Filters, Place, read_recipe, resolve
 
 BASE = {"base_model": "b", "models": [{"model": "a"}], "merge_method": "task_arithmetic"}
 
@@ -94,8 +94,8 @@ def test_the_check_knows_that_q_quietens_the_noise(llamas):
 
 def test_an_equals_sign_means_the_whole_name():
     filters = Filters((Filtered("=a.weight", 1), Filtered("xa", 2), Filtered("=xa.weight", 3), Filtered("*", 4)))
-    assert [resolve((filters,), name) for name in ("a.weight", "xa.weight", "a.weight.b")] == [1, 2, 4]
-    assert resolve((Filters(filters[:1]), 7), "b.a.weight") == 7
+    assert [resolve((filters,), Place(name)) for name in ("a.weight", "xa.weight", "a.weight.b")] == [1, 2, 4]
+    assert resolve((Filters(filters.entries[:1]), 7), Place("b.a.weight")) == 7
 
 
 @given(
@@ -103,8 +103,9 @@ def test_an_equals_sign_means_the_whole_name():
 )
 def test_the_index_of_names_changes_nothing(entries, name):
     """The first entry that matches decides, with or without the index."""
-    single = (resolve((Filters([entry]),), name) for entry in entries)
-    assert resolve((Filters(entries),), name) == next((value for value in single if value is not None), None)
+    place = Place(name)
+    single = (resolve((Filters((entry,)),), place) for entry in entries)
+    assert resolve((Filters(tuple(entries)),), place) == next((value for value in single if value is not None), None)
 
 
 # --- auto

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, Choice, Number, Parameter, Switch
-from darekit.recipe import Filtered, ModelEntry, Recipe, Sparsify, Value, read_recipe, resolve
+from darekit.recipe import Filtered, Filters, Gradient, ModelEntry, Place, Recipe, Sparsify, Value, read_recipe, resolve
 
 NATIVE = """\
     base_model: llama-2-13b
@@ -131,25 +131,65 @@ def test_values_per_tensor(read):
           keep: [{filter: norm, value: 1}]
         """)
     own, sparsify = recipe.models[0].parameters, recipe.sparsify
-    assert own["weight"] == (Filtered("mlp", 2.0),)
-    assert own["drop_rate"] == (Filtered("model.layers.[01].*", 0.9), Filtered("*", 0.5))
-    assert sparsify is not None and sparsify.parameters["window"] == (Filtered("q_proj", 0.1),)
-    assert recipe.parameters == {"lambda": (Filtered("*", 0.7),), "keep": (Filtered("norm", 1.0),)}
+    assert own["weight"] == Filters((Filtered("mlp", 2.0),))
+    assert own["drop_rate"] == Filters((Filtered("model.layers.[01].*", 0.9), Filtered("*", 0.5)))
+    assert sparsify is not None and sparsify.parameters["window"] == Filters((Filtered("q_proj", 0.1),))
+    assert recipe.parameters == {"lambda": Filters((Filtered("*", 0.7),)), "keep": Filters((Filtered("norm", 1.0),))}
     assert read_recipe(recipe.to_data()) == recipe
 
 
+def test_gradients(read):
+    """Wherever a number may stand: for all models, for one, under a filter; also numbers that YAML reads as text."""
+    recipe = read("""\
+        base_model: b
+        models:
+          - model: a
+            parameters: {weight: [0, 1e-3, 1], keep: [0.5]}
+        sparsify:
+          method: della
+          drop_rate: [{filter: mlp, value: [0.5, 0.9]}, {filter: norm, value: 0.1}, {value: [0.2, 0.4]}]
+          window: [0.1, 0.2]
+        merge_method: ties
+        parameters: {lambda: [1, 0.5], keep: {filter: mlp, value: [1, 0.2]}}
+        """)
+    own, sparsify = recipe.models[0].parameters, recipe.sparsify
+    assert own == {"weight": Gradient((0.0, 0.001, 1.0)), "keep": Gradient((0.5,))}
+    assert sparsify is not None and sparsify.parameters == {
+        "drop_rate": Filters(
+            (Filtered("mlp", Gradient((0.5, 0.9))), Filtered("norm", 0.1), Filtered("*", Gradient((0.2, 0.4))))
+        ),
+        "window": Gradient((0.1, 0.2)),
+    }
+    assert recipe.parameters == {
+        "lambda": Gradient((1.0, 0.5)),
+        "keep": Filters((Filtered("mlp", Gradient((1.0, 0.2))),)),
+    }
+    assert recipe.to_data()["sparsify"]["drop_rate"][0] == {"filter": "mlp", "value": [0.5, 0.9]}
+    assert recipe.to_data()["parameters"]["lambda"] == [1.0, 0.5]
+    assert read_recipe(recipe.to_data()) == recipe
+    assert read(NATIVE, settings={"parameters.lambda": "[0, 1]"}).parameters["lambda"] == Gradient((0.0, 1.0))
+
+
 def test_resolve():
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert resolve([], name) is None
-    assert resolve([None, 0.5], name) == 0.5
-    assert resolve(["paper", "none"], name) == "paper"
-    assert resolve([(Filtered("attn", 1.0),), None, 0.5], name) == 0.5
-    assert resolve([(Filtered("mlp", 1.0), Filtered("*", 2.0)), 0.5], name) == 1.0
-    assert resolve([(Filtered("up*", 1.0), Filtered("*up*", 2.0))], name) == 2.0
-    assert resolve([(Filtered("layers.?.mlp", 1.0),)], name) is None
-    assert resolve([(Filtered("attn", 1.0),)], name) is None
-    assert resolve([(Filtered("mlp", False),), True], name) is False
-    assert resolve([0, 1], name) == 0
+    place = Place("model.layers.0.mlp.up_proj.weight", (4, 4), 0.25)
+
+    def filters(*pairs):
+        return Filters(tuple(Filtered(*pair) for pair in pairs))
+
+    assert resolve([], place) is None
+    assert resolve([None, 0.5], place) == 0.5
+    assert resolve(["paper", "none"], place) == "paper"
+    assert resolve([filters(("attn", 1.0)), None, 0.5], place) == 0.5
+    assert resolve([filters(("mlp", 1.0), ("*", 2.0)), 0.5], place) == 1.0
+    assert resolve([filters(("up*", 1.0), ("*up*", 2.0))], place) == 2.0
+    assert resolve([filters(("layers.?.mlp", 1.0))], place) is None
+    assert resolve([filters(("attn", 1.0))], place) is None
+    assert resolve([filters(("mlp", False)), True], place) is False
+    assert resolve([0, 1], place) == 0
+    assert resolve([Gradient((0.0, 2.0)), 1.0], place) == 0.5
+    assert resolve([filters(("attn", 1.0)), Gradient((0.0, 2.0))], place) == 0.5
+    assert resolve([filters(("mlp", Gradient((0.0, 4.0))), ("*", 2.0))], place) == 1.0
+    assert resolve([Gradient((0.0, 0.0)), 1.0], place) == 0.0  # a zero is a value
 
 
 def test_dtypes(read):
@@ -448,11 +488,20 @@ def test_later(refuse, key):
         ("true", "must be a number, found True"),
         (".nan", "must be in [0, 1], found nan"),
         ("", "has no value; give it one or remove the key"),
-        ("[0.1, 0.9]", "gradients come in a later version"),
-        ("[{filter: a, value: [0.1, 0.9]}]", "gradients come in a later version"),
-        ("[]", "expected a number, or a list of {filter"),
-        ("[a]", "expected a number, or a list of {filter"),
-        ("{filter: a}", "expected a number, or a list of {filter"),
+        ("[0.1, 9]", "sparsify.drop_rate.1 must be in [0, 1], found 9; a percentage? write 0.09"),
+        ("[0.1, '0.9']", "sparsify.drop_rate.1 must be a number, found the text '0.9'; write it without quotes"),
+        ("[0.1, true]", "sparsify.drop_rate.1 must be a number, found True"),
+        ("[0.1, null]", "sparsify.drop_rate.1 stands in a gradient and must be a number, found None"),
+        ("[[0.1, 0.9]]", "sparsify.drop_rate.0 stands in a gradient and must be a number, found [0.1, 0.9]"),
+        ("[auto, 0.9]", "sparsify.drop_rate.0 is auto, which a gradient cannot reach"),
+        ("[{filter: a, value: [0.1, -9]}]", "sparsify.drop_rate.0.value.1 must be in [0, 1], found -9"),
+        ("[{filter: a, value: [{value: 1}]}]", "sparsify.drop_rate.0.value.0 stands in a gradient"),
+        ("[{filter: a, value: []}]", "expected a number, a list of numbers (a gradient"),
+        ("[0.1, {filter: a, value: 1}]", "sparsify.drop_rate.0: expected a number, a list of numbers (a gradient"),
+        ("[0.1, {filter: a, value: 1}]", "found 0.1 among filters"),
+        ("[]", "expected a number, a list of numbers (a gradient over the layers), or a list of {filter"),
+        ("[a]", "sparsify.drop_rate.0 must be a number, found the text 'a'"),
+        ("{filter: a}", "expected a number, a list of numbers (a gradient"),
         ("[{filter: a}]", "without a value"),
         ("[{filter: '', value: 1}]", "expected part of a tensor's name, a glob or '*', found ''"),
         ("[{filter: 1, value: 1}]", "expected part of a tensor's name, a glob or '*', found 1"),
@@ -554,8 +603,10 @@ def values(parameter: Parameter) -> st.SearchStrategy[Value]:
         case Switch():
             return st.booleans()
     names = st.text("abc.*?[]=", min_size=1).filter(lambda text: text not in ("*", "="))
-    entry = st.builds(Filtered, names, numbers(parameter))
-    return numbers(parameter) | st.lists(entry, min_size=1, max_size=3).map(tuple)
+    gradients = st.lists(numbers(parameter), min_size=1, max_size=4).map(lambda anchors: Gradient(tuple(anchors)))
+    entry = st.builds(Filtered, names, numbers(parameter) | gradients)
+    filters = st.lists(entry, min_size=1, max_size=3).map(lambda entries: Filters(tuple(entries)))
+    return numbers(parameter) | gradients | filters
 
 
 def some(parameters: dict[str, Parameter]) -> st.SearchStrategy[dict[str, Value]]:

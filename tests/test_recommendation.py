@@ -16,6 +16,7 @@ from darekit.planning.homology import p_max, weighted_median
 from darekit.planning.opening import open_plan
 from darekit.recipe import read_recipe
 from darekit.recipe.single import drop_recipe
+from darekit.recipe.values import filters_of
 from darekit.recommendation.advice import divisor, write_recipe
 
 DENSE = ("embeddings", "norms", "biases")
@@ -229,7 +230,8 @@ def test_the_search_of_q_takes_what_changes_outputs_least(trained):
     changes = found.search.changes
     assert len(changes) >= 8 and found.search.best == min(changes, key=changes.get)
     assert all(change > 0 for change in changes.values())
-    q = {entry.filter: entry.value for entry in found.recipe.sparsify.parameters.get("q", ())}
+    searched = found.recipe.sparsify.parameters.get("q")
+    q = {entry.filter: entry.value for entry in filters_of(searched)}
     if found.search.best != 1:
         assert all(q[f"={t.name}"] == divisor(t.drop_rate, found.search.best) for t in found.tensors)
     # Nothing dropped, nothing changes: the reference is the fine-tuned model itself.

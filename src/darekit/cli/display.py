@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from darekit.wording import size_of
@@ -115,6 +116,7 @@ def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str],
     """A plan in JSON-able form."""
     from darekit.engine.tiles import TILE
     from darekit.machine import default_threads
+    from darekit.planning.notes import gradient_rows
 
     return {
         "tensors": len(plan.alignment.tensors),
@@ -134,6 +136,7 @@ def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str],
             }
             for summary, rates in zip(plan.summaries, plan.rates, strict=True)
         ],
+        "gradients": [asdict(row) for row in gradient_rows(plan.recipe, plan.depths)],
         "keep_dense": dense_tensors(plan),
         "checks": [judgement.to_data() for judgement in judgements],
         "notes": list(notes),
@@ -175,6 +178,7 @@ def show_plan(
         )  # fmt: skip
     print_table(table)
     _show_rates(plan)
+    _show_gradients(data["gradients"])
     for pattern, names in data["keep_dense"].items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         print(f"keep_dense {pattern}: {_plural(len(names), 'tensor')}{': ' + shown if names else ' (matches nothing)'}")
@@ -192,6 +196,24 @@ def _show_rates(plan: Plan) -> None:
     table = Table("drop_rate: auto", *(ref for ref, _ in automatic), box=None, pad_edge=False)
     for name in dict.fromkeys(name for _, rates in automatic for name in rates):
         table.add_row(name, *(f"{rates[name]:g}" if name in rates else "" for _, rates in automatic))
+    print_table(table)
+
+
+GRADIENT_COLUMNS = 9  # layers of a gradient that are shown
+
+
+def _show_gradients(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What each gradient comes to along the layers: all of them, or some at equal distances."""
+    if not rows:
+        return
+    from rich.table import Table
+
+    table = Table("gradient", "model", "filter", "layers", "layer: value", box=None, pad_edge=False)
+    for row in rows:
+        last = len(row["values"]) - 1
+        shown = sorted({round(i * last / (GRADIENT_COLUMNS - 1)) for i in range(GRADIENT_COLUMNS)})
+        values = "  ".join(f"{i}: {row['values'][i]:.4g}" for i in shown)
+        table.add_row(row["parameter"], row["model"] or "all", row["filter"], row["stack"], values)
     print_table(table)
 
 

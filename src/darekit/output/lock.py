@@ -13,19 +13,33 @@ from darekit.checkpoints import InputFile
 from darekit.checkpoints.digests import checkpoint_digest
 from darekit.engine.steps import ENGINE_FORMAT
 from darekit.inputs.statistics import Statistics
+from darekit.methods import MERGE_METHODS
 from darekit.planning.plan import Plan
+from darekit.recipe.values import is_scalar
 
 
 def resolved_parameters(plan: Plan) -> list[Mapping[str, Any]]:
-    """What was really done to which tensors, for the lock: equal settings stand together."""
+    """What was really done to which tensors, for the lock: equal settings stand together.
+
+    `keep` and the merge's own parameters are listed only where they differ by tensor; elsewhere the recipe says them.
+    """
+    recipe = plan.recipe
+    keeps = [parameters.get("keep", 1.0) for parameters in (recipe.parameters, *(e.parameters for e in recipe.models))]
+    keep_varies = MERGE_METHODS[recipe.merge_method].trims and not all(is_scalar(keep) for keep in keeps)
+    varying = [name for name, value in recipe.parameters.items() if not is_scalar(value)]
     groups: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
     for step in plan.steps:
         if step.kind != "merge" or step.begin:
             continue
+        settings = plan.settings[step.name]
+        merge = {name: settings.merge[name] for name in varying if name in settings.merge}
+        models = [one for k in step.owners if (one := settings.models[k])]
         setting = {
             "weights": list(step.weights),
             **({"method": step.method} if plan.statistics else {}),
             "lambda": step.factor,
+            **({"parameters": merge} if merge else {}),
+            **({"keep": [one.keep for one in models]} if keep_varies else {}),
             "stages": [
                 [
                     {"method": spec.method, **{n: v for n, v in spec.parameters.items() if n != "keep_count"}}

@@ -53,7 +53,6 @@ from darekit.planning import checks
 from darekit.planning.alignment import AlignedTensor
 from darekit.planning.opening import open_plan
 from darekit.planning.plan import Plan
-from darekit.planning.settings import drop_rate_of
 from darekit.recipe import single
 
 try:
@@ -216,7 +215,8 @@ def _refuse_other_names(plan: Plan) -> None:
         if info is not None and info.stored is not None and info.stored != tensor.name:
             raise PlanError(
                 f"{plan.models[0].ref}: {tensor.name} is stored as {info.stored}, so a pack would drop other elements "
-                "than a merge does; write the model out first (merge it alone, by `merge_method: linear`), and pack that"
+                "than a merge does; write the model out first (merge it alone, with `merge_method: linear`) and pack "
+                "that"
             )
 
 
@@ -346,7 +346,7 @@ class Writer:
         )
 
     def _rate(self, aligned: AlignedTensor) -> float:
-        return drop_rate_of(self.plan.recipe, 0, aligned)[0]
+        return self.plan.rate_of(0, aligned)[0]
 
     def _jobs(self) -> list[Job]:
         """One for each tensor, in the plan's order."""

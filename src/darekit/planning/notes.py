@@ -4,26 +4,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
+from darekit.architectures.depth import LAYER_WORDS, Depths, along
 from darekit.architectures.groups import ONE_TERM, group_of, is_kept_dense
 from darekit.checkpoints import Checkpoint
 from darekit.inputs.opening import packed_seed
-from darekit.planning.alignment import Alignment
+from darekit.planning.draft import Draft
 from darekit.planning.rates import MOST
-from darekit.planning.settings import drop_rate_of
-from darekit.recipe import Recipe, is_exact, resolve
+from darekit.recipe import Place, Recipe, Value, is_exact
+from darekit.recipe.values import filters_of, gradients_of
 from darekit.wording import label
 
 EMBEDDING_WARNING_RATE = 0.9
 
 
-def notes_of(
-    recipe: Recipe, alignment: Alignment, models: Sequence[Checkpoint], seeds: Sequence[int | None]
-) -> Iterator[str]:
-    """Masks that interfere, settings that match nothing, and drop rates that are known to cost an ability."""
+def notes_of(draft: Draft) -> Iterator[str]:
+    """Masks that interfere, settings that match nothing, gradients without layers, and drop rates that are known to
+    cost an ability."""
+    recipe = draft.recipe
     by_seed: dict[int, list[str]] = {}
-    for checkpoint, seed in zip(models, seeds, strict=True):
+    for checkpoint, seed in zip(draft.models, draft.seeds, strict=True):
         for one in {seed, packed_seed(checkpoint)} - {None}:
             by_seed.setdefault(cast(int, one), []).append(label(checkpoint.ref))
     for seed, names in by_seed.items():
@@ -32,23 +34,23 @@ def notes_of(
                 f"{' and '.join(names)} have the same effective seed {seed}: their masks are equal and interfere "
                 "everywhere at once; give each its own"
             )
-    yield from _idle(recipe, [tensor.name for tensor in alignment.tensors], alignment)
+    yield from _idle(draft)
+    yield from _gradient_notes(draft)
     if recipe.sparsify is None or recipe.sparsify.on == "weights":
         return
-    rates = [drop_rate_of(recipe, k, tensor)[0] for tensor in alignment.tensors for k in range(len(models))]
+    rates = {settings.rate for _, _, settings in draft.merged()}
     if rates and min(rates) == 1:
         yield "the drop rate is 1: everything is dropped, and the output is the base"
         return
     rate, name = max(
         (
-            (drop_rate_of(recipe, k, tensor)[0], tensor.name)
-            for tensor in alignment.tensors
-            if group_of(tensor.name, tensor.shape) == "embeddings"
-            for k in range(len(models))
+            (settings.rate, tensor.name)
+            for tensor, _, settings in draft.merged()
+            if settings.rate >= EMBEDDING_WARNING_RATE and group_of(tensor.name, tensor.shape) == "embeddings"
         ),
         default=(0.0, ""),
     )
-    if rate >= EMBEDDING_WARNING_RATE:
+    if name:
         yield (
             f"{name} is dropped at p = {rate:g}: one-hot inputs get no averaging; "
             "keep_dense: [embeddings, norms] usually costs little and keeps more"
@@ -65,23 +67,65 @@ def rate_notes(models: Sequence[Checkpoint], rates: Sequence[Mapping[str, float]
             )
 
 
-def _idle(recipe: Recipe, names: Sequence[str], alignment: Alignment) -> Iterator[str]:
+def _scopes(recipe: Recipe) -> Iterator[tuple[str, Mapping[str, Value]]]:
+    """Whose parameters they are ("" for the recipe's own), and the parameters."""
+    yield "", recipe.parameters
+    for entry in recipe.models:
+        yield label(entry.model), entry.parameters
+    if recipe.sparsify is not None:
+        yield "", recipe.sparsify.parameters
+
+
+def _idle(draft: Draft) -> Iterator[str]:
     """Filters and patterns that match no tensor: most are misspelt."""
-    sparsify, known = recipe.sparsify, {*names}
-    scopes = [
-        recipe.parameters,
-        *(entry.parameters for entry in recipe.models),
-        *([sparsify.parameters] if sparsify else []),
-    ]
-    for parameters in scopes:
+    sparsify, tensors = draft.recipe.sparsify, draft.alignment.tensors
+    known = {tensor.name for tensor in tensors}
+    for _, parameters in _scopes(draft.recipe):
         for parameter, value in parameters.items():
-            for entry in value if isinstance(value, tuple) else ():
-                if is_exact(entry.filter):
-                    used = entry.filter[1:] in known
-                else:
-                    used = any(resolve(((entry,),), name) is not None for name in names)
-                if not used:
+            for entry in filters_of(value):
+                exact = is_exact(entry.filter)
+                if not (entry.filter[1:] in known if exact else any(entry.matches(name) for name in known)):
                     yield f"{parameter}: the filter {entry.filter!r} matches no tensor"
     for pattern in sparsify.keep_dense if sparsify and sparsify.keep_dense != ONE_TERM else ():
-        if not any(is_kept_dense(tensor.name, tensor.shape, [pattern]) for tensor in alignment.tensors):
+        if not any(is_kept_dense(tensor.name, tensor.shape, [pattern]) for tensor in tensors):
             yield f"keep_dense: {pattern!r} matches no tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class GradientRow:
+    """One gradient of a recipe, and what it comes to. `model`: "" for one that holds for all; `filter`: "*" for all
+    tensors; `stack`: whose layers (`model.layers`); `values`: one per layer, in order."""
+
+    parameter: str
+    model: str
+    filter: str
+    stack: str
+    values: tuple[float, ...]
+
+
+def gradient_rows(recipe: Recipe, depths: Depths) -> list[GradientRow]:
+    """Every gradient of a recipe along every stack of layers."""
+    return [
+        GradientRow(name, whose, pattern, stack, tuple(gradient.at(Place("", (), depth)) for depth in along(layers)))
+        for whose, parameters in _scopes(recipe)
+        for name, value in parameters.items()
+        for pattern, gradient in gradients_of(value)
+        for stack, layers in depths.stacks.items()
+    ]
+
+
+def _gradient_notes(draft: Draft) -> Iterator[str]:
+    """Where there are no layers for a gradient to run along."""
+    if draft.depths.stacks:
+        return
+    names = {
+        name
+        for _, parameters in _scopes(draft.recipe)
+        for name, value in parameters.items()
+        if next(gradients_of(value), None)
+    }
+    for name in sorted(names):
+        yield (
+            f"{name}: no tensor's name tells its layer, so every tensor has the gradient's first value; layers are "
+            f"looked for as {', '.join(f'{word}.N.' for word in LAYER_WORDS)}"
+        )

@@ -11,17 +11,28 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from darekit.checkpoints import Checkpoint, InputFile, OutputTensor, Shard, lay_out, sample_digest, traits_of
+from darekit.architectures.depth import Depths, depths_of
+from darekit.checkpoints import (
+    Checkpoint,
+    InputFile,
+    OutputTensor,
+    Shard,
+    TensorInfo,
+    lay_out,
+    sample_digest,
+    traits_of,
+)
 from darekit.dtypes import DTYPES
 from darekit.engine.costs import bytes_to_read, peak_memory
 from darekit.engine.steps import Step
-from darekit.errors import DataError
+from darekit.errors import DataError, PlanError
 from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.planning.alignment import AlignedTensor, Alignment, Heads, align
+from darekit.planning.draft import Draft
 from darekit.planning.notes import notes_of, rate_notes
 from darekit.planning.rates import settle
-from darekit.planning.settings import drop_rate_of, is_float
+from darekit.planning.settings import Settings, is_float, settings_of
 from darekit.planning.steps import steps_of
 from darekit.recipe import Recipe
 
@@ -65,6 +76,8 @@ class Plan:
     summaries: tuple[ModelSummary, ...]
     notes: tuple[str, ...]
     rates: tuple[Mapping[str, float], ...]  # per model: what `drop_rate: auto` came to, by tensor
+    settings: Mapping[str, Settings]  # by tensor: what holds for it, and for each model in it
+    depths: Depths
     statistics: tuple[Statistics, ...] = ()  # one of each model, where the method uses them
 
     @property
@@ -154,8 +167,10 @@ class Plan:
         return peak_memory(self.steps, threads, tile)
 
     def rate_of(self, model: int, tensor: AlignedTensor) -> tuple[float, float]:
-        """Drop rate of one tensor of one model, and the noise of one element of it: see `drop_rate_of`."""
-        return drop_rate_of(self.recipe, model, tensor)
+        """Drop rate of one tensor of one model, and the noise of one element where it is a random drop that is
+        rescaled, else 0."""
+        found = self.settings[tensor.name].models[model]
+        return (0.0, 0.0) if found is None else (found.rate, found.noise)
 
 
 def make_plan(
@@ -171,29 +186,57 @@ def make_plan(
     Raises:
         HomologyError: the checkpoints do not belong together, or statistics are another model's.
         PlanError: a parameter is impossible for a tensor.
+        RecipeError: a parameter has no value for a tensor.
     """
     alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models))
-    recipe, rates = settle(recipe, alignment.tensors)
+    depths = depths_of(tensor.name for tensor in alignment.tensors)
+    recipe, rates = settle(recipe, alignment.tensors, depths)
     digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
-    seeds = _seeds(recipe, digests[1:] if base else digests)
+    own_digests = digests[1:] if base else digests
     informed = MERGE_METHODS[recipe.merge_method].statistics is not None
     if informed:
         from darekit.planning.statistics import check_statistics, statistics_notes
 
-        check_statistics(recipe, models, digests[1:] if base else digests, statistics)
-    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
-    wanted = [
-        OutputTensor(t.name, dtype.name if dtype and is_float(t.dtype) else t.dtype, t.shape) for t in alignment.tensors
-    ]
-    shards = lay_out(wanted, shard_size)
+        check_statistics(recipe, models, own_digests, statistics)
+    settings = settings_of(recipe, alignment.tensors, depths)
+    seeds = _seeds(recipe, own_digests)
+    draft = Draft(recipe, tuple(models), alignment, depths, settings, seeds, tuple(statistics))
+    _refuse_many_keeps(draft)
+    shards = lay_out(_outputs(draft), shard_size)
     places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
-    steps = [step for t in alignment.tensors for step in steps_of(recipe, seeds, t, *places[t.name], statistics)]
-    notes = [*recipe.notes, *alignment.notes, *notes_of(recipe, alignment, models, seeds), *rate_notes(models, rates)]
+    steps = [step for tensor in alignment.tensors for step in steps_of(draft, tensor, *places[tensor.name])]
+    notes = [*recipe.notes, *alignment.notes, *notes_of(draft), *rate_notes(models, rates)]
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
     return Plan(
-        recipe, base, tuple(models), alignment, tuple(steps), shards, digests, seeds,
-        _summaries(recipe, models, alignment, seeds), tuple(notes), rates, tuple(statistics),
+        recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
+        rates, settings, depths, draft.statistics,
     )  # fmt: skip
+
+
+def _refuse_many_keeps(draft: Draft) -> None:
+    """A trim over the whole model finds one threshold for it: one `keep`, besides 1 for tensors that stay whole."""
+    if not MERGE_METHODS[draft.recipe.merge_method].trims or draft.recipe.parameters.get("trim") != "model":
+        return
+    keeps: dict[int, set[float]] = {}
+    for _, k, settings in draft.merged():
+        if settings.keep < 1:
+            keeps.setdefault(k, set()).add(settings.keep)
+    for k, found in keeps.items():
+        if len(found) > 1:
+            raise PlanError(
+                f"trim: model has one threshold for all of {draft.models[k].ref}, and its keep is {min(found):g} in "
+                f"some tensors, {max(found):g} in others; write one keep for all that are trimmed (1 for the rest), or "
+                "trim: tensor"
+            )
+
+
+def _outputs(draft: Draft) -> list[OutputTensor]:
+    """The output's tensors in order, each in its number format."""
+    dtype = DTYPES[draft.recipe.dtype] if draft.recipe.dtype else None
+    return [
+        OutputTensor(t.name, dtype.name if dtype and is_float(t.dtype) else t.dtype, t.shape)
+        for t in draft.alignment.tensors
+    ]
 
 
 def _heads_of(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Heads:
@@ -218,17 +261,13 @@ def _seeds(recipe: Recipe, digests: Sequence[bytes]) -> tuple[int | None, ...]:
     return tuple(d if e is None else cast(int, e) for d, e in zip(derived, explicit, strict=True))
 
 
-def _summaries(
-    recipe: Recipe, models: Sequence[Checkpoint], alignment: Alignment, seeds: Sequence[int | None]
-) -> tuple[ModelSummary, ...]:
-    summaries = []
-    for k, checkpoint in enumerate(models):
-        total = kept = 0
-        for tensor in alignment.tensors:
-            info = tensor.models[k]
-            if info is None or not is_float(info.dtype):
-                continue
-            total += info.count
-            kept += round(info.count * (1 - drop_rate_of(recipe, k, tensor)[0]))
-        summaries.append(ModelSummary(checkpoint.ref, seeds[k], total, kept))
-    return tuple(summaries)
+def _summaries(draft: Draft) -> tuple[ModelSummary, ...]:
+    total, kept = [0] * len(draft.models), [0] * len(draft.models)
+    for tensor, k, settings in draft.merged():
+        count = cast(TensorInfo, tensor.models[k]).count
+        total[k] += count
+        kept[k] += round(count * (1 - settings.rate))
+    return tuple(
+        ModelSummary(checkpoint.ref, seed, of, left)
+        for checkpoint, seed, of, left in zip(draft.models, draft.seeds, total, kept, strict=True)
+    )

@@ -18,10 +18,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from darekit.architectures.depth import Depths
 from darekit.architectures.groups import is_kept_dense
 from darekit.planning.alignment import AlignedTensor
 from darekit.planning.homology import TAU, p_max, sample_norms
+from darekit.planning.settings import place_of
 from darekit.recipe import AUTO, Filtered, Filters, Recipe, resolve
+from darekit.recipe.values import scalars_of
 
 MOST = 0.99  # above it neither small models nor the paper's 7B and 13B ones kept their abilities
 
@@ -93,7 +96,9 @@ def spend(sizes: Sequence[int], costs: Sequence[float], kept: float) -> list[flo
     return [round(1.0 - float(k), 12) for k in np.clip(keep, 0.0, 1.0)]
 
 
-def settle(recipe: Recipe, tensors: Sequence[AlignedTensor]) -> tuple[Recipe, tuple[Mapping[str, float], ...]]:
+def settle(
+    recipe: Recipe, tensors: Sequence[AlignedTensor], depths: Depths
+) -> tuple[Recipe, tuple[Mapping[str, float], ...]]:
     """Replace `drop_rate: auto` by a number for each tensor, from a sample of its values.
 
     Returns:
@@ -102,33 +107,29 @@ def settle(recipe: Recipe, tensors: Sequence[AlignedTensor]) -> tuple[Recipe, tu
     """
     sparsify = recipe.sparsify
     scopes = [] if sparsify is None else [sparsify.parameters, *(entry.parameters for entry in recipe.models)]
-    if sparsify is None or not any(_mentions_auto(scope.get("drop_rate")) for scope in scopes):
+    if sparsify is None or not any(AUTO in scalars_of(scope.get("drop_rate")) for scope in scopes):
         return recipe, tuple({} for _ in recipe.models)
+    places = {tensor.name: place_of(tensor, depths) for tensor in tensors}
     models, found = [], []
     for k, entry in enumerate(recipe.models):
-        given = {
-            t.name: resolve((entry.parameters.get("drop_rate"), sparsify.parameters.get("drop_rate")), t.name)
-            for t in tensors
-        }
+        asked = (entry.parameters.get("drop_rate"), sparsify.parameters.get("drop_rate"))
+        given = {name: resolve(asked, place) for name, place in places.items()}
         # What has no delta (integers, what only one side has) `sample_norms` leaves out.
         automatic = [
             t
             for t in tensors
             if given[t.name] == AUTO and not t.head and not is_kept_dense(t.name, t.shape, sparsify.keep_dense)
         ]
-        rates = {}
-        for norms in sample_norms(automatic, k, lambda tensor: (0.0, 0.0)):
-            tau = resolve((entry.parameters.get("tau"), sparsify.parameters.get("tau")), norms.name)
-            rates[norms.name] = rate_within(norms.r, TAU if tau is None else tau)
+        tolerances = (entry.parameters.get("tau"), sparsify.parameters.get("tau"), TAU)
+        rates = {
+            norms.name: rate_within(norms.r, resolve(tolerances, places[norms.name]))
+            for norms in sample_norms(automatic, k, lambda tensor: (0.0, 0.0))
+        }
         found.append(rates)
         if AUTO not in given.values():
             models.append(entry)
             continue
         numbers = {name: rates.get(name, 0.0) if value == AUTO else value for name, value in given.items()}
-        by_name = Filters(Filtered(f"={name}", value) for name, value in numbers.items() if value is not None)
+        by_name = Filters(tuple(Filtered(f"={name}", value) for name, value in numbers.items() if value is not None))
         models.append(replace(entry, parameters={**entry.parameters, "drop_rate": by_name}))
     return replace(recipe, models=tuple(models)), tuple(found)
-
-
-def _mentions_auto(value: object) -> bool:
-    return value == AUTO or (isinstance(value, tuple) and any(entry.value == AUTO for entry in value))

@@ -4,51 +4,179 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 from darekit.checkpoints import Placement
 from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step
 from darekit.errors import PlanError
-from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods import MERGE_METHODS
 from darekit.methods.sparsifiers import dropped_to_density
 from darekit.planning.alignment import AlignedTensor
-from darekit.planning.settings import drop_rate_of, is_float, lambda_of, merges_weights, resolved, weight_of
-from darekit.recipe import Recipe, resolve
-
-if TYPE_CHECKING:
-    from darekit.inputs.statistics import Statistics
+from darekit.planning.draft import Draft
+from darekit.planning.settings import ModelSettings, is_float, merges_weights
 
 
-def _chain(recipe: Recipe, model: int, tensor: AlignedTensor, count: int, seed: int | None) -> tuple[StageSpec, ...]:
-    stages = []
-    sparsify = recipe.sparsify
-    rate, _ = drop_rate_of(recipe, model, tensor)
-    if sparsify is not None and rate > 0:
-        entry = SPARSIFIERS[sparsify.method]
-        values = resolved(recipe, model, tensor.name, entry)
-        if sparsify.method == "della":
-            _check_window(values["drop_rate"], values["window"], tensor.name)
-        if sparsify.method == "breadcrumbs":
-            # mergekit's recipes count survivors from the density as written, never through 1 - p.
-            density = resolve((recipe.models[model].parameters.get("density"),), tensor.name)
-            values["keep_count"] = dropped_to_density(count, rate) if density is None else _count(density, count)
-        info = tensor.models[model]
-        # What a view calls otherwise keeps the mask of the tensor that is stored.
-        stages.append(StageSpec(sparsify.method, values, seed or 0, (info and info.stored) or ""))
-    method = MERGE_METHODS[recipe.merge_method]
-    if method.trims:
-        keep = resolve((recipe.models[model].parameters.get("keep"), recipe.parameters.get("keep")), tensor.name)
-        keep = 1.0 if keep is None else keep
-        if keep <= 0:
-            raise PlanError(f"keep 0 leaves nothing of {tensor.name}; use a value above 0, 1 for no trim")
-        if keep < 1 and recipe.parameters.get("trim") == "model":
-            stages.append(StageSpec(TRIM_MODEL, {"keep": keep}))
-        elif keep < 1:
-            stages.append(StageSpec(TRIM, {"keep_count": _count(keep, count)}))
-    return tuple(stages)
+def steps_of(draft: Draft, tensor: AlignedTensor, output: int, place: Placement) -> Iterator[Step]:
+    """One step, or, where vocabularies differ, one per range of rows with the same owners.
+
+    Args:
+        draft: what the plan is made from.
+        tensor: one of its alignment's.
+        output: index of the shard that the tensor goes to.
+        place: where in it.
+    """
+    inputs = {k: Input.of(info) for k, info in enumerate(tensor.models) if info is not None}
+    base = Input.of(tensor.base) if tensor.base else None
+    count = math.prod(tensor.shape)
+    make = partial(
+        Step,
+        name=tensor.name,
+        dtype=dtype_named(place.dtype),
+        shape=tensor.shape,
+        output=output,
+        offset=place.offset,
+    )
+    everything = partial(make, begin=0, count=count, models=tuple(inputs.values()), owners=tuple(inputs))
+    if not is_float(tensor.dtype) or not inputs:  # integers, and buffers that only the base has
+        yield everything(kind="copy", base=base)
+    elif tensor.head:  # the one model's own
+        yield everything(
+            kind="merge", base=None, weights=(1.0,), chains=((),), method="linear", parameters={"normalize": True},
+            verbatim=True,
+        )  # fmt: skip
+    else:
+        yield from _merge_of(draft, tensor, make, base, inputs).steps(count)
+
+
+def _merge_of(
+    draft: Draft, tensor: AlignedTensor, make: Callable[..., Step], base: Input | None, inputs: Mapping[int, Input]
+) -> _Merge:
+    settings = draft.settings[tensor.name]
+    models = {k: found for k, found in enumerate(settings.models) if found is not None}
+    method, parameters, informed = draft.recipe.merge_method, settings.merge, None
+    if MERGE_METHODS[method].statistics:
+        from darekit.planning.statistics import statistics_of
+
+        weights = {k: found.weight for k, found in models.items()}
+        informed = statistics_of(draft.recipe, tensor, tuple(inputs), weights, draft.statistics)
+        if informed is None:
+            method, parameters = "linear", {"normalize": True}
+    # What a view calls otherwise keeps the mask of the tensor that is stored.
+    streams = {k: info.stored or "" for k, info in enumerate(tensor.models) if info is not None}
+    return _Merge(
+        draft, tensor.name, make, base, inputs, models, streams, settings.scale, method, parameters, informed
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """One tensor that is merged. `inputs`, `models` and `streams` are those of its owners; `scale` is lambda;
+    `informed`: what a step must know of the models' statistics, None if nothing."""
+
+    draft: Draft
+    name: str
+    make: Callable[..., Step]
+    base: Input | None
+    inputs: Mapping[int, Input]
+    models: Mapping[int, ModelSettings]
+    streams: Mapping[int, str]
+    scale: float
+    method: str
+    parameters: Mapping[str, Any]
+    informed: Mapping[str, Any] | None
+
+    def steps(self, count: int) -> Iterator[Step]:
+        """The rows that the base has, then those that it lacks, or all of them where there is no base: these are the
+        average of the models that have them."""
+        begin = 0
+        if self.base is not None:
+            begin = min(self.base.count, count)
+            yield self._on_base(self.base, begin)
+        for end in sorted({min(entry.count, count) for entry in self.inputs.values()}):
+            if end > begin:
+                yield self._beyond_base(begin, end)
+                begin = end
+
+    def _on_base(self, base: Input, count: int) -> Step:
+        owners = tuple(self.inputs)
+        chains = tuple(self._chain(k, count) for k in owners)
+        first = owners[0]
+        # What the one model's delta is multiplied by, where there is but one.
+        scale = self.scale * (1.0 if self.parameters.get("normalize") else self.models[first].weight)
+        return self.make(
+            kind="merge",
+            begin=0,
+            count=count,
+            base=base,
+            models=tuple(self.inputs.values()),
+            owners=owners,
+            weights=tuple(self.models[k].weight for k in owners),
+            chains=chains,
+            method=self.method,
+            parameters=self.parameters,
+            **(self.informed or {}),
+            factor=self.scale,
+            on_weights=merges_weights(self.draft.recipe, self.parameters),
+            verbatim=(
+                MERGE_METHODS[self.method].keeps_one
+                and len(owners) == 1
+                and not chains[0]
+                and scale == 1.0
+                and self.inputs[first].count >= count
+            ),
+        )
+
+    def _beyond_base(self, begin: int, end: int) -> Step:
+        owners = tuple(k for k, entry in self.inputs.items() if entry.count >= end)
+        common = self.base is None and begin == 0  # rows of all models; those that only some have are never dropped
+        chains = tuple(self._chain(k, end) if common else () for k in owners)
+        weighed = common and self.informed is not None
+        own = self.base is None and (weighed or self.method == "linear")
+        parameters = self.parameters if own else {"normalize": True}
+        scale = 1.0 if parameters["normalize"] else self.models[owners[0]].weight
+        return self.make(
+            kind="merge",
+            begin=begin,
+            count=end - begin,
+            base=None,
+            models=tuple(self.inputs[k] for k in owners),
+            owners=owners,
+            weights=tuple(self.models[k].weight for k in owners),
+            chains=chains,
+            method=self.method if weighed else "linear",
+            parameters=parameters,
+            **(self.informed or {} if weighed else {}),
+            verbatim=len(owners) == 1 and not chains[0] and scale == 1.0,
+        )
+
+    def _chain(self, model: int, count: int) -> tuple[StageSpec, ...]:
+        """What happens to one model's delta before the merge: the sparsifier, then the merge method's trim."""
+        recipe, settings = self.draft.recipe, self.models[model]
+        stages = []
+        if recipe.sparsify is not None and settings.rate > 0:
+            values = settings.sparsify
+            if recipe.sparsify.method == "della":
+                _check_window(settings.rate, values["window"], self.name)
+            if recipe.sparsify.method == "breadcrumbs":
+                # mergekit's recipes count survivors from the density as written, never through 1 - p.
+                kept = settings.density
+                keep_count = dropped_to_density(count, settings.rate) if kept is None else _count(kept, count)
+                values = {**values, "keep_count": keep_count}
+            stream = self.streams[model]
+            stages.append(StageSpec(recipe.sparsify.method, values, self.draft.seeds[model] or 0, stream))
+        if MERGE_METHODS[recipe.merge_method].trims:
+            keep = settings.keep
+            if keep <= 0:
+                raise PlanError(f"keep 0 leaves nothing of {self.name}; use a value above 0, 1 for no trim")
+            if keep < 1 and recipe.parameters.get("trim") == "model":
+                stages.append(StageSpec(TRIM_MODEL, {"keep": keep}))
+            elif keep < 1:
+                stages.append(StageSpec(TRIM, {"keep_count": _count(keep, count)}))
+        return tuple(stages)
 
 
 def _count(keep: float, count: int) -> int:
@@ -64,102 +192,3 @@ def _check_window(rate: float, window: float, name: str) -> None:
             f"to {rate + window / 2:g}; they must stay within [0, 1]: use a window of at most {largest:g} "
             "(mergekit's epsilon is half of it)"
         )
-
-
-def steps_of(
-    recipe: Recipe,
-    seeds: Sequence[int | None],
-    tensor: AlignedTensor,
-    output: int,
-    place: Placement,
-    statistics: Sequence[Statistics],
-) -> Iterator[Step]:
-    """One step, or, where vocabularies differ, one per range of rows with the same owners."""
-    owners = tuple(k for k, info in enumerate(tensor.models) if info is not None)
-    inputs = tuple(Input.of(info) for info in tensor.models if info is not None)
-    base = Input.of(tensor.base) if tensor.base else None
-    count = math.prod(tensor.shape)
-    make = partial(
-        Step,
-        name=tensor.name,
-        dtype=dtype_named(place.dtype),
-        shape=tensor.shape,
-        output=output,
-        offset=place.offset,
-    )
-    if not is_float(tensor.dtype) or not owners:  # integers, and buffers that only the base has
-        yield make(kind="copy", begin=0, count=count, base=base, models=inputs, owners=owners)
-        return
-    if tensor.head:  # the one model's own
-        yield make(
-            kind="merge", begin=0, count=count, base=None, models=inputs, owners=owners, weights=(1.0,), chains=((),),
-            method="linear", parameters={"normalize": True}, verbatim=True,
-        )  # fmt: skip
-        return
-    weights = {k: weight_of(recipe, k, tensor.name) for k in owners}
-    own = {
-        name: recipe.parameters.get(name, parameter.default)
-        for name, parameter in MERGE_METHODS[recipe.merge_method].parameters.items()
-        if name not in ("lambda", "keep", "trim")
-    }
-    method, informed = recipe.merge_method, None
-    if MERGE_METHODS[method].statistics:
-        from darekit.planning.statistics import statistics_of
-
-        informed = statistics_of(recipe, tensor, owners, weights, statistics)
-        if informed is None:
-            method, own = "linear", {"normalize": True}
-    begin = 0
-    if base is not None:
-        begin = min(base.count, count)
-        chains = tuple(_chain(recipe, k, tensor, begin, seeds[k]) for k in owners)
-        factor = lambda_of(recipe, tensor.name)
-        # What the one model's delta is multiplied by, where there is but one.
-        scale = factor * (1.0 if own.get("normalize") else weights[owners[0]])
-        yield make(
-            kind="merge",
-            begin=0,
-            count=begin,
-            base=base,
-            models=inputs,
-            owners=owners,
-            weights=tuple(weights.values()),
-            chains=chains,
-            method=method,
-            parameters=own,
-            **(informed or {}),
-            factor=factor,
-            on_weights=merges_weights(recipe, own),
-            verbatim=(
-                MERGE_METHODS[method].keeps_one
-                and len(owners) == 1
-                and not chains[0]
-                and scale == 1.0
-                and inputs[0].count >= begin
-            ),
-        )
-    # Rows that the base does not have, or all of them where there is no base: the average of the models that do.
-    for end in sorted({min(entry.count, count) for entry in inputs}):
-        if end <= begin:
-            continue
-        here = [k for k, entry in zip(owners, inputs, strict=True) if entry.count >= end]
-        common = base is None and begin == 0  # rows of all models; those that only some have are never dropped
-        chains = tuple(_chain(recipe, k, tensor, end, seeds[k]) if common else () for k in here)
-        weighed = common and informed is not None
-        parameters = own if base is None and (weighed or method == "linear") else {"normalize": True}
-        scale = 1.0 if parameters["normalize"] else weights[here[0]]
-        yield make(
-            kind="merge",
-            begin=begin,
-            count=end - begin,
-            base=None,
-            models=tuple(inputs[owners.index(k)] for k in here),
-            owners=tuple(here),
-            weights=tuple(weights[k] for k in here),
-            chains=chains,
-            method=method if weighed else "linear",
-            parameters=parameters,
-            **(informed or {} if weighed else {}),
-            verbatim=len(here) == 1 and not chains[0] and scale == 1.0,
-        )
-        begin = end

@@ -7,8 +7,9 @@ Names and ranges of parameters come from the table of methods, never from here.
 
 from __future__ import annotations
 
-from darekit.recipe.data import AUTO, Filtered, Filters, ModelEntry, Recipe, Sparsify, Value, is_exact, resolve
+from darekit.recipe.data import ModelEntry, Recipe, Sparsify
 from darekit.recipe.reading import read_recipe
+from darekit.recipe.values import AUTO, Filtered, Filters, Gradient, Place, Value, is_exact, resolve
 from darekit.recipe.words import TOP_KEYS
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "TOP_KEYS",
     "Filtered",
     "Filters",
+    "Gradient",
     "ModelEntry",
+    "Place",
     "Recipe",
     "Sparsify",
     "Value",

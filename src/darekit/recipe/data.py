@@ -3,54 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any, Literal
 
 from darekit.dtypes import DTYPES
-
-
-@dataclass(frozen=True, slots=True)
-class Filtered:
-    """One entry of a per-tensor list: `value` for the tensors that `filter` matches ("*": all)."""
-
-    filter: str
-    value: Any
-
-
-class Filters(tuple[Filtered, ...]):
-    """A list of filters in order, with an index of the exact names: a recipe may give every tensor its own value."""
-
-    @cached_property
-    def exact(self) -> dict[str, int]:
-        """Name -> place of the first filter that is that very name."""
-        places: dict[str, int] = {}
-        for place, entry in enumerate(self):
-            if is_exact(entry.filter):
-                places.setdefault(entry.filter[1:], place)
-        return places
-
-    @cached_property
-    def others(self) -> tuple[int, ...]:
-        """Places of the filters that are patterns."""
-        return tuple(place for place, entry in enumerate(self) if not is_exact(entry.filter))
-
-    def find(self, tensor: str) -> Filtered | None:
-        """The first filter that matches a tensor's name."""
-        end = self.exact.get(tensor, len(self))
-        for place in self.others:
-            if place > end:
-                break
-            if _matches(self[place].filter, tensor):
-                return self[place]
-        return self[end] if end < len(self) else None
-
-
-AUTO = "auto"  # the drop rate that follows from the size of each tensor's delta
-
-Value = float | int | bool | str | tuple[Filtered, ...]
+from darekit.recipe.values import Value, to_data
 
 
 @dataclass(frozen=True)
@@ -113,45 +71,4 @@ class Recipe:
 
 
 def _parameters_data(parameters: Mapping[str, Value]) -> dict[str, Any]:
-    return {
-        name: [{"filter": e.filter, "value": e.value} for e in value] if isinstance(value, tuple) else value
-        for name, value in parameters.items()
-    }
-
-
-def resolve(values: Sequence[Value | None], tensor: str) -> Any:
-    """Values in order of precedence (the model's, the recipe's), tensor name -> the value for that tensor.
-
-    The first scope that yields a value wins; a list of filters without a match falls through to the next scope.
-    None if nothing matches.
-
-    >>> resolve([(Filtered("mlp", 0.9),), 0.5], "model.layers.0.mlp.up_proj.weight")
-    0.9
-    >>> resolve([(Filtered("mlp", 0.9),), 0.5], "model.norm.weight")
-    0.5
-    """
-    for value in values:
-        if isinstance(value, tuple):
-            found = (value if isinstance(value, Filters) else Filters(value)).find(tensor)
-            if found is not None:
-                return found.value
-        elif value is not None:
-            return value
-    return None
-
-
-def _matches(pattern: str, tensor: str) -> bool:
-    """The whole name after `=`; a glob over the whole name if there is a glob character in it; else a substring."""
-    if is_exact(pattern):
-        return pattern[1:] == tensor
-    return pattern == "*" or (fnmatchcase(tensor, pattern) if is_glob(pattern) else pattern in tensor)
-
-
-def is_exact(pattern: str) -> bool:
-    """Whether a pattern is one tensor's whole name, written `=name`."""
-    return pattern.startswith("=")
-
-
-def is_glob(pattern: str) -> bool:
-    """Whether a pattern is matched as a glob over the whole name."""
-    return any(character in pattern for character in "*?[")
+    return {name: to_data(value) for name, value in parameters.items()}

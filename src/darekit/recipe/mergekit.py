@@ -11,12 +11,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from darekit.methods import MERGE_METHODS, SEED, SPARSIFIERS, WEIGHT, Choice, Number, Parameter, Switch
-
-if TYPE_CHECKING:
-    from darekit.recipe.data import Value
+from darekit.recipe.values import Value, chained, mapped, scalars_of
 
 Refuse = Callable[[tuple[str | int, ...], str], NoReturn]
 
@@ -227,19 +225,21 @@ def _translate_product(
 ) -> Translation:
     product = PRODUCTS[method]
     shared_density = parts.shared.pop("density", None)
-    densities = [_chained(own.pop("density", None), shared_density, DENSITY.default) for own in parts.models]
+    densities = [_inherited(own.pop("density", None), shared_density, DENSITY.default) for own in parts.models]
     if product.random:
         _refuse_all_kept(method, densities, refuse)
     for name, own, density in zip(names, parts.models, densities, strict=True):
-        if set(_numbers(density)) == {1.0}:
+        if set(scalars_of(density)) == {1.0}:
             parts.notes.append(f"{name} has density 1: nothing of it is dropped")
         own["drop_rate"] = drop_rates(density)
         if product.sparsifier == "breadcrumbs":
             own["density"] = density  # survivors are counted from the number as written
         if "epsilon" in own:
-            own["window"] = _mapped(own.pop("epsilon"), _doubled)
+            own["window"] = mapped(own.pop("epsilon"), _doubled)
     if product.sparsifier == "della":
-        parts.sparsify["window"] = _mapped(_chained(parts.shared.pop("epsilon", None), EPSILON.default), _doubled)
+        parts.sparsify["window"] = mapped(
+            _inherited(None, parts.shared.pop("epsilon", None), EPSILON.default), _doubled
+        )
     if "gamma" in parts.shared:
         parts.sparsify["gamma"] = parts.shared.pop("gamma")
     if rescale is not None:
@@ -253,7 +253,7 @@ def _translate_product(
 
 
 def _refuse_all_kept(method: str, densities: Sequence[Value], refuse: Refuse) -> None:
-    if all(number == 1.0 for density in densities for number in _numbers(density)):
+    if all(number == 1.0 for density in densities for number in scalars_of(density)):
         merge = PRODUCTS[method].merge
         refuse(
             ("merge_method",),
@@ -262,30 +262,16 @@ def _refuse_all_kept(method: str, densities: Sequence[Value], refuse: Refuse) ->
         )
 
 
-def _chained(*scopes: Value | None) -> Value:
-    """Scopes in order of precedence -> one value: a list of filters falls through to the next scope's entries."""
-    entries: tuple[Any, ...] = ()
-    for value in scopes:
-        if isinstance(value, tuple):
-            entries += value
-        elif value is not None:
-            return (*entries, dataclasses.replace(entries[0], filter="*", value=value)) if entries else value
-    return entries
+def _inherited(*scopes: Value | None) -> Value:
+    """The model's value, else the recipe's, else the default (which there always is), as one value."""
+    found = chained(scopes)
+    assert found is not None
+    return found
 
 
 def drop_rates(density: Value) -> Value:
-    """1 - density for a number or a list of filters."""
-    return _mapped(density, complement)
-
-
-def _mapped(value: Value, function: Callable[[float], float]) -> Value:
-    if isinstance(value, tuple):
-        return tuple(dataclasses.replace(entry, value=function(entry.value)) for entry in value)
-    return function(float(value))
-
-
-def _numbers(value: Value) -> list[float]:
-    return [entry.value for entry in value] if isinstance(value, tuple) else [float(value)]
+    """1 - density, of every number in it."""
+    return mapped(density, complement)
 
 
 def _doubled(value: float) -> float:

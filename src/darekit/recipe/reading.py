@@ -9,14 +9,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from darekit.architectures.groups import GROUPS, ONE_TERM
 from darekit.dtypes import DTYPES, FLOAT_DTYPES, dtype_from_torch_name
 from darekit.methods import MERGE_METHODS, SEED, SPARSIFIERS, Choice, Number, Parameter, Switch
 from darekit.recipe import mergekit
-from darekit.recipe.data import AUTO, Filtered, Filters, ModelEntry, Recipe, Sparsify, Value, is_glob
+from darekit.recipe.data import ModelEntry, Recipe, Sparsify
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, override, shown, suggest
+from darekit.recipe.values import AUTO, Filtered, Filters, Gradient, Value, is_glob, scalars_of
 from darekit.recipe.words import AUTOMATIC, SPARSIFY_KEYS, Words, check_names, raw_models, refuse_later
 
 
@@ -138,7 +139,7 @@ def _read_value(document: Document, path: Key, parameter: Parameter, raw: Any) -
         return _read_seed(document, path, raw)
     if isinstance(parameter.kind, Number):
         if isinstance(raw, list | dict):
-            return _read_filters(document, path, parameter, raw)
+            return _read_per_tensor(document, path, parameter, raw)
         return _read_number(document, path, parameter, raw)
     if isinstance(raw, list | dict):
         fail(document, path, f" is one value for all tensors, found {shown(raw)}")
@@ -183,21 +184,26 @@ def _number_of_text(document: Document, path: Key, raw: str) -> float:
     fail(document, path, f" must be a number, found the text {shown(raw)}{hint}")
 
 
-def _read_filters(document: Document, path: Key, parameter: Parameter, raw: Any) -> tuple[Filtered, ...]:
-    shape = "expected a number, or a list of {filter: part of a tensor's name, value: number}"
+_PER_TENSOR = (
+    "expected a number, a list of numbers (a gradient over the layers), or a list of {filter: part of a tensor's name, "
+    "value: number}"
+)
+
+
+def _read_per_tensor(document: Document, path: Key, parameter: Parameter, raw: Any) -> Filters | Gradient:
+    """A gradient, a filter or a list of filters."""
     if raw == [] or (isinstance(raw, dict) and "value" not in raw):
-        fail(document, path, f"{shape}, found {shown(raw)}")
+        fail(document, path, f"{_PER_TENSOR}, found {shown(raw)}")
+    if isinstance(raw, list) and not any(isinstance(entry, dict) for entry in raw):
+        return _read_gradient(document, path, parameter, raw)
     found: list[Filtered] = []
     for i, entry in enumerate(raw if isinstance(raw, list) else [raw]):
         here = (*path, i) if isinstance(raw, list) else path
         if not isinstance(entry, dict):
-            if isinstance(entry, int | float) and not isinstance(entry, bool):
-                _refuse_gradient(document, path)
-            fail(document, here, f"{shape}, found {shown(entry)}")
-        if entry.get("value") is None:
-            fail(document, here, f"{shape}, found {shown(entry)} without a value")
-        if isinstance(entry["value"], list):
-            _refuse_gradient(document, here)
+            fail(document, here, f"{_PER_TENSOR}, found {shown(entry)} among filters")
+        value = entry.get("value")
+        if value is None:
+            fail(document, here, f"{_PER_TENSOR}, found {shown(entry)} without a value")
         pattern = entry.get("filter", "*")
         if not isinstance(pattern, str) or not pattern.removeprefix("="):
             fail(
@@ -207,17 +213,31 @@ def _read_filters(document: Document, path: Key, parameter: Parameter, raw: Any)
             )
         if found and found[-1].filter == "*":
             fail(document, here, " is never reached: the entry before it matches every tensor; put that one last")
-        found.append(Filtered(pattern, _read_number(document, here, parameter, entry["value"])))
-    return Filters(found)
+        if isinstance(value, list):
+            found.append(Filtered(pattern, _read_gradient(document, (*here, "value"), parameter, value)))
+        else:
+            found.append(Filtered(pattern, _read_number(document, here, parameter, value)))
+    return Filters(tuple(found))
 
 
-def _refuse_gradient(document: Document, path: Key) -> NoReturn:
-    fail(
-        document,
-        path,
-        "a list of numbers is a gradient over the layers; gradients come in a later version of darekit: write one "
-        "number, or a list of {filter, value}",
-    )
+def _read_gradient(document: Document, path: Key, parameter: Parameter, raw: list[Any]) -> Gradient:
+    """Numbers at equal distances over the layers, each within the parameter's range."""
+    if not raw:
+        fail(document, path, f"{_PER_TENSOR}, found {shown(raw)}")
+    anchors = []
+    for i, entry in enumerate(raw):
+        here = (*path, i)
+        if isinstance(entry, list | dict) or entry is None:
+            fail(document, here, f" stands in a gradient and must be a number, found {shown(entry)}")
+        number = _read_number(document, here, parameter, entry)
+        if isinstance(number, str):
+            fail(
+                document,
+                here,
+                f" is {number}, which a gradient cannot reach: write numbers, or filters with value: {number}",
+            )
+        anchors.append(number)
+    return Gradient(tuple(anchors))
 
 
 def _read_seed(document: Document, path: Key, raw: Any) -> int:
@@ -436,7 +456,7 @@ def _check_auto(document: Document, sparsify: Sparsify, models: Sequence[tuple[i
 
 
 def _is_auto(value: Value | None) -> bool:
-    return value == AUTO or (isinstance(value, tuple) and any(entry.value == AUTO for entry in value))
+    return AUTO in scalars_of(value)
 
 
 def _check_stats(document: Document, recipe: Recipe, places: Sequence[int]) -> None:
@@ -463,9 +483,7 @@ def _check_stats(document: Document, recipe: Recipe, places: Sequence[int]) -> N
         for place, entry in zip(places, recipe.models, strict=True)
     ]
     for path, own in scopes:
-        value = own.get("weight", 1.0)
-        numbers = [part.value for part in value] if isinstance(value, tuple) else [value]
-        if any(cast(float, number) < 0 for number in numbers):
+        if any(cast(float, number) < 0 for number in scalars_of(own.get("weight"))):
             fail(document, path, f" is negative, and {recipe.merge_method} is a mean; use a weight of 0 or more")
 
 

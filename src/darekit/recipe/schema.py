@@ -30,9 +30,10 @@ from darekit.methods import (
     Parameter,
     Switch,
 )
-from darekit.recipe.data import AUTO, Recipe, Sparsify
+from darekit.recipe.data import Recipe, Sparsify
 from darekit.recipe.documents import Document
 from darekit.recipe.mergekit import PRODUCTS, RESCALE
+from darekit.recipe.values import AUTO
 from darekit.recipe.words import AUTOMATIC, SPARSIFY_KEYS, TOP_KEYS, Words, check_names
 
 Schema = dict[str, Any]
@@ -124,8 +125,9 @@ def _number(kind: Number, *, auto: bool) -> list[Schema]:
 
 def _per_tensor(number: list[Schema]) -> list[Schema]:
     """Ways to write one number -> ways to give each tensor its own."""
-    entry = _block({"filter": _FILTER, "value": {"anyOf": number}}) | {"required": ["value"]}
-    return [*number, entry, {"type": "array", "items": entry, "minItems": 1}]
+    gradient = {"type": "array", "items": {"anyOf": [one for one in number if "const" not in one]}, "minItems": 1}
+    entry = _block({"filter": _FILTER, "value": {"anyOf": [*number, gradient]}}) | {"required": ["value"]}
+    return [*number, gradient, entry, {"type": "array", "items": entry, "minItems": 1}]
 
 
 _FILTER: Schema = {

@@ -12,6 +12,7 @@ from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.recipe import ModelEntry, Recipe, Value, read_recipe
 from darekit.recipe.documents import open_data, open_file
+from darekit.recipe.values import scalars_of
 from darekit.sweeps.data import DROP_RATE, Axis, Cell, Point, Sweep
 
 
@@ -124,13 +125,7 @@ def drops(recipe: Recipe) -> bool:
     if recipe.sparsify is None:
         return False
     rates = [recipe.sparsify.parameters.get("drop_rate"), *(e.parameters.get("drop_rate") for e in recipe.models)]
-    return any(value for rate in rates for value in _values(rate))
-
-
-def _values(value: Value | None) -> Iterable[Any]:
-    if isinstance(value, tuple):
-        return [entry.value for entry in value]
-    return [] if value is None else [value]
+    return any(value for rate in rates for value in scalars_of(rate))
 
 
 def is_random(recipe: Recipe) -> bool:

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a parameter may be: one scalar, a list of filters over tensors' names, or a gradient over the layers.
+
+The only module that looks inside such a value. Everybody else asks it, with a place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+AUTO = "auto"  # the drop rate that follows from the size of each tensor's delta
+
+Scalar = float | int | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a parameter is asked: a tensor's name and shape, and its depth from 0 (first layer) to 1 (last).
+
+    `depth`: 0 also for tensors that belong to no layer (`darekit.architectures.depth`).
+    """
+
+    name: str
+    shape: tuple[int, ...] = ()
+    depth: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """Numbers at equal distances over depth: the first holds at depth 0, the last at depth 1."""
+
+    anchors: tuple[float, ...]
+
+    def at(self, place: Place) -> float:
+        """The value at a depth, linear between its two neighbours. mergekit's rule, and its order of operations.
+
+        >>> Gradient((0.0, 0.5, 1.0)).at(Place("w", depth=0.25)), Gradient((0.0, 0.5, 1.0)).at(Place("w"))
+        (0.25, 0.0)
+        """
+        position = place.depth * (len(self.anchors) - 1)
+        below = int(position)
+        left, right = self.anchors[below], self.anchors[min(below + 1, len(self.anchors) - 1)]
+        share = position - below
+        value = (1 - share) * left + share * right
+        # Rounding may leave the range by one unit in the last place, which a drop rate of 1 cannot bear.
+        return min(max(value, min(left, right)), max(left, right))
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """One entry of a per-tensor list: `value` for the tensors that `filter` matches ("*": all)."""
+
+    filter: str
+    value: Scalar | Gradient
+
+    def matches(self, tensor: str) -> bool:
+        """The whole name after `=`; a glob over the whole name if there is a glob character in it; else a substring."""
+        pattern = self.filter
+        if is_exact(pattern):
+            return pattern[1:] == tensor
+        return pattern == "*" or (fnmatchcase(tensor, pattern) if is_glob(pattern) else pattern in tensor)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """A list of filters in order, with an index of the exact names: a recipe may give every tensor its own value."""
+
+    entries: tuple[Filtered, ...]
+
+    @cached_property
+    def _exact(self) -> dict[str, int]:
+        """Name -> index of the first filter that is that very name."""
+        found: dict[str, int] = {}
+        for i, entry in enumerate(self.entries):
+            if is_exact(entry.filter):
+                found.setdefault(entry.filter[1:], i)
+        return found
+
+    @cached_property
+    def _patterns(self) -> tuple[int, ...]:
+        """Indices of the filters that are patterns."""
+        return tuple(i for i, entry in enumerate(self.entries) if not is_exact(entry.filter))
+
+    def at(self, place: Place) -> Any:
+        """The value of the first filter that matches the name; None if none does."""
+        end = self._exact.get(place.name, len(self.entries))
+        for i in self._patterns:
+            if i > end:
+                break
+            if self.entries[i].matches(place.name):
+                end = i
+                break
+        return at(self.entries[end].value, place) if end < len(self.entries) else None
+
+
+Value = Scalar | Filters | Gradient
+
+
+def at(value: Value, place: Place) -> Any:
+    """What a value is at a place; None where it is a list of filters and none matches."""
+    return value.at(place) if isinstance(value, Filters | Gradient) else value
+
+
+def resolve(scopes: Iterable[Value | None], place: Place) -> Any:
+    """Values in order of precedence (the model's, the recipe's), place -> the value that holds there.
+
+    The first scope that yields a value wins; a list of filters without a match falls through to the next scope.
+    None if nothing matches.
+
+    >>> mlp = Filters((Filtered("mlp", 0.9),))
+    >>> resolve([mlp, 0.5], Place("model.layers.0.mlp.up_proj.weight")), resolve([mlp, 0.5], Place("model.norm.weight"))
+    (0.9, 0.5)
+    """
+    for value in scopes:
+        found = None if value is None else at(value, place)
+        if found is not None:
+            return found
+    return None
+
+
+def reachable(scopes: Iterable[Value | None]) -> tuple[Value, ...]:
+    """The scopes that can decide: None is left out, and so is what comes after a value for all tensors."""
+    found: list[Value] = []
+    for value in scopes:
+        if value is None:
+            continue
+        found.append(value)
+        if not isinstance(value, Filters) or any(entry.filter == "*" for entry in value.entries):
+            break
+    return tuple(found)
+
+
+def chained(scopes: Iterable[Value | None]) -> Value | None:
+    """Scopes in order of precedence -> one value that resolves to the same everywhere; None where all are None."""
+    entries: tuple[Filtered, ...] = ()
+    for value in reachable(scopes):
+        if not isinstance(value, Filters):
+            return Filters((*entries, Filtered("*", value))) if entries else value
+        entries += value.entries
+    return Filters(entries) if entries else None
+
+
+def is_scalar(value: Value) -> bool:
+    """Whether a value is the same at every place."""
+    return not isinstance(value, Filters | Gradient)
+
+
+def filters_of(value: Value | None) -> tuple[Filtered, ...]:
+    """Its filters with their values; none where one value is for all tensors."""
+    return value.entries if isinstance(value, Filters) else ()
+
+
+def gradients_of(value: Value) -> Iterator[tuple[str, Gradient]]:
+    """Its gradients, each with the filter before it ("*": all tensors)."""
+    for entry in value.entries if isinstance(value, Filters) else (Filtered("*", value),):
+        if isinstance(entry.value, Gradient):
+            yield entry.filter, entry.value
+
+
+def scalars_of(value: Value | None) -> Iterator[Scalar]:
+    """Every scalar that is written in a value: between them lies all that it can be."""
+    match value:
+        case Filters(entries):
+            for entry in entries:
+                yield from scalars_of(entry.value)
+        case Gradient(anchors):
+            yield from anchors
+        case None:
+            return
+        case _:
+            yield value
+
+
+def mapped(value: Value, function: Callable[[float], float]) -> Value:
+    """The same with every number replaced by the function of it."""
+    match value:
+        case Filters(entries):
+            return Filters(tuple(Filtered(entry.filter, _mapped_one(entry.value, function)) for entry in entries))
+        case _:
+            return _mapped_one(value, function)
+
+
+def _mapped_one(value: Scalar | Gradient, function: Callable[[float], float]) -> Scalar | Gradient:
+    if isinstance(value, Gradient):
+        return Gradient(tuple(function(anchor) for anchor in value.anchors))
+    return function(float(value))
+
+
+def to_data(value: Value) -> Any:
+    """JSON-able form, as a recipe is written."""
+    match value:
+        case Filters(entries):
+            return [{"filter": entry.filter, "value": to_data(entry.value)} for entry in entries]
+        case Gradient(anchors):
+            return list(anchors)
+        case _:
+            return value
+
+
+def is_exact(pattern: str) -> bool:
+    """Whether a pattern is one tensor's whole name, written `=name`."""
+    return pattern.startswith("=")
+
+
+def is_glob(pattern: str) -> bool:
+    """Whether a pattern is matched as a glob over the whole name."""
+    return any(character in pattern for character in "*?[")
