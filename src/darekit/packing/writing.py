@@ -215,8 +215,7 @@ def _refuse_other_names(plan: Plan) -> None:
         if info is not None and info.stored is not None and info.stored != tensor.name:
             raise PlanError(
                 f"{plan.models[0].ref}: {tensor.name} is stored as {info.stored}, so a pack would drop other elements "
-                "than a merge does; write the model out first (merge it alone, with `merge_method: linear`) and pack "
-                "that"
+                "than a merge does; write the model out first (merge it alone with `merge_method: linear`), and pack it"
             )
 
 
