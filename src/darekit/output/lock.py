@@ -9,6 +9,7 @@ from typing import Any
 from darekit import __version__
 from darekit.checkpoints.digests import checkpoint_digest
 from darekit.inputs.statistics import Statistics
+from darekit.methods import MERGE_METHODS
 from darekit.planning.plan import Plan
 
 
@@ -18,9 +19,11 @@ def resolved_parameters(plan: Plan) -> list[Mapping[str, Any]]:
     for step in plan.steps:
         if step.kind != "merge" or step.begin:
             continue
+        method = MERGE_METHODS[step.method]
         setting = {
-            "weights": list(step.weights),
+            **({"weights": list(step.weights)} if method.weighted else {}),
             **({"method": step.method} if plan.statistics else {}),
+            **({"parameters": dict(step.parameters)} if method.products else {}),
             "lambda": step.factor,
             "stages": [
                 [
@@ -76,6 +79,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
             rows.append((name, info.dtype, info.shape, digest))
         return checkpoint_digest(rows)
 
+    measured = {name: record["measured"] for name, record in records.items() if "measured" in record}
     keys = [*([None] if plan.base else []), *(str(k) for k in range(len(plan.models)))]
     placed = {p.name: p for shard in plan.shards for p in shard.placements}
     return {
@@ -100,6 +104,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
             "shards": [shard.filename for shard in plan.shards],
         },
         "resolved": resolved_parameters(plan),
+        **({"measured": dict(sorted(measured.items()))} if measured else {}),
     }
 
 

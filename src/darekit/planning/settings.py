@@ -9,7 +9,7 @@ from typing import Any
 from darekit.architectures.groups import is_kept_dense
 from darekit.dtypes import dtype_named
 from darekit.errors import RecipeError
-from darekit.methods import SPARSIFIERS, Sparsifier
+from darekit.methods import MERGE_METHODS, SPARSIFIERS, Sparsifier
 from darekit.methods.sparsifiers import noise_gain
 from darekit.planning.alignment import AlignedTensor
 from darekit.recipe import Recipe, resolve
@@ -54,7 +54,8 @@ def merges_weights(recipe: Recipe, parameters: Mapping[str, Any]) -> bool:
     base plus anything."""
     if recipe.sparsify is not None and recipe.sparsify.on == "weights":
         return True
-    return recipe.merge_method == "linear" and not parameters.get("normalize")
+    switch = MERGE_METHODS[recipe.merge_method].mean_if
+    return switch is not None and not parameters.get(switch)
 
 
 def lambda_of(recipe: Recipe, name: str) -> float:

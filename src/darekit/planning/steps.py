@@ -6,14 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from darekit.checkpoints import Placement, TensorInfo
 from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step
 from darekit.errors import PlanError
-from darekit.methods import MERGE_METHODS, SPARSIFIERS
-from darekit.methods.sparsifiers import dropped_to_density
+from darekit.methods import AVERAGE, MERGE_METHODS, SPARSIFIERS
+from darekit.methods.sparsifiers import kept_count
 from darekit.planning.alignment import AlignedTensor
 from darekit.planning.settings import drop_rate_of, is_float, lambda_of, merges_weights, resolved, weight_of
 from darekit.recipe import Recipe, resolve
@@ -29,12 +29,9 @@ def _chain(recipe: Recipe, model: int, tensor: AlignedTensor, count: int, seed: 
     if sparsify is not None and rate > 0:
         entry = SPARSIFIERS[sparsify.method]
         values = resolved(recipe, model, tensor.name, entry)
-        if sparsify.method == "della":
-            _check_window(values["drop_rate"], values["window"], tensor.name)
-        if sparsify.method == "breadcrumbs":
-            # mergekit's recipes count survivors from the density as written, never through 1 - p.
-            density = resolve((recipe.models[model].parameters.get("density"),), tensor.name)
-            values["keep_count"] = dropped_to_density(count, rate) if density is None else _count(density, count)
+        if entry.prepare is not None:
+            density = resolve((recipe.models[model].parameters.get("density"),), tensor.name)  # mergekit's recipes
+            values = entry.prepare(values if density is None else values | {"density": density}, count, tensor.name)
         stages.append(StageSpec(sparsify.method, values, seed or 0))
     method = MERGE_METHODS[recipe.merge_method]
     if method.trims:
@@ -45,23 +42,24 @@ def _chain(recipe: Recipe, model: int, tensor: AlignedTensor, count: int, seed: 
         if keep < 1 and recipe.parameters.get("trim") == "model":
             stages.append(StageSpec(TRIM_MODEL, {"keep": keep}))
         elif keep < 1:
-            stages.append(StageSpec(TRIM, {"keep_count": _count(keep, count)}))
+            stages.append(StageSpec(TRIM, {"keep_count": kept_count(keep, count)}))
     return tuple(stages)
 
 
-def _count(keep: float, count: int) -> int:
-    """k = max(1, int(keep n)), from the number as written; nothing of nothing."""
-    return min(count, max(1, int(keep * count)))
-
-
-def _check_window(rate: float, window: float, name: str) -> None:
-    if rate - window / 2 < 0 or rate + window / 2 > 1:
-        largest = 2 * min(rate, 1 - rate)
-        raise PlanError(
-            f"della: drop rate {rate:g} with window {window:g} asks {name} for drop rates from {rate - window / 2:g} "
-            f"to {rate + window / 2:g}; they must stay within [0, 1]: use a window of at most {largest:g} "
-            "(mergekit's epsilon is half of it)"
-        )
+def _own_parameters(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The merge method's parameters for one tensor, without those that become factors and stages."""
+    found: dict[str, Any] = {}
+    for parameter in MERGE_METHODS[recipe.merge_method].parameters.values():
+        if parameter.name in ("lambda", "keep", "trim"):
+            continue
+        value = resolve((recipe.parameters.get(parameter.name), parameter.default), name)
+        if value is None:
+            raise PlanError(
+                f"no {parameter.name} for tensor {name}: none of its filters match; end the list with a value without "
+                "a filter"
+            )
+        found[parameter.name] = value
+    return found
 
 
 def _input(info: TensorInfo) -> Input:
@@ -95,22 +93,18 @@ def steps_of(
     if tensor.head:  # the one model's own
         yield make(
             kind="merge", begin=0, count=count, base=None, models=inputs, owners=owners, weights=(1.0,), chains=((),),
-            method="linear", parameters={"normalize": True}, verbatim=True,
+            method=AVERAGE, parameters={"normalize": True}, verbatim=True,
         )  # fmt: skip
         return
     weights = {k: weight_of(recipe, k, tensor.name) for k in owners}
-    own = {
-        name: recipe.parameters.get(name, parameter.default)
-        for name, parameter in MERGE_METHODS[recipe.merge_method].parameters.items()
-        if name not in ("lambda", "keep", "trim")
-    }
+    own = _own_parameters(recipe, tensor.name)
     method, informed = recipe.merge_method, None
     if MERGE_METHODS[method].statistics:
         from darekit.planning.statistics import statistics_of
 
         informed = statistics_of(recipe, tensor, owners, weights, statistics)
         if informed is None:
-            method, own = "linear", {"normalize": True}
+            method, own = AVERAGE, {"normalize": True}
     begin = 0
     if base is not None:
         begin = min(base.count, count)
@@ -148,7 +142,7 @@ def steps_of(
         common = base is None and begin == 0  # rows of all models; those that only some have are never dropped
         chains = tuple(_chain(recipe, k, tensor, end, seeds[k]) if common else () for k in here)
         weighed = common and informed is not None
-        parameters = own if base is None and (weighed or method == "linear") else {"normalize": True}
+        parameters = own if base is None and (weighed or method == AVERAGE) else {"normalize": True}
         scale = 1.0 if parameters["normalize"] else weights[here[0]]
         yield make(
             kind="merge",
@@ -159,7 +153,7 @@ def steps_of(
             owners=tuple(here),
             weights=tuple(weights[k] for k in here),
             chains=chains,
-            method=method if weighed else "linear",
+            method=method if weighed else AVERAGE,
             parameters=parameters,
             **(informed or {} if weighed else {}),
             verbatim=len(here) == 1 and not chains[0] and scale == 1.0,
