@@ -83,8 +83,15 @@ class Products:
     def finish(self) -> Doubles:
         """(leaves, pairs), the last partial one included."""
         if (self.end - self.begin) % LEAF:
-            self.totals[-1] = np.add.accumulate(self.sums, axis=1)[:, -1]  # one after another, as `add_up` does
+            self.totals[-1] = _in_order(self.sums.T)  # as `add_up` does it
         return self.totals
+
+
+def _in_order(rows: Doubles) -> Doubles:
+    """(n, pairs) -> their sum (pairs,), one after another."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total: Doubles = np.add.accumulate(rows, axis=0)[-1] if len(rows) else np.zeros(rows.shape[1])
+    return total
 
 
 def measure(run: StepRun, begin: int, end: int, stop: threading.Event) -> Doubles:
@@ -189,8 +196,7 @@ def _parts(step: Step, found: Doubles) -> tuple[Doubles, Doubles]:
 def settled(step: Step, leaves: Doubles) -> tuple[Step, Doubles]:
     """A measured step, its leaves' products in order (leaves, pairs) -> the weighted sum that it is, and the rows'
     coefficients, (R,)."""
-    totals = np.add.accumulate(leaves, axis=0)[-1] if len(leaves) else np.zeros(leaves.shape[1])
-    found = coefficients(step, totals)
+    found = coefficients(step, _in_order(leaves))
     weights, base_weight = _parts(step, found)
     alone = len(step.models) == 1 and not any(step.chains) and step.models[0].count >= step.begin + step.count
     return replace(

@@ -141,9 +141,11 @@ def steps_of(
         here = [k for k, entry in zip(owners, inputs, strict=True) if entry.count >= end]
         common = base is None and begin == 0  # rows of all models; those that only some have are never dropped
         chains = tuple(_chain(recipe, k, tensor, end, seeds[k]) if common else () for k in here)
-        weighed = common and informed is not None
+        entry = MERGE_METHODS[method]
+        weighed = common and (informed is not None or (entry.products is not None and not entry.needs_base))
         parameters = own if base is None and (weighed or method == AVERAGE) else {"normalize": True}
-        scale = 1.0 if parameters["normalize"] else weights[here[0]]
+        scale = 1.0 if parameters.get("normalize") else weights[here[0]]
+        used = method if weighed else AVERAGE
         yield make(
             kind="merge",
             begin=begin,
@@ -153,9 +155,9 @@ def steps_of(
             owners=tuple(here),
             weights=tuple(weights[k] for k in here),
             chains=chains,
-            method=method if weighed else AVERAGE,
+            method=used,
             parameters=parameters,
             **(informed or {} if weighed else {}),
-            verbatim=len(here) == 1 and not chains[0] and scale == 1.0,
+            verbatim=MERGE_METHODS[used].keeps_one and len(here) == 1 and not chains[0] and scale == 1.0,
         )
         begin = end

@@ -421,7 +421,7 @@ def _check_number(document: Document, recipe: Recipe) -> None:
     """As many models as the method takes, and the parameters that it must have."""
     method = MERGE_METHODS[recipe.merge_method]
     low, high = method.models
-    if not low <= len(recipe.models) <= high:
+    if not low <= len(recipe.models) <= high or (method.base_row and method.needs_base and recipe.base_model is None):
         wanted = f"{_MODELS[low]} {'besides base_model' if method.needs_base else ''}".rstrip()
         wanted = f"exactly {wanted}" if low == high else f"at least {wanted}"
         either = " (or two models, of which the first is the base then)" if method.base_row and high == 1 else ""
