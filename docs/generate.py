@@ -18,7 +18,17 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from darekit import cli
 from darekit.cli.display import methods_data
-from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SEED, SPARSIFIERS, WEIGHT, Choice, Number, Parameter
+from darekit.methods import (
+    MERGE_ALIASES,
+    MERGE_METHODS,
+    SEED,
+    SPARSIFIERS,
+    WEIGHT,
+    Choice,
+    MergeMethod,
+    Number,
+    Parameter,
+)
 from darekit.recipe.mergekit import LATER_METHODS, PRODUCTS
 
 DOCS = Path(__file__).resolve().parent
@@ -30,11 +40,11 @@ merge method's under `parameters:`, and those marked "per model" also under one 
 a list of `{filter, value}`: the first filter that matches the tensor's name decides ([recipes](recipes.md)).
 
 The formulas are plain numpy functions: [sparsifiers.py](../src/darekit/methods/sparsifiers.py),
-[merging.py](../src/darekit/methods/merging.py) and
+[merging.py](../src/darekit/methods/merging.py), [spherical.py](../src/darekit/methods/spherical.py) and
 [informed.py](../src/darekit/methods/informed.py). The fast kernels equal them bit for bit, which the tests check for
 every pair. Here `d` is a delta, `p` the drop rate, `w_k` a model's weight."""
 
-MODEL_HEAD = "Every model can have these, whatever the methods."
+MODEL_HEAD = "Every model can have these, unless its method takes no weights."
 
 NAMES_HEAD = """\
 These names come from [mergekit's recipes](mergekit.md); each is read as a sparsifier and a merge method."""
@@ -57,6 +67,8 @@ def methods_page() -> str:
             if title == "Sparsifiers":
                 what = "random" if found.random else "not random: there is no seed"
                 lines += [f"The choice is {what}. It looks at one {found.scope} at a time.", ""]
+            if title == "Merge methods" and found.products:
+                lines += [_measured(found), ""]
             lines += [*_parameters(found.parameters.values()), ""]
     lines += ["## Of each model", "", MODEL_HEAD, "", *_parameters((WEIGHT, SEED)), ""]
     lines += ["## Names of products", "", NAMES_HEAD, "", "| name | sparsifier | merge method | normalize |"]
@@ -70,6 +82,16 @@ def methods_page() -> str:
     later = ", ".join(f"`{name}`" for name in LATER_METHODS)
     lines += ["", f"Known, and refused by name until a later version: {later}.", ""]
     return "\n".join(lines)
+
+
+def _measured(method: MergeMethod) -> str:
+    low, high = method.models
+    many = {1: "one model", 2: "two models"}[low]
+    takes = f"It takes {many if low == high else f'{many} or more'} besides the base"
+    weights = "" if method.weighted else ", and no weights"
+    return (
+        f"{takes}{weights}. Every tensor is read twice: its coefficients are measured first, and go into the lock file."
+    )
 
 
 def _parameters(parameters: typing.Iterable[Parameter]) -> list[str]:

@@ -27,6 +27,7 @@ def merge(
     normalize=None,
     on="delta",
     statistics=None,
+    own=None,
 ):
     """One tensor: arrays of one shape in any float dtype -> the merged array in base's (first model's) dtype."""
     like = models[0] if base is None else base
@@ -46,9 +47,13 @@ def merge(
             flat = np.where(largest(np.abs(flat), min(flat.size, max(1, int(keep * flat.size)))), flat, number(0))
         deltas.append(flat)
     entry = MERGE_METHODS[method]
-    parameters = {} if normalize is None else {"normalize": normalize}
+    parameters = dict(own or {}) | ({} if normalize is None else {"normalize": normalize})
     weights = np.ones(len(models)) if weights is None else np.array(weights, dtype=np.float64)
-    if entry.statistics is None:
+    if entry.products:
+        merged = weighed(entry, origin, np.array(deltas), models if sparsify is None else None, weights, parameters)
+        if merged is None:
+            return models[0]
+    elif entry.statistics is None:
         merged = entry.function(np.array(deltas), weights, **parameters)
     elif statistics is None:
         merged = MERGE_METHODS["linear"].function(np.array(deltas), weights)
@@ -66,6 +71,27 @@ def merge(
     word = f"u{out_dtype.itemsize}"
     bits = np.where(change == 0, np.ascontiguousarray(base).reshape(-1).view(word), result.view(word))
     return bits.astype(word).view(out_dtype).reshape(like.shape)
+
+
+def weighed(entry, base, deltas, models, weights, parameters):
+    """What a method with coefficients adds to the base, (n,): from the inner products of whole rows. `models` as they
+    are stored; None: they are base + delta. None where the one model itself is the result."""
+    base = base.reshape(-1)
+    if entry.products == "deltas":
+        rows = list(deltas)
+    else:
+        rows = [base + d for d in deltas] if models is None else [m.astype(base.dtype).reshape(-1) for m in models]
+    rows = np.array([base, *rows] if entry.base_row else rows).astype(np.float64)
+    more = {"weights": weights} if entry.weighted else {}
+    found = entry.function(rows @ rows.T, **more, **{n: v for n, v in parameters.items() if n in entry.own_parameters})
+    shift = 0.0 if entry.products == "deltas" else found.sum() - 1
+    if entry.products == "models" and models is not None and found.tolist() == [0.0, 1.0]:
+        return None
+    number = base.dtype.type
+    merged = np.zeros_like(base)
+    for weight, delta in zip(found[int(entry.base_row) :], deltas, strict=True):
+        merged += number(weight) * delta
+    return merged + number(shift) * base if shift else merged
 
 
 def family(rng, shape, dtype, k=3, scale=5e-4):

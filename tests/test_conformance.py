@@ -31,6 +31,7 @@ METHODS = {
     "task_arithmetic": ({"lambda": 0.5}, {"lambda_": 0.5}),
     "ties": ({"keep": 0.3, "lambda": 1.2}, {"keep": 0.3, "lambda_": 1.2}),
     "ties_sum": ({"normalize": False}, {"normalize": False}),
+    "slerp": ({"t": 0.3}, {"own": {"t": 0.3}}),
 }
 # A method without a row above is held to its formula with its defaults.
 SPARSIFY |= {
@@ -82,7 +83,9 @@ def test_the_typed_functions_are_the_table():
     for name, entry in MERGE_METHODS.items():
         if name not in dk.__all__:
             continue
-        assert getattr(dk, name)() == dk.merge_method(name, **{p.name: p.default for p in entry.parameters.values()})
+        required = {p.name: 0.5 for p in entry.parameters.values() if p.default is None}
+        defaults = {p.name: p.default for p in entry.parameters.values()}
+        assert getattr(dk, name)(**required) == dk.merge_method(name, **defaults | required)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -98,15 +101,16 @@ def test_every_combination_equals_the_formulas(sparsify, method):
             for model, array in zip(models, ms, strict=True):
                 model[f"t{shape}"] = array
         name = method.removesuffix("_sum")
+        entry, k = MERGE_METHODS[name], int(min(3, MERGE_METHODS[name].models[1]))
         statistics = statistics_of(name, base)
         merged = dk.merge_tensors(
-            base, models, sparsify=spec_of(SPARSIFY[sparsify]), method=dk.merge_method(name, **ours),
-            weights=WEIGHTS, seeds=SEEDS, statistics=statistics, threads=2,
+            base, models[:k], sparsify=spec_of(SPARSIFY[sparsify]), method=dk.merge_method(name, **ours),
+            weights=WEIGHTS[:k] if entry.weighted else None, seeds=SEEDS[:k], statistics=statistics, threads=2,
         )  # fmt: skip
         for key, b in base.items():
             expected = oracle.merge(
-                key, b, [m[key] for m in models], seeds=SEEDS, sparsify=SPARSIFY[sparsify],
-                method=name, weights=WEIGHTS, **theirs,
+                key, b, [m[key] for m in models[:k]], seeds=SEEDS[:k], sparsify=SPARSIFY[sparsify],
+                method=name, weights=WEIGHTS[:k], **theirs,
                 statistics=[s[key] for s in statistics] if statistics and key in statistics[0] else None,
             )  # fmt: skip
             same_bits(merged[key], expected)
@@ -228,19 +232,25 @@ def test_large_tensor_is_cut_into_spans_and_sampled(monkeypatch):
 def test_finished_tensors_keep_no_leaves(monkeypatch):
     """72 bytes for each tile of each input: memory that would grow with the model."""
     monkeypatch.setattr(execution, "SPAN", 65536)
-    jobs = []
-    close = execution.Job.close
+    jobs, finished = [], []
+    end, record = execution.Job.end, execution.Job.record
 
-    def closed(job):
+    def ended(job):
         jobs.append(job)
-        record = close(job)
-        assert (record is None) == bool(job._leaves)
-        return record
+        assert job._leaves
+        return end(job)
 
-    monkeypatch.setattr(execution.Job, "close", closed)
+    def recorded(job):
+        found = record(job)
+        finished.append(job)
+        assert not job._leaves
+        return found
+
+    monkeypatch.setattr(execution.Job, "end", ended)
+    monkeypatch.setattr(execution.Job, "record", recorded)
     base, models = oracle.family(np.random.default_rng(3), (300, 500), "BF16")
     dk.merge_tensors({"w": base}, [{"w": m} for m in models], sparsify=dk.dare(0.5, seed=1), seeds=SEEDS, threads=1)
-    assert len(jobs) == 3
+    assert len(jobs) == 3 and finished == jobs[:1]
 
 
 def test_selection_with_a_misleading_sample(monkeypatch):

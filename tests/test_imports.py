@@ -11,6 +11,8 @@ import pytest
 
 import darekit
 import families
+from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.recipe.mergekit import PRODUCTS
 
 PACKAGE = Path(darekit.__file__).parent
 HEAVY = ("numpy", "pydantic", "numba", "torch", "transformers", "yaml", "huggingface_hub", "ml_dtypes")
@@ -241,6 +243,26 @@ def test_the_package_keeps_the_rule(rule):
 )  # fmt: skip
 def test_each_rule_can_be_broken(rule, module, source):
     assert offenders(RULES[rule], [(module, imports(source, module))])
+
+
+def method_names(source):
+    """Texts in a module that are the name of a method."""
+    names = {*SPARSIFIERS, *MERGE_METHODS, *PRODUCTS}
+    return [
+        node.value for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["engine", "planning"])
+def test_methods_are_known_by_their_entries_in_the_table(part):
+    """What the engine must know of a method is a field of its entry, so that a new one touches the table alone."""
+    found = {path.name: method_names(path.read_text()) for path in (PACKAGE / part).glob("*.py")}
+    assert len(found) > 5 and not {name: many for name, many in found.items() if many}
+
+
+def test_a_methods_name_is_seen():
+    assert method_names('if step.method == "ties":\n    pass\n') == ["ties"]
 
 
 def test_type_checkers_imports_do_not_count():

@@ -38,6 +38,15 @@ def test_a_recipe_runs_as_its_merge_on_disk(real, tmp_path):
         assert torch.equal(outputs(live.model), outputs(loaded))
 
 
+def test_a_method_that_measures_runs_as_its_merge_on_disk(real, tmp_path):
+    recipe = families.recipe(real.path, k=1, merge_method="slerp", parameters={"t": 0.3}) | {"sparsify": {
+        "method": "dare", "drop_rate": 0.9, "seed": 3}}  # fmt: skip
+    dk.merge(recipe, tmp_path / "out", force=True)
+    loaded = real.cls.from_pretrained(tmp_path / "out").eval()
+    with open_live(recipe, device="cpu") as live:
+        assert torch.equal(outputs(live.model), outputs(loaded))
+
+
 def test_weights_are_replaced_in_place(real):
     recipe = read_recipe(families.recipe(real.path, **RECIPE))
     other = read_recipe(families.recipe(real.path, k=1))

@@ -332,3 +332,59 @@ def test_round_trip(method, densities, shared):
     models = [{} if density is None else {"density": density} for density in densities]
     recipe = make(method, *models, density=shared / 1000, seed=5)
     assert read_recipe(recipe.to_data()) == recipe
+
+
+# --- slerp
+
+
+def test_slerp_in_each_of_its_forms():
+    t = {"parameters": {"t": 0.4}, "merge_method": "slerp"}
+    expected = read_recipe(t | {"base_model": "b", "models": ["m"]})
+    assert (expected.base_model, expected.models[0].model, expected.parameters) == ("b", "m", {"t": 0.4})
+    assert not expected.notes
+    for models in (["b", "m"], ["m", "b"], ["m/", "b/"]):
+        recipe = read_recipe(t | {"base_model": "b", "models": models})
+        assert (recipe.base_model, [e.model.rstrip("/") for e in recipe.models]) == ("b", ["m"]) and not recipe.notes
+    recipe = read_recipe(t | {"models": ["b", "m"], "tokenizer_source": "b"})
+    assert (recipe.base_model, recipe.models, recipe.tokenizer_source) == ("b", expected.models, "base")
+    assert recipe.notes == ("no base_model: b is the base, since it comes first",)
+    assert read_recipe(recipe.to_data()) == recipe
+
+
+def test_slerp_by_filters_as_on_the_hub():
+    values = [{"filter": "self_attn", "value": 0.3}, {"filter": "mlp", "value": 0.7}, {"value": 0.5}]
+    recipe = read_recipe(
+        {"base_model": "b", "models": ["b", "m"], "merge_method": "slerp", "parameters": {"t": values}}
+    )
+    found = recipe.parameters["t"]
+    assert [(e.filter, e.value) for e in found] == [("self_attn", 0.3), ("mlp", 0.7), ("*", 0.5)]
+    with pytest.raises(RecipeError, match="is never reached"):
+        read_recipe(recipe.to_data() | {"parameters": {"t": [{"value": 0.5}, {"filter": "mlp", "value": 1}]}})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"models": ["m"]},
+         r"models: slerp takes exactly one model besides base_model \(or two models, of which the first is the base "
+         r"then\), found 1 and no base_model"),
+        ({"models": ["a", "b", "c"]}, "found 3 and no base_model"),
+        ({"base_model": "x", "models": ["a", "b"]}, "found 2 besides x"),
+        ({"base_model": "x", "models": ["x"]}, "only the base is listed"),
+        ({"base_model": "x", "models": ["a"], "parameters": {}}, "slerp needs t, how far to go: .* add `param"),
+        ({"base_model": "x", "models": ["a"], "parameters": {"t": 1.5}}, r"t must be in \[0, 1\], found 1.5"),
+        ({"base_model": "x", "models": ["a"], "parameters": {"t": 50}}, "a percentage"),
+        ({"base_model": "x", "models": ["a"], "parameters": {"t": 0.5, "weight": 1}},
+         "weight cannot stand here: slerp takes no weights; its parameters are t"),
+        ({"base_model": "x", "models": [{"model": "a", "parameters": {"weight": 1}}]}, "slerp takes no weights"),
+        ({"base_model": "x", "models": [{"model": "a", "parameters": {"t": 0.5}}]}, "is one for all models"),
+        ({"base_model": "x", "models": ["a"], "parameters": {"t": 0.5, "lambda": 1}}, "lambda is a parameter of"),
+        ({"base_model": "x", "models": ["a"], "sparsify": {"method": "dare", "drop_rate": 0.5},
+          "parameters": {"t": 0.5, "weight": 1}}, "slerp takes no weights"),
+        ({"base_model": "x", "models": ["a"], "sparsify": {"method": "dare", "drop_rate": 0.5, "on": "weights"}},
+         "weights goes only with merge_method: linear"),
+    ],
+)  # fmt: skip
+def test_slerp_refuses(data, message):
+    with pytest.raises(RecipeError, match=message):
+        read_recipe({"merge_method": "slerp", "parameters": {"t": 0.5}} | data)

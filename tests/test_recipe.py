@@ -637,18 +637,21 @@ def recipes(draw) -> Recipe:
         del shared["normalize"]  # false would make it a sum of whole models, which is refused
     own = {name: p for name, p in own.items() if isinstance(p.kind, Number) and p.kind.per_model}
     weight = Parameter("weight", Number("", 0 if MERGE_METHODS[method].statistics else float("-inf")), 1.0)
-    names = draw(st.lists(st.text("abz/09.@-é 'x:#", min_size=1), min_size=1, max_size=3))
+    weights = {"weight": weight} if MERGE_METHODS[method].weighted else {}
+    required = {name: draw(values(p)) for name, p in shared.items() if p.default is None}
+    low, high = MERGE_METHODS[method].models
+    names = draw(st.lists(st.text("abz/09.@-é 'x:#", min_size=1), min_size=low, max_size=int(min(high, max(3, low)))))
     entries = []
     for name in names:
         seed = {"seed": draw(st.integers(0, 2**64 - 1))} if draw(st.booleans()) else {}
         stats = draw(st.text("ab/.", min_size=1)) if MERGE_METHODS[method].statistics else None
-        entries.append(ModelEntry(name, draw(some(own | {"weight": weight})) | seed, stats))
+        entries.append(ModelEntry(name, draw(some(own | weights)) | seed, stats))
     return Recipe(
         base_model="the base",
         models=tuple(entries),
         sparsify=sparsify,
         merge_method=method,
-        parameters=draw(some(shared | {"weight": weight})),
+        parameters=draw(some(shared | weights)) | required,
         dtype=draw(st.sampled_from([None, "BF16", "F32", "F8_E4M3"])),
         vocab=draw(st.sampled_from(["strict", "base", "pad"])),
         tokenizer_source=draw(st.sampled_from(["base", *names])),

@@ -36,7 +36,7 @@ def merge_tensors(
     """Merge dicts of numpy arrays or torch tensors (read in place where they lie on the CPU) into a new dict.
 
     Args:
-        base: name -> array; None only for `linear`.
+        base: name -> array; None only for `linear`, `fisher`, `regmean`, and `slerp` between two models.
         models: one dict per model, with the base's names and shapes.
         sparsify: what is done to each delta; None: nothing.
         method: how the deltas are merged, `ties(keep=0.2)` or just a name; `linear()` where not given.
@@ -54,9 +54,7 @@ def merge_tensors(
         name -> array of the base's kind (torch tensors for torch tensors), with the bits that a merge of the same
         tensors on disk would write.
     """
-    from darekit import machine
-    from darekit.engine import execution, tiles
-    from darekit.engine.trimming import settle_model_trim
+    from darekit.engine import execution
     from darekit.planning.plan import make_plan
 
     if allow_nonfinite and base is None:
@@ -88,14 +86,13 @@ def merge_tensors(
     recipe = read_recipe(data)
     opened = [_checkpoint(f"model {k}", tensors) for k, tensors in enumerate(models)]
     origin = _checkpoint("base", base) if base is not None else None
+    if origin is None and recipe.base_model is not None:  # of two models the first may be the base
+        origin, *opened = opened
     known: list[Statistics] = []
     try:
         for k, found in enumerate(statistics or ()):
             known.append(_statistics(recipe.merge_method, k, found))
         plan = make_plan(recipe, origin, opened, statistics=known, shard_size=1)
-        threads = threads or machine.default_threads()
-        tile = tiles.TILE
-        steps = settle_model_trim(plan.steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
         template = base if base is not None else models[0]
         merged, sinks = {}, []
         for shard in plan.shards:  # shard_size=1: one tensor each
@@ -103,8 +100,8 @@ def merge_tensors(
             array, raw = _empty(template[place.name], DTYPES[place.dtype], place.shape)
             merged[place.name] = array
             sinks.append(_ArraySink(raw, place.offset))
-        execution.execute(
-            steps, sinks, names=[c.ref for c in opened], threads=threads, tile=tile, allow_nonfinite=allow_nonfinite
+        execution.run(
+            plan.steps, sinks, names=[c.ref for c in opened], threads=threads, allow_nonfinite=allow_nonfinite
         )
         return {name: merged[name] for name in template if name in merged}
     finally:

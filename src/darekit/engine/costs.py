@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable
 
 from darekit.checkpoints import traits_of
 from darekit.engine.stages import build, tile_of
-from darekit.engine.steps import Step
-from darekit.methods.informed import PART_ELEMENTS
+from darekit.engine.steps import Step, is_measured
+from darekit.methods import MERGE_METHODS
 
 # Resident before the first tile: 103 MiB were measured in the fast lane, which does without numba, and 175 with it.
 INTERPRETER_BYTES = 175 << 20
@@ -17,18 +17,19 @@ HEAVY = 64 << 20  # bytes from which a step's matrices are in memory one step at
 
 
 def matrix_memory(step: Step) -> int:
-    """Bytes that a step needs beside its tiles: the sum of its Grams, its factor, and one more while it is made."""
-    if step.method != "regmean":
-        return 0
-    columns = columns_of(step)
-    return 8 * (3 * columns * columns + 2 * min(PART_ELEMENTS, columns * columns))
+    """Bytes that a step needs beside its tiles, as its method declares them."""
+    declared = MERGE_METHODS[step.method].matrix
+    return 0 if declared is None else declared(columns_of(step))
 
 
 def tile_memory(step: Step, tile: int) -> int:
-    """Bytes that a tile of a step needs beside its deltas: float64 for sums and solves."""
+    """Bytes that a tile of a step needs beside its deltas: the rows that are measured; float64 for sums and solves."""
+    method = MERGE_METHODS[step.method]
+    if method.products:
+        return tile * (8 if step.wide else 4) * (len(step.models) + 1)
     if not step.statistics:
         return 0
-    return tile * (8 * 4 if step.method == "regmean" else 8 * (3 + len(step.statistics)))
+    return tile * (8 * 4 if method.matrix else 8 * (3 + len(step.statistics)))
 
 
 def decoding_memory(step: Step, tile: int) -> int:
@@ -41,7 +42,7 @@ def decoding_memory(step: Step, tile: int) -> int:
 def statistics_bytes(step: Step, tile: int) -> int:
     """Bytes of statistics that a step reads: Grams once for their sum and once for every run of rows."""
     size = sum(entry.dtype.itemsize * entry.count for entry in step.statistics)
-    return size * (1 + -(-step.count // max(1, tile))) if step.method == "regmean" else size
+    return size * (1 + -(-step.count // max(1, tile))) if MERGE_METHODS[step.method].matrix else size
 
 
 def columns_of(step: Step) -> int:
@@ -59,9 +60,9 @@ def bytes_to_read(steps: Iterable[Step], finished: Container[str] = ()) -> int:
     for step in steps:
         if step.name in finished:
             continue
-        measured = any(not build(spec, step).ready for chain in step.chains for spec in chain)
+        passes = 1 + any(not build(spec, step).ready for chain in step.chains for spec in chain) + is_measured(step)
         inputs = (*step.models, *([step.base] if step.base else []))
-        total += round((2 if measured else 1) * step.count * sum(entry.dtype.itemsize * entry.cost for entry in inputs))
+        total += round(passes * step.count * sum(entry.dtype.itemsize * entry.cost for entry in inputs))
         total += 0 if step.verbatim else statistics_bytes(step, tile_of(step, step.count))
     return total
 

@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: executes steps tile by tile, from ranged reads to positional writes, on a few threads.
 
-Nothing depends on the order of tiles (`darekit.engine.tiles`), so threads share nothing but a queue; memory is threads
-x (K + 6) tiles. A tensor with a stage that must first measure all of it is run by one thread, in order.
+Nothing depends on the order of tiles (`darekit.engine.tiles`), so threads share nothing but a queue; memory is
+threads x (K + 6) tiles. A tensor with a stage that must first measure all of it is run by one thread, in order; one
+whose merge method measures products goes through the threads twice.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
+import xxhash
 
 from darekit.checkpoints.digests import LEAF, TensorDigest, tensor_digest
+from darekit.engine import tiles
 from darekit.engine.costs import HEAVY, matrix_memory
+from darekit.engine.measuring import Doubles, measure, settled, told
 from darekit.engine.stages import build, tile_of
-from darekit.engine.steps import Step
+from darekit.engine.steps import Step, is_measured
 from darekit.engine.tiles import BASE, OUT, TILE, ScratchPool, Sink, StepRun, Tally
+from darekit.engine.trimming import settle_model_trim
 from darekit.errors import DataError
 from darekit.machine import default_threads
 from darekit.methods import MERGE_METHODS
@@ -41,6 +47,38 @@ class Execution:
     bytes_read: int
     bytes_written: int
     records: Mapping[str, Mapping[str, Any]]
+
+
+class Observers(TypedDict, total=False):
+    """Who follows an execution, and what it may skip: see `execute`."""
+
+    finished: Container[str]
+    on_tensor: Callable[[str, Mapping[str, Any]], None] | None
+    flush: Callable[[], None] | None
+    progress: Callable[[int], None] | None
+
+
+def run(
+    steps: Sequence[Step],
+    outputs: Sequence[Sink],
+    *,
+    names: Sequence[str],
+    threads: int | None = None,
+    tile: int | None = None,
+    allow_nonfinite: bool = False,
+    **more: Unpack[Observers],
+) -> Execution:
+    """All of a plan's steps: what must be known of whole models is settled first, then `execute`; the same arguments
+    and errors.
+
+    Raises:
+        PlanError: a float64 tensor under `trim: model`.
+    """
+    threads, tile, began = threads or default_threads(), tile or tiles.TILE, time.perf_counter()
+    steps = settle_model_trim(steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
+    settling = time.perf_counter() - began
+    done = execute(steps, outputs, names=names, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite, **more)
+    return replace(done, seconds=done.seconds + settling)
 
 
 def execute(
@@ -93,8 +131,14 @@ def execute(
             worker.run(job, begin, end, stop)
             if stop.is_set():  # somebody failed: this span may be cut short
                 return
-            record = job.close()
-            if record is not None and not broken.is_set():
+            if not job.end():
+                continue
+            if job.measuring:
+                job.settle()
+                queue.put(job)
+                continue
+            record = job.record()
+            if not broken.is_set():
                 records[job.name] = record
                 if on_tensor:
                     on_tensor(job.name, record)
@@ -113,6 +157,7 @@ def execute(
                     flushed = time.perf_counter()
         finally:
             stop.set()
+            queue.close()
         for future in futures:
             future.result()
     tally = Tally()
@@ -140,7 +185,8 @@ class Queue:
 
     Jobs that one thread must do alone come first, largest first, so that none is left over at the end. Of the others
     a thread takes those of one file after another, and while there are enough none that another thread takes from:
-    threads that write to one file wait for each other.
+    threads that write to one file wait for each other. A job that was measured comes again, before all others of its
+    file: what was just read may still be in a cache.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -150,65 +196,101 @@ class Queue:
             if job.divisible:
                 self._files.setdefault(job.steps[0].output, deque()).extend((job, *span) for span in job.spans)
         self._taken: dict[object, int] = {}  # by whom: the file
-        self._lock = threading.Lock()
+        self._coming = sum(job.measuring for job in jobs)  # those that are still to come again
+        self._changed = threading.Condition()
 
     def take(self, taker: object) -> Span | None:
-        """The next span for `taker`; None when there is none left."""
-        with self._lock:
-            if self._alone:
-                job = self._alone.popleft()
-                return (job, *job.spans[0])
-            if not self._files.get(self._taken.get(taker, -1)):
-                self._taken.pop(taker, None)
-                others = Counter(self._taken.values())
-                left = [file for file, spans in self._files.items() if spans]
-                if not left:
-                    return None
-                self._taken[taker] = min(left, key=lambda file: others[file])
-            return self._files[self._taken[taker]].popleft()
+        """The next span for `taker`, waiting for it while one may still come; None when there is none left."""
+        with self._changed:
+            while True:
+                if self._alone:
+                    job = self._alone.popleft()
+                    return (job, *job.spans[0])
+                if not self._files.get(self._taken.get(taker, -1)):
+                    self._taken.pop(taker, None)
+                    others = Counter(self._taken.values())
+                    left = [file for file, spans in self._files.items() if spans]
+                    if not left and self._coming:
+                        self._changed.wait()
+                        continue
+                    if not left:
+                        return None
+                    self._taken[taker] = min(left, key=lambda file: others[file])
+                return self._files[self._taken[taker]].popleft()
+
+    def put(self, job: Job) -> None:
+        """A job that was measured is to be merged now."""
+        with self._changed:
+            self._coming -= 1
+            self._files[job.steps[0].output].extendleft((job, *span) for span in reversed(job.spans))
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nothing comes any more: a thread failed, and others may be waiting for what it had taken."""
+        with self._changed:
+            self._coming = 0
+            self._changed.notify_all()
 
 
 class Job:
-    """One output tensor on its way: its steps, how it may be cut, and what its finished parts add up to."""
+    """One output tensor on its way: its steps, how it may be cut, and what its finished parts add up to.
+
+    `measuring`: its spans are to be measured before they are merged. (A tensor that one thread does alone is measured
+    there.)
+    """
 
     def __init__(self, steps: Sequence[Step], tile: int) -> None:
         self.steps = tuple(steps)
         self.name = steps[0].name
         self.cost = sum(step.count * (1 + len(step.models)) for step in steps)
-        whole = [(0, sum(step.count for step in steps))]
-        self.spans = whole
-        self.divisible = len(steps) == 1 and self._can_be_cut(steps[0], tile)
-        if self.divisible:
-            count = steps[0].count
-            self.spans = [(begin, min(begin + SPAN, count)) for begin in range(0, count, SPAN)] or whole
+        count = sum(step.count for step in steps)
+        span = _span_of(steps[0], tile) if len(steps) == 1 else None
+        self.divisible = span is not None
+        self.spans = [(0, count)]
+        if span is not None and count > span:
+            self.spans = [(begin, min(begin + span, count)) for begin in range(0, count, span)]
+        self.measuring = self.divisible and is_measured(steps[0])
         self._lock = threading.Lock()
         self._open = len(self.spans)
         self._leaves: dict[int, dict[int, list[bytes]]] = {}
         self._kept: Counter[tuple[int, int]] = Counter()
+        self._products: dict[int, Doubles] = {}
+        self._coefficients: dict[int, Doubles] = {}
 
-    @staticmethod
-    def _can_be_cut(step: Step, tile: int) -> bool:
-        if tile_of(step, tile) != tile or SPAN % tile or MERGE_METHODS[step.method].rows:
-            return False
-        inputs = (*step.models, *([step.base] if step.base else []))
-        if any(entry.count != step.count for entry in inputs):  # one thread then digests what is cut off as well
-            return False
-        stages = [build(spec, step) for chain in step.chains for spec in chain]
-        return all(stage.ready and not stage.ordered for stage in stages)
-
-    def add(self, begin: int, digests: Mapping[int, TensorDigest], kept: Counter[tuple[int, int]]) -> None:
+    def add(
+        self,
+        begin: int,
+        digests: Mapping[int, TensorDigest],
+        kept: Counter[tuple[int, int]],
+        coefficients: Mapping[int, Doubles],
+    ) -> None:
         """Take what one span found out."""
         with self._lock:
             for key, digest in digests.items():
                 self._leaves.setdefault(key, {})[begin] = digest.finish()
             self._kept.update(kept)
+            self._coefficients.update(coefficients)
 
-    def close(self) -> dict[str, Any] | None:
-        """One span is done; the tensor's record if it was the last."""
+    def add_products(self, begin: int, products: Doubles) -> None:
+        """Take what one span measured."""
+        with self._lock:
+            self._products[begin] = products
+
+    def end(self) -> bool:
+        """One span is done; whether it was the last one of this pass."""
         with self._lock:
             self._open -= 1
-            if self._open:
-                return None
+            return not self._open
+
+    def settle(self) -> None:
+        """All spans are measured: from now on they are merged."""
+        (step,) = self.steps
+        merging, found = settled(step, np.concatenate([self._products[begin] for begin in sorted(self._products)]))
+        self.steps, self.measuring, self._open = (merging,), False, len(self.spans)
+        self._products, self._coefficients = {}, {0: found[None]}
+
+    def record(self) -> dict[str, Any]:
+        """What the finished tensor is made of, JSON-able: digests, kept elements, and what was measured."""
         digests = {
             key: tensor_digest(leaf for begin in sorted(parts) for leaf in parts[begin])
             for key, parts in self._leaves.items()
@@ -224,7 +306,30 @@ class Job:
                 str(owner): min((n for (key, _), n in self._kept.items() if key == owner), default=0)
                 for owner in owners
             },
+            **({"measured": _measured(told(self._coefficients))} if self._coefficients else {}),
         }
+
+
+def _span_of(step: Step, tile: int) -> int | None:
+    """How many elements of a step one thread takes at a time; None: one thread must do all of it."""
+    size = tile_of(step, tile)
+    if MERGE_METHODS[step.method].rows or (size != tile and size >= step.count) or (size == tile and SPAN % tile):
+        return None
+    inputs = (*step.models, *([step.base] if step.base else []))
+    if any(entry.count != step.count for entry in inputs):  # one thread then digests what is cut off as well
+        return None
+    stages = [build(spec, step) for chain in step.chains for spec in chain]
+    if not all(stage.ready and not stage.ordered for stage in stages):
+        return None
+    grain = LEAF if size == tile else math.lcm(LEAF, step.row)  # digests are cut at leaves
+    return max(1, SPAN // grain) * grain
+
+
+def _measured(found: Doubles) -> dict[str, Any]:
+    """(rows, R) coefficients: the numbers themselves where there is one row, else a digest of them all."""
+    if len(found) == 1:
+        return {"coefficients": found[0].tolist()}
+    return {"rows": len(found), "digest": xxhash.xxh3_128_hexdigest(np.ascontiguousarray(found, "<f8").tobytes())}
 
 
 class Worker:
@@ -247,6 +352,11 @@ class Worker:
         """Elements begin .. end of a tensor that can be cut; all of one that cannot."""
         digests: dict[int, TensorDigest] = {}
         kept: Counter[tuple[int, int]] = Counter()
+        if job.measuring:
+            (step,) = job.steps
+            job.add_products(begin, measure(StepRun(step, self, digests, kept), begin, end, stop))
+            return
+        coefficients: dict[int, Doubles] = {}
         for step in job.steps:
             run = StepRun(step, self, digests, kept)
             if step.kind == "copy":
@@ -259,13 +369,18 @@ class Worker:
                     self.scratch = ScratchPool()
             else:
                 self._run_whole(run, stop)
+            coefficients |= run.coefficients
         if len(job.spans) == 1:
             self._digest_rest(job, digests)
-        job.add(begin, digests, kept)
+        job.add(begin, digests, kept, coefficients)
 
     @staticmethod
     def _run_whole(run: StepRun, stop: threading.Event) -> None:
         run.settle(stop)
+        if is_measured(run.step):
+            step, found = settled(run.step, measure(run, 0, run.step.count, stop))
+            run.become(step)
+            run.coefficients[0] = found[None]
         run.merge(0, run.step.count, stop)
 
     def _digest_rest(self, job: Job, digests: dict[int, TensorDigest]) -> None:

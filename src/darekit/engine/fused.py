@@ -21,6 +21,7 @@ from darekit.engine.stages import RandomDrop
 from darekit.engine.steps import Step
 from darekit.kernels import cpu
 from darekit.masks import BLOCK, DROP_ALL
+from darekit.methods import MERGE_METHODS
 from darekit.methods.merging import total_weight
 
 TILES = 4  # raw bytes of so many tiles of all inputs still fit a third-level cache
@@ -51,6 +52,7 @@ class FusedStep:
     normalize: bool
     divisor: np.float32
     scale: np.float32
+    base_weight: np.float32
 
     def absorb(
         self, base_raw: Bytes, raws: npt.NDArray[np.uint16], start: int, out: Bytes, blocks: Blocks
@@ -66,7 +68,8 @@ class FusedStep:
                 bounds[k] = select.low, select.lows, select.high, select.highs
         bad = cpu.absorb_bf16(
             base_raw.view(np.uint16), raws, start, self.streams, self.seeds, self.thresholds, self.factors, bounds,
-            self.weights, self.election, self.normalize, self.divisor, self.scale, kept, out.view(np.uint16),
+            self.weights, self.election, self.normalize, self.divisor, self.scale, self.base_weight, kept,
+            out.view(np.uint16),
             blocks.words, blocks.work,
         )  # fmt: skip
         if bad:
@@ -82,7 +85,8 @@ def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
     inputs = (*step.models, *([step.base] if step.base else []))
     if step.kind != "merge" or step.base is None or step.on_weights or step.verbatim or len(chains) > FEW:
         return None
-    if step.method not in ("linear", "task_arithmetic", "ties"):
+    kernel = MERGE_METHODS[step.method].kernel
+    if kernel is None:
         return None
     if any(entry.dtype.name != "BF16" or entry.count < step.begin + step.count for entry in inputs):
         return None
@@ -100,10 +104,11 @@ def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
         factors=np.array([drop.factor if drop else 1 for drop in drops], np.float32),
         selects=tuple(chain[0] if chain and isinstance(chain[0], Select) else None for chain in chains),
         weights=tuple(weights.astype(np.float32)),
-        election=step.method == "ties",
+        election=kernel == "elect",
         normalize=normalize,
-        divisor=np.float32(total_weight(weights) if normalize and step.method != "ties" else 1.0),
+        divisor=np.float32(total_weight(weights) if normalize and kernel == "sum" else 1.0),
         scale=np.float32(step.factor),
+        base_weight=np.float32(step.base_weight),
     )
 
 

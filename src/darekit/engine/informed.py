@@ -15,6 +15,7 @@ from darekit.dtypes import Bytes, Floats
 from darekit.engine.costs import columns_of
 from darekit.engine.steps import Input, Step
 from darekit.errors import DataError
+from darekit.methods import MERGE_METHODS
 from darekit.methods.informed import NormalEquations, fisher, shares_of
 
 Read = Callable[[Input, int, int, Bytes], Bytes]  # input, first element, elements, buffer -> the bytes that it has
@@ -24,7 +25,7 @@ Combine = Callable[[Floats, Floats, int], Floats]  # deltas (K, n), scratch (n,)
 
 def informed_combiner(step: Step, read: Read) -> Combine:
     """The step's merge method with its constants and its statistics."""
-    return FisherTiles(step, read) if step.method == "fisher" else RegMeanTiles(step, read)
+    return RegMeanTiles(step, read) if MERGE_METHODS[step.method].statistics == "gram" else FisherTiles(step, read)
 
 
 class FisherTiles:

@@ -15,14 +15,12 @@ import numpy as np
 from darekit.dtypes import Bytes, DType
 from darekit.engine.contracts import Stage, Tile
 from darekit.engine.selection import Select
-from darekit.engine.steps import TRIM, TRIM_AT, TRIM_MODEL, StageSpec, Step, is_trim
+from darekit.engine.steps import TRIM, TRIM_AT, TRIM_MODEL, StageSpec, Step, is_per_row, is_trim
 from darekit.kernels import cpu
 from darekit.masks import DROP_ALL, stream_of, threshold_of
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.methods.sparsifiers import (
     L1_LANES,
-    breadcrumb_counts,
-    dropped_to_density,
     l1_factor,
     largest,
     paper_factor,
@@ -41,22 +39,20 @@ def build(spec: StageSpec, step: Step) -> Stage:
         return Select(step.count, 0, p["keep_count"])
     if spec.method == TRIM_MODEL:  # not settled yet: stands for a stage that will have to measure
         return Select(step.count, 0, int(p["keep"] * step.count))
-    rate, rescale = p["drop_rate"], p.get("rescale", "none")
+    entry, rate, rescale = SPARSIFIERS[spec.method], p["drop_rate"], p.get("rescale", "none")
     stage: Stage
-    match spec.method:
-        case "dare" | "drop_only":
+    match entry.kernel:
+        case "drop":
             stage = RandomDrop(spec.seed, _stream(spec, step), rate, survivor_factor(rate, rescale, p.get("q", 0.0)))
-        case "della":
+        case "rank":
             stage = RankedDrop(spec, step, rescale == "paper")
-        case "magnitude":
-            stage = Select(step.count, 0, dropped_to_density(step.count, rate))
-        case "breadcrumbs":
-            stage = Select(step.count, *breadcrumb_counts(step.count, p["keep_count"], p["gamma"]))
+        case "select" if entry.selects is not None:
+            stage = Select(step.count, *entry.selects(p, step.count))
         case _:
             return Whole(spec, step)
     if rescale == "l1":
         return RestoreL1(stage)
-    if rescale == "paper" and spec.method in ("magnitude", "breadcrumbs"):
+    if rescale == "paper" and entry.kernel == "select":
         return Scale(stage, paper_factor(rate))
     return stage
 
@@ -221,14 +217,14 @@ def tile_of(step: Step, wanted: int) -> int:
     Where the merge method takes a number of rows of its own, that many, or the whole tensor.
     """
     method = MERGE_METHODS[step.method]
-    scopes: list[str] = ["tensor" if step.transposed else method.scope]
+    scopes: list[str] = ["tensor" if step.transposed else "row" if is_per_row(step) else method.scope]
     for chain in step.chains:
         for spec in chain:
             entry = SPARSIFIERS.get(spec.method)
             scope = entry.scope if entry else "tensor"
             if step.wide and spec.parameters.get("rescale") == "l1":
                 scope = "tensor"
-            streamed = not step.wide and (is_trim(spec) or spec.method in ("magnitude", "breadcrumbs"))
+            streamed = not step.wide and (is_trim(spec) or (entry is not None and entry.kernel == "select"))
             scopes.append("element" if streamed else scope)
     if "tensor" in scopes:
         return max(1, step.count)

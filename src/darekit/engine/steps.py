@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from darekit.checkpoints import Source, TensorInfo, traits_of
 from darekit.dtypes import DType, dtype_named
+from darekit.methods import MERGE_METHODS, SUM
 
 # Of what the engine writes and records. Raised when equal steps would give other bytes or other records than before: no
 # run is resumed across it.
@@ -76,9 +77,10 @@ class Step:
     owners: tuple[int, ...]
     weights: tuple[float, ...] = ()
     chains: tuple[tuple[StageSpec, ...], ...] = ()
-    method: str = "task_arithmetic"
+    method: str = SUM
     parameters: Mapping[str, Any] = field(default_factory=dict)
     factor: float = 1.0  # lambda
+    base_weight: float = 0.0  # of the base itself in what is added to it
     on_weights: bool = False  # merge the models themselves, not their deltas
     verbatim: bool = False  # the one model's own bytes: nothing is dropped, scaled or added
     statistics: tuple[Input, ...] = ()  # of each model, where the method reads them: Fishers, or Grams
@@ -95,3 +97,14 @@ class Step:
         """Whether arithmetic is float64."""
         inputs = (*self.models, *([self.base] if self.base else []))
         return any(entry.dtype.name == "F64" for entry in inputs)
+
+
+def is_per_row(step: Step) -> bool:
+    """Whether each row has coefficients of its own."""
+    switch = MERGE_METHODS[step.method].per_row
+    return step.kind == "merge" and switch is not None and bool(step.parameters[switch])
+
+
+def is_measured(step: Step) -> bool:
+    """Whether the products of all of the tensor must be known before a first element is merged."""
+    return step.kind == "merge" and MERGE_METHODS[step.method].products is not None and not is_per_row(step)

@@ -21,9 +21,10 @@ from darekit.dtypes import Bytes, Floats
 from darekit.engine.contracts import Stage
 from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, fuse
 from darekit.engine.informed import Combine, informed_combiner
+from darekit.engine.measuring import Doubles, merge_rows
 from darekit.engine.selection import Select
 from darekit.engine.stages import build, tile_of
-from darekit.engine.steps import Input, Step
+from darekit.engine.steps import Input, Step, is_per_row
 from darekit.kernels import cpu
 from darekit.masks import BLOCK
 from darekit.methods import MERGE_METHODS
@@ -129,14 +130,13 @@ class StepRun:
     def __init__(
         self, step: Step, hands: Hands, digests: MutableMapping[int, TensorDigest], kept: Counter[tuple[int, int]]
     ) -> None:
-        self.step, self.hands, self.kept = step, hands, kept
+        self.hands, self.kept = hands, kept
         self.tile = tile_of(step, hands.tile)
         self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
-        # Not `self._read`: the cycle would keep a solve's matrices in memory until Python's collector comes by.
-        if step.kind == "merge":
-            self.combine = informed_combiner(step, partial(_read, hands.tally)) if step.statistics else combiner(step)
-        self.fused = fuse(step, self.chains)
+        self.become(step)
         self.known = [_known_delta(step, model) for model in step.models]
+        # Where each row has its own: first element -> coefficients, (rows, R).
+        self.coefficients: dict[int, Doubles] = {}
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
         # the survivors.
         self.bad_at: npt.NDArray[np.bool_] | None = None
@@ -148,6 +148,16 @@ class StepRun:
         # A relayed tensor has one digest, its input's and its output's.
         digests.setdefault(OUT, digests[self.inputs[0][0]] if self.relayed else TensorDigest(step.dtype.itemsize))
         self.digests = digests
+
+    def become(self, step: Step) -> None:
+        """Go on as this step, which has the same inputs and chains: its coefficients are known now."""
+        self.step = step
+        # Not `self.read`: the cycle would keep a solve's matrices in memory until Python's collector comes by.
+        if step.statistics:
+            self.combine = informed_combiner(step, partial(_read, self.hands.tally))
+        elif step.kind == "merge" and not MERGE_METHODS[step.method].products:
+            self.combine = combiner(step)
+        self.fused = fuse(step, self.chains)
 
     def settle(self, stop: threading.Event) -> None:
         """Measuring passes over the whole step, until every stage is ready."""
@@ -199,9 +209,9 @@ class StepRun:
                 return True
             count = min(size, step.count - start)
             base_raw, raws, _ = self.hands.scratch.raw_only(1, count)
-            self._read(step.base, step.begin + start, count, base_raw)
+            self.read(step.base, step.begin + start, count, base_raw)
             for k, select in selects.items():
-                self._read(step.models[k], step.begin + start, count, raws[0].view(np.uint8))
+                self.read(step.models[k], step.begin + start, count, raws[0].view(np.uint8))
                 if not select.measure_bf16(base_raw, raws[0]):
                     for one in selects.values():
                         one.begin()
@@ -232,9 +242,9 @@ class StepRun:
         step = self.step
         assert step.base is not None
         base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
-        self._read(step.base, step.begin + start, count, base_raw)
+        self.read(step.base, step.begin + start, count, base_raw)
         for k, model in enumerate(step.models):
-            self._read(model, step.begin + start, count, raws[k].view(np.uint8))
+            self.read(model, step.begin + start, count, raws[k].view(np.uint8))
         kept = None
         if not self.hands.broken.is_set():
             kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
@@ -266,7 +276,12 @@ class StepRun:
         if step.verbatim and self.bad_at is None:
             overflowed = self._verbatim(scratch, count, out)
         else:
-            merged = self.combine(scratch.deltas, scratch.merged, start)
+            if is_per_row(step):
+                merged, self.coefficients[start] = merge_rows(step, scratch.base, scratch.deltas, self.bad_at)
+            else:
+                merged = self.combine(scratch.deltas, scratch.merged, start)
+            if step.base_weight:
+                merged += merged.dtype.type(step.base_weight) * scratch.base
             if self.bad_at is not None:  # a method that mixes columns has made something of the others
                 merged[self.bad_at] = 0
             if step.base is None or step.on_weights:
@@ -280,32 +295,42 @@ class StepRun:
                 )
         self._write(out, start, overflowed)
 
-    def load(self, start: int, count: int, *, only: object = None, final: bool = False) -> Scratch:
-        """Fill scratch with one tile: the base, and the models' deltas (their values, where there is no base or
-        `on_weights`); `only` these models. The final pass also feeds the digests and counts NaN and Inf."""
-        step = self.step
+    def load(
+        self,
+        start: int,
+        count: int,
+        *,
+        only: object = None,
+        final: bool = False,
+        values: bool = False,
+        with_base: bool = False,
+    ) -> Scratch:
+        """Fill scratch with one tile: the base (`with_base`: even if nobody asks for it), and the models' deltas (their
+        `values`, as where there is no base or `on_weights`); `only` these models. The final pass also feeds the digests
+        and counts NaN and Inf."""
+        step, on_weights = self.step, self.step.on_weights or values
         scratch = self.hands.scratch.get(len(step.models), count, step.wide)
         at = step.begin + start
         origin = scratch.zeros
         lacking = any(model.count < at + count for model in step.models)
-        if step.base is not None and (final or lacking or not step.on_weights):
-            raw = self._read(step.base, at, count, scratch.base_raw)
+        if step.base is not None and (final or lacking or with_base or not on_weights):
+            raw = self.read(step.base, at, count, scratch.base_raw)
             if final:
                 self.digests[BASE].update(raw)
             kernels.widen(raw, step.base.dtype, scratch.base)
-            origin = scratch.zeros if step.on_weights else scratch.base
+            origin = scratch.zeros if on_weights else scratch.base
         self.bad_at = None
         self.taken = [None] * len(step.models)
         for k, model in enumerate(step.models):
             if only is not None and k not in only:  # type: ignore[operator]
                 continue
-            known, have = self.known[k], max(0, min(count, model.count - at))
-            raw = self._read(model, at, count if final or known is None else 0, scratch.raw)
+            known, have = None if on_weights else self.known[k], max(0, min(count, model.count - at))
+            raw = self.read(model, at, count if final or known is None else 0, scratch.raw)
             if final:
                 self.digests[step.owners[k]].update(raw)
             delta = scratch.deltas[k]
             if have < count:  # rows that this model does not have are the base's: a delta of 0
-                delta[have:] = scratch.base[have:] if step.on_weights else 0
+                delta[have:] = scratch.base[have:] if on_weights else 0
                 delta, here = delta[:have], origin[:have]
             else:
                 here = origin
@@ -325,7 +350,8 @@ class StepRun:
             scratch.deltas[:, self.bad_at] = 0
         return scratch
 
-    def _read(self, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:
+    def read(self, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:
+        """Raw bytes of elements start .. start + count, as far as the input has them."""
         return _read(self.hands.tally, entry, start, count, buffer)
 
     def _blame(self, k: int, raw: Bytes, scratch: Scratch, final: bool) -> None:
@@ -389,10 +415,10 @@ class StepRun:
             if stop.is_set():
                 return
             count = min(self.tile, end - start)
-            raw = self._read(origin, step.begin + start, count, rooms[0])
+            raw = self.read(origin, step.begin + start, count, rooms[0])
             self.digests[first].update(raw)
             for key, entry in others:
-                other = self._read(entry, step.begin + start, count, rooms[1])
+                other = self.read(entry, step.begin + start, count, rooms[1])
                 self.digests[key].update(other)
                 if not np.array_equal(raw, other):
                     self.hands.tally.differing[key, step.name] += 1
@@ -436,7 +462,8 @@ def combiner(step: Step) -> Combine:
     """The step's merge method with its constants: deltas (K, n), scratch (n,), first element -> merged (n,)."""
     weights = np.array(step.weights, np.float64)
     narrow = weights.astype(np.float32)
-    if not step.wide and step.method == "ties":
+    kernel = None if step.wide else MERGE_METHODS[step.method].kernel
+    if kernel == "elect":
         normalize = bool(step.parameters["normalize"])
 
         few = tuple(narrow) if len(narrow) <= FEW else None
@@ -449,7 +476,7 @@ def combiner(step: Step) -> Combine:
             return merged
 
         return elect
-    if not step.wide and step.method in ("linear", "task_arithmetic"):
+    if kernel == "sum":
         divisor = np.float32(total_weight(weights) if step.parameters.get("normalize") else 1.0)
 
         def add_up(deltas: Floats, merged: Floats, start: int) -> Floats:

@@ -12,15 +12,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from darekit.dtypes import Floats
-from darekit.engine.execution import Worker
 from darekit.engine.selection import Census, Select
 from darekit.engine.steps import TRIM_AT, TRIM_MODEL, StageSpec, Step
-from darekit.engine.tiles import SAMPLED_PIECES, StepRun
+from darekit.engine.tiles import SAMPLED_PIECES, ScratchPool, Sink, StepRun, Tally
 from darekit.errors import PlanError
 
 
@@ -71,6 +70,18 @@ def settle_model_trim(steps: Sequence[Step], *, threads: int, tile: int, allow_n
     return settled
 
 
+@dataclass
+class _Hands:
+    """What a step needs of a thread that only reads."""
+
+    tile: int
+    allow_nonfinite: bool
+    broken: threading.Event
+    outputs: Sequence[Sink] = ()
+    tally: Tally = field(default_factory=Tally)
+    scratch: ScratchPool = field(default_factory=ScratchPool)
+
+
 class _Counting:
     """One pass: each thread counts into a census of its own, and they are added up at the end."""
 
@@ -118,11 +129,11 @@ def _visit(
     local = threading.local()
 
     def visit(step: Step) -> None:
-        worker = getattr(local, "worker", None)
-        if worker is None:
-            worker = local.worker = Worker((), tile, allow_nonfinite, broken)
+        hands = getattr(local, "hands", None)
+        if hands is None:
+            hands = local.hands = _Hands(tile, allow_nonfinite, broken)
         before = tuple(tuple(spec for spec in chain if spec.method != TRIM_MODEL) for chain in step.chains)
-        run = StepRun(replace(step, chains=before), worker, {}, Counter())
+        run = StepRun(replace(step, chains=before), hands, {}, Counter())
         run.settle(stop)
         for chain in run.chains:
             for stage in chain:

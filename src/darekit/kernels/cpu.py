@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from darekit.kernels.compiling import intrinsic, kept_kernel, kernel
-from darekit.kernels.lanes import LANES
+from darekit.kernels.lanes import LANES, SUMS
 from darekit.masks import BLOCK, COUNTERS
 
 _EXPONENT = np.uint32(0x7F800000)
@@ -148,6 +148,13 @@ def weighted_sum(deltas, weights, divisor, out):
     if divisor != np.float32(1):
         for i in range(out.size):
             out[i] = out[i] / divisor
+
+
+@kernel
+def add_scaled(values, other, factor):
+    """(n,) float32 in place: values += factor * other."""
+    for i in range(values.size):
+        values[i] = np.float32(values[i] + np.float32(factor * other[i]))
 
 
 @kernel
@@ -329,7 +336,7 @@ def add_round_bf16(base_raw, base, merged, factor, raw):
 @kept_kernel
 def absorb_bf16(
     base_raw, raws, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize, divisor, scale,
-    kept, out, words, work,
+    base_weight, kept, out, words, work,
 ):  # fmt: skip
     """The whole way of a BF16 tile: the small kernels one after another, on blocks that stay in L1.
 
@@ -365,6 +372,8 @@ def absorb_bf16(
             elect_few(work, weights, normalize, merged)
         else:
             weighted_sum(work, weights, divisor, merged)
+        if base_weight != np.float32(0):
+            add_scaled(merged, base, base_weight)
         bad += add_round_bf16(origin, base, merged, scale, out[begin : begin + count])
     return bad
 
@@ -407,6 +416,82 @@ def survey_bf16(base_raw, raw, first, fine, scratch):
             return -1
         above += count_window(delta, first, fine)
     return above
+
+
+@kernel
+def products(rows, count, start, leaf, sums, totals):
+    """(R, count or more) float32 or float64: elements start .. start + count of a tensor -> the products of each two
+    rows (0 0, 0 1, ..., 1 1, ...) in float64, added to `sums`, (pairs, SUMS), by the element's index.
+
+    At the end of each leaf of `leaf` elements the sums are added up into `totals`, (leaves, pairs), and begin again.
+    """
+    done = 0
+    while done < count:
+        place = start + done
+        first = place % SUMS
+        here = min(SUMS - first, count - done)
+        pair = 0
+        for i in range(rows.shape[0]):
+            one = rows[i, done : done + here]
+            for j in range(i, rows.shape[0]):
+                other, lanes = rows[j, done : done + here], sums[pair, first : first + here]
+                for k in range(here):
+                    lanes[k] += np.float64(one[k]) * np.float64(other[k])
+                pair += 1
+        done += here
+        if (start + done) % leaf == 0:
+            add_up(sums, totals[(start + done) // leaf - 1])
+
+
+@kernel
+def add_up(sums, total):
+    """(pairs, SUMS) float64 -> `total`, (pairs,), added in order; the sums are 0 afterwards."""
+    for pair in range(total.size):
+        found = np.float64(0)
+        for k in range(sums.shape[1]):
+            found += sums[pair, k]
+            sums[pair, k] = np.float64(0)
+        total[pair] = found
+
+
+@kernel
+def products_by_row(rows, length, sums, totals):
+    """(R, n) float32 or float64, n a multiple of `length` -> `totals`, (n / length, pairs): `products` of each piece
+    of `length` elements."""
+    for r in range(totals.shape[0]):
+        products(rows[:, r * length : (r + 1) * length], length, 0, length, sums, totals[r : r + 1])
+
+
+@kernel
+def _widen_all_bf16(raw, out):
+    """`widen_bf16`, which counts NaN and Inf."""
+    bits = out.view(np.uint32)
+    bad = np.uint32(0)
+    for i in range(raw.size):
+        one = np.uint32(np.uint32(raw[i]) << np.uint32(16))
+        bad = np.uint32(bad + np.uint32((one & _EXPONENT) == _EXPONENT))
+        bits[i] = one
+    return int(bad)
+
+
+@kept_kernel
+def products_bf16(base_raw, raws, base_row, deltas, start, leaf, sums, totals, work):
+    """`products` of BF16 elements, on blocks that stay in L1: base_raw (n,) and raws (K, n) uint16; the base itself is
+    the first row where `base_row`; the others are the models, or their `deltas`. Scratch: work (rows + 1, 1024)
+    float32. Returns how many elements of a row are NaN or Inf; `sums` and `totals` are then worthless.
+    """
+    models, bad = raws.shape[0], 0
+    first = 1 if base_row else 0
+    for begin in range(0, base_raw.size, BLOCK):
+        count = min(BLOCK, base_raw.size - begin)
+        base = work[0, :count]
+        if base_row or deltas:
+            bad += _widen_all_bf16(base_raw[begin : begin + count], base)
+        for k in range(models):
+            raw, row = raws[k, begin : begin + count], work[1 + k, :count]
+            bad += difference_bf16(raw, base, row) if deltas else _widen_all_bf16(raw, row)
+        products(work[1 - first : 1 + models], count, start + begin, leaf, sums, totals)
+    return bad
 
 
 @kernel

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many counters of Philox a kernel runs side by side."""
+"""How much a kernel does side by side."""
 
 from __future__ import annotations
 
 # Counters that are drawn at once: four registers of AVX2, so that multiplications need not wait for one another.
 LANES = 32
+
+# Sums that one product of two rows is spread over, by the index of the element: no sum waits for the one before it, and
+# the result is the same on a processor of any width.
+SUMS = 256

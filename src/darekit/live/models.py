@@ -18,11 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from darekit import machine
 from darekit.checkpoints import Placement, companions
 from darekit.dtypes import Bytes, DType, dtype_named
-from darekit.engine import execution, tiles
-from darekit.engine.trimming import settle_model_trim
+from darekit.engine import execution
 from darekit.errors import CheckpointError, DataError, HomologyError, PlanError, Unsupported
 from darekit.output.companions import companions_of, write_companions
 from darekit.planning.opening import open_plan
@@ -68,8 +66,6 @@ class LiveModel:
             DataError: NaN, Inf, an overflow, or a damaged pack; the weights are undefined then.
         """
         targets, tied = self._targets()
-        threads = threads or machine.default_threads()
-        steps = settle_model_trim(plan.steps, threads=threads, tile=tiles.TILE, allow_nonfinite=False)
         places = [place for shard in plan.shards for place in shard.placements]
         known = {place.name: self._name(place.name, targets) for place in places}
         wrong = [
@@ -88,7 +84,7 @@ class LiveModel:
         live = {name: None if target is None else targets[target] for name, target in known.items()}
         sinks = [_Shard(shard.placements, live) for shard in plan.shards]
         names = [model.ref for model in plan.models]
-        done = execution.execute(steps, sinks, names=names, threads=threads, tile=tiles.TILE)
+        done = execution.run(plan.steps, sinks, names=names, threads=threads)
         plan.refuse_damaged(done.records, "the model's weights are of no use")
 
     def tensors(self, names: Iterable[str]) -> dict[str, Any]:

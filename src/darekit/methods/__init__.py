@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from darekit.methods import informed, merging, sparsifiers
+from darekit.methods import informed, merging, sparsifiers, spherical
 from darekit.methods.parameters import Choice, Number, Parameter, Switch, parameters_of
 
 Scope = Literal["element", "row", "tensor"]
@@ -16,12 +17,22 @@ Scope = Literal["element", "row", "tensor"]
 
 @dataclass(frozen=True)
 class Sparsifier:
-    """One delta -> one delta. `scope`: how much of a tensor the function must see at once."""
+    """One delta -> one delta.
+
+    `scope`: how much of a tensor the function must see at once. `unbiased`: a random drop with rescale, so that each
+    element keeps its expectation. `kernel`: how the engine does it tile by tile: a random `drop`; a drop by the `rank`
+    in a row; or it can `select` by magnitude: then `selects` gives, from the parameters and a tensor's size, how many
+    of the largest are dropped and how many are kept. None: through the function alone. `prepare`: parameters, elements
+    and name of one tensor -> the parameters that the engine gets, or a PlanError.
+    """
 
     function: Callable[..., Any]
     scope: Scope
     random: bool
-    unbiased: bool = False  # random drop with rescale: each element keeps its expectation
+    unbiased: bool = False
+    kernel: Literal["drop", "rank", "select"] | None = None
+    selects: Callable[[Mapping[str, Any], int], tuple[int, int]] | None = None
+    prepare: Callable[[Mapping[str, Any], int, str], dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -38,19 +49,33 @@ class Sparsifier:
 class MergeMethod:
     """K deltas -> one.
 
-    `trims`: each delta is first trimmed to its largest `keep` fraction. `keeps_one`: of a single delta with weight 1
-    it makes that delta, so that an untouched model can be copied to the bit. `statistics`: what it must know of each
-    model besides its weights (`darekit.methods.informed`); a tensor without them is averaged. `rows`: length of a row
-    -> how many rows the function takes at once, whatever the tile is.
+    `kernel`: how the engine does it in float32: a weighted `sum`, or `elect` signs first; None: through the function.
+    `models`: how many it takes besides the base, at least and at most. `trims`: each delta is first trimmed to its
+    largest `keep` fraction. `keeps_one`: of a single delta with weight 1 it makes that delta, so that an untouched
+    model can be copied to the bit. `mean_if`: the switch without which it is no mean, and so not the same of models as
+    of deltas. `statistics`: what it must know of each model besides its weights (`darekit.methods.informed`); a tensor
+    without them is averaged. `rows`: length of a row -> how many rows the function takes at once, whatever the tile is.
+    `matrix`: length of a row -> bytes that it needs beside the tiles, where it works on a whole matrix.
+
+    `products`: the function gives coefficients, from the inner products of these rows (`darekit.methods.spherical`):
+    of the models, whose sum is the result, or of the deltas, whose sum is added to the base. `base_row`: the base is
+    one of the rows, the first. `per_row`: name of the switch with which each row of a matrix has its own coefficients.
     """
 
     function: Callable[..., Any]
     scope: Scope = "element"
     needs_base: bool = True
+    kernel: Literal["sum", "elect"] | None = None
+    models: tuple[int, float] = (1, float("inf"))
     trims: bool = False
     keeps_one: bool = False
+    mean_if: str | None = None
     statistics: Literal["fisher", "gram"] | None = None
     rows: Callable[[int], int] | None = None
+    matrix: Callable[[int], int] | None = None
+    products: Literal["models", "deltas"] | None = None
+    base_row: bool = False
+    per_row: str | None = None
 
     @property
     def name(self) -> str:
@@ -60,9 +85,20 @@ class MergeMethod:
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
         """The function's parameters, and those that come with the way the method is run."""
-        extra = parameters_of(_trim) if self.trims else {}
-        scale = parameters_of(_scale) if self.needs_base else {}
-        return extra | parameters_of(self.function) | scale
+        trim = parameters_of(_trim) if self.trims else {}
+        rows = Parameter(self.per_row or "", Switch("coefficients for each row, not for the whole tensor"), False)
+        scale = parameters_of(_scale) if self.needs_base and self.products != "models" else {}
+        return trim | self.own_parameters | ({rows.name: rows} if self.per_row else {}) | scale
+
+    @cached_property
+    def own_parameters(self) -> dict[str, Parameter]:
+        """The function's parameters."""
+        return parameters_of(self.function)
+
+    @cached_property
+    def weighted(self) -> bool:
+        """Whether the models' weights mean anything to it."""
+        return "weights" in inspect.signature(self.function).parameters
 
 
 def _trim(
@@ -80,26 +116,40 @@ def _scale(*, lambda_: Annotated[float, Number("scale of the merged delta", per_
 SPARSIFIERS: dict[str, Sparsifier] = {
     entry.name: entry
     for entry in (
-        Sparsifier(sparsifiers.dare, "element", random=True, unbiased=True),
-        Sparsifier(sparsifiers.drop_only, "element", random=True),
-        Sparsifier(sparsifiers.magnitude, "tensor", random=False),
-        Sparsifier(sparsifiers.della, "row", random=True, unbiased=True),
-        Sparsifier(sparsifiers.breadcrumbs, "tensor", random=False),
+        Sparsifier(sparsifiers.dare, "element", random=True, unbiased=True, kernel="drop"),
+        Sparsifier(sparsifiers.drop_only, "element", random=True, kernel="drop"),
+        Sparsifier(sparsifiers.magnitude, "tensor", random=False, kernel="select", selects=sparsifiers.magnitude_range),
+        Sparsifier(
+            sparsifiers.della, "row", random=True, unbiased=True, kernel="rank", prepare=sparsifiers.check_window
+        ),
+        Sparsifier(
+            sparsifiers.breadcrumbs,
+            "tensor",
+            random=False,
+            kernel="select",
+            selects=sparsifiers.breadcrumbs_range,
+            prepare=sparsifiers.count_survivors,
+        ),
     )
 }
 
 MERGE_METHODS: dict[str, MergeMethod] = {
     entry.name: entry
     for entry in (
-        MergeMethod(merging.linear, needs_base=False, keeps_one=True),
-        MergeMethod(merging.task_arithmetic, keeps_one=True),
-        MergeMethod(merging.ties, trims=True, keeps_one=True),
+        MergeMethod(merging.linear, needs_base=False, kernel="sum", keeps_one=True, mean_if="normalize"),
+        MergeMethod(merging.task_arithmetic, kernel="sum", keeps_one=True),
+        MergeMethod(merging.ties, kernel="elect", trims=True, keeps_one=True),
         MergeMethod(informed.fisher, needs_base=False, keeps_one=True, statistics="fisher"),
         MergeMethod(
-            informed.regmean, "row", needs_base=False, keeps_one=True, statistics="gram", rows=informed.rows_at_once
+            informed.regmean, "row", needs_base=False, keeps_one=True, statistics="gram", rows=informed.rows_at_once,
+            matrix=informed.gram_memory,
         ),
+        MergeMethod(spherical.slerp, models=(1, 1), products="models", base_row=True),
     )
-}
+}  # fmt: skip
+
+AVERAGE = merging.linear.__name__  # what is done where a method has nothing to say
+SUM = merging.task_arithmetic.__name__  # what a method with coefficients becomes when they are known
 
 MERGE_ALIASES: dict[str, str] = {"average": "linear"}
 
@@ -112,10 +162,12 @@ TAU = Parameter(
 SEED = Parameter("seed", Number("effective seed of the model's mask, used as it is", 0, 2**64 - 1), None)
 
 __all__ = [
+    "AVERAGE",
     "MERGE_ALIASES",
     "MERGE_METHODS",
     "SEED",
     "SPARSIFIERS",
+    "SUM",
     "TAU",
     "WEIGHT",
     "Choice",

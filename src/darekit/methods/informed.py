@@ -102,6 +102,12 @@ def rows_at_once(columns: int) -> int:
     return max(1, ROWS_ELEMENTS // max(1, columns))
 
 
+def gram_memory(columns: int) -> int:
+    """Bytes that `regmean` needs for a layer: the sum of its Grams, its factor, one more while it is made, and the
+    parts of a Gram that are read."""
+    return 8 * (3 * columns * columns + 2 * min(PART_ELEMENTS, columns * columns))
+
+
 def _parts(columns: int) -> list[slice]:
     step = max(1, PART_ELEMENTS // max(1, columns))
     return [slice(start, min(start + step, columns)) for start in range(0, columns, step)]

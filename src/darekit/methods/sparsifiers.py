@@ -9,11 +9,13 @@ A tensor's rows are its last axis; a 1-D tensor is one row. Elements count in C 
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from darekit.errors import PlanError
 from darekit.masks import threshold_of
 from darekit.methods.parameters import Choice, Number
 
@@ -77,6 +79,12 @@ def l1_factor(before: float, after: float) -> np.float32:
 def dropped_to_density(count: int, drop_rate: float) -> int:
     """How many of `count` elements a magnitude sparsifier keeps at drop rate p: n - int(p n)."""
     return count - int(drop_rate * count)
+
+
+def kept_count(keep: float, count: int) -> int:
+    """How many of `count` elements a trim (or mergekit's density) keeps: max(1, int(keep n)), from the number as
+    written; nothing of nothing."""
+    return min(count, max(1, int(keep * count)))
 
 
 def largest(magnitude: Delta, keep: int) -> npt.NDArray[np.bool_]:
@@ -145,6 +153,23 @@ def della(
     return np.where(mask, delta * factor.astype(delta.dtype), delta.dtype.type(0))
 
 
+def check_window(values: Mapping[str, Any], count: int, name: str) -> dict[str, Any]:
+    """`della`'s parameters for one tensor, as they are.
+
+    Raises:
+        PlanError: the window reaches beyond drop rates of 0 or 1.
+    """
+    rate, window = float(values["drop_rate"]), float(values["window"])
+    if rate - window / 2 < 0 or rate + window / 2 > 1:
+        largest = 2 * min(rate, 1 - rate)
+        raise PlanError(
+            f"della: drop rate {rate:g} with window {window:g} asks {name} for drop rates from {rate - window / 2:g} "
+            f"to {rate + window / 2:g}; they must stay within [0, 1]: use a window of at most {largest:g} "
+            "(mergekit's epsilon is half of it)"
+        )
+    return dict(values)
+
+
 def della_keep(rows: Delta, drop_rate: float, window: float) -> npt.NDArray[np.float64]:
     """(rows, columns) deltas -> (rows, columns) float64 keep probabilities."""
     count = rows.shape[1]
@@ -174,6 +199,27 @@ def breadcrumbs(
     top, keep = breadcrumb_counts(flat.size, dropped_to_density(flat.size, drop_rate), gamma)
     mask = crumbs(flat, top, keep)
     return _rescaled(delta, mask.reshape(delta.shape), drop_rate, rescale)
+
+
+def count_survivors(values: Mapping[str, Any], count: int, name: str) -> dict[str, Any]:
+    """`breadcrumbs`' parameters for one tensor of `count` elements, with `keep_count`: how many of them survive.
+
+    mergekit's recipes count them from `density` as written, never through 1 - p.
+    """
+    rest = {key: value for key, value in values.items() if key != "density"}
+    density = values.get("density")
+    kept = dropped_to_density(count, rest["drop_rate"]) if density is None else kept_count(density, count)
+    return rest | {"keep_count": kept}
+
+
+def magnitude_range(values: Mapping[str, Any], count: int) -> tuple[int, int]:
+    """`magnitude`'s parameters, tensor size -> (how many of the largest are dropped, how many are kept then)."""
+    return 0, dropped_to_density(count, values["drop_rate"])
+
+
+def breadcrumbs_range(values: Mapping[str, Any], count: int) -> tuple[int, int]:
+    """`breadcrumbs`' prepared parameters, tensor size -> (how many of the largest are dropped, how many are kept)."""
+    return breadcrumb_counts(count, values["keep_count"], values["gamma"])
 
 
 def breadcrumb_counts(count: int, target: int, gamma: float) -> tuple[int, int]:

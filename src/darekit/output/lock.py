@@ -31,11 +31,12 @@ def resolved_parameters(plan: Plan) -> list[Mapping[str, Any]]:
     for step in plan.steps:
         if step.kind != "merge" or step.begin:
             continue
-        settings = plan.settings[step.name]
-        merge = {name: settings.merge[name] for name in varying if name in settings.merge}
+        method, settings = MERGE_METHODS[step.method], plan.settings[step.name]
+        told = settings.merge if method.products else varying
+        merge = {name: settings.merge[name] for name in told if name in settings.merge}
         models = [one for k in step.owners if (one := settings.models[k])]
         setting = {
-            "weights": list(step.weights),
+            **({"weights": list(step.weights)} if method.weighted else {}),
             **({"method": step.method} if plan.statistics else {}),
             "lambda": step.factor,
             **({"parameters": merge} if merge else {}),
@@ -116,6 +117,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
             rows.append((name, info.dtype, info.shape, digest))
         return checkpoint_digest(rows)
 
+    measured = {name: record["measured"] for name, record in records.items() if "measured" in record}
     keys = [*([None] if plan.base else []), *(str(k) for k in range(len(plan.models)))]
     placed = {p.name: p for shard in plan.shards for p in shard.placements}
     return {
@@ -140,6 +142,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
             "shards": [shard.filename for shard in plan.shards],
         },
         "resolved": resolved_parameters(plan),
+        **({"measured": dict(sorted(measured.items()))} if measured else {}),
     }
 
 

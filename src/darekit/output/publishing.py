@@ -16,10 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from darekit import machine
 from darekit.checkpoints import OutputFile, index_json
-from darekit.engine import execution, tiles
-from darekit.engine.trimming import settle_model_trim
+from darekit.engine import execution
 from darekit.errors import CheckpointError, DataError, OutputError
 from darekit.machine import peak_rss
 from darekit.output.card import agreed_license, model_card
@@ -68,8 +66,6 @@ def execute(
 ) -> Report:
     """Execute a plan whose checkpoints are open, and publish the result at `out`, unless `accept` of the tensors'
     records raises."""
-    threads = threads or machine.default_threads()
-    tile = tile or tiles.TILE
     inputs = [file.path for file in plan.files]
     with (
         open_stage(
@@ -84,9 +80,6 @@ def execute(
     ):
         for note in stage.notes:
             say(note)
-        began = time.perf_counter()
-        steps = settle_model_trim(plan.steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
-        trimming = time.perf_counter() - began
         _refuse_full_disk(plan, stage.path)
         outputs = [OutputFile.create(stage.path / shard.filename, shard.size) for shard in plan.shards]
 
@@ -97,8 +90,8 @@ def execute(
         try:
             for output, shard in zip(outputs, plan.shards, strict=True):
                 output.write(np.frombuffer(shard.header, np.uint8), 0)
-            done = execution.execute(
-                steps,
+            done = execution.run(
+                plan.steps,
                 outputs,
                 names=[model.ref for model in plan.models],
                 threads=threads,
@@ -133,7 +126,7 @@ def execute(
         publishing = time.perf_counter() - began
     return Report(
         output=str(out),
-        seconds=done.seconds + trimming,
+        seconds=done.seconds,
         fsync_seconds=publishing,
         bytes_read=done.bytes_read,
         bytes_written=done.bytes_written,

@@ -65,7 +65,8 @@ def merges_weights(recipe: Recipe, parameters: Mapping[str, Any]) -> bool:
     base plus anything."""
     if recipe.sparsify is not None and recipe.sparsify.on == "weights":
         return True
-    return recipe.merge_method == "linear" and not parameters.get("normalize")
+    switch = MERGE_METHODS[recipe.merge_method].mean_if
+    return switch is not None and not parameters.get(switch)
 
 
 def place_of(tensor: AlignedTensor, depths: Depths) -> Place:

@@ -107,9 +107,11 @@ def statistics_notes(recipe: Recipe, steps: Sequence[Step], statistics: Sequence
         yield f"{len(plain)} tensors without statistics are averaged: {listed}"
     elif plain:
         yield f"{len(merged) - len(plain)} tensors have a Gram; the other {len(plain)} are averaged"
-    minimal = recipe.parameters.get("minimal", MERGE_METHODS["fisher"].parameters["minimal"].default)
+    if kind != FISHER:
+        return
+    minimal = recipe.parameters.get("minimal", MERGE_METHODS[recipe.merge_method].parameters["minimal"].default)
     for entry in statistics:
-        if kind == FISHER and isinstance(minimal, float) and 0 < entry.mean < minimal:
+        if isinstance(minimal, float) and 0 < entry.mean < minimal:
             yield (
                 f"the mean of {entry.ref} is {entry.mean:.1e}, less than minimal ({minimal:g}): most elements are "
                 f"merely averaged; write parameters: {{minimal: {entry.mean * 1e-3:.0e}}} for the Fisher to decide"

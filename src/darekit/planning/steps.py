@@ -13,8 +13,8 @@ from darekit.checkpoints import Placement
 from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step
 from darekit.errors import PlanError
-from darekit.methods import MERGE_METHODS
-from darekit.methods.sparsifiers import dropped_to_density
+from darekit.methods import AVERAGE, MERGE_METHODS, SPARSIFIERS
+from darekit.methods.sparsifiers import kept_count
 from darekit.planning.alignment import AlignedTensor
 from darekit.planning.draft import Draft
 from darekit.planning.settings import ModelSettings, is_float, merges_weights
@@ -45,7 +45,7 @@ def steps_of(draft: Draft, tensor: AlignedTensor, output: int, place: Placement)
         yield everything(kind="copy", base=base)
     elif tensor.head:  # the one model's own
         yield everything(
-            kind="merge", base=None, weights=(1.0,), chains=((),), method="linear", parameters={"normalize": True},
+            kind="merge", base=None, weights=(1.0,), chains=((),), method=AVERAGE, parameters={"normalize": True},
             verbatim=True,
         )  # fmt: skip
     else:
@@ -64,7 +64,7 @@ def _merge_of(
         weights = {k: found.weight for k, found in models.items()}
         informed = statistics_of(draft.recipe, tensor, tuple(inputs), weights, draft.statistics)
         if informed is None:
-            method, parameters = "linear", {"normalize": True}
+            method, parameters = AVERAGE, {"normalize": True}
     # What a view calls otherwise keeps the mask of the tensor that is stored.
     streams = {k: info.stored or "" for k, info in enumerate(tensor.models) if info is not None}
     return _Merge(
@@ -134,10 +134,12 @@ class _Merge:
         owners = tuple(k for k, entry in self.inputs.items() if entry.count >= end)
         common = self.base is None and begin == 0  # rows of all models; those that only some have are never dropped
         chains = tuple(self._chain(k, end) if common else () for k in owners)
-        weighed = common and self.informed is not None
-        own = self.base is None and (weighed or self.method == "linear")
+        entry = MERGE_METHODS[self.method]
+        weighed = common and (self.informed is not None or (entry.products is not None and not entry.needs_base))
+        own = self.base is None and (weighed or self.method == AVERAGE)
         parameters = self.parameters if own else {"normalize": True}
-        scale = 1.0 if parameters["normalize"] else self.models[owners[0]].weight
+        scale = 1.0 if parameters.get("normalize") else self.models[owners[0]].weight
+        method = self.method if weighed else AVERAGE
         return self.make(
             kind="merge",
             begin=begin,
@@ -147,10 +149,10 @@ class _Merge:
             owners=owners,
             weights=tuple(self.models[k].weight for k in owners),
             chains=chains,
-            method=self.method if weighed else "linear",
+            method=method,
             parameters=parameters,
             **(self.informed or {} if weighed else {}),
-            verbatim=len(owners) == 1 and not chains[0] and scale == 1.0,
+            verbatim=MERGE_METHODS[method].keeps_one and len(owners) == 1 and not chains[0] and scale == 1.0,
         )
 
     def _chain(self, model: int, count: int) -> tuple[StageSpec, ...]:
@@ -159,13 +161,10 @@ class _Merge:
         stages = []
         if recipe.sparsify is not None and settings.rate > 0:
             values = settings.sparsify
-            if recipe.sparsify.method == "della":
-                _check_window(settings.rate, values["window"], self.name)
-            if recipe.sparsify.method == "breadcrumbs":
-                # mergekit's recipes count survivors from the density as written, never through 1 - p.
-                kept = settings.density
-                keep_count = dropped_to_density(count, settings.rate) if kept is None else _count(kept, count)
-                values = {**values, "keep_count": keep_count}
+            prepare = SPARSIFIERS[recipe.sparsify.method].prepare
+            if prepare is not None:
+                density = {} if settings.density is None else {"density": settings.density}  # mergekit's recipes
+                values = prepare({**values, **density}, count, self.name)
             stream = self.streams[model]
             stages.append(StageSpec(recipe.sparsify.method, values, self.draft.seeds[model] or 0, stream))
         if MERGE_METHODS[recipe.merge_method].trims:
@@ -175,20 +174,5 @@ class _Merge:
             if keep < 1 and recipe.parameters.get("trim") == "model":
                 stages.append(StageSpec(TRIM_MODEL, {"keep": keep}))
             elif keep < 1:
-                stages.append(StageSpec(TRIM, {"keep_count": _count(keep, count)}))
+                stages.append(StageSpec(TRIM, {"keep_count": kept_count(keep, count)}))
         return tuple(stages)
-
-
-def _count(keep: float, count: int) -> int:
-    """k = max(1, int(keep n)), from the number as written; nothing of nothing."""
-    return min(count, max(1, int(keep * count)))
-
-
-def _check_window(rate: float, window: float, name: str) -> None:
-    if rate - window / 2 < 0 or rate + window / 2 > 1:
-        largest = 2 * min(rate, 1 - rate)
-        raise PlanError(
-            f"della: drop rate {rate:g} with window {window:g} asks {name} for drop rates from {rate - window / 2:g} "
-            f"to {rate + window / 2:g}; they must stay within [0, 1]: use a window of at most {largest:g} "
-            "(mergekit's epsilon is half of it)"
-        )

@@ -43,7 +43,7 @@ PRODUCTS: dict[str, Product] = {
 }
 
 LATER_METHODS: tuple[str, ...] = (
-    "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "sce", "model_stock", "nearswap", "arcee_fusion",
+    "nuslerp", "multislerp", "karcher", "passthrough", "sce", "model_stock", "nearswap", "arcee_fusion",
     "ram", "ramplus_tl",
 )  # fmt: skip
 
@@ -71,14 +71,19 @@ def model_words(method: str) -> dict[str, Parameter]:
     """mergekit's (or a native) method name -> what a model's `parameters` may hold."""
     native = MERGE_METHODS[_merge_of(method)].parameters
     numbers = {name: p for name, p in native.items() if isinstance(p.kind, Number) and p.kind.per_model}
-    return {"weight": WEIGHT} | _sparse_words(method) | _without_trim(method, numbers) | {"seed": SEED}
+    return weight_words(method) | _sparse_words(method) | _without_trim(method, numbers) | {"seed": SEED}
 
 
 def shared_words(method: str) -> dict[str, Parameter]:
     """mergekit's (or a native) method name -> what the top-level `parameters` may hold."""
     native = _without_trim(method, MERGE_METHODS[_merge_of(method)].parameters)
     common = {"rescale": RESCALE, "int8_mask": INT8_MASK, "seed": SEED}
-    return {"weight": WEIGHT} | _sparse_words(method) | native | common
+    return weight_words(method) | _sparse_words(method) | native | common
+
+
+def weight_words(method: str) -> dict[str, Parameter]:
+    """`weight`, where the method takes any."""
+    return {"weight": WEIGHT} if MERGE_METHODS[_merge_of(method)].weighted else {}
 
 
 def _merge_of(method: str) -> str:
@@ -98,6 +103,8 @@ def _without_trim(method: str, words: Mapping[str, Parameter]) -> dict[str, Para
 def advise(word: str, value: Any, method: str) -> str | None:
     """A parameter that `method` does not take -> what to write instead; None for a word nobody knows."""
     product = PRODUCTS.get(method)
+    if word == WEIGHT.name:
+        return f"{method} takes no weights{_instead(method)}"
     if word in _OWN_WORDS:
         owner = next(name for name, own in _SPARSIFIER_WORDS.items() if own == word)
         users = " and ".join(name for name, entry in PRODUCTS.items() if entry.sparsifier == owner)
@@ -118,6 +125,11 @@ def advise(word: str, value: Any, method: str) -> str | None:
     if product and word == "window":
         return "mergekit's form takes epsilon, half of the window"
     return None
+
+
+def _instead(method: str) -> str:
+    own = list(MERGE_METHODS[method].own_parameters)
+    return f"; its parameters are {' and '.join(own)}" if own else ""
 
 
 def drop_rate_words(density: Any) -> str:

@@ -38,8 +38,13 @@ def read_recipe(
     shared = _read_parameters(document, ("parameters",), words.shared)
     base = _read_text(document, "base_model")
     notes = []
+    method = words.merge_method
+    if base is None and method is not None and method.base_row and method.models == (1, 1) and len(models) == 2:
+        base = models.pop(0)[1]
+        notes.append(f"no base_model: {base} is the base, since it comes first")
     if base is not None and words.needs_base and any(_same(name, base) for _, name, _ in models):
-        notes.append(f"{base} is the base and also one of the models: its delta is 0, it is left out of the models")
+        if method is None or not method.base_row:
+            notes.append(f"{base} is the base and also one of the models: its delta is 0, it is left out of the models")
         models = [entry for entry in models if not _same(entry[1], base)]
         if not models:
             fail(document, ("models",), "only the base is listed; add a model that was fine-tuned from it")
@@ -51,10 +56,10 @@ def read_recipe(
             for (k, name, _), own in zip(models, parts.models, strict=True)
         ]
         sparsify = Sparsify(parts.sparsifier, parts.sparsify, seed=parts.seed or 0) if parts.sparsifier else None
-        method, shared, seeded = parts.merge_method, parts.shared, parts.seed is not None
+        merge, shared, seeded = parts.merge_method, parts.shared, parts.seed is not None
     else:
         entries = [(k, ModelEntry(name, own, _read_stats(document, k))) for k, name, own in models]
-        sparsify, method, seeded = _read_sparsify(document, words), words.method, "seed" in document.data["sparsify"]
+        sparsify, merge, seeded = _read_sparsify(document, words), words.method, "seed" in document.data["sparsify"]
         if "keep_dense" not in document.data["sparsify"] and any(
             _is_auto(scope.get("drop_rate")) for scope in (sparsify.parameters, *(own for _, _, own in models))
         ):
@@ -67,7 +72,7 @@ def read_recipe(
         base_model=base,
         models=tuple(entry for _, entry in entries),
         sparsify=sparsify,
-        merge_method=method,
+        merge_method=merge,
         parameters=shared,
         dtype=_read_dtype(document),
         vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),  # type: ignore[arg-type]
@@ -398,6 +403,7 @@ def _read_heads(document: Document, base: str | None, models: Sequence[str]) -> 
 def _check_whole(document: Document, recipe: Recipe, places: Sequence[int]) -> None:
     method, sparsify = MERGE_METHODS[recipe.merge_method], recipe.sparsify
     on_delta = sparsify is not None and sparsify.on == "delta"
+    _check_number(document, recipe)
     if recipe.base_model is None and (method.needs_base or on_delta):
         who = recipe.merge_method if method.needs_base else f"sparsify with {sparsify.method}"  # type: ignore[union-attr]
         fail(document, (), f"no base_model; {who} works on differences to it: add base_model: the common ancestor")
@@ -429,6 +435,31 @@ def _check_whole(document: Document, recipe: Recipe, places: Sequence[int]) -> N
     _check_auto(document, sparsify, [(k, entry.parameters) for k, entry in zip(places, recipe.models, strict=True)])
     for place, entry in zip(places, recipe.models, strict=True):
         _check_density(document, ("models", place, "parameters", "density"), entry.parameters)
+
+
+def _check_number(document: Document, recipe: Recipe) -> None:
+    """As many models as the method takes, and the parameters that it must have."""
+    method = MERGE_METHODS[recipe.merge_method]
+    low, high = method.models
+    if not low <= len(recipe.models) <= high or (method.base_row and method.needs_base and recipe.base_model is None):
+        wanted = f"{_MODELS[low]} {'besides base_model' if method.needs_base else ''}".rstrip()
+        wanted = f"exactly {wanted}" if low == high else f"at least {wanted}"
+        either = " (or two models, of which the first is the base then)" if method.base_row and high == 1 else ""
+        base = f" besides {recipe.base_model}" if recipe.base_model else " and no base_model"
+        fail(
+            document, ("models",),
+            f"{recipe.merge_method} takes {wanted}{either}, found {len(recipe.models)}{base}",
+        )  # fmt: skip
+    for parameter in method.parameters.values():
+        if parameter.default is None and parameter.name not in recipe.parameters:
+            fail(
+                document, (),
+                f"{recipe.merge_method} needs {parameter.name}, {parameter.kind.help}: add `parameters: "
+                f"{{{parameter.name}: ...}}`",
+            )  # fmt: skip
+
+
+_MODELS = {1: "one model", 2: "two models"}
 
 
 def _check_auto(document: Document, sparsify: Sparsify, models: Sequence[tuple[int, Mapping[str, Value]]]) -> None:

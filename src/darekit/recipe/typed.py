@@ -96,6 +96,11 @@ def ties(*, keep: float = 1.0, lambda_: float = 1.0, normalize: bool = True, tri
     return Method("ties", {"keep": keep, "lambda": lambda_, "normalize": normalize, "trim": trim})
 
 
+def slerp(t: float) -> Method:
+    """Along the arc from the base (`t` = 0) to one model (1). See `darekit.methods.spherical.slerp`."""
+    return Method("slerp", {"t": t})
+
+
 def fisher(*, minimal: float = 1e-6, normalize: bool = False) -> Method:
     """Each element counts by its diagonal Fisher; takes `statistics`. See `darekit.methods.informed.fisher`."""
     return Method("fisher", {"minimal": minimal, "normalize": normalize})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from darekit.errors import RecipeError
-from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SEED, SPARSIFIERS, TAU, WEIGHT, Number, Parameter
+from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SEED, SPARSIFIERS, TAU, WEIGHT, MergeMethod, Number, Parameter
 from darekit.recipe import mergekit
 from darekit.recipe.documents import Document, Key, fail, shown, suggest
 
@@ -50,8 +50,13 @@ class Words:
 
     @property
     def needs_base(self) -> bool:
-        """Whether the method works on differences to a base (an unknown method is not judged here)."""
-        return self.method not in MERGE_METHODS or MERGE_METHODS[self.method].needs_base
+        """Whether the method works on differences to a base (mergekit's products all do)."""
+        return self.merge_method is None or self.merge_method.needs_base
+
+    @property
+    def merge_method(self) -> MergeMethod | None:
+        """The method's entry in the table; None for one of mergekit's products."""
+        return MERGE_METHODS.get(self.method)
 
 
 def check_names(document: Document) -> Words:
@@ -133,10 +138,11 @@ def _words_of(document: Document) -> Words:
     if sparsifier in AUTOMATIC:
         sparse["tau"] = TAU
     numbers = {n: p for n, p in (sparse | merge).items() if isinstance(p.kind, Number) and p.kind.per_model}
-    model = {"weight": WEIGHT, **numbers, "seed": SEED}
+    weight = mergekit.weight_words(method)
+    model = {**weight, **numbers, "seed": SEED}
     if sparsifier == "breadcrumbs":
         model["density"] = mergekit.DENSITY  # only beside its drop_rate, as `to_data` of a mergekit recipe has it
-    return Words(method, sparsifier, {"weight": WEIGHT} | merge, model, sparse)
+    return Words(method, sparsifier, weight | merge, model, sparse)
 
 
 def _read_method(document: Document) -> str:
@@ -187,7 +193,7 @@ def _unknown_parameters(
 def _explain(name: str, value: Any, path: Key, allowed: Mapping[str, Parameter], words: Words) -> str:
     """Why a parameter cannot stand at `path`, and where it belongs."""
     sparse = words.sparsify
-    if sparse is None and (advice := mergekit.advise(name, value, words.method)):
+    if (sparse is None or name == WEIGHT.name) and (advice := mergekit.advise(name, value, words.method)):
         return f"cannot stand here: {advice}"
     if name == mergekit.DENSITY.name:
         return f"is mergekit's word; with a `sparsify:` block write drop_rate: {mergekit.drop_rate_words(value)}"
