@@ -232,9 +232,14 @@ def _empty(plan: Plan, device: str | None, dtype: str | None) -> LiveModel:
             card=lambda: "",
         )  # fmt: skip
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             cls = _class_of(config, found.config)
         except (ValueError, KeyError, OSError, AttributeError) as error:
+            if "trust_remote_code" in str(error):
+                raise Unsupported(
+                    f"transformers {transformers.__version__} can run {plan.checkpoints[0].ref} only with the code "
+                    "that its config.json names (auto_map), and darekit never runs a checkpoint's code. Merging works"
+                ) from None
             raise Unsupported(f"transformers {transformers.__version__} does not know this model: {error}") from error
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         compute = dtype or ("float32" if where.type == "cpu" else own)
@@ -262,8 +267,13 @@ def _tokenizer(folder: str) -> Any:
     if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("*vocab*")):
         return None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise Unsupported(
+                "the tokenizer needs the code that its tokenizer_config.json names (auto_map), and darekit never "
+                "runs a checkpoint's code"
+            ) from None
         raise CheckpointError(f"the tokenizer cannot be read: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
