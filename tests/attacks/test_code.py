@@ -93,6 +93,15 @@ def test_a_model_that_transformers_knows_is_run_without_its_code(model, rows, ma
     assert not mark.exists()
 
 
+def test_an_architecture_is_a_model_and_not_any_name_in_transformers(model, rows, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    import darekit as dk
+
+    monkeypatch.setattr(transformers, "payload", lambda config: pytest.fail("called"), raising=False)
+    change(model / "config.json", architectures=["payload", "pipeline", "LlamaForCausalLM"])
+    dk.evaluate([model], data=[rows])
+
+
 def test_a_tokenizer_runs_nothing(model, rows, mark):
     pytest.importorskip("transformers")
     import darekit as dk

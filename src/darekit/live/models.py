@@ -285,7 +285,7 @@ def _class_of(config: Any, data: Mapping[str, Any]) -> Any:
 
     for name in data.get("architectures") or ():
         found = getattr(transformers, str(name), None)
-        if found is not None:
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):  # not just any name of theirs
             return found
     auto = transformers.AutoModelForCausalLM
     mapped = auto._model_mapping.get(type(config), None)
