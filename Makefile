@@ -33,7 +33,7 @@ wheel: $(VENV)/dev.stamp
 test-wheel: wheel
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(PIP) --no-deps --target build/wheel/installed dist/*.whl
-	tar c --exclude __pycache__ --exclude scratch --exclude work pyproject.toml README.md bench docs examples paper tests | tar x -C build/wheel
+	tar cf - --exclude __pycache__ --exclude scratch --exclude work pyproject.toml README.md bench docs examples paper tests | tar xf - -C build/wheel
 	cd build/wheel && PYTHONPATH="$$PWD/installed" "$(CURDIR)/$(BIN)/python" -m pytest -q -n 2 --dist loadfile tests \
 	    --ignore tests/test_docs.py --ignore tests/test_install.py --ignore tests/test_project.py
 
