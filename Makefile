@@ -5,17 +5,49 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test paper bench bench-packs docs site clean
+.PHONY: demo test check lint wheel test-wheel release-check changelog hooks paper bench bench-packs docs site clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/dare demo
 
-test: $(VENV)/dev.stamp
+# What everyone runs: 10 minutes on two cores.
+test: lint site
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# What takes longer (tests marked `check`), and how much of the package all tests together run: less than
+# `fail_under` in pyproject.toml fails.
+check: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "check or not check" --cov --cov-report=term
+
+lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# dist/: the source distribution, and the wheel built from it.
+wheel: $(VENV)/dev.stamp
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+# The tests against the wheel, in a folder that has everything but the sources, which tests of the documents and of the project need.
+test-wheel: wheel
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PIP) --no-deps --target build/wheel/installed dist/*.whl
+	tar cf - --exclude __pycache__ --exclude scratch --exclude work pyproject.toml README.md bench docs examples paper tests | tar xf - -C build/wheel
+	cd build/wheel && PYTHONPATH="$$PWD/installed" "$(CURDIR)/$(BIN)/python" -m pytest -q -n 2 --dist loadfile tests \
+	    --ignore tests/test_docs.py --ignore tests/test_install.py --ignore tests/test_project.py
+
+# Whether the files are ready for the release TAG=v1.2.3, after `make wheel` at that tag.
+release-check:
+	.ci/release "$(TAG)"
+
+# What the next release will say; with VERSION=1.2.3 it goes into CHANGELOG.md.
+changelog: $(VENV)/dev.stamp
+	$(BIN)/towncrier build $(if $(VERSION),--yes --version $(VERSION),--draft --version next)
+
+# ruff before every commit.
+hooks: $(VENV)/dev.stamp
+	$(BIN)/pre-commit install
 
 # The paper's experiments, from training to docs/paper: 25 CPU minutes in two processes, 14 minutes on two quiet cores. `make paper ONLY=ad` runs two of them.
 paper: $(VENV)/paper.stamp
@@ -53,4 +85,4 @@ $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,14 +2,17 @@
 """The core installs from its wheel into a clean environment, and merges there without torch."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 import families
+from darekit.version import FALLBACK
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +26,14 @@ assert Path(darekit.__file__).is_relative_to(sys.prefix), darekit.__file__
 assert (Path(darekit.__file__).parent / "py.typed").exists()
 from importlib.metadata import metadata
 assert metadata("darekit")["License-Expression"] == "Apache-2.0"
+assert darekit.__version__ == metadata("darekit")["Version"]
+"""
+
+MERGE = """
+import sys
+import darekit as dk
+report = dk.merge(sys.argv[1], sys.argv[2])
+assert report.kept
 """
 
 
@@ -35,27 +46,36 @@ def run(*command, cwd=None):
     return done.returncode, done.stdout + done.stderr
 
 
+def copy_sources(target):
+    """What a build needs, without git and what an earlier build wrote: the checkout stays clean."""
+    target.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target / name)
+    for name in ("src", "examples"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("_version.py", "__pycache__"))
+
+
+def skip_without_index(code, said):
+    if code and any(
+        word in said for word in ("Temporary failure in name", "NewConnectionError", "ConnectTimeoutError")
+    ):
+        pytest.skip("no package index")
+    assert code == 0, said
+
+
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
     """A fresh environment with darekit's wheel and its dependencies; skips where there is no package index."""
     path = tmp_path_factory.mktemp("clean")
     source = path / "source"
-    source.mkdir()
-    # Built from a copy: the checkout stays clean.
-    for name in ("pyproject.toml", "README.md", "LICENSE", "src", "examples"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
+    copy_sources(source)
     assert run(sys.executable, "-m", "venv", path / "venv")[0] == 0
     pip = (path / "venv" / "bin" / "pip", "--quiet", "--disable-pip-version-check", "--retries", "1")
     code, said = run(*pip, "wheel", "--no-deps", "--wheel-dir", path, source)
     if code == 0:
         (wheel,) = path.glob("darekit-*.whl")
         code, said = run(*pip, "install", "-c", ROOT / "constraints.txt", wheel)
-    if code and any(
-        word in said for word in ("Temporary failure in name", "NewConnectionError", "ConnectTimeoutError")
-    ):
-        pytest.skip("no package index")
-    assert code == 0, said
+    skip_without_index(code, said)
     return path / "venv" / "bin"
 
 
@@ -67,11 +87,65 @@ def test_the_core_merges_where_there_is_no_torch(clean, llamas, tmp_path):
     recipe.write_text(str(text).replace("'", '"'))
     code, said = run(clean / "dare", "merge", recipe, tmp_path / "out", cwd=tmp_path)
     assert code == 0, said
+    code, said = run(clean / "python", "-c", MERGE, recipe, tmp_path / "api" / "out", cwd=tmp_path)
+    assert code == 0, said
     import darekit as dk
 
     dk.merge(recipe, tmp_path / "here" / "out")
-    found, expected = families.contents(tmp_path / "out"), families.contents(tmp_path / "here" / "out")
+    # The lock says which version wrote it, and the sources' may be another.
+    found, by_api, expected = (
+        {name: content for name, content in families.contents(path / "out").items() if name != "darekit.lock.json"}
+        for path in (tmp_path, tmp_path / "api", tmp_path / "here")
+    )
+    assert "model.safetensors" in found
     assert found == expected, "the same bytes as in an environment with torch"
+    assert by_api == expected
+
+
+def test_a_wheel_from_sources_without_git_has_the_fallback_as_its_version(clean, tmp_path):
+    code, said = run(clean / "dare", "--version", cwd=tmp_path)
+    assert code == 0 and said.strip() == FALLBACK
+
+
+@pytest.mark.check
+@pytest.mark.parametrize(
+    ("tags", "depth", "expected"),
+    [
+        (["v1.2.3"], None, r"1\.2\.3"),
+        (["v1.2.3", "a later commit"], None, r"1\.2\.4\.dev1\+g\w+"),
+        ([], None, FALLBACK.removesuffix("0") + r"1\+g\w+"),
+        (["v1.2.3", "a later commit"], 1, FALLBACK.removesuffix("0") + r"1\+g\w+"),
+    ],
+    ids=["at a tag", "after a tag", "without tags", "shallow clone"],
+)
+def test_the_version_is_the_tags(tags, depth, expected, tmp_path):
+    def git(*arguments, cwd=tmp_path / "source"):
+        who = ("-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "init.defaultBranch=main")
+        code, said = run("git", *who, *arguments, cwd=cwd)
+        assert code == 0, said
+
+    copy_sources(tmp_path / "source")
+    shutil.copy(ROOT / ".gitignore", tmp_path / "source")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "sources")
+    for tag in tags:
+        if tag.startswith("v"):
+            git("tag", tag)
+        else:
+            git("commit", "--quiet", "--allow-empty", "--message", tag)
+    source = tmp_path / "source"
+    if depth:
+        git("clone", "--quiet", "--depth", depth, "--no-tags", source.as_uri(), tmp_path / "clone", cwd=tmp_path)
+        source = tmp_path / "clone"
+    code, said = run(sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path / "dist", source)
+    skip_without_index(code, said)
+    (built,) = (tmp_path / "dist").iterdir()
+    version = built.name.removeprefix("darekit-").removesuffix(".tar.gz")
+    assert re.fullmatch(expected, version), version
+    with tarfile.open(built) as archive:
+        (written,) = [name for name in archive.getnames() if name.endswith("src/darekit/_version.py")]
+        assert f'__version__ = "{version}"' in archive.extractfile(written).read().decode()
 
 
 def test_the_other_commands_run_there(clean, llamas, tmp_path):

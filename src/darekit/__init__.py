@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from darekit.version import __version__ as __version__
 
 # Name -> module: imported when first used, so that `import darekit` and `dare --help` stay instant.
 _LAZY = {

@@ -229,9 +229,14 @@ def _empty(plan: Plan, device: str | None, dtype: str | None) -> LiveModel:
             card=lambda: "",
         )  # fmt: skip
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             cls = _class_of(config, found.config)
         except (ValueError, KeyError, OSError, AttributeError) as error:
+            if "trust_remote_code" in str(error):
+                raise Unsupported(
+                    f"transformers {transformers.__version__} can run {plan.checkpoints[0].ref} only with the code "
+                    "that its config.json names (auto_map), and darekit never runs a checkpoint's code. Merging works"
+                ) from None
             raise Unsupported(f"transformers {transformers.__version__} does not know this model: {error}") from error
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         compute = dtype or ("float32" if where.type == "cpu" else own)
@@ -259,8 +264,13 @@ def _tokenizer(folder: str) -> Any:
     if not any(any(Path(folder).glob(pattern)) for pattern in companions.TOKENIZER):
         return None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError, ImportError) as error:  # the last: sentencepiece is not installed
+        if "trust_remote_code" in str(error):
+            raise Unsupported(
+                "the tokenizer needs the code that its tokenizer_config.json names (auto_map), and darekit never "
+                "runs a checkpoint's code"
+            ) from None
         raise CheckpointError(f"the tokenizer cannot be read: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -272,7 +282,7 @@ def _class_of(config: Any, data: Mapping[str, Any]) -> Any:
 
     for name in data.get("architectures") or ():
         found = getattr(transformers, str(name), None)
-        if found is not None:
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):  # not just any name of theirs
             return found
     auto = transformers.AutoModelForCausalLM
     mapped = auto._model_mapping.get(type(config), None)
