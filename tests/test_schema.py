@@ -175,6 +175,10 @@ START = "base_model: b\nmodels: [a]\n"
         f"{START}merge_method: ties\ndtpye: bfloat16\n",
         f"{START}merge_method: tise\n",
         f"{START}merge_method: slerp\n",
+        f"{START}merge_method: slerp\nparameters: {{t: 1.5}}\n",
+        f"{START}merge_method: karcher\n",
+        "models: [a, b, c]\nmerge_method: slerp\nparameters: {t: 0.5}\n",
+        "models: [a]\nmerge_method: slerp\nparameters: {t: 0.5}\n",
         f"{START}merge_method: magnitude\n",
         f"{START}",
         "base_model: b\nmerge_method: ties\n",
@@ -398,8 +402,9 @@ def good(draw):
         sparsifier = draw(st.sampled_from([*SPARSIFIERS]))
         sparse = dict(SPARSIFIERS[sparsifier].parameters)
         own = {n: p for n, p in (sparse | merge.parameters).items() if isinstance(p.kind, Number) and p.kind.per_model}
-        own |= {"weight": WEIGHT, "seed": SEED}
-        shared = {"weight": WEIGHT} | merge.parameters
+        weight = {"weight": WEIGHT} if merge.weighted else {}
+        own |= weight | {"seed": SEED}
+        shared = weight | merge.parameters
         block = some(draw, sparse) | {"method": sparsifier, "drop_rate": draw(values(sparse["drop_rate"]))}
         if sparsifier == "dare" and draw(st.booleans()):
             block |= {"drop_rate": "auto", "tau": 0.25}
@@ -413,7 +418,10 @@ def good(draw):
         for word in ("rescale", "density", "keep") if form == "native" else ("density",):
             own.pop(word, None)
             shared.pop(word, None)
-    names = draw(st.lists(st.sampled_from(["m0", "org/m1", "./m2"]), min_size=1, max_size=3, unique=True))
+    least, most = merge.models
+    names = draw(
+        st.lists(st.sampled_from(["m0", "org/m1", "./m2"]), min_size=least, max_size=min(3, most), unique=True)
+    )
     models: list[Any] = []
     for name in names:
         entry: dict[str, Any] = {"model": name}
@@ -424,6 +432,9 @@ def good(draw):
         models.append(name if [*entry] == ["model"] and draw(st.booleans()) else entry)
     recipe["models"] = models
     parameters = some(draw, shared, **low)
+    parameters |= {
+        name: draw(values(parameter)) for name, parameter in merge.parameters.items() if parameter.default is None
+    }
     if form == "product":
         parameters["density"] = 0.5
     if form == "sparsified" and method == "linear":
@@ -458,7 +469,8 @@ def known_to(recipe):
     if "sparsify" not in recipe:
         return shared_words(method) | model_words(method)
     sparsifier = SPARSIFIERS[recipe["sparsify"]["method"]]
-    return {"weight": WEIGHT, "seed": SEED} | MERGE_METHODS[method].parameters | sparsifier.parameters
+    weight = {"weight": WEIGHT} if MERGE_METHODS[method].weighted else {}
+    return weight | {"seed": SEED} | MERGE_METHODS[method].parameters | sparsifier.parameters
 
 
 def known_to_all():
@@ -536,7 +548,7 @@ def wrong_values(parameter):
 def test_a_wrong_value_is_flagged(recipe, data):
     known = known_to(recipe)
     places = [(block, name) for block in blocks(recipe) for name in block if name in known]
-    block, name = data.draw(st.sampled_from(places or [(recipe.setdefault("parameters", {}), "weight")]))
+    block, name = data.draw(st.sampled_from(places or [(recipe.setdefault("parameters", {}), min(known))]))
     block[name] = data.draw(st.sampled_from(wrong_values(known[name])))
     assert not accepted(read_recipe, recipe)
     assert flagged(RECIPES, recipe)

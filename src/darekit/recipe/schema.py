@@ -12,6 +12,7 @@ schema accepts both.
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -363,7 +364,16 @@ def _sparsified_rules(build: _Builder) -> list[Schema]:
     on_deltas = {"not": _is("on", ["weights"])}
     rules: list[Schema] = [
         {"if": {"required": ["sparsify"]}, "then": {"properties": {"merge_method": {"enum": native}}}},
-        {"if": {"required": ["sparsify"], "properties": {"sparsify": on_deltas}}, "then": {"required": ["base_model"]}},
+        {
+            "if": {
+                "required": ["sparsify"],
+                "properties": {
+                    "sparsify": on_deltas,
+                    "merge_method": {"not": {"enum": [n for n, e in MERGE_METHODS.items() if _first_may_be_base(e)]}},
+                },
+            },
+            "then": {"required": ["base_model"]},
+        },
     ]
     for method, merge in MERGE_METHODS.items():
         condition = _is("merge_method", _spellings(method)) | {"required": ["merge_method", "sparsify"]}
@@ -384,8 +394,27 @@ def _of_method(merge: MergeMethod, words: Words, own: Schema, build: _Builder) -
     shared = _parameters(
         build.parameters(words.method, _narrowed(words.shared, merge, native=words.method in MERGE_METHODS))
     )
-    then: Schema = {"properties": {"parameters": shared, "models": {"items": entry}}}
-    return then | ({"required": ["base_model"]} if merge.needs_base else {})
+    models: Schema = {"items": entry}
+    low, high = merge.models
+    if high < math.inf:
+        models["maxItems"] = high + merge.needs_base  # the base may be among them
+    then: Schema = {"properties": {"parameters": shared, "models": models}}
+    needed = [name for name, parameter in merge.parameters.items() if parameter.default is None]
+    if needed:
+        shared |= {"type": "object", "required": needed}
+        then["required"] = ["parameters"]
+    if _first_may_be_base(merge):
+        return then | {"anyOf": [{"required": ["base_model"]}, {"properties": {"models": {"minItems": 2}}}]}
+    if low > 1:
+        models["minItems"] = low
+    if merge.needs_base:
+        then["required"] = [*then.get("required", []), "base_model"]
+    return then
+
+
+def _first_may_be_base(merge: MergeMethod) -> bool:
+    """Whether, of two models without `base_model`, the first is the base."""
+    return merge.base_row and merge.models == (1, 1)
 
 
 def _rules_of_models(sparsifier: str, build: _Builder) -> list[Schema]:
