@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import family
@@ -27,17 +28,33 @@ PAGE = ROOT / "docs" / "speed.md"
 DARE = Path(sys.executable).with_name("dare")
 # The same command, which leaves it to the system when bytes go from the page cache to the disk.
 UNSYNCED = "import os; os.fsync = os.fdatasync = lambda fd: None; from darekit.cli import main; main()"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table. The I/O floor reads the inputs as often as the method must."""
+
+    title: str
+    each: dict[str, float]  # parameters of each model
+    shared: dict[str, float] = field(default_factory=dict)
+    models: tuple[str, ...] = family.MODELS
+    passes: int = 1
+
+
 CASES = {
-    "dare_linear": ("DARE p = 0.9, linear", {"density": 0.1}),
-    "dare_ties": ("DARE p = 0.9, TIES without trim", {"density": 0.1}),
-    "ties": ("TIES, keep 0.2", {"density": 0.2}),
+    "dare_linear": Case("DARE p = 0.9, linear", {"weight": 1.0, "density": 0.1}),
+    "dare_ties": Case("DARE p = 0.9, TIES without trim", {"weight": 1.0, "density": 0.1}),
+    "ties": Case("TIES, keep 0.2", {"weight": 1.0, "density": 0.2}),
+    "slerp": Case("slerp of two models, read twice", {}, {"t": 0.3}, family.MODELS[:1], passes=2),
 }
 
 
-def recipe(folder: Path, method: str, parameters: dict[str, float]) -> Path:
+def recipe(folder: Path, method: str) -> Path:
     """A mergekit recipe, which both tools read."""
-    models = [{"model": str(folder / name), "parameters": {"weight": 1.0, **parameters}} for name in family.MODELS]
+    case = CASES[method]
+    models = [{"model": str(folder / name), "parameters": case.each} for name in case.models]
     data = {"base_model": str(folder / "base"), "merge_method": method, "models": models, "dtype": "bfloat16"}
+    data["parameters"] = case.shared
     path = folder / f"{method}.yaml"
     path.write_text(json.dumps(data))  # JSON is YAML
     return path
@@ -91,10 +108,11 @@ def mergekit(program: str, path: Path, out: Path) -> tuple[float, float]:
 def run(folder: Path, pairs: int, threads: int, program: str | None, runs: int) -> list[list[str]]:
     # Installed code has its bytecode beside it; with this variable a checkout is compiled anew in every run.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    files = [path for name in ("base", *family.MODELS) for path in sorted((folder / name).glob("*.safetensors"))]
     rows = []
-    for method, (title, parameters) in CASES.items():
-        path = recipe(folder, method, parameters)
+    for method, case in CASES.items():
+        path = recipe(folder, method)
+        names = ("base", *case.models)
+        files = [path for name in names for path in sorted((folder / name).glob("*.safetensors"))]
         merge(path, folder / "out")  # compiles the kernels, if need be
         engines, wholes, synced, floors, memory, moved = [], [], [], [], 0.0, 0.0
         for _ in range(pairs):
@@ -105,12 +123,12 @@ def run(folder: Path, pairs: int, threads: int, program: str | None, runs: int) 
             wholes.append(whole)
             engines.append(report["seconds"])
             memory = max(memory, report["peak_rss_bytes"])
-            moved = sum(file.stat().st_size for file in files) + report["bytes_written"]
+            moved = case.passes * sum(file.stat().st_size for file in files) + report["bytes_written"]
             warm(files)
-            floors.append(floor(files, folder / "floor.out", int(report["bytes_written"]), threads))
+            floors.append(floor(files * case.passes, folder / "floor.out", int(report["bytes_written"]), threads))
         engine, whole, least = min(engines), min(wholes), min(floors)
         row = [
-            title, f"{engine:.2f}", f"{moved / engine / 1e9:.1f}", f"{least:.2f}", f"{engine / least:.2f}",
+            case.title, f"{engine:.2f}", f"{moved / engine / 1e9:.1f}", f"{least:.2f}", f"{engine / least:.2f}",
             f"{whole:.2f}", f"{min(synced):.2f}", f"{memory / 1e6:.0f}",
         ]  # fmt: skip
         if program:
@@ -181,7 +199,7 @@ def main() -> None:
     if arguments.large:
         large = arguments.scratch.resolve() / "family4"
         family.build(large, 4)
-        peak = merge(recipe(large, "dare_linear", {"density": 0.1}), large / "out")[1]["peak_rss_bytes"]
+        peak = merge(recipe(large, "dare_linear"), large / "out")[1]["peak_rss_bytes"]
         text += f" Peak RSS of DARE + linear on a family four times larger: {peak / 1e6:.0f} MB."
     print(text)
     if arguments.write:

@@ -91,6 +91,25 @@ def test_with_the_cache_off_numba_keeps_nothing_either(tmp_path):
         assert any(folder.rglob("*.nb?")) is kept
 
 
+def add_all(numbers, out):
+    for i in range(out.size):
+        out[i] = np.float32(len(numbers)) + numbers[0]
+    return 0
+
+
+@pytest.mark.parametrize("many", [1, 2, 3])
+def test_a_tuple_of_one_number_is_kept_as_a_tuple(folder, monkeypatch, many):
+    """A merge of one model has a single weight: taken for a number, its kernel was compiled anew in every process."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder))
+    for first in (True, False):
+        with monkeypatch.context() as patch:
+            if not first:
+                patch.setattr(KeptKernel, "compile", lambda kernel: pytest.fail("compiled again"))
+            out = np.empty(3, np.float32)
+            assert KeptKernel(add_all, OPTIONS)((np.float32(0.5),) * many, out) == 0
+            assert out.tolist() == [many + 0.5] * 3
+
+
 def allocate(values):
     return np.empty(values.size).size
 

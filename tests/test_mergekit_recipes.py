@@ -357,7 +357,7 @@ def test_slerp_by_filters_as_on_the_hub():
         {"base_model": "b", "models": ["b", "m"], "merge_method": "slerp", "parameters": {"t": values}}
     )
     found = recipe.parameters["t"]
-    assert [(e.filter, e.value) for e in found] == [("self_attn", 0.3), ("mlp", 0.7), ("*", 0.5)]
+    assert [(e.filter, e.value) for e in found.entries] == [("self_attn", 0.3), ("mlp", 0.7), ("*", 0.5)]
     with pytest.raises(RecipeError, match="is never reached"):
         read_recipe(recipe.to_data() | {"parameters": {"t": [{"value": 0.5}, {"filter": "mlp", "value": 1}]}})
 

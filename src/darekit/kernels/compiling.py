@@ -144,7 +144,8 @@ def kept_kernel(function: Callable[..., Any]) -> Any:
 
 
 def _kind(argument: Any) -> str:
-    """An argument's type: a letter, the number of dimensions for arrays; "x": only numba can take it."""
+    """An argument's type: a letter, the number of dimensions for arrays, a bracket before the letters of a tuple (one
+    of a single number is no number); "x": only numba can take it."""
     kind = type(argument)
     if kind is np.ndarray:
         if not argument.flags.c_contiguous:
@@ -152,7 +153,7 @@ def _kind(argument: Any) -> str:
         array = argument.dtype, argument.ndim
         return _ARRAYS[array] if array in _ARRAYS else _ARRAYS.setdefault(array, _kind_of_array(*array))
     if kind is tuple:
-        return "f" * len(argument) if argument and all(type(one) is np.float32 for one in argument) else "x"
+        return "(" + "f" * len(argument) if argument and all(type(one) is np.float32 for one in argument) else "x"
     return _NUMBERS.get(kind) or ("q" if isinstance(argument, int) else "x")
 
 
@@ -174,7 +175,7 @@ def _flatten(argument: Any) -> tuple[Any, ...]:
 def _c_types(kind: str) -> list[Any]:
     if kind[-1].isdigit():
         return [ctypes.c_void_p] + [ctypes.c_int64] * int(kind[-1])
-    return [_TYPES[char][1] for char in kind]
+    return [_TYPES[char][1] for char in kind.removeprefix("(")]
 
 
 # Compiling
@@ -197,10 +198,11 @@ def _object_code(dispatcher: Callable[..., Any], kinds: tuple[str, ...]) -> byte
             parameters += [f"a{i}", *sizes]
             arguments.append(f"carray(a{i}, ({', '.join(sizes)},))")
         else:
-            parts = [f"a{i}_{part}" for part in range(len(kind))]
-            types += [getattr(numba.types, _TYPES[char][0]) for char in kind]
+            letters = kind.removeprefix("(")
+            parts = [f"a{i}_{part}" for part in range(len(letters))]
+            types += [getattr(numba.types, _TYPES[char][0]) for char in letters]
             parameters += parts
-            arguments.append(parts[0] if kind != "f" * len(kind) or len(kind) == 1 else f"({', '.join(parts)},)")
+            arguments.append(f"({', '.join(parts)},)" if kind.startswith("(") else parts[0])
     names: dict[str, Any] = {"carray": numba.carray, "kernel": dispatcher}
     exec(f"def entry({', '.join(parameters)}):\n    return kernel({', '.join(arguments)})", names)
     function = numba.cfunc(numba.types.int64(*types), boundscheck=False, error_model="numpy")(names["entry"])
