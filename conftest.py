@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-NUMBERS = "zero one two three four five six seven eight nine".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 WORDS = ["<unk>", "<s>", "</s>", *NUMBERS, "plus", "is", "what"]
 RECIPE = """\
 base_model: base
 models: [math, code]
-sparsify: {method: dare, drop_rate: 0.9, seed: 42}
+sparsify: {method: dare, drop_rate: 0.9, seed: 42, keep_dense: [embeddings, norms]}
 merge_method: task_arithmetic
 """
 

@@ -104,9 +104,10 @@ def merge(
     Examples:
         >>> report = dk.merge("recipe.yaml", "merged")
         >>> report.tensors, report.parameters
-        (21, 26784)
+        (21, 23712)
         >>> sorted(path.name for path in Path("merged").iterdir())
-        []
+        ['README.md', 'config.json', 'darekit.lock.json', 'darekit_recipe.yaml', 'model.safetensors',
+         'tokenizer.json', 'tokenizer_config.json']
 
         The recipe may be data, and any setting can be overridden:
 
@@ -146,10 +147,11 @@ def plan(
     Examples:
         >>> plan = dk.plan("recipe.yaml")
         >>> plan
-        >>> plan.bytes_in, plan.bytes_out
-        (0, 0)
-        >>> [(summary.ref, summary.seed, round(summary.drop_rate, 2)) for summary in plan.summaries]
-        []
+        <Plan: dare + task_arithmetic, 2 models, 21 steps, 23,712 parameters, 142 kB in, 49.5 kB out>
+        >>> for model in plan.summaries:
+        ...     print(f"{model.ref}: keeps {model.kept:,} of {model.parameters:,}")
+        math: keeps 5,279 of 23,712
+        code: keeps 5,279 of 23,712
 
         Reading a tensor of the base, (vocabulary, width), as raw bytes:
 
@@ -211,7 +213,7 @@ def drop(
     Examples:
         >>> report = dk.drop("base", "math", "math-dropped", drop_rate=0.9, seed=42)
         >>> report.kept, report.parameters
-        ({}, 0)
+        ({'math': 2359}, 23712)
 
         Keep the largest tenth instead of a random one, and leave embeddings as they are:
 

@@ -22,7 +22,15 @@ from pathlib import Path
 
 
 class DarekitError(Exception):
-    """Base of every error that darekit raises on purpose."""
+    """Base of every error that darekit raises on purpose: one `except` for all of them.
+
+    Examples:
+        >>> try:
+        ...     dk.merge("recipe.yaml", "base")
+        ... except dk.DarekitError as error:
+        ...     print(type(error).__name__)
+        OutputError
+    """
 
 
 class RecipeError(DarekitError):

@@ -53,6 +53,22 @@ def merge_tensors(
     Returns:
         name -> array of the base's kind (torch tensors for torch tensors), with the bits that a merge of the same
         tensors on disk would write.
+
+    Raises:
+        RecipeError: a method or parameter that does not exist, or a value out of range.
+        CheckpointError: something that is not a dict of arrays, or a number format that is not supported.
+        HomologyError: the models' names or shapes are not the base's.
+        PlanError: a parameter is impossible for these tensors.
+        DataError: NaN or Inf in an input.
+
+    Examples:
+        >>> base = {"w": np.zeros(4, np.float32)}
+        >>> math = {"w": np.float32([0, 1, 0, 3])}
+        >>> code = {"w": np.float32([0, 0, 2, -1])}
+        >>> dk.merge_tensors(base, [math, code], method="task_arithmetic")
+        {'w': array([0., 1., 2., 2.], dtype=float32)}
+        >>> dk.merge_tensors(base, [math, code], sparsify=dk.dare(0.5, seed=5), method=dk.ties())
+        {'w': array([0., 2., 0., 6.], dtype=float32)}
     """
     from darekit import machine
     from darekit.engine import execution, tiles

@@ -15,6 +15,7 @@ import numpy as np
 
 from darekit.checkpoints.files import InputFile, Source
 from darekit.dtypes import dtype_named
+from darekit.wording import brief, size_of
 
 SAMPLE_BYTES = 4096  # of each tensor; frozen, see `sample_digest`
 
@@ -58,6 +59,10 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     files: tuple[InputFile, ...]
     revision: str | None
+
+    def __repr__(self) -> str:
+        nbytes = sum(info.nbytes for info in self.tensors.values())
+        return brief(self, f"{self.ref}, {len(self.tensors)} tensors, {size_of(nbytes)}")
 
     def close(self) -> None:
         """Close all files."""

@@ -32,6 +32,7 @@ from darekit.packs.opening import find_pack
 from darekit.planning.opening import open_plan
 from darekit.planning.plan import Plan
 from darekit.recipe import Recipe
+from darekit.wording import brief
 
 KEPT = "evaluations.jsonl"  # one line for each model that is finished
 CLEAR = 2.0  # standard errors of the difference, from which on the best is called so
@@ -42,14 +43,23 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's scores, or why there are none. `details`: what lm-eval tells besides: versions, configs, results."""
+    """One model's scores, or why there are none.
+
+    Attributes:
+        model: its name.
+        scores: name -> score.
+        seconds: of the evaluation.
+        details: what else lm-eval reports: versions, configs, results.
+        error: why there are no scores; None where there are some.
+        kept: whether they are from an earlier run.
+    """
 
     model: str
     scores: Mapping[str, Score] = field(default_factory=dict)
     seconds: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
-    kept: bool = False  # from an earlier run
+    kept: bool = False
 
     def to_data(self) -> dict[str, Any]:
         """In JSON-able form."""
@@ -62,9 +72,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `evaluate` found, in the order of the models."""
+    """What `evaluate` found.
+
+    Attributes:
+        evaluations: one for each model, in order.
+    """
 
     evaluations: tuple[Evaluation, ...]
+
+    def __repr__(self) -> str:
+        return brief(self, f"{', '.join(one.model for one in self.evaluations)}; scores: {', '.join(self.names)}")
 
     @property
     def failed(self) -> bool:
@@ -179,8 +196,27 @@ def evaluate(
         show_bars: show lm-eval's own progress bars.
         say: receives notes, and errors of models where others go on.
 
+    Returns:
+        Every model's scores, with their standard errors.
+
     Raises:
         DarekitError: a judge or a model that cannot be, before anything is run; or the only model's failure.
+
+    Examples:
+        A base, a model, and a merge that exists only in memory:
+
+        >>> found = dk.evaluate(["base", "math", "recipe.yaml"], data="sums.jsonl", device="cpu")
+        >>> found
+        <Comparison: base, math, recipe.yaml; scores: exact_match, loss>
+        >>> [round(score.value) for score in found.row("loss")]
+        [5, 5, 5]
+
+        Any function of the live model can judge:
+
+        >>> def parameters(live):
+        ...     return sum(weight.numel() for weight in live.model.parameters())
+        >>> dk.evaluate("math", judge=parameters, device="cpu").row("score")[0].value
+        23712.0
     """
     say = say or (lambda line: None)
     named = named_models(models, base)

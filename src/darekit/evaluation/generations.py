@@ -178,8 +178,17 @@ def generate(
         progress: called with (answers done, answers in all) of each model.
         say: receives notes.
 
+    Returns:
+        The files that were written, or were there already, in the order of the models.
+
     Raises:
         DarekitError: see `darekit.errors`; the files of models that were finished stay.
+
+    Examples:
+        >>> [path] = dk.generate("math", "questions.json", "answers.json", max_new_tokens=4, device="cpu")
+        >>> import json
+        >>> [row["instruction"] for row in json.loads(path.read_text())]
+        ['what is zero plus one', 'what is one plus one']
     """
     say = say or (lambda line: None)
     if prompt is not None and INSTRUCTION not in prompt:

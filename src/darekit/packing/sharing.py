@@ -24,7 +24,15 @@ PACK_SUFFIX = ".pack.safetensors"
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a pack went. `files`: those that were written; `commit`: on the Hub."""
+    """Where a pack went.
+
+    Attributes:
+        to: the repository or folder, as written.
+        url: of the repository; the folder's path.
+        files: those that were written.
+        bytes: of the pack.
+        commit: on the Hub; None in a folder.
+    """
 
     to: str
     url: str
@@ -39,7 +47,14 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Pulled:
-    """The pack that was fetched and checked, and what it needs."""
+    """The pack that was fetched and checked.
+
+    Attributes:
+        pack: the file.
+        bytes: of the file.
+        base: what the pack says of its base: ref, revision and digests.
+        tensors: of the model.
+    """
 
     pack: str
     bytes: int
@@ -74,10 +89,22 @@ def push(
         message: of the commit.
         say: receives notes.
 
+    Returns:
+        Where the pack and its card are now.
+
     Raises:
         PlanError: the base is not known by a Hub id.
         CheckpointError: the pack is damaged.
         OutputError: it cannot be written there.
+
+    Examples:
+        >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+        >>> dk.push("math.safetensors", "./share", base_model="org/base", license="apache-2.0").files
+        ('math.pack.safetensors', 'README.md')
+
+        To the Hub, in a repository that is made where it is missing:
+
+        >>> dk.push("math.safetensors", "me/math-pack", base_model="org/base")  # doctest: +SKIP
     """
     path = locate_pack(pack)
     with open_pack(path) as found:
@@ -129,9 +156,23 @@ def pull(
         overwrite: replace a file that is there.
         progress: called with (bytes checked, bytes in all).
 
+    Returns:
+        The file, and what it needs.
+
     Raises:
         CheckpointError: there is no such pack, or it is damaged.
         OutputError: it cannot be written there.
+
+    Examples:
+        >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+        >>> pushed = dk.push("math.safetensors", "./share", base_model="org/base")
+        >>> pulled = dk.pull("./share", "fetched.safetensors")
+        >>> pulled.pack, pulled.base["ref"]
+        ('fetched.safetensors', 'base')
+
+        From the Hub, at one commit:
+
+        >>> dk.pull("me/math-pack@1a2b3c4")  # doctest: +SKIP
     """
     path = locate_pack(pack)
     open_pack(path).close()  # what is no pack is no matter of where to put it

@@ -31,10 +31,21 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Unpac
         out: the directory to write.
         **options: how to write: threads, shard_size, overwrite, resume, tile, progress, say (see `WriteOptions`).
 
+    Returns:
+        What was done: sizes, times and notes; `kept` is empty.
+
     Raises:
+        TypeError: an option that does not exist; the message names the closest one.
         HomologyError: another base.
         CheckpointError: the pack cannot be decoded.
         DataError: what it decodes to is not what was packed, because it or the base is damaged.
+
+    Examples:
+        >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+        >>> report = dk.unpack("base", "math.safetensors", "unpacked")
+        >>> dropped = dk.drop("base", "math", "dropped", drop_rate=0.9, seed=42)
+        >>> Path("unpacked/model.safetensors").read_bytes() == Path("dropped/model.safetensors").read_bytes()
+        True
     """
     settings = options_of(options)
     checkpoint = open_base(base, pack)

@@ -55,6 +55,7 @@ from darekit.planning.opening import open_plan
 from darekit.planning.plan import Plan
 from darekit.planning.settings import drop_rate_of
 from darekit.recipe import single
+from darekit.wording import brief, size_of
 
 try:
     import fcntl
@@ -66,10 +67,22 @@ BITS = (64, 32, 16, 8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class PackReport:
-    """What a finished pack is. `ratio`: the model's bytes over the pack's.
+    """What a finished pack is.
 
-    Times in seconds, as of a merge: `seconds` from the first tensor read to the last byte written, without the plan;
-    `fsync_seconds` until those bytes are on the disk, under their name.
+    Attributes:
+        output: the file.
+        seconds: from the first tensor read to the last byte written, without the plan.
+        fsync_seconds: until those bytes were on the disk, under their name.
+        bytes: of the file.
+        model_bytes: of the model's tensors.
+        tensors: of the model.
+        same: tensors that are the base's to the bit.
+        parameters: elements of the model.
+        kept: elements that are stored.
+        seed: effective seed of the mask.
+        peak_rss_bytes: largest resident memory of the process.
+        notes: what was said meanwhile.
+        lossless: whether it holds the exact model.
     """
 
     output: str
@@ -85,6 +98,12 @@ class PackReport:
     peak_rss_bytes: int
     notes: tuple[str, ...] = ()
     lossless: bool = False
+
+    def __repr__(self) -> str:
+        return brief(
+            self, f"{self.output}, {size_of(self.bytes)}, {self.ratio:.3g} times smaller than the model, keeps "
+            f"{self.kept:,} of {self.parameters:,} parameters",
+        )  # fmt: skip
 
     @property
     def ratio(self) -> float:
@@ -143,8 +162,23 @@ def pack(
         progress: called with (bytes done, bytes in all).
         say: receives notes and warnings as they arise.
 
+    Returns:
+        The file's size, what it keeps, and the notes.
+
     Raises:
         DarekitError: see `darekit.errors`; nothing is written then.
+
+    Examples:
+        >>> report = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+        >>> report.kept, report.parameters
+        (2359, 23712)
+
+        The exact model, and a pack at four bits for each kept element:
+
+        >>> exact = dk.pack("base", "math", "exact.safetensors", lossless=True)
+        >>> small = dk.pack("base", "math", "small.safetensors", drop_rate=0.9, bits=4)
+        >>> exact.bytes > report.bytes > small.bytes
+        True
     """
     from darekit.machine import default_threads
 

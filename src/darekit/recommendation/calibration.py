@@ -63,7 +63,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Layers by the name of their weight, and how much was read. `unreached`: linear layers that no token reached."""
+    """What a model's own inputs say of its linear layers.
+
+    Attributes:
+        layers: name of the weight -> what was seen.
+        rows: of the data that were read.
+        tokens: in those rows.
+        unreached: linear layers that no token reached.
+    """
 
     layers: Mapping[str, Layer]
     rows: int

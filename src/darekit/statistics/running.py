@@ -28,7 +28,7 @@ from darekit.planning.plan import Plan
 from darekit.statistics.budget import bytes_of_sums, grouped, settled
 from darekit.statistics.passes import EMPIRICAL, LABELS, FisherPass, GramPass, Pass
 from darekit.statistics.staging import Stage
-from darekit.wording import size_of
+from darekit.wording import brief, size_of
 
 MAX_LENGTH = 2048  # tokens of an example, where neither the model nor the caller asks for less
 SAVE_SECONDS = 30.0  # between two savings of an unfinished pass, more where a saving takes long
@@ -46,8 +46,22 @@ Progress = Callable[[int, int], None]  # examples done, examples in all, over al
 
 @dataclass(frozen=True)
 class StatisticsReport:
-    """What a finished run did. `mean`: of a Fisher, over all its elements; None for Grams. `passes`: over the data.
-    `memory`: bytes that the sums might take, and `sums_bytes`: that they took at most."""
+    """What a finished run did.
+
+    Attributes:
+        output: the file.
+        kind: fisher or gram.
+        examples: of the data that were read.
+        tokens: in those examples.
+        tensors: that have statistics.
+        bytes: of the file.
+        seconds: of all passes.
+        mean: of a Fisher, over all its elements; None for Grams.
+        passes: over the data.
+        memory: bytes that the sums might take.
+        sums_bytes: bytes that they took at most.
+        notes: what was said meanwhile.
+    """
 
     output: str
     kind: str
@@ -61,6 +75,12 @@ class StatisticsReport:
     memory: int
     sums_bytes: int
     notes: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        return brief(
+            self, f"{self.kind} of {self.tensors} tensors from {self.examples} examples, {self.output}, "
+            f"{size_of(self.bytes)}",
+        )  # fmt: skip
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -110,8 +130,20 @@ def make_statistics(
         progress: called with (examples done, examples in all), both counted over all passes.
         say: called with each note.
 
+    Returns:
+        What was read and written.
+
     Raises:
         DarekitError: see `darekit.errors`; what was finished is kept for `resume`.
+
+    Examples:
+        >>> for name in ("math", "code"):
+        ...     report = dk.make_statistics("gram", name, "sums.jsonl", f"{name}.gram.safetensors", device="cpu")
+        >>> report.examples, report.tensors
+        (8, 9)
+        >>> models = [{"model": name, "stats": f"{name}.gram.safetensors"} for name in ("math", "code")]
+        >>> dk.merge({"models": models, "merge_method": "regmean"}, "merged").tensors
+        21
     """
     out = Path(out)
     _check_arguments(kind, model, labels, batch_size, max_length)

@@ -77,8 +77,33 @@ def sweep(
         progress: called with (evaluations done, evaluations in all), without those found on disk.
         say: receives notes as they arise.
 
+    Returns:
+        Every cell and what came of it.
+
     Raises:
         DarekitError: the sweep cannot be run. A cell that fails is recorded, and does not stop the others.
+
+    Examples:
+        >>> sweep = {
+        ...     "recipe": "recipe.yaml",
+        ...     "axes": {"sparsify.drop_rate": [0.5, 0.9]},
+        ...     "seeds": [1],
+        ...     "validation": {"sums": {"data": "sums.jsonl"}},
+        ... }
+        >>> result = dk.sweep(sweep, "rates", device="cpu", plots=False)
+        >>> for one in result.finished:
+        ...     print(one.cell.title, one.outcome.status)
+        sparsify.drop_rate=0 ok
+        sparsify.drop_rate=0.5 seed=1 ok
+        sparsify.drop_rate=0.9 seed=1 ok
+        single math ok
+        single code ok
+        base base ok
+
+        Every score is there, and in `rates/tables.md`:
+
+        >>> sorted(result.finished[0].outcome.scores["validation"])
+        ['sums/exact_match', 'sums/loss']
     """
     from darekit.sweeps.reports import write_reports
 

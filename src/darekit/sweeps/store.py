@@ -14,6 +14,7 @@ from typing import Any
 
 from darekit.errors import OutputError
 from darekit.sweeps.data import SPLITS, Cell, Sweep
+from darekit.wording import brief
 
 CELLS, TABLES, SUMMARY = "cells.jsonl", "tables.md", "summary.json"
 PLOTS = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("png", "svg"))
@@ -22,7 +23,15 @@ OK, FAILED = "ok", "failed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one evaluation. `scores`: split -> name -> {value, stderr, higher_is_better}."""
+    """What came of one evaluation.
+
+    Attributes:
+        status: ok or failed.
+        scores: split -> name -> {value, stderr, higher_is_better}.
+        warnings: what was said meanwhile.
+        error: why it failed; None where it did not.
+        seconds: of the evaluation.
+    """
 
     status: str
     scores: Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -33,7 +42,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Finished:
-    """A cell and its outcome."""
+    """A cell and its outcome.
+
+    Attributes:
+        cell: what was evaluated.
+        outcome: what came of it.
+        digest: of all that decides about the scores; cells of one digest are evaluated once.
+    """
 
     cell: Cell
     outcome: Outcome
@@ -187,13 +202,25 @@ def _lock(descriptor: int, out: Path) -> None:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All cells of a sweep with their outcomes, in the order of the grid. `notes`: what was added, reused, cut off."""
+    """All cells of a sweep with their outcomes.
+
+    Attributes:
+        sweep: what was run.
+        out: the directory of the results.
+        finished: the cells, in the order of the grid.
+        notes: what was added, reused or dropped.
+        seconds: of the whole run.
+    """
 
     sweep: Sweep
     out: Path
     finished: tuple[Finished, ...]
     notes: tuple[str, ...]
     seconds: float
+
+    def __repr__(self) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        return brief(self, f"{self.sweep.name}, {len(self.finished)} cells{failed}, results in {self.out}")
 
     @property
     def failed(self) -> tuple[Finished, ...]:
