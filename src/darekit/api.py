@@ -47,7 +47,7 @@ class WriteOptions(TypedDict, total=False):
 
 
 class RunOptions(WriteOptions, total=False):
-    """How to run a merge: keyword arguments of `merge` and `drop`, besides those of `WriteOptions`.
+    """How to run a merge: keyword arguments of `merge` and `drop`, in addition to those of `WriteOptions`.
 
     Attributes:
         force: continue although the base looks wrong or too much is dropped.

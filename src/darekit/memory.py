@@ -36,7 +36,7 @@ def merge_tensors(
     """Merge dicts of numpy arrays or torch tensors (read in place where they lie on the CPU) into a new dict.
 
     Args:
-        base: name -> array; None only for `linear`.
+        base: name -> array; None for methods that need no base: `linear`, `fisher`, `regmean`.
         models: one dict per model, with the base's names and shapes.
         sparsify: what is done to each delta; None: nothing.
         method: how the deltas are merged, `ties(keep=0.2)` or just a name; `linear()` where not given.
