@@ -22,7 +22,14 @@ SAMPLE_BYTES = 4096  # of each tensor; frozen, see `sample_digest`
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: what a header says about it, and where its bytes come from. `dtype` is the safetensors name."""
+    """One tensor: what a header says about it, and where its bytes come from.
+
+    Attributes:
+        name: as stored.
+        dtype: number format by its safetensors name, as BF16.
+        shape: its shape.
+        source: `read_into(buffer, offset)` fills a buffer of uint8 from that byte on.
+    """
 
     name: str
     dtype: str

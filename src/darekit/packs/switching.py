@@ -74,6 +74,7 @@ class Switcher:
 
     Attributes:
         model: as given.
+        threads: worker threads.
         current: the pack that is on the weights; None for the base.
 
     Raises:
