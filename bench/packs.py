@@ -38,6 +38,7 @@ from darekit import masks
 from darekit.checkpoints import open_checkpoint
 from darekit.checkpoints.digests import LEAF
 
+PAGE = run.ROOT / "docs" / "packs.md"
 THREADS = 2
 PAUSE = 3  # seconds
 RATES = (0.5, 0.9, 0.95, 0.99)
@@ -361,11 +362,7 @@ def main() -> None:
         lines = measure()
         print("\n".join(lines))
         if arguments.write:
-            begin, end = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
-            page = run.ROOT / "docs" / "packs.md"
-            old = page.read_text()
-            before, after = old.index(begin) + len(begin), old.index(end)
-            page.write_text(f"{old[:before]}\n" + "\n".join(lines) + f"\n{old[after:]}")
+            run.put("\n".join(lines), PAGE, part)
     out.unlink(missing_ok=True)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make bench`: the numbers in README. Prints a table; `--write` puts it there.
+"""`make bench`: the numbers in docs/speed.md. Prints a table; `--write` puts it there.
 
 Machines are noisy: all files are warmed, merge and I/O floor run in turn, and
 minima are compared. MERGEKIT=path/to/mergekit-yaml adds a comparison on the same recipe files.
@@ -23,6 +23,7 @@ from pathlib import Path
 import family
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "speed.md"
 DARE = Path(sys.executable).with_name("dare")
 # The same command, which leaves it to the system when bytes go from the page cache to the disk.
 UNSYNCED = "import os; os.fsync = os.fdatasync = lambda fd: None; from darekit.cli import main; main()"
@@ -31,7 +32,6 @@ CASES = {
     "dare_ties": ("DARE p = 0.9, TIES without trim", {"density": 0.1}),
     "ties": ("TIES, keep 0.2", {"density": 0.2}),
 }
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def recipe(folder: Path, method: str, parameters: dict[str, float]) -> Path:
@@ -149,6 +149,14 @@ def first_run(path: Path, out: Path) -> float:
     return seconds
 
 
+def put(text: str, page: Path, part: str) -> None:
+    """Replace the text between the page's markers of this part."""
+    begin, end = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+    old = page.read_text(encoding="utf-8")
+    before, after = old.index(begin) + len(begin), old.index(end)
+    page.write_text(f"{old[:before]}\n{text}\n{old[after:]}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scratch", type=Path, default=ROOT / "bench" / "scratch")
@@ -156,7 +164,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--mergekit-runs", type=int, default=2)
     parser.add_argument("--large", action="store_true", help="also the memory of a family four times larger")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/speed.md")
     arguments = parser.parse_args()
     folder = arguments.scratch.resolve() / "family"
     print("building the family (once) ...", file=sys.stderr)
@@ -177,10 +185,7 @@ def main() -> None:
         text += f" Peak RSS of DARE + linear on a family four times larger: {peak / 1e6:.0f} MB."
     print(text)
     if arguments.write:
-        readme = ROOT / "README.md"
-        old = readme.read_text()
-        before, after = old.index(BEGIN) + len(BEGIN), old.index(END)
-        readme.write_text(f"{old[:before]}\n{text}\n{old[after:]}")
+        put(text, PAGE, "bench")
 
 
 if __name__ == "__main__":

@@ -25,19 +25,19 @@ DOCS = Path(__file__).resolve().parent
 NOTICE = "<!-- Written by docs/generate.py from the code: change it there and run `make docs`. -->"
 
 METHODS_HEAD = """\
-Any sparsifier goes before any merge method. In a recipe a sparsifier's parameters stand under `sparsify:`, a merge
-method's under `parameters:`, and what is marked "per model" may also stand under one model's `parameters:`. A number
-may be a list of `{filter, value}`: the first filter that matches the tensor's name decides ([recipes](recipes.md)).
+Any sparsifier can be combined with any merge method. In a recipe a sparsifier's parameters go under `sparsify:`, a
+merge method's under `parameters:`, and those marked "per model" also under one model's `parameters:`. A number can be
+a list of `{filter, value}`: the first filter that matches the tensor's name decides ([recipes](recipes.md)).
 
 The formulas are plain numpy functions: [sparsifiers.py](../src/darekit/methods/sparsifiers.py),
 [merging.py](../src/darekit/methods/merging.py) and
-[informed.py](../src/darekit/methods/informed.py). What runs equals them bit for bit; the tests compare every pair. Here
-`d` is a delta, `p` the drop rate, `w_k` a model's weight."""
+[informed.py](../src/darekit/methods/informed.py). The fast kernels equal them bit for bit, which the tests check for
+every pair. Here `d` is a delta, `p` the drop rate, `w_k` a model's weight."""
 
-MODEL_HEAD = "Every model may have these, whatever the methods are."
+MODEL_HEAD = "Every model can have these, whatever the methods."
 
 NAMES_HEAD = """\
-These names are read for the sake of [mergekit's recipes](mergekit.md) and become a sparsifier and a merge method."""
+These names come from [mergekit's recipes](mergekit.md); each is read as a sparsifier and a merge method."""
 
 
 def methods_page() -> str:
@@ -100,8 +100,8 @@ def _range(parameter: Parameter) -> str:
 
 
 CLI_HEAD = """\
-`dare --help` and `dare COMMAND --help` say the same. Results go to standard output; notes, errors and the progress bar
-to standard error, the bar only where that is a terminal.
+`dare --help` and `dare COMMAND --help` print the same. Results go to standard output; notes, errors and the progress
+bar go to standard error, and the bar appears only if that is a terminal.
 
 Exit codes: 0 done; 1 refused or failed, with the reason; 2 a mistake in the command itself; 130 interrupted."""
 

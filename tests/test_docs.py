@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documents tell the truth: examples run, links lead somewhere, options exist, generated pages are current.
 
-An example that must run stands behind a line `<!-- run -->` (shell or Python) or `<!-- run: name.yaml -->` (a recipe,
-which is saved under that name). The examples of one document run in order in one folder, which looks like `demo/`
-after `make demo`. A block behind `<!-- output -->` shows what a command before it said: the numbers may differ.
+The line before a code block says what happens to it here:
+
+- `<!-- run -->`: each line of shell, or the whole block of Python, runs;
+- `<!-- run: name.yaml -->`: it is saved under that name, and a YAML file is read as a recipe;
+- `<!-- save: name.yaml -->`: it is saved under that name;
+- `<!-- run in sh -->`: the whole block runs as one script of the shell;
+- `<!-- run on the Hub -->`: each line runs in a process of its own, with the stand-in of `hub_server` as the Hub;
+- `<!-- output -->`: it shows what a command before it printed: the numbers may differ.
+
+The examples of one document run in order in one folder, which looks like `demo/` after `make demo`. Every `dare` line
+in any block must run, except those in NOT_RUN, which are parsed.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -16,16 +25,22 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import typer
 
 import conftest
 import families
+import packs as bench_packs
+import run as bench
+from darekit import cli
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, sample_digest
 from darekit.checkpoints.digests import TensorDigest, checkpoint_digest, tensor_digest
 from darekit.masks import draws, effective_seeds, kept, stream_of, threshold_of
 from darekit.recipe import read_recipe
+from hub_server import TOKEN, Hub
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -35,9 +50,26 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 FENCE = re.compile(
-    r"(?:<!-- (?P<marker>run|output)(?:: (?P<file>\S+))? -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
+    r"(?:<!-- (?P<marker>run|run in sh|run on the Hub|save|output)(?:: (?P<file>\S+))? -->\n)?"
+    r"^```(?P<kind>\w*)\n(?P<text>.*?)^```$",
+    re.M | re.S,
 )
+RUN = ("run", "run in sh", "run on the Hub")
 OTHERS_FLAGS = {"--random-seed"}  # mergekit's
+# Where a command can begin: a line, a prompt, after another command, after variables.
+DARE_LINE = re.compile(r"^(?:.*?(?:&&|[;|$(])[ \t]*)?[ \t]*(?:\w+=\S*[ \t]+)*(?:\S*/)?(dare[ \t].*)$", re.M)
+
+# Lines that no test can run, and why. They are parsed by the command itself.
+DOWNLOADS = "lm-eval fetches this task's questions from the Hub"
+NOT_RUN = {
+    "dare --help": "exits by itself; test_cli.py and test_imports.py run it",
+    "dare eval wizardmath-13b merge.yaml --tasks gsm8k,MATH --batch-size 16 --out results": DOWNLOADS,
+    "dare eval merge.yaml --tasks humaneval,mbpp": DOWNLOADS,
+}
+NOT_RUN_PAGES = {
+    "docs/cli.md": "usage lines that docs/generate.py writes from the commands themselves",
+    "docs/paper/README.md": "`make paper` runs them in 25 CPU minutes and writes the page",
+}
 
 
 def blocks(document):
@@ -55,7 +87,27 @@ def shape(line):
     return " ".join(re.sub(r"\d[\d.]*( [kMGT]?B?\b)?", "#", line).split())
 
 
-RUNNABLE = [path for path in DOCUMENTS if any(marker == "run" for *_, marker in blocks(path))]
+RUNNABLE = [path for path in DOCUMENTS if any(marker in RUN for *_, marker in blocks(path))]
+
+
+def dare_lines(document):
+    """(line without comment, whether it runs) of every `dare` line in a code block."""
+    for _, text, _, marker in blocks(document):
+        for line in DARE_LINE.findall(text):
+            yield shlex.join(shlex.split(line, comments=True)), marker in RUN
+
+
+@functools.cache
+def whole_command():
+    return typer.main.get_command(cli.build_app())
+
+
+def command_of(words):
+    """The command that these words name, and the words that are left."""
+    command, words = whole_command(), list(words)
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        command = command.commands[words.pop(0)]
+    return command, words
 
 
 @pytest.fixture(scope="session")
@@ -80,26 +132,62 @@ def family(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def processes(family, tmp_path):
+    """What a process of an example sees: `dare` and `python` on its path, and a Hub with a base and two models."""
+    hub = Hub()
+    for name, source in (("org/base", "base"), ("org/math", "reverse"), ("org/code", "sort")):
+        hub.repositories[name] = {file.name: file.read_bytes() for file in (family / source).iterdir()}
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, module in (("dare", "-m darekit"), ("python", "")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {module} "$@"\n')
+        (programs / name).chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "no_proxy": "*",
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
+
+    def run(script, folder):
+        """Standard output and error of a script of the shell, which must succeed."""
+        script = script.replace("@COMMIT", f"@{hub.commit('org/base')}").replace("@v1", f"@{hub.commit('org/code')}")
+        done = subprocess.run(
+            ["sh", "-e", "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    yield SimpleNamespace(run=run, programs=programs, hub=hub)
+    hub.close()
+
+
 @pytest.mark.parametrize("document", RUNNABLE, ids=name_of)
-def test_the_examples_run(document, family, tmp_path, monkeypatch, dare):
+def test_the_examples_run(document, family, processes, tmp_path, monkeypatch, dare):
     folder = tmp_path / "demo"
     shutil.copytree(family, folder)
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", str(processes.programs), prepend=os.pathsep)
     said = set()
     for kind, text, file, marker in blocks(document):
         if marker == "output":
             for line in text.splitlines():
                 assert shape(line) in said, f"{name_of(document)} shows what nothing says: {line}"
-        if marker != "run":
+        elif marker is None:
             continue
-        if file is not None:
+        elif file is not None:
+            Path(file).parent.mkdir(exist_ok=True)
             Path(file).write_text(text)
-            if kind == "yaml":
+            if kind == "yaml" and marker == "run":
                 read_recipe(file)
         elif kind == "python":
             if "safetensors.torch" in text:
                 pytest.importorskip("safetensors.torch")
             exec(compile(text, name_of(document), "exec"), {"__name__": "example"})
+        elif marker == "run in sh":
+            said |= {shape(line) for line in processes.run(text, folder).splitlines()}
+        elif marker == "run on the Hub":
+            for line in text.splitlines():
+                said |= {shape(line) for line in processes.run(line, folder).splitlines()}
         else:
             for line in text.splitlines():
                 program, *arguments = shlex.split(line, comments=True)
@@ -111,11 +199,64 @@ def test_the_examples_run(document, family, tmp_path, monkeypatch, dare):
                     subprocess.run([program, *arguments], check=True)
 
 
-@pytest.mark.parametrize("document", RUNNABLE, ids=name_of)
-def test_every_command_that_is_shown_runs(document):
-    for kind, text, _, marker in blocks(document):
-        if kind == "sh" and re.search(r"^dare (merge|drop|inspect)", text, re.M):
-            assert marker, f"{name_of(document)} shows a command that no test runs:\n{text}"
+def test_the_first_merge_runs_on_hub_models(processes, tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [script] = [block for _, block, _, marker in blocks(ROOT / "README.md") if marker == "run in sh"]
+    [names] = re.findall(r"`(BASE=org/\S+ ONE=\S+ TWO=\S+@v1)`", text)
+    _, rest = script.split("\n", 1)
+    assert len(script.splitlines()) == 10 and "run in sh" in text
+    assert "first: " in processes.run(f"{names}\n{rest}", tmp_path)
+    assert {"README.md", "config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "first").iterdir()}
+
+
+def not_run(document):
+    """The `dare` lines of a document that nothing runs."""
+    return [line for line, runs in dare_lines(document) if not runs and line not in NOT_RUN]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_dare_line_runs_or_is_known_not_to(document):
+    if name_of(document) not in NOT_RUN_PAGES:
+        assert not_run(document) == [], f"mark their blocks in {name_of(document)} so that they run"
+
+
+def test_a_dare_line_that_nothing_runs_is_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    for fence in ("```sh", "```console", "```"):
+        for before in (
+            "",
+            "  ",
+            "$ ",
+            ".venv/bin/",
+            "HF_HUB_OFFLINE=1 ",
+            "cd demo && ",
+            "yes | ",
+            "true; A=b C=d bin/",
+        ):
+            line = f"{before}dare merge a.yaml b  # comment"
+            page.write_text(f"text\n\n{fence}\n{line}\n```\n")
+            assert not_run(page) == ["dare merge a.yaml b"], line
+    page.write_text("<!-- run -->\n```sh\ndare merge a.yaml b\n```\n")
+    assert not_run(page) == [] and list(dare_lines(page)) == [("dare merge a.yaml b", True)]
+
+
+def test_what_is_known_not_to_run_is_in_a_document_and_parses():
+    shown = {line for document in DOCUMENTS for line, runs in dare_lines(document) if not runs}
+    assert NOT_RUN.keys() <= shown
+    paper = {line for line, _ in dare_lines(ROOT / "docs" / "paper" / "README.md")}
+    assert len(paper) > 20
+    for line in NOT_RUN.keys() - {"dare --help"} | paper:
+        command, words = command_of(shlex.split(line)[1:])
+        command.make_context(line, words)  # raises a usage error, which names what it does not understand
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_commands_named_in_the_text_exist(document):
+    for span in re.findall(r"`dare ([a-z][^`\n]*)`", document.read_text(encoding="utf-8")):
+        command, words = command_of(shlex.split(span))
+        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+        for word in words:
+            assert not word.startswith("-") or word in known, f"{name_of(document)}: `dare {span}` has no {word}"
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
@@ -199,6 +340,7 @@ def test_versions_agree():
 
 
 FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+SENTENCES = " ".join(FORMATS.split())
 
 
 def test_known_answers_of_the_mask():
@@ -211,12 +353,12 @@ def test_known_answers_of_the_mask():
         assert found == words.split()
         assert np.flatnonzero(kept(number, stream_of(name), 0, 200, 0.9))[:6].tolist() == [*map(int, first.split())]
     for offset, word in ((5, "8a95f27c"), (1029, "6122140e")):
-        assert f"element 2^34 + {offset} draws `{word}`" in FORMATS
+        assert f"element 2^34 + {offset} draws `{word}`" in SENTENCES
         assert draws(0, stream_of("w"), 2**34 + offset, 1)[0] == int(word, 16)
-    assert f"The threshold of p = 0.9 is {threshold_of(0.9)}." in FORMATS
+    assert f"The threshold of p = 0.9 is {threshold_of(0.9)}." in SENTENCES
     zeros = bytes(16)
     for number in (*effective_seeds(42, [bytes(range(16)), zeros]), *effective_seeds(42, [zeros, zeros])):
-        assert str(number) in FORMATS
+        assert str(number) in SENTENCES
 
 
 def test_known_answers_of_the_digests():
@@ -228,21 +370,54 @@ def test_known_answers_of_the_digests():
         digest = TensorDigest(size)
         digest.update(raws[name])
         rows.append((name, dtype, shape, tensor_digest(digest.finish())))
-        assert f"`{name}` `{rows[-1][-1]}`" in FORMATS
+        assert f"`{name}` `{rows[-1][-1]}`" in SENTENCES
     checkpoint = Checkpoint(ref="x", directory=None, tensors=infos, config=None, files=(), revision=None)
-    assert f"`{sample_digest(checkpoint).hex()}`" in FORMATS
-    assert f"the checkpoint `{checkpoint_digest(rows)}`" in FORMATS
+    assert f"`{sample_digest(checkpoint).hex()}`" in SENTENCES
+    assert f"the checkpoint `{checkpoint_digest(rows)}`" in SENTENCES
 
 
 def test_the_readme_cites_what_the_cards_cite():
     from darekit.output.card import CITATION
 
-    assert f"```bibtex\n{CITATION}```" in (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", ROOT / "docs" / "citing.md"):
+        assert f"```bibtex\n{CITATION}```" in page.read_text(encoding="utf-8")
 
 
-def test_the_bench_finds_its_place_in_the_readme():
+def test_the_readme_fits_on_few_screens():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 110 and not line.startswith("|")] == []
+
+
+def test_the_readme_lists_every_command():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count("<!-- bench:begin -->") == text.count("<!-- bench:end -->") == 1
+    table = text[text.index("## Commands") : text.index("## Compared")]
+    cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    assert sorted(re.findall(r"`(?:dare )?([a-z]+)`", " ".join(cells))) == sorted(cli.COMMANDS)
+
+
+def test_the_readme_takes_its_numbers_from_the_pages_that_it_links_to():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    facts = re.findall(r"^- \*\*.*?\]\((docs/\w+\.md)\)$", text[: text.index("## Install")], re.M | re.S)
+    assert facts == ["docs/speed.md", "docs/demo.md", "docs/packs.md"]
+    for fact in re.findall(r"^- \*\*.*?\)$", text[: text.index("## Install")], re.M | re.S):
+        page = (ROOT / re.findall(r"\((docs/\w+\.md)\)", fact)[0]).read_text(encoding="utf-8")
+        there = re.findall(r"\d[\d.]*\d|\d", page)
+        for number in re.findall(r"(?<![\w.])\d[\d.]*\d|(?<![\w.])\d(?![\w.])", fact):
+            assert number in there, f"README has {number}, which is not on its page: {fact}"
+
+
+def test_measurements_find_their_places(tmp_path):
+    for page, parts in ((bench.PAGE, ("bench",)), (bench_packs.PAGE, ("sizes", "speeds", "gpu"))):
+        text = page.read_text(encoding="utf-8")
+        for part in parts:
+            begin, end = f"<!-- {part}:begin -->\n", f"\n<!-- {part}:end -->"
+            assert text.count(begin) == text.count(end) == 1
+            copy = tmp_path / page.name
+            copy.write_text(text, encoding="utf-8")
+            bench.put("a new table", copy, part)
+            expected = text[: text.index(begin)] + f"{begin}a new table{end}" + text[text.index(end) + len(end) :]
+            assert copy.read_text(encoding="utf-8") == expected
 
 
 def test_the_check_of_the_generator_is_a_command():

@@ -348,6 +348,21 @@ def test_a_head_stored_twice_is_left_out_of_a_tied_output(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
 
 
+@pytest.mark.parametrize(("kind", "tied"), [("gemma2", True), ("mistral", False)])
+def test_a_config_that_does_not_say_whether_the_head_is_tied_means_what_its_kind_means(tmp_path, kind, tied):
+    rng = np.random.default_rng(0)
+    config = families.config() | {"model_type": kind}
+    del config["tie_word_embeddings"]
+    base = families.llama(rng)
+    model = families.tuned(rng, base)
+    families.save(tmp_path / "base", base, config)
+    families.save(tmp_path / "m0", model, config)
+    dk.drop(tmp_path / "base", tmp_path / "m0", tmp_path / "out", drop_rate=0)
+    families.same(
+        families.load(tmp_path / "out"), {n: a for n, a in model.items() if n != "lm_head.weight" or not tied}
+    )
+
+
 # --- vocabularies
 
 
@@ -408,12 +423,37 @@ def test_drop_of_a_model_with_one_more_row_says_how_many_rows_there_are(grown, t
     families.same(families.load(tmp_path / "out"), expected)
 
 
+def test_rows_of_another_embedding_are_not_the_vocabularys(tmp_path):
+    """The config's vocab_size counts tokens, and not the rows of whatever else is called an embedding."""
+    rng = np.random.default_rng(0)
+    base = families.llama(rng)
+    for name, tensors, rows in (("base", base, 5), ("m0", families.tuned(rng, base), 7)):
+        families.save(
+            tmp_path / name, tensors | {"model.embed_codes.weight": np.ones((rows, 4), BF16)}, families.config()
+        )
+    dk.merge(families.recipe(tmp_path, k=1, vocab="pad"), tmp_path / "out")
+    assert families.load(tmp_path / "out")["model.embed_codes.weight"].shape == (7, 4)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == families.VOCAB
+
+
 @pytest.mark.parametrize("vocab", ["base", "pad"])
 def test_a_tokenizer_from_the_one_model_comes_with_a_config_that_is_true(grown, tmp_path, vocab):
     path, _, _ = grown
     dk.merge(families.recipe(path, k=1, vocab=vocab, tokenizer_source=str(path / "m0")), tmp_path / "out")
     rows = len(families.load(tmp_path / "out")[HEADS[0]])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows
+
+
+def test_missing_rows_are_the_bases_when_whole_models_are_measured(grown, tmp_path):
+    """m2 lacks row 95: which half of its weights is the larger one is asked with the base's row."""
+    path, base, models = grown
+    sparsify = {"method": "magnitude", "drop_rate": 0.5, "on": "weights"}
+    dk.merge(families.recipe(path, vocab="base", merge_method="linear", sparsify=sparsify), tmp_path / "out", threads=1)
+    found = families.load(tmp_path / "out")
+    for name in HEADS:
+        cut = [np.concatenate([m[name], base[name][len(m[name]) :]])[:96] for m in models]
+        how = {"seeds": [0] * 3, "sparsify": ("magnitude", {"drop_rate": 0.5}), "method": "linear", "on": "weights"}
+        families.same({name: found[name]}, {name: oracle.merge(name, base[name], cut, **how)})
 
 
 def test_missing_rows_are_the_bases_when_whole_models_are_averaged(grown, tmp_path):
@@ -631,6 +671,20 @@ def test_allow_nonfinite_takes_the_bases_element(spoilt, tmp_path, method):
         families.same({name: found[name]}, {name: np.where(bad, array, expected[name])})
 
 
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+def test_allow_nonfinite_takes_the_bases_element_wherever_either_model_has_none(llamas, tmp_path, method):
+    name = "model.norm.weight"
+    models = [{n: a.copy() for n, a in m.items()} for m in llamas.models[:2]]
+    models[0][name][3], models[1][name][8] = np.nan, np.inf
+    families.save(tmp_path / "base", llamas.base, families.config())
+    for i, model in enumerate(models):
+        families.save(tmp_path / f"m{i}", model, families.config())
+    dk.merge(families.recipe(tmp_path, k=2, merge_method=method), tmp_path / "out", allow_nonfinite=True)
+    expected = formulas(llamas.base, models, [0, 0], method=method)
+    expected[name][[3, 8]] = llamas.base[name][[3, 8]]
+    families.same(families.load(tmp_path / "out"), expected)
+
+
 @pytest.mark.parametrize("keys", [{"parameters": {"normalize": False}}, {"sparsify": {**DARE, "on": "weights"}}])
 def test_allow_nonfinite_takes_the_bases_element_when_whole_models_are_merged(tmp_path, keys):
     base, model = np.full(100, 2, np.float32), np.full(100, 3, np.float32)
@@ -697,6 +751,17 @@ def test_a_lone_model_without_a_base_is_still_scaled(llamas, tmp_path, weight):
     dk.merge(data, tmp_path / "out")
     expected = {name: (array.astype(np.float32) * weight).astype(BF16) for name, array in llamas.models[0].items()}
     families.same(families.load(tmp_path / "out"), expected)
+
+
+def test_an_unnormalised_sum_of_models_is_a_sum_of_weights_and_not_of_deltas(tmp_path):
+    rng = np.random.default_rng(0)
+    base, one, two = (rng.normal(0, 1, (4, 8)).astype(np.float32) for _ in range(3))
+    data = one_tensor(tmp_path, base, one, two, merge_method="linear", parameters={"normalize": False})
+    for entry, weight in zip(data["models"], (0.5, 0.25), strict=True):
+        entry["parameters"] = {"weight": weight}
+    dk.merge(data, tmp_path / "out", force=True)
+    (found,) = families.load(tmp_path / "out").values()
+    assert np.array_equal(found, np.float32(0.5) * one + np.float32(0.25) * two)
 
 
 @pytest.mark.parametrize("method", ["drop_only", "dare", "magnitude"])

@@ -157,6 +157,18 @@ def test_without_the_key_the_error_names_it(encoders):
         dk.merge(models, path / "out")
 
 
+def test_the_key_is_not_named_where_it_would_not_help(encoders):
+    """Other tensors than heads do not fit either, whichever of them comes first."""
+    path, _, models = encoders
+    for name in ("bert.embeddings.word_embeddings.weight", "zeta.weight"):
+        for other in (0, 1):
+            tensors = models[other] | {name: np.ones((HIDDEN, HIDDEN + other), np.float32)}
+            families.save(path / f"n{other}", tensors, config((2, 5)[other]))
+        with pytest.raises(HomologyError, match=rf"{name}: .*classifier|classifier.*{name}: ") as error:
+            dk.merge({"models": [str(path / "n0"), str(path / "n1")], "merge_method": "linear"}, path / "out")
+        assert "heads" not in str(error.value)
+
+
 def test_a_giver_without_heads_is_an_error(encoders):
     path, base, _ = encoders
     families.save(path / "bare", {name: array for name, array in base.items() if not is_head(name)}, config())

@@ -7,7 +7,7 @@ import pytest
 
 import darekit as dk
 import families
-from darekit.errors import HomologyError
+from darekit.errors import DataError, HomologyError
 from darekit.planning import alignment, homology
 
 BF16 = ml_dtypes.bfloat16
@@ -174,6 +174,12 @@ def test_missing_and_extra_tensors_are_listed_with_counts(llamas, tmp_path):
     assert "has 1 tensors (model.extra.weight)" in message and str(tmp_path / "m0") in message
 
 
+def test_a_head_that_could_be_tied_to_nothing_is_missing(llamas, tmp_path):
+    gone = ("model.embed_tokens.weight", "lm_head.weight")
+    message = refused(tmp_path, llamas, {n: a for n, a in llamas.models[0].items() if n not in gone})
+    assert "m0 lacks 2 tensors (lm_head.weight, model.embed_tokens.weight)" in message
+
+
 def test_misshaped_tensors_are_listed_with_both_shapes(llamas, tmp_path):
     model = dict(llamas.models[0])
     for name in model:
@@ -209,7 +215,17 @@ def test_heads_and_their_biases_grow_with_the_vocabulary(llamas, tmp_path, name)
 
 def test_a_float_that_is_an_integer_elsewhere_is_refused(llamas, tmp_path):
     model = llamas.models[0] | {"lm_head.weight": np.zeros((96, 32), np.uint8)}
-    assert "lm_head.weight: U8" in refused(tmp_path, llamas, model)
+    message = refused(tmp_path, llamas, model)
+    assert "lm_head.weight: U8" in message and "heads:" not in message
+
+
+def test_integers_with_another_number_of_rows_differ_though_the_common_rows_agree(tmp_path):
+    for name, rows in (("base", 96), ("m0", 97)):
+        tensors = {"model.embed_codes.weight": np.arange(rows * 4).reshape(rows, 4), "model.w": np.ones(4, np.float32)}
+        families.save(tmp_path / name, tensors, families.config(vocab=rows))
+    with pytest.raises(DataError, match=r"model.embed_codes.weight \(I64\) of .*m0 differs from the base's"):
+        dk.merge(families.recipe(tmp_path, k=1, vocab="base"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("base_has_it", [True, False])

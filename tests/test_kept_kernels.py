@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels whose object code is kept: loaded without numba, checked before it is loaded, and never needed."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -64,6 +67,28 @@ def test_nothing_needs_to_be_kept(fresh, folder, monkeypatch):
     blocked.touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(blocked))
     run(fresh())
+
+
+@pytest.mark.parametrize(("said", "kept"), [("0", False), ("1", True), ("", True)])
+def test_the_cache_can_be_turned_off(fresh, tmp_path, monkeypatch, said, kept):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("DAREKIT_KERNEL_CACHE", said)
+    kernel = fresh()
+    run(kernel)
+    assert any(tmp_path.iterdir()) is kept
+    if kept:
+        monkeypatch.setenv("DAREKIT_KERNEL_CACHE", "0")
+        monkeypatch.setattr(compiling, "_stored", lambda path: pytest.fail("read from disk"))
+        run(fresh())
+
+
+def test_with_the_cache_off_numba_keeps_nothing_either(tmp_path):
+    code = "import numpy as np; from darekit.kernels import cpu; cpu.scale(np.ones(3, np.float32), np.float32(2))"
+    for said, kept in (("0", False), ("1", True)):
+        folder = tmp_path / said
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder), "DAREKIT_KERNEL_CACHE": said}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        assert any(folder.rglob("*.nb?")) is kept
 
 
 def allocate(values):

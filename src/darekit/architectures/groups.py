@@ -83,6 +83,6 @@ def embedding_for(head: str, shapes: Mapping[str, tuple[int, ...]]) -> str | Non
     """The embedding that a missing head is tied to: by its name's ending, and as wide as `head` where that is known."""
     wanted = shapes.get(head)
     for name, shape in shapes.items():
-        if name.endswith(EMBEDDING_SUFFIXES) and "position" not in name and (wanted is None or shape[1:] == wanted[1:]):
+        if name.endswith(EMBEDDING_SUFFIXES) and (wanted is None or shape[1:] == wanted[1:]):
             return name
     return None

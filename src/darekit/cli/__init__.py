@@ -26,6 +26,7 @@ PANELS = {
         "recommend": ("recommend", "recommend"),
         "similarity": ("analysis", "similarity"),
         "methods": ("merging", "methods"),
+        "schema": ("schema", "schema"),
     },
     "Packs": {
         "pack": ("packs", "pack"),

@@ -4,6 +4,8 @@
 Importing numba and having it look up its caches takes 0.6 s, as long as merging a small model. So numba is imported
 by the first call of a kernel (`kernel`), and the few kernels that whole merges consist of (`kept_kernel`) are stored
 as object code, which LLVM loads without numba (docs/decisions/0025). Where anything about that fails, numba does it.
+
+With DAREKIT_KERNEL_CACHE=0 in the environment nothing compiled is read from disk or written to it, by numba neither.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+SWITCH = "DAREKIT_KERNEL_CACHE"
 OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 NEEDS_NOBODY = {"memset", "memcpy", "memmove"}  # what object code may call: every process has them
 
@@ -59,7 +62,8 @@ class Kernel:
                     other = names.get(name)  # or what has an attribute's name by chance
                     if isinstance(other, Kernel | Intrinsic) and other is not self and type(other) is not KeptKernel:
                         names[name] = other.compile()
-                self.compiled = njit(**self.options)(self.function)
+                options = self.options if cached() else {**self.options, "cache": False}
+                self.compiled = njit(**options)(self.function)
             return self.compiled
 
 
@@ -98,7 +102,7 @@ class KeptKernel(Kernel):
         return ready(*arguments)
 
     def _prepare(self, kinds: tuple[str, ...]) -> Callable[..., int]:
-        if "x" in "".join(kinds):
+        if "x" in "".join(kinds) or not cached():
             return self.compile()
         try:
             path = _place(self.function, kinds)
@@ -109,6 +113,11 @@ class KeptKernel(Kernel):
             return _loaded(code, kinds)
         except Exception:  # whatever it is (LLVM's errors are RuntimeErrors), numba can do without
             return self.compile()
+
+
+def cached() -> bool:
+    """Whether compiled kernels are kept between runs: unless the environment says DAREKIT_KERNEL_CACHE=0."""
+    return os.environ.get(SWITCH, "1") != "0"
 
 
 def kernel(function: Callable[..., Any]) -> Any:

@@ -107,7 +107,7 @@ def _untie(checkpoints: Sequence[Checkpoint]) -> tuple[list[dict[str, TensorInfo
         return views, None, []
     untied = [head in view and not _says_tied(checkpoint) for checkpoint, view in zip(checkpoints, views, strict=True)]
     if all(untied):
-        return views, False if _says_tied(checkpoints[0]) else None, []
+        return views, None, []
     if not any(untied):  # stored twice: the loader would ignore the head
         for view in views:
             view.pop(head, None)

@@ -19,7 +19,6 @@ from dataclasses import replace
 import numpy as np
 
 from darekit.architectures.groups import is_kept_dense
-from darekit.dtypes import dtype_named
 from darekit.planning.alignment import AlignedTensor
 from darekit.planning.homology import TAU, p_max, sample_norms
 from darekit.recipe import AUTO, Filtered, Filters, Recipe, resolve
@@ -111,15 +110,11 @@ def settle(recipe: Recipe, tensors: Sequence[AlignedTensor]) -> tuple[Recipe, tu
             t.name: resolve((entry.parameters.get("drop_rate"), sparsify.parameters.get("drop_rate")), t.name)
             for t in tensors
         }
+        # What has no delta (integers, what only one side has) `sample_norms` leaves out.
         automatic = [
             t
             for t in tensors
-            if given[t.name] == AUTO
-            and t.base is not None
-            and t.models[k] is not None
-            and dtype_named(t.dtype).kind == "float"
-            and not t.head
-            and not is_kept_dense(t.name, t.shape, sparsify.keep_dense)
+            if given[t.name] == AUTO and not t.head and not is_kept_dense(t.name, t.shape, sparsify.keep_dense)
         ]
         rates = {}
         for norms in sample_norms(automatic, k, lambda tensor: (0.0, 0.0)):
