@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import darekit as dk
 from darekit.api import Options, RunOptions, WriteOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,3 +49,20 @@ def test_options_and_their_types_are_those_that_run():
         for name, hint in {**WriteOptions.__annotations__, **RunOptions.__annotations__}.items()
     }
     assert not WriteOptions.__required_keys__ | RunOptions.__required_keys__
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: dk.merge({}, "out", thread=1),
+        lambda: dk.drop("base", "model", "out", drop_rate=0.9, thread=1),
+        lambda: dk.unpack("base", "pack", "out", thread=1),
+    ],
+)
+def test_an_option_that_does_not_exist_is_refused_with_the_closest_one(call):
+    with pytest.raises(TypeError, match="'thread' is not an option; did you mean 'threads'"):
+        call()
+
+
+def test_names_can_be_completed():
+    assert set(dk.__all__) <= set(dir(dk))

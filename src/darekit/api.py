@@ -116,8 +116,9 @@ def merge(
         >>> report.notes
         ()
     """
+    chosen = options_of(options)
     found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed)
-    return run(found, Path(out), options_of(options), search=search_path(recipe))
+    return run(found, Path(out), chosen, search=search_path(recipe))
 
 
 def plan(
@@ -227,11 +228,12 @@ def drop(
         Traceback (most recent call last):
         TypeError: 'thread' is not an option; did you mean 'threads'?; options: threads, ...
     """
+    chosen = options_of(options)
     recipe = drop_recipe(
         str(base), str(model), drop_rate=drop_rate, method=method, rescale=rescale, on=on, keep_dense=keep_dense,
         seed=seed, vocab=vocab, heads=heads, parameters=parameters,
     )  # fmt: skip
-    return run(recipe, Path(out), options_of(options), search=())
+    return run(recipe, Path(out), chosen, search=())
 
 
 def options_of(given: RunOptions | WriteOptions) -> Options:
