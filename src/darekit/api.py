@@ -28,11 +28,11 @@ class WriteOptions(TypedDict, total=False):
     """How to write an output: keyword arguments of `merge`, `drop` and `unpack`. None of them changes a weight.
 
     Attributes:
-        threads: worker threads; the processors, at most 8, where not given.
-        shard_size: largest output file in bytes; 5 GB where not given.
+        threads: worker threads; the processors, at most 8, if not given.
+        shard_size: largest output file in bytes; 5 GB if not given.
         overwrite: replace an existing output once the new one is complete.
         resume: continue a run that was killed.
-        tile: elements of a tensor that are worked on at once; 65,536 where not given.
+        tile: elements of a tensor that are worked on at once; 65,536 if not given.
         progress: called with (bytes done, bytes in all).
         say: called with each note and warning as it arises.
     """
@@ -190,11 +190,11 @@ def drop(
 
     Args:
         base: the checkpoint that `model` was fine-tuned from.
-        model: the fine-tuned model; its tokenizer goes with the output (the base's under `vocab: base`).
+        model: the fine-tuned model; the output gets its tokenizer (the base's under `vocab: base`).
         out: the directory to write.
         drop_rate: fraction dropped, in [0, 1]; or "auto": each tensor's own, from a sample of its delta.
         method: a sparsifier: dare, drop_only, magnitude, della, breadcrumbs.
-        rescale: paper, l1 or none; the method's default where not given.
+        rescale: paper, l1 or none; the method's default if not given.
         on: `delta`, or `weights` for the paper's counter-experiment.
         keep_dense: groups or glob patterns of tensors that are not dropped.
         seed: the mask's effective seed, used as it is.

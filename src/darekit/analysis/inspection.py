@@ -274,8 +274,8 @@ def inspect(
         models: the fine-tuned models: of one the result is an `Inspection`, of several a `Comparison`.
         vocab: of vocabularies that differ, as in a recipe: `strict` refuses them; under `base` and `pad` the rows that
             base and model share are compared (`pad` keeps the others as they are: they are no delta).
-        heads: whose heads a recipe would take as they are: `base`, `model` (where there is one) or one of the models
-            as written; nobody compares heads then. None: heads are compared where all are alike.
+        heads: whose heads a recipe would take as they are: `base`, `model` (if there is only one) or one of the models
+            as written; heads are not compared then. None: heads are compared if all have the same shapes.
         threads: worker threads.
         progress: called with (bytes done, bytes in all).
 

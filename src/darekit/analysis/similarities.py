@@ -103,7 +103,7 @@ def similarity(
 ) -> Similarity:
     """Cosine between the hidden states of a fine-tuned model and of its sparsified versions, for each layer.
 
-    One model is built; its weights are replaced. The original's states wait in a temporary file: layers x tokens x
+    One model is built; its weights are replaced. The original's states are kept in a temporary file: layers x tokens x
     width x 4 bytes.
 
     Args:
@@ -117,8 +117,8 @@ def similarity(
         limit: rows of the data; None: all.
         batch_size: examples that run at once.
         max_length: tokens of one example.
-        device: cpu, cuda, mps; the fastest there is where not given.
-        dtype: what the model computes in.
+        device: cpu, cuda or mps; the fastest available if not given.
+        dtype: number format to compute in; float32 on a CPU if not given.
         progress: called with (examples done, examples in all) over all models.
         say: receives notes and warnings.
 

@@ -171,36 +171,36 @@ def evaluate(
     show_bars: bool = False,
     say: Say | None = None,
 ) -> Comparison:
-    """Judge models, one after another, each merged in memory; nothing is written but what `out` and `samples` ask for.
+    """Judge models, one after another, each merged in memory; nothing is written except what `out` and `samples` ask for.
 
     Args:
         models: a model directory, Hub id, pack, recipe file, recipe or its data, or several of them; or name -> model.
         judge: see `darekit.evaluation.judges`: `{data: FILE}`, `judge.py:function`, a Python function, a command, or
             name -> any of these.
-        tasks: of lm-eval, by name.
+        tasks: names of lm-eval tasks.
         data: files of JSON lines.
         base: the checkpoint that packs among the models were made against.
         include: folders with local tasks.
-        limit: questions of each task, rows of each file.
+        limit: use only this many questions of each task and rows of each file.
         batch_size: rows or questions at once.
         max_length: tokens of a row; longer ones are cut.
-        num_fewshot: examples before each question; the task's own number where not given.
+        num_fewshot: examples before each question; the task's own number if not given.
         chat_template: ask lm-eval's questions as the tokenizer's chat template says.
         trust_code: agree that tasks execute what the model writes.
-        device: cpu, cuda, mps; the fastest there is where not given.
-        dtype: what the models compute in; float32 on a CPU, else their own.
-        samples: a folder for what each model made of each row or question.
-        out: a folder for the results; models that are finished there are not judged again.
+        device: cpu, cuda or mps; the fastest available if not given.
+        dtype: number format to compute in; if not given, float32 on a CPU, else the models' own.
+        samples: a folder for each model's answer to each row or question.
+        out: a folder for the results; models that already have results there are not judged again.
         confirm: asked instead of `trust_code`, with the names of the tasks.
         progress: called with (rows done, rows in all) while a file is judged.
         show_bars: show lm-eval's own progress bars.
-        say: receives notes, and errors of models where others go on.
+        say: receives notes, and the errors of models that fail while others continue.
 
     Returns:
         Every model's scores, with their standard errors.
 
     Raises:
-        DarekitError: a judge or a model that cannot be, before anything is run; or the only model's failure.
+        DarekitError: a judge or model is invalid (found before anything runs), or the only model fails.
 
     Examples:
         A base, a model, and a merge that exists only in memory:

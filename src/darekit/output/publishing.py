@@ -48,7 +48,7 @@ class Report:
         tensors: of the output.
         parameters: elements of the output.
         kept: model -> elements of its delta that were not dropped.
-        notes: what was said meanwhile.
+        notes: notes and warnings given during the run.
     """
 
     output: str

@@ -99,11 +99,11 @@ def export(
         pack: the file, or its name on the Hub.
         out: the directory to write.
         to: vllm-patch (final values by name, shape, dtype and flat index) or dense (an ordinary model directory).
-        base: what it was packed against; where not given, the base that the pack names, if that is on the Hub.
+        base: what it was packed against; if not given, the base that the pack names, if that is on the Hub.
         shard_size: largest file, in bytes.
         threads: worker threads.
         overwrite: replace `out` once the new one is complete.
-        resume: continue a dense export that was killed; patches always begin anew.
+        resume: continue a dense export that was killed; patches always start over.
         progress: called with (bytes done, bytes in all).
         say: receives notes.
 

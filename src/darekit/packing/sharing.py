@@ -82,11 +82,11 @@ def push(
     Args:
         pack: the file.
         to: org/name on the Hub, or a folder: one that is there, or a path that cannot be a Hub id (`./name`).
-        base_model: the base on the Hub, org/name or org/name@commit; where not given, what the pack says of it.
-        license: of the model, where the pack does not know it.
-        private: whether a new repository is.
-        new_card: replace a card that is already there.
-        message: of the commit.
+        base_model: the base on the Hub, org/name or org/name@commit; if not given, the one that the pack names.
+        license: the model's license, if the pack does not name it.
+        private: make a new repository private.
+        new_card: replace an existing model card.
+        message: commit message.
         say: receives notes.
 
     Returns:
@@ -152,8 +152,8 @@ def pull(
 
     Args:
         pack: org/name or org/name/FILE.safetensors on the Hub, perhaps with @revision; or a local folder or file.
-        out: the file to write, or a folder for it; the working directory where not given.
-        overwrite: replace a file that is there.
+        out: the file to write, or a folder for it; the working directory if not given.
+        overwrite: replace an existing file.
         progress: called with (bytes checked, bytes in all).
 
     Returns:

@@ -81,7 +81,7 @@ class PackReport:
         kept: elements that are stored.
         seed: effective seed of the mask.
         peak_rss_bytes: largest resident memory of the process.
-        notes: what was said meanwhile.
+        notes: notes and warnings given during the run.
         lossless: whether it holds the exact model.
     """
 
@@ -146,15 +146,15 @@ def pack(
         drop_rate: fraction of the delta that is dropped, in [0, 1], or "auto": each tensor's own, from a sample of its
             delta; to be given unless `lossless`.
         tau: the noise that `auto` allows, relative to a layer's output.
-        lossless: store the exact model instead, bit for bit; bits, group, rescale and keep_dense mean nothing then.
-        bits: per kept element: 64, 32 or 16 (exact where the format has no more), 8, 4, 2 or 1.
-        dense_bits: the same for tensors that are not dropped; `bits` where not given, at least 4.
+        lossless: store the exact model instead, bit for bit; bits, group, rescale and keep_dense are ignored.
+        bits: per kept element: 64, 32 or 16 (exact if the model's format has no more), 8, 4, 2 or 1.
+        dense_bits: the same for tensors that are not dropped; `bits` if not given, at least 4.
         group: kept elements that share a scale, where bits are 8 or fewer.
         codec: what is done to the stored values of a tensor: none; zstd, wherever that is smaller; or auto, where it
             saves at least a twentieth. A lossless pack is always compressed.
         rescale: paper (kept deltas times 1/(1-p)) or none.
         keep_dense: groups or glob patterns of tensors that are not dropped.
-        seed: the mask's effective seed; derived from the model's content where not given, as `drop` does.
+        seed: the mask's effective seed; derived from the model's content if not given, as `drop` does.
         vocab: what to do with vocabularies that differ: strict refuses, base keeps the base's rows, with its tokenizer.
         threads: worker threads.
         overwrite: replace `out`.

@@ -81,7 +81,7 @@ class Pack:
     Attributes:
         path: the file.
         tensors: name -> what is stored of it.
-        base: the checkpoint it is bound to, None where there is none.
+        base: the checkpoint it is bound to; None if it is not.
 
     Examples:
         >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
@@ -154,7 +154,7 @@ class Pack:
 
         Args:
             name: a tensor.
-            rows: of the first axis, without a step; all where not given. Only their leaves are read.
+            rows: of the first axis, without a step; all if not given. Only their leaves are read.
 
         Raises:
             PlanError: no such tensor, or an exact pack without its base.
@@ -183,8 +183,8 @@ class Pack:
 
         Args:
             tensors: name -> contiguous numpy array or torch tensor (on any device) with the base's values; or a torch
-                module. Tied tensors may stand there twice only where the pack has one of them. Names that the pack
-                lacks are left alone.
+                module. Tied tensors may be given twice only if the pack has one of them. Names that the pack lacks
+                are left alone.
             threads: worker threads.
 
         Raises:
@@ -424,7 +424,7 @@ class Pack:
 
 
 def open_pack(path: str | Path, base: str | Path | Checkpoint | None = None) -> Pack:
-    """Open a pack, and bind it to its base where one is given; nothing but headers and tables is read.
+    """Open a pack, and bind it to its base if one is given; only headers and tables are read.
 
     Args:
         path: the file, a folder that holds nothing else, or either on the Hub: org/name, org/name/FILE.safetensors.

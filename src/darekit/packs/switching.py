@@ -60,12 +60,12 @@ class _Saved:
 
 
 class Switcher:
-    """A live model, on the CPU or any device of torch's, that takes one pack after another.
+    """A live model, on the CPU or any torch device, that takes one pack after another.
 
     What a pack overwrites is remembered in the host's memory (at p = 0.9 a fifth of a BF16 model's size), so that the
     base comes back bit for bit without reading it again; that memory is used again by the next pack, and free when the
     switcher is. A device's weights come to the host range by range, are changed there, and go back. Nobody else may
-    change the weights meanwhile, or move them: a model goes to its device first.
+    change or move the weights meanwhile: put the model on its device first.
 
     Args:
         model: a torch module, or name -> torch tensor or numpy array, with the base's weights.

@@ -71,7 +71,7 @@ class Plan:
         sample_digests: of the checkpoints, 16 bytes each; the base's first.
         seeds: effective seed of each model's mask; None where nothing is drawn.
         summaries: what is done to each model.
-        notes: what should be said to the user.
+        notes: notes and warnings for the user.
         rates: of each model, what `drop_rate: auto` came to: tensor -> drop rate.
         statistics: one of each model, where the method uses them.
         read_besides: files that the models' sources read in addition, such as the base of a pack.

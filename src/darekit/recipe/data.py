@@ -60,7 +60,7 @@ class ModelEntry:
     Attributes:
         model: directory, file or Hub id, as written.
         parameters: those that are set for it alone; what is missing comes from the recipe.
-        stats: its statistics file, as written; None where there is none.
+        stats: its statistics file, as written; None if it has none.
     """
 
     model: str
@@ -101,7 +101,7 @@ class Recipe:
         vocab: what to do with vocabularies that differ: strict refuses, base cuts, pad keeps.
         tokenizer_source: `base`, or the model whose tokenizer the output gets.
         heads: whose heads the output has: `base`, or a model as written; None: heads are merged.
-        notes: what should be said to the user.
+        notes: notes and warnings for the user.
         text: the file's own text.
     """
 

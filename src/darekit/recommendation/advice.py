@@ -120,7 +120,7 @@ class Recommendation:
         recipe: drops each tensor at its own rate.
         calibration: what the model's inputs said; None without data.
         search: what was tried for DAREx's q; None where it was not searched.
-        notes: what should be said to the user.
+        notes: notes and warnings for the user.
     """
 
     base: str
@@ -219,23 +219,23 @@ def recommend(
     Args:
         base: the checkpoint that `model` was fine-tuned from.
         model: the fine-tuned model.
-        tau: the relative perturbation that a layer's output may have; 0.2 where not given, 0.1 with data.
+        tau: the relative perturbation that a layer's output may have; 0.2 if not given, 0.1 with data.
         drop_rate: judge this one rate for all tensors, instead of what tau allows.
         budget: keep this fraction of the elements that may be dropped, where it hurts least, instead of what tau
             allows.
-        data: JSON lines (or a data set's name) of text such as the model works on; its labels are not looked at.
+        data: JSON lines (or a data set's name) of text like what the model is used on; labels are ignored.
         search_q: with data: search the factor of DAREx's q.
         keep_dense: groups or globs of tensors that are not dropped.
         seed: the mask's effective seed, for the search and in the recipe.
-        vocab: what the recipe says of vocabularies that differ.
+        vocab: how the recipe treats vocabularies that differ: strict, base or pad.
         heads: `base` or `model`: whose heads the recipe takes as they are.
-        limit: rows of data.
-        batch_size: rows at once.
-        max_length: tokens of one row.
-        device: where the model runs.
-        dtype: what it computes in.
+        limit: rows of data that are read.
+        batch_size: rows that run at once.
+        max_length: tokens of one row; the rest is cut.
+        device: cpu, cuda or mps; the fastest available if not given.
+        dtype: number format to compute in; float32 on a CPU if not given.
         threads: worker threads that read weights.
-        progress: what is being done -> a function that is called with (done, in all).
+        progress: called with a description of each step; returns a function that is called with (done, in all), or None.
 
     Returns:
         Drop rates, predictions, and a recipe that drops each tensor at its own rate.

@@ -60,7 +60,7 @@ class StatisticsReport:
         passes: over the data.
         memory: bytes that the sums might take.
         sums_bytes: bytes that they took at most.
-        notes: what was said meanwhile.
+        notes: notes and warnings given during the run.
     """
 
     output: str
@@ -107,7 +107,7 @@ def make_statistics(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> StatisticsReport:
-    """Make what `fisher` or `regmean` must know of a model, from data (needs torch).
+    """Collect the statistics that `fisher` or `regmean` needs of a model, from data (needs torch).
 
     Args:
         kind: fisher or gram.
@@ -116,17 +116,17 @@ def make_statistics(
         out: the `.safetensors` file to write.
         labels: fisher: empirical (the data's), sampled (the model's own, drawn) or exact (expectation over a
             classifier's labels, or a regressor's normal distribution).
-        seed: of what is drawn.
-        limit: only the first rows.
-        split: of a dataset.
-        max_length: tokens of one example; the model's own limit, 2048 at most, where not given.
+        seed: for sampled labels.
+        limit: read only this many rows.
+        split: which split of a dataset to read.
+        max_length: tokens of one example; the model's own limit, 2048 at most, if not given.
         batch_size: gram: examples at once. A Fisher takes one at a time.
-        device: cpu, cuda, mps; the fastest there is where not given.
-        dtype: what the model computes in; sums are float32.
+        device: cpu, cuda or mps; the fastest available if not given.
+        dtype: number format to compute in; float32 on a CPU if not given. Sums are float32.
         memory: bytes that the sums may take beside the model and its activations; half of what is free on the device
-            where not given. Tensors whose sums fit together take one pass over the data; the file is the same.
-        overwrite: replace statistics that are there.
-        resume: go on with a run that was interrupted, with this or another `memory`.
+            if not given. Tensors whose sums fit together take one pass over the data; the file is the same.
+        overwrite: replace an existing file.
+        resume: continue a run that was interrupted, with this or another `memory`.
         progress: called with (examples done, examples in all), both counted over all passes.
         say: called with each note.
 

@@ -76,7 +76,7 @@ class Sweep:
         layout: of the plot.
         search: folders in which relative names are looked up after the working directory.
         text: the file's own text.
-        notes: what should be said to the user.
+        notes: notes and warnings for the user.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: where it stands on each axis that concerns it, and the recipe that this makes.
+    """One combination: its place on each axis that concerns it, and the recipe that results.
 
     Attributes:
         kind: grid; or what was added for comparison: undropped, single, base.

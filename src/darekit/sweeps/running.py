@@ -62,23 +62,23 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> SweepResult:
-    """Evaluate every cell of a sweep without writing a checkpoint; what is finished is kept, and is not done again.
+    """Evaluate every cell of a sweep without writing a checkpoint; finished cells are kept and not repeated.
 
     Args:
         source: a sweep file, its data, or a `Sweep`.
         out: directory for `cells.jsonl`, `tables.md`, `summary.json` and the plots. One that holds finished cells of
             another sweep is refused.
         jobs: processes; each holds one model.
-        threads: of the merging in each process.
-        device: cpu, cuda, mps; the fastest there is where not given.
-        dtype: what the model computes in.
+        threads: worker threads that merge in each process.
+        device: cpu, cuda or mps; the fastest available if not given.
+        dtype: number format to compute in; float32 on a CPU if not given.
         plots: draw them (needs matplotlib).
         overwrite: replace another sweep's tables; its cells stay.
         progress: called with (evaluations done, evaluations in all), without those found on disk.
         say: receives notes as they arise.
 
     Returns:
-        Every cell and what came of it.
+        Every cell and its outcome.
 
     Raises:
         DarekitError: the sweep cannot be run. A cell that fails is recorded, and does not stop the others.

@@ -23,12 +23,12 @@ OK, FAILED = "ok", "failed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one evaluation.
+    """The outcome of one evaluation.
 
     Attributes:
         status: ok or failed.
         scores: split -> name -> {value, stderr, higher_is_better}.
-        warnings: what was said meanwhile.
+        warnings: notes and warnings given during the run.
         error: why it failed; None where it did not.
         seconds: of the evaluation.
     """
@@ -45,8 +45,8 @@ class Finished:
     """A cell and its outcome.
 
     Attributes:
-        cell: what was evaluated.
-        outcome: what came of it.
+        cell: its place in the grid, and its recipe.
+        outcome: its scores, or why it failed.
         digest: of all that decides about the scores; cells of one digest are evaluated once.
     """
 
@@ -224,5 +224,5 @@ class SweepResult:
 
     @property
     def failed(self) -> tuple[Finished, ...]:
-        """The cells that came to nothing."""
+        """The cells that failed."""
         return tuple(one for one in self.finished if one.outcome.status == FAILED)
