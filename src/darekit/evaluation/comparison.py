@@ -171,7 +171,7 @@ def evaluate(
     show_bars: bool = False,
     say: Say | None = None,
 ) -> Comparison:
-    """Judge models, one after another, each merged in memory; nothing is written except what `out` and `samples` ask for.
+    """Judge models, one after another, each merged in memory; only `out` and `samples` write files.
 
     Args:
         models: a model directory, Hub id, pack, recipe file, recipe or its data, or several of them; or name -> model.

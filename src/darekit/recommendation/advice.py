@@ -235,7 +235,7 @@ def recommend(
         device: cpu, cuda or mps; the fastest available if not given.
         dtype: number format to compute in; float32 on a CPU if not given.
         threads: worker threads that read weights.
-        progress: called with a description of each step; returns a function that is called with (done, in all), or None.
+        progress: called with a description of each step; returns None, or a function called with (done, in all).
 
     Returns:
         Drop rates, predictions, and a recipe that drops each tensor at its own rate.
