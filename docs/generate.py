@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/methods.md and docs/cli.md from the table of methods and the command's own functions.
+"""Write docs/methods.md, docs/cli.md and docs/commands/*.md from the table of methods, the commands' own functions, and
+the examples in docs/commands.yaml.
 
 `make docs` writes them; `python docs/generate.py --check` exits with 1 where a file is stale (a test does the same).
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import typing
@@ -14,6 +16,7 @@ from enum import EnumType
 from pathlib import Path
 from typing import Any
 
+import yaml
 from typer.models import ArgumentInfo, OptionInfo
 
 from darekit import cli
@@ -31,7 +34,8 @@ from darekit.methods import (
 )
 from darekit.recipe.mergekit import LATER_METHODS, PRODUCTS
 
-DOCS = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
+DOCS = HERE  # where the pages go
 NOTICE = "<!-- Written by docs/generate.py from the code: change it there and run `make docs`. -->"
 
 METHODS_HEAD = """\
@@ -122,43 +126,99 @@ def _range(parameter: Parameter) -> str:
 
 
 CLI_HEAD = """\
-`dare --help` and `dare COMMAND --help` print the same. Results go to standard output; notes, errors and the progress
-bar go to standard error, and the bar appears only if that is a terminal.
+`dare COMMAND --help` prints what the command's page here says, without the examples. Results go to standard output;
+notes, errors and the progress bar go to standard error, and the bar appears only if that is a terminal.
 
 Exit codes: 0 done; 1 refused or failed, with the reason; 2 a mistake in the command itself; 130 interrupted."""
 
 
 def cli_page() -> str:
-    """The text of cli.md."""
+    """The text of cli.md: every command, and what it does."""
     lines = ["# The command line", "", NOTICE, "", CLI_HEAD, ""]
-    shown_panel = None
-    for panel, name, function in _commands():
-        if panel != shown_panel:
-            shown_panel = panel
-            lines += [f"## {panel}", ""]
-        arguments, options = [], []
-        for parameter, kind, info in _described(function):
-            if isinstance(info, ArgumentInfo):
-                arguments.append((parameter, kind, info))
-            else:
-                options.append((parameter, kind, info))
-        shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p, _, _ in arguments]
-        lines += [f"### `dare {name}`", "", " ".join((function.__doc__ or "").split()), ""]
-        lines += ["```", " ".join(["dare", name, *shown, "[OPTIONS]"]), "```", ""]
-        lines += [f"- `{word.strip('[]')}`: {info.help}" for word, (_, _, info) in zip(shown, arguments, strict=True)]
-        lines += [""] if arguments else []
-        lines += ["| option | default | |", "|---|---|---|"]
-        lines += [f"| {_option(p, kind, info)} | {_preset(p, kind)} | {info.help} |" for p, kind, info in options]
-        lines += [""]
+    for panel, members in cli.PANELS.items():
+        lines += [f"## {panel}", "", "| command | |", "|---|---|"]
+        for word in members:
+            summary = _text_of(cli.build_app(word), word)
+            lines.append(f"| [`dare {word}`](commands/{word}.md) | {summary} |")
+        lines.append("")
     return "\n".join(lines)
 
 
-def _commands() -> Iterator[tuple[str, str, Callable[..., Any]]]:
-    """Every command in the order of `dare --help`: its panel, full name and function."""
-    for panel, members in cli.PANELS.items():
-        for word in members:
-            app = cli.build_app(word)
-            yield from ((panel, name, function) for name, function in _members(app))
+def command_page(word: str) -> str:
+    """The text of one command's page: what it does, its examples, its arguments and options."""
+    app = cli.build_app(word)
+    lines = [f"# `dare {word}`", "", NOTICE, "", _text_of(app, word), ""]
+    members = [*_members(app)]
+    lines += [] if len(members) > 1 else [*_usage(*members[0]), ""]
+    runs = any("shown" not in example for example in _examples()[word])
+    lines += ["## Examples", "", *([EXAMPLES_HEAD, ""] if runs else [])]
+    for example in _examples()[word]:
+        lines += [example["says"], ""]
+        for name, text in example.get("save", {}).items():
+            lines += [
+                f"`{name}`:",
+                "",
+                f"<!-- save: {name} -->",
+                f"```{Path(name).suffix[1:]}",
+                text.rstrip(),
+                "```",
+                "",
+            ]
+        [(kind, marker)] = [(kind, marker) for kind, marker in MARKERS.items() if kind in example]
+        lines += [*([marker] if marker else []), "```sh", example[kind].rstrip(), "```", ""]
+    for name, function in members:
+        if len(members) > 1:
+            lines += [f"## `dare {name}`", "", _summary(function), "", *_usage(name, function), ""]
+        else:
+            lines += ["## Arguments and options", ""]
+        lines += [*_parameters_of(function), ""]
+    return "\n".join(lines)
+
+
+EXAMPLES_HEAD = "They run in the folder `demo/` that `make demo` leaves ([the demo](../demo.md))."
+MARKERS = {"run": "<!-- run -->", "hub": "<!-- run on the Hub -->", "shown": ""}
+
+
+@functools.cache
+def _examples() -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = yaml.safe_load((HERE / "commands.yaml").read_text(encoding="utf-8"))
+    words = [word for members in cli.PANELS.values() for word in members]
+    if set(found) != set(words):
+        raise SystemExit(f"commands.yaml and `dare --help` differ: {', '.join(sorted(set(found) ^ set(words)))}")
+    return found
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    return " ".join((function.__doc__ or "").split())
+
+
+def _text_of(app: Any, word: str) -> str:
+    """What `dare --help` says of a command."""
+    group = next((one for one in app.registered_groups if one.name == word), None)
+    return str(group.typer_instance.info.help) if group else _summary(app.registered_commands[0].callback)
+
+
+def _usage(name: str, function: Callable[..., Any]) -> list[str]:
+    shown = [_word(p) for p, _, info in _described(function) if isinstance(info, ArgumentInfo)]
+    return [f"Usage: `{' '.join(['dare', name, *shown, '[OPTIONS]'])}`"]
+
+
+def _word(parameter: inspect.Parameter) -> str:
+    return parameter.name.upper() if parameter.default is parameter.empty else f"[{parameter.name.upper()}]"
+
+
+def _parameters_of(function: Callable[..., Any]) -> list[str]:
+    """A list of a command's arguments, and a table of its options."""
+    described = list(_described(function))
+    lines = [f"- `{p.name.upper()}`: {info.help}" for p, _, info in described if isinstance(info, ArgumentInfo)]
+    lines += [""] if lines else []
+    lines += ["| option | default | |", "|---|---|---|"]
+    lines += [
+        f"| {_option(p, kind, info)} | {_preset(p, kind)} | {info.help} |"
+        for p, kind, info in described
+        if isinstance(info, OptionInfo)
+    ]
+    return lines
 
 
 def _members(app: Any, prefix: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -202,27 +262,40 @@ def _preset(parameter: inspect.Parameter, kind: Any) -> str:
     return f"`{getattr(parameter.default, 'value', parameter.default)}`"
 
 
-PAGES: dict[str, Callable[[], str]] = {"methods.md": methods_page, "cli.md": cli_page}
+def pages() -> dict[str, Callable[[], str]]:
+    """Every generated page, by its path in docs/."""
+    words = [word for members in cli.PANELS.values() for word in members]
+    return {
+        "methods.md": methods_page,
+        "cli.md": cli_page,
+        **{f"commands/{word}.md": functools.partial(command_page, word) for word in words},
+    }
 
 
 def stale() -> list[str]:
-    """Names of the pages on disk that are not what the code says now."""
-    return [
+    """Names of the pages on disk that are not what the code says now, or that nothing writes any more."""
+    found = [
         name
-        for name, page in PAGES.items()
+        for name, page in pages().items()
         if not (DOCS / name).is_file() or (DOCS / name).read_text(encoding="utf-8") != page()
     ]
+    left = [f"commands/{path.name}" for path in (DOCS / "commands").glob("*.md")]
+    return [*found, *sorted(set(left) - set(pages()))]
 
 
 def main() -> int:
-    """Write the stale pages; with --check only name them."""
+    """Write the stale pages and remove those of commands that are gone; with --check only name them."""
     found = stale()
     if "--check" in sys.argv[1:]:
         if found:
             sys.stderr.write(f"stale: {', '.join(found)}; run `make docs`\n")
         return 1 if found else 0
     for name in found:
-        (DOCS / name).write_text(PAGES[name](), encoding="utf-8")
+        if name in pages():
+            (DOCS / name).parent.mkdir(exist_ok=True)
+            (DOCS / name).write_text(pages()[name](), encoding="utf-8")
+        else:
+            (DOCS / name).unlink()
     return 0
 
 

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make site` does beyond mkdocs: links that leave docs/ (to source files, examples, README.md) lead nowhere on a
-site, so there they become the plain name of the file. On disk, and where the repository is browsed, they work."""
+"""What `make site` does beyond mkdocs.
+
+Links that leave docs/ (to source files, examples, README.md) lead nowhere on a site, so there they become the plain
+name of the file. On disk, and where the repository is browsed, they work. The page of each command gets its place in
+the navigation, below cli.md, which lists them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,32 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\[(?P<text>[^\]\n]+)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+
+
+COMMAND = re.compile(r"^\| \[`dare \w+`\]\((commands/\w+\.md)\)", re.M)
+
+
+def on_config(config: Any) -> Any:
+    """Called by mkdocs once: add the commands' pages to the navigation."""
+    pages = COMMAND.findall((ROOT / "docs" / "cli.md").read_text(encoding="utf-8"))
+    _add_after(config["nav"], "cli.md", pages)
+    return config
+
+
+def _add_after(nav: list[Any], page: str, pages: list[str]) -> None:
+    """Put pages behind another one, however deep that is.
+
+    >>> nav = [{"Home": "index.md"}, {"Reference": [{"Command line": ["cli.md"]}]}]
+    >>> _add_after(nav, "cli.md", ["commands/merge.md"])
+    >>> nav[1]
+    {'Reference': [{'Command line': ['cli.md', 'commands/merge.md']}]}
+    """
+    if page in nav:
+        nav[nav.index(page) + 1 : nav.index(page) + 1] = pages
+    for entry in nav:
+        for inner in entry.values() if isinstance(entry, dict) else ():
+            if isinstance(inner, list):
+                _add_after(inner, page, pages)
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:

@@ -63,11 +63,11 @@ DARE_LINE = re.compile(r"^(?:.*?(?:&&|[;|$(])[ \t]*)?[ \t]*(?:\w+=\S*[ \t]+)*(?:
 DOWNLOADS = "lm-eval fetches this task's questions from the Hub"
 NOT_RUN = {
     "dare --help": "exits by itself; test_cli.py and test_imports.py run it",
+    "dare demo": "trains for minutes; test_demo.py runs a smaller one",
     "dare eval wizardmath-13b merge.yaml --tasks gsm8k,MATH --batch-size 16 --out results": DOWNLOADS,
     "dare eval merge.yaml --tasks humaneval,mbpp": DOWNLOADS,
 }
 NOT_RUN_PAGES = {
-    "docs/cli.md": "usage lines that docs/generate.py writes from the commands themselves",
     "docs/paper/README.md": "`make paper` runs them in 25 CPU minutes and writes the page",
 }
 
@@ -280,11 +280,13 @@ def test_a_stale_page_is_noticed(tmp_path, monkeypatch):
     module = generator()
     monkeypatch.setattr(module, "DOCS", tmp_path)
     monkeypatch.setattr("sys.argv", ["generate.py", "--check"])
-    assert module.stale() == ["methods.md", "cli.md"] and module.main() == 1
+    assert module.stale()[:3] == ["methods.md", "cli.md", "commands/merge.md"] and module.main() == 1
     monkeypatch.setattr("sys.argv", ["generate.py"])
     assert module.main() == 0 and module.stale() == []
     (tmp_path / "cli.md").write_text("old")
-    assert module.stale() == ["cli.md"]
+    (tmp_path / "commands" / "gone.md").write_text("a command that was removed")
+    assert module.stale() == ["cli.md", "commands/gone.md"]
+    assert module.main() == 0 and module.stale() == [] and not (tmp_path / "commands" / "gone.md").exists()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -313,7 +315,11 @@ def test_make_has_the_targets_that_are_named():
 
 
 def test_options_that_are_named_exist():
-    known = set(re.findall(r"`(--?[a-z][a-z-]*)`", generator().cli_page())) | {"--help", "--version"} | OTHERS_FLAGS
+    known = (
+        set(re.findall(r"`(--?[a-z][a-z-]*)`", "".join(page() for page in generator().pages().values())))
+        | {"--help", "--version"}
+        | OTHERS_FLAGS
+    )
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         spans = [*re.findall(r"`([^`\n]*)`", text), *(block for kind, block, *_ in blocks(document) if kind == "sh")]

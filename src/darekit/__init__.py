@@ -120,8 +120,13 @@ if TYPE_CHECKING:
     from darekit.statistics.running import make_statistics
     from darekit.sweeps.running import sweep
 
+else:  # a type checker that saw this would believe every misspelt name
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"darekit.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'darekit' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return getattr(importlib.import_module(f"darekit.{_LAZY[name]}"), name)
+        raise AttributeError(f"module 'darekit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from darekit.errors import PlanError
 from darekit.planning.checks import check
@@ -18,15 +18,50 @@ from darekit.recipe import Recipe, read_recipe
 from darekit.recipe.single import drop_recipe
 
 if TYPE_CHECKING:
-    from darekit.output.publishing import Progress, Report
+    from darekit.output.publishing import Report
     from darekit.planning.plan import Plan
 
 SHARD_SIZE = 5_000_000_000  # bytes; what the Hub's tools write
 
 
+class WriteOptions(TypedDict, total=False):
+    """How to write an output: keyword arguments of `merge`, `drop` and `unpack`. None of them changes a weight.
+
+    Attributes:
+        threads: worker threads; the processors, at most 8, if not given.
+        shard_size: largest output file in bytes; 5 GB if not given.
+        overwrite: replace an existing output once the new one is complete.
+        resume: continue a run that was killed.
+        tile: elements of a tensor that are worked on at once; 65,536 if not given.
+        progress: called with (bytes done, bytes in all).
+        say: called with each note and warning as it arises.
+    """
+
+    threads: int | None
+    shard_size: int
+    overwrite: bool
+    resume: bool
+    tile: int | None
+    progress: Callable[[int, int], None] | None
+    say: Callable[[str], None] | None
+
+
+class RunOptions(WriteOptions, total=False):
+    """How to run a merge: keyword arguments of `merge` and `drop`, in addition to those of `WriteOptions`.
+
+    Attributes:
+        force: continue although the base looks wrong or too much is dropped.
+        allow_nonfinite: where an input has NaN or Inf, take the base's element; the only option that can change a
+            weight.
+    """
+
+    force: bool
+    allow_nonfinite: bool
+
+
 @dataclass(frozen=True)
 class Options:
-    """How to run, as opposed to what to compute: but for `allow_nonfinite` none of these changes a weight."""
+    """`RunOptions` with their defaults, as `run` takes them."""
 
     threads: int | None = None
     shard_size: int = SHARD_SIZE
@@ -35,8 +70,8 @@ class Options:
     force: bool = False
     allow_nonfinite: bool = False
     tile: int | None = None
-    progress: Progress | None = None
-    say: Callable[[str], None] | None = None  # receives notes and warnings as they arise
+    progress: Callable[[int, int], None] | None = None
+    say: Callable[[str], None] | None = None
 
 
 def merge(
@@ -45,24 +80,45 @@ def merge(
     *,
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> Report:
     """Merge models as a recipe says, from disk to disk, into a new model directory.
+
+    Tensors are streamed: memory does not grow with the models. The output appears when it is complete, never in part.
 
     Args:
         recipe: a recipe file, its data, or a `Recipe`.
         out: the directory to write; must not exist yet, unless `overwrite`.
         seed: replaces the recipe's seed.
-        settings: dotted overrides, as `{"parameters.lambda": 0.5}`.
-        **options: threads: int, shard_size: int in bytes, overwrite, resume, force, allow_nonfinite: bool, progress:
-            called with (bytes done, bytes in all), say: called with each note (see `Options`). To look without
-            running: `darekit.plan`.
+        settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`; for a `Recipe`, use `read_recipe`.
+        **options: how to run: threads, shard_size, overwrite, resume, force, allow_nonfinite, tile, progress, say
+            (see `RunOptions`).
+
+    Returns:
+        What was done: sizes, times, parameters kept per model, and the notes.
 
     Raises:
+        TypeError: an option that does not exist; the message names the closest one.
         DarekitError: see `darekit.errors`; nothing is published then.
+
+    Examples:
+        >>> report = dk.merge("recipe.yaml", "merged")
+        >>> report.tensors, report.parameters
+        (21, 23712)
+        >>> sorted(path.name for path in Path("merged").iterdir())
+        ['README.md', 'config.json', 'darekit.lock.json', 'darekit_recipe.yaml', 'model.safetensors',
+         'tokenizer.json', 'tokenizer_config.json']
+
+        The recipe may be data, and any setting can be overridden:
+
+        >>> recipe = {"base_model": "base", "models": ["math", "code"], "merge_method": "task_arithmetic"}
+        >>> report = dk.merge(recipe, "softer", settings={"parameters.lambda": 0.5}, threads=1)
+        >>> report.notes
+        ()
     """
+    chosen = options_of(options)
     found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed)
-    return run(found, Path(out), _options(options), search=search_path(recipe))
+    return run(found, Path(out), chosen, search=search_path(recipe))
 
 
 def plan(
@@ -74,22 +130,38 @@ def plan(
 ) -> Plan:
     """Plan a merge from headers alone, without running it: its steps, files, bytes, notes.
 
-    The plan can be printed and counted, and holds no file open: reading a tensor through it raises. Where tensors are
-    to be read, use it as a context manager, which opens its files and closes them on leaving::
-
-        with dk.plan("recipe.yaml") as plan:
-            embedding = plan.base.tensors["model.embed_tokens.weight"]
-            raw = np.empty(embedding.nbytes, np.uint8)
-            embedding.source.read_into(raw, 0)
+    The plan can be printed and counted, and holds no file open: reading a tensor through it raises. To read tensors,
+    use it as a context manager, which opens its files and closes them on leaving.
 
     Args:
         recipe: a recipe file, its data, or a `Recipe`.
         seed: replaces the recipe's seed.
-        settings: dotted overrides.
+        settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`.
         shard_size: largest output file in bytes.
+
+    Returns:
+        The plan.
 
     Raises:
         DarekitError: everything that can be foreseen about this merge.
+
+    Examples:
+        >>> plan = dk.plan("recipe.yaml")
+        >>> plan
+        <Plan: dare + task_arithmetic, 2 models, 21 steps, 23,712 parameters, 142 kB in, 49.5 kB out>
+        >>> for model in plan.summaries:
+        ...     print(f"{model.ref}: keeps {model.kept:,} of {model.parameters:,}")
+        math: keeps 5,279 of 23,712
+        code: keeps 5,279 of 23,712
+
+        Reading a tensor of the base, (vocabulary, width), as raw bytes:
+
+        >>> with dk.plan("recipe.yaml") as plan:
+        ...     embedding = plan.base.tensors["model.embed_tokens.weight"]
+        ...     raw = np.empty(embedding.nbytes, np.uint8)
+        ...     embedding.source.read_into(raw, 0)
+        >>> embedding.dtype, embedding.shape
+        ('BF16', (96, 32))
     """
     from darekit.planning.opening import open_plan
 
@@ -103,43 +175,69 @@ def drop(
     model: str | Path,
     out: str | Path,
     *,
-    drop_rate: float | str,
+    drop_rate: float | Literal["auto"],
     method: str = "dare",
-    rescale: str | None = None,
-    on: str = "delta",
+    rescale: Literal["paper", "l1", "none"] | None = None,
+    on: Literal["delta", "weights"] = "delta",
     keep_dense: Sequence[str] = (),
     seed: int | None = None,
-    vocab: str = "strict",
-    heads: str | None = None,
+    vocab: Literal["strict", "base", "pad"] = "strict",
+    heads: Literal["base", "model"] | None = None,
     parameters: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> Report:
     """Sparsify one model's delta: the paper's single-model operation, base + sparsified delta.
 
     Args:
         base: the checkpoint that `model` was fine-tuned from.
-        model: the fine-tuned model; its tokenizer goes with the output (the base's under `vocab: base`).
+        model: the fine-tuned model; the output gets its tokenizer (the base's under `vocab: base`).
         out: the directory to write.
         drop_rate: fraction dropped, in [0, 1]; or "auto": each tensor's own, from a sample of its delta.
         method: a sparsifier: dare, drop_only, magnitude, della, breadcrumbs.
-        rescale: paper, l1 or none; the method's default where not given.
+        rescale: paper, l1 or none; the method's default if not given.
         on: `delta`, or `weights` for the paper's counter-experiment.
         keep_dense: groups or glob patterns of tensors that are not dropped.
         seed: the mask's effective seed, used as it is.
         vocab: what to do with vocabularies that differ: strict, base or pad.
         heads: `base` or `model`: whose heads the output has, as they are; None: they are sparsified like the rest.
         parameters: further parameters of the sparsifier (window, gamma, q, tau).
-        **options: fields of `Options`.
+        **options: how to run: threads, shard_size, overwrite, resume, force, allow_nonfinite, tile, progress, say
+            (see `RunOptions`).
+
+    Returns:
+        What was done: sizes, times, parameters kept, and the notes.
+
+    Raises:
+        TypeError: an option that does not exist; the message names the closest one.
+        DarekitError: see `darekit.errors`; nothing is published then.
+
+    Examples:
+        >>> report = dk.drop("base", "math", "math-dropped", drop_rate=0.9, seed=42)
+        >>> report.kept, report.parameters
+        ({'math': 2359}, 23712)
+
+        Keep the largest tenth instead of a random one, and leave embeddings as they are:
+
+        >>> report = dk.drop(
+        ...     "base", "math", "math-largest", drop_rate=0.9, method="magnitude", keep_dense=["embeddings"]
+        ... )
+
+        A misspelt option is refused before anything is read:
+
+        >>> dk.drop("base", "math", "out", drop_rate=0.9, thread=2)
+        Traceback (most recent call last):
+        TypeError: 'thread' is not an option; did you mean 'threads'?; options: threads, ...
     """
+    chosen = options_of(options)
     recipe = drop_recipe(
         str(base), str(model), drop_rate=drop_rate, method=method, rescale=rescale, on=on, keep_dense=keep_dense,
         seed=seed, vocab=vocab, heads=heads, parameters=parameters,
     )  # fmt: skip
-    return run(recipe, Path(out), _options(options), search=())
+    return run(recipe, Path(out), chosen, search=())
 
 
-def _options(given: Mapping[str, Any]) -> Options:
-    """Keyword arguments of `merge` and `drop` -> options.
+def options_of(given: RunOptions | WriteOptions) -> Options:
+    """Keyword arguments of `merge`, `drop` and `unpack` -> options.
 
     Raises:
         TypeError: a name that is no option, or a size or a number of threads that is no positive integer.

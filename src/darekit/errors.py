@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can go wrong, as one tree.
 
-::
-
-    DarekitError            everything below; the command line prints its message and exits with 1
-    |- RecipeError          the recipe's text: unknown key, contradiction, value out of range
-    |- CheckpointError      one checkpoint cannot be read: not found, malformed, changed while it was read
-    |  '- Unsupported       it can be read, but not merged as it is: quantised, an adapter, pickled
-    |     '- HoldsPack      it is a pack, and stands where a checkpoint must
-    |- HomologyError        the checkpoints do not belong together: names, shapes, vocabulary, wrong base
-    |- PlanError            a parameter is impossible for these tensors
-    |- DataError            values: NaN, Inf, overflow of the output dtype, integer tensors that differ
-    '- OutputError          the output: exists, in use, disk full, cannot be resumed
+```text
+DarekitError            everything below; the command line prints its message and exits with 1
+|- RecipeError          the recipe's text: unknown key, contradiction, value out of range
+|- CheckpointError      one checkpoint cannot be read: not found, malformed, changed while it was read
+|  '- Unsupported       it can be read, but not merged as it is: quantised, an adapter, pickled
+|     '- HoldsPack      it is a pack, and stands where a checkpoint must
+|- HomologyError        the checkpoints do not belong together: names, shapes, vocabulary, wrong base
+|- PlanError            a parameter is impossible for these tensors
+|- DataError            values: NaN, Inf, overflow of the output dtype, integer tensors that differ
+'- OutputError          the output: exists, in use, disk full, cannot be resumed
+```
 
 Every message says what was found, what was expected, where, and what to do about it.
 """
@@ -22,7 +22,15 @@ from pathlib import Path
 
 
 class DarekitError(Exception):
-    """Base of every error that darekit raises on purpose."""
+    """Base of every error that darekit raises on purpose: one `except` for all of them.
+
+    Examples:
+        >>> try:
+        ...     dk.merge("recipe.yaml", "base")
+        ... except dk.DarekitError as error:
+        ...     print(type(error).__name__)
+        OutputError
+    """
 
 
 class RecipeError(DarekitError):

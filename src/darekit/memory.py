@@ -36,23 +36,40 @@ def merge_tensors(
     """Merge dicts of numpy arrays or torch tensors (read in place where they lie on the CPU) into a new dict.
 
     Args:
-        base: name -> array; None only for `linear`, `fisher`, `regmean`, and `slerp` between two models.
+        base: name -> array; None for methods that need no base: `linear`, `fisher`, `regmean`, and `slerp` between two
+            models.
         models: one dict per model, with the base's names and shapes.
         sparsify: what is done to each delta; None: nothing.
-        method: how the deltas are merged, `ties(keep=0.2)` or just a name; `linear()` where not given.
-        weights: one per model; 1 each where not given.
-        seeds: one effective seed per model, used as they are; derived from `sparsify.seed` where not given.
+        method: how the deltas are merged, `ties(keep=0.2)` or just a name; `linear()` if not given.
+        weights: one per model; 1 each if not given.
+        seeds: one effective seed per model, used as they are; derived from `sparsify.seed` if not given.
         statistics: for `fisher()` and `regmean()`, one per model: a file that `make_statistics` wrote of these very
             tensors; or a dict, name -> the tensor's diagonal Fisher (its shape), or the Gram X^T X of a linear
             layer's inputs, (in, in), for weights stored [out, in]. Tensors without are averaged. A dict's Grams count
             as they are: pass them divided by their tokens, or not.
-        dtype: output format (`bfloat16`, ...); each tensor's own where not given.
+        dtype: output format (`bfloat16`, ...); each tensor's own if not given.
         threads: worker threads.
         allow_nonfinite: take the base's element where an input has NaN or Inf.
 
     Returns:
         name -> array of the base's kind (torch tensors for torch tensors), with the bits that a merge of the same
         tensors on disk would write.
+
+    Raises:
+        RecipeError: a method or parameter that does not exist, or a value out of range.
+        CheckpointError: something that is not a dict of arrays, or a number format that is not supported.
+        HomologyError: the models' names or shapes are not the base's.
+        PlanError: a parameter is impossible for these tensors.
+        DataError: NaN or Inf in an input.
+
+    Examples:
+        >>> base = {"w": np.zeros(4, np.float32)}
+        >>> math = {"w": np.float32([0, 1, 0, 3])}
+        >>> code = {"w": np.float32([0, 0, 2, -1])}
+        >>> dk.merge_tensors(base, [math, code], method="task_arithmetic")
+        {'w': array([0., 1., 2., 2.], dtype=float32)}
+        >>> dk.merge_tensors(base, [math, code], sparsify=dk.dare(0.5, seed=5), method=dk.ties())
+        {'w': array([0., 2., 0., 6.], dtype=float32)}
     """
     from darekit.engine import execution
     from darekit.planning.plan import make_plan

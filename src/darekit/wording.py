@@ -20,6 +20,15 @@ def size_of(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def brief(one: object, words: str) -> str:
+    """What `repr` says of a large object: its kind, and what a person wants to know of it.
+
+    >>> brief(ValueError(), "math on base")
+    '<ValueError: math on base>'
+    """
+    return f"<{type(one).__name__}: {words}>"
+
+
 def label(ref: str) -> str:
     """A model's short name for tables and errors: the last part of its path or id."""
     return PurePath(ref).name or ref

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,7 +26,7 @@ from darekit.kernels import cpu
 from darekit.planning.alignment import AlignedTensor, align
 from darekit.planning.homology import R_LARGE, R_STOP, RULE_OF_THUMB, TAU, p_max, weighted_median
 from darekit.planning.opening import open_models
-from darekit.wording import label
+from darekit.wording import brief, label
 
 VOCABULARIES = ("strict", "base", "pad")
 
@@ -47,7 +47,18 @@ _COARSE_BITS = 9  # of a bin's index: a histogram has four bins for each power o
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One tensor (or all of them): how large its delta is. `deciles`: |delta| at 0, 10, ..., 100 %."""
+    """One tensor (or all of them): how large its delta is.
+
+    Attributes:
+        name: the tensor.
+        shape: its shape.
+        parameters: its elements.
+        r: ||delta|| / ||base||; infinite where the base has only zeros.
+        p_max: the largest drop rate that r allows.
+        zeros: fraction of the elements that fine-tuning left alone.
+        shares: limit -> fraction of the elements whose |delta| is below it.
+        deciles: |delta| at 0, 10, ..., 100 %.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -55,8 +66,8 @@ class TensorReport:
     r: float
     p_max: float
     zeros: float
-    shares: dict[str, float]
-    deciles: tuple[float, ...]
+    shares: dict[str, float] = field(repr=False)
+    deciles: tuple[float, ...] = field(repr=False)
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form; shares are fractions of the parameters."""
@@ -65,7 +76,12 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Histogram:
-    """|delta| of all elements that are not 0: `counts[i]` of them from `edges[i]` up to `edges[i + 1]`."""
+    """|delta| of all elements that are not 0: `counts[i]` of them from `edges[i]` up to `edges[i + 1]`.
+
+    Attributes:
+        edges: of the bins, ascending, one more than there are counts.
+        counts: elements in each bin.
+    """
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -77,8 +93,20 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The reports of all float tensors, their total, and the verdict: ok, large or wrong_base. `notes`: what was not
-    compared, and why."""
+    """One model's delta from its base, tensor by tensor.
+
+    Attributes:
+        base: as written.
+        model: as written.
+        tensors: the reports of all float tensors.
+        total: the same over all of them.
+        median_r: median of the tensors' r, weighted by their parameters.
+        recommended: the drop rate that it allows.
+        verdict: ok, large or wrong_base.
+        words: the verdict in a sentence.
+        histogram: of |delta| over all tensors.
+        notes: what was not compared, and why.
+    """
 
     base: str
     model: str
@@ -90,6 +118,12 @@ class Inspection:
     words: str
     histogram: Histogram
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief(
+            self, f"{self.model} on {self.base}: {self.verdict}, {len(self.tensors)} tensors, median r "
+            f"{self.median_r:.3g}, drop rate up to {self.recommended:.3g}",
+        )  # fmt: skip
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -110,12 +144,22 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several models of one base: each one's inspection, and how their deltas stand to each other."""
+    """Several models of one base: each one's inspection, and how their deltas relate to each other.
+
+    Attributes:
+        base: as written.
+        models: an inspection of each model, in order.
+        interference: every pair of models, and all of them together.
+        notes: what was not compared, and why.
+    """
 
     base: str
     models: tuple[Inspection, ...]
     interference: Interference
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief(self, f"{', '.join(one.model for one in self.models)} on {self.base}")
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -230,15 +274,32 @@ def inspect(
         models: the fine-tuned models: of one the result is an `Inspection`, of several a `Comparison`.
         vocab: of vocabularies that differ, as in a recipe: `strict` refuses them; under `base` and `pad` the rows that
             base and model share are compared (`pad` keeps the others as they are: they are no delta).
-        heads: whose heads a recipe would take as they are: `base`, `model` (where there is one) or one of the models
-            as written; nobody compares heads then. None: heads are compared where all are alike.
+        heads: whose heads a recipe would take as they are: `base`, `model` (if there is only one) or one of the models
+            as written; heads are not compared then. None: heads are compared if all have the same shapes.
         threads: worker threads.
         progress: called with (bytes done, bytes in all).
+
+    Returns:
+        For one model an `Inspection`, for several a `Comparison`.
 
     Raises:
         HomologyError: their tensors do not correspond.
         PlanError: `vocab` or `heads` is none of these words.
         DataError: NaN or Inf.
+
+    Examples:
+        >>> found = dk.inspect("base", "math")
+        >>> found
+        <Inspection: math on base: ok, 21 tensors, median r 0.0403, drop rate up to 0.961>
+        >>> most = max(found.tensors, key=lambda tensor: tensor.r)  # where fine-tuning changed most
+        >>> most.name, round(most.r, 3), round(most.p_max, 3)
+        ('model.layers.1.self_attn.o_proj.weight', 0.042, 0.957)
+
+        Several models, and the cosine between the first two deltas:
+
+        >>> both = dk.inspect("base", "math", "code")
+        >>> both.interference.pairs, [round(cosine, 3) for cosine in both.interference.mean_cosine]
+        (((0, 1),), [-0.007])
     """
     if not models:
         raise TypeError("inspect needs at least one model besides the base")

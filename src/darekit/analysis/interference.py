@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from darekit.wording import label
+from darekit.wording import brief, label
 
 TOGETHER = 0.1  # cosine from which two deltas are said to pull one way; far above what chance makes of large tensors
 
@@ -45,6 +45,9 @@ class TensorInterference:
     """One tensor (or all): every pair of models, and all of them together.
 
     Attributes:
+        name: the tensor.
+        shape: its shape.
+        parameters: its elements.
         pairs: in the order of `Comparison.pairs`.
         conflict: share of elements that some models raise and others lower.
         cancelled: 1 - sum |sum of deltas| / sum of |deltas|: how much of the models' changes a plain sum would lose.
@@ -66,8 +69,13 @@ class TensorInterference:
 class Interference:
     """All tensors, their total, and the verdict on each pair in words.
 
-    `mean_cosine` of each pair is the mean of the tensors' cosines weighted by their parameters; the total's cosine is
-    that of the whole deltas, in which tensors that moved far count most.
+    Attributes:
+        models: as written.
+        pairs: (i, j), places in `models`.
+        tensors: each tensor.
+        total: the whole deltas; in its cosine, tensors that moved far count most.
+        mean_cosine: of each pair, the mean of the tensors' cosines weighted by their parameters.
+        words: the verdict on each pair in a sentence.
     """
 
     models: tuple[str, ...]
@@ -76,6 +84,13 @@ class Interference:
     total: TensorInterference
     mean_cosine: tuple[float, ...]
     words: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        cosines = ", ".join(
+            f"{self.models[i]} and {self.models[j]} {mean:.3g}"
+            for (i, j), mean in zip(self.pairs, self.mean_cosine, strict=True)
+        )
+        return brief(self, f"mean cosine of {cosines}")
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""

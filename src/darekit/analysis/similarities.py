@@ -20,6 +20,7 @@ from darekit.methods import SPARSIFIERS
 from darekit.planning import checks
 from darekit.planning.opening import open_plan
 from darekit.recipe import Recipe, single
+from darekit.wording import brief
 
 METHODS = ("dare", "drop_only", "magnitude")
 
@@ -30,8 +31,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Curve:
-    """One sparsifier at one drop rate: mean cosine of each layer over tokens and seeds, and the standard deviation of
-    the seeds' means (0 for one)."""
+    """One sparsifier at one drop rate.
+
+    Attributes:
+        method: the sparsifier.
+        drop_rate: fraction dropped.
+        seeds: of the masks.
+        cosine: of each layer, the mean over tokens and seeds.
+        deviation: of each layer, the standard deviation of the seeds' means; 0 for one seed.
+    """
 
     method: str
     drop_rate: float
@@ -47,7 +55,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Similarity:
-    """What was compared, and a curve for each sparsifier and drop rate. `layers`: embeddings, 1, 2, ..."""
+    """What was compared, and a curve for each sparsifier and drop rate.
+
+    Attributes:
+        base: as written.
+        model: as written.
+        data: as written.
+        rows: of the data that were read.
+        tokens: in those rows.
+        layers: embeddings, 1, 2, ...
+        curves: one for each sparsifier and drop rate.
+    """
 
     base: str
     model: str
@@ -56,6 +74,10 @@ class Similarity:
     tokens: int
     layers: tuple[str, ...]
     curves: tuple[Curve, ...]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{curve.title}: {curve.cosine[-1]:.3f}" for curve in self.curves)
+        return brief(self, f"{self.model} on {self.base}, {self.tokens} tokens; cosine of the last layer: {shown}")
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -81,7 +103,7 @@ def similarity(
 ) -> Similarity:
     """Cosine between the hidden states of a fine-tuned model and of its sparsified versions, for each layer.
 
-    One model is built; its weights are replaced. The original's states wait in a temporary file: layers x tokens x
+    One model is built; its weights are replaced. The original's states are kept in a temporary file: layers x tokens x
     width x 4 bytes.
 
     Args:
@@ -95,13 +117,27 @@ def similarity(
         limit: rows of the data; None: all.
         batch_size: examples that run at once.
         max_length: tokens of one example.
-        device: cpu, cuda, mps; the fastest there is where not given.
-        dtype: what the model computes in.
+        device: cpu, cuda or mps; the fastest available if not given.
+        dtype: number format to compute in; float32 on a CPU if not given.
         progress: called with (examples done, examples in all) over all models.
         say: receives notes and warnings.
 
+    Returns:
+        A curve of cosines over the layers for each sparsifier and drop rate.
+
     Raises:
         DarekitError: see `darekit.errors`.
+
+    Examples:
+        >>> found = dk.similarity(
+        ...     "base", "math", data="sums.jsonl", drop_rate=0.9, methods=["dare", "magnitude"], device="cpu"
+        ... )
+        >>> found.layers
+        ('embeddings', '1', '2')
+        >>> for curve in found.curves:
+        ...     print(curve.title, [round(cosine, 2) for cosine in curve.cosine])
+        dare, p = 0.9 [0.99, 0.98, 0.98]
+        magnitude, p = 0.9 [1.0, 1.0, 1.0]
     """
     rates = [drop_rate] if isinstance(drop_rate, int | float) else list(drop_rate)
     runs = _runs(str(base), str(model), methods, rates, list(dict.fromkeys(seeds)), keep_dense)

@@ -17,6 +17,7 @@ from darekit.checkpoints.companions import Companions
 from darekit.checkpoints.files import InputFile
 from darekit.checkpoints.sources import Source, traits_of
 from darekit.dtypes import dtype_named
+from darekit.wording import brief, size_of
 
 SAMPLE_BYTES = 4096  # of each tensor; frozen, see `sample_digest`
 
@@ -27,9 +28,9 @@ class TensorInfo:
 
     Attributes:
         name: in this checkpoint.
-        dtype: the safetensors name.
-        shape: the dimensions.
-        source: where the bytes come from.
+        dtype: number format by its safetensors name, as BF16.
+        shape: its shape.
+        source: `read_into(buffer, offset)` fills a buffer of uint8 from that byte on.
         stored: the name that the tensor is stored under, where a view gave it another one.
     """
 
@@ -86,6 +87,10 @@ class Checkpoint:
         """All files that must stay open and unchanged: this checkpoint's own, and those that its sources name."""
         named = [file for info in self.tensors.values() for file in traits_of(info.source).files]
         return tuple(dict.fromkeys((*self.files, *named)))
+
+    def __repr__(self) -> str:
+        nbytes = sum(info.nbytes for info in self.tensors.values())
+        return brief(self, f"{self.ref}, {len(self.tensors)} tensors, {size_of(nbytes)}")
 
     def close(self) -> None:
         """Close all files that were opened for this checkpoint."""

@@ -31,6 +31,7 @@ from darekit.live.models import build, recipe_of
 from darekit.planning.opening import only_on_base, open_plan
 from darekit.planning.plan import Plan
 from darekit.recipe import Recipe
+from darekit.wording import brief
 
 KEPT = "evaluations.jsonl"  # one line for each model that is finished
 CLEAR = 2.0  # standard errors of the difference, from which on the best is called so
@@ -41,14 +42,23 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's scores, or why there are none. `details`: what lm-eval tells besides: versions, configs, results."""
+    """One model's scores, or why there are none.
+
+    Attributes:
+        model: its name.
+        scores: name -> score.
+        seconds: of the evaluation.
+        details: what else lm-eval reports: versions, configs, results.
+        error: why there are no scores; None where there are some.
+        kept: whether they are from an earlier run.
+    """
 
     model: str
     scores: Mapping[str, Score] = field(default_factory=dict)
     seconds: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
-    kept: bool = False  # from an earlier run
+    kept: bool = False
 
     def to_data(self) -> dict[str, Any]:
         """In JSON-able form."""
@@ -61,9 +71,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `evaluate` found, in the order of the models."""
+    """What `evaluate` found.
+
+    Attributes:
+        evaluations: one for each model, in order.
+    """
 
     evaluations: tuple[Evaluation, ...]
+
+    def __repr__(self) -> str:
+        return brief(self, f"{', '.join(one.model for one in self.evaluations)}; scores: {', '.join(self.names)}")
 
     @property
     def failed(self) -> bool:
@@ -153,33 +170,52 @@ def evaluate(
     show_bars: bool = False,
     say: Say | None = None,
 ) -> Comparison:
-    """Judge models, one after another, each merged in memory; nothing is written but what `out` and `samples` ask for.
+    """Judge models, one after another, each merged in memory; only `out` and `samples` write files.
 
     Args:
         models: a model directory, Hub id, pack, recipe file, recipe or its data, or several of them; or name -> model.
         judge: see `darekit.evaluation.judges`: `{data: FILE}`, `judge.py:function`, a Python function, a command, or
             name -> any of these.
-        tasks: of lm-eval, by name.
+        tasks: names of lm-eval tasks.
         data: files of JSON lines.
         base: the checkpoint that packs among the models were made against.
         include: folders with local tasks.
-        limit: questions of each task, rows of each file.
+        limit: use only this many questions of each task and rows of each file.
         batch_size: rows or questions at once.
         max_length: tokens of a row; longer ones are cut.
-        num_fewshot: examples before each question; the task's own number where not given.
+        num_fewshot: examples before each question; the task's own number if not given.
         chat_template: ask lm-eval's questions as the tokenizer's chat template says.
         trust_code: agree that tasks execute what the model writes.
-        device: cpu, cuda, mps; the fastest there is where not given.
-        dtype: what the models compute in; float32 on a CPU, else their own.
-        samples: a folder for what each model made of each row or question.
-        out: a folder for the results; models that are finished there are not judged again.
+        device: cpu, cuda or mps; the fastest available if not given.
+        dtype: number format to compute in; if not given, float32 on a CPU, else the models' own.
+        samples: a folder for each model's answer to each row or question.
+        out: a folder for the results; models that already have results there are not judged again.
         confirm: asked instead of `trust_code`, with the names of the tasks.
         progress: called with (rows done, rows in all) while a file is judged.
         show_bars: show lm-eval's own progress bars.
-        say: receives notes, and errors of models where others go on.
+        say: receives notes, and the errors of models that fail while others continue.
+
+    Returns:
+        Every model's scores, with their standard errors.
 
     Raises:
-        DarekitError: a judge or a model that cannot be, before anything is run; or the only model's failure.
+        DarekitError: a judge or model is invalid (found before anything runs), or the only model fails.
+
+    Examples:
+        A base, a model, and a merge that exists only in memory:
+
+        >>> found = dk.evaluate(["base", "math", "recipe.yaml"], data="sums.jsonl", device="cpu")
+        >>> found
+        <Comparison: base, math, recipe.yaml; scores: exact_match, loss>
+        >>> [round(score.value) for score in found.row("loss")]
+        [5, 5, 5]
+
+        Any function of the live model can judge:
+
+        >>> def parameters(live):
+        ...     return sum(weight.numel() for weight in live.model.parameters())
+        >>> dk.evaluate("math", judge=parameters, device="cpu").row("score")[0].value
+        23712.0
     """
     say = say or (lambda line: None)
     named = named_models(models, base)

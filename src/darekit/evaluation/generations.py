@@ -81,7 +81,7 @@ def answer(
     Args:
         live: a causal model.
         questions: what to ask.
-        prompt: a text with `{instruction}` in it; the tokenizer's chat template where not given, and where there is
+        prompt: a text with `{instruction}` in it; the tokenizer's chat template if not given, and where there is
             none the instruction alone.
         max_new_tokens: of an answer.
         batch_size: answers at once.
@@ -168,18 +168,27 @@ def generate(
         questions: a JSON list or JSON lines, with an instruction each.
         out: a file that ends in .json for one model; else a folder, with one file for each.
         base: the checkpoint that packs among the models were made against.
-        prompt: a text with `{instruction}` in it, for models that were tuned on one and have no chat template.
-        max_new_tokens: of an answer.
+        prompt: a template that contains `{instruction}`, for models tuned on one that have no chat template.
+        max_new_tokens: the longest answer.
         batch_size: answers at once.
-        limit: only the first questions.
-        overwrite: replace files that are there; else a finished file of the same questions is kept, others refused.
-        device: cpu, cuda, mps; the fastest there is where not given.
-        dtype: what the models compute in.
+        limit: ask only this many questions.
+        overwrite: replace existing files; otherwise a finished file for the same questions is kept, any other refused.
+        device: cpu, cuda or mps; the fastest available if not given.
+        dtype: number format to compute in; float32 on a CPU if not given.
         progress: called with (answers done, answers in all) of each model.
         say: receives notes.
 
+    Returns:
+        The files that were written, or were there already, in the order of the models.
+
     Raises:
-        DarekitError: see `darekit.errors`; the files of models that were finished stay.
+        DarekitError: see `darekit.errors`; files of finished models are kept.
+
+    Examples:
+        >>> [path] = dk.generate("math", "questions.json", "answers.json", max_new_tokens=4, device="cpu")
+        >>> import json
+        >>> [row["instruction"] for row in json.loads(path.read_text())]
+        ['what is zero plus one', 'what is one plus one']
     """
     say = say or (lambda line: None)
     if prompt is not None and INSTRUCTION not in prompt:

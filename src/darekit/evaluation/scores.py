@@ -19,8 +19,13 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One number about one model. `stderr`: its standard error, None where nobody knows it; `higher_is_better`: None
-    where it is neither."""
+    """One number about one model.
+
+    Attributes:
+        value: the number.
+        stderr: its standard error; None where it is unknown.
+        higher_is_better: None where it is neither.
+    """
 
     value: float
     stderr: float | None = None

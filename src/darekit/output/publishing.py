@@ -25,6 +25,7 @@ from darekit.output.companions import companions_of, write_companions
 from darekit.output.lock import LOCK_NAME, identity, make_lock, times_of
 from darekit.output.staging import Stage, open_stage
 from darekit.planning.plan import Plan
+from darekit.wording import brief, size_of
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -33,7 +34,20 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 @dataclass(frozen=True)
 class Report:
-    """What a finished merge did. Times in seconds: `seconds` is the engine, first read to last write."""
+    """What a finished merge, drop or unpack did.
+
+    Attributes:
+        output: the directory that was written.
+        seconds: of the engine, first read to last write.
+        fsync_seconds: until those bytes were on the disk.
+        bytes_read: of tensors, by the engine.
+        bytes_written: of weight files.
+        peak_rss_bytes: largest resident memory of the process.
+        tensors: of the output.
+        parameters: elements of the output.
+        kept: model -> elements of its delta that were not dropped.
+        notes: notes and warnings given during the run.
+    """
 
     output: str
     seconds: float
@@ -45,6 +59,12 @@ class Report:
     parameters: int
     kept: dict[str, int]
     notes: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        return brief(
+            self, f"{self.output}, {self.tensors} tensors, {self.parameters:,} parameters, "
+            f"{size_of(self.bytes_written)} written in {self.seconds:.3g} s",
+        )  # fmt: skip
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""

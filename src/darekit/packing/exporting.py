@@ -33,6 +33,7 @@ from darekit.packs.format import PackedTensor
 from darekit.packs.opening import open_base
 from darekit.packs.reading import Pack, open_pack
 from darekit.packs.workers import run_all
+from darekit.wording import brief, size_of
 
 FORMAT = "darekit-weight-patches"
 
@@ -47,7 +48,19 @@ SHARD_SIZE = 5_000_000_000
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported. `changed`: elements that the patches overwrite; `same`: tensors that need none."""
+    """What was exported.
+
+    Attributes:
+        output: the directory that was written.
+        target: vllm-patch or dense.
+        bytes: of all files.
+        tensors: of the model.
+        sparse: tensors of which some elements are patched.
+        dense: tensors that are patched as a whole.
+        same: tensors that need no patch.
+        changed: elements that the patches overwrite.
+        peak_rss_bytes: largest resident memory of the process.
+    """
 
     output: str
     target: str
@@ -58,6 +71,9 @@ class ExportReport:
     same: int
     changed: int
     peak_rss_bytes: int
+
+    def __repr__(self) -> str:
+        return brief(self, f"{self.output}, {self.target}, {self.tensors} tensors, {size_of(self.bytes)}")
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -83,16 +99,27 @@ def export(
         pack: the file, or its name on the Hub.
         out: the directory to write.
         to: vllm-patch (final values by name, shape, dtype and flat index) or dense (an ordinary model directory).
-        base: what it was packed against; where not given, the base that the pack names, if that is on the Hub.
+        base: what it was packed against; if not given, the base that the pack names, if that is on the Hub.
         shard_size: largest file, in bytes.
         threads: worker threads.
         overwrite: replace `out` once the new one is complete.
-        resume: continue a dense export that was killed; patches always begin anew.
+        resume: continue a dense export that was killed; patches always start over.
         progress: called with (bytes done, bytes in all).
         say: receives notes.
 
+    Returns:
+        What was written, and how much of it.
+
     Raises:
         DarekitError: see `darekit.errors`; nothing is published then.
+
+    Examples:
+        >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+        >>> report = dk.export("math.safetensors", "patches", to="vllm-patch", base="base")
+        >>> report.tensors, report.changed
+        (21, 2234)
+        >>> sorted(path.name for path in Path("patches").iterdir())
+        ['patches.json', 'sparse-00001.safetensors']
     """
     if to not in TARGETS:
         raise PlanError(f"a pack cannot be exported to {to!r}; targets: {', '.join(TARGETS)}")

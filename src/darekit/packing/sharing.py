@@ -24,7 +24,15 @@ PACK_SUFFIX = ".pack.safetensors"
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a pack went. `files`: those that were written; `commit`: on the Hub."""
+    """Where a pack went.
+
+    Attributes:
+        to: the repository or folder, as written.
+        url: of the repository; the folder's path.
+        files: those that were written.
+        bytes: of the pack.
+        commit: on the Hub; None in a folder.
+    """
 
     to: str
     url: str
@@ -39,7 +47,14 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Pulled:
-    """The pack that was fetched and checked, and what it needs."""
+    """The pack that was fetched and checked.
+
+    Attributes:
+        pack: the file.
+        bytes: of the file.
+        base: what the pack says of its base: ref, revision and digests.
+        tensors: of the model.
+    """
 
     pack: str
     bytes: int
@@ -67,17 +82,29 @@ def push(
     Args:
         pack: the file.
         to: org/name on the Hub, or a folder: one that is there, or a path that cannot be a Hub id (`./name`).
-        base_model: the base on the Hub, org/name or org/name@commit; where not given, what the pack says of it.
-        license: of the model, where the pack does not know it.
-        private: whether a new repository is.
-        new_card: replace a card that is already there.
-        message: of the commit.
+        base_model: the base on the Hub, org/name or org/name@commit; if not given, the one that the pack names.
+        license: the model's license, if the pack does not name it.
+        private: make a new repository private.
+        new_card: replace an existing model card.
+        message: commit message.
         say: receives notes.
+
+    Returns:
+        Where the pack and its card are now.
 
     Raises:
         PlanError: the base is not known by a Hub id.
         CheckpointError: the pack is damaged.
         OutputError: it cannot be written there.
+
+    Examples:
+        >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+        >>> dk.push("math.safetensors", "./share", base_model="org/base", license="apache-2.0").files
+        ('math.pack.safetensors', 'README.md')
+
+        To the Hub, in a repository that is made where it is missing:
+
+        >>> dk.push("math.safetensors", "me/math-pack", base_model="org/base")  # doctest: +SKIP
     """
     path = locate_pack(pack)
     with open_pack(path) as found:
@@ -125,13 +152,27 @@ def pull(
 
     Args:
         pack: org/name or org/name/FILE.safetensors on the Hub, perhaps with @revision; or a local folder or file.
-        out: the file to write, or a folder for it; the working directory where not given.
-        overwrite: replace a file that is there.
+        out: the file to write, or a folder for it; the working directory if not given.
+        overwrite: replace an existing file.
         progress: called with (bytes checked, bytes in all).
+
+    Returns:
+        The file, and what it needs.
 
     Raises:
         CheckpointError: there is no such pack, or it is damaged.
         OutputError: it cannot be written there.
+
+    Examples:
+        >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+        >>> pushed = dk.push("math.safetensors", "./share", base_model="org/base")
+        >>> pulled = dk.pull("./share", "fetched.safetensors")
+        >>> pulled.pack, pulled.base["ref"]
+        ('fetched.safetensors', 'base')
+
+        From the Hub, at one commit:
+
+        >>> dk.pull("me/math-pack@1a2b3c4")  # doctest: +SKIP
     """
     path = locate_pack(pack)
     open_pack(path).close()  # what is no pack is no matter of where to put it

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from darekit.api import Options
+from darekit.api import WriteOptions, options_of
 from darekit.checkpoints.digests import LEAF
 from darekit.errors import DataError
 from darekit.output.publishing import Report, execute
@@ -22,21 +22,32 @@ from darekit.recipe import read_recipe
 SHOWN = 5
 
 
-def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Any) -> Report:
+def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Unpack[WriteOptions]) -> Report:
     """Write the packed model as a directory of its own, with the bits that `dare drop` gives at the same seed.
 
     Args:
         base: the checkpoint that was packed against.
         pack: the file.
         out: the directory to write.
-        **options: threads, shard_size, overwrite, resume, progress, say; see `darekit.api.Options`.
+        **options: how to write: threads, shard_size, overwrite, resume, tile, progress, say (see `WriteOptions`).
+
+    Returns:
+        What was done: sizes, times and notes; `kept` is empty.
 
     Raises:
+        TypeError: an option that does not exist; the message names the closest one.
         HomologyError: another base.
         CheckpointError: the pack cannot be decoded.
         DataError: what it decodes to is not what was packed, because it or the base is damaged.
+
+    Examples:
+        >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+        >>> report = dk.unpack("base", "math.safetensors", "unpacked")
+        >>> dropped = dk.drop("base", "math", "dropped", drop_rate=0.9, seed=42)
+        >>> Path("unpacked/model.safetensors").read_bytes() == Path("dropped/model.safetensors").read_bytes()
+        True
     """
-    settings = Options(**options)
+    settings = options_of(options)
     checkpoint = open_base(base, pack)
     try:
         with open_pack(pack, base=checkpoint) as found:

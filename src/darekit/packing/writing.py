@@ -54,6 +54,7 @@ from darekit.planning.alignment import AlignedTensor
 from darekit.planning.opening import open_plan
 from darekit.planning.plan import Plan
 from darekit.recipe import single
+from darekit.wording import brief, size_of
 
 try:
     import fcntl
@@ -65,10 +66,22 @@ BITS = (64, 32, 16, 8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class PackReport:
-    """What a finished pack is. `ratio`: the model's bytes over the pack's.
+    """What a finished pack is.
 
-    Times in seconds, as of a merge: `seconds` from the first tensor read to the last byte written, without the plan;
-    `fsync_seconds` until those bytes are on the disk, under their name.
+    Attributes:
+        output: the file.
+        seconds: from the first tensor read to the last byte written, without the plan.
+        fsync_seconds: until those bytes were on the disk, under their name.
+        bytes: of the file.
+        model_bytes: of the model's tensors.
+        tensors: of the model.
+        same: tensors that are the base's to the bit.
+        parameters: elements of the model.
+        kept: elements that are stored.
+        seed: effective seed of the mask.
+        peak_rss_bytes: largest resident memory of the process.
+        notes: notes and warnings given during the run.
+        lossless: whether it holds the exact model.
     """
 
     output: str
@@ -84,6 +97,12 @@ class PackReport:
     peak_rss_bytes: int
     notes: tuple[str, ...] = ()
     lossless: bool = False
+
+    def __repr__(self) -> str:
+        return brief(
+            self, f"{self.output}, {size_of(self.bytes)}, {self.ratio:.3g} times smaller than the model, keeps "
+            f"{self.kept:,} of {self.parameters:,} parameters",
+        )  # fmt: skip
 
     @property
     def ratio(self) -> float:
@@ -126,15 +145,15 @@ def pack(
         drop_rate: fraction of the delta that is dropped, in [0, 1], or "auto": each tensor's own, from a sample of its
             delta; to be given unless `lossless`.
         tau: the noise that `auto` allows, relative to a layer's output.
-        lossless: store the exact model instead, bit for bit; bits, group, rescale and keep_dense mean nothing then.
-        bits: per kept element: 64, 32 or 16 (exact where the format has no more), 8, 4, 2 or 1.
-        dense_bits: the same for tensors that are not dropped; `bits` where not given, at least 4.
+        lossless: store the exact model instead, bit for bit; bits, group, rescale and keep_dense are ignored.
+        bits: per kept element: 64, 32 or 16 (exact if the model's format has no more), 8, 4, 2 or 1.
+        dense_bits: the same for tensors that are not dropped; `bits` if not given, at least 4.
         group: kept elements that share a scale, where bits are 8 or fewer.
         codec: what is done to the stored values of a tensor: none; zstd, wherever that is smaller; or auto, where it
             saves at least a twentieth. A lossless pack is always compressed.
         rescale: paper (kept deltas times 1/(1-p)) or none.
         keep_dense: groups or glob patterns of tensors that are not dropped.
-        seed: the mask's effective seed; derived from the model's content where not given, as `drop` does.
+        seed: the mask's effective seed; derived from the model's content if not given, as `drop` does.
         vocab: what to do with vocabularies that differ: strict refuses, base keeps the base's rows, with its tokenizer.
         threads: worker threads.
         overwrite: replace `out`.
@@ -142,8 +161,23 @@ def pack(
         progress: called with (bytes done, bytes in all).
         say: receives notes and warnings as they arise.
 
+    Returns:
+        The file's size, what it keeps, and the notes.
+
     Raises:
         DarekitError: see `darekit.errors`; nothing is written then.
+
+    Examples:
+        >>> report = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+        >>> report.kept, report.parameters
+        (2359, 23712)
+
+        The exact model, and a pack at four bits for each kept element:
+
+        >>> exact = dk.pack("base", "math", "exact.safetensors", lossless=True)
+        >>> small = dk.pack("base", "math", "small.safetensors", drop_rate=0.9, bits=4)
+        >>> exact.bytes > report.bytes > small.bytes
+        True
     """
     from darekit.machine import default_threads
 

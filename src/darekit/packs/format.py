@@ -61,10 +61,10 @@ class PackedTensor:
         kind: same (the base's bytes), delta (kept elements of it), lossless (changed bytes of it).
         drop_rate: of the mask; 0 keeps every element.
         encoding: of a delta's values.
-        group: kept elements that share a scale, counted anew in every leaf; 0 where there are no scales.
+        group: kept elements that share a scale, counted from the start of every leaf; 0 if there are no scales.
         kept: stored elements.
-        codec: zstd: the values stand in compressed frames, one per leaf.
-        values: format of the values within frames, by its safetensors name; empty where there are none.
+        codec: zstd: the values are stored in compressed frames, one per leaf.
+        values: format of the values within frames, by its safetensors name; empty if there are none.
         base: content digest of the base's tensor.
         result: content digest of the result.
         stored: digest of the parts, see `stored_digest`.

@@ -28,13 +28,19 @@ from darekit.packs.lane import READ_LEAVES, stored_room
 from darekit.packs.leaves import decode, number_for, take
 from darekit.packs.opening import locate_pack, open_base, refuse_swapped
 from darekit.packs.weights import Weight, refuse_shared, state_of, weight_of
+from darekit.wording import brief, size_of
 
 _DAMAGED = "what is stored does not have its digest: the pack is damaged; download it again"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What `verify` found wrong with one tensor."""
+    """What `verify` found wrong with one tensor.
+
+    Attributes:
+        tensor: its name.
+        words: what is wrong.
+    """
 
     tensor: str
     words: str
@@ -42,7 +48,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. `against_base`: whether results were compared, or only what is stored."""
+    """What `verify` found.
+
+    Attributes:
+        pack: the file.
+        against_base: whether results were compared, or only what is stored.
+        tensors: how many were checked.
+        faults: what is wrong; empty where nothing is.
+    """
 
     pack: str
     against_base: bool
@@ -66,7 +79,18 @@ class Pack:
     Attributes:
         path: the file.
         tensors: name -> what is stored of it.
-        base: the checkpoint it is bound to, None where there is none.
+        base: the checkpoint it is bound to; None if it is not.
+
+    Examples:
+        >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+        >>> with dk.open_pack("math.safetensors", base="base") as pack:
+        ...     kept = pack.info()["kept"]
+        ...     delta = pack.delta("model.layers.0.mlp.up_proj.weight")
+        ...     faults = pack.verify().faults
+        >>> kept, delta.shape, delta.dtype, int(np.count_nonzero(delta))
+        (2359, (48, 32), dtype('float32'), 147)
+        >>> faults
+        ()
     """
 
     def __init__(self, path: Path, source: PackFile, base: Checkpoint | None, owned: bool) -> None:
@@ -75,6 +99,10 @@ class Pack:
         self.tensors: Mapping[str, PackedTensor] = source.document.tensors
         if base is not None:
             bind(source, base)
+
+    def __repr__(self) -> str:
+        base = "bound to no base" if self.base is None else f"bound to {self.base.ref}"
+        return brief(self, f"{self.path}, {len(self.tensors)} tensors, {size_of(self._source.file.size)}, {base}")
 
     def __enter__(self) -> Self:
         return self
@@ -124,7 +152,7 @@ class Pack:
 
         Args:
             name: a tensor.
-            rows: of the first axis, without a step; all where not given. Only their leaves are read.
+            rows: of the first axis, without a step; all if not given. Only their leaves are read.
 
         Raises:
             PlanError: no such tensor, or an exact pack without its base.
@@ -153,8 +181,8 @@ class Pack:
 
         Args:
             tensors: name -> contiguous numpy array or torch tensor (on any device) with the base's values; or a torch
-                module. Tied tensors may stand there twice only where the pack has one of them. Names that the pack
-                lacks are left alone.
+                module. Tied tensors may be given twice only if the pack has one of them. Names that the pack lacks
+                are left alone.
             threads: worker threads.
 
         Raises:
@@ -385,15 +413,31 @@ class Pack:
 
 
 def open_pack(path: str | Path, base: str | Path | Checkpoint | None = None) -> Pack:
-    """Open a pack, and bind it to its base where one is given; nothing but headers and tables is read.
+    """Open a pack, and bind it to its base if one is given; only headers and tables are read.
 
     Args:
         path: the file, a folder that holds nothing else, or either on the Hub: org/name, org/name/FILE.safetensors.
         base: the checkpoint that it was packed against: directory, file, Hub id, or an open `Checkpoint`.
 
+    Returns:
+        The pack; close it, or use it in a `with` statement.
+
     Raises:
         CheckpointError: it is malformed or damaged, or of another version.
         HomologyError: another base.
+
+    Examples:
+        >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+        >>> with dk.open_pack("math.safetensors", base="base") as pack:
+        ...     print(pack)
+        <Pack: math.safetensors, 21 tensors, 18.3 kB, bound to base>
+
+        Turn the base's weights in memory into the packed model's, in place; a torch module will do as well:
+
+        >>> from safetensors.torch import load_file
+        >>> weights = load_file("base/model.safetensors")
+        >>> with dk.open_pack("math.safetensors") as pack:
+        ...     pack.apply_(weights)
     """
     try:
         return _open(path, base)

@@ -20,6 +20,7 @@ from darekit.packs.leaves import Indices
 from darekit.packs.reading import open_pack
 from darekit.packs.weights import Weight, state_of, weight_of
 from darekit.packs.workers import run_all
+from darekit.wording import brief
 
 
 @dataclass(slots=True)
@@ -59,20 +60,40 @@ class _Saved:
 
 
 class Switcher:
-    """A live model, on the CPU or any device of torch's, that takes one pack after another.
+    """A live model, on the CPU or any torch device, that takes one pack after another.
 
     What a pack overwrites is remembered in the host's memory (at p = 0.9 a fifth of a BF16 model's size), so that the
     base comes back bit for bit without reading it again; that memory is used again by the next pack, and free when the
     switcher is. A device's weights come to the host range by range, are changed there, and go back. Nobody else may
-    change the weights meanwhile, or move them: a model goes to its device first.
+    change or move the weights meanwhile: put the model on its device first.
 
     Args:
         model: a torch module, or name -> torch tensor or numpy array, with the base's weights.
         base: the checkpoint that they were loaded from.
         threads: worker threads.
 
+    Attributes:
+        model: as given.
+        threads: worker threads.
+        current: the pack that is on the weights; None for the base.
+
     Raises:
         HomologyError: the model does not have the base's weights.
+
+    Examples:
+        >>> from safetensors.torch import load_file
+        >>> for name in ("math", "code"):
+        ...     packed = dk.pack("base", name, f"{name}.safetensors", drop_rate=0.9)
+        >>> weights = load_file("base/model.safetensors")  # or a torch module
+        >>> before = weights["lm_head.weight"].clone()
+        >>> switcher = dk.Switcher(weights, "base")
+        >>> switcher.switch("math.safetensors")
+        >>> switcher.switch("code.safetensors")
+        >>> switcher
+        <Switcher: base, code.safetensors>
+        >>> switcher.switch(None)
+        >>> bool((weights["lm_head.weight"] == before).all())
+        True
     """
 
     def __init__(self, model: Mapping[str, Any] | Any, base: str | Path, *, threads: int | None = None) -> None:
@@ -90,6 +111,9 @@ class Switcher:
             self._refuse_other_weights()
         finally:
             self._base.close()
+
+    def __repr__(self) -> str:
+        return brief(self, f"{self._base.ref}, {self.current or 'no pack'}")
 
     def __enter__(self) -> Self:
         return self

@@ -35,6 +35,7 @@ from darekit.planning.rates import settle
 from darekit.planning.settings import Settings, is_float, settings_of
 from darekit.planning.steps import steps_of
 from darekit.recipe import Recipe
+from darekit.wording import brief, size_of
 
 if TYPE_CHECKING:
     from darekit.inputs.statistics import Statistics
@@ -44,7 +45,14 @@ SHARD_SIZE = 5_000_000_000
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What a plan does to one model. `kept` is the expected number of surviving elements."""
+    """What a plan does to one model.
+
+    Attributes:
+        ref: the model, as written.
+        seed: effective seed of its mask; None where nothing is drawn.
+        parameters: its float elements.
+        kept: expected number of surviving elements.
+    """
 
     ref: str
     seed: int | None
@@ -63,6 +71,22 @@ class Plan:
 
     What follows from headers (steps, shards, notes, costs) needs no open file; reading a tensor does. As a context
     manager a plan reopens its files where they are closed, and closes them on leaving.
+
+    Attributes:
+        recipe: what is to be done; a drop rate `auto` is resolved.
+        base: the base's checkpoint; None where the recipe has none.
+        models: the models' checkpoints, in the recipe's order.
+        alignment: which tensors of base and models belong together.
+        steps: one for each tensor of the output, independent of each other.
+        shards: the output's files, with every tensor's offset.
+        sample_digests: of the checkpoints, 16 bytes each; the base's first.
+        seeds: effective seed of each model's mask; None where nothing is drawn.
+        summaries: what is done to each model.
+        notes: notes and warnings for the user.
+        rates: of each model, what `drop_rate: auto` came to: tensor -> drop rate.
+        settings: by tensor, what holds for it and for each model in it: weights, drop rates, the method's parameters.
+        depths: which layer each tensor is in.
+        statistics: one of each model, where the method uses them.
     """
 
     recipe: Recipe
@@ -71,14 +95,22 @@ class Plan:
     alignment: Alignment
     steps: tuple[Step, ...]
     shards: tuple[Shard, ...]
-    sample_digests: tuple[bytes, ...]  # base first, where there is one
+    sample_digests: tuple[bytes, ...]
     seeds: tuple[int | None, ...]
     summaries: tuple[ModelSummary, ...]
     notes: tuple[str, ...]
-    rates: tuple[Mapping[str, float], ...]  # per model: what `drop_rate: auto` came to, by tensor
-    settings: Mapping[str, Settings]  # by tensor: what holds for it, and for each model in it
+    rates: tuple[Mapping[str, float], ...]
+    settings: Mapping[str, Settings]
     depths: Depths
-    statistics: tuple[Statistics, ...] = ()  # one of each model, where the method uses them
+    statistics: tuple[Statistics, ...] = ()
+
+    def __repr__(self) -> str:
+        sparsify = f"{self.recipe.sparsify.method} + " if self.recipe.sparsify else ""
+        models = "1 model" if len(self.models) == 1 else f"{len(self.models)} models"
+        return brief(
+            self, f"{sparsify}{self.recipe.merge_method}, {models}, {len(self.steps)} steps, "
+            f"{self.parameters:,} parameters, {size_of(self.bytes_in)} in, {size_of(self.bytes_out)} out",
+        )  # fmt: skip
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:

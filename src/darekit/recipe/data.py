@@ -13,7 +13,13 @@ from darekit.recipe.values import Value, to_data
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model: directory or Hub id as written, the parameters that are set for it alone, and its statistics file."""
+    """One model of a recipe.
+
+    Attributes:
+        model: directory, file or Hub id, as written.
+        parameters: those that are set for it alone; what is missing comes from the recipe.
+        stats: its statistics file, as written; None if it has none.
+    """
 
     model: str
     parameters: Mapping[str, Value]
@@ -22,7 +28,15 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class Sparsify:
-    """How each delta (or, `on` weights, each model) is made sparse; `parameters` holds only what was given."""
+    """How each delta (or, `on` weights, each model) is made sparse.
+
+    Attributes:
+        method: the sparsifier's name.
+        parameters: `drop_rate` and the sparsifier's own; only what was given.
+        on: `delta` or `weights`.
+        seed: the recipe seed from which each model's mask is derived.
+        keep_dense: groups or glob patterns of tensors that are not dropped.
+    """
 
     method: str
     parameters: Mapping[str, Value]
@@ -33,7 +47,21 @@ class Sparsify:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do, in native words and canonical names; knows no file. `dtype`: None keeps the base's."""
+    """What to do, in native words and canonical names; knows no file.
+
+    Attributes:
+        base_model: directory, file or Hub id, as written; None for a plain average of models.
+        models: the fine-tuned models, in order.
+        sparsify: what is done to each delta; None: nothing.
+        merge_method: the method's name.
+        parameters: the method's own; only what was given.
+        dtype: output format by its safetensors name; None keeps the base's.
+        vocab: what to do with vocabularies that differ: strict refuses, base cuts, pad keeps.
+        tokenizer_source: `base`, or the model whose tokenizer the output gets.
+        heads: whose heads the output has: `base`, or a model as written; None: heads are merged.
+        notes: notes and warnings for the user.
+        text: the file's own text.
+    """
 
     base_model: str | None
     models: tuple[ModelEntry, ...]
@@ -43,7 +71,7 @@ class Recipe:
     dtype: str | None = None
     vocab: Literal["strict", "base", "pad"] = "strict"
     tokenizer_source: str = "base"
-    heads: str | None = None  # whose heads the output has: "base", or a model as written; None: heads are merged
+    heads: str | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
     text: str = field(default="", compare=False, repr=False)
 

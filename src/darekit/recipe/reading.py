@@ -24,10 +24,31 @@ from darekit.recipe.words import AUTOMATIC, SPARSIFY_KEYS, Words, check_names, r
 def read_recipe(
     source: str | Path | Mapping[str, Any], *, settings: Mapping[str, Any] | None = None, seed: int | None = None
 ) -> Recipe:
-    """A YAML file, or the same as data -> recipe; `settings` are overrides by dotted path, `seed` of `sparsify.seed`.
+    """A YAML file, or the same as data -> recipe: strictly read, in native words, with every name checked.
+
+    Args:
+        source: a recipe file, or its data.
+        settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`; an empty value removes a key.
+        seed: replaces `sparsify.seed`.
+
+    Returns:
+        The recipe, inert: no model is opened.
 
     Raises:
         RecipeError: the text is not a recipe: the message names file, line and key, and what to write instead.
+
+    Examples:
+        >>> recipe = dk.read_recipe("recipe.yaml", settings={"parameters.lambda": 0.5}, seed=7)
+        >>> recipe.sparsify
+        Sparsify(method='dare', parameters={'drop_rate': 0.9}, on='delta', seed=7, keep_dense=('embeddings', 'norms'))
+        >>> dict(recipe.parameters)
+        {'lambda': 0.5}
+
+        A key that does not exist is an error, and so are values out of range:
+
+        >>> dk.read_recipe("recipe.yaml", settings={"sparsify.drop_rat": 0.5})
+        Traceback (most recent call last):
+        darekit.errors.RecipeError: ...
     """
     document = open_data(source) if isinstance(source, Mapping) else open_file(Path(source))
     document = override(document, settings or {}, seed)

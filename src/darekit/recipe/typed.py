@@ -5,27 +5,59 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from darekit.recipe import Sparsify
+
+On = Literal["delta", "weights"]
+Rescale = Literal["paper", "l1", "none"]
+ParameterValue = float | str | Sequence[Mapping[str, Any]]  # a number, a word, or a list of {filter, value}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method and its parameters, as in a recipe."""
+    """A merge method and its parameters, as in a recipe.
+
+    Attributes:
+        name: the method's name in recipes.
+        parameters: name in recipes -> value; what is missing has its default.
+    """
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sparsifier(
-    method: str, drop_rate: float, *, seed: int = 0, keep_dense: Sequence[str] = (), on: str = "delta", **more: Any
+    method: str,
+    drop_rate: float,
+    *,
+    seed: int = 0,
+    keep_dense: Sequence[str] = (),
+    on: On = "delta",
+    **parameters: ParameterValue,
 ) -> Sparsify:
-    """Any sparsifier of the table by name, with its parameters; the functions below are the same, typed."""
+    """Any sparsifier by name. `dare`, `drop_only`, `magnitude`, `della` and `breadcrumbs` are the same, typed.
+
+    Args:
+        method: a name that `dare methods` lists.
+        drop_rate: fraction of the elements that is dropped, in [0, 1].
+        seed: the recipe seed from which each model's mask is derived.
+        keep_dense: groups (embeddings, norms, biases, heads) or glob patterns of tensors that are not dropped.
+        on: `delta`, or `weights` to drop from the fine-tuned weights themselves.
+        **parameters: the sparsifier's own, by name: a number, a word, or a list of `{"filter": ..., "value": ...}`.
+            They are checked when the sparsifier is used.
+
+    Returns:
+        What `merge_tensors` takes as `sparsify`.
+
+    Examples:
+        >>> dk.sparsifier("della", 0.7, window=0.2).parameters
+        {'drop_rate': 0.7, 'window': 0.2}
+    """
     return Sparsify(
         method=method,
-        parameters={"drop_rate": drop_rate, **more},
-        on=on,  # type: ignore[arg-type]
+        parameters={"drop_rate": drop_rate, **parameters},  # type: ignore[dict-item]  # filters are read as data
+        on=on,
         seed=seed,
         keep_dense=tuple(keep_dense),
     )
@@ -35,24 +67,80 @@ def dare(
     drop_rate: float,
     *,
     seed: int = 0,
-    rescale: str = "paper",
+    rescale: Rescale = "paper",
     q: float = 0.0,
     keep_dense: Sequence[str] = (),
-    on: str = "delta",
+    on: On = "delta",
 ) -> Sparsify:
-    """DARE: random drop, survivors times 1/(1-p), or 1/q where q > 0. See `darekit.methods.sparsifiers.dare`."""
+    """DARE: drop elements at random and rescale the survivors, so that every element keeps its expectation.
+
+    The formula: `darekit.methods.sparsifiers.dare`.
+
+    Args:
+        drop_rate: fraction of the elements that is dropped, in [0, 1].
+        seed: the recipe seed from which each model's mask is derived.
+        rescale: `paper` multiplies survivors by 1/(1-p), `l1` by what restores the tensor's L1 norm, `none` by 1.
+        q: divide survivors by this instead of 1-p (DAREx), in (0, 1]; 0: as `rescale` says.
+        keep_dense: groups (embeddings, norms, biases, heads) or glob patterns of tensors that are not dropped.
+        on: `delta`, or `weights` to drop from the fine-tuned weights themselves.
+
+    Returns:
+        What `merge_tensors` takes as `sparsify`.
+
+    Examples:
+        >>> base = {"layer.weight": np.zeros(1000, np.float32)}
+        >>> tuned = {"layer.weight": np.ones(1000, np.float32)}
+        >>> merged = dk.merge_tensors(base, [tuned], sparsify=dk.dare(0.9, seed=42))
+        >>> values, counts = np.unique(merged["layer.weight"], return_counts=True)
+        >>> values.tolist(), counts.tolist()
+        ([0.0, 10.0], [905, 95])
+    """
     return sparsifier("dare", drop_rate, seed=seed, keep_dense=keep_dense, on=on, rescale=rescale, q=q)
 
 
-def drop_only(drop_rate: float, *, seed: int = 0, keep_dense: Sequence[str] = (), on: str = "delta") -> Sparsify:
-    """Random drop without rescale. See `darekit.methods.sparsifiers.drop_only`."""
+def drop_only(drop_rate: float, *, seed: int = 0, keep_dense: Sequence[str] = (), on: On = "delta") -> Sparsify:
+    """Drop elements at random and leave the survivors as they are: the paper's ablation.
+
+    The formula: `darekit.methods.sparsifiers.drop_only`. The mask is that of `dare` at the same seed.
+
+    Args:
+        drop_rate: fraction of the elements that is dropped, in [0, 1].
+        seed: the recipe seed from which each model's mask is derived.
+        keep_dense: groups (embeddings, norms, biases, heads) or glob patterns of tensors that are not dropped.
+        on: `delta`, or `weights` to drop from the fine-tuned weights themselves.
+
+    Returns:
+        What `merge_tensors` takes as `sparsify`.
+
+    Examples:
+        >>> base, tuned = {"w": np.zeros(8, np.float32)}, {"w": np.arange(8, dtype=np.float32)}
+        >>> dk.merge_tensors(base, [tuned], sparsify=dk.drop_only(0.5, seed=42))["w"]
+        array([0., 0., 0., 3., 0., 0., 6., 0.], dtype=float32)
+    """
     return sparsifier("drop_only", drop_rate, seed=seed, keep_dense=keep_dense, on=on)
 
 
 def magnitude(
-    drop_rate: float, *, rescale: str = "none", keep_dense: Sequence[str] = (), on: str = "delta"
+    drop_rate: float, *, rescale: Rescale = "none", keep_dense: Sequence[str] = (), on: On = "delta"
 ) -> Sparsify:
-    """Keep the largest magnitudes. See `darekit.methods.sparsifiers.magnitude`."""
+    """Drop the smallest magnitudes of each tensor; nothing is random.
+
+    The formula: `darekit.methods.sparsifiers.magnitude`. Of n elements, exactly n - int(p n) survive.
+
+    Args:
+        drop_rate: fraction p of the elements that is dropped, in [0, 1].
+        rescale: `none`, `paper` (survivors times 1/(1-p)), or `l1` (times what restores the tensor's L1 norm).
+        keep_dense: groups (embeddings, norms, biases, heads) or glob patterns of tensors that are not dropped.
+        on: `delta`, or `weights` to drop from the fine-tuned weights themselves.
+
+    Returns:
+        What `merge_tensors` takes as `sparsify`.
+
+    Examples:
+        >>> base, tuned = {"w": np.zeros(8, np.float32)}, {"w": np.arange(8, dtype=np.float32)}
+        >>> dk.merge_tensors(base, [tuned], sparsify=dk.magnitude(0.75))["w"]
+        array([0., 0., 0., 0., 0., 0., 6., 7.], dtype=float32)
+    """
     return sparsifier("magnitude", drop_rate, keep_dense=keep_dense, on=on, rescale=rescale)
 
 
@@ -61,51 +149,210 @@ def della(
     *,
     window: float = 0.14,
     seed: int = 0,
-    rescale: str = "paper",
+    rescale: Rescale = "paper",
     keep_dense: Sequence[str] = (),
-    on: str = "delta",
+    on: On = "delta",
 ) -> Sparsify:
-    """MAGPRUNE: small magnitudes drop more often. See `darekit.methods.sparsifiers.della`."""
+    """DELLA's MAGPRUNE: drop at random, small magnitudes of a row more often than large ones.
+
+    The formula: `darekit.methods.sparsifiers.della`.
+
+    Args:
+        drop_rate: mean fraction of the elements that is dropped, in [0, 1].
+        window: width of the range of keep probabilities across a row, in [0, 1].
+        seed: the recipe seed from which each model's mask is derived.
+        rescale: `paper` multiplies each survivor by 1 over its own keep probability, `l1` by what restores the
+            tensor's L1 norm, `none` by 1.
+        keep_dense: groups (embeddings, norms, biases, heads) or glob patterns of tensors that are not dropped.
+        on: `delta`, or `weights` to drop from the fine-tuned weights themselves.
+
+    Returns:
+        What `merge_tensors` takes as `sparsify`.
+
+    Examples:
+        >>> base, tuned = {"w": np.zeros(1000, np.float32)}, {"w": np.arange(1000, dtype=np.float32)}
+        >>> sparse = dk.merge_tensors(base, [tuned], sparsify=dk.della(0.5, window=0.8, seed=42))["w"]
+        >>> [int(np.count_nonzero(half)) for half in (sparse[:500], sparse[500:])]
+        [135, 356]
+    """
     return sparsifier("della", drop_rate, seed=seed, keep_dense=keep_dense, on=on, window=window, rescale=rescale)
 
 
 def breadcrumbs(
-    drop_rate: float, *, gamma: float = 0.01, rescale: str = "none", keep_dense: Sequence[str] = (), on: str = "delta"
+    drop_rate: float,
+    *,
+    gamma: float = 0.01,
+    rescale: Rescale = "none",
+    keep_dense: Sequence[str] = (),
+    on: On = "delta",
 ) -> Sparsify:
-    """Drop the largest and the smallest magnitudes. See `darekit.methods.sparsifiers.breadcrumbs`."""
+    """Model Breadcrumbs: drop the largest magnitudes of each tensor, and the smallest; nothing is random.
+
+    The formula: `darekit.methods.sparsifiers.breadcrumbs`.
+
+    Args:
+        drop_rate: fraction of the elements that is dropped in all, in [0, 1].
+        gamma: fraction of the elements that is dropped because they are the largest, in [0, 1].
+        rescale: `none`, `paper` (survivors times 1/(1-p)), or `l1` (times what restores the tensor's L1 norm).
+        keep_dense: groups (embeddings, norms, biases, heads) or glob patterns of tensors that are not dropped.
+        on: `delta`, or `weights` to drop from the fine-tuned weights themselves.
+
+    Returns:
+        What `merge_tensors` takes as `sparsify`.
+
+    Examples:
+        >>> base, tuned = {"w": np.zeros(8, np.float32)}, {"w": np.arange(8, dtype=np.float32)}
+        >>> dk.merge_tensors(base, [tuned], sparsify=dk.breadcrumbs(0.75, gamma=0.25))["w"]
+        array([0., 0., 0., 0., 4., 5., 0., 0.], dtype=float32)
+    """
     return sparsifier("breadcrumbs", drop_rate, keep_dense=keep_dense, on=on, gamma=gamma, rescale=rescale)
 
 
-def merge_method(name: str, **parameters: Any) -> Method:
-    """Any merge method of the table by name, with its parameters; the functions below are the same, typed."""
+def merge_method(name: str, **parameters: ParameterValue) -> Method:
+    """Any merge method by name. `linear`, `task_arithmetic`, `ties`, `fisher` and `regmean` are the same, typed.
+
+    Args:
+        name: a name that `dare methods` lists.
+        **parameters: the method's own, by their names in recipes: a number, a word, or a list of
+            `{"filter": ..., "value": ...}`. `lambda` is a word of Python's: pass `**{"lambda": 0.5}`. They are
+            checked when the method is used.
+
+    Returns:
+        What `merge_tensors` takes as `method`.
+
+    Examples:
+        >>> dk.merge_method("ties", keep=0.2)
+        Method(name='ties', parameters={'keep': 0.2})
+    """
     return Method(name, parameters)
 
 
 def linear(*, normalize: bool = True) -> Method:
-    """Weighted average of the models. See `darekit.methods.merging.linear`."""
+    """Weighted average of the models; the only method besides `fisher` and `regmean` that works without a base.
+
+    The formula: `darekit.methods.merging.linear`.
+
+    Args:
+        normalize: divide by the sum of the weights.
+
+    Returns:
+        What `merge_tensors` takes as `method`.
+
+    Examples:
+        >>> first, second = {"w": np.float32([0, 2])}, {"w": np.float32([4, 4])}
+        >>> dk.merge_tensors(None, [first, second], method=dk.linear())["w"]
+        array([2., 3.], dtype=float32)
+        >>> dk.merge_tensors(None, [first, second], method=dk.linear(), weights=[3, 1])["w"]
+        array([1. , 2.5], dtype=float32)
+    """
     return Method("linear", {"normalize": normalize})
 
 
 def task_arithmetic(*, lambda_: float = 1.0, normalize: bool = False) -> Method:
-    """Base + lambda times the weighted sum of the deltas. See `darekit.methods.merging.task_arithmetic`."""
+    """Task arithmetic: the base plus lambda times the weighted sum of the deltas.
+
+    The formula: `darekit.methods.merging.task_arithmetic`.
+
+    Args:
+        lambda_: scale of the merged delta.
+        normalize: divide by the sum of the weights.
+
+    Returns:
+        What `merge_tensors` takes as `method`.
+
+    Examples:
+        >>> base, first, second = {"w": np.float32([1, 1])}, {"w": np.float32([2, 1])}, {"w": np.float32([1, 3])}
+        >>> dk.merge_tensors(base, [first, second], method=dk.task_arithmetic(lambda_=0.5))["w"]
+        array([1.5, 2. ], dtype=float32)
+    """
     return Method("task_arithmetic", {"lambda": lambda_, "normalize": normalize})
 
 
-def ties(*, keep: float = 1.0, lambda_: float = 1.0, normalize: bool = True, trim: str = "tensor") -> Method:
-    """Trim to `keep`, elect signs, disjoint mean. See `darekit.methods.merging.ties`."""
+def ties(
+    *, keep: float = 1.0, lambda_: float = 1.0, normalize: bool = True, trim: Literal["tensor", "model"] = "tensor"
+) -> Method:
+    """TIES: trim each delta to its largest magnitudes, elect a sign for each element, average the deltas that agree.
+
+    The formula: `darekit.methods.merging.ties`.
+
+    Args:
+        keep: fraction of largest magnitudes that survives the trim, in [0, 1]; 1: no trim.
+        lambda_: scale of the merged delta.
+        normalize: take the mean of the deltas that agree; False: their sum.
+        trim: what is trimmed to `keep`: each `tensor`, or the whole `model`.
+
+    Returns:
+        What `merge_tensors` takes as `method`.
+
+    Examples:
+        >>> base = {"w": np.float32([0, 0, 0])}
+        >>> models = [{"w": np.float32([3, 1, 1])}, {"w": np.float32([1, -5, 1])}]
+        >>> dk.merge_tensors(base, models, method=dk.ties())["w"]
+        array([ 2., -5.,  1.], dtype=float32)
+    """
     return Method("ties", {"keep": keep, "lambda": lambda_, "normalize": normalize, "trim": trim})
 
 
 def slerp(t: float) -> Method:
-    """Along the arc from the base (`t` = 0) to one model (1). See `darekit.methods.spherical.slerp`."""
+    """Along the arc from the base to one model: norms are kept where a straight line would shorten them.
+
+    See `darekit.methods.spherical.slerp`.
+
+    Args:
+        t: how far to go, in [0, 1]: 0 is the base (or the first of two models), 1 the other model.
+
+    Returns:
+        the method, for `merge_tensors`.
+
+    Examples:
+        >>> base, model = {"w": np.float32([1, 0])}, {"w": np.float32([0, 1])}
+        >>> dk.merge_tensors(base, [model], method=dk.slerp(0.5))
+        {'w': array([0.70710677, 0.70710677], dtype=float32)}
+    """
     return Method("slerp", {"t": t})
 
 
 def fisher(*, minimal: float = 1e-6, normalize: bool = False) -> Method:
-    """Each element counts by its diagonal Fisher; takes `statistics`. See `darekit.methods.informed.fisher`."""
+    """Fisher merging: an average in which each element counts by its diagonal Fisher; needs `statistics`.
+
+    The formula: `darekit.methods.informed.fisher`.
+
+    Args:
+        minimal: added to every Fisher, so that elements without one are averaged.
+        normalize: divide each model's Fisher by its norm, so that no model outweighs the others.
+
+    Returns:
+        What `merge_tensors` takes as `method`.
+
+    Examples:
+        >>> first, second = {"w": np.float32([0, 0])}, {"w": np.float32([4, 4])}
+        >>> sure = [{"w": np.float32([1, 3])}, {"w": np.float32([1, 1])}]
+        >>> dk.merge_tensors(None, [first, second], method=dk.fisher(), statistics=sure)["w"].round(3)
+        array([2., 1.], dtype=float32)
+    """
     return Method("fisher", {"minimal": minimal, "normalize": normalize})
 
 
 def regmean(*, off_diagonal: float = 0.9, ridge: float = 1e-6, normalize: bool = True) -> Method:
-    """Least squares on each linear layer's inputs; takes `statistics`. See `darekit.methods.informed.regmean`."""
+    """RegMean: the linear layer whose outputs are closest to every model's own; needs `statistics`.
+
+    The formula: `darekit.methods.informed.regmean`. Tensors without statistics are averaged.
+
+    Args:
+        off_diagonal: factor of the Grams' off-diagonal elements, in [0, 1].
+        ridge: added to the diagonal, relative to its mean.
+        normalize: divide each Gram by its number of rows.
+
+    Returns:
+        What `merge_tensors` takes as `method`.
+
+    Examples:
+        >>> rng = np.random.default_rng(0)
+        >>> models = [{"w": rng.normal(size=(2, 3)).astype(np.float32)} for _ in range(2)]
+        >>> inputs = [rng.normal(size=(64, 3)).astype(np.float32) for _ in models]
+        >>> grams = [{"w": x.T @ x / len(x)} for x in inputs]
+        >>> merged = dk.merge_tensors(None, models, method=dk.regmean(off_diagonal=1.0), statistics=grams)
+        >>> merged["w"].shape
+        (2, 3)
+    """
     return Method("regmean", {"off_diagonal": off_diagonal, "ridge": ridge, "normalize": normalize})

@@ -25,7 +25,7 @@ from darekit.planning.opening import open_plan
 from darekit.planning.rates import MOST, rate_within, rounded_down, spend
 from darekit.recipe import Filtered, Filters, Recipe, Value
 from darekit.recipe.single import drop_recipe
-from darekit.wording import label
+from darekit.wording import brief, label
 
 if TYPE_CHECKING:
     from darekit.recommendation.calibration import Calibration, Layer
@@ -49,6 +49,9 @@ class TensorAdvice:
     """One tensor that may be dropped.
 
     Attributes:
+        name: the tensor.
+        shape: its shape.
+        parameters: its elements.
         r: ||dW|| / ||W||, over all elements.
         p_max: the largest drop rate within tau; by the layer's own inputs where they were seen, else by r.
         drop_rate: what the recipe says.
@@ -75,7 +78,14 @@ class TensorAdvice:
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """One tensor that is not dropped, and why."""
+    """One tensor that is not dropped.
+
+    Attributes:
+        name: the tensor.
+        parameters: its elements.
+        r: ||dW|| / ||W||.
+        reason: why it stays dense.
+    """
 
     name: str
     parameters: int
@@ -93,7 +103,25 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What may be dropped of `model`. `drop_rate`: the parameter-weighted median of the tensors' p_max."""
+    """What may be dropped of `model`.
+
+    Attributes:
+        base: as written.
+        model: as written.
+        tau: the relative perturbation that a layer's output may have.
+        drop_rate: median of the tensors' p_max, weighted by their parameters.
+        tensors: those that may be dropped.
+        dense: those that stay as they are.
+        verdict: ok, large or wrong_base, as of `inspect`.
+        words: the verdict in a sentence.
+        assumed: what the prediction takes for granted.
+        asked: the one rate that was to be judged.
+        budget: the fraction of elements that was to be kept.
+        recipe: drops each tensor at its own rate.
+        calibration: what the model's inputs said; None without data.
+        search: what was tried for DAREx's q; None where it was not searched.
+        notes: notes and warnings for the user.
+    """
 
     base: str
     model: str
@@ -104,12 +132,18 @@ class Recommendation:
     verdict: str
     words: str
     assumed: str
-    asked: float | None  # the one rate that was to be judged
+    asked: float | None
     budget: float | None
     recipe: Recipe
     calibration: Calibration | None = None
     search: Search | None = None
     notes: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        return brief(
+            self, f"{self.model} on {self.base}: drop rate {self.drop_rate:.3g}, keeps {round(self.kept):,} of "
+            f"{self.parameters:,} parameters, predicted perturbation {self.rho[0]:.3g}",
+        )  # fmt: skip
 
     @property
     def droppable(self) -> int:
@@ -185,26 +219,43 @@ def recommend(
     Args:
         base: the checkpoint that `model` was fine-tuned from.
         model: the fine-tuned model.
-        tau: the relative perturbation that a layer's output may have; 0.2 where not given, 0.1 with data.
+        tau: the relative perturbation that a layer's output may have; 0.2 if not given, 0.1 with data.
         drop_rate: judge this one rate for all tensors, instead of what tau allows.
         budget: keep this fraction of the elements that may be dropped, where it hurts least, instead of what tau
             allows.
-        data: JSON lines (or a data set's name) of text such as the model works on; its labels are not looked at.
+        data: JSON lines (or a data set's name) of text like what the model is used on; labels are ignored.
         search_q: with data: search the factor of DAREx's q.
         keep_dense: groups or globs of tensors that are not dropped.
         seed: the mask's effective seed, for the search and in the recipe.
-        vocab: what the recipe says of vocabularies that differ.
+        vocab: how the recipe treats vocabularies that differ: strict, base or pad.
         heads: `base` or `model`: whose heads the recipe takes as they are.
-        limit: rows of data.
-        batch_size: rows at once.
-        max_length: tokens of one row.
-        device: where the model runs.
-        dtype: what it computes in.
+        limit: rows of data that are read.
+        batch_size: rows that run at once.
+        max_length: tokens of one row; the rest is cut.
+        device: cpu, cuda or mps; the fastest available if not given.
+        dtype: number format to compute in; float32 on a CPU if not given.
         threads: worker threads that read weights.
-        progress: what is being done -> a function that is called with (done, in all).
+        progress: called with a description of each step; returns None, or a function called with (done, in all).
+
+    Returns:
+        Drop rates, predictions, and a recipe that drops each tensor at its own rate.
 
     Raises:
         DarekitError: see `darekit.errors`.
+
+    Examples:
+        >>> found = dk.recommend("base", "math")
+        >>> found
+        <Recommendation: math on base: drop rate 0.961, keeps 4,038 of 23,712 parameters, predicted perturbation 0.2>
+        >>> found.tensors[0].name, found.tensors[0].drop_rate
+        ('lm_head.weight', 0.9625)
+        >>> report = dk.merge(found.recipe, "math-dropped")
+
+        By a budget: keep a twentieth of what may be dropped, where it hurts least:
+
+        >>> found = dk.recommend("base", "math", budget=0.05)
+        >>> round(found.kept), found.parameters
+        (4257, 23712)
     """
     tau = (TAU if data is None else TAU_MEASURED) if tau is None else tau
     _check(tau=tau, drop_rate=drop_rate, budget=budget)

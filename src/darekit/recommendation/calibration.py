@@ -34,7 +34,14 @@ _CACHED = 1 << 30  # bytes of deltas that are kept from batch to batch; what is 
 
 @dataclass
 class Layer:
-    """Sums over all tokens that reached one linear layer: ||dW X||^2, S and ||W X||^2."""
+    """Sums over all tokens that reached one linear layer.
+
+    Attributes:
+        signal: ||dW X||^2.
+        spread: S = sum_ij dW_ij^2 ||X_j||^2, the square of the noise of dropping at p/(1-p) = 1.
+        output: ||W X||^2.
+        tokens: that reached it.
+    """
 
     signal: float = 0.0
     spread: float = 0.0
@@ -63,7 +70,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Layers by the name of their weight, and how much was read. `unreached`: linear layers that no token reached."""
+    """What a model's own inputs say of its linear layers.
+
+    Attributes:
+        layers: name of the weight -> what was seen.
+        rows: of the data that were read.
+        tokens: in those rows.
+        unreached: linear layers that no token reached.
+    """
 
     layers: Mapping[str, Layer]
     rows: int

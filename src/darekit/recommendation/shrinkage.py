@@ -23,7 +23,13 @@ LIKELIEST = 256  # outputs of each position that are compared one by one; the ot
 
 @dataclass(frozen=True)
 class Search:
-    """What was tried. `changes`: k -> mean change of the outputs; `best`: the k of the least change."""
+    """What was tried for DAREx's q = k (1 - p).
+
+    Attributes:
+        changes: k -> mean change of the outputs.
+        best: the k of the least change.
+        measure: how outputs were compared.
+    """
 
     changes: Mapping[float, float]
     best: float

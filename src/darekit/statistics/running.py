@@ -28,7 +28,7 @@ from darekit.planning.plan import Plan
 from darekit.statistics.budget import bytes_of_sums, grouped, settled
 from darekit.statistics.passes import EMPIRICAL, LABELS, FisherPass, GramPass, Pass
 from darekit.statistics.staging import Stage
-from darekit.wording import size_of
+from darekit.wording import brief, size_of
 
 MAX_LENGTH = 2048  # tokens of an example, where neither the model nor the caller asks for less
 SAVE_SECONDS = 30.0  # between two savings of an unfinished pass, more where a saving takes long
@@ -46,8 +46,22 @@ Progress = Callable[[int, int], None]  # examples done, examples in all, over al
 
 @dataclass(frozen=True)
 class StatisticsReport:
-    """What a finished run did. `mean`: of a Fisher, over all its elements; None for Grams. `passes`: over the data.
-    `memory`: bytes that the sums might take, and `sums_bytes`: that they took at most."""
+    """What a finished run did.
+
+    Attributes:
+        output: the file.
+        kind: fisher or gram.
+        examples: of the data that were read.
+        tokens: in those examples.
+        tensors: that have statistics.
+        bytes: of the file.
+        seconds: of all passes.
+        mean: of a Fisher, over all its elements; None for Grams.
+        passes: over the data.
+        memory: bytes that the sums might take.
+        sums_bytes: bytes that they took at most.
+        notes: notes and warnings given during the run.
+    """
 
     output: str
     kind: str
@@ -61,6 +75,12 @@ class StatisticsReport:
     memory: int
     sums_bytes: int
     notes: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        return brief(
+            self, f"{self.kind} of {self.tensors} tensors from {self.examples} examples, {self.output}, "
+            f"{size_of(self.bytes)}",
+        )  # fmt: skip
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -87,7 +107,7 @@ def make_statistics(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> StatisticsReport:
-    """Make what `fisher` or `regmean` must know of a model, from data (needs torch).
+    """Collect the statistics that `fisher` or `regmean` needs of a model, from data (needs torch).
 
     Args:
         kind: fisher or gram.
@@ -96,22 +116,34 @@ def make_statistics(
         out: the `.safetensors` file to write.
         labels: fisher: empirical (the data's), sampled (the model's own, drawn) or exact (expectation over a
             classifier's labels, or a regressor's normal distribution).
-        seed: of what is drawn.
-        limit: only the first rows.
-        split: of a dataset.
-        max_length: tokens of one example; the model's own limit, 2048 at most, where not given.
+        seed: for sampled labels.
+        limit: read only this many rows.
+        split: which split of a dataset to read.
+        max_length: tokens of one example; the model's own limit, 2048 at most, if not given.
         batch_size: gram: examples at once. A Fisher takes one at a time.
-        device: cpu, cuda, mps; the fastest there is where not given.
-        dtype: what the model computes in; sums are float32.
+        device: cpu, cuda or mps; the fastest available if not given.
+        dtype: number format to compute in; float32 on a CPU if not given. Sums are float32.
         memory: bytes that the sums may take beside the model and its activations; half of what is free on the device
-            where not given. Tensors whose sums fit together take one pass over the data; the file is the same.
-        overwrite: replace statistics that are there.
-        resume: go on with a run that was interrupted, with this or another `memory`.
+            if not given. Tensors whose sums fit together take one pass over the data; the file is the same.
+        overwrite: replace an existing file.
+        resume: continue a run that was interrupted, with this or another `memory`.
         progress: called with (examples done, examples in all), both counted over all passes.
         say: called with each note.
 
+    Returns:
+        What was read and written.
+
     Raises:
         DarekitError: see `darekit.errors`; what was finished is kept for `resume`.
+
+    Examples:
+        >>> for name in ("math", "code"):
+        ...     report = dk.make_statistics("gram", name, "sums.jsonl", f"{name}.gram.safetensors", device="cpu")
+        >>> report.examples, report.tensors
+        (8, 9)
+        >>> models = [{"model": name, "stats": f"{name}.gram.safetensors"} for name in ("math", "code")]
+        >>> dk.merge({"models": models, "merge_method": "regmean"}, "merged").tensors
+        21
     """
     out = Path(out)
     _check_arguments(kind, model, labels, batch_size, max_length)

@@ -17,8 +17,13 @@ UNDROPPED = "nothing dropped"  # what is said of a cell beside which a drop rate
 
 @dataclass(frozen=True)
 class Point:
-    """One place on an axis: what it is called, the settings that it stands for (None takes a key away), and which
-    judges are asked there (None: all)."""
+    """One place on an axis.
+
+    Attributes:
+        label: what it is called.
+        settings: dotted key -> value; None removes a key.
+        judges: those that are asked there; None: all.
+    """
 
     label: Any
     settings: Mapping[str, Any]
@@ -27,7 +32,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing that is varied. `setting`: the dotted key whose values its points are; None: its points have names."""
+    """One thing that is varied.
+
+    Attributes:
+        name: of the axis.
+        points: the places on it.
+        setting: the dotted key whose values its points are; None: its points have names.
+    """
 
     name: str
     points: tuple[Point, ...]
@@ -36,7 +47,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the plot shows where; None: chosen by what the axes are."""
+    """What the plot shows where; None: chosen by what the axes are.
+
+    Attributes:
+        x: the axis from left to right.
+        lines: the axis with a line for each point.
+        score: the score that is drawn.
+        title: of the plot.
+    """
 
     x: str | None = None
     lines: str | None = None
@@ -46,7 +64,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file says. `recipe`: a file, or a recipe's data; `judges`: split -> name -> what judges."""
+    """What a sweep file says.
+
+    Attributes:
+        name: of the sweep.
+        recipe: a file, or a recipe's data.
+        axes: every combination of their points is a cell.
+        seeds: of the masks.
+        judges: split (validation, test) -> name -> what judges.
+        choose: the validation score by which settings are chosen.
+        layout: of the plot.
+        search: folders in which relative names are looked up after the working directory.
+        text: the file's own text.
+        notes: notes and warnings for the user.
+    """
 
     name: str
     recipe: Path | Mapping[str, Any]
@@ -62,7 +93,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: where it stands on each axis that concerns it, and the recipe that this makes.
+    """One combination: its place on each axis that concerns it, and the recipe that results.
 
     Attributes:
         kind: grid; or what was added for comparison: undropped, single, base.

@@ -61,23 +61,48 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> SweepResult:
-    """Evaluate every cell of a sweep without writing a checkpoint; what is finished is kept, and is not done again.
+    """Evaluate every cell of a sweep without writing a checkpoint; finished cells are kept and not repeated.
 
     Args:
         source: a sweep file, its data, or a `Sweep`.
         out: directory for `cells.jsonl`, `tables.md`, `summary.json` and the plots. One that holds finished cells of
             another sweep is refused.
         jobs: processes; each holds one model.
-        threads: of the merging in each process.
-        device: cpu, cuda, mps; the fastest there is where not given.
-        dtype: what the model computes in.
+        threads: worker threads that merge in each process.
+        device: cpu, cuda or mps; the fastest available if not given.
+        dtype: number format to compute in; float32 on a CPU if not given.
         plots: draw them (needs matplotlib).
         overwrite: replace another sweep's tables; its cells stay.
         progress: called with (evaluations done, evaluations in all), without those found on disk.
         say: receives notes as they arise.
 
+    Returns:
+        Every cell and its outcome.
+
     Raises:
         DarekitError: the sweep cannot be run. A cell that fails is recorded, and does not stop the others.
+
+    Examples:
+        >>> sweep = {
+        ...     "recipe": "recipe.yaml",
+        ...     "axes": {"sparsify.drop_rate": [0.5, 0.9]},
+        ...     "seeds": [1],
+        ...     "validation": {"sums": {"data": "sums.jsonl"}},
+        ... }
+        >>> result = dk.sweep(sweep, "rates", device="cpu", plots=False)
+        >>> for one in result.finished:
+        ...     print(one.cell.title, one.outcome.status)
+        sparsify.drop_rate=0 ok
+        sparsify.drop_rate=0.5 seed=1 ok
+        sparsify.drop_rate=0.9 seed=1 ok
+        single math ok
+        single code ok
+        base base ok
+
+        Every score is there, and in `rates/tables.md`:
+
+        >>> sorted(result.finished[0].outcome.scores["validation"])
+        ['sums/exact_match', 'sums/loss']
     """
     from darekit.sweeps.reports import write_reports
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from darekit.errors import OutputError
 from darekit.sweeps.data import SPLITS, Cell, Sweep
+from darekit.wording import brief
 
 CELLS, TABLES, SUMMARY = "cells.jsonl", "tables.md", "summary.json"
 PLOTS = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("png", "svg"))
@@ -22,7 +23,15 @@ OK, FAILED = "ok", "failed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one evaluation. `scores`: split -> name -> {value, stderr, higher_is_better}."""
+    """The outcome of one evaluation.
+
+    Attributes:
+        status: ok or failed.
+        scores: split -> name -> {value, stderr, higher_is_better}.
+        warnings: notes and warnings given during the run.
+        error: why it failed; None where it did not.
+        seconds: of the evaluation.
+    """
 
     status: str
     scores: Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -33,7 +42,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Finished:
-    """A cell and its outcome."""
+    """A cell and its outcome.
+
+    Attributes:
+        cell: its place in the grid, and its recipe.
+        outcome: its scores, or why it failed.
+        digest: of all that decides about the scores; cells of one digest are evaluated once.
+    """
 
     cell: Cell
     outcome: Outcome
@@ -187,7 +202,15 @@ def _lock(descriptor: int, out: Path) -> None:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All cells of a sweep with their outcomes, in the order of the grid. `notes`: what was added, reused, cut off."""
+    """All cells of a sweep with their outcomes.
+
+    Attributes:
+        sweep: what was run.
+        out: the directory of the results.
+        finished: the cells, in the order of the grid.
+        notes: what was added, reused or dropped.
+        seconds: of the whole run.
+    """
 
     sweep: Sweep
     out: Path
@@ -195,7 +218,11 @@ class SweepResult:
     notes: tuple[str, ...]
     seconds: float
 
+    def __repr__(self) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        return brief(self, f"{self.sweep.name}, {len(self.finished)} cells{failed}, results in {self.out}")
+
     @property
     def failed(self) -> tuple[Finished, ...]:
-        """The cells that came to nothing."""
+        """The cells that failed."""
         return tuple(one for one in self.finished if one.outcome.status == FAILED)
