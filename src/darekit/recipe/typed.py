@@ -296,13 +296,13 @@ def ties(
 def slerp(t: float) -> Method:
     """Along the arc from the base to one model: norms are kept where a straight line would shorten them.
 
-    See `darekit.methods.spherical.slerp`.
+    The formula: `darekit.methods.spherical.slerp`.
 
     Args:
         t: how far to go, in [0, 1]: 0 is the base (or the first of two models), 1 the other model.
 
     Returns:
-        the method, for `merge_tensors`.
+        What `merge_tensors` takes as `method`.
 
     Examples:
         >>> base, model = {"w": np.float32([1, 0])}, {"w": np.float32([0, 1])}
