@@ -307,7 +307,7 @@ def slerp(t: float) -> Method:
     Examples:
         >>> base, model = {"w": np.float32([1, 0])}, {"w": np.float32([0, 1])}
         >>> dk.merge_tensors(base, [model], method=dk.slerp(0.5))
-        {'w': array([0.70710677, 0.70710677], dtype=float32)}
+        {'w': array([0.7071..., 0.7071...], dtype=float32)}
     """
     return Method("slerp", {"t": t})
 
