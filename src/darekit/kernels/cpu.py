@@ -419,6 +419,19 @@ def survey_bf16(base_raw, raw, first, fine, scratch):
 
 
 @kernel
+def _add_four(one, other, lanes):
+    """(4 SUMS,) each -> their products, added to `lanes`, (SUMS,) float64, in order of the index: of sums that wait in
+    registers a quarter is loaded and stored."""
+    one0, one1, one2, one3 = one[:SUMS], one[SUMS : 2 * SUMS], one[2 * SUMS : 3 * SUMS], one[3 * SUMS :]
+    other0, other1, other2, other3 = other[:SUMS], other[SUMS : 2 * SUMS], other[2 * SUMS : 3 * SUMS], other[3 * SUMS :]
+    for k in range(SUMS):
+        found = lanes[k] + np.float64(one0[k]) * np.float64(other0[k])
+        found += np.float64(one1[k]) * np.float64(other1[k])
+        found += np.float64(one2[k]) * np.float64(other2[k])
+        lanes[k] = found + np.float64(one3[k]) * np.float64(other3[k])
+
+
+@kernel
 def products(rows, count, start, leaf, sums, totals):
     """(R, count or more) float32 or float64: elements start .. start + count of a tensor -> the products of each two
     rows (0 0, 0 1, ..., 1 1, ...) in float64, added to `sums`, (pairs, SUMS), by the element's index.
@@ -429,14 +442,19 @@ def products(rows, count, start, leaf, sums, totals):
     while done < count:
         place = start + done
         first = place % SUMS
-        here = min(SUMS - first, count - done)
+        many = 4 if first == 0 and count - done >= 4 * SUMS and place % leaf + 4 * SUMS <= leaf else 1
+        here = min(many * SUMS - first, count - done)
         pair = 0
         for i in range(rows.shape[0]):
             one = rows[i, done : done + here]
             for j in range(i, rows.shape[0]):
-                other, lanes = rows[j, done : done + here], sums[pair, first : first + here]
-                for k in range(here):
-                    lanes[k] += np.float64(one[k]) * np.float64(other[k])
+                other = rows[j, done : done + here]
+                if many == 4:
+                    _add_four(one, other, sums[pair])
+                else:
+                    lanes = sums[pair, first : first + here]
+                    for k in range(here):
+                        lanes[k] += np.float64(one[k]) * np.float64(other[k])
                 pair += 1
         done += here
         if (start + done) % leaf == 0:

@@ -42,10 +42,12 @@ PRODUCTS: dict[str, Product] = {
     "della_linear": Product("della", "task_arithmetic", normalize=False),
 }
 
-LATER_METHODS: tuple[str, ...] = (
-    "nuslerp", "multislerp", "karcher", "passthrough", "sce", "model_stock", "nearswap", "arcee_fusion",
+_METHODS = (
+    "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "sce", "model_stock", "nearswap", "arcee_fusion",
     "ram", "ramplus_tl",
 )  # fmt: skip
+
+LATER_METHODS: tuple[str, ...] = tuple(name for name in _METHODS if name not in MERGE_METHODS)
 
 LATER_KEYS: dict[str, str] = {
     "slices": "stacking of layer ranges; whole models go under `models:`",
