@@ -23,6 +23,9 @@ PARALLEL = 0.9995  # |cosine| from which two tensors are interpolated along the 
 NORM_TINY = 1e-8  # norms up to it count as 1, as mergekit has it: such a tensor has no direction
 
 
+DENOMINATOR_TINY = 1e-6  # of Model Stock's t, as mergekit has it
+
+
 def slerp(
     products: Products,
     *,
@@ -44,3 +47,21 @@ def slerp(
         return np.array([1 - t, t])
     angle = math.acos(cosine)
     return np.array([math.sin((1 - t) * angle), math.sin(t * angle)]) / math.sin(angle)
+
+
+def model_stock(products: Products) -> Coefficients:
+    """Towards the average of the models only as far as they agree: the more their deltas point in different
+    directions, the nearer the result stays to the base.
+
+    Source: Model Stock (arXiv 2403.19522), section 4: t average + (1 - t) base, t = N c / (1 + (N - 1) c), for N
+    models whose deltas have the mean cosine c; the base where 1 + (N - 1) c vanishes.
+    """
+    many = products.shape[-1]
+    norms = np.sqrt(np.diagonal(products, axis1=-2, axis2=-1))
+    sizes = norms[..., :, None] * norms[..., None, :]
+    first, second = np.triu_indices(many, 1)
+    cosines = (products / np.where(sizes > 0, sizes, 1.0))[..., first, second]
+    mean = cosines.mean(axis=-1) if many > 1 else np.ones(products.shape[:-2])  # one model agrees with itself
+    below = 1 + (many - 1) * mean
+    ratio = np.where(np.abs(below) < DENOMINATOR_TINY, 0.0, many * mean / np.where(below == 0, 1.0, below))
+    return np.repeat(ratio[..., None] / many, many, axis=-1)
