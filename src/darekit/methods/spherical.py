@@ -2,8 +2,9 @@
 """Merge methods that are sums of their inputs, with coefficients that depend only on how the inputs lie to each other.
 
 Each takes `products`, (R, R) float64: the inner products of a tensor's R rows, which are the models or the deltas as
-the table says (the base first, where it takes part), and returns the rows' coefficients, (R,) float64. The engine
-measures the products and adds up the rows: a method here never sees a tensor.
+the table says (the base first, where it takes part), and returns the rows' coefficients, (R,) float64. Where the table
+has `per_row` for it, it takes (..., R, R) and returns (..., R). The engine measures the products and adds up the rows:
+a method here never sees a tensor.
 """
 
 from __future__ import annotations
