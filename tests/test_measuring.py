@@ -18,7 +18,7 @@ from darekit.checkpoints import ArrayBytes
 from darekit.dtypes import DTYPES
 from darekit.engine import execution, measuring, tiles
 from darekit.engine.steps import Input, Step
-from darekit.errors import CheckpointError, DataError, PlanError
+from darekit.errors import CheckpointError, DataError, PlanError, RecipeError
 from darekit.methods import MERGE_METHODS, MergeMethod
 from darekit.planning.plan import make_plan
 from darekit.recipe import read_recipe
@@ -369,6 +369,58 @@ def test_rows_are_cut_into_spans(monkeypatch):
     spans = execution.Job([step], 65536).spans
     assert spans == [(0, 196608), (196608, 393216), (393216, 460800)]
     assert all(begin % 1536 == begin % 65536 == 0 for begin, _ in spans)
+
+
+# --- model_stock
+
+
+def stock(base, models):
+    """(n,) base, N models -> the formula in float64, over pairs of models; n is the tensor, or one row of it."""
+    base, *models = (np.asarray(x).astype(np.float64).reshape(-1) for x in (base, *models))
+    deltas, n = [m - base for m in models], len(models)
+    lengths = [math.sqrt(math.fsum(d * d)) for d in deltas]
+    cosines = [
+        math.fsum(deltas[i] * deltas[j]) / (lengths[i] * lengths[j]) if lengths[i] * lengths[j] else 0.0
+        for i in range(n) for j in range(i)
+    ]  # fmt: skip
+    c = sum(cosines) / len(cosines)
+    t = n * c / (1 + (n - 1) * c) if abs(1 + (n - 1) * c) >= 1e-6 else 0.0
+    return t * sum(models) / n + (1 - t) * base
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
+@pytest.mark.parametrize("filter_wise", [False, True])
+@pytest.mark.parametrize("k", [2, 3])
+def test_model_stock_is_the_formula(dtype, filter_wise, k):
+    rng = np.random.default_rng(21)
+    for shape in ((1,), (65,), (1025,), (3, 1), (130, 517), (2, 5, 64), (0,)):
+        common, base = rng.normal(size=shape), rng.normal(size=shape).astype(DTYPES[dtype].numpy)
+        models = [(base.astype(np.float64) + common + 2 * rng.normal(size=shape)).astype(base.dtype) for _ in range(k)]
+        found = dk.merge_tensors(
+            {"w": base}, [{"w": m} for m in models], method=dk.merge_method("model_stock", filter_wise=filter_wise),
+            threads=2,
+        )["w"]  # fmt: skip
+        if not base.size:
+            continue
+        cut = (-1, shape[-1] if filter_wise else base.size)
+        rows = zip(base.reshape(cut), *(m.reshape(cut) for m in models), strict=True)
+        expected = np.concatenate([stock(b, ms) for b, *ms in rows])
+        scale = max(np.abs(x.astype(np.float64)).max() for x in (base, *models, expected))
+        np.testing.assert_allclose(
+            found.astype(np.float64).reshape(-1), expected, rtol=CLOSE[dtype], atol=4 * CLOSE[dtype] * scale
+        )
+
+
+def test_model_stock_of_models_that_cancel_or_agree():
+    base, (model,) = oracle.family(np.random.default_rng(22), (40, 30), "F32", k=1, scale=0.1)
+    opposite = base - (model - base)
+    how = {"method": dk.merge_method("model_stock")}
+    same_bits(dk.merge_tensors({"w": base}, [{"w": model}, {"w": opposite}], **how)["w"], base)
+    np.testing.assert_allclose(
+        dk.merge_tensors({"w": base}, [{"w": model}, {"w": model}], **how)["w"], model, rtol=1e-6, atol=1e-7
+    )
+    with pytest.raises(RecipeError, match="model_stock takes at least two models besides base_model, found 1"):
+        dk.merge_tensors({"w": base}, [{"w": model}], **how)
 
 
 # --- from disk to disk

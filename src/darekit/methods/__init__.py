@@ -145,6 +145,7 @@ MERGE_METHODS: dict[str, MergeMethod] = {
             matrix=informed.gram_memory,
         ),
         MergeMethod(spherical.slerp, models=(1, 1), products="models", base_row=True),
+        MergeMethod(spherical.model_stock, models=(2, float("inf")), products="deltas", per_row="filter_wise"),
     )
 }  # fmt: skip
 
