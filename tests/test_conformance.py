@@ -336,3 +336,14 @@ def test_trim_after_dare_follows_the_papers_order():
         "w", base, models, seeds=SEEDS, sparsify=("dare", {"drop_rate": 0.5}), method="ties", keep=0.2
     )
     same_bits(merged, expected)
+
+
+@pytest.mark.parametrize("rescale", ["paper", "l1", "none"])
+def test_the_typed_dare_takes_every_rescale(rescale):
+    """Its default q of 0 stands for no q at all."""
+    base, model = {"w": np.zeros(4000, np.float32)}, {"w": np.ones(4000, np.float32)}
+    merged = dk.merge_tensors(base, [model], sparsify=dk.dare(0.5, rescale=rescale), method="task_arithmetic")["w"]
+    kept = merged[merged != 0]
+    assert 1800 < kept.size < 2200
+    expected = {"paper": 2.0, "l1": 4000 / kept.size, "none": 1.0}[rescale]
+    assert np.allclose(kept, expected, rtol=1e-6)

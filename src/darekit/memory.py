@@ -15,7 +15,7 @@ from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import DTYPES, Bytes, DType, dtype_of, is_torch
 from darekit.errors import CheckpointError, PlanError
 from darekit.inputs.statistics import FISHER, Statistics, open_statistics
-from darekit.methods import MERGE_METHODS
+from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.recipe import Sparsify, read_recipe
 from darekit.recipe.typed import Method, linear
 
@@ -93,9 +93,12 @@ def merge_tensors(
     data |= {"base_model": "base"} if base is not None else {}
     data |= {"dtype": dtype} if dtype is not None else {}
     if sparsify is not None:
+        chosen = SPARSIFIERS.get(sparsify.method)
+        defaults = {name: one.default for name, one in chosen.parameters.items()} if chosen else {}
         data["sparsify"] = {
             "method": sparsify.method,
-            **sparsify.parameters,
+            # Defaults go without saying: beside another rescale, a q of 0 would count as a second one.
+            **{name: value for name, value in sparsify.parameters.items() if value != defaults.get(name)},
             "on": sparsify.on,
             "seed": sparsify.seed,
             "keep_dense": list(sparsify.keep_dense),
