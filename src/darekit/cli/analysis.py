@@ -28,12 +28,13 @@ def inspect(
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the deltas into this folder, as PNG and SVG.")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="A row for every tensor, not every kind.")] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Show how far models are from BASE, how much can be dropped, and how several pull against each other."""
     with errors_told():
-        from darekit.cli import display, display_analysis
+        from darekit.cli import display, display_inspect
         from darekit.inspection import inspect as inspect_models
 
         if plot is not None:
@@ -49,7 +50,7 @@ def inspect(
             from darekit.plots.inspections import draw_inspection
 
             drawn = draw_inspection(found, plot)
-        display_analysis.show_inspections(found, drawn, as_json=as_json)
+        display_inspect.show_inspections(found, drawn, tensors=tensors, as_json=as_json)
 
 
 def similarity(
