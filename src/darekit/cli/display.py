@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from darekit.cli import tables
 from darekit.quantities import size_of
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from darekit.planning import Plan
     from darekit.running import Report
     from darekit.statistics.running import StatisticsReport
+
+
+GLOBS = 4  # names of tensors that are shown for an entry of keep_dense
 
 
 def say_note(line: str) -> None:
@@ -38,10 +43,21 @@ def count_of(count: float) -> str:
     return f"{count:.3g} B"
 
 
+def time_of(seconds: float) -> str:
+    """A duration for people.
+
+    >>> time_of(1.594), time_of(75.2), time_of(3725)
+    ('1.59 s', '1 min 15 s', '1 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 @contextmanager
 def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error with bytes and rate (or a count of `unit`) and time left; nothing where that is no
-    terminal."""
+    """A bar on standard error with the time left and bytes and rate, or a count of `unit`; none without a terminal."""
     if quiet:
         yield None
         return
@@ -66,8 +82,9 @@ def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterato
     if unit is not None:
         counts = (MofNCompleteColumn(), TextColumn(unit))
     with Progress(
-        TextColumn(label), BarColumn(), *counts, TimeRemainingColumn(), console=console, transient=True
-    ) as progress:
+        TextColumn(label), BarColumn(bar_width=None), *counts, TimeRemainingColumn(compact=True), TextColumn("left"),
+        console=console, transient=True, expand=console.width <= 100,
+    ) as progress:  # fmt: skip
         task = progress.add_task(label, total=None)
 
         def advance(done: int, total: int) -> None:
@@ -78,37 +95,36 @@ def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterato
 
 
 def show_report(report: Report, *, as_json: bool) -> None:
-    """What a finished merge did."""
+    """What a finished merge wrote, and what it took."""
     if as_json:
         print(json.dumps(report.to_data()))
         return
-    rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
     print(
-        f"{report.output}: {report.tensors} tensors, {count_of(report.parameters)} parameters, "
-        f"{size_of(report.bytes_written)} in {report.seconds:.2f} s ({size_of(rate)}/s, "
-        f"{size_of(report.peak_rss_bytes)} of memory)"
+        f"Wrote {report.output}: {size_of(report.bytes_written)}, {counted(report.tensors, 'tensor')}, "
+        f"{count_of(report.parameters)} parameters"
     )
-    for model, kept in report.kept.items():
-        share = 100 * kept / report.parameters if report.parameters else 0
-        print(f"  {model}: {count_of(kept)} of its deltas kept ({share:.3g} %)")
+    kept = [f"{model} {100 * kept / max(1, report.parameters):.3g} % ({count_of(kept)})"
+            for model, kept in report.kept.items()]  # fmt: skip
+    rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
+    tables.print_facts([
+        ("kept", ", ".join(kept) + (" of its delta" if len(kept) == 1 else " of their deltas" if kept else "")),
+        ("took", f"{time_of(report.seconds)} at {size_of(rate)}/s, {size_of(report.peak_rss_bytes)} of memory at most"),
+    ])  # fmt: skip
 
 
 def show_statistics(report: StatisticsReport, *, as_json: bool) -> None:
-    """What a pass over data did."""
+    """What a pass over data wrote, and what it took."""
     if as_json:
         print(json.dumps(report.to_data()))
         return
-    print(
-        f"{report.output}: {report.kind} of {_plural(report.tensors, 'tensor')}, {count_of(report.examples)} examples, "
-        f"{count_of(report.tokens)} tokens, {size_of(report.bytes)} in {report.seconds:.2f} s"
-    )
+    print(f"Wrote {report.output}: {report.kind} of {counted(report.tensors, 'tensor')}, {size_of(report.bytes)}")
     passes = "1 pass" if report.passes == 1 else f"{report.passes} passes"
-    print(
-        f"  {passes} over the data, with {size_of(report.sums_bytes)} of sums in memory "
-        f"(--memory {size_of(report.memory)})"
-    )
-    if report.mean is not None:
-        print(f"  mean {report.mean:.2e}; `minimal` of a fisher merge should be far below it")
+    tables.print_facts([
+        ("mean", "" if report.mean is None else f"{report.mean:.2e}; keep `minimal` of a fisher merge far below it"),
+        ("data", f"{counted(report.examples, 'example')}, {count_of(report.tokens)} tokens"),
+        ("took", f"{time_of(report.seconds)}, {passes} over the data, with {size_of(report.sums_bytes)} of sums in "
+         f"memory (--memory {size_of(report.memory)})"),
+    ])  # fmt: skip
 
 
 def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None) -> dict[str, Any]:
@@ -160,39 +176,69 @@ def show_plan(
     if as_json:
         print(json.dumps(data))
         return
-    from rich.table import Table
-
-    print(f"{data['tensors']} tensors, {count_of(plan.parameters)} parameters, method {plan.recipe.merge_method}")
-    print(f"reads {size_of(plan.bytes_in)}, writes {size_of(plan.bytes_out)} in {_plural(len(plan.shards), 'file')}")
-    print(f"memory: about {size_of(data['peak_memory_bytes'])}")
-    table = Table("model", "parameters", "mean drop rate", "kept", "r", "rho", box=None, pad_edge=False)
+    models = counted(len(plan.summaries), "model")
+    print(f"Dry run, nothing is written: {plan.recipe.merge_method} of {models}")
+    tables.print_facts([
+        ("writes", f"{size_of(plan.bytes_out)} in {counted(len(plan.shards), 'file')}: "
+         f"{counted(data['tensors'], 'tensor')}, {count_of(plan.parameters)} parameters"),
+        ("reads", size_of(plan.bytes_in)),
+        ("memory", f"about {size_of(data['peak_memory_bytes'])}"),
+    ])  # fmt: skip
+    for note in notes:
+        print(tables.wrapped(f"note: {note}", "  "))
+    print()
     checks = {judgement.model: judgement for judgement in judgements}
+    rows = []
     for summary in plan.summaries:
         check = checks.get(summary.ref)
-        table.add_row(
-            summary.ref, count_of(summary.parameters), f"{summary.drop_rate:.4g}", count_of(summary.kept),
-            f"{check.r:.4f}" if check else "", f"{check.rho:.3f}" if check else "",
+        rows.append(
+            (tables.shorten(summary.ref, tables.LONGEST), f"{summary.drop_rate:.4g}",
+             f"{100 * summary.kept / max(1, summary.parameters):.3g} %", count_of(summary.kept),
+             f"{check.r:.4f}" if check else "", f"{check.rho:.3f}" if check else "")
         )  # fmt: skip
-    print_table(table)
+    print_table(tables.table_of(("model", "mean drop rate", "kept", "elements", "r", "rho"), rows))
+    if judgements:
+        tables.print_small("r: ||delta|| / ||base|| in a sample. rho: how far dropping is predicted to move a layer's "
+                           "output, relative to it; above 0.5 a merge is refused.")  # fmt: skip
     _show_rates(plan)
+    if data["keep_dense"]:
+        print()
     for pattern, names in data["keep_dense"].items():
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        print(f"keep_dense {pattern}: {_plural(len(names), 'tensor')}{': ' + shown if names else ' (matches nothing)'}")
-    for note in notes:
-        print(f"note: {note}")
+        globs = tables.globs_of(names)
+        more = f" and {len(globs) - GLOBS} more" if len(globs) > GLOBS else ""
+        shown = ", ".join(globs[:GLOBS]) + more if names else "matches nothing"
+        print(tables.wrapped(f"keep_dense {pattern}: {counted(len(names), 'tensor')}: {shown}", "  "))
 
 
 def _show_rates(plan: Plan) -> None:
-    """What `drop_rate: auto` came to, a row for each tensor."""
+    """What `drop_rate: auto` came to, a row for each kind of tensor."""
     automatic = [(s.ref, rates) for s, rates in zip(plan.summaries, plan.rates, strict=True) if rates]
     if not automatic:
         return
-    from rich.table import Table
+    names = {name for _, rates in automatic for name in rates}
+    tensors = [tensor for tensor in plan.alignment.tensors if tensor.name in names]
+    kinds = tables.kinds_of([tables.Sized(t.name, t.shape, math.prod(t.shape)) for t in tensors])
 
-    table = Table("drop_rate: auto", *(ref for ref, _ in automatic), box=None, pad_edge=False)
-    for name in dict.fromkeys(name for _, rates in automatic for name in rates):
-        table.add_row(name, *(f"{rates[name]:g}" if name in rates else "" for _, rates in automatic))
+    def rate(kind: tables.Kind[tables.Sized], rates: Mapping[str, float]) -> float | None:
+        return kind.mean(lambda tensor: rates.get(tensor.name))
+
+    rows = [(tables.shorten(kind.name, tables.LONGEST), count_of(kind.parameters),
+             *(_rate(rate(kind, rates)) for _, rates in automatic)) for kind in kinds]  # fmt: skip
+    heads = ("drop_rate: auto", "parameters", *(tables.shorten(ref, tables.LONGEST) for ref, _ in automatic))
+    print()
+    if len(automatic) > 1:
+        print_table(tables.table_of(heads, rows))
+        return
+    kept = [{i: 1 - (rate(layer, automatic[0][1]) or 0.0) for i, layer in kind.by_layer().items()} for kind in kinds]
+    layers = tables.layers_of(kinds)
+    table, room = tables.with_bars(heads, rows, kept, layers, what="kept, ")
     print_table(table)
+    tables.print_small(("Mean of each kind; every tensor: --json." + tables.bar_legend(
+        "the share that is kept", layers, room, "the largest in its row")).strip())  # fmt: skip
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def print_table(table: Table) -> None:
@@ -225,24 +271,40 @@ def methods_data() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def show_methods(*, as_json: bool) -> None:
-    """The table of methods."""
+def show_methods(name: str | None, *, as_json: bool) -> None:
+    """The table of methods in a line each, or all about one."""
     data = methods_data()
+    if name is not None:
+        data = {title: [one for one in entries if one["name"] == name] for title, entries in data.items()}
     if as_json:
         print(json.dumps(data))
         return
+    width = max(len(one["name"]) for entries in data.values() for one in entries) + tables.SPACE
     for title, entries in data.items():
-        print(title.replace("_", " ").upper())
+        if not entries:
+            continue
+        print(f"{title.replace('_', ' ').capitalize()}:" if name is None else f"{title[:-1].replace('_', ' ')}:")
         for entry in entries:
-            print(f"\n  {entry['name']}: {entry['summary']}")
-            print(f"    source: {entry['source']}")
-            for parameter in entry["parameters"]:
-                default = "required" if parameter["default"] is None else f"default {_plain(parameter['default'])}"
-                print(f"    {parameter['name']} ({default}): {parameter['help']}")
+            print()
+            first = f"  {entry['name']:{width}}"
+            print(tables.wrapped(entry["summary"], " " * len(first), first))
+            if name is not None:
+                tables.print_facts([("source", entry["source"]), *(
+                    (p["name"], f"{p['help']} ({_default(p['default'])})") for p in entry["parameters"])])  # fmt: skip
+            elif entry["parameters"]:
+                words = ", ".join(parameter["name"] for parameter in entry["parameters"])
+                print(tables.wrapped(f"[{words}]", " " * (len(first) + 1), " " * len(first)))
         print()
+    if name is None:
+        print("Any sparsifier goes before any merge method. Parameters and source of one: dare methods NAME")
 
 
-def _plural(count: int, noun: str) -> str:
+def _default(value: Any) -> str:
+    return "required" if value is None else f"default {_plain(value)}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 tensor`, `30 tensors`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from darekit.cli import tables
-from darekit.cli.display import print_table
+from darekit.cli.display import counted, print_table
 
 if TYPE_CHECKING:
     from darekit.similarities import Similarity
@@ -23,23 +23,40 @@ def show_similarity(found: Similarity, drawn: Sequence[Path], *, as_json: bool) 
     if as_json:
         print(json.dumps(found.to_data() | {"plots": [str(path) for path in drawn]}))
         return
-    print(f"mean cosine to {found.model}'s hidden states over {found.tokens} tokens of {found.rows} rows\n")
-    from rich.table import Table
-
-    table = Table("layer", box=None, pad_edge=False)
-    for curve in found.curves:
-        table.add_column(curve.title, justify="right")
-    for i, layer in enumerate(found.layers):
-        cells = [
-            f"{curve.cosine[i]:.4f}" + (f" ± {curve.deviation[i]:.4f}" if len(curve.seeds) > 1 else "")
-            for curve in found.curves
-        ]
-        table.add_row(layer, *cells)
+    print(
+        f"Cosine to {found.model}'s own hidden states, mean over {found.tokens} tokens of "
+        f"{counted(found.rows, 'row')}\n"
+    )
+    turned = [{i: 1 - value for i, value in enumerate(curve.cosine)} for curve in found.curves]
+    lowest = [min(range(len(curve.cosine)), key=curve.cosine.__getitem__) for curve in found.curves]
+    rows = [
+        (curve.title, found.layers[at], f"{curve.cosine[at]:.4f}", f"{curve.cosine[-1]:.4f}")
+        for curve, at in zip(found.curves, lowest, strict=True)
+    ]
+    top = max((value for course in turned for value in course.values()), default=0.0)
+    table, room = tables.with_bars(
+        ("", "lowest at layer", "cosine", "last layer"), rows, turned, len(found.layers), top=max(top, 1e-9), words=2,
+        title="1 - cosine",
+    )  # fmt: skip
     print_table(table)
+    if room:
+        print()
+        tables.print_small(tables.bar_legend("1 - cosine", len(found.layers), room, f"{top:.3g}").strip())
     print()
-    for curve in found.curves:
-        lowest = min(range(len(curve.cosine)), key=curve.cosine.__getitem__)
-        print(f"{curve.title}: lowest at layer {found.layers[lowest]}, {curve.cosine[lowest]:.4f}")
+    several = any(len(curve.seeds) > 1 for curve in found.curves)
+    heads = ("layer", *(curve.title for curve in found.curves))
+    plus_minus = "±" if tables.can_show("±") else "+-"
+    cells = [
+        (layer, *(f"{curve.cosine[i]:.4f}" + (
+            (f" {plus_minus} {curve.deviation[i]:.4f}" if len(curve.seeds) > 1 else " " * 9) if several else "")
+            for curve in found.curves))
+        for i, layer in enumerate(found.layers)
+    ]  # fmt: skip
+    for part in tables.side_by_side(heads, cells):
+        print_table(part)
+        print()
+    if several:
+        print(f"{plus_minus} is the standard deviation over mask seeds")
     for path in drawn:
         print(path)
 
@@ -58,7 +75,7 @@ def show_cells(cells: Sequence[Cell], notes: Sequence[str], *, as_json: bool) ->
         print(json.dumps({"cells": listed, "evaluations": different, "notes": list(notes)}))
         return
     again = f", {len(cells) - different} of them equal to others" if different < len(cells) else ""
-    print(f"{_counted(len(cells), 'cell')}{again}: {_counted(different, 'evaluation')}\n")
+    print(f"{counted(len(cells), 'cell')}{again}: {counted(different, 'evaluation')}\n")
     rows = [(cell.kind, cell.title.removeprefix(f"{cell.kind} "), ", ".join(cell.judges)) for cell in cells]
     print_table(tables.table_of(("kind", "cell", "judges"), rows, words=3))
     for note in notes:
@@ -84,7 +101,3 @@ def show_sweep(result: SweepResult, *, as_json: bool) -> None:
 def _show(found: Text) -> None:
     print_table(tables.table_of(found.header, found.rows, found.words, title=found.title))
     print()
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

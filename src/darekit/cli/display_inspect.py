@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from darekit.cli import tables
 from darekit.cli.display import count_of, print_table, say_note
@@ -38,7 +38,6 @@ MEANINGS = {
 }
 PAIRS_TOLD = 3  # of each standing, in words
 PAIRS = 6  # pairs of models that are shown; the others are counted
-COLOURS = {"ok": "green", "large": "yellow", "wrong_base": "red"}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -65,7 +64,7 @@ def show_inspections(found: Inspection | Comparison, drawn: Sequence[Path], *, t
 
 def _show_inspection(one: Inspection, *, tensors: bool) -> None:
     kinds, everything = tables.kinds_of(one.tensors), tables.whole(one.tensors)
-    tables.print_headline(one.verdict, _judged(one), COLOURS[one.verdict])
+    tables.print_headline(one.verdict, _judged(one), tables.COLOURS[one.verdict])
     print()
     tables.print_facts(_facts(one, kinds, everything))
     print()
@@ -73,7 +72,7 @@ def _show_inspection(one: Inspection, *, tensors: bool) -> None:
         print_table(_deltas([*one.tensors, one.total]))
         return
     rows = [*kinds, everything]
-    layers = _layers_of(rows)
+    layers = tables.layers_of(rows)
     table, room = tables.with_bars(
         ("kind of tensor", "parameters", "r", "p_max", "zeros", *(f"<{limit}" for limit in SHARES_SHOWN)),
         [
@@ -171,10 +170,6 @@ def _shares(kind: Kind[TensorReport]) -> Iterator[str]:
         yield tables.share(kind.mean(lambda tensor, limit=limit: tensor.shares[limit]))  # type: ignore[misc]
 
 
-def _layers_of(kinds: Sequence[Kind[Any]]) -> int:
-    return max((layer + 1 for kind in kinds for layer in kind.layers if layer is not None), default=0)
-
-
 def _floored(fraction: float) -> str:
     return f"{math.floor(fraction * 1000) / 10:g} %"
 
@@ -203,8 +198,8 @@ def _show_comparison(found: Comparison, *, tensors: bool) -> None:
     together = found.interference
     kinds = tables.kinds_of(together.tensors)
     everything = tables.whole(together.tensors)
-    worst = max((one.verdict for one in found.models), key=[*COLOURS].index)
-    tables.print_headline(worst, _judged_together(found, names), COLOURS[worst])
+    worst = max((one.verdict for one in found.models), key=[*tables.COLOURS].index)
+    tables.print_headline(worst, _judged_together(found, names), tables.COLOURS[worst])
     print()
     tables.print_facts(_facts_together(found, names, kinds))
     print()
@@ -321,7 +316,7 @@ def _print_models(found: Comparison, names: Sequence[str], letters: Sequence[str
          tables.share(one.total.zeros))
         for one, name, letter in zip(found.models, names, letters, strict=True)
     ]  # fmt: skip
-    layers = _layers_of(wholes)
+    layers = tables.layers_of(wholes)
     heads = ("", "model", "verdict", "can drop", "r", "zeros")
     table, _ = tables.with_bars(heads, rows, [_course(one) for one in wholes], layers, words=3, what="r, ")
     print_table(table)
@@ -343,7 +338,7 @@ def _print_pairs(
                      tables.share(relation.agreement)))  # fmt: skip
     courses = [_cosines(everything, at) for at in shown]
     table, _ = tables.with_bars(
-        ("pair", "", "most in", "cosine", "tensor mean", "equal signs"), rows, courses, _layers_of([everything]),
+        ("pair", "", "most in", "cosine", "tensor mean", "equal signs"), rows, courses, tables.layers_of([everything]),
         top=_top(courses), words=3, what="|cosine|, ",
     )  # fmt: skip
     print_table(table)
@@ -376,7 +371,7 @@ def _print_kinds(together: Interference, pairs: Sequence[str], kinds: Sequence[K
         rows[-1].append(f"{total.pairs[at].cosine:.3f}")
     courses = [_cosines(kind, by_size[0]) for kind in kinds]
     table, _ = tables.with_bars(
-        heads, rows, courses, _layers_of(kinds), top=_top(courses), what=f"|{pairs[by_size[0]]}|, "
+        heads, rows, courses, tables.layers_of(kinds), top=_top(courses), what=f"|{pairs[by_size[0]]}|, "
     )
     print_table(table)
 

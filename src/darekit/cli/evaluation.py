@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from darekit.cli import display, tables
 from darekit.cli.options import Json, errors_told
 
 if TYPE_CHECKING:
@@ -63,8 +64,6 @@ def evaluate(
         if given and generate is None:
             raise typer.BadParameter("belongs to --generate", param_hint=name)
     with errors_told():
-        from darekit.cli import display
-
         if generate is not None:
             from darekit.evaluation.generations import generate as write_answers
 
@@ -112,23 +111,27 @@ def _show(found: Comparison, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.to_data()))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from darekit.evaluation.comparison import best_of, shown
 
-    table = Table("", *(evaluation.model for evaluation in found.evaluations), box=None, pad_edge=False)
+    models = [evaluation.model for evaluation in found.evaluations]
     marked = False
+    rows = []
     for name in found.names:
         row = found.row(name)
         best = best_of(row)
         marked |= best is not None
-        cells = [Text(shown(score) + (" *" if at == best else ""), "bold" if at == best else "") for at, score in
-                 enumerate(row)]  # fmt: skip
-        table.add_row(name, *cells)
-    Console(soft_wrap=True, width=10_000).print(table)
+        rows.append((name, *(shown(score) + (" *" if at == best else "  ") for at, score in enumerate(row))))
+    # A score in each row; where many models make that too wide, a model in each row.
+    wide = sum(max(len(line[i]) for line in (("", *models), *rows)) + tables.SPACE for i in range(len(models) + 1))
+    heads: tuple[str, ...] = ("", *models)
+    if wide - tables.SPACE > tables.columns():
+        heads, rows = (
+            ("", *found.names),
+            [tuple(cells) for cells in zip(models, *(row[1:] for row in rows), strict=True)],
+        )
+    for part in tables.side_by_side([head if head == "" else f"{head}  " for head in heads], rows):
+        display.print_table(part)
     if marked:
-        print("* the best: ahead of every other by more than twice the standard error of the difference")
+        print("* best: ahead of every other by more than twice the standard error of the difference")
     elif len(found.evaluations) > 1:
         print("no best is marked: none is ahead of every other by more than twice the standard error of the difference")

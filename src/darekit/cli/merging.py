@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,11 +122,18 @@ def drop(
         )  # fmt: skip
 
 
-def methods(as_json: Json = False) -> None:
-    """List the sparsifiers and merge methods with their parameters and sources."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Only this method, with its parameters and source.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the sparsifiers and merge methods, or explain one."""
     from darekit.cli import display
+    from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SPARSIFIERS
 
-    display.show_methods(as_json=as_json)
+    name = MERGE_ALIASES.get(name, name) if name else None
+    if name is not None and name not in {**SPARSIFIERS, **MERGE_METHODS}:
+        raise typer.BadParameter(_unknown(name, [*SPARSIFIERS, *MERGE_METHODS]), param_hint="NAME")
+    display.show_methods(name, as_json=as_json)
 
 
 def demo(
@@ -148,7 +156,11 @@ def _check_method(method: str) -> None:
         from darekit.methods import SPARSIFIERS
 
         if method not in SPARSIFIERS:
-            raise typer.BadParameter(f"{method!r} is none of {', '.join(SPARSIFIERS)}", param_hint="--method")
+            raise typer.BadParameter(_unknown(method, SPARSIFIERS), param_hint="--method")
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    return f"{name!r} is not a method; expected one of {', '.join(known)}"
 
 
 def _run(recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, **options: Any) -> None:

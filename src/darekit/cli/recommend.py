@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from darekit.cli import display, tables
 from darekit.cli.options import HeadsOf, Json, Seed, Threads, Vocab, check_fraction, errors_told
 
 if TYPE_CHECKING:
-    from darekit.recommendation.advice import Recommendation
+    from darekit.recommendation.advice import Recommendation, TensorAdvice
+
+DENSE_SHOWN = 3  # names of tensors that are shown for each reason to keep them dense
 
 
 def recommend(
@@ -59,6 +63,7 @@ def recommend(
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of one row.")] = 512,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the fastest there is.")] = None,
     dtype: Annotated[str | None, typer.Option(help="What MODEL computes in; default: float32 on a CPU.")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="A row for every tensor, not every kind.")] = False,
     threads: Threads = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe.")] = False,
     as_json: Json = False,
@@ -72,7 +77,6 @@ def recommend(
     if search_q and data is None:
         raise typer.BadParameter("the search compares outputs on text: add --data FILE", param_hint="--search-q")
     with errors_told():
-        from darekit.cli import display
         from darekit.naming import ONE_TERM
         from darekit.recommendation import advice
 
@@ -97,52 +101,102 @@ def recommend(
             data_out = found.to_data() | {"out": str(out) if out else None, "checks": said}
             print(json.dumps(data_out))
             return
-        _show(found)
+        _show(found, every=tensors)
         if out is not None:
+            print(f"\nWrote {out}: the recipe. Next: dare merge {out} OUT{' --force' if stopped else ''}")
             for line in said:
-                print(f"note: dare merge will say: {line}")
-            print(f"{out}: the recipe; dare merge {out} OUT{' --force' if stopped else ''}")
+                print(tables.wrapped(f"note: dare merge will say: {line}", "  "))
 
 
-def _show(found: Recommendation) -> None:
-    """A row for each tensor that may be dropped, what stays dense and why, and what it comes to."""
-    from rich.table import Table
-
-    from darekit.cli.display import count_of, print_table
-
+def _show(found: Recommendation, *, every: bool) -> None:
+    """How much may be dropped and what that does, then a table by kind of tensor, or of every one."""
+    tables.print_headline(found.verdict, _headline(found), tables.COLOURS[found.verdict])
+    print()
+    tables.print_facts(_facts(found))
+    for note in found.notes:
+        print(tables.wrapped(f"note: {note}", "  "))
+    if not found.tensors:
+        return
+    print()
     calibrated = found.calibration is not None
-    more = ("kappa", "noise/signal") if calibrated else ()
-    table = Table("tensor", "parameters", "r", "p_max", "drop rate", "rho", *more, box=None, pad_edge=False)
-    for tensor in found.tensors:
-        seen = [f"{value:.3g}" if value is not None else "" for value in (tensor.kappa, tensor.noise_to_signal)]
-        table.add_row(
-            tensor.name, count_of(tensor.parameters), f"{tensor.r:.4f}", f"{tensor.p_max:.4f}",
-            f"{tensor.drop_rate:.4f}", f"{tensor.rho:.3f}", *(seen if calibrated else ()),
-        )  # fmt: skip
-    print_table(table)
+    heads = ("parameters", "r", "p_max", "drop rate", "rho", *(("kappa", "noise/signal") if calibrated else ()))
+    if every:
+        rows = [(one.name, *_cells(tables.Kind(one.name, (one,), (None,)), calibrated)) for one in found.tensors]
+        display.print_table(tables.table_of(("tensor", *heads), rows))
+        return
+    kinds = [*tables.kinds_of(found.tensors), tables.whole(found.tensors)]
+    rows = [(tables.shorten(kind.name, tables.LONGEST), *_cells(kind, calibrated)) for kind in kinds]
+    kept = [
+        {layer: 1 - (part.mean(lambda tensor: tensor.drop_rate) or 0.0) for layer, part in kind.by_layer().items()}
+        for kind in kinds
+    ]
+    layers = tables.layers_of(kinds)
+    table, room = tables.with_bars(("kind of tensor", *heads), rows, kept, layers, what="kept, ")
+    display.print_table(table)
+    print()
+    more = " kappa: how strongly the delta answers to this text. noise/signal: against what fine-tuning does."
+    tables.print_small(
+        "Medians of each kind. r: ||delta|| / ||base||. p_max: the drop rate within tau. rho: predicted change of a "
+        "layer's output, relative to it." + more * calibrated
+        + tables.bar_legend("share kept", layers, room, "the largest in its row") + " Every tensor: --tensors."
+    )  # fmt: skip
+
+
+def _headline(found: Recommendation) -> str:
+    from darekit.homology import label
+
+    if found.verdict == "wrong_base":
+        return f"{found.words}."
+    if not found.tensors:
+        return f"every tensor of {label(found.model)} stays dense."
+    median, _ = found.rho
+    far = f" {label(found.model)} is far from {label(found.base)}." if found.verdict == "large" else ""
+    if found.asked is not None:
+        return (
+            f"p = {found.asked:g} is predicted to move a layer's output by {median:.3g} of itself; the median tensor "
+            f"stays within {found.tau:g} up to p = {found.drop_rate:.4g}.{far}"
+        )
+    if found.budget is not None:
+        return (
+            f"keeping {100 * found.budget:g} % of what may be dropped is predicted to move a layer's output by "
+            f"{median:.3g} of itself.{far}"
+        )
+    dropped = 100 * (1 - found.kept / max(1, found.parameters))
+    return (
+        f"{math.floor(10 * dropped) / 10:g} % of {label(found.model)}'s delta can be dropped, the median tensor at "
+        f"p = {found.drop_rate:.4g}.{far}"
+    )
+
+
+def _facts(found: Recommendation) -> Iterator[tuple[str, str]]:
+    median, largest = found.rho
+    share = 100 * found.kept / max(1, found.parameters)
+    yield "kept", f"{display.count_of(found.kept)} of {display.count_of(found.parameters)} elements ({share:.3g} %)"
+    if found.tensors:
+        yield "moves", f"a layer's output by {median:.3g} of itself (median), at most {largest:.3g}, as predicted"
+    if found.search is not None:
+        tried = ", ".join(f"{change:.4g} at k = {k:g}" for k, change in sorted(found.search.changes.items()))
+        yield (
+            "q",
+            (f"{found.search.best:g} (1 - p) comes nearest to the fine-tuned outputs; {found.search.measure}: {tried}"),
+        )
+    word, _, rest = found.assumed.partition(": ")
+    yield ("assumed", rest) if word == "assumed" else ("data", found.assumed)
     reasons: dict[str, list[str]] = {}
     for dense in found.dense:
         reasons.setdefault(dense.reason, []).append(dense.name)
     for reason, names in reasons.items():
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        print(f"dense: {shown} ({reason})")
-    median, largest = found.rho
-    print(
-        f"\ndrop rate {found.drop_rate:.4g}: the median of p_max over the {count_of(found.droppable)} parameters that "
-        f"may be dropped (of {count_of(found.parameters)})"
-    )
-    how = "by tensor" if found.asked is None else f"at p = {found.asked:g}"
-    how = how if found.budget is None else f"budget {found.budget:g}"
-    print(
-        f"{how}: {count_of(found.kept)} elements stay ({100 * found.kept / max(1, found.parameters):.3g} %), predicted "
-        f"perturbation of a layer's output {median:.3g} (median), {largest:.3g} (largest)"
-    )
-    if found.search is not None:
-        print(f"q = {found.search.best:g} (1 - p): the {found.search.measure} from the fine-tuned model's outputs is")
-        tried = sorted(found.search.changes.items())
-        print("  " + ", ".join(f"{change:.4g} at k = {k:g}" for k, change in tried))
-    print(found.assumed)
-    if found.verdict != "ok":
-        print(f"{found.verdict}: {found.words}")
-    for note in found.notes:
-        print(f"note: {note}")
+        globs = tables.globs_of(names)
+        more = f" and {len(globs) - DENSE_SHOWN} more" if len(globs) > DENSE_SHOWN else ""
+        yield "dense", f"{', '.join(globs[:DENSE_SHOWN])}{more} ({reason})"
+
+
+def _cells(kind: tables.Kind[TensorAdvice], calibrated: bool) -> Iterator[str]:
+    yield display.count_of(kind.parameters)
+    yield tables.small(kind.median(lambda tensor: tensor.r))
+    for value in (lambda tensor: tensor.p_max, lambda tensor: tensor.drop_rate):
+        yield f"{kind.median(value):.4f}"
+    yield f"{kind.median(lambda tensor: tensor.rho):.3f}"
+    if calibrated:
+        for seen in (kind.mean(lambda tensor: tensor.kappa), kind.mean(lambda tensor: tensor.noise_to_signal)):
+            yield "" if seen is None else f"{seen:.3g}"

@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -27,6 +27,8 @@ SPACE = 2  # columns between two cells
 WIDEST = 120  # columns of a paragraph
 NARROWEST_BAR = 12  # characters of a bar that is worth a column
 LONGEST = 32  # characters of a kind's name
+
+COLOURS = {"ok": "green", "large": "yellow", "wrong_base": "red"}
 
 _BLOCKS, _BLOCK_ZERO = "▁▂▃▄▅▆▇█", "·"
 _LETTERS, _LETTER_ZERO = ".:-=+*%#", "_"
@@ -49,6 +51,15 @@ class Named(Protocol):
 
 
 T = TypeVar("T", bound=Named)
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A tensor of which only the name and size are known."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,19 @@ def kinds_of(tensors: Sequence[T], rows: int = ROWS) -> list[Kind[T]]:
     return sorted(kinds, key=_order)
 
 
+def globs_of(names: Iterable[str]) -> list[str]:
+    """Names of tensors, with one pattern for those that differ in their numbers alone.
+
+    >>> globs_of(["layers.0.input_layernorm.weight", "layers.1.input_layernorm.weight", "norm.weight"])
+    ['layers.*.input_layernorm.weight', 'norm.weight']
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        glob = ".".join("*" if word.isdecimal() else word for word in name.split("."))
+        found.setdefault(glob, []).append(name)
+    return [glob if len(alike) > 1 else alike[0] for glob, alike in found.items()]
+
+
 def whole(tensors: Sequence[T]) -> Kind[T]:
     """All tensors as one kind, by layer; where there are several stacks, the largest one's layers."""
     places = [place_of(tensor.name, tensor.shape) for tensor in tensors]
@@ -155,6 +179,11 @@ def whole(tensors: Sequence[T]) -> Kind[T]:
     largest = max(sizes, key=sizes.__getitem__, default="")
     layers = tuple(place.layer if place.stack == largest else None for place in places)
     return Kind(TOTAL, tuple(tensors), layers)
+
+
+def layers_of(kinds: Iterable[Kind[Any]]) -> int:
+    """How many layers there are."""
+    return max((layer + 1 for kind in kinds for layer in kind.layers if layer is not None), default=0)
 
 
 def is_one_term(kind: str) -> bool:
@@ -273,10 +302,11 @@ def with_bars(
     top: float | None = None,
     words: int = 1,
     what: str = "",
+    title: str = "",
 ) -> tuple[Table, int]:
     """A table with a bar for each row in its last column, where there are layers and room; -> table, room or 0.
 
-    `top`: what a full bar is; None: each row's own largest. `what`: what the bars are, for the column's head.
+    `top`: what a full bar is; None: each row's own largest. The column's head is `title`, or `what` and the layers.
     """
     widths = [max(len(line[i]) for line in (heads, *rows)) for i in range(len(heads))]
     room = columns() - sum(widths) - SPACE * len(widths)
@@ -288,6 +318,19 @@ def with_bars(
     )
     table.columns[-1].justify = "left"
     return table, room
+
+
+def side_by_side(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Table]:
+    """A table, or where the terminal is too narrow several with the same first column."""
+    widths = [max(len(line[i]) for line in (heads, *rows)) + SPACE for i in range(len(heads))]
+    first = 1
+    while first < len(heads):
+        end = first + 1
+        while end < len(heads) and widths[0] + sum(widths[first : end + 1]) - SPACE <= columns():
+            end += 1
+        chosen = (0, *range(first, end))
+        yield table_of([heads[i] for i in chosen], [[row[i] for i in chosen] for row in rows])
+        first = end
 
 
 def shorten(text: str, width: int) -> str:
