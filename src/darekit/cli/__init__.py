@@ -21,7 +21,7 @@ PANELS = {
         "merge": ("merging", "merge"),
         "drop": ("merging", "drop"),
     },
-    "Look before": {
+    "Before you merge": {
         "inspect": ("analysis", "inspect"),
         "recommend": ("recommend", "recommend"),
         "similarity": ("analysis", "similarity"),

@@ -27,7 +27,7 @@ GLOBS = 4  # names of tensors that are shown for an entry of keep_dense
 
 def say_note(line: str) -> None:
     """A note or warning while a command runs."""
-    print(f"note: {line}", file=sys.stderr)
+    print(tables.told(f"note: {line}"), file=sys.stderr)
 
 
 def count_of(count: float) -> str:
@@ -224,7 +224,8 @@ def _show_rates(plan: Plan) -> None:
 
     rows = [(tables.shorten(kind.name, tables.LONGEST), count_of(kind.parameters),
              *(_rate(rate(kind, rates)) for _, rates in automatic)) for kind in kinds]  # fmt: skip
-    heads = ("drop_rate: auto", "parameters", *(tables.shorten(ref, tables.LONGEST) for ref, _ in automatic))
+    models = [tables.shorten(ref, tables.LONGEST) for ref, _ in automatic]
+    heads = ("drop_rate: auto", "parameters", *(models if len(models) > 1 else ["drop rate"]))
     print()
     if len(automatic) > 1:
         print_table(tables.table_of(heads, rows))
@@ -279,24 +280,27 @@ def show_methods(name: str | None, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(data))
         return
+    if name is not None:
+        for title, entries in data.items():
+            for entry in entries:
+                print(f"{name} ({title[:-1].replace('_', ' ')})")
+                print(tables.wrapped(entry["summary"], "  ", "  ") + "\n")
+                tables.print_facts([
+                    *((p["name"], f"{p['help']} ({_default(p['default'])})") for p in entry["parameters"]),
+                    ("source", entry["source"]),
+                ])  # fmt: skip
+        return
     width = max(len(one["name"]) for entries in data.values() for one in entries) + tables.SPACE
     for title, entries in data.items():
-        if not entries:
-            continue
-        print(f"{title.replace('_', ' ').capitalize()}:" if name is None else f"{title[:-1].replace('_', ' ')}:")
+        print(f"{title.replace('_', ' ').capitalize()}\n")
         for entry in entries:
-            print()
             first = f"  {entry['name']:{width}}"
             print(tables.wrapped(entry["summary"], " " * len(first), first))
-            if name is not None:
-                tables.print_facts([("source", entry["source"]), *(
-                    (p["name"], f"{p['help']} ({_default(p['default'])})") for p in entry["parameters"])])  # fmt: skip
-            elif entry["parameters"]:
-                words = ", ".join(parameter["name"] for parameter in entry["parameters"])
-                print(tables.wrapped(f"[{words}]", " " * (len(first) + 1), " " * len(first)))
+            words = ", ".join(parameter["name"] for parameter in entry["parameters"])
+            if words:
+                print(tables.wrapped(f"parameters: {words}", " " * len(first), " " * len(first)))
         print()
-    if name is None:
-        print("Any sparsifier goes before any merge method. Parameters and source of one: dare methods NAME")
+    print(tables.wrapped("Any sparsifier goes before any merge method. More about one of them: dare methods NAME"))
 
 
 def _default(value: Any) -> str:

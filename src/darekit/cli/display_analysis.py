@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from darekit.cli import tables
-from darekit.cli.display import counted, print_table
+from darekit.cli.display import counted, print_table, time_of
 
 if TYPE_CHECKING:
     from darekit.similarities import Similarity
@@ -74,12 +74,13 @@ def show_cells(cells: Sequence[Cell], notes: Sequence[str], *, as_json: bool) ->
         ]  # fmt: skip
         print(json.dumps({"cells": listed, "evaluations": different, "notes": list(notes)}))
         return
-    again = f", {len(cells) - different} of them equal to others" if different < len(cells) else ""
-    print(f"{counted(len(cells), 'cell')}{again}: {counted(different, 'evaluation')}\n")
+    once = "; cells that come to the same are evaluated once" if different < len(cells) else ""
+    print(f"Dry run, nothing is evaluated: {counted(len(cells), 'cell')}, {counted(different, 'evaluation')}{once}")
+    for note in notes:
+        print(tables.wrapped(f"note: {note}", "  "))
+    print()
     rows = [(cell.kind, cell.title.removeprefix(f"{cell.kind} "), ", ".join(cell.judges)) for cell in cells]
     print_table(tables.table_of(("kind", "cell", "judges"), rows, words=3))
-    for note in notes:
-        print(f"note: {note}")
 
 
 def show_sweep(result: SweepResult, *, as_json: bool) -> None:
@@ -93,9 +94,12 @@ def show_sweep(result: SweepResult, *, as_json: bool) -> None:
         return
     for table in short_tables(result.sweep, summary):
         _show(table)
+    said = {f"{note}." for note in result.notes}  # when the sweep began
     for line in words_of(result, summary):
-        print(line)
-    print(f"{result.out}: {len(result.finished)} cells in {result.seconds:.1f} s; every setting is in tables.md")
+        if line not in said:
+            print(tables.wrapped(line, "  "))
+    cells = f"{counted(len(result.finished), 'cell')} in {time_of(result.seconds)}"
+    print(f"Wrote {result.out}: {cells}; tables.md has every setting")
 
 
 def _show(found: Text) -> None:

@@ -22,60 +22,68 @@ DENSE_SHOWN = 3  # names of tensors that are shown for each reason to keep them 
 
 
 def recommend(
-    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
+    base: Annotated[str, typer.Argument(help="The checkpoint MODEL was fine-tuned from.")],
     model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
     tau: Annotated[
         float | None,
         typer.Option(
             min=0.001,
             max=1,
-            help="How far a layer's output may move, relative to itself; default 0.2, with --data 0.1.",
+            metavar="X",
+            help="How far a layer's output may move, relative to itself; default: 0.2, or 0.1 with --data.",
         ),
     ] = None,
     drop_rate: Annotated[
-        float | None, typer.Option("-p", "--drop-rate", help="Judge this rate, instead of what tau allows.")
+        float | None,
+        typer.Option("-p", "--drop-rate", metavar="P", help="Judge this rate instead of what --tau allows."),
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Keep this fraction of what may be dropped, where it hurts least: 0.05 for 5 %."),
+        typer.Option(
+            metavar="X", help="Keep this fraction of what may be dropped, where it matters most: 0.05 for 5 %."
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="JSON lines (or a data set) of text to run MODEL on; needs torch.")
+        str | None, typer.Option(help="Text to run MODEL on: a JSON Lines file, or the name of a dataset; needs torch.")
     ] = None,
     search_q: Annotated[
         bool,
-        typer.Option(
-            "--search-q", help="With --data of prompts and completions: search DAREx's q = k (1 - p) by outputs."
-        ),
+        typer.Option("--search-q", help="With --data: search DAREx's q = k (1 - p) by how little the outputs change."),
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write a recipe with these drop rates: RECIPE.yaml.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a recipe with these drop rates to this .yaml file.")] = None,
     keep_dense: Annotated[
         list[str] | None,
-        typer.Option(help="Do not drop these; default: embeddings, norms and biases; none: drop everything."),
+        typer.Option(help="Tensors not to drop; default: embeddings, norms and biases; none: drop from all."),
     ] = None,
     seed: Seed = None,
-    vocab: Annotated[Vocab, typer.Option(help="Vocabularies that differ: refuse, cut, or keep.")] = Vocab.STRICT,
+    vocab: Annotated[
+        Vocab, typer.Option(help="If vocabularies differ: refuse, cut to the base's rows, or keep extra rows.")
+    ] = Vocab.STRICT,
     heads: Annotated[
-        HeadsOf | None, typer.Option(help="Take heads (classifiers, lm_head) from one of the two as they are.")
+        HeadsOf | None, typer.Option(help="Copy the heads (classifiers, lm_head) from one of the two.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of --data.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of one row.")] = 512,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the fastest there is.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="What MODEL computes in; default: float32 on a CPU.")] = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="A row for every tensor, not every kind.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of --data to read.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the fastest available.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype to compute in; default: float32 on a CPU, else the model's own.")
+    ] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Show a row for every tensor instead of every kind.")
+    ] = False,
     threads: Threads = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say how much of MODEL may be dropped, tensor by tensor, what that is predicted to do, and write a recipe."""
+    """Recommend how much of MODEL to drop, tensor by tensor, predict what that does, and write a recipe."""
     if drop_rate is not None:
         check_fraction(drop_rate, "-p")
         if budget is not None:
-            raise typer.BadParameter("a drop rate and a budget both say how much; give one", param_hint="--budget")
+            raise typer.BadParameter("both a drop rate and a budget say how much; give only one", param_hint="--budget")
     check_fraction(budget or 0.0, "--budget")
     if search_q and data is None:
-        raise typer.BadParameter("the search compares outputs on text: add --data FILE", param_hint="--search-q")
+        raise typer.BadParameter("the search compares outputs on text; add --data FILE", param_hint="--search-q")
     with errors_told():
         from darekit.naming import ONE_TERM
         from darekit.recommendation import advice
@@ -115,9 +123,14 @@ def _show(found: Recommendation, *, every: bool) -> None:
     tables.print_facts(_facts(found))
     for note in found.notes:
         print(tables.wrapped(f"note: {note}", "  "))
-    if not found.tensors:
-        return
+    if found.tensors:
+        print()
+        _show_tensors(found, every=every)
     print()
+    tables.print_small(f"{found.assumed}.")
+
+
+def _show_tensors(found: Recommendation, *, every: bool) -> None:
     calibrated = found.calibration is not None
     heads = ("parameters", "r", "p_max", "drop rate", "rho", *(("kappa", "noise/signal") if calibrated else ()))
     if every:
@@ -134,10 +147,10 @@ def _show(found: Recommendation, *, every: bool) -> None:
     table, room = tables.with_bars(("kind of tensor", *heads), rows, kept, layers, what="kept, ")
     display.print_table(table)
     print()
-    more = " kappa: how strongly the delta answers to this text. noise/signal: against what fine-tuning does."
+    more = " kappa: how strongly the delta responds to this text. noise/signal: noise against what fine-tuning does."
     tables.print_small(
-        "Medians of each kind. r: ||delta|| / ||base||. p_max: the drop rate within tau. rho: predicted change of a "
-        "layer's output, relative to it." + more * calibrated
+        f"Medians of each kind. r: ||delta|| / ||base||. p_max: the drop rate at which rho is {found.tau:g}. rho: "
+        "predicted change of a layer's output, relative to it." + more * calibrated
         + tables.bar_legend("share kept", layers, room, "the largest in its row") + " Every tensor: --tensors."
     )  # fmt: skip
 
@@ -163,7 +176,7 @@ def _headline(found: Recommendation) -> str:
         )
     dropped = 100 * (1 - found.kept / max(1, found.parameters))
     return (
-        f"{math.floor(10 * dropped) / 10:g} % of {label(found.model)}'s delta can be dropped, the median tensor at "
+        f"{math.floor(10 * dropped) / 10:.1f} % of {label(found.model)}'s delta can be dropped, the median tensor at "
         f"p = {found.drop_rate:.4g}.{far}"
     )
 
@@ -180,15 +193,15 @@ def _facts(found: Recommendation) -> Iterator[tuple[str, str]]:
             "q",
             (f"{found.search.best:g} (1 - p) comes nearest to the fine-tuned outputs; {found.search.measure}: {tried}"),
         )
-    word, _, rest = found.assumed.partition(": ")
-    yield ("assumed", rest) if word == "assumed" else ("data", found.assumed)
+    from darekit.recommendation.advice import REASONS
+
     reasons: dict[str, list[str]] = {}
     for dense in found.dense:
-        reasons.setdefault(dense.reason, []).append(dense.name)
+        reasons.setdefault("" if dense.reason in REASONS.values() else dense.reason, []).append(dense.name)
     for reason, names in reasons.items():
         globs = tables.globs_of(names)
         more = f" and {len(globs) - DENSE_SHOWN} more" if len(globs) > DENSE_SHOWN else ""
-        yield "dense", f"{', '.join(globs[:DENSE_SHOWN])}{more} ({reason})"
+        yield "dense", f"{', '.join(globs[:DENSE_SHOWN])}{more}" + (f" ({reason})" if reason else "")
 
 
 def _cells(kind: tables.Kind[TensorAdvice], calibrated: bool) -> Iterator[str]:

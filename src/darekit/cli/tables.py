@@ -348,6 +348,13 @@ def wrapped(text: str, indent: str = "", first: str = "") -> str:
                          break_long_words=False, break_on_hyphens=False)  # fmt: skip
 
 
+def told(text: str) -> str:
+    """A note or an error as standard error shows it: wrapped where that is a terminal, else line by line as it is."""
+    if not sys.stderr.isatty():
+        return text
+    return "\n".join(wrapped(line, "  ") for line in text.split("\n"))
+
+
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """A word and a sentence on each line; nothing for an empty sentence."""
     shown = [(word, text) for word, text in facts if text]
