@@ -14,6 +14,7 @@ from darekit.cli import tables
 from darekit.quantities import size_of
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from darekit.homology import Judgement
@@ -73,16 +74,29 @@ def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterato
         MofNCompleteColumn,
         Progress,
         ProgressColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.text import Text
+
+    class Known(ProgressColumn):
+        """Another column, once the total is known: `0/? bytes` tells nobody anything."""
+
+        def __init__(self, column: ProgressColumn) -> None:
+            super().__init__()
+            self.column = column
+
+        def render(self, task: Task) -> RenderableType:
+            return Text("") if task.total is None else self.column(task)
 
     counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
     if unit is not None:
         counts = (MofNCompleteColumn(), TextColumn(unit))
+    counts = (*counts, TimeRemainingColumn(compact=True), TextColumn("left"))
     with Progress(
-        TextColumn(label), BarColumn(bar_width=None), *counts, TimeRemainingColumn(compact=True), TextColumn("left"),
+        TextColumn(label), BarColumn(bar_width=None), *map(Known, counts),
         console=console, transient=True, expand=console.width <= 100,
     ) as progress:  # fmt: skip
         task = progress.add_task(label, total=None)

@@ -37,6 +37,7 @@ MEANINGS = {
     APART: "they moved no element in common",
 }
 PAIRS_TOLD = 3  # of each standing, in words
+STANDS_OUT = 1.1  # times the median: less is said to be like the others
 PAIRS = 6  # pairs of models that are shown; the others are counted
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -115,7 +116,7 @@ def _facts(one: Inspection, kinds: Sequence[Kind[TensorReport]], everything: Kin
         return
     most = math.floor(one.recommended * 1000) / 1000
     yield "drop", f"up to p = {most:g} by a rule of thumb; keep embeddings, norms and biases dense"
-    yield "moved most", _moved_most(kinds)
+    yield "moved most", _moved_most(kinds, one.median_r)
     yield "unchanged", _unchanged(kinds, everything)
     yield "next", f"dare recommend {shlex.join([one.base, one.model])}"
 
@@ -130,15 +131,19 @@ def _meaning(verdict: str, median_r: float) -> str:
     return f"the median tensor moved by r = {r} of its norm; 0.001 to 0.1 is usual"
 
 
-def _moved_most(kinds: Sequence[Kind[TensorReport]]) -> str:
+def _moved_most(kinds: Sequence[Kind[TensorReport]], median_r: float) -> str:
     finite = [kind for kind in kinds if math.isfinite(_r(kind))]
     if not finite:
         return ""
     most = max(finite, key=_r)
-    text = f"{most.name}, r = {tables.small(_r(most))}"
     course = _course(most)
-    if len(course) > 1:
-        at = max(course, key=course.__getitem__)
+    at = max(course, key=course.__getitem__, default=-1)
+    if len(course) < 2 or course[at] < STANDS_OUT * _r(most):
+        at = -1
+    if at < 0 and len(finite) > 1 and _r(most) < STANDS_OUT * median_r:
+        return "nothing stands out: all kinds and layers moved alike"
+    text = f"{most.name}, r = {tables.small(_r(most))}"
+    if at >= 0:
         text += f"; most of all in layer {at}, r = {tables.small(course[at])}"
     return text
 

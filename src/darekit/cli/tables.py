@@ -92,7 +92,7 @@ def place_of(name: str, shape: tuple[int, ...]) -> Place:
         return Place(group or name.removesuffix(".weight"))
     stack, layer = ".".join(words[:at]), int(words[at])
     tail = ".".join(word for word in words[at + 1 :] if not word.isdecimal()).removesuffix(".weight")
-    return Place(group or (stack if tail in ("", "weight") else tail), stack, layer)
+    return Place(group or (tail if tail not in ("", "weight") else stack or "layer"), stack, layer)
 
 
 @dataclass(frozen=True)
