@@ -252,7 +252,7 @@ def _facts_together(
     """Are these models of this base, which pairs fight and where, which share something, what does a sum of all do?"""
     together = found.interference
     low, high = (tables.small(pick(one.median_r for one in found.models)) for pick in (min, max))
-    yield "base", f"the median tensor of each moved by r = {low} to {high} of its norm; 0.001 to 0.1 is usual"
+    yield "base", f"their median tensors moved by r = {low} to {high}; 0.001 to 0.1 is usual"
     least = min(found.models, key=lambda one: one.recommended)
     yield (
         "drop",
@@ -376,7 +376,7 @@ def _print_kinds(together: Interference, pairs: Sequence[str], kinds: Sequence[K
         rows[-1].append(f"{total.pairs[at].cosine:.3f}")
     courses = [_cosines(kind, by_size[0]) for kind in kinds]
     table, _ = tables.with_bars(
-        heads, rows, courses, tables.layers_of(kinds), top=_top(courses), what=f"|{pairs[by_size[0]]}|, "
+        heads, rows, courses, tables.layers_of(kinds), top=_top(courses), what=f"|cos {pairs[by_size[0]]}|, "
     )
     print_table(table)
 

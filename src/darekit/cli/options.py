@@ -110,8 +110,8 @@ def check_drop_rate(drop_rate: float) -> None:
 def check_fraction(value: float, option: str) -> None:
     """A fraction outside [0, 1] is a usage error."""
     if not 0 <= value <= 1:
-        hint = f"; for a percentage, write {value / 100:g}" if 1 < value <= 100 else ""
-        hint += f"; did you mean {value / 10:g}?" if 1 < value < 10 else ""
+        hint = f"; write {value / 100:g} for {value:g} %" if 1 < value <= 100 else ""
+        hint += f", or {value / 10:g} if the point is missing" if 1 < value < 10 else ""
         raise typer.BadParameter(f"{value:g} is outside [0, 1]{hint}", param_hint=option)
 
 
