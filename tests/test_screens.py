@@ -3,6 +3,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import ml_dtypes
@@ -104,7 +106,7 @@ def test_bars_are_ascii_where_the_encoding_has_no_blocks(deep, dare, monkeypatch
         cli.main()
     shown.flush()
     text = shown.buffer.getvalue().decode("ascii")
-    assert not stop.value.code
+    assert not stop.value.code and tables.shown("1 ± 2") == "1 +- 2"
     row = next(line for line in text.splitlines() if line.startswith("mlp.up_proj"))
     assert row.split()[-1].startswith("_" * 8) and row.rstrip().endswith("#")
 
@@ -190,3 +192,11 @@ def test_automatic_rates_are_shown_by_kind(dare, deep, tmp_path):
     text = dare("drop", deep / "base", deep / "rising", tmp_path / "out", "-p", "auto", "--dry-run").out
     row = next(line for line in text.splitlines() if line.startswith("mlp.up_proj"))
     assert 0.5 < float(row.split()[3]) < 1 and row.split()[-1][0] < "▄" and len(text.splitlines()) <= 40
+
+
+def test_a_name_that_the_terminal_cannot_show_stops_nothing(llamas, tmp_path):
+    families.copy(llamas.path / "m0", tmp_path / "mödel")
+    command = [sys.executable, "-m", "darekit", "inspect", str(llamas.path / "base"), str(tmp_path / "mödel")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith("ok: base looks like the base of m?del")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from darekit.statistics.running import StatisticsReport
 
 
+KINDS = {"fisher": "diagonal Fisher", "gram": "Gram matrices"}
 GLOBS = 4  # names of tensors that are shown for an entry of keep_dense
 
 
@@ -135,7 +136,9 @@ def show_statistics(report: StatisticsReport, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_data()))
         return
-    print(f"Wrote {report.output}: {report.kind} of {counted(report.tensors, 'tensor')}, {size_of(report.bytes)}")
+    print(
+        f"Wrote {report.output}: {KINDS[report.kind]} of {counted(report.tensors, 'tensor')}, {size_of(report.bytes)}"
+    )
     passes = "1 pass" if report.passes == 1 else f"{report.passes} passes"
     tables.print_facts([
         ("mean", "" if report.mean is None else f"{report.mean:.2e}; keep `minimal` of a fisher merge far below it"),

@@ -45,10 +45,9 @@ def show_similarity(found: Similarity, drawn: Sequence[Path], *, as_json: bool) 
     print()
     several = any(len(curve.seeds) > 1 for curve in found.curves)
     heads = ("layer", *(curve.title for curve in found.curves))
-    plus_minus = "±" if tables.can_show("±") else "+-"
     cells = [
         (layer, *(f"{curve.cosine[i]:.4f}" + (
-            (f" {plus_minus} {curve.deviation[i]:.4f}" if len(curve.seeds) > 1 else " " * 9) if several else "")
+            (f" ± {curve.deviation[i]:.4f}" if len(curve.seeds) > 1 else " " * 9) if several else "")
             for curve in found.curves))
         for i, layer in enumerate(found.layers)
     ]  # fmt: skip
@@ -56,7 +55,7 @@ def show_similarity(found: Similarity, drawn: Sequence[Path], *, as_json: bool) 
         print_table(part)
         print()
     if several:
-        print(f"{plus_minus} is the standard deviation over mask seeds")
+        print(tables.shown("± is the standard deviation over mask seeds"))
     for path in drawn:
         print(path)
 
@@ -97,11 +96,12 @@ def show_sweep(result: SweepResult, *, as_json: bool) -> None:
     said = {f"{note}." for note in result.notes}  # when the sweep began
     for line in words_of(result, summary):
         if line not in said:
-            print(tables.wrapped(line, "  "))
+            print(tables.wrapped(tables.shown(line), "  "))
     cells = f"{counted(len(result.finished), 'cell')} in {time_of(result.seconds)}"
     print(f"Wrote {result.out}: {cells}; tables.md has every setting")
 
 
 def _show(found: Text) -> None:
-    print_table(tables.table_of(found.header, found.rows, found.words, title=found.title))
-    print()
+    for part in tables.side_by_side(found.header, found.rows, found.words, title=found.title):
+        print_table(part)
+        print()

@@ -228,6 +228,11 @@ def can_show(characters: str) -> bool:
     return True
 
 
+def shown(text: str) -> str:
+    """A text with `+-` for the sign of a deviation where standard output cannot show it."""
+    return text if can_show("±") else text.replace("±", "+-")
+
+
 def columns() -> int:
     """Width of the terminal; where output goes elsewhere, what COLUMNS says, else 100."""
     return max(NARROWEST, shutil.get_terminal_size((PIPED, 24)).columns)
@@ -289,7 +294,7 @@ def table_of(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i < words else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # a name may hold [brackets], which rich reads as markup
+        table.add_row(*(Text(shown(cell)) for cell in row))  # as Text: rich reads [brackets] in a name as markup
     return table
 
 
@@ -320,17 +325,19 @@ def with_bars(
     return table, room
 
 
-def side_by_side(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Table]:
-    """A table, or where the terminal is too narrow several with the same first column."""
+def side_by_side(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1, *, title: str = ""
+) -> Iterator[Table]:
+    """A table, or where the terminal is too narrow several that begin with the same columns of words."""
     widths = [max(len(line[i]) for line in (heads, *rows)) + SPACE for i in range(len(heads))]
-    first = 1
+    first = words
     while first < len(heads):
         end = first + 1
-        while end < len(heads) and widths[0] + sum(widths[first : end + 1]) - SPACE <= columns():
+        while end < len(heads) and sum(widths[:words]) + sum(widths[first : end + 1]) - SPACE <= columns():
             end += 1
-        chosen = (0, *range(first, end))
-        yield table_of([heads[i] for i in chosen], [[row[i] for i in chosen] for row in rows])
-        first = end
+        chosen = (*range(words), *range(first, end))
+        yield table_of([heads[i] for i in chosen], [[row[i] for i in chosen] for row in rows], words, title=title)
+        title, first = "", end
 
 
 def shorten(text: str, width: int) -> str:
