@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from darekit.cli import display, tables
 from darekit.cli.options import Json, errors_told
 
 if TYPE_CHECKING:
@@ -80,6 +79,8 @@ def evaluate(
         if given and generate is None:
             raise typer.BadParameter("only works with --generate", param_hint=name)
     with errors_told():
+        from darekit.cli import display
+
         if generate is not None:
             from darekit.evaluation.generations import generate as write_answers
 
@@ -128,6 +129,7 @@ def _show(found: Comparison, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.to_data()))
         return
+    from darekit.cli import display, tables
     from darekit.evaluation.comparison import best_of, shown
 
     models = [evaluation.model for evaluation in found.evaluations]

@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli import tables
 from darekit.errors import DarekitError
 
 Threads = Annotated[
@@ -149,6 +148,8 @@ def errors_told(resumes: bool = False) -> Iterator[None]:
     try:
         yield
     except DarekitError as error:
+        from darekit.cli import tables
+
         if "--json" in sys.argv:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         print(tables.told(f"dare: {error}"), file=sys.stderr)
