@@ -14,6 +14,7 @@ import families
 from hub_server import Hub
 
 # Examples are not timed: machines are noisy. CI repeats one fixed set; everyone else keeps looking for new ones.
+os.environ["COLUMNS"] = "100"  # what is shown where output goes to no terminal; test runners set widths of their own
 settings.register_profile("darekit", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("darekit")
 

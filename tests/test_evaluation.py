@@ -387,9 +387,9 @@ def test_what_torch_refuses_does_not_stop_the_others(causal, rows, tmp_path, mon
     ("arguments", "code", "says"),
     [
         ([], 2, "Missing argument"),
-        (["m"], 2, "say what to judge by"),
-        (["m", "--generate", "q.json"], 2, "say --out"),
-        (["m", "--data", "d.jsonl", "--prompt", "x"], 2, "belongs to --generate"),
+        (["m"], 2, "choose what to judge by"),
+        (["m", "--generate", "q.json"], 2, "needs --out"),
+        (["m", "--data", "d.jsonl", "--prompt", "x"], 2, "only works with --generate"),
         (["missing", "--judge", "nowhere.py:f"], 1, "no file nowhere.py"),
         (["missing", "missing", "--data", "ROWS"], 1, "given twice"),
         (["missing", "--data", "ROWS"], 1, "there is no checkpoint 'missing'"),

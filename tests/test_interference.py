@@ -135,7 +135,11 @@ def test_the_command_with_several_models_and_plots(llamas, dare, tmp_path):
     assert drawn == {f"{name}.{kind}" for name in ("deltas", "r", "pairs", "conflict") for kind in ("png", "svg")}
     assert sorted(done.data["plots"]) == sorted(str(tmp_path / "one" / name) for name in drawn)
     shown = dare("inspect", llamas.path / "base", *names)
-    assert "cos m0 & m1" in shown.out and "Together: signs conflict in" in shown.out
+    assert shown.out.startswith("ok: base looks like the base of all 2 models")
+    assert "no two models pull against each other" in shown.out and "a plain sum cancels" in shown.out
+    assert "cos A & B" in shown.out and "self_attn.q_proj" in shown.out and "layers.0" not in shown.out
+    rows = dare("inspect", llamas.path / "base", *names, "--tensors").out
+    assert all(f"{name} " in rows for name in llamas.base)
     svg = (tmp_path / "one" / "r.svg").read_text()
     assert "kind of tensor" in svg and "layer (other: outside the layers)" in svg and "self_attn.q_proj" in svg
 

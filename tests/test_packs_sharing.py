@@ -48,7 +48,7 @@ def test_a_pack_goes_to_the_hub_and_comes_back(hub, llamas, packed, tmp_path):
     done = dare(hub, there, "pull", "me/math", token=None)
     assert done.returncode == 0, done.stderr
     assert (there / "m0.pack.safetensors").read_bytes() == packed.read_bytes()
-    assert "what is stored agrees" in done.stdout and "dare unpack BASE m0.pack.safetensors OUT" in done.stdout
+    assert "tensors, intact" in done.stdout and "dare unpack BASE m0.pack.safetensors OUT" in done.stdout
 
     # By its name on the Hub a pack goes wherever one goes.
     (there / "r.yaml").write_text(f"base_model: {base}\nmodels: [{{model: me/math}}]\nmerge_method: task_arithmetic\n")

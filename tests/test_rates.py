@@ -153,7 +153,7 @@ def test_auto_is_recorded_repeatable_and_resumable(llamas, tmp_path, dare):
     recipe.write_text(json.dumps(auto(llamas)))
     shown = dare("merge", recipe, tmp_path / "three", "--dry-run", "--json").data
     assert shown["models"][0]["drop_rates"] == rates
-    assert "lm_head.weight" in dare("merge", recipe, tmp_path / "three", "--dry-run").out
+    assert "heads" in dare("merge", recipe, tmp_path / "three", "--dry-run").out
 
 
 def test_drop_takes_auto_too(llamas, dare, tmp_path):

@@ -521,7 +521,11 @@ def test_an_interrupted_command_keeps_what_it_finished(real, place, dare, monkey
 
     monkeypatch.setattr(running.checks, "check", check)
     done = dare("sweep", place.path / "s.yaml", "--no-plots")
-    assert done.code == 130 and "finished cells are in" in done.err and "the same command goes on" in done.err
+    assert (
+        done.code == 130
+        and "finished cells are in" in done.err
+        and "run the same command again to continue" in done.err
+    )
     kept = lines(place.path / "s")
     assert len(kept) == 2
     monkeypatch.undo()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -21,7 +22,7 @@ PANELS = {
         "merge": ("merging", "merge"),
         "drop": ("merging", "drop"),
     },
-    "Look before": {
+    "Before you merge": {
         "inspect": ("analysis", "inspect"),
         "recommend": ("recommend", "recommend"),
         "similarity": ("analysis", "similarity"),
@@ -94,6 +95,9 @@ def main() -> None:
     """Entry point of the `dare` command."""
     # Imports make many objects and no garbage: looking for it at the default of 700 took about 7 % of a small merge.
     gc.set_threshold(200_000, 20, 20)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model's name may hold what the terminal cannot show
     # Help, a misspelt word and no word need all commands.
     try:
         build_app(*(word for word in sys.argv[1:2] if word in COMMANDS))()

@@ -10,31 +10,36 @@ import typer
 
 from darekit.cli.options import DryRun, Json, Threads, Vocab, check_drop_rate, errors_told, listed
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the fastest there is.")]
-Dtype = Annotated[str | None, typer.Option(help="What the model computes in; default: float32 on a CPU.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest available.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Dtype to compute in; default: float32 on a CPU, else the model's own.")
+]
 
 
 def inspect(
-    base: Annotated[str, typer.Argument(help="The checkpoint that the models were fine-tuned from.")],
-    models: Annotated[list[str], typer.Argument(help="The fine-tuned model, or several to compare.")],
+    base: Annotated[str, typer.Argument(help="The checkpoint the models were fine-tuned from.")],
+    models: Annotated[list[str], typer.Argument(help="The fine-tuned model, or several to compare with each other.")],
     vocab: Annotated[
-        Vocab, typer.Option(help="Vocabularies that differ: refuse, or compare the rows that both have (base, pad).")
+        Vocab, typer.Option(help="If vocabularies differ: refuse (strict), or compare the rows both have (base, pad).")
     ] = Vocab.BASE,
     heads: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="base, model, or one of several: whose heads a recipe takes as they are; none are compared then.",
+            help="base, model, or one of several models: whose heads a recipe would keep. No heads are compared then.",
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the deltas into this folder, as PNG and SVG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write plots of the deltas to this folder, as PNG and SVG.")] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Show a row for every tensor instead of every kind.")
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Show how far models are from BASE, how much can be dropped, and how several pull against each other."""
+    """Check that BASE is the base, how much can be dropped, and where several models conflict."""
     with errors_told():
         from darekit.analysis.inspection import inspect as inspect_models
-        from darekit.cli import display, display_analysis
+        from darekit.cli import display, display_inspect
 
         if plot is not None:
             from darekit.plotting import require_matplotlib
@@ -49,40 +54,40 @@ def inspect(
             from darekit.analysis.drawing import draw_inspection
 
             drawn = draw_inspection(found, plot)
-        display_analysis.show_inspections(found, drawn, as_json=as_json)
+        display_inspect.show_inspections(found, drawn, tensors=tensors, as_json=as_json)
 
 
 def similarity(
-    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
+    base: Annotated[str, typer.Argument(help="The checkpoint MODEL was fine-tuned from.")],
     model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
-    data: Annotated[str, typer.Option(help="Rows of text: a file of JSON lines, or a dataset's name.")],
+    data: Annotated[str, typer.Option(help="Text: a JSON Lines file, or the name of a dataset.")],
     drop_rate: Annotated[
         list[str],
         typer.Option(
             "-p",
             "--drop-rate",
             metavar="P,...",
-            help="Fraction of the delta that is dropped; several: with commas, or repeated.",
+            help="Fraction of the delta to drop; for several, use commas or repeat.",
         ),
     ],
     methods: Annotated[
-        list[str], typer.Option(metavar="NAME,...", help="Sparsifiers; several: with commas, or repeated.")
+        list[str], typer.Option(metavar="NAME,...", help="Sparsifiers; for several, use commas or repeat.")
     ] = ["dare,drop_only,magnitude"],  # noqa: B006 (typer reads the default)
     seeds: Annotated[
-        list[str], typer.Option(metavar="N,...", help="Seeds of the masks; several: with commas, or repeated.")
+        list[str], typer.Option(metavar="N,...", help="Seeds for the masks; for several, use commas or repeat.")
     ] = ["0"],  # noqa: B006
     keep_dense: Annotated[
-        list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
+        list[str] | None, typer.Option(help="Tensors not to drop: embeddings, norms, biases, heads, or a glob pattern.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows that are read.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that run at once.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 128,
+    limit: Annotated[int, typer.Option(min=1, help="Rows to read.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 128,
     device: Device = None,
     dtype: Dtype = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw similarity.png and similarity.svg into this folder.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write similarity.png and similarity.svg to this folder.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show how far dropping turns MODEL's hidden states: the cosine to the original's, layer by layer."""
+    """Show how far dropping turns MODEL's hidden states: the cosine to the original ones, layer by layer."""
     rates = [_rate(word) for word in _some(drop_rate, "-p")]
     words, numbers = _some(methods, "--methods"), [_seed(word) for word in _some(seeds, "--seeds")]
     with errors_told():
@@ -111,7 +116,7 @@ def similarity(
 def _some(texts: list[str], option: str) -> list[str]:
     words = listed(texts)
     if not words:
-        raise typer.BadParameter("is empty; name at least one", param_hint=option)
+        raise typer.BadParameter("is empty; give at least one", param_hint=option)
     return words
 
 
@@ -119,32 +124,36 @@ def _rate(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no number from 0 to 1, as in 0.5,0.9", param_hint="-p") from None
+        raise typer.BadParameter(f"{text!r} is not a number from 0 to 1, as in 0.5,0.9", param_hint="-p") from None
     check_drop_rate(value)
     return value
 
 
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 1 << 64:
-        raise typer.BadParameter(f"{text!r} is no whole number from 0 to 2^64 - 1, as in 1,2,3", param_hint="--seeds")
+        raise typer.BadParameter(
+            f"{text!r} is not a whole number from 0 to 2^64 - 1, as in 1,2,3", param_hint="--seeds"
+        )
     return int(text)
 
 
 def sweep(
     source: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="Sweep file (YAML).")],
-    out: Annotated[Path | None, typer.Argument(help="Directory for results; default: SWEEP.yaml's name.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes; each holds one model in memory.")] = 1,
+    out: Annotated[
+        Path | None, typer.Argument(help="Directory for the results; default: SWEEP.yaml without its extension.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes to run; each holds one model in memory.")] = 1,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
-    no_plots: Annotated[bool, typer.Option("--no-plots", help="Write tables only.")] = False,
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="Write tables but no plots.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the tables of another sweep in OUT; its cells stay.")
+        bool, typer.Option("--overwrite", help="Replace the tables of another sweep in OUT; its cells are kept.")
     ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Judge every combination of a recipe's settings; finished cells are kept, and the same command goes on."""
+    """Evaluate every combination of a recipe's settings. If interrupted, run the same command again to continue."""
     place = out or source.with_suffix("")
     try:
         with errors_told():
@@ -167,7 +176,7 @@ def sweep(
             display_analysis.show_sweep(result, as_json=as_json)
     except typer.Exit as stop:
         if stop.exit_code == 130:
-            typer.echo(f"dare: finished cells are in {place}; the same command goes on from there", err=True)
+            typer.echo(f"dare: finished cells are in {place}; run the same command again to continue", err=True)
         raise
     if all(one.outcome.error is not None for one in result.finished if one.cell.kind == "grid"):
         raise typer.Exit(1)

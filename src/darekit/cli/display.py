@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from darekit.cli import tables
 from darekit.wording import size_of
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from darekit.output.publishing import Report
@@ -21,9 +25,14 @@ if TYPE_CHECKING:
     from darekit.statistics.running import StatisticsReport
 
 
+KINDS = {"fisher": "diagonal Fisher", "gram": "Gram matrices"}
+GLOBS = 4  # names of tensors that are shown for an entry of keep_dense
+GRADIENT_LAYERS = 9  # layers of a gradient that are shown
+
+
 def say_note(line: str) -> None:
     """A note or warning while a command runs."""
-    print(f"note: {line}", file=sys.stderr)
+    print(tables.told(f"note: {line}"), file=sys.stderr)
 
 
 def count_of(count: float) -> str:
@@ -39,10 +48,21 @@ def count_of(count: float) -> str:
     return f"{count:.3g} B"
 
 
+def time_of(seconds: float) -> str:
+    """A duration for people.
+
+    >>> time_of(1.594), time_of(75.2), time_of(3725)
+    ('1.59 s', '1 min 15 s', '1 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 @contextmanager
 def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error with bytes and rate (or a count of `unit`) and time left; nothing where that is no
-    terminal."""
+    """A bar on standard error with the time left and bytes and rate, or a count of `unit`; none without a terminal."""
     if quiet:
         yield None
         return
@@ -58,17 +78,31 @@ def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterato
         MofNCompleteColumn,
         Progress,
         ProgressColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.text import Text
+
+    class Known(ProgressColumn):
+        """Another column, once the total is known: `0/? bytes` tells nobody anything."""
+
+        def __init__(self, column: ProgressColumn) -> None:
+            super().__init__()
+            self.column = column
+
+        def render(self, task: Task) -> RenderableType:
+            return Text("") if task.total is None else self.column(task)
 
     counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
     if unit is not None:
         counts = (MofNCompleteColumn(), TextColumn(unit))
+    counts = (*counts, TimeRemainingColumn(compact=True), TextColumn("left"))
     with Progress(
-        TextColumn(label), BarColumn(), *counts, TimeRemainingColumn(), console=console, transient=True
-    ) as progress:
+        TextColumn(label), BarColumn(bar_width=None), *map(Known, counts),
+        console=console, transient=True, expand=console.width <= 100,
+    ) as progress:  # fmt: skip
         task = progress.add_task(label, total=None)
 
         def advance(done: int, total: int) -> None:
@@ -79,37 +113,42 @@ def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterato
 
 
 def show_report(report: Report, *, as_json: bool) -> None:
-    """What a finished merge did."""
+    """What a finished merge wrote, and what it took."""
     if as_json:
         print(json.dumps(report.to_data()))
         return
-    rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
     print(
-        f"{report.output}: {report.tensors} tensors, {count_of(report.parameters)} parameters, "
-        f"{size_of(report.bytes_written)} in {report.seconds:.2f} s ({size_of(rate)}/s, "
-        f"{size_of(report.peak_rss_bytes)} of memory)"
+        f"Wrote {report.output}: {size_of(report.bytes_written)}, {counted(report.tensors, 'tensor')}, "
+        f"{count_of(report.parameters)} parameters"
     )
-    for model, kept in report.kept.items():
-        share = 100 * kept / report.parameters if report.parameters else 0
-        print(f"  {model}: {count_of(kept)} of its deltas kept ({share:.3g} %)")
+    shares = {model: f"{100 * kept / max(1, report.parameters):.3g} %" for model, kept in report.kept.items()}
+    if len(shares) == 1:
+        ((model, kept),) = report.kept.items()
+        told = f"{shares[model]} of {model}'s delta ({count_of(kept)} elements)"
+    else:
+        told = ", ".join(f"{share} of {model}" for model, share in shares.items())
+    rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
+    tables.print_facts([
+        ("kept", told),
+        ("took", f"{time_of(report.seconds)} at {size_of(rate)}/s, {size_of(report.peak_rss_bytes)} of memory at most"),
+    ])  # fmt: skip
 
 
 def show_statistics(report: StatisticsReport, *, as_json: bool) -> None:
-    """What a pass over data did."""
+    """What a pass over data wrote, and what it took."""
     if as_json:
         print(json.dumps(report.to_data()))
         return
     print(
-        f"{report.output}: {report.kind} of {_plural(report.tensors, 'tensor')}, {count_of(report.examples)} examples, "
-        f"{count_of(report.tokens)} tokens, {size_of(report.bytes)} in {report.seconds:.2f} s"
+        f"Wrote {report.output}: {KINDS[report.kind]} of {counted(report.tensors, 'tensor')}, {size_of(report.bytes)}"
     )
     passes = "1 pass" if report.passes == 1 else f"{report.passes} passes"
-    print(
-        f"  {passes} over the data, with {size_of(report.sums_bytes)} of sums in memory "
-        f"(--memory {size_of(report.memory)})"
-    )
-    if report.mean is not None:
-        print(f"  mean {report.mean:.2e}; `minimal` of a fisher merge should be far below it")
+    tables.print_facts([
+        ("mean", "" if report.mean is None else f"{report.mean:.2e}; keep `minimal` of a fisher merge far below it"),
+        ("data", f"{counted(report.examples, 'example')}, {count_of(report.tokens)} tokens"),
+        ("took", f"{time_of(report.seconds)}, {passes} over the data, with {size_of(report.sums_bytes)} of sums in "
+         f"memory (--memory {size_of(report.memory)})"),
+    ])  # fmt: skip
 
 
 def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None) -> dict[str, Any]:
@@ -163,58 +202,86 @@ def show_plan(
     if as_json:
         print(json.dumps(data))
         return
-    from rich.table import Table
-
-    print(f"{data['tensors']} tensors, {count_of(plan.parameters)} parameters, method {plan.recipe.merge_method}")
-    print(f"reads {size_of(plan.bytes_in)}, writes {size_of(plan.bytes_out)} in {_plural(len(plan.shards), 'file')}")
-    print(f"memory: about {size_of(data['peak_memory_bytes'])}")
-    table = Table("model", "parameters", "mean drop rate", "kept", "r", "rho", box=None, pad_edge=False)
+    models = counted(len(plan.summaries), "model")
+    print(f"Dry run, nothing is written: {plan.recipe.merge_method} of {models}")
+    tables.print_facts([
+        ("writes", f"{size_of(plan.bytes_out)} in {counted(len(plan.shards), 'file')}: "
+         f"{counted(data['tensors'], 'tensor')}, {count_of(plan.parameters)} parameters"),
+        ("reads", size_of(plan.bytes_in)),
+        ("memory", f"about {size_of(data['peak_memory_bytes'])}"),
+    ])  # fmt: skip
+    for note in notes:
+        print(tables.wrapped(f"note: {note}", "  "))
+    print()
     checks = {judgement.model: judgement for judgement in judgements}
+    rows = []
     for summary in plan.summaries:
         check = checks.get(summary.ref)
-        table.add_row(
-            summary.ref, count_of(summary.parameters), f"{summary.drop_rate:.4g}", count_of(summary.kept),
-            f"{check.r:.4f}" if check else "", f"{check.rho:.3f}" if check else "",
+        rows.append(
+            (tables.shorten(summary.ref, tables.LONGEST), f"{summary.drop_rate:.4g}",
+             f"{100 * summary.kept / max(1, summary.parameters):.3g} %", count_of(summary.kept),
+             f"{check.r:.4f}" if check else "", f"{check.rho:.3f}" if check else "")
         )  # fmt: skip
-    print_table(table)
+    print_table(tables.table_of(("model", "mean drop rate", "kept", "elements", "r", "rho"), rows))
+    if judgements:
+        tables.print_small("r: ||delta|| / ||base|| in a sample. rho: how far dropping is predicted to move a layer's "
+                           "output, relative to it; above 0.5 a merge is refused.")  # fmt: skip
     _show_rates(plan)
     _show_gradients(data["gradients"])
+    if data["keep_dense"]:
+        print()
     for pattern, names in data["keep_dense"].items():
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        print(f"keep_dense {pattern}: {_plural(len(names), 'tensor')}{': ' + shown if names else ' (matches nothing)'}")
-    for note in notes:
-        print(f"note: {note}")
+        globs = tables.globs_of(names)
+        more = f" and {len(globs) - GLOBS} more" if len(globs) > GLOBS else ""
+        shown = ", ".join(globs[:GLOBS]) + more if names else "matches nothing"
+        print(tables.wrapped(f"keep_dense {pattern}: {counted(len(names), 'tensor')}: {shown}", "  "))
 
 
 def _show_rates(plan: Plan) -> None:
-    """What `drop_rate: auto` came to, a row for each tensor."""
+    """What `drop_rate: auto` came to, a row for each kind of tensor."""
     automatic = [(s.ref, rates) for s, rates in zip(plan.summaries, plan.rates, strict=True) if rates]
     if not automatic:
         return
-    from rich.table import Table
+    names = {name for _, rates in automatic for name in rates}
+    tensors = [tensor for tensor in plan.alignment.tensors if tensor.name in names]
+    kinds = tables.kinds_of([tables.Sized(t.name, t.shape, math.prod(t.shape)) for t in tensors])
 
-    table = Table("drop_rate: auto", *(ref for ref, _ in automatic), box=None, pad_edge=False)
-    for name in dict.fromkeys(name for _, rates in automatic for name in rates):
-        table.add_row(name, *(f"{rates[name]:g}" if name in rates else "" for _, rates in automatic))
-    print_table(table)
+    def rate(kind: tables.Kind[tables.Sized], rates: Mapping[str, float]) -> float | None:
+        return kind.mean(lambda tensor: rates.get(tensor.name))
 
-
-GRADIENT_COLUMNS = 9  # layers of a gradient that are shown
-
-
-def _show_gradients(rows: Sequence[Mapping[str, Any]]) -> None:
-    """What each gradient comes to along the layers: all of them, or some at equal distances."""
-    if not rows:
+    rows = [(tables.shorten(kind.name, tables.LONGEST), count_of(kind.parameters),
+             *(_rate(rate(kind, rates)) for _, rates in automatic)) for kind in kinds]  # fmt: skip
+    models = [tables.shorten(ref, tables.LONGEST) for ref, _ in automatic]
+    heads = ("drop_rate: auto", "parameters", *(models if len(models) > 1 else ["drop rate"]))
+    print()
+    if len(automatic) > 1:
+        print_table(tables.table_of(heads, rows))
         return
-    from rich.table import Table
-
-    table = Table("gradient", "model", "filter", "layers", "layer: value", box=None, pad_edge=False)
-    for row in rows:
-        last = len(row["values"]) - 1
-        shown = sorted({round(i * last / (GRADIENT_COLUMNS - 1)) for i in range(GRADIENT_COLUMNS)})
-        values = "  ".join(f"{i}: {row['values'][i]:.4g}" for i in shown)
-        table.add_row(row["parameter"], row["model"] or "all", row["filter"], row["stack"], values)
+    kept = [{i: 1 - (rate(layer, automatic[0][1]) or 0.0) for i, layer in kind.by_layer().items()} for kind in kinds]
+    layers = tables.layers_of(kinds)
+    table, room = tables.with_bars(heads, rows, kept, layers, what="kept, ")
     print_table(table)
+    tables.print_small(("Mean of each kind; every tensor: --json." + tables.bar_legend(
+        "the share that is kept", layers, room, "the largest in its row")).strip())  # fmt: skip
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _show_gradients(gradients: Sequence[Mapping[str, Any]]) -> None:
+    """What each gradient comes to along the layers: all of them, or some at equal distances."""
+    if not gradients:
+        return
+    rows = []
+    for one in gradients:
+        last = len(one["values"]) - 1
+        shown = sorted({round(i * last / (GRADIENT_LAYERS - 1)) for i in range(GRADIENT_LAYERS)})
+        values = "  ".join(f"{i}: {one['values'][i]:.4g}" for i in shown)
+        rows.append((one["parameter"], one["model"] or "all", one["filter"], one["stack"], values))
+    heads = ("gradient", "model", "filter", "layers", "layer: value")
+    print()
+    print_table(tables.table_of(heads, rows, len(heads)))
 
 
 def print_table(table: Table) -> None:
@@ -247,24 +314,52 @@ def methods_data() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def show_methods(*, as_json: bool) -> None:
-    """The table of methods."""
+def _first_clause(text: str) -> str:
+    """A summary as far as its first break, for a table.
+
+    >>> _first_clause("Drop at random and leave the survivors as they are: the paper's ablation.")
+    'Drop at random and leave the survivors as they are'
+    """
+    return re.split(r"[.;:]\s|\.$|\s\(", text)[0]
+
+
+def show_methods(name: str | None, *, as_json: bool) -> None:
+    """The table of methods in a line each, or all about one."""
     data = methods_data()
+    if name is not None:
+        data = {title: [one for one in entries if one["name"] == name] for title, entries in data.items()}
     if as_json:
         print(json.dumps(data))
         return
+    if name is not None:
+        for title, entries in data.items():
+            for entry in entries:
+                print(f"{name} ({title[:-1].replace('_', ' ')})")
+                print(tables.wrapped(entry["summary"], "  ", "  ") + "\n")
+                tables.print_facts([
+                    *((p["name"], f"{p['help']} ({_default(p['default'])})") for p in entry["parameters"]),
+                    ("source", entry["source"]),
+                ])  # fmt: skip
+        return
+    width = max(len(one["name"]) for entries in data.values() for one in entries) + tables.SPACE
     for title, entries in data.items():
-        print(title.replace("_", " ").upper())
+        print(f"{title.replace('_', ' ').capitalize()}\n")
         for entry in entries:
-            print(f"\n  {entry['name']}: {entry['summary']}")
-            print(f"    source: {entry['source']}")
-            for parameter in entry["parameters"]:
-                default = "required" if parameter["default"] is None else f"default {_plain(parameter['default'])}"
-                print(f"    {parameter['name']} ({default}): {parameter['help']}")
+            first = f"  {entry['name']:{width}}"
+            print(tables.wrapped(_first_clause(entry["summary"]), " " * len(first), first))
+            words = ", ".join(parameter["name"] for parameter in entry["parameters"])
+            if words:
+                print(tables.wrapped(f"parameters: {words}", " " * len(first), " " * len(first)))
         print()
+    print(tables.wrapped("Any sparsifier goes before any merge method. More about one of them: dare methods NAME"))
 
 
-def _plural(count: int, noun: str) -> str:
+def _default(value: Any) -> str:
+    return "required" if value is None else f"default {_plain(value)}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 tensor`, `30 tensors`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from darekit.cli.display import count_of
+from darekit.cli import tables
+from darekit.cli.display import count_of, counted, time_of
 from darekit.wording import size_of
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from darekit.packs.reading import Verification
 
 SHOWN = 10
+EXPORTS = {"vllm-patch": "weight patches for vLLM", "dense": "a dense model directory"}
 
 
 def show_pack(report: PackReport, *, as_json: bool) -> None:
@@ -25,14 +27,18 @@ def show_pack(report: PackReport, *, as_json: bool) -> None:
         print(json.dumps(report.to_data()))
         return
     print(
-        f"{report.output}: {size_of(report.bytes)}, {report.ratio:.3g} times smaller than the model "
-        f"({size_of(report.model_bytes)}), in {report.seconds:.2f} s ({size_of(report.peak_rss_bytes)} of memory)"
+        f"Wrote {report.output}: {size_of(report.bytes)}, {report.ratio:.3g} times smaller than the model "
+        f"({size_of(report.model_bytes)})"
     )
-    same = f", {report.same} of them the base's own" if report.same else ""
+    same = f", {report.same} of them equal to the base's" if report.same else ""
     share = 100 * report.kept / report.parameters if report.parameters else 0
-    kept = f"{count_of(report.kept)} elements kept ({share:.3g} %), seed {report.seed}"
-    kept = "lossless" if report.lossless else kept
-    print(f"  {report.tensors} tensors{same}; {kept}")
+    tables.print_facts([
+        ("kept", "everything: the pack is lossless" if report.lossless else
+         f"{share:.3g} % of the delta ({count_of(report.kept)} of {count_of(report.parameters)} elements)"),
+        ("tensors", f"{report.tensors}{same}"),
+        ("seed", "" if report.lossless else f"{report.seed}"),
+        ("took", f"{time_of(report.seconds)}, {size_of(report.peak_rss_bytes)} of memory at most"),
+    ])  # fmt: skip
 
 
 def show_info(info: Mapping[str, Any], *, as_json: bool) -> None:
@@ -42,22 +48,18 @@ def show_info(info: Mapping[str, Any], *, as_json: bool) -> None:
         return
     settings = info["settings"]
     share = 100 * info["kept"] / info["parameters"] if info["parameters"] else 0
-    lines = {
-        "pack": f"{info['pack']}, version {info['version']}, by {info['tool']}",
-        "size": f"{size_of(info['bytes'])}, {info['ratio']:.3g} times smaller than the model "
-        f"({size_of(info['model_bytes'])})",
-        "model": _ref(info["model"]),
-        "base": _ref(info["base"]),
-        "license": info["license"] or "unknown",
-        "kept": f"{count_of(info['kept'])} of {count_of(info['parameters'])} elements ({share:.3g} %)",
-        "tensors": ", ".join(f"{count} {word}" for word, count in sorted(info["encodings"].items())),
-        "mask": f"{info['mask']}, seed {info['seed']}, rescale {info['rescale']}",
-        "settings": ", ".join(f"{key} {_plain(value)}" for key, value in settings.items()),
-        "files": ", ".join(file["name"] + ("" if file["stored"] else " (the base's)") for file in info["files"]),
-    }
-    for word, line in lines.items():
-        if line:
-            print(f"{word:9} {line}")
+    print(f"{info['pack']}: {size_of(info['bytes'])}, {info['ratio']:.3g} times smaller than the model")
+    tables.print_facts([
+        ("model", f"{_ref(info['model'])} ({size_of(info['model_bytes'])})"),
+        ("base", _ref(info["base"])),
+        ("license", info["license"] or "unknown"),
+        ("kept", f"{share:.3g} % of the delta ({count_of(info['kept'])} of {count_of(info['parameters'])} elements)"),
+        ("settings", ", ".join(f"{key} {_plain(value)}" for key, value in settings.items())),
+        ("tensors", ", ".join(f"{count} {word}" for word, count in sorted(info["encodings"].items()))),
+        ("mask", f"{info['mask']}, seed {info['seed']}, rescale {info['rescale']}"),
+        ("files", ", ".join(file["name"] + ("" if file["stored"] else " (the base's)") for file in info["files"])),
+        ("format", f"version {info['version']}, written by {info['tool']}"),
+    ])  # fmt: skip
 
 
 def show_verification(found: Verification, *, as_json: bool) -> None:
@@ -66,15 +68,17 @@ def show_verification(found: Verification, *, as_json: bool) -> None:
         print(json.dumps(found.to_data()))
         return
     if not found.faults:
-        what = "its base and every result agree" if found.against_base else "what is stored agrees; give BASE to check"
-        more = "" if found.against_base else " the results as well"
-        print(f"{found.pack}: {found.tensors} tensors, {what}{more}")
+        tensors = counted(found.tensors, "tensor")
+        if found.against_base:
+            print(f"ok: {found.pack}: {tensors}, intact; unpacked on this base, each matches its digest")
+        else:
+            print(f"ok: {found.pack}: {tensors}, intact; give BASE to check the unpacked results too")
         return
-    print(f"{found.pack}: {len(found.faults)} of {found.tensors} tensors are wrong")
+    print(f"damaged: {found.pack}: {len(found.faults)} of {counted(found.tensors, 'tensor')}")
     for fault in found.faults[:SHOWN]:
         print(f"  {fault.tensor}: {fault.words}")
     if len(found.faults) > SHOWN:
-        print(f"  ... and {len(found.faults) - SHOWN} more")
+        print(f"  and {len(found.faults) - SHOWN} more; --json lists them all")
 
 
 def show_export(report: ExportReport, *, as_json: bool) -> None:
@@ -82,10 +86,13 @@ def show_export(report: ExportReport, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_data()))
         return
-    print(f"{report.output}: {size_of(report.bytes)}, {report.target}")
+    print(f"Wrote {report.output}: {size_of(report.bytes)}, {EXPORTS.get(report.target, report.target)}")
     if report.target != "dense":
-        patches = f"{report.sparse} sparse and {report.dense} dense patches, {count_of(report.changed)} elements"
-        print(f"  {patches}; {report.same} tensors are the base's")
+        tables.print_facts([
+            ("patches", f"{report.sparse} sparse and {report.dense} dense; they change {count_of(report.changed)} "
+             "elements"),
+            ("unchanged", counted(report.same, "tensor") if report.same else ""),
+        ])  # fmt: skip
 
 
 def show_pushed(pushed: Pushed, *, as_json: bool) -> None:
@@ -93,17 +100,20 @@ def show_pushed(pushed: Pushed, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(pushed.to_data()))
         return
-    print(f"{pushed.url}: {', '.join(pushed.files) or 'nothing new'} ({size_of(pushed.bytes)})")
+    what = f"{', '.join(pushed.files)} ({size_of(pushed.bytes)})" if pushed.files else "nothing new"
+    print(f"Pushed to {pushed.url}: {what}")
 
 
 def show_pulled(pulled: Pulled, *, as_json: bool) -> None:
-    """What was fetched, and how it goes on."""
+    """What was fetched, and what to do with it."""
     if as_json:
         print(json.dumps(pulled.to_data()))
         return
-    print(f"{pulled.pack}: {size_of(pulled.bytes)}, {pulled.tensors} tensors, what is stored agrees with its digests")
-    print(f"  base: {_ref(pulled.base)}")
-    print(f"  dare unpack {_base_argument(pulled.base)} {pulled.pack} OUT")
+    print(f"Wrote {pulled.pack}: {size_of(pulled.bytes)}, {counted(pulled.tensors, 'tensor')}, intact")
+    tables.print_facts([
+        ("base", _ref(pulled.base)),
+        ("next", f"dare unpack {_base_argument(pulled.base)} {pulled.pack} OUT"),
+    ])  # fmt: skip
 
 
 def _base_argument(entry: Mapping[str, Any]) -> str:

@@ -20,48 +20,64 @@ if TYPE_CHECKING:
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model directories, Hub ids, recipes (.yaml) or packs.")],
     tasks: Annotated[
-        list[str] | None, typer.Option(help="Tasks of lm-eval: gsm8k,MATH,humaneval,mbpp,glue or local ones.")
+        list[str] | None, typer.Option(help="lm-eval tasks: gsm8k,MATH,humaneval,mbpp,glue or local ones.")
     ] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="JSON lines to judge by; may be repeated.")] = None,
-    judge: Annotated[str | None, typer.Option(metavar="FILE.py:FUNCTION", help="It gets the live model.")] = None,
-    command: Annotated[str | None, typer.Option(help="It gets a model directory, and prints JSON.")] = None,
-    base: Annotated[str | None, typer.Option(help="The checkpoint that packs were made against.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="JSON Lines file to judge by; may be repeated.")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.py:FUNCTION", help="Python function to judge by; it gets the live model."),
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option(help="Command to judge by; it gets a model directory and prints JSON.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The checkpoint the packs were made from.")] = None,
     include: Annotated[list[Path] | None, typer.Option(help="Folder with local task files; may be repeated.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, rows of each file.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of a task.")] = None,
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Ask tasks' questions as the chat template says.")
-    ] = False,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows or questions at once.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row of --data.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="What models compute in; float32 on a CPU, else their own.")] = None,
-    samples: Annotated[Path | None, typer.Option(help="Folder: what became of each row and question.")] = None,
-    generate: Annotated[Path | None, typer.Option(help="Answer this file's instructions, for AlpacaEval.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="With --generate: a text around {instruction}, instead of the chat template.")
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions per task and rows per file.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples shown before each question of a task.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --generate: the longest answer.")] = 512,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put the tasks' questions into the chat template.")
+    ] = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows or questions per batch.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens per row of --data.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest available.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype to compute in; default: float32 on a CPU, else the model's own.")
+    ] = None,
+    samples: Annotated[Path | None, typer.Option(help="Folder for the result of each row and question.")] = None,
+    generate: Annotated[Path | None, typer.Option(help="Answer the instructions in this file, for AlpacaEval.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="With --generate: a text with {instruction} in it, instead of the chat template.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --generate: the longest answer, in tokens.")] = 512,
     trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Agree that tasks execute code that models write.")
+        bool, typer.Option("--trust-code", help="Allow tasks that execute code written by the models.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for results; finished models are kept. With --generate also a .json.")
+        Path | None,
+        typer.Option(
+            help="Folder for results; finished models are not run again. With --generate: a folder or a .json file."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --generate: ask again.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --generate: replace existing answers.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Judge one or several MODELS, recipes merged in memory: one table with standard errors."""
+    """Evaluate MODELS (recipes are merged in memory) and print one table with standard errors."""
     judged = bool(tasks or data or judge or command)
     if generate is None and not judged:
-        raise typer.BadParameter("say what to judge by: --tasks, --data, --judge or --command", param_hint="MODELS")
+        raise typer.BadParameter("choose what to judge by: --tasks, --data, --judge or --command", param_hint="MODELS")
     if generate is not None and judged:
-        raise typer.BadParameter("answers are written in a run of their own", param_hint="--generate")
+        raise typer.BadParameter(
+            "cannot be combined with --tasks, --data, --judge or --command", param_hint="--generate"
+        )
     if generate is not None and out is None:
-        raise typer.BadParameter("say --out FILE.json, or a folder for several models", param_hint="--generate")
+        raise typer.BadParameter("needs --out FILE.json, or a folder for several models", param_hint="--generate")
     for given, name in ((prompt is not None, "--prompt"), (overwrite, "--overwrite")):
         if given and generate is None:
-            raise typer.BadParameter("belongs to --generate", param_hint=name)
+            raise typer.BadParameter("only works with --generate", param_hint=name)
     with errors_told():
         from darekit.cli import display
 
@@ -104,7 +120,8 @@ def _confirm(names: Sequence[str]) -> bool:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     return typer.confirm(
-        f"{', '.join(names)} executes code that the models write, with your rights on this machine. Go on?", err=True
+        f"{', '.join(names)} runs code written by the models, with your permissions on this machine. Continue?",
+        err=True,
     )
 
 
@@ -112,23 +129,29 @@ def _show(found: Comparison, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.to_data()))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
+    from darekit.cli import display, tables
     from darekit.evaluation.comparison import best_of, shown
 
-    table = Table("", *(evaluation.model for evaluation in found.evaluations), box=None, pad_edge=False)
+    models = [evaluation.model for evaluation in found.evaluations]
     marked = False
+    rows = []
     for name in found.names:
         row = found.row(name)
         best = best_of(row)
         marked |= best is not None
-        cells = [Text(shown(score) + (" *" if at == best else ""), "bold" if at == best else "") for at, score in
-                 enumerate(row)]  # fmt: skip
-        table.add_row(name, *cells)
-    Console(soft_wrap=True, width=10_000).print(table)
+        rows.append((name, *(shown(score) + (" *" if at == best else "  ") for at, score in enumerate(row))))
+    # A score in each row; where many models make that too wide, a model in each row.
+    wide = sum(max(len(line[i]) for line in (("", *models), *rows)) + tables.SPACE for i in range(len(models) + 1))
+    heads: tuple[str, ...] = ("", *models)
+    if wide - tables.SPACE > tables.columns():
+        heads, rows = (
+            ("", *found.names),
+            [tuple(cells) for cells in zip(models, *(row[1:] for row in rows), strict=True)],
+        )
+    for part in tables.side_by_side([head if head == "" else f"{head}  " for head in heads], rows):
+        display.print_table(part)
+        print()
     if marked:
-        print("* the best: ahead of every other by more than twice the standard error of the difference")
+        print("* best: ahead of every other by more than twice the standard error of the difference")
     elif len(found.evaluations) > 1:
         print("no best is marked: none is ahead of every other by more than twice the standard error of the difference")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,8 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     seed: Seed = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: parameters.lambda=0.5.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe: parameters.lambda=0.5."),
     ] = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
@@ -45,7 +47,7 @@ def merge(
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
-    """Merge models as RECIPE says, into the model directory OUT."""
+    """Merge models as RECIPE says and write the model directory OUT."""
     limit = bytes_of(shard_size)
     overrides = _overrides(settings or [])
     with errors_told(resumes=True):
@@ -60,32 +62,43 @@ def merge(
 
 
 def drop(
-    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
+    base: Annotated[str, typer.Argument(help="The checkpoint MODEL was fine-tuned from.")],
     model: Annotated[str, typer.Argument(help="The fine-tuned model: directory, file or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     drop_rate: Annotated[
         str,
-        typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped; auto: each tensor's own."),
+        typer.Option(
+            "-p", "--drop-rate", metavar="P", help="Fraction of the delta to drop; auto: a rate for each tensor."
+        ),
     ],
     tau: Annotated[
         float | None,
-        typer.Option(min=0.001, max=1, help="How far a layer's output may move by -p auto; default 0.2."),
+        typer.Option(
+            min=0.001, max=1, metavar="X", help="With -p auto: how far a layer's output may move; default 0.2."
+        ),
     ] = None,
-    method: Annotated[str, typer.Option(help="How to choose what is dropped: see `dare methods`.")] = "dare",
-    rescale: Annotated[RescaleName | None, typer.Option(help="What survivors are multiplied by.")] = None,
+    method: Annotated[str, typer.Option(help="Sparsifier, which chooses what to drop: see `dare methods`.")] = "dare",
+    rescale: Annotated[
+        RescaleName | None, typer.Option(help="How survivors are rescaled; default: as the method does.")
+    ] = None,
     rescale_q: Annotated[
-        float | None, typer.Option(min=0, max=1, help="dare: divide survivors by this instead of 1 - p (DAREx's q).")
+        float | None,
+        typer.Option(min=0, max=1, metavar="Q", help="dare: divide survivors by Q instead of 1 - p (DAREx's q)."),
     ] = None,
     on: Annotated[Scope, typer.Option(help="Drop from the delta, or from the weights themselves.")] = Scope.DELTA,
     keep_dense: Annotated[
-        list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
+        list[str] | None, typer.Option(help="Tensors not to drop: embeddings, norms, biases, heads, or a glob pattern.")
     ] = None,
     window: Annotated[float | None, typer.Option(help="della: width of the range of keep probabilities.")] = None,
-    gamma: Annotated[float | None, typer.Option(help="breadcrumbs: fraction of largest magnitudes dropped.")] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="breadcrumbs: fraction of the largest magnitudes to drop.")
+    ] = None,
     seed: Seed = None,
-    vocab: Annotated[Vocab, typer.Option(help="Vocabularies that differ: refuse, cut, or keep.")] = Vocab.STRICT,
+    vocab: Annotated[
+        Vocab, typer.Option(help="If vocabularies differ: refuse, cut to the base's rows, or keep extra rows.")
+    ] = Vocab.STRICT,
     heads: Annotated[
-        HeadsOf | None, typer.Option(help="Take heads (classifiers, lm_head) from one of the two as they are.")
+        HeadsOf | None, typer.Option(help="Copy the heads (classifiers, lm_head) from one of the two.")
     ] = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
@@ -96,13 +109,15 @@ def drop(
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
-    """Drop most of one model's delta: base + sparsified (model - base), written to OUT."""
+    """Drop most of one model's delta: write base + sparsified (model - base) to OUT."""
     rate = drop_rate_of(drop_rate)
     assert rate is not None
     if tau is not None and rate != "auto":
-        raise typer.BadParameter("goes with -p auto", param_hint="--tau")
+        raise typer.BadParameter("only works with -p auto", param_hint="--tau")
     if rescale_q == 0:
-        raise typer.BadParameter("0 divides survivors by nothing; leave it out for 1 - p", param_hint="--rescale-q")
+        raise typer.BadParameter(
+            "0 would divide survivors by zero; leave it out to divide by 1 - p", param_hint="--rescale-q"
+        )
     limit = bytes_of(shard_size)
     _check_method(method)
     with errors_told(resumes=True):
@@ -121,18 +136,25 @@ def drop(
         )  # fmt: skip
 
 
-def methods(as_json: Json = False) -> None:
-    """List the sparsifiers and merge methods with their parameters and sources."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Only this method, with its parameters and source.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the sparsifiers and merge methods, or explain one."""
     from darekit.cli import display
+    from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SPARSIFIERS
 
-    display.show_methods(as_json=as_json)
+    name = MERGE_ALIASES.get(name, name) if name else None
+    if name is not None and name not in {**SPARSIFIERS, **MERGE_METHODS}:
+        raise typer.BadParameter(_unknown(name, [*SPARSIFIERS, *MERGE_METHODS]), param_hint="NAME")
+    display.show_methods(name, as_json=as_json)
 
 
 def demo(
-    directory: Annotated[Path, typer.Argument(help="Where weights are cached and results written.")] = Path("demo"),
+    directory: Annotated[Path, typer.Argument(help="Where to cache weights and write results.")] = Path("demo"),
     as_json: Json = False,
 ) -> None:
-    """Train a tiny real family, merge it with and without DARE, and show what each model can do."""
+    """Train a tiny family of models, merge it with and without DARE, and show what each model can do."""
     with errors_told():
         from darekit.demo import run_demo, show
 
@@ -148,7 +170,11 @@ def _check_method(method: str) -> None:
         from darekit.methods import SPARSIFIERS
 
         if method not in SPARSIFIERS:
-            raise typer.BadParameter(f"{method!r} is none of {', '.join(SPARSIFIERS)}", param_hint="--method")
+            raise typer.BadParameter(_unknown(method, SPARSIFIERS), param_hint="--method")
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    return f"{name!r} is not a method; expected one of {', '.join(known)}"
 
 
 def _run(recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, **options: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several commands share: options, the words of their choices, and how errors are told."""
+"""What several commands share: options, their choices, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ import typer
 from darekit.errors import DarekitError
 
 Threads = Annotated[
-    int | None, typer.Option(min=1, max=256, help="Worker threads; default: the processors, at most 8.")
+    int | None,
+    typer.Option(min=1, max=256, metavar="N", help="Worker threads; default: one per processor, at most 8."),
 ]
-ShardSize = Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB, 2GiB.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")]
-Force = Annotated[bool, typer.Option("--force", help="Go on although the base looks wrong or too much is dropped.")]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file: 5GB, 500MB, 2GiB.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new output is complete.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Force = Annotated[bool, typer.Option("--force", help="Continue even if the base looks wrong or too much is dropped.")]
 AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Where an input has NaN or Inf, take the base's element.")
+    bool, typer.Option("--allow-nonfinite", help="Where an input is NaN or Inf, use the base's value.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, check the models, write nothing.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of the masks.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and check the models; write nothing.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, metavar="N", help="Seed for the masks.")]
 
 
 class RescaleName(StrEnum):
@@ -108,13 +109,13 @@ def check_drop_rate(drop_rate: float) -> None:
 def check_fraction(value: float, option: str) -> None:
     """A fraction outside [0, 1] is a usage error."""
     if not 0 <= value <= 1:
-        hint = f"; a percentage? write {value / 100:g}" if 1 < value <= 100 else ""
-        hint += f"; a lost dot? write {value / 10:g}" if 1 < value < 10 else ""
+        hint = f"; write {value / 100:g} for {value:g} %" if 1 < value <= 100 else ""
+        hint += f", or {value / 10:g} if the point is missing" if 1 < value < 10 else ""
         raise typer.BadParameter(f"{value:g} is outside [0, 1]{hint}", param_hint=option)
 
 
 def listed(texts: Sequence[str]) -> list[str]:
-    """What an option was given, with commas between, repeated, or both -> words, each once.
+    """Values of an option, separated by commas, repeated, or both -> words, each once.
 
     >>> listed(["dare, magnitude", "della", "dare"])
     ['dare', 'magnitude', 'della']
@@ -135,9 +136,9 @@ def bytes_of(text: str, option: str = "--shard-size") -> int:
     except (ValueError, KeyError, OverflowError):
         raise typer.BadParameter(f"{text!r} is not a size; write 5GB, 500MB or 2GiB", param_hint=option) from None
     if size < 1:
-        raise typer.BadParameter(f"{text!r} is not a size above 0", param_hint=option)
+        raise typer.BadParameter(f"{text!r} is not a size; it must be above 0", param_hint=option)
     if stripped.isdigit() and size < 1000:
-        raise typer.BadParameter(f"{text!r} would be bytes; write 5GB, 500MB or 2GiB", param_hint=option)
+        raise typer.BadParameter(f"{text!r} would mean bytes; write 5GB, 500MB or 2GiB", param_hint=option)
     return size
 
 
@@ -147,12 +148,14 @@ def errors_told(resumes: bool = False) -> Iterator[None]:
     try:
         yield
     except DarekitError as error:
+        from darekit.cli import tables
+
         if "--json" in sys.argv:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        print(f"dare: {error}", file=sys.stderr)
+        print(tables.told(f"dare: {error}"), file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        told = "; nothing was published (--resume continues)" if resumes else ""
+        told = "; nothing was written to OUT (--resume continues)" if resumes else ""
         print(f"dare: interrupted{told}", file=sys.stderr)
         raise typer.Exit(130) from None
     except BrokenPipeError:

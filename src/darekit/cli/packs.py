@@ -25,55 +25,65 @@ from darekit.cli.options import (
     errors_told,
 )
 
-PackName = Annotated[str, typer.Argument(help="A file that `dare pack` wrote; or org/name, org/name/FILE on the Hub.")]
+PackName = Annotated[
+    str, typer.Argument(help="A file written by `dare pack`, or org/name or org/name/FILE on the Hub.")
+]
 
 
 def pack(
-    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
+    base: Annotated[str, typer.Argument(help="The checkpoint MODEL was fine-tuned from.")],
     model: Annotated[str, typer.Argument(help="The fine-tuned model: directory, file or Hub id.")],
     out: Annotated[Path, typer.Argument(help="File to write, OUT.safetensors.")],
     drop_rate: Annotated[
         str | None,
-        typer.Option("-p", "--drop-rate", help="Fraction of the delta that is dropped; auto: each tensor's own."),
+        typer.Option(
+            "-p", "--drop-rate", metavar="P", help="Fraction of the delta to drop; auto: a rate for each tensor."
+        ),
     ] = None,
     tau: Annotated[
         float | None,
-        typer.Option(min=0.001, max=1, help="How far a layer's output may move by -p auto; default 0.2."),
+        typer.Option(
+            min=0.001, max=1, metavar="X", help="With -p auto: how far a layer's output may move; default 0.2."
+        ),
     ] = None,
-    lossless: Annotated[bool, typer.Option("--lossless", help="Drop nothing: the exact model, compressed.")] = False,
-    bits: Annotated[int, typer.Option(help="Per kept element: 64, 32, 16, 8, 4, 2 or 1.")] = 16,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Drop nothing: store the exact model, compressed.")
+    ] = False,
+    bits: Annotated[int, typer.Option(metavar="N", help="Bits per kept element: 64, 32, 16, 8, 4, 2 or 1.")] = 16,
     dense_bits: Annotated[
-        int | None, typer.Option(help="The same for tensors that are not dropped; default: as --bits, at least 4.")
+        int | None,
+        typer.Option(metavar="N", help="The same for tensors that are not dropped; default: --bits, but at least 4."),
     ] = None,
     group: Annotated[
-        int, typer.Option(min=1, max=65536, help="Kept elements that share a scale (8 bits or less).")
+        int, typer.Option(min=1, max=65536, metavar="N", help="Kept elements that share a scale (8 bits or fewer).")
     ] = 64,
     codec: Annotated[
-        Codec, typer.Option(help="Compress values: auto, where that saves 5 %; zstd, where it saves anything; none.")
+        Codec,
+        typer.Option(help="Compress values: if that saves 5 % (auto), if it saves anything (zstd), or never (none)."),
     ] = Codec.AUTO,
-    rescale: Annotated[PackRescale, typer.Option(help="What survivors are multiplied by.")] = PackRescale.PAPER,
+    rescale: Annotated[PackRescale, typer.Option(help="How survivors are rescaled.")] = PackRescale.PAPER,
     keep_dense: Annotated[
-        list[str] | None, typer.Option(help="Do not drop these: embeddings, norms, biases, heads or a glob pattern.")
+        list[str] | None, typer.Option(help="Tensors not to drop: embeddings, norms, biases, heads, or a glob pattern.")
     ] = None,
     seed: Seed = None,
     vocab: Annotated[
-        PackVocab, typer.Option(help="Vocabularies that differ: refuse, or keep the base's rows.")
+        PackVocab, typer.Option(help="If vocabularies differ: refuse, or keep the base's rows.")
     ] = PackVocab.STRICT,
     threads: Threads = None,
     overwrite: Overwrite = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Store MODEL as its sparse delta from BASE, in the file OUT: no index, as the mask is a function of a seed."""
+    """Store MODEL as a sparse delta from BASE in the file OUT. No indices are stored: the mask follows from a seed."""
     if (drop_rate is None) != lossless:
         raise typer.BadParameter("give either -p or --lossless", param_hint="-p")
     rate = drop_rate_of(drop_rate)
     if tau is not None and rate != "auto":
-        raise typer.BadParameter("goes with -p auto", param_hint="--tau")
+        raise typer.BadParameter("only works with -p auto", param_hint="--tau")
     widths = (64, 32, 16, 8, 4, 2, 1)
     for value, name in ((bits, "--bits"), (dense_bits, "--dense-bits")):
         if value is not None and value not in widths:
-            raise typer.BadParameter(f"{value} is none of {', '.join(map(str, widths))}", param_hint=name)
+            raise typer.BadParameter(f"{value} is not one of {', '.join(map(str, widths))}", param_hint=name)
     with errors_told():
         from darekit.cli import display, display_packs
         from darekit.packing.writing import pack as pack_model
@@ -89,7 +99,7 @@ def pack(
 
 
 def unpack(
-    base: Annotated[str, typer.Argument(help="The checkpoint that PACK was made against.")],
+    base: Annotated[str, typer.Argument(help="The checkpoint PACK was made from.")],
     pack: PackName,
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     threads: Threads = None,
@@ -98,7 +108,7 @@ def unpack(
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Write the packed model as an ordinary model directory, with the bits that `dare drop` gives."""
+    """Turn PACK back into an ordinary model directory."""
     limit = bytes_of(shard_size)
     with errors_told(resumes=True):
         from darekit.cli import display
@@ -114,11 +124,11 @@ def unpack(
 
 def verify(
     pack: PackName,
-    base: Annotated[str | None, typer.Argument(help="The checkpoint that it was made against.")] = None,
+    base: Annotated[str | None, typer.Argument(help="The checkpoint PACK was made from.")] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Check PACK against its own digests, and with BASE every result; writes nothing, exits with 1 on a fault."""
+    """Check PACK against its digests, and with BASE what it unpacks to. Exits with 1 if anything is damaged."""
     with errors_told():
         from darekit.cli import display, display_packs
         from darekit.packs.reading import open_pack
@@ -134,7 +144,7 @@ def info(
     pack: PackName,
     as_json: Json = False,
 ) -> None:
-    """Show what PACK is: its model and base, size and ratio, drop rate, bits, license."""
+    """Show what PACK holds: its model and base, size, drop rate, bits and license."""
     with errors_told():
         from darekit.cli import display_packs
         from darekit.packs.reading import open_pack
@@ -146,20 +156,20 @@ def info(
 def export(
     pack: PackName,
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
-    to: Annotated[ExportTarget, typer.Option(help="What a server loads: patches of final weights, or a model.")],
+    to: Annotated[ExportTarget, typer.Option(help="What to write: weight patches for vLLM, or a model directory.")],
     base: Annotated[
-        str | None, typer.Option(help="What PACK was made against; default: the base it names, from the Hub.")
+        str | None, typer.Option(help="The checkpoint PACK was made from; default: the base it names, from the Hub.")
     ] = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
-    resume: Annotated[bool, typer.Option("--resume", help="With --to dense: continue a run that was killed.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="With --to dense: continue an interrupted run.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write PACK as what servers load: vLLM's weight patches, or an ordinary (dense) model directory."""
+    """Convert PACK to what servers load: weight patches for vLLM, or an ordinary model directory."""
     limit = bytes_of(shard_size)
     if resume and to is not ExportTarget.DENSE:
-        raise typer.BadParameter("goes with --to dense", param_hint="--resume")
+        raise typer.BadParameter("only works with --to dense", param_hint="--resume")
     with errors_told(resumes=to is ExportTarget.DENSE):
         from darekit.cli import display, display_packs
         from darekit.packing.exporting import export as export_pack
@@ -173,18 +183,19 @@ def export(
 
 
 def push(
-    pack: Annotated[Path, typer.Argument(help="A file that `dare pack` wrote.")],
+    pack: Annotated[Path, typer.Argument(help="A file written by `dare pack`.")],
     to: Annotated[str, typer.Argument(help="org/name on the Hub, or a folder (./name).")],
     base_model: Annotated[
-        str | None, typer.Option(help="The base on the Hub: org/name, or org/name@commit. Default: what PACK says.")
+        str | None,
+        typer.Option(help="The base on the Hub: org/name or org/name@commit; default: the base that PACK names."),
     ] = None,
-    license: Annotated[str | None, typer.Option(help="Of the model, where PACK does not know it.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    new_card: Annotated[bool, typer.Option("--new-card", help="Replace a model card that is there.")] = False,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    license: Annotated[str | None, typer.Option(help="License of the model, if PACK does not name one.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
+    new_card: Annotated[bool, typer.Option("--new-card", help="Replace an existing model card.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Put PACK with a model card on the Hugging Face Hub, or into a folder."""
+    """Upload PACK with a model card to the Hugging Face Hub, or copy it to a folder."""
     with errors_told():
         from darekit.cli import display, display_packs
         from darekit.packing.sharing import push as push_pack
@@ -197,12 +208,14 @@ def push(
 
 
 def pull(
-    pack: Annotated[str, typer.Argument(help="org/name or org/name/FILE on the Hub, or a folder that `push` wrote.")],
-    out: Annotated[Path | None, typer.Argument(help="File to write, or a folder for it; default: here.")] = None,
+    pack: Annotated[str, typer.Argument(help="org/name or org/name/FILE on the Hub, or a folder written by `push`.")],
+    out: Annotated[
+        Path | None, typer.Argument(help="File to write, or the folder to put it in; default: the current folder.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Fetch PACK from the Hugging Face Hub or a folder, and check it."""
+    """Download PACK from the Hugging Face Hub or a folder, and verify it."""
     with errors_told():
         from darekit.cli import display, display_packs
         from darekit.packing.sharing import pull as pull_pack

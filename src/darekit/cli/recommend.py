@@ -7,73 +7,79 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from darekit.cli.options import HeadsOf, Json, Seed, Threads, Vocab, check_fraction, errors_told
 
-if TYPE_CHECKING:
-    from darekit.recommendation.advice import Recommendation
-
 
 def recommend(
-    base: Annotated[str, typer.Argument(help="The checkpoint that MODEL was fine-tuned from.")],
+    base: Annotated[str, typer.Argument(help="The checkpoint MODEL was fine-tuned from.")],
     model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
     tau: Annotated[
         float | None,
         typer.Option(
             min=0.001,
             max=1,
-            help="How far a layer's output may move, relative to itself; default 0.2, with --data 0.1.",
+            metavar="X",
+            help="How far a layer's output may move, relative to itself; default: 0.2, or 0.1 with --data.",
         ),
     ] = None,
     drop_rate: Annotated[
-        float | None, typer.Option("-p", "--drop-rate", help="Judge this rate, instead of what tau allows.")
+        float | None,
+        typer.Option("-p", "--drop-rate", metavar="P", help="Judge this rate instead of what --tau allows."),
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Keep this fraction of what may be dropped, where it hurts least: 0.05 for 5 %."),
+        typer.Option(
+            metavar="X", help="Keep this fraction of what may be dropped, where it matters most: 0.05 for 5 %."
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="JSON lines (or a data set) of text to run MODEL on; needs torch.")
+        str | None, typer.Option(help="Text to run MODEL on: a JSON Lines file, or the name of a dataset; needs torch.")
     ] = None,
     search_q: Annotated[
         bool,
-        typer.Option(
-            "--search-q", help="With --data of prompts and completions: search DAREx's q = k (1 - p) by outputs."
-        ),
+        typer.Option("--search-q", help="With --data: search DAREx's q = k (1 - p) by how little the outputs change."),
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write a recipe with these drop rates: RECIPE.yaml.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a recipe with these drop rates to this .yaml file.")] = None,
     keep_dense: Annotated[
         list[str] | None,
-        typer.Option(help="Do not drop these; default: embeddings, norms and biases; none: drop everything."),
+        typer.Option(help="Tensors not to drop; default: embeddings, norms and biases; none: drop from all."),
     ] = None,
     seed: Seed = None,
-    vocab: Annotated[Vocab, typer.Option(help="Vocabularies that differ: refuse, cut, or keep.")] = Vocab.STRICT,
+    vocab: Annotated[
+        Vocab, typer.Option(help="If vocabularies differ: refuse, cut to the base's rows, or keep extra rows.")
+    ] = Vocab.STRICT,
     heads: Annotated[
-        HeadsOf | None, typer.Option(help="Take heads (classifiers, lm_head) from one of the two as they are.")
+        HeadsOf | None, typer.Option(help="Copy the heads (classifiers, lm_head) from one of the two.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of --data.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of one row.")] = 512,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the fastest there is.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="What MODEL computes in; default: float32 on a CPU.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of --data to read.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the fastest available.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype to compute in; default: float32 on a CPU, else the model's own.")
+    ] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Show a row for every tensor instead of every kind.")
+    ] = False,
     threads: Threads = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say how much of MODEL may be dropped, tensor by tensor, what that is predicted to do, and write a recipe."""
+    """Recommend how much of MODEL to drop, tensor by tensor, predict what that does, and write a recipe."""
     if drop_rate is not None:
         check_fraction(drop_rate, "-p")
         if budget is not None:
-            raise typer.BadParameter("a drop rate and a budget both say how much; give one", param_hint="--budget")
+            raise typer.BadParameter("both a drop rate and a budget say how much; give only one", param_hint="--budget")
     check_fraction(budget or 0.0, "--budget")
     if search_q and data is None:
-        raise typer.BadParameter("the search compares outputs on text: add --data FILE", param_hint="--search-q")
+        raise typer.BadParameter("the search compares outputs on text; add --data FILE", param_hint="--search-q")
     with errors_told():
         from darekit.architectures.groups import ONE_TERM
-        from darekit.cli import display
+        from darekit.cli import display, display_recommend
         from darekit.recommendation import advice
 
         if out is not None:  # before anything long
@@ -97,52 +103,4 @@ def recommend(
             data_out = found.to_data() | {"out": str(out) if out else None, "checks": said}
             print(json.dumps(data_out))
             return
-        _show(found)
-        if out is not None:
-            for line in said:
-                print(f"note: dare merge will say: {line}")
-            print(f"{out}: the recipe; dare merge {out} OUT{' --force' if stopped else ''}")
-
-
-def _show(found: Recommendation) -> None:
-    """A row for each tensor that may be dropped, what stays dense and why, and what it comes to."""
-    from rich.table import Table
-
-    from darekit.cli.display import count_of, print_table
-
-    calibrated = found.calibration is not None
-    more = ("kappa", "noise/signal") if calibrated else ()
-    table = Table("tensor", "parameters", "r", "p_max", "drop rate", "rho", *more, box=None, pad_edge=False)
-    for tensor in found.tensors:
-        seen = [f"{value:.3g}" if value is not None else "" for value in (tensor.kappa, tensor.noise_to_signal)]
-        table.add_row(
-            tensor.name, count_of(tensor.parameters), f"{tensor.r:.4f}", f"{tensor.p_max:.4f}",
-            f"{tensor.drop_rate:.4f}", f"{tensor.rho:.3f}", *(seen if calibrated else ()),
-        )  # fmt: skip
-    print_table(table)
-    reasons: dict[str, list[str]] = {}
-    for dense in found.dense:
-        reasons.setdefault(dense.reason, []).append(dense.name)
-    for reason, names in reasons.items():
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        print(f"dense: {shown} ({reason})")
-    median, largest = found.rho
-    print(
-        f"\ndrop rate {found.drop_rate:.4g}: the median of p_max over the {count_of(found.droppable)} parameters that "
-        f"may be dropped (of {count_of(found.parameters)})"
-    )
-    how = "by tensor" if found.asked is None else f"at p = {found.asked:g}"
-    how = how if found.budget is None else f"budget {found.budget:g}"
-    print(
-        f"{how}: {count_of(found.kept)} elements stay ({100 * found.kept / max(1, found.parameters):.3g} %), predicted "
-        f"perturbation of a layer's output {median:.3g} (median), {largest:.3g} (largest)"
-    )
-    if found.search is not None:
-        print(f"q = {found.search.best:g} (1 - p): the {found.search.measure} from the fine-tuned model's outputs is")
-        tried = sorted(found.search.changes.items())
-        print("  " + ", ".join(f"{change:.4g} at k = {k:g}" for k, change in tried))
-    print(found.assumed)
-    if found.verdict != "ok":
-        print(f"{found.verdict}: {found.words}")
-    for note in found.notes:
-        print(f"note: {note}")
+        display_recommend.show_recommendation(found, out, said, stopped=stopped, tensors=tensors)

@@ -12,29 +12,31 @@ import typer
 from darekit.cli.options import Json, Overwrite, Resume, bytes_of, errors_told
 
 stats = typer.Typer(
-    help="Make what fisher and regmean must know of a model, from data (needs torch).",
+    help="Compute what fisher and regmean need to know about a model, from data (needs torch).",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Model = Annotated[str, typer.Argument(help="The model: directory, file or Hub id.")]
-Data = Annotated[str, typer.Option(help="JSON lines (text; prompt and completion; text and label), or a dataset.")]
-Out = Annotated[Path, typer.Option(help="The .safetensors file to write.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")]
-Split = Annotated[str, typer.Option(help="Split of a dataset.")]
-MaxLength = Annotated[
-    int | None, typer.Option(min=2, help="Tokens of one example; default: what the model can, at most 2048.")
+Data = Annotated[
+    str, typer.Option(help="A JSON Lines file (text; prompt and completion; or text and label), or a dataset.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples at once.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest there is.")]
+Out = Annotated[Path, typer.Option(help="The .safetensors file to write.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first N rows.")]
+Split = Annotated[str, typer.Option(help="Split of the dataset.")]
+MaxLength = Annotated[
+    int | None, typer.Option(min=2, help="Tokens per example; default: the model's limit, at most 2048.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest available.")]
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="What the sums may take beside the model: 4GB. Less memory, more passes over the data, the same file; "
-        "default: half of what is free."
+        help="Memory for the sums, beside the model: 4GB. With less, more passes over the data give the same file; "
+        "default: half of the free memory."
     ),
 ]
-Compute = Annotated[str | None, typer.Option(help="Format to compute in: float32, bfloat16; sums are float32.")]
+Compute = Annotated[str | None, typer.Option(help="Dtype to compute in: float32 or bfloat16; sums are float32.")]
 
 
 class Labels(StrEnum):
@@ -57,7 +59,7 @@ def fisher(
             "of a classifier or regressor."
         ),
     ] = Labels.EMPIRICAL,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for what is drawn.")] = 0,
     limit: Limit = None,
     split: Split = "train",
     max_length: MaxLength = None,
