@@ -112,7 +112,7 @@ def test_t_by_filters_and_none_that_matches():
     found = dk.merge_tensors(base, [model], method=dk.slerp([*values, {"value": 0.5}]))
     for name, t in zip(names, (0.2, 0.9, 0.5), strict=True):
         close(found[name], *both[name], t, "F32")
-    with pytest.raises(PlanError, match="no t for tensor norm: none of its filters match"):
+    with pytest.raises(PlanError, match="no t for tensor norm: none of its filters matches"):
         dk.merge_tensors(base, [model], method=dk.slerp(values))
 
 
@@ -276,7 +276,7 @@ def test_nan_counts_as_nothing_where_the_bases_elements_are_taken(dtype, sparsif
 
 def test_products_that_float64_cannot_hold():
     a, b = pair(np.random.default_rng(13), 100, "F64")
-    with pytest.raises(DataError, match="w: its values are too large for slerp: their products exceed float64"):
+    with pytest.raises(DataError, match="w: the values are too large for slerp: their products overflow float64"):
         slerp(1e200 * a, 1e200 * b)
 
 

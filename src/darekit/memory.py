@@ -75,7 +75,7 @@ def merge_tensors(
     from darekit.planning.plan import make_plan
 
     if allow_nonfinite and base is None:
-        raise PlanError("allow_nonfinite takes the base's element where a model has NaN or Inf: it needs a base")
+        raise PlanError("allow_nonfinite takes the base's element where a model has NaN or Inf, so it needs a base")
     method = Method(method) if isinstance(method, str) else method or linear()
     if isinstance(models, Mapping):
         raise CheckpointError("models must be a list of dicts, one per model; found one dict")

@@ -34,7 +34,7 @@ def settle_model_trim(steps: Sequence[Step], *, threads: int, tile: int, allow_n
         return list(steps)
     wide = next((step.name for step in concerned if step.wide), None)
     if wide is not None:
-        raise PlanError(f"trim: model is for float32 arithmetic, and {wide} is F64; use trim: tensor")
+        raise PlanError(f"trim: model computes in float32, but {wide} is F64; use trim: tensor")
     keeps = {k: spec.parameters["keep"] for step in concerned for k, spec in _trims(step)}
     totals = {k: sum(step.count for step in concerned if k in step.owners) for k in keeps}
     selects = {k: Select(totals[k], 0, max(1, int(keeps[k] * totals[k]))) for k in keeps}

@@ -126,7 +126,7 @@ class Switcher:
         except DarekitError as failure:
             if error is None:
                 raise
-            error.add_note(f"the base's weights did not come back: {failure}")
+            error.add_note(f"the base's weights could not be restored: {failure}")
 
     def switch(self, pack: str | Path | None) -> None:
         """Put a pack on the base's weights, whatever is on them now; None: the base's weights themselves.
@@ -205,8 +205,8 @@ class Switcher:
                 info.nbytes and weight_of(state[name], name, info.dtype, info.shape).place != self._places[name]
             ):
                 raise HomologyError(
-                    f"{name} is not where it was when this switcher was made: move or load a model first, and make a "
-                    "switcher then"
+                    f"{name} has moved in memory since this switcher was made: move or load the model first, and then "
+                    "make a switcher"
                 )
 
     def _refuse_other_weights(self) -> None:

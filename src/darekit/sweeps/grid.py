@@ -73,7 +73,9 @@ def _cells_at(sweep: Sweep, points: tuple[Point, ...]) -> Iterator[Cell]:
     every = dict.fromkeys(name for judges in sweep.judges.values() for name in judges)
     judges = tuple(name for name in every if all(name in names for names in asked))
     if not judges:
-        raise RecipeError(f"{sweep.name}: {_titled(at)}: no judge is left; the names on its axes ask different ones")
+        raise RecipeError(
+            f"{sweep.name}: {_titled(at)}: no judge is left: the names on its axes ask for different ones"
+        )
     recipe = _recipe_at(sweep, at, settings, None)
     if not sweep.seeds or not is_random(recipe):
         yield Cell("grid", at, recipe.sparsify.seed if recipe.sparsify and is_random(recipe) else None, recipe, judges)
