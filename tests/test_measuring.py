@@ -18,7 +18,7 @@ from darekit.checkpoints import ArrayBytes
 from darekit.dtypes import DTYPES
 from darekit.engine import execution, measuring, tiles
 from darekit.engine.steps import Input, Step
-from darekit.errors import CheckpointError, DataError, PlanError
+from darekit.errors import CheckpointError, DataError, RecipeError
 from darekit.methods import MERGE_METHODS, MergeMethod
 from darekit.planning.plan import make_plan
 from darekit.recipe import read_recipe
@@ -112,7 +112,7 @@ def test_t_by_filters_and_none_that_matches():
     found = dk.merge_tensors(base, [model], method=dk.slerp([*values, {"value": 0.5}]))
     for name, t in zip(names, (0.2, 0.9, 0.5), strict=True):
         close(found[name], *both[name], t, "F32")
-    with pytest.raises(PlanError, match="no t for tensor norm: none of its filters matches"):
+    with pytest.raises(RecipeError, match="no t for tensor norm: none of its filters matches"):
         dk.merge_tensors(base, [model], method=dk.slerp(values))
 
 

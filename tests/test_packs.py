@@ -1014,7 +1014,7 @@ def lying_counts(document, header, data):
         (top(seed=1 << 64), CheckpointError, "seed"),
         (top(rescale="l1"), Unsupported, "rescale"),
         (top(tensors=[]), CheckpointError, "tensors"),
-        (top(files=[{"name": "../x", "stored": True, "digest": "0" * 32}]), CheckpointError, "plain name"),
+        (top(files=[{"name": "../x", "stored": True, "digest": "0" * 32}]), CheckpointError, "plain file name"),
         (top(files=[{"name": "x.json", "stored": True, "digest": "0" * 32}]), CheckpointError, "is missing"),
         (tensor(kind="new"), Unsupported, "kind"),
         (tensor(encoding="int3"), Unsupported, "encoding"),
@@ -1105,7 +1105,7 @@ def test_no_document_causes_anything_but_a_named_error(tmp_path, seed):
 
 
 def test_other_safetensors_files_are_no_packs(llamas, tmp_path):
-    with pytest.raises(CheckpointError, match="no pack"):
+    with pytest.raises(CheckpointError, match="not a pack"):
         dk.open_pack(llamas.path / "base/model.safetensors")
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError):

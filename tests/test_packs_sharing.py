@@ -123,7 +123,7 @@ def test_pushes_and_pulls_that_are_refused(llamas, packed, tmp_path):
         dk.push(packed, "me/math")
     with pytest.raises(PlanError, match="not a Hub id"):
         dk.push(packed, "me/math", base_model="base")
-    with pytest.raises(PlanError, match="leave the @ out"):
+    with pytest.raises(PlanError, match="leave out the @"):
         dk.push(packed, "me/math@v2", base_model="org/base")
     with pytest.raises(OutputError, match="is a file"):
         dk.push(packed, packed, base_model="org/base")

@@ -105,7 +105,7 @@ START = "recipe: r.yaml\ntest: {a: {data: a.jsonl}}\n"
     ("text", "says"),
     [
         ("", "is empty; a sweep needs"),
-        ("recipe: r.yaml\naxes: {sparsify.drop_rate: [0]}\n", "nobody judges"),
+        ("recipe: r.yaml\naxes: {sparsify.drop_rate: [0]}\n", "no judges; add"),
         (START, "no axes"),
         (f"{START}axis: {{}}\n", r"line 3: axis is not known; did you mean 'axes'\?"),
         (f"{START}seed: [1]\n", r"write seeds: \[1\]"),

@@ -273,7 +273,7 @@ def inspect(
         base: the checkpoint that the models were fine-tuned from.
         models: the fine-tuned models: of one the result is an `Inspection`, of several a `Comparison`.
         vocab: of vocabularies that differ, as in a recipe: `strict` refuses them; under `base` and `pad` the rows that
-            base and model share are compared (`pad` keeps the others as they are: they are no delta).
+            base and model share are compared (`pad` keeps the others as they are: they are not part of a delta).
         heads: whose heads a recipe would take as they are: `base`, `model` (if there is only one) or one of the models
             as written; heads are not compared then. None: heads are compared if all have the same shapes.
         threads: worker threads.
@@ -284,7 +284,7 @@ def inspect(
 
     Raises:
         HomologyError: their tensors do not correspond.
-        PlanError: `vocab` or `heads` is none of these words.
+        PlanError: `vocab` or `heads` is not one of these words.
         DataError: NaN or Inf.
 
     Examples:

@@ -81,8 +81,8 @@ def answer(
     Args:
         live: a causal model.
         questions: what to ask.
-        prompt: a text with `{instruction}` in it; the tokenizer's chat template if not given, and where there is
-            none the instruction alone.
+        prompt: a text with `{instruction}` in it; the tokenizer's chat template if not given; without
+            one, the instruction alone.
         max_new_tokens: of an answer.
         batch_size: answers at once.
         progress: called with (answers done, answers in all).
@@ -168,7 +168,7 @@ def generate(
         questions: a JSON list or JSON lines, with an instruction each.
         out: a file that ends in .json for one model; else a folder, with one file for each.
         base: the checkpoint that packs among the models were made against.
-        prompt: a template that contains `{instruction}`, for models tuned on one that have no chat template.
+        prompt: a template that contains `{instruction}`, for models that were tuned on one and have no chat template.
         max_new_tokens: the longest answer.
         batch_size: answers at once.
         limit: ask only this many questions.

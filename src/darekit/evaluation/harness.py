@@ -180,8 +180,8 @@ def load_tasks(
 
     Raises:
         RecipeError: there is no such task; a local task file cannot be read.
-        PlanError: a task would execute generated code, and nobody agreed.
-        CheckpointError: a data set is neither here nor to be had from the network.
+        PlanError: a task would execute generated code without consent.
+        CheckpointError: a data set is neither cached nor available from the network.
         Unsupported: lm-eval is not installed.
     """
     found = find_tasks(names, include=include, confirm=confirm, say=say, words=words)

@@ -94,7 +94,7 @@ def judge_of(
         progress: called with (rows done, rows in all) by judges of data.
 
     Raises:
-        RecipeError: it says no judge.
+        RecipeError: it does not describe a judge.
         DarekitError: its file cannot be read, its tasks do not exist.
     """
     match spec:

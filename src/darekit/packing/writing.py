@@ -143,7 +143,7 @@ def pack(
         model: the fine-tuned model.
         out: the file to write.
         drop_rate: fraction of the delta that is dropped, in [0, 1], or "auto": each tensor's own, from a sample of its
-            delta; to be given unless `lossless`.
+            delta; required unless `lossless`.
         tau: the noise that `auto` allows, relative to a layer's output.
         lossless: store the exact model instead, bit for bit; bits, group, rescale and keep_dense are ignored.
         bits: per kept element: 64, 32 or 16 (exact if the model's format has no more), 8, 4, 2 or 1.
@@ -157,7 +157,7 @@ def pack(
         vocab: what to do with vocabularies that differ: strict refuses, base keeps the base's rows, with its tokenizer.
         threads: worker threads.
         overwrite: replace `out`.
-        force: go on although the base looks wrong or too much is dropped.
+        force: continue even if the base looks wrong or too much is dropped.
         progress: called with (bytes done, bytes in all).
         say: receives notes and warnings as they arise.
 

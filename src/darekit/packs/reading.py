@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading packs: what they are, single deltas at random access, applied in place, or bound to a base as a checkpoint.
 
-A bound pack decodes ranges on the fly, so it goes wherever a model goes, and no model is ever expanded on disk.
+A bound pack decodes ranges on the fly, so it can be used in place of a model, and no model is ever expanded on disk.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Pack:
         count = tensor.shape[0] if tensor.shape else 1
         first, last, step = (rows or slice(None)).indices(count)
         if step != 1:
-            raise PlanError(f"rows of {name} with a step of {step}; only ranges can be read")
+            raise PlanError(f"rows of {name} with a step of {step}; only contiguous ranges can be read")
         last = max(first, last)
         begin, end = first * tensor.row, last * tensor.row
         if DTYPES[tensor.dtype].kind != "float":

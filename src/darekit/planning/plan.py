@@ -86,7 +86,7 @@ class Plan:
         rates: of each model, what `drop_rate: auto` came to: tensor -> drop rate.
         settings: by tensor, what holds for it and for each model in it: weights, drop rates, the method's parameters.
         depths: which layer each tensor is in.
-        statistics: one of each model, where the method uses them.
+        statistics: one per model, where the method uses them.
     """
 
     recipe: Recipe
