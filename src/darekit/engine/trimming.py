@@ -27,7 +27,7 @@ def settle_model_trim(steps: Sequence[Step], *, threads: int, tile: int, allow_n
     """Replace every `trim: model` stage by one with its tensor's own threshold; other steps stay as they are.
 
     Raises:
-        PlanError: a float64 tensor, for which there is no such trim.
+        PlanError: a float64 tensor, which cannot be trimmed this way.
     """
     concerned = [step for step in steps if any(spec.method == TRIM_MODEL for chain in step.chains for spec in chain)]
     if not concerned:

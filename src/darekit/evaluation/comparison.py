@@ -117,7 +117,7 @@ class Comparison:
 
 
 def best_of(row: Sequence[Score | None]) -> int | None:
-    """Which of several models is the best in one score; None where nobody can say.
+    """Which of several models is the best in one score; None if that is unknown.
 
     Its distance to every other must exceed twice the standard error of their difference, sqrt(se1^2 + se2^2). Models
     answer the same questions, so their errors go together and the true one is mostly

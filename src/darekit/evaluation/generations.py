@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One instruction; `dataset`: which part of the benchmark it is of; `place`: where it stands, for errors."""
+    """One instruction; `dataset`: the part of the benchmark it belongs to; `place`: where it came from, for errors."""
 
     instruction: str
     dataset: str

@@ -84,7 +84,7 @@ class Harness:
         """Scores of the model as it is now: `task/metric`, or `task/metric,filter`.
 
         Raises:
-            DataError: the model gives NaN, is no causal model, has no tokenizer, or a task fails.
+            DataError: the model gives NaN, is not a causal model, has no tokenizer, or a task fails.
         """
         if live.task != CAUSAL or live.tokenizer is None:
             what = f"the model is a {live.task}" if live.task != CAUSAL else "the model has no tokenizer beside it"

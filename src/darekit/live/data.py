@@ -22,7 +22,7 @@ IGNORED = -100  # a target that has no part in the loss; torch's own default
 class Row:
     """One example. A causal model sees `text` + `completion` and is asked for the completion (for all of the text,
     where there is none); a classifier sees `text`, or `text` and `pair` as its two sentences, and is asked for `label`.
-    `place`: where it stands, for errors."""
+    `place`: where it came from, for errors."""
 
     text: str
     completion: str | None = None
@@ -35,7 +35,7 @@ def read_rows(source: str | Path, *, limit: int | None = None, split: str = "tra
     """A file of JSON lines, or the name of a Hugging Face dataset (`name`, `name:config`) -> its rows.
 
     Args:
-        source: the file; what is no file and has no suffix is taken as a dataset's name.
+        source: the file; what is not a file and has no suffix is taken as a dataset's name.
         limit: only the first rows.
         split: of a dataset; a file has none.
 

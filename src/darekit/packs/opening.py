@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands where a model stands: a checkpoint, or a pack. The reader of packs is imported when there is one."""
+"""What can be given as a model: a checkpoint, or a pack. The reader of packs is imported when there is one."""
 
 from __future__ import annotations
 

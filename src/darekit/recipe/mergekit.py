@@ -103,7 +103,7 @@ def _without_trim(method: str, words: Mapping[str, Parameter]) -> dict[str, Para
 
 
 def advise(word: str, value: Any, method: str) -> str | None:
-    """A parameter that `method` does not take -> what to write instead; None for a word nobody knows."""
+    """A parameter that `method` does not take -> what to write instead; None for an unknown word."""
     product = PRODUCTS.get(method)
     if word == WEIGHT.name:
         return f"{method} takes no weights{_instead(method)}"

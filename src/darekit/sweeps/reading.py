@@ -20,7 +20,7 @@ def read_sweep(source: str | Path | Mapping[str, Any]) -> Sweep:
     beside the file.
 
     Raises:
-        RecipeError: the text is no sweep: the message names file, line and key, and what to write instead.
+        RecipeError: the text is not a sweep; the message names the file, line and key, and says what to write instead.
     """
     if isinstance(source, Mapping):
         document, name = open_data(source, "sweep"), "sweep"

@@ -152,7 +152,7 @@ def _read_record(out: Path) -> Record | None:
     """What the folder remembers; None where there is no record.
 
     Raises:
-        OutputError: it is no record.
+        OutputError: it is not a record.
     """
     path = out / RECORD
     try:

@@ -122,7 +122,7 @@ def _lines(path: Path, raw: bytes) -> Iterator[tuple[dict[str, Any], Outcome]]:
     """Each line and the outcome in it.
 
     Raises:
-        OutputError: a line is no cell.
+        OutputError: a line is not a cell.
     """
     for number, line in enumerate(raw.splitlines(), 1):
         try:
