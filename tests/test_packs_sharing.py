@@ -129,7 +129,9 @@ def test_pushes_and_pulls_that_are_refused(llamas, packed, tmp_path):
         dk.push(packed, packed, base_model="org/base")
     with pytest.raises(CheckpointError, match="whole checkpoint, not a pack"):
         dk.pull(llamas.path / "base")
-    with pytest.raises(CheckpointError, match=r"none does not exist: looked for .*; expected a file written by `dare pack`"):
+    with pytest.raises(
+        CheckpointError, match=r"none does not exist: looked for .*; expected a file written by `dare pack`"
+    ):
         dk.pull(tmp_path / "none")
     for action in (lambda to: dk.push(packed, to, base_model="org/base"), dk.pull):
         with pytest.raises(CheckpointError, match=r"is an address; give the name that the Hub knows it by: me/math$"):
