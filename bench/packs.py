@@ -148,12 +148,12 @@ def speeds(base: Path, model: Path, folder: Path, times: int) -> list[str]:
     whole = sum(path.stat().st_size for path in after)
     state = loaded(base)
     rows = [
-        f"On {THREADS} threads: medians of {times} runs, and the least in brackets, each beside one of its floor.",
-        "The floor of pack is reading both models, of unpack reading the base and writing as much as the result, of",
-        "`Switcher` (from a pack to itself, the base coming back between) reading and writing all weights in memory.",
-        "The engine works from the first read to the last write, and leaves it to the system, as the floor does, when",
-        "the disk gets what was written; the whole call is that with planning, and waits for the disk.",
-        "*From memory*: the system had all inputs in its cache. *From disk*: it had none of them.",
+        f"On {THREADS} threads: medians of {times} runs with the minimum in brackets, each next to a run of its floor.",
+        "The floor of pack is reading both models; of unpack, reading the base and writing as much as the result; of",
+        "`Switcher` (from a pack to itself, restoring the base in between), reading and writing all weights in memory.",
+        "Engine time runs from the first read to the last write and, like the floor, does not wait for the disk;",
+        "the whole call includes planning and waiting for the disk.",
+        "*From memory*: all inputs were in the system's cache. *From disk*: none of them were.",
         "",
         "| | from memory: engine s | GB/s | floor s | engine / floor | from disk: engine s | floor s | engine / floor "
         "| whole call s |",
@@ -268,8 +268,8 @@ def on_gpu(base: Path, model: Path, pack: Path, times: int) -> list[str]:
         torch.cuda.synchronize()
 
     lines = [
-        f"{torch.cuda.get_device_name()}, {nbytes / 1e9:.2f} GB of weights: medians of {times} runs, and the least",
-        "in brackets. Beside it what copying all weights to the host and back takes.",
+        f"{torch.cuda.get_device_name()}, {nbytes / 1e9:.2f} GB of weights: medians of {times} runs with the minimum",
+        "in brackets. For comparison, the time to copy all weights to the host and back.",
         "",
         "| `Switcher` on a GPU | threads | s | GB/s | to the host and back, s |",
         "|---|--:|--:|--:|--:|",
@@ -345,7 +345,9 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=run.ROOT / "bench" / "scratch")
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/packs.md")
-    parser.add_argument("--only", choices=("sizes", "speeds", "gpu"), help="one of them alone; gpu only so")
+    parser.add_argument(
+        "--only", choices=("sizes", "speeds", "gpu"), help="run only this part; gpu runs only when named here"
+    )
     arguments = parser.parse_args()
     folder = arguments.scratch.resolve() / "family"
     family.build(folder)

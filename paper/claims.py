@@ -233,7 +233,7 @@ def a_encoders(results: Mapping[str, Any]) -> Verdict:
     kept = found["DARE"] >= 0.95 * full
     first = found["DARE"] >= max(found.values())
     return Verdict(
-        "a", "Encoders with a classifier of their own (GLUE) bear p = .9 too, best with DARE",
+        "a", "Encoders with their own classifiers (GLUE) tolerate p = .9 too, best with DARE",
         f"accuracy at p = 0: {full:.1f}; at .9 " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()),
         "held: DARE keeps 95 % at p = .9 and is the best of the three; partly: the first alone",
         _three(kept and first, kept),
@@ -317,7 +317,7 @@ def d_right(results: Mapping[str, Any]) -> Verdict:
     full = right.where(rate=0).score()
     kept = {rate: right.where(rate=rate).score() / full for rate in (0.5, 0.9)}
     return Verdict(
-        "d", "On the right backbone the same model bears DARE",
+        "d", "On the right backbone the same model tolerates DARE",
         f"exact match at p = 0 / .5 / .7 / .9: {_curve(right, (0, 0.5, 0.7, 0.9))}",
         "held: at p = .9 at least 95 % is kept; partly: at .5", _three(kept[0.9] >= 0.95, kept[0.5] >= 0.95),
     )  # fmt: skip
@@ -416,7 +416,7 @@ def e_outputs(results: Mapping[str, Any]) -> Verdict:
     )
     return Verdict(
         "e", "DAREx-q finds its factor without labels, by how little the outputs change", told,
-        "at p = .99, each mask searched by itself. held: gains 10 points or more over k = 1 on test; partly: 2",
+        "at p = .99, each mask searched separately. held: gains 10 points or more over k = 1 on test; partly: 2",
         _three(gain >= 10, gain >= 2),
     )  # fmt: skip
 

@@ -208,14 +208,14 @@ def render(results: Mapping[str, Any], page: Path) -> str:
         "# The paper's experiments, re-run",
         "Each claim of *Language Models are Super Mario* (arXiv [2311.03099](https://arxiv.org/abs/2311.03099)), tested on "
         "families of tiny models that one command trains from scratch: `make paper`. Written from "
-        f"[{RESULTS}]({RESULTS}) by [paper/page.py](../../paper/page.py); every number comes from a command of `dare` "
+        f"[{RESULTS}]({RESULTS}) by [paper/page.py](../../paper/page.py); every number comes from a `dare` command "
         "that is named where it is used.",
         _summary(counts, len(verdicts), missing),
         "## Claim by claim",
-        "Whether a claim held is decided by a rule in [paper/claims.py](../../paper/claims.py) that was fixed "
+        "A rule in [paper/claims.py](../../paper/claims.py) decides whether a claim held. It was fixed "
         "in code before the committed run, but not before every number had been seen: training rates were settled on "
-        "validation words, and previews of (a) and (d) were visible; the rule of DAREx-q's search by outputs was added later, when the "
-        "k of two searches and the scores of other k were known, and its baseline put on the searches' own masks after that. "
+        "validation words, and previews of (a) and (d) were visible; the rule for DAREx-q's search by outputs was added later, when the "
+        "k of two searches and the scores of other k were known, and its baseline was moved to the searches' own masks after that. "
         "Scores are in percent of the test items. Nothing was chosen on the test split.",
         _table(
             ("", "paper says", "here", "rule", "outcome"),
@@ -234,7 +234,7 @@ def _summary(counts: Mapping[str, int], total: int, missing: Sequence[str]) -> s
     line = f"Of {total} claims: {told}."
     if missing:
         named = ", ".join(f"({letter}) {TITLES[letter]}" for letter in missing)
-        line += f" **Not in this run**: {named}. Run `make paper ONLY={''.join(missing)}`, and this page is complete."
+        line += f" **Not in this run**: {named}. Run `make paper ONLY={''.join(missing)}` to complete this page."
     return line
 
 
@@ -267,12 +267,12 @@ def _limits(results: Mapping[str, Any]) -> Iterator[str]:
     yield (
         "Decoders change words of five letters (`shift`: each letter to the next, `mirror`: a to p and back, `rotate`: the first letter to the "
         "end). The base obeys `shift: gadkb=` and mostly copies under `please shift gadkb=`; fine-tuning, with 30 % of the base's "
-        "data in it, unlocks that form. Encoders classify words of six letters, each task with a classifier of its own: `first` "
+        "data in it, unlocks that form. Encoders classify words of six letters, each task with its own classifier: `first` "
         "letter (8 classes), `last` letter (4), `most`, whether the largest letter is in the second half (2). A decoder's score is "
         "exact match, an encoder's accuracy. Words are split by a hash: training, validation "
-        f"({examples['validation']} items a task), test ({examples['test']}); a score of a test split has a standard error of at most "
-        f"{50 / examples['test'] ** 0.5:.1f} points. How long and at what rates the families train was settled by scores on validation words. One fine-tuning seed; ± is the standard deviation over mask seeds. "
-        f"torch {settings['torch']}, transformers {settings['transformers']}, one thread a process; weights in bfloat16, evaluation in "
+        f"({examples['validation']} items per task), test ({examples['test']}); a score on the test split has a standard error of at most "
+        f"{50 / examples['test'] ** 0.5:.1f} points. Training lengths and rates were chosen by scores on validation words. One fine-tuning seed; ± is the standard deviation over mask seeds. "
+        f"torch {settings['torch']}, transformers {settings['transformers']}, one thread per process; weights in bfloat16, evaluation in "
         "float32. Code: [paper/training.py](../../paper/training.py), [paper/lessons.py](../../paper/lessons.py)."
     )
     yield (
@@ -285,7 +285,7 @@ def _limits(results: Mapping[str, Any]) -> Iterator[str]:
 def _section(results: Mapping[str, Any], letter: str, page: Path) -> Iterator[str]:
     failed = results["failed"].get(letter, [])
     for line in failed:
-        yield f"> Not complete: {line}"
+        yield f"> Incomplete: {line}"
     if not results["experiments"].get(letter):
         yield f"Not in this run: `make paper ONLY={letter}` adds it."
         return
@@ -315,7 +315,11 @@ def _again(letter: str) -> Iterator[str]:
     lines = [f"$ {command.line('../experiments')}" for command in commands.commands(letter)]
     shown = lines if len(lines) <= 6 else [*lines[:3], "...", lines[-1]]
     shown = [line if len(line) < 300 else f"{line[:130]} ... {line[-90:]}" for line in shown]
-    yield f"Again: `make paper ONLY={letter}`, which runs in `paper/work`\n\n```console\n" + "\n".join(shown) + "\n```"
+    yield (
+        f"To run it again: `make paper ONLY={letter}`, which works in `paper/work`\n\n```console\n"
+        + "\n".join(shown)
+        + "\n```"
+    )
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
@@ -366,7 +370,7 @@ def _b(results: Mapping[str, Any]) -> Iterator[str]:
     yield (
         'Learning rates were set so that r, the median relative size of the deltas, is comparable. "Kept" is relative to the '
         "same model undropped, mean over p = .95, .98, .99 and two abilities. Dropping matrices alone (`keep_dense: "
-        "[embeddings, norms, heads]`) is not in the paper: an embedding's row has one input, so its noise is never averaged."
+        "[embeddings, norms, heads]`) is not in the paper: an embedding row has a single input, so its noise never averages out."
     )
     yield _table(
         ("width", "r: shift / mirror", "advised p (`dare recommend`)", *(f"kept, {scope}, %" for scope in SCOPES)), rows
@@ -486,11 +490,11 @@ def _e(results: Mapping[str, Any]) -> Iterator[str]:
         )
     yield (
         "DAREx searches its one factor for the whole model by how much the outputs change, without labels, and so does "
-        "`dare recommend --search-q`: the k of the least mean divergence of the dropped model's predictions from the "
+        "`dare recommend --search-q`: the k with the smallest mean divergence of the dropped model's predictions from the "
         "fine-tuned model's, on 64 texts of the training split, at the tokens of the answer (which only say where to look: "
-        "no prediction is compared with them), for each mask by itself. k is taken from 1, 1.25, 1.5, 2, 2.5, 3, 4 and the "
-        "middles around the best; validation chooses one k of the grid above for all masks. The searches have masks "
-        "of their own, so each choice stands beside k = 1 on its own masks."
+        "no prediction is compared with them), for each mask separately. k is taken from 1, 1.25, 1.5, 2, 2.5, 3, 4 and the "
+        "midpoints around the best; validation chooses one k of the grid above for all masks. The searches use masks "
+        "of their own, so each choice is compared with k = 1 on those same masks."
     )
     yield _table(
         ("p", "width, ability", "k = 1", "k by validation", "chosen", "k = 1", "k by outputs", "chosen, mask by mask"),
@@ -515,7 +519,7 @@ def _e(results: Mapping[str, Any]) -> Iterator[str]:
 def _f(results: Mapping[str, Any]) -> Iterator[str]:
     one = results["experiments"]["f"]["similarities/w128/shift"]
     yield (
-        f"Mean cosine between the hidden states of `w128/shift` and of itself after the drop: {one['rows']} test rows, "
+        f"Mean cosine between the hidden states of `w128/shift` before and after the drop: {one['rows']} test rows, "
         f"{one['tokens']} tokens, 3 mask seeds."
     )
     curves = [(m, p) for p in (0.5, 0.9) for m in ("dare", "drop_only", "magnitude")]
@@ -568,7 +572,7 @@ def _j(results: Mapping[str, Any]) -> Iterator[str]:
         "Not in the paper. Three models of width 128, stored in "
         f"{len(entries) - 1} ways: packs of several widths and drop rates (from p = {storage.SPREAD_FROM:g} on with three masks), "
         "magnitude pruning with positions, signs with a scale (BitDelta), truncated SVD, lossless. Sizes in bits per "
-        "parameter. The whole table, the plot and what it says: [packs](../packs.md#what-is-lost). Of each way the "
+        "parameter. The whole table, the plot and what it says: [packs](../packs.md#what-is-lost). For each way, the "
         "smallest that keeps 95 % of what the fine-tuned models score:"
     )
     full = fmean(entries[0].scores)

@@ -62,7 +62,7 @@ class Run:
         if code == 130:
             raise KeyboardInterrupt
         if code:
-            last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+            last = (errors.strip().splitlines() or ["it printed nothing"])[-1]
             self.failed[letter].append(f"`{' '.join(line.split()[:4])}` ended with {code}: {last}")
             self.say(f"  failed: {errors.strip()}")
         if command.result is None:
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     letters = given.only.replace(",", "").lower()
     unknown = [letter for letter in letters if letter not in EXPERIMENTS]
     if unknown:
-        parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
+        parser.error(f"unknown experiment {', '.join(unknown)}; choose from {', '.join(EXPERIMENTS)}")
     say = _speaker(time.perf_counter())
     given.work.mkdir(parents=True, exist_ok=True)
 

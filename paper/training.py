@@ -188,7 +188,7 @@ def _train_encoder(work: Path, job: Job, line: Line) -> tuple[Any, Any]:
         inputs = tokenizer([text for _, text, _ in batch], padding=True, return_tensors="pt")
         loss = model(**inputs, labels=torch.tensor([label for _, _, label in batch])).loss
         if not math.isfinite(loss.item()):
-            raise SystemExit(f"training of {job.name} diverged at step {step + 1}: a lower rate is the usual cure")
+            raise SystemExit(f"training of {job.name} diverged at step {step + 1}: a lower rate usually helps")
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -190,7 +190,7 @@ def test_killed_in_the_second_group_and_resumed(kind, real, data, whole, tmp_pat
             kind, real.path / "m0", data, out, memory=memory, resume=True, say=said.append,
             progress=lambda done, _, seen=seen: seen.append(done),
         )  # fmt: skip
-        assert said[0].startswith("going on in pass 2, after ") and seen[0] >= 5, said
+        assert said[0].startswith("continuing in pass 2, after ") and seen[0] >= 5, said
         assert out.read_bytes() == expected
         assert hidden(tmp_path) == []
 
@@ -287,7 +287,7 @@ def test_a_pass_goes_on_where_it_cannot_be_saved(kind, real, data, whole, tmp_pa
     make(kind, real.path / "m0", data, out, memory=2 * whole[2], say=said.append)
     assert out.read_bytes() == whole[0]
     assert [line for line in said if "could not be saved" in line] == [
-        "this pass could not be saved, and goes on: no room"
+        "progress in this pass could not be saved; continuing: no room"
     ]
 
 

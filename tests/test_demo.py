@@ -251,7 +251,7 @@ def test_missing_extras_are_named_before_anything_is_imported_or_written(tmp_pat
         "except darekit.errors.DarekitError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "the demo needs matplotlib, not installed here: pip install 'darekit[demo]'\n"
+    assert done.stdout == "the demo needs matplotlib, which is not installed: pip install 'darekit[demo]'\n"
     assert not (tmp_path / "new").exists()
 
 

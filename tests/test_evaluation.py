@@ -180,7 +180,7 @@ def test_a_task_that_does_not_exist_names_close_ones(tmp_path, monkeypatch):
     (tmp_path / "choice.yaml").write_text(CHOICE)
     with pytest.raises(RecipeError, match=r"no task 'local_choise'; close: local_choice"):
         load_tasks(["local_choise"], include=[tmp_path])
-    with pytest.raises(RecipeError, match="is no folder"):
+    with pytest.raises(RecipeError, match="is not a folder"):
         load_tasks(["local_choice"], include=[tmp_path / "choice.yaml"])
 
 
@@ -205,7 +205,7 @@ def test_a_sweep_looks_tasks_up_before_anything_runs(causal, tmp_path, monkeypat
     for judge, says in (
         ({"tasks": ["local_choise"], "include": "tasks"}, r"there is no task 'local_choise'; close: local_choice"),
         ({"tasks": ["local_choice"]}, r"the judge's key `include: DIR`"),
-        ({"tasks": ["local_choice"], "include": "nowhere"}, r"nowhere is no folder; the judge's key `include: DIR`"),
+        ({"tasks": ["local_choice"], "include": "nowhere"}, r"nowhere is not a folder; the judge's key `include: DIR`"),
         ({"tasks": ["local_choice"], "includes": "tasks"}, r"has no key 'includes'; did you mean 'include'"),
         ({"tasks": ["local_choice"], "include": "tasks"}, None),
     ):
@@ -285,7 +285,7 @@ def test_a_pack_scores_as_the_model_that_it_holds(causal, rows, tmp_path, dare):
     dk.pack(base, model, pack, drop_rate=0.5, seed=4, force=True)
     dk.drop(base, model, tmp_path / "dropped", drop_rate=0.5, seed=4, force=True)
     done = dare("eval", pack, "--data", rows)
-    assert done.code == 1 and "is a pack: what it holds needs its base; say --base" in done.err
+    assert done.code == 1 and "is a pack: it can only be used with its base; add --base" in done.err
     done = dare("eval", pack, tmp_path / "dropped", "--base", base, "--data", rows, "--json")
     first, second = done.data["evaluations"]
     assert first["scores"] == second["scores"]
@@ -436,7 +436,7 @@ def test_answers_are_what_greedy_decoding_gives(causal, kind, tmp_path, dare):
     done = dare("eval", model, *options, "--out", tmp_path / "a.json")
     assert done.code == 0 and "has all answers already" in done.err
     done = dare("eval", model, *options, "--out", tmp_path / "a.json", "--limit", 2)
-    assert done.code == 1 and "is no answer to these questions" in done.err
+    assert done.code == 1 and "does not answer these questions" in done.err
     assert dare("eval", model, *options, "--out", tmp_path / "a.json", "--limit", 2, "--overwrite").code == 0
     assert len(json.loads((tmp_path / "a.json").read_text())) == 2
 
@@ -459,14 +459,14 @@ def test_answers_that_cannot_be_written(causal, tmp_path):
         dk.generate(model, asked, tmp_path / "a.json")
     asked.write_text('{"prompt": "w5"}\n')
     for models, keywords, error, says in (
-        (model, {"max_new_tokens": 99}, DataError, "more than the model's 64"),
-        (model, {"prompt": "Answer:"}, PlanError, "has no {instruction}"),
-        ([model, causal.llama / "m1"], {}, PlanError, "2 models do not go into one file"),
+        (model, {"max_new_tokens": 99}, DataError, "exceeds the model's limit of 64"),
+        (model, {"prompt": "Answer:"}, PlanError, "does not contain {instruction}"),
+        ([model, causal.llama / "m1"], {}, PlanError, "the answers of 2 models do not fit into one file"),
     ):
         with pytest.raises(error, match=says):
             dk.generate(models, asked, tmp_path / "a.json", **keywords)
     (tmp_path / "a.json").write_text("notes")
-    with pytest.raises(OutputError, match="is no answer"):
+    with pytest.raises(OutputError, match="does not answer"):
         dk.generate(model, asked, tmp_path / "a.json")
     paths = dk.generate([model, causal.llama / "m1"], asked, tmp_path / "all", max_new_tokens=2)
     assert len(paths) == 2 and all(len(json.loads(path.read_text())) == 1 for path in paths)

@@ -308,7 +308,9 @@ def test_minimal_of_fisher_may_differ_by_tensor(deep, tmp_path):
 
 def test_a_trim_of_the_whole_model_takes_one_keep():
     data = {"merge_method": "ties", "parameters": {"trim": "model", "keep": [0.2, 0.8]}}
-    with pytest.raises(PlanError, match=r"trim: model has one threshold .* keep is 0.2 in some tensors, 0.8 in others"):
+    with pytest.raises(
+        PlanError, match=r"trim: model uses one threshold .* keep is 0.2 in some tensors and 0.8 in others"
+    ):
         planned(data)
     for keep in ([0.2, 0.2], [{"filter": "wte", "value": 1}, {"value": 0.2}]):
         assert planned({**data, "parameters": {"trim": "model", "keep": keep}}).steps
@@ -318,7 +320,7 @@ def test_no_layers_is_said():
     data = {"merge_method": "task_arithmetic", "parameters": {"lambda": [0.5, 1]}}
     plan = planned(data, {"encoder.weight": (4, 4), "mlp.0.weight": (4, 4), "mlp.1.weight": (4, 4)})
     (note,) = [note for note in plan.notes if note.startswith("lambda")]
-    assert "every tensor has the gradient's first value" in note and "layers.N." in note and "h.N." in note
+    assert "every tensor gets the gradient's first value" in note and "layers.N." in note and "h.N." in note
     assert {step.factor for step in plan.steps} == {0.5}
     assert not any("gradient" in note for note in planned(data).notes)
     assert not any("gradient" in note for note in planned({"merge_method": "linear"}, {"w": (2, 2)}).notes)

@@ -77,7 +77,7 @@ def test_one_models_head_is_taken_and_the_rest_merged(encoders, giver, sparse):
     written = json.loads((path / "out" / "config.json").read_text())
     assert written["architectures"] == ["BertForSequenceClassification"]
     assert len(written["id2label"]) == (2, 5)[giver]
-    assert any(f"m{giver}'s" in note and "left out" in note for note in report.notes)
+    assert any(f"are taken from m{giver};" in note and "left out" in note for note in report.notes)
     lock = json.loads((path / "out" / "darekit.lock.json").read_text())
     assert lock["recipe"]["heads"] == str(path / f"m{giver}")
 
@@ -173,7 +173,7 @@ def test_a_giver_without_heads_is_an_error(encoders):
     path, base, _ = encoders
     families.save(path / "bare", {name: array for name, array in base.items() if not is_head(name)}, config())
     recipe = families.recipe(path, k=2, heads="base") | {"base_model": str(path / "bare")}
-    with pytest.raises(HomologyError, match=r"which has none.*lm_head\*"):
+    with pytest.raises(HomologyError, match=r"but it has none.*lm_head\*"):
         dk.merge(recipe, path / "out")
     dk.merge(recipe | {"heads": str(path / "m0")}, path / "out")
     assert set(families.load(path / "out")) > set(families.load(path / "bare"))
@@ -207,7 +207,9 @@ def test_inspect_says_which_heads_it_leaves_out(encoders, dare):
     names = [str(path / f"m{k}") for k in range(3)]
     found = dk.inspect(path / "base", *names)
     (note,) = found.notes
-    assert note.startswith("heads that differ in shape, or that not all have, are left out: ") and "classifier" in note
+    assert (
+        note.startswith("heads that differ in shape, or that some models lack, are left out: ") and "classifier" in note
+    )
     # Without heads the models are alike, whoever gives them.
     alike = {name: array for name, array in base.items() if not is_head(name)}
     for heads in ("base", names[1], f"{names[1]}/"):
@@ -215,7 +217,7 @@ def test_inspect_says_which_heads_it_leaves_out(encoders, dare):
         assert [model.tensors for model in named.models] == [model.tensors for model in found.models]
         assert {tensor.name for tensor in named.models[0].tensors} == set(alike)
     told = dare("inspect", path / "base", names[1], "--heads", "model")
-    assert told.code == 0 and "are m1's; those of base are left out\nnote: heads are not compared" in told.err
+    assert told.code == 0 and "are taken from m1; those of base are left out\nnote: heads are not compared" in told.err
     for heads, models in (("model", names), ("m7", names[:1])):
         told = dare("inspect", path / "base", *models, "--heads", heads)
         assert told.code == 1 and f"one of the models as written ({', '.join(models)})" in told.err
@@ -248,11 +250,11 @@ def test_inspect_of_a_vocabulary_that_differs(tmp_path, rows, dare):
         told = dare("inspect", tmp_path / "base", tmp_path / "longer", *words, "--json")
         assert told.code == 0 and told.data["total"] == common.total.to_data()
         assert told.data["notes"] == [
-            f"{name}: {families.VOCAB} rows in the base, {rows} in longer; the rows of both are compared"
+            f"{name}: {families.VOCAB} rows in the base, {rows} in longer; only the rows of both are compared"
             for name in ("lm_head.weight", "model.embed_tokens.weight")
         ]
     told = dare("inspect", tmp_path / "base", tmp_path / "longer")
-    assert told.err.count("the rows of both are compared") == 2
+    assert told.err.count("only the rows of both are compared") == 2
     told = dare("inspect", tmp_path / "base", tmp_path / "longer", "--vocab", "strict")
     assert told.code == 1 and "The vocabularies differ" in told.err and "--vocab" in told.err
     with pytest.raises(PlanError, match="vocab: expected strict, base, pad, found 'cut'"):

@@ -76,13 +76,13 @@ def test_closed_forms(tmp_path):
 
     twice, found = relation(0, 1)
     assert twice.cosine == pytest.approx(1) and twice.agreement == 1 and twice.conflict == 0
-    assert found.total.cancelled == pytest.approx(0, abs=1e-9) and "one model twice" in found.words[0]
+    assert found.total.cancelled == pytest.approx(0, abs=1e-9) and "the same model twice" in found.words[0]
     against, found = relation(0, 2)
     assert against.cosine == pytest.approx(-1) and against.agreement == 0 and against.conflict == against.overlap
     assert found.total.cancelled == pytest.approx(1, abs=1e-4) and "against each other" in found.words[0]
     apart, found = relation(3, 4)
     assert (apart.cosine, apart.agreement, apart.overlap) == (0, None, 0)
-    assert found.total.cancelled == pytest.approx(0, abs=1e-9) and "do not touch" in found.words[0]
+    assert found.total.cancelled == pytest.approx(0, abs=1e-9) and "do not affect" in found.words[0]
     # The words promise what independent deltas give.
     independent = tmp_path / "independent"
     rng = np.random.default_rng(5)

@@ -187,7 +187,11 @@ def test_rows_that_do_not_fit_the_model(live, tmp_path):
         with pytest.raises(DataError, match=r"long\.jsonl:1: the completion does not fit into 64 tokens"):
             judge_of({"data": write(tmp_path / "long.jsonl", long)})(live)
     else:
-        for label, says in ((7, "classes 0 to 2"), ("good", "none of the model's: LABEL_0"), (0.5, "classes 0 to 2")):
+        for label, says in (
+            (7, "classes 0 to 2"),
+            ("good", "not one of the model's: LABEL_0"),
+            (0.5, "classes 0 to 2"),
+        ):
             with pytest.raises(DataError, match=says):
                 judge_of({"data": write(tmp_path / "label.jsonl", [{"text": "w5", "label": label}])})(live)
 
@@ -298,7 +302,7 @@ def test_several_judges_have_names(live, judge_file):
     ("spec", "error", "says"),
     [
         ({"python": "judge.py:layer"}, RecipeError, "no function 'layer'; it has tensors, layers"),
-        ({"python": "judge.py:two"}, RecipeError, "wants a, b"),
+        ({"python": "judge.py:two"}, RecipeError, "expects a, b"),
         ({"python": "missing.py:f"}, CheckpointError, "no file missing.py"),
         ({"python": "nonsense_module:f"}, RecipeError, "No module named"),
         ({"python": "layers"}, RecipeError, "expected module:function"),
@@ -309,8 +313,8 @@ def test_several_judges_have_names(live, judge_file):
         ({"data": "rows.jsonl", "limit": 0}, RecipeError, "limit must be a whole number"),
         ({"data": "rows.jsonl", "command": ["a"]}, RecipeError, "both data and command"),
         ({"data": "missing.jsonl"}, CheckpointError, "not a file"),
-        ({}, RecipeError, "a judge is one of"),
-        (7, RecipeError, "a judge is one of"),
+        ({}, RecipeError, "a judge must be one of"),
+        (7, RecipeError, "a judge must be one of"),
     ],
 )
 def test_judges_that_cannot_be(judge_file, spec, error, says):
@@ -322,11 +326,11 @@ def test_judges_that_cannot_be(judge_file, spec, error, says):
     ("spec", "says"),
     [
         ("judge.py:broken", r"judge\.py:\d+: AttributeError"),
-        ("judge.py:nothing", "gave a: nan"),
+        ("judge.py:nothing", "returned a: nan"),
         ({"command": [sys.executable, "-c", "print('hello')"]}, "printed hello; expected JSON"),
         ({"command": [sys.executable, "-c", "raise SystemExit('no luck')"]}, "exit code 1:\n  no luck"),
-        ({"command": [sys.executable, "-c", "print('[1]')"]}, r"gave \[1\]; expected a number"),
-        ({"command": [sys.executable, "-c", 'print(\'{"a": "b"}\')']}, "gave a: 'b'; expected a number"),
+        ({"command": [sys.executable, "-c", "print('[1]')"]}, r"returned \[1\]; expected a number"),
+        ({"command": [sys.executable, "-c", 'print(\'{"a": "b"}\')']}, "returned a: 'b'; expected a number"),
     ],
 )
 def test_judges_that_fail_say_how(live, judge_file, spec, says):

@@ -276,7 +276,7 @@ def test_nan_counts_as_nothing_where_the_bases_elements_are_taken(dtype, sparsif
 
 def test_products_that_float64_cannot_hold():
     a, b = pair(np.random.default_rng(13), 100, "F64")
-    with pytest.raises(DataError, match="w: its values are too large for slerp: their products exceed float64"):
+    with pytest.raises(DataError, match="w: the values are too large for slerp: their products overflow float64"):
         slerp(1e200 * a, 1e200 * b)
 
 

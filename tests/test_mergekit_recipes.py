@@ -143,8 +143,8 @@ def test_ties_density_is_keep():
     assert any("ties without keep: no trim" in note for note in make("ties", {}).notes)
     filters = [{"filter": "mlp", "value": 0.5}, {"value": 0.1}]
     assert make("ties", {}, density=filters).parameters["keep"] == filters_of(("mlp", 0.5), ("*", 0.1))
-    assert "density and keep are one quantity" in refused("ties", {"density": 0.3}, keep=0.2)
-    assert "density and keep are one quantity" in refused("ties", {"density": 0.3, "keep": 0.2})
+    assert "density and keep are the same quantity" in refused("ties", {"density": 0.3}, keep=0.2)
+    assert "density and keep are the same quantity" in refused("ties", {"density": 0.3, "keep": 0.2})
 
 
 def test_ties_with_rescale():
@@ -219,7 +219,7 @@ def test_gradients_of_densities():
     assert della.models[0].parameters["window"] == Gradient((0.2, 0.4))
     assert della.sparsify is not None and della.sparsify.parameters["window"] == Gradient((0.1, 0.2))
     assert "drops nothing" in refused("dare_ties", {"density": [1, 1.0]})
-    assert not any("nothing of it is dropped" in note for note in recipe.notes)
+    assert not any("nothing in it is dropped" in note for note in recipe.notes)
     assert "density.1 must be in [0, 1], found 7" in refused("ties", {"density": [1, 7]})
 
 
@@ -235,7 +235,7 @@ def test_all_densities_1(method):
         assert f"{method} with density 1 for every model drops nothing" in message
         assert "mergekit's silent default" in message
     notes = make(method, {"density": 0.5}, {}).notes
-    assert any("m1 has density 1: nothing of it is dropped" in note for note in notes)
+    assert any("m1 has density 1: nothing in it is dropped" in note for note in notes)
 
 
 def test_linear():
@@ -382,7 +382,7 @@ def test_slerp_by_filters_as_on_the_hub():
         ({"base_model": "x", "models": ["a"], "sparsify": {"method": "dare", "drop_rate": 0.5},
           "parameters": {"t": 0.5, "weight": 1}}, "slerp takes no weights"),
         ({"base_model": "x", "models": ["a"], "sparsify": {"method": "dare", "drop_rate": 0.5, "on": "weights"}},
-         "weights goes only with merge_method: linear"),
+         "weights works only with merge_method: linear"),
     ],
 )  # fmt: skip
 def test_slerp_refuses(data, message):

@@ -196,7 +196,7 @@ def test_exports_that_are_refused(tmp_path):
         dk.export(tmp_path / "none.safetensors", tmp_path / "patch", to="dense", base=tmp_path / "base")
     base["t400x300.weight"][399, 299] += 1  # beyond the sampled bytes
     families.save(tmp_path / "base", base)
-    with pytest.raises(DataError, match="not the tensor that the pack was made against"):
+    with pytest.raises(DataError, match="not the tensor that was packed against"):
         run()
     assert not (tmp_path / "patch").exists() and not list(tmp_path.glob(".patch*"))
     with pytest.raises(PlanError, match="cannot be resumed, only one to dense can"):

@@ -63,7 +63,7 @@ def test_a_pack_goes_to_the_hub_and_comes_back(hub, llamas, packed, tmp_path):
 def test_a_card_that_is_there_is_kept(hub, packed, tmp_path):
     hub.repositories["me/math"] = {"README.md": b"edited"}
     done = dare(hub, tmp_path, "push", packed, "me/math", "--base-model", "org/base")
-    assert done.returncode == 0 and "README.md is there and was kept" in done.stderr
+    assert done.returncode == 0 and "README.md already exists and was kept" in done.stderr
     assert hub.repositories["me/math"]["README.md"] == b"edited"
     assert dare(hub, tmp_path, "push", packed, "me/math", "--base-model", "org/base", "--new-card").returncode == 0
     assert front_matter(hub.repositories["me/math"]["README.md"].decode())["base_model"] == ["org/base"]
@@ -123,13 +123,15 @@ def test_pushes_and_pulls_that_are_refused(llamas, packed, tmp_path):
         dk.push(packed, "me/math")
     with pytest.raises(PlanError, match="not a Hub id"):
         dk.push(packed, "me/math", base_model="base")
-    with pytest.raises(PlanError, match="leave the @ out"):
+    with pytest.raises(PlanError, match="leave out the @"):
         dk.push(packed, "me/math@v2", base_model="org/base")
     with pytest.raises(OutputError, match="is a file"):
         dk.push(packed, packed, base_model="org/base")
-    with pytest.raises(CheckpointError, match="whole checkpoint, and no pack"):
+    with pytest.raises(CheckpointError, match="whole checkpoint, not a pack"):
         dk.pull(llamas.path / "base")
-    with pytest.raises(CheckpointError, match=r"none does not exist: looked for .*; expected a file that `dare pack`"):
+    with pytest.raises(
+        CheckpointError, match=r"none does not exist: looked for .*; expected a file written by `dare pack`"
+    ):
         dk.pull(tmp_path / "none")
     for action in (lambda to: dk.push(packed, to, base_model="org/base"), dk.pull):
         with pytest.raises(CheckpointError, match=r"is an address; give the name that the Hub knows it by: me/math$"):
@@ -175,9 +177,9 @@ def test_a_base_and_a_pack_that_have_changed_places(llamas, packed, tmp_path, da
     for command in (("unpack", packed, base, tmp_path / "out"), ("verify", base, packed),
                     ("verify", base / "model.safetensors", packed)):  # fmt: skip
         told = dare(*command)
-        assert told.code == 1 and f"they have changed places; the base is {base}" in told.err
+        assert told.code == 1 and f"so they are swapped; the base is {base}" in told.err
     for command in (("verify", packed, packed), ("unpack", packed, packed, tmp_path / "out"),
                     ("export", packed, tmp_path / "out", "--to", "vllm-patch", "--base", packed)):  # fmt: skip
         told = dare(*command)
-        assert told.code == 1 and f"stands where the base of {packed} must" in told.err, told.err
+        assert told.code == 1 and f"is given as the base of {packed}" in told.err, told.err
     assert not (tmp_path / "out").exists()

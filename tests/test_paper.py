@@ -248,7 +248,7 @@ def test_what_did_not_run_is_said(tmp_path):
     results["failed"]["d"] = ["`dare sweep` ended with 1: because"]
     text = page.render(results, tmp_path)
     assert "Not in this run**: (a)" in text and "make paper ONLY=a" in text
-    assert "Not complete: `dare sweep` ended with 1: because" in text
+    assert "Incomplete: `dare sweep` ended with 1: because" in text
     assert page.render({"settings": {}, "experiments": {}, "failed": {}}, tmp_path).startswith("# The paper")
 
 

@@ -43,12 +43,12 @@ def test_q_is_read_in_both_forms():
         ({"rescale": {"q": 0}}, "must be above 0"),
         ({"rescale": {"q": 2}}, r"q must be in \[0, 1\]"),
         ({"rescale": {"k": 0.1}}, r"must be paper, l1, none or \{q: number\}"),
-        ({"rescale": {"q": 0.1}, "q": 0.2}, "given twice"),
+        ({"rescale": {"q": 0.1}, "q": 0.2}, "given again"),
         ({"rescale": "l1", "q": 0.2}, "two ways to rescale"),
         ({"method": "magnitude", "rescale": {"q": 0.2}}, "q is a parameter of dare, not of magnitude"),
-        ({"method": "drop_only", "drop_rate": "auto"}, "auto goes with dare"),
-        ({"on": "weights", "drop_rate": "auto"}, "goes only with merge_method: linear|auto goes with dare"),
-        ({"tau": 0.2}, "goes with drop_rate: auto"),
+        ({"method": "drop_only", "drop_rate": "auto"}, "auto works with dare"),
+        ({"on": "weights", "drop_rate": "auto"}, "works only with merge_method: linear|auto works with dare"),
+        ({"tau": 0.2}, "needs drop_rate: auto"),
         ({"drop_rate": "atuo"}, "must be a number"),
         ({"drop_rate": "auto", "tau": 0}, r"tau must be in \[0.001, 1\]"),
     ],
@@ -163,7 +163,7 @@ def test_drop_takes_auto_too(llamas, dare, tmp_path):
         assert shown["models"][0]["drop_rates"] == dict(plan.rates[0])
     assert dare(*arguments, "-p", 0.5, "--tau", 0.1).code == 2
     assert dare(*arguments, "-p", "lots").code == 2
-    assert "auto goes with dare" in dare(*arguments, "-p", "auto", "--method", "magnitude").err
+    assert "auto works with dare" in dare(*arguments, "-p", "auto", "--method", "magnitude").err
 
 
 def test_auto_for_one_model_and_for_some_tensors(llamas):

@@ -205,7 +205,7 @@ def test_dtypes(read):
 
 def test_bad_dtypes(refuse):
     start = "models: [a]\nmerge_method: linear\n"
-    refuse(f"{start}dtype: int64", "line 3: dtype must be a floating point format, found 'int64'")
+    refuse(f"{start}dtype: int64", "line 3: dtype must be a floating-point format, found 'int64'")
     refuse(f"{start}dtype: bf16", "did you mean 'bfloat16'?")
     refuse(f"{start}dtype: fp16", "did you mean 'float16'?")
     refuse(f"{start}dtype: bfloat61", "did you mean 'bfloat16'?")
@@ -290,7 +290,7 @@ def test_bad_settings(refuse):
     refuse(
         NATIVE, "setting sparsify.drop_rate: sparsify.drop_rate must be in [0, 1]", settings={"sparsify.drop_rate": 2}
     )
-    refuse(NATIVE, "is not a YAML value", settings={"parameters.lambda": "[1"})
+    refuse(NATIVE, "is not valid YAML", settings={"parameters.lambda": "[1"})
     refuse(NATIVE, "setting seed", "whole number from 0 to 2^64 - 1", seed=-1)
     refuse("models: [a]\nmerge_method: linear", "has no 'sparsify'", settings={"sparsify.seed": 1})
     message = refuse(NATIVE, "setting", settings={"parameters": "{keep: 2}"})
@@ -336,8 +336,8 @@ def test_not_a_file(tmp_path):
         ),
         ("a: [1\nb: 2\n", "line 2: not YAML"),
         ("models: [a]\n---\nmodels: [b]\n", "line 2: a second document starts here"),
-        ("models: [a]\nmerge_method: ties\nmodels: [b]\n", "line 3: models is given twice (first in line 1)"),
-        ("models:\n - model: a\n   model: b\n", "line 3: models.0.model is given twice (first in line 2)"),
+        ("models: [a]\nmerge_method: ties\nmodels: [b]\n", "line 3: models is given twice (first on line 1)"),
+        ("models:\n - model: a\n   model: b\n", "line 3: models.0.model is given twice (first on line 2)"),
         ("? [a, b]\n: 1\n", "line 1: expected a word as a key"),
         ("models: !!python/name:os.system x\n", "line 1: not YAML"),
         ("models: !!set {a, b}\n", "the tag"),
@@ -360,7 +360,7 @@ def test_not_a_recipe(refuse, text, fragment):
 def test_alias_bombs(refuse):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
-    refuse("\n".join(lines), "too large or too deep when its aliases are written out")
+    refuse("\n".join(lines), "too large or too deep once its aliases are expanded")
     text = "x" * 500_000
     refuse(f"a: &a {text}\nb: [{', '.join(['*a'] * 50)}]", "too large")
 
@@ -447,7 +447,7 @@ def test_density_belongs_to_mergekit(refuse):
     refuse(
         "base_model: b\nmerge_method: ties\nmodels: [{model: a, parameters: {density: 0.1, drop_rate: 0.5}}]\n"
         "sparsify: {method: breadcrumbs}",
-        "models.0.parameters.density and drop_rate are one quantity",
+        "models.0.parameters.density and drop_rate are the same quantity",
     )
 
 
@@ -491,11 +491,11 @@ def test_later(refuse, key):
         ("[0.1, 9]", "sparsify.drop_rate.1 must be in [0, 1], found 9; a percentage? write 0.09"),
         ("[0.1, '0.9']", "sparsify.drop_rate.1 must be a number, found the text '0.9'; write it without quotes"),
         ("[0.1, true]", "sparsify.drop_rate.1 must be a number, found True"),
-        ("[0.1, null]", "sparsify.drop_rate.1 stands in a gradient and must be a number, found None"),
-        ("[[0.1, 0.9]]", "sparsify.drop_rate.0 stands in a gradient and must be a number, found [0.1, 0.9]"),
-        ("[auto, 0.9]", "sparsify.drop_rate.0 is auto, which a gradient cannot reach"),
+        ("[0.1, null]", "sparsify.drop_rate.1 is part of a gradient and must be a number, found None"),
+        ("[[0.1, 0.9]]", "sparsify.drop_rate.0 is part of a gradient and must be a number, found [0.1, 0.9]"),
+        ("[auto, 0.9]", "sparsify.drop_rate.0 is auto, which a gradient cannot contain"),
         ("[{filter: a, value: [0.1, -9]}]", "sparsify.drop_rate.0.value.1 must be in [0, 1], found -9"),
-        ("[{filter: a, value: [{value: 1}]}]", "sparsify.drop_rate.0.value.0 stands in a gradient"),
+        ("[{filter: a, value: [{value: 1}]}]", "sparsify.drop_rate.0.value.0 is part of a gradient"),
         ("[{filter: a, value: []}]", "expected a number, a list of numbers (a gradient"),
         ("[0.1, {filter: a, value: 1}]", "sparsify.drop_rate.0: expected a number, a list of numbers (a gradient"),
         ("[0.1, {filter: a, value: 1}]", "found 0.1 among filters"),
@@ -535,7 +535,7 @@ def test_choices_and_switches(read, refuse):
         "trim": "model",
     }
     refuse(f"{start}parameters: {{normalize: 'true'}}", "parameters.normalize must be true or false")
-    refuse(f"{start}parameters: {{normalize: [true]}}", "parameters.normalize is one value for all tensors")
+    refuse(f"{start}parameters: {{normalize: [true]}}", "parameters.normalize must be one value for all tensors")
     refuse(f"{start}parameters: {{trim: all}}", "parameters.trim must be one of tensor, model, found 'all'")
     refuse(f"{start}parameters: [1]", "line 4: parameters: expected a mapping")
     sparse = f"{start}sparsify: {{method: dare, drop_rate: 0.9, "
@@ -563,7 +563,7 @@ def test_bad_models(refuse):
 
 def test_base_model_is_needed_by_deltas(read, refuse):
     assert read("models: [a]\nmerge_method: linear").base_model is None
-    refuse("models: [a]\nmerge_method: task_arithmetic", "no base_model; task_arithmetic works on differences to it")
+    refuse("models: [a]\nmerge_method: task_arithmetic", "no base_model; task_arithmetic works on differences from it")
     sparse = "models: [a]\nmerge_method: linear\nsparsify: {method: dare, drop_rate: 0.5, on: "
     refuse(f"{sparse}delta}}", "no base_model; sparsify with dare")
     assert read(f"{sparse}weights}}").base_model is None
@@ -573,7 +573,7 @@ def test_base_model_is_needed_by_deltas(read, refuse):
 def test_on_weights_goes_with_linear(refuse):
     refuse(
         "base_model: b\nmodels: [a]\nmerge_method: ties\nsparsify:\n  method: dare\n  drop_rate: 0.5\n  on: weights",
-        "line 7: sparsify.on: weights goes only with merge_method: linear",
+        "line 7: sparsify.on: weights works only with merge_method: linear",
     )
 
 

@@ -275,7 +275,7 @@ def test_a_classifier_is_searched_and_calibrated_too(real):
     [
         ({"tau": 0}, PlanError, "tau must be in"),
         ({"budget": 2}, PlanError, "budget must be in"),
-        ({"budget": 0.1, "drop_rate": 0.9}, PlanError, "give one of them"),
+        ({"budget": 0.1, "drop_rate": 0.9}, PlanError, "give only one of them"),
         ({"search_q": True}, PlanError, "needs data"),
         ({"keep_dense": ["norm"]}, RecipeError, "neither a group"),
     ],

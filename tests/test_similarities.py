@@ -93,7 +93,7 @@ def test_lists_have_commas_or_are_repeated(real, data, dare, forms):
 @pytest.mark.parametrize("real", ["llama"], indirect=True)
 def test_likely_mistakes(real, data, dare, tmp_path):
     base, model = real.path / "base", real.path / "m0"
-    with pytest.raises(PlanError, match=r"'magnitud' is no sparsifier; did you mean 'magnitude'\?"):
+    with pytest.raises(PlanError, match=r"'magnitud' is not a sparsifier; did you mean 'magnitude'\?"):
         dk.similarity(base, model, data=data, drop_rate=0.9, methods=["magnitud"])
     assert dare("similarity", base, model, "--data", data, "-p", "90").code == 2
     assert dare("similarity", base, model, "--data", data, "-p", "0.9", "--seeds", "a").code == 2

@@ -399,7 +399,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(real, data, tmp_path, kin
     make(
         kind, real, "m0", data, out, resume=True, say=said.append, progress=lambda done, _: seen.append(done), **options
     )
-    assert seen[0] == calls[-1] >= 2 and any("going on after" in line for line in said)
+    assert seen[0] == calls[-1] >= 2 and any("continuing after" in line for line in said)
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert [p.name for p in tmp_path.glob(".*")] == []
 
@@ -419,7 +419,7 @@ def test_a_bad_row_stops_the_pass_and_keeps_what_was_seen(logistic, tmp_path):
         dk.make_statistics(
             "fisher", logistic, tmp_path / "rows.jsonl", out, device="cpu", resume=True, say=said.append
         )  # fmt: skip
-    assert said == ["going on after 3 of 5 examples"]
+    assert said == ["continuing after 3 of 5 examples"]
 
 
 def test_weights_that_are_no_numbers(real, data, tmp_path):
@@ -570,17 +570,17 @@ def test_statistics_of_another_model(llamas, made, tmp_path):
     recipe = informed(llamas, made)
     stats = [entry["stats"] for entry in recipe["models"]]
     recipe["models"][0]["stats"], recipe["models"][1]["stats"] = stats[1], stats[0]
-    with pytest.raises(HomologyError, match=r"m1.fisher.safetensors was not made with .*m0: .* are the files mixed up"):
+    with pytest.raises(HomologyError, match=r"m1.fisher.safetensors was not made with .*m0: .* are the files swapped"):
         dk.merge(recipe, tmp_path / "out")
     recipe["models"][0]["stats"] = str(
         respelled(made / "m0.fisher.safetensors", tmp_path / "x.safetensors", lambda d, h: d.update(model_digest="ab"))
     )
-    with pytest.raises(HomologyError, match="with the sample digest ab"):
+    with pytest.raises(HomologyError, match="whose sample digest is ab"):
         dk.merge(recipe, tmp_path / "out")
 
 
 def test_statistics_of_the_other_kind(llamas, made, tmp_path):
-    with pytest.raises(PlanError, match=r"gram statistics, and fisher needs fisher: run `dare stats fisher"):
+    with pytest.raises(PlanError, match=r"gram statistics, but fisher needs fisher: run `dare stats fisher"):
         dk.merge(informed(llamas, made, "fisher", "gram"), tmp_path / "out")
 
 
@@ -645,12 +645,15 @@ def test_files_that_are_no_statistics(llamas, made, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda r: r["models"][1].pop("stats"), r"m1 has no stats, and fisher needs them of every model: run `dare st"),
+        (
+            lambda r: r["models"][1].pop("stats"),
+            r"m1 has no stats, and fisher needs them for every model: run `dare st",
+        ),
         (lambda r: r.update(merge_method="ties"), "ties uses no statistics, only fisher and regmean do"),
-        (lambda r: r["models"][0].update(stats=3), "expected a file that `dare stats fisher`"),
+        (lambda r: r["models"][0].update(stats=3), "expected a file made by `dare stats fisher`"),
         (lambda r: r["models"][0].update(statistics="x"), "a model's statistics file is its `stats:`"),
         (lambda r: r.update(stats="x"), "each model has its own"),
-        (lambda r: r["models"][0].update(parameters={"weight": -1}), "is negative, and fisher is a mean"),
+        (lambda r: r["models"][0].update(parameters={"weight": -1}), "is negative, but fisher is a mean"),
         (lambda r: r.update(parameters={"off_diagonal": 0.9}), "parameter of regmean, not of fisher"),
         (lambda r: r.update(parameters={"lambda": 0.9}), "lambda"),
     ],
@@ -670,7 +673,7 @@ def test_no_weight_is_left(llamas, made, tmp_path):
 
 def test_the_plan_says_what_is_averaged_and_when_minimal_decides(llamas, made):
     notes = dk.plan(informed(llamas, made, "regmean", "gram")).notes
-    assert any("14 tensors have a Gram; the other 7 are averaged" in note for note in notes), notes
+    assert any("14 tensors have a Gram matrix; the other 7 are averaged" in note for note in notes), notes
     notes = dk.plan(informed(llamas, made, parameters={"minimal": 2.0})).notes
     assert sum("less than minimal (2)" in note for note in notes) == 3
     assert not any("minimal" in note for note in dk.plan(informed(llamas, made)).notes)
@@ -704,7 +707,7 @@ def test_the_merged_bytes_do_not_depend_on_threads_or_a_resume(llamas, made, tmp
         (["--out", "x.safetensors", "--data", "nowhere.jsonl"], "is not a file"),
         (["--out", "x.safetensors", "--data", "empty.jsonl"], "no usable row"),
         (["--out", "x.safetensors", "--device", "abacus"], "no device 'abacus'"),
-        (["--out", "x.safetensors", "--dtype", "int3"], "dtype 'int3' is no floating point format"),
+        (["--out", "x.safetensors", "--dtype", "int3"], "dtype 'int3' is not a floating-point dtype in torch"),
     ],
 )
 def test_mistakes_at_the_command(llamas, made, tmp_path, monkeypatch, dare, arguments, says):
@@ -738,7 +741,7 @@ def test_ctrl_c_waits_for_the_end_of_a_batch(real, data, tmp_path):
         make("fisher", real, "m0", data, out, progress=press)
     said = []
     make("fisher", real, "m0", data, out, resume=True, say=said.append)
-    assert said[0] == "going on after 2 of 5 examples"
+    assert said[0] == "continuing after 2 of 5 examples"
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -775,7 +778,7 @@ def test_statistics_files_serve_tensors_in_memory_too(real, data, tmp_path):
         found = dk.merge_tensors(None, models, method=method, statistics=files, dtype="float32")
         for name, values in found.items():
             np.testing.assert_allclose(values, expected(real, tmp_path, kind, name), rtol=1e-5, atol=2e-6)
-    with pytest.raises(HomologyError, match="are the files mixed up"):
+    with pytest.raises(HomologyError, match="are the files swapped"):
         dk.merge_tensors(None, models[::-1], method=method, statistics=files)
 
 

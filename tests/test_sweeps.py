@@ -105,22 +105,22 @@ START = "recipe: r.yaml\ntest: {a: {data: a.jsonl}}\n"
     ("text", "says"),
     [
         ("", "is empty; a sweep needs"),
-        ("recipe: r.yaml\naxes: {sparsify.drop_rate: [0]}\n", "nobody judges"),
+        ("recipe: r.yaml\naxes: {sparsify.drop_rate: [0]}\n", "no judges; add"),
         (START, "no axes"),
         (f"{START}axis: {{}}\n", r"line 3: axis is not known; did you mean 'axes'\?"),
         (f"{START}seed: [1]\n", r"write seeds: \[1\]"),
         (f"{START}models: [a]\n", "belongs to the recipe"),
         (f"{START}sparsify.drop_rate: [0, 1]\n", "write it under `axes:`"),
-        (f"{START}axes: {{seed: [1, 2]}}\n", r"is no axis.*seeds: \[1, 2\]"),
+        (f"{START}axes: {{seed: [1, 2]}}\n", r"is not an axis.*seeds: \[1, 2\]"),
         (f"{START}axes: {{sparsify.drop_rate: 0.5}}\n", "expected a list of values"),
         (f"{START}axes: {{sparsify.drop_rate: [0.5, 0.5]}}\n", "is given twice"),
         (f"{START}axes: {{m: {{one: [1]}}}}\n", "expected settings"),
         (f"{START}axes: {{m: {{one: {{judges: b}}}}}}\n", "names 'b'; known: a"),
         (f"{START}axes: {{p: [1]}}\nseeds: [1, 1]\n", "a seed twice"),
         (f"{START}axes: {{p: [1]}}\nseeds: [-1]\n", "whole numbers"),
-        (f"{START}axes: {{p: [1]}}\nplot: {{x: q}}\n", "'q' is no axis"),
+        (f"{START}axes: {{p: [1]}}\nplot: {{x: q}}\n", "'q' is not an axis"),
         ("recipe: r.yaml\naxes: {p: [1]}\ntest: {data: a.jsonl}\n", "give this judge a name"),
-        ("recipe: r.yaml\naxes: {p: [1]}\ntest: [a]\n", "expected names and what judges"),
+        ("recipe: r.yaml\naxes: {p: [1]}\ntest: [a]\n", "expected names with their judges"),
     ],
 )
 def test_files_that_are_no_sweep(tmp_path, text, says):
@@ -276,7 +276,9 @@ def test_a_run_goes_on_where_it_was_killed(real, place):
     (out / CELLS).write_bytes(b"".join(kept) + b'{"kind": "grid", "at": {"spars')
     result = dk.sweep(data, out)
     assert place.calls() == calls + 3
-    assert any("cut off" in note for note in result.notes) and any("2 evaluations of 5" in n for n in result.notes)
+    assert any("dropped an incomplete last line" in note for note in result.notes) and any(
+        "2 evaluations of 5" in n for n in result.notes
+    )
     again = (out / CELLS).read_bytes().splitlines(keepends=True)
     assert again[:2] == kept
 
@@ -427,18 +429,18 @@ def test_folders_without_a_record(real, place):
     out = place.path / "out"
     dk.sweep(place.sweep(), out, plots=False)
     (out / "sweep.json").unlink()
-    with pytest.raises(OutputError, match=r"3 finished cells of another sweep, of which sweep\.json is missing"):
+    with pytest.raises(OutputError, match=r"3 finished cells of another sweep, whose sweep\.json is missing"):
         dk.sweep(place.sweep("minus"), out, plots=False)
     calls = place.calls()
     dk.sweep(place.sweep(), out, plots=False)
     assert place.calls() == calls and (out / "sweep.json").exists()
     (out / "sweep.json").write_text("[]")
-    with pytest.raises(OutputError, match="is no record of a sweep"):
+    with pytest.raises(OutputError, match="is not a record of a sweep"):
         dk.sweep(place.sweep(), out, plots=False)
     mine = place.path / "mine"
     mine.mkdir()
     (mine / "summary.json").write_text("{}")
-    with pytest.raises(OutputError, match=r"holds summary\.json, which no sweep left there"):
+    with pytest.raises(OutputError, match=r"holds summary\.json, which no sweep wrote"):
         dk.sweep(place.sweep(), mine)
     assert [path.name for path in mine.iterdir()] == ["summary.json"]
 
@@ -540,7 +542,7 @@ def test_mistakes_are_told_before_anything_runs(real, place, dare):
     for changes, says in (
         ({"test": {"all": {"data": "nowhere.jsonl"}}}, r"test.all: .*nowhere.jsonl"),
         ({"recipe": recipe(real.path) | {"models": [str(real.path / "m9")]}}, "m9"),
-        ({"choose": "speed"}, "choose: 'speed' is no score"),
+        ({"choose": "speed"}, "choose: 'speed' is not a score"),
     ):
         with pytest.raises(DarekitError, match=says):
             dk.sweep(place.sweep(**changes), out)
@@ -549,7 +551,7 @@ def test_mistakes_are_told_before_anything_runs(real, place, dare):
         dk.sweep(place.sweep(), place.path / "file")
     (place.path / "other").mkdir()
     (place.path / "other" / CELLS).write_text('{"a": 1}\n')
-    with pytest.raises(OutputError, match="line 1 is no finished cell"):
+    with pytest.raises(OutputError, match="line 1 is not a finished cell"):
         dk.sweep(place.sweep(), place.path / "other")
     assert dare("sweep", place.path / "none.yaml").code == 1
 

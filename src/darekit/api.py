@@ -240,7 +240,7 @@ def options_of(given: RunOptions | WriteOptions) -> Options:
     """Keyword arguments of `merge`, `drop` and `unpack` -> options.
 
     Raises:
-        TypeError: a name that is no option, or a size or a number of threads that is no positive integer.
+        TypeError: a name that is not an option, or a size or a number of threads that is not a positive integer.
     """
     known = [entry.name for entry in fields(Options)]
     for name, value in given.items():

@@ -6,7 +6,7 @@ DarekitError            everything below; the command line prints its message an
 |- RecipeError          the recipe's text: unknown key, contradiction, value out of range
 |- CheckpointError      one checkpoint cannot be read: not found, malformed, changed while it was read
 |  '- Unsupported       it can be read, but not merged as it is: quantised, an adapter, pickled
-|     '- HoldsPack      it is a pack, and stands where a checkpoint must
+|     '- HoldsPack      it is a pack, given where a checkpoint is expected
 |- HomologyError        the checkpoints do not belong together: names, shapes, vocabulary, wrong base
 |- PlanError            a parameter is impossible for these tensors
 |- DataError            values: NaN, Inf, overflow of the output dtype, integer tensors that differ

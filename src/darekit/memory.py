@@ -43,10 +43,10 @@ def merge_tensors(
         method: how the deltas are merged, `ties(keep=0.2)` or just a name; `linear()` if not given.
         weights: one per model; 1 each if not given.
         seeds: one effective seed per model, used as they are; derived from `sparsify.seed` if not given.
-        statistics: for `fisher()` and `regmean()`, one per model: a file that `make_statistics` wrote of these very
+        statistics: for `fisher()` and `regmean()`, one per model: a file that `make_statistics` wrote for exactly these
             tensors; or a dict, name -> the tensor's diagonal Fisher (its shape), or the Gram X^T X of a linear
-            layer's inputs, (in, in), for weights stored [out, in]. Tensors without are averaged. A dict's Grams count
-            as they are: pass them divided by their tokens, or not.
+            layer's inputs, (in, in), for weights stored [out, in]. Tensors without statistics are averaged. Grams in a
+            dict are used as they are, divided by their numbers of tokens or not.
         dtype: output format (`bfloat16`, ...); each tensor's own if not given.
         threads: worker threads.
         allow_nonfinite: take the base's element where an input has NaN or Inf.
@@ -75,7 +75,7 @@ def merge_tensors(
     from darekit.planning.plan import make_plan
 
     if allow_nonfinite and base is None:
-        raise PlanError("allow_nonfinite takes the base's element where a model has NaN or Inf: it needs a base")
+        raise PlanError("allow_nonfinite takes the base's element where a model has NaN or Inf, so it needs a base")
     method = Method(method) if isinstance(method, str) else method or linear()
     if isinstance(models, Mapping):
         raise CheckpointError("models must be a list of dicts, one per model; found one dict")

@@ -30,7 +30,7 @@ from darekit.wording import brief, label
 
 VOCABULARIES = ("strict", "base", "pad")
 
-PACK_NOTE = "{} is a pack: r and p_max are of what is left of its delta, rescaled, and not of the model's own"
+PACK_NOTE = "{} is a pack: r and p_max describe what is left of its delta, rescaled, not the original model's delta"
 
 SHARES = (0.0002, 0.002, 0.005, 0.01)  # the limits that the paper discusses
 
@@ -273,7 +273,7 @@ def inspect(
         base: the checkpoint that the models were fine-tuned from.
         models: the fine-tuned models: of one the result is an `Inspection`, of several a `Comparison`.
         vocab: of vocabularies that differ, as in a recipe: `strict` refuses them; under `base` and `pad` the rows that
-            base and model share are compared (`pad` keeps the others as they are: they are no delta).
+            base and model share are compared (`pad` keeps the others as they are: they are not part of a delta).
         heads: whose heads a recipe would take as they are: `base`, `model` (if there is only one) or one of the models
             as written; heads are not compared then. None: heads are compared if all have the same shapes.
         threads: worker threads.
@@ -284,7 +284,7 @@ def inspect(
 
     Raises:
         HomologyError: their tensors do not correspond.
-        PlanError: `vocab` or `heads` is none of these words.
+        PlanError: `vocab` or `heads` is not one of these words.
         DataError: NaN or Inf.
 
     Examples:
@@ -378,7 +378,7 @@ def _rows_left_out(tensors: Sequence[AlignedTensor], models: Sequence[str]) -> I
         rows = [info.shape[0] for info in (tensor.base, *tensor.models) if info and info.shape]
         if len({*rows}) > 1:
             named = ", ".join(f"{count} in {label(model)}" for count, model in zip(rows[1:], models, strict=True))
-            yield f"{tensor.name}: {rows[0]} rows in the base, {named}; the rows of both are compared"
+            yield f"{tensor.name}: {rows[0]} rows in the base, {named}; only the rows of both are compared"
 
 
 def _count(tensor: AlignedTensor) -> tuple[list[_Counts], PairCounts | None]:

@@ -195,16 +195,16 @@ def judged(
 def _words(one: str, other: str, relation: Relation) -> str:
     names = f"{one} and {other}"
     if relation.agreement is None:
-        return f"{names} moved no element in common: they do not touch each other"
+        return f"{names} changed no element in common: they do not affect each other"
     signs = f"cosine {relation.cosine:.2f}, equal signs in {_percent(relation.agreement)} of what both moved"
     if relation.cosine > 1 - 1e-6:
-        return f"{names} have the same delta but for its length ({signs}): is it one model twice?"
+        return f"{names} have the same delta except for its scale ({signs}): is it the same model twice?"
     if relation.cosine > TOGETHER:
         return (
             f"{names} pull the same way ({signs}; chance would be {_percent(CHANCE)}): summed, what they share doubles"
         )
     if relation.cosine < -TOGETHER:
-        return f"{names} pull against each other ({signs}): summed, each takes from the other"
+        return f"{names} pull against each other ({signs}): summed, each cancels part of the other"
     return f"{names} are nearly independent ({signs})"
 
 

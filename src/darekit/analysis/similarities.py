@@ -146,7 +146,7 @@ def similarity(
     with open_plan(original) as plan:
         live = build(plan, device=device, dtype=dtype)
     if live.tokenizer is None:
-        raise DataError(f"{model} has no tokenizer beside it, so {data} cannot be read to it")
+        raise DataError(f"{model} has no tokenizer, so it cannot read {data}")
     tokens = tokenize(live.tokenizer, rows, max_length=min(max_length, live.max_length))
     total, said, means = len(tokens) * (len(runs) + 1), set[str](), []
     with tempfile.TemporaryFile(prefix="darekit-") as spool:
@@ -182,7 +182,7 @@ def _runs(
         if method not in SPARSIFIERS:
             near = difflib.get_close_matches(method, SPARSIFIERS, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise PlanError(f"{method!r} is no sparsifier{hint} There are {', '.join(SPARSIFIERS)}")
+            raise PlanError(f"{method!r} is not a sparsifier{hint} There are {', '.join(SPARSIFIERS)}")
         for rate in rates:
             drawn = SPARSIFIERS[method].random and 0 < rate < 1
             for seed in seeds if drawn else seeds[:1]:

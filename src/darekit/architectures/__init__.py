@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What names of tensors mean: groups, tying, depth. Every table of names stands here."""
+"""What names of tensors mean: groups, tying, depth. Every table of names is in here."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the names of tensors tell: the groups of `keep_dense`, embeddings and heads, buffers that nobody merges.
+"""What the names of tensors tell: the groups of `keep_dense`, embeddings and heads, buffers that are not merged.
 
-Names are all that is known here of architectures; every table of names stands in this file.
+Names are all that is known here of architectures; every table of names is in this file.
 """
 
 from __future__ import annotations

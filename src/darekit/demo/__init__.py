@@ -100,7 +100,7 @@ def require_extras() -> None:
     """Say what to install, before a second-long import of half of it."""
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
-        raise DarekitError(f"the demo needs {', '.join(missing)}, not installed here: pip install 'darekit[demo]'")
+        raise DarekitError(f"the demo needs {', '.join(missing)}, which is not installed: pip install 'darekit[demo]'")
 
 
 def claim_directory(directory: Path) -> Path:
@@ -115,7 +115,7 @@ def claim_directory(directory: Path) -> Path:
         raise OutputError(f"{directory} is a file; the demo needs a directory")
     if directory.is_dir() and not marker.is_file() and any(directory.iterdir()):
         raise OutputError(
-            f"{directory} holds other files and no {MARKER} of an earlier demo: give a new or an empty directory"
+            f"{directory} holds other files and no {MARKER} of an earlier demo: choose a new or an empty directory"
         )
     directory.mkdir(parents=True, exist_ok=True)
     marker.write_text(json.dumps({"made_by": "dare demo"}) + "\n")

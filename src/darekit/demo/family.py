@@ -177,7 +177,7 @@ def save_model(family: Family, job: Job, model: Any, tokenizer: Any) -> None:
     """Publish a trained model in one rename, replacing an older one that the demo itself had made."""
     path = family.path(job)
     if path.exists() and not (path / TRAINING_FILE).is_file():
-        raise OutputError(f"{path} exists and was not made by the demo: move it away, or give another directory")
+        raise OutputError(f"{path} exists and was not made by the demo: move it away, or choose another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent))
     try:

@@ -26,7 +26,7 @@ def examples_directory() -> Path:
         if (directory / NAMES[0][1]).is_file():
             return directory
     raise DarekitError(
-        f"the example recipes are neither beside {here} nor in {here.parents[3] / 'examples'}: reinstall"
+        f"the example recipes are neither beside {here} nor in {here.parents[3] / 'examples'}: reinstall darekit"
     )
 
 

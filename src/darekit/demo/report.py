@@ -42,13 +42,13 @@ def notes(result: DemoResult) -> tuple[str, ...]:
     control = summarise(result.controls)[0]
     tunings, masks = _count(tune_seeds, "fine-tuning"), _count(mask_seeds, "mask")
     return (
-        f"Exact match in % on {result.items} held-out words for each ability. Means of {tunings}"
-        f", with DARE of {masks} each; ± is the standard deviation of those runs' means.",
-        f"DARE drops {result.drop_rate:.0%} of each delta, embeddings and norms kept dense. "
-        f"What it changes in the mean: {differences}.",
-        "A gain of TIES is not DARE's own, but scale: trimming shrinks a delta and the rescale undoes it. TIES at "
-        f"lambda {result.control_lambda:g} without DARE reaches {control.mean:.1f}. The average is low because it "
-        "keeps only a third of each delta.",
+        f"Exact match in % on {result.items} held-out words for each ability. Each number is a mean over {tunings}"
+        f", with DARE over {masks} each; ± is the standard deviation of those runs' means.",
+        f"DARE drops {result.drop_rate:.0%} of each delta, with embeddings and norms kept dense. "
+        f"Its effect on the mean: {differences}.",
+        "A gain of TIES comes from scale, not from DARE itself: trimming shrinks a delta, and the rescale undoes "
+        f"that. TIES at lambda {result.control_lambda:g} without DARE reaches {control.mean:.1f}. The average is low "
+        "because it keeps only a third of each delta.",
     )
 
 

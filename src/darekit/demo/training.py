@@ -102,7 +102,7 @@ def train(
         if not math.isfinite(loss.item()):
             raise DataError(
                 f"training of {title} diverged: the loss is {loss.item()} at step {step} of {course.steps}, "
-                f"learning rate {course.rate:g}; nothing was saved; a lower rate is the usual cure"
+                f"learning rate {course.rate:g}; nothing was saved; a lower rate usually helps"
             )
         optimiser.zero_grad()
         loss.backward()

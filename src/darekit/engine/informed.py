@@ -46,7 +46,7 @@ class FisherTiles:
             if not (np.isfinite(values).all() and values.min(initial=0) >= 0):
                 raise DataError(
                     f"the Fisher of {step.name}, model {step.owners[k]} of the recipe (counted from 0), has NaN, Inf "
-                    "or negative values; make it anew with `dare stats fisher`"
+                    "or negative values; recreate it with `dare stats fisher`"
                 )
         result: Floats = fisher(deltas, self.weights, fishers, self.sizes, **step.parameters)
         return result

@@ -172,7 +172,7 @@ def coefficients(step: Step, products: Doubles) -> Doubles:
     """
     method, rows = MERGE_METHODS[step.method], Rows.of(step)
     if not np.isfinite(products).all():
-        raise DataError(f"{step.name}: its values are too large for {step.method}: their products exceed float64")
+        raise DataError(f"{step.name}: the values are too large for {step.method}: their products overflow float64")
     upper = np.triu_indices(rows.count)
     matrix = np.empty((*products.shape[:-1], rows.count, rows.count))
     matrix[..., upper[0], upper[1]] = products

@@ -27,14 +27,14 @@ def settle_model_trim(steps: Sequence[Step], *, threads: int, tile: int, allow_n
     """Replace every `trim: model` stage by one with its tensor's own threshold; other steps stay as they are.
 
     Raises:
-        PlanError: a float64 tensor, for which there is no such trim.
+        PlanError: a float64 tensor, which cannot be trimmed this way.
     """
     concerned = [step for step in steps if any(spec.method == TRIM_MODEL for chain in step.chains for spec in chain)]
     if not concerned:
         return list(steps)
     wide = next((step.name for step in concerned if step.wide), None)
     if wide is not None:
-        raise PlanError(f"trim: model is for float32 arithmetic, and {wide} is F64; use trim: tensor")
+        raise PlanError(f"trim: model computes in float32, but {wide} is F64; use trim: tensor")
     keeps = {k: spec.parameters["keep"] for step in concerned for k, spec in _trims(step)}
     totals = {k: sum(step.count for step in concerned if k in step.owners) for k in keeps}
     selects = {k: Select(totals[k], 0, max(1, int(keeps[k] * totals[k]))) for k in keeps}

@@ -117,7 +117,7 @@ class Comparison:
 
 
 def best_of(row: Sequence[Score | None]) -> int | None:
-    """Which of several models is the best in one score; None where nobody can say.
+    """Which of several models is the best in one score; None if that is unknown.
 
     Its distance to every other must exceed twice the standard error of their difference, sqrt(se1^2 + se2^2). Models
     answer the same questions, so their errors go together and the true one is mostly
@@ -294,7 +294,7 @@ def resolve_model(model: Model, base: str | Path | None) -> tuple[Recipe, tuple[
         return recipe_of(model)
     kind, path = found
     if base is None:
-        raise PlanError(f"{path} is {kind}: what it holds needs its base; say --base BASE")
+        raise PlanError(f"{path} is {kind}: it can only be used with its base; add --base BASE")
     return recipe_of({"base_model": str(base), "models": [{"model": str(path)}], "merge_method": "task_arithmetic"})
 
 
@@ -320,7 +320,7 @@ def _judge(
         harness.show_bars, harness.log_samples = show_bars, log_samples
         parts.append(("tasks", harness))
     if not parts:
-        raise PlanError("nothing to judge by: give --tasks, --data, --judge or --command")
+        raise PlanError("no judge given: use --tasks, --data, --judge or --command")
     if len(parts) == 1:
         return parts[0][1]
     stems = [name for name, _ in parts]

@@ -47,8 +47,8 @@ class Examples:
         for row in self.rows:
             if form_of(row) != self.form:
                 raise DataError(
-                    f"{self.rows[0].place} has {self.form} and {row.place} has {form_of(row)}; one file is judged in "
-                    "one way: split it, and name several judges"
+                    f"{self.rows[0].place} has {self.form} and {row.place} has {form_of(row)}; all rows of a file are "
+                    "judged in one way: split the file, and name several judges"
                 )
 
     def __call__(self, live: LiveModel) -> Mapping[str, Score]:
@@ -70,15 +70,15 @@ class Examples:
 
     def _refuse(self, live: LiveModel) -> None:
         if live.tokenizer is None:
-            raise DataError(f"judging by {self.source} needs a tokenizer, and the model has none beside it")
+            raise DataError(f"judging by {self.source} needs a tokenizer, but the model has none")
         if live.task == CAUSAL and self.form == LABEL:
             raise DataError(
-                f"{self.source} has labels, and the model is a causal one that writes text: give it "
+                f"{self.source} has labels, but the model is a causal one that writes text: give it "
                 '{"prompt": ..., "completion": ...} with the label as a word'
             )
         if live.task != CAUSAL and self.form != LABEL:
             raise DataError(
-                f"{self.source} has {self.form}, and the model is a {live.task}: it needs "
+                f"{self.source} has {self.form}, but the model is a {live.task}: it needs "
                 '{"text": ..., "label": ...} on each line'
             )
 
@@ -90,13 +90,13 @@ class Examples:
             if len(tokens) < len(self.rows):
                 made = {row.place for row in tokens}
                 place = next(row.place for row in self.rows if row.place not in made)
-                raise DataError(f"{place}: the tokenizer makes no token of this row, so it cannot be judged")
+                raise DataError(f"{place}: the tokenizer produces no tokens for this row, so it cannot be judged")
             end = live.tokenizer.eos_token_id
             for row in tokens if self.form == COMPLETION and end is not None else ():
                 if row.ids[-1] != end:
                     raise DataError(
-                        f"{row.place}: the completion does not fit into {length} tokens, so whether it is right cannot "
-                        "be said; shorten it or raise max_length"
+                        f"{row.place}: the completion does not fit into {length} tokens, so it cannot be "
+                        "judged; shorten it or raise max_length"
                     )
             if live.task == CAUSAL and not any(any(row.asked) for row in tokens):
                 raise DataError(f"{self.source}: no row has two tokens, so there is nothing to predict")
@@ -165,8 +165,8 @@ class Examples:
 def _refuse_nonfinite(value: float, what: str, row: Tokens) -> None:
     if not np.isfinite(value):
         raise DataError(
-            f"{row.place}: the model's {what} is {value}. Its weights are broken, or too large for what it computes "
-            "in: try --dtype float32"
+            f"{row.place}: the model's {what} is {value}. Its weights are broken, or too large for the dtype it "
+            "computes in: try --dtype float32"
         )
 
 
@@ -184,13 +184,13 @@ def label_of(row: Tokens, live: LiveModel) -> int | float:
     label, config = row.label, live.model.config
     if live.task == REGRESSOR:
         if isinstance(label, str):
-            raise DataError(f"{row.place}: label {label!r} is a word, and the model is a regressor: it needs a number")
+            raise DataError(f"{row.place}: label {label!r} is a word, but the model is a regressor: it needs a number")
         return float(label or 0)
     if isinstance(label, str):
         named = {str(name): int(index) for name, index in (config.label2id or {}).items()}
         if label not in named:
-            raise DataError(f"{row.place}: label {label!r} is none of the model's: {', '.join(named)}")
+            raise DataError(f"{row.place}: label {label!r} is not one of the model's: {', '.join(named)}")
         return named[label]
     if label is None or label != int(label) or not 0 <= label < config.num_labels:
-        raise DataError(f"{row.place}: label {label}; the model has the classes 0 to {config.num_labels - 1}")
+        raise DataError(f"{row.place}: label {label}, but the model has the classes 0 to {config.num_labels - 1}")
     return int(label)

@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One instruction; `dataset`: which part of the benchmark it is of; `place`: where it stands, for errors."""
+    """One instruction; `dataset`: the part of the benchmark it belongs to; `place`: where it came from, for errors."""
 
     instruction: str
     dataset: str
@@ -81,8 +81,8 @@ def answer(
     Args:
         live: a causal model.
         questions: what to ask.
-        prompt: a text with `{instruction}` in it; the tokenizer's chat template if not given, and where there is
-            none the instruction alone.
+        prompt: a text with `{instruction}` in it; the tokenizer's chat template if not given; without
+            one, the instruction alone.
         max_new_tokens: of an answer.
         batch_size: answers at once.
         progress: called with (answers done, answers in all).
@@ -99,8 +99,8 @@ def answer(
     for question, one in zip(questions, ids, strict=True):
         if len(one) + max_new_tokens > live.max_length:
             raise DataError(
-                f"{question.place} has {len(one)} tokens, and with {max_new_tokens} for the answer that is more than "
-                f"the model's {live.max_length}; say a smaller --max-new-tokens"
+                f"{question.place} has {len(one)} tokens; with {max_new_tokens} for the answer, that exceeds "
+                f"the model's limit of {live.max_length}; use a smaller --max-new-tokens"
             )
     answers = [""] * len(questions)
     order = sorted(range(len(ids)), key=lambda at: -len(ids[at]))
@@ -141,7 +141,7 @@ def _ids(tokenizer: Any, question: Question, prompt: str | None) -> list[int]:
     if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
         ids = ids[:-1]  # some tokenizers end every text; nothing would follow
     if not ids:
-        raise DataError(f"{question.place}: the tokenizer makes no token of it")
+        raise DataError(f"{question.place}: the tokenizer produces no tokens for it")
     return ids
 
 
@@ -168,7 +168,7 @@ def generate(
         questions: a JSON list or JSON lines, with an instruction each.
         out: a file that ends in .json for one model; else a folder, with one file for each.
         base: the checkpoint that packs among the models were made against.
-        prompt: a template that contains `{instruction}`, for models tuned on one that have no chat template.
+        prompt: a template that contains `{instruction}`, for models that were tuned on one and have no chat template.
         max_new_tokens: the longest answer.
         batch_size: answers at once.
         limit: ask only this many questions.
@@ -192,24 +192,26 @@ def generate(
     """
     say = say or (lambda line: None)
     if prompt is not None and INSTRUCTION not in prompt:
-        raise PlanError(f"the prompt has no {INSTRUCTION}; the question would not be asked")
+        raise PlanError(f"the prompt does not contain {INSTRUCTION}, so the question would be missing")
     asked = read_questions(Path(questions), limit=limit)
     named = named_models(models, base)
     single = Path(out).suffix == ".json"
     if single and len(named) > 1:
-        raise PlanError(f"{len(named)} models do not go into one file {out}; name a folder, it gets a file for each")
+        raise PlanError(
+            f"the answers of {len(named)} models do not fit into one file {out}; name a folder to get a file for each"
+        )
     paths = [Path(out) if single else Path(out) / f"{file_name(name)}.json" for name, _, _ in named]
     if len(set(paths)) < len(paths):
         raise PlanError("two models would be written to the same file; rename one")
     finished = [not overwrite and _is_finished(path, asked) for path in paths]
     for (name, recipe, search), path, done in zip(named, paths, finished, strict=True):
         if done:
-            say(f"{path} has all answers already (--overwrite asks again)")
+            say(f"{path} has all answers already (use --overwrite to ask again)")
             continue
         with open_plan(recipe, search=search) as plan:
             live = build(plan, device=device, dtype=dtype)
             if prompt is None and live.tokenizer is not None and not getattr(live.tokenizer, "chat_template", None):
-                say(f"{name} has no chat template: instructions are given as they are (--prompt sets a form)")
+                say(f"{name} has no chat template: instructions are passed as they are (set a form with --prompt)")
             answers = answer(
                 live, asked, prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size or BATCH_SIZE,
                 progress=progress,
@@ -238,4 +240,4 @@ def _is_finished(path: Path, asked: Sequence[Question]) -> bool:
             return True
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise OutputError(f"{path} exists and is no answer to these questions; name another file, or say --overwrite")
+    raise OutputError(f"{path} exists and does not answer these questions; name another file, or use --overwrite")

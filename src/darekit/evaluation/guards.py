@@ -24,7 +24,7 @@ def nan_refused(live: LiveModel) -> Iterator[None]:
         logits = getattr(output, "logits", None)
         if logits is not None and bool(torch.isnan(logits).any()):
             raise DataError(
-                "the model's logits are NaN. Its weights are broken, or too large for what it computes in: try "
+                "the model's logits are NaN. Its weights are broken, or too large for the dtype it computes in: try "
                 "--dtype float32"
             )
 

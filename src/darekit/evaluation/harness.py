@@ -84,11 +84,11 @@ class Harness:
         """Scores of the model as it is now: `task/metric`, or `task/metric,filter`.
 
         Raises:
-            DataError: the model gives NaN, is no causal model, has no tokenizer, or a task fails.
+            DataError: the model gives NaN, is not a causal model, has no tokenizer, or a task fails.
         """
         if live.task != CAUSAL or live.tokenizer is None:
             what = f"the model is a {live.task}" if live.task != CAUSAL else "the model has no tokenizer beside it"
-            raise DataError(f"lm-eval's tasks question models that write text, and {what}; judge it by rows of data")
+            raise DataError(f"lm-eval's tasks need a model that writes text, but {what}; judge it by rows of data")
         what = f"running {', '.join(self.names)} in batches of {self.batch_size}"
         with one_thread(live.device), memory_told(what), _quiet(self.show_bars, self.trusted), nan_refused(live):
             found = self._run(live)
@@ -180,8 +180,8 @@ def load_tasks(
 
     Raises:
         RecipeError: there is no such task; a local task file cannot be read.
-        PlanError: a task would execute generated code, and nobody agreed.
-        CheckpointError: a data set is neither here nor to be had from the network.
+        PlanError: a task would execute generated code without consent.
+        CheckpointError: a data set is neither cached nor available from the network.
         Unsupported: lm-eval is not installed.
     """
     found = find_tasks(names, include=include, confirm=confirm, say=say, words=words)
@@ -234,7 +234,7 @@ def find_tasks(
         raise RecipeError("tasks is empty; name at least one, as gsm8k")
     for folder in include:
         if not folder.is_dir():
-            raise RecipeError(f"{folder} is no folder; {words.include} takes a folder with task files (YAML)")
+            raise RecipeError(f"{folder} is not a folder; {words.include} takes a folder with task files (YAML)")
     for name in names:
         _refuse_elsewhere(name)
     with _quiet(bars=False, trusted=False):
@@ -244,8 +244,8 @@ def find_tasks(
     unsafe = [name for name in leaves if (manager.task_index[name].cfg or {}).get("unsafe_code")]
     if unsafe and not (confirm and confirm(unsafe)):
         raise PlanError(
-            f"{', '.join(unsafe)} executes code that the model writes, with your rights on this machine; "
-            f"if you accept that (better in a container), say {words.trust}"
+            f"{', '.join(unsafe)} executes code that the model writes, with your permissions on this machine; "
+            f"if you accept that (preferably in a container), use {words.trust}"
         )
     return Found(manager, tuple(resolved), tuple(leaves), bool(unsafe))
 
@@ -315,7 +315,7 @@ def _unknown(name: str, known: Sequence[str], include: Sequence[Path], words: Wo
     close = difflib.get_close_matches(name.lower(), known, 5, 0.7)
     hint = f"; close: {', '.join(close)}" if close else ""
     where = f" and {', '.join(map(str, include))}" if include else f"; local task files are found with {words.include}"
-    return RecipeError(f"there is no task {name!r}{hint}. Known are those of lm-eval {version('lm_eval')}{where}")
+    return RecipeError(f"there is no task {name!r}{hint}. Known tasks are those of lm-eval {version('lm_eval')}{where}")
 
 
 def _prepare_local(leaves: Sequence[str], index: Mapping[str, Any], include: Sequence[Path]) -> None:
@@ -348,7 +348,7 @@ def _located(files: Any, yaml: Path) -> Any:
         return text
     found = yaml.parent / text
     if not any(character in text for character in "*?[") and not found.exists():
-        raise CheckpointError(f"{yaml} names the data file {text}, and there is no {found}")
+        raise CheckpointError(f"{yaml} names the data file {text}, but {found} does not exist")
     return str(found)
 
 
@@ -357,8 +357,8 @@ def _check_metrics(loaded: Any) -> None:
         for metric, function in getattr(task, "_metric_fn_list", {}).items():
             if function is None and getattr(task.config, "process_results", None) is None:
                 raise CheckpointError(
-                    f"task {name} uses the metric {metric!r}, which lm-eval does not have, and which could not be had "
-                    "from the Hub; use acc, exact_match, or a !function of your own"
+                    f"task {name} uses the metric {metric!r}, which is neither in lm-eval nor available "
+                    "from the Hub; use acc, exact_match, or your own !function"
                 )
 
 
@@ -375,8 +375,8 @@ def _load_error(
     what, said = ", ".join(names), f"{type(error).__name__}: {_first_line(error)}"
     if kinds & set(NETWORK) or "couldn't reach" in str(error).lower() or "offline" in str(error).lower():
         return CheckpointError(
-            f"{what} needs data from the Hub ({', '.join(sources)}) that is not in the cache here, and the Hub cannot "
-            f"be reached ({said}). Run it once with a network, or use a local task file ({words.include})"
+            f"{what} needs data from the Hub ({', '.join(sources)}) that is not in the local cache, and the Hub cannot "
+            f"be reached ({said}). Run it once with network access, or use a local task file ({words.include})"
         )
     if "ModuleNotFoundError" in kinds or "ImportError" in kinds:
         return Unsupported(f"{what} needs more than lm-eval alone ({said}); for MATH: pip install 'lm-eval[math]'")

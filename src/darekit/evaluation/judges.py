@@ -94,7 +94,7 @@ def judge_of(
         progress: called with (rows done, rows in all) by judges of data.
 
     Raises:
-        RecipeError: it says no judge.
+        RecipeError: it does not describe a judge.
         DarekitError: its file cannot be read, its tasks do not exist.
     """
     match spec:
@@ -106,7 +106,7 @@ def judge_of(
             return command_of(spec, search=search)
         case _ if callable(spec):
             return function_judge(spec, getattr(spec, "__name__", "given"))
-    raise RecipeError(f"a judge is one of {', '.join(KEYS)}, or several by name; found {spec!r}")
+    raise RecipeError(f"a judge must be one of {', '.join(KEYS)}, or several by name; found {spec!r}")
 
 
 def check_judge(spec: Any, *, search: Sequence[Path] = ()) -> None:
@@ -136,7 +136,7 @@ def _from_mapping(spec: Mapping[str, Any], search: Sequence[Path], progress: Pro
     if not any(kind in spec for kind in KEYS):
         nested = {name: value for name, value in spec.items() if isinstance(value, Mapping | str | list | tuple)}
         if not spec or len(nested) < len(spec):
-            raise RecipeError(f"a judge is one of {', '.join(KEYS)}, or several by name; found {dict(spec)}")
+            raise RecipeError(f"a judge must be one of {', '.join(KEYS)}, or several by name; found {dict(spec)}")
         for name, value in spec.items():
             near = difflib.get_close_matches(str(name), KEYS, 1, 0.75)
             if near and not isinstance(value, Mapping):
@@ -149,7 +149,7 @@ def _kind_of(spec: Mapping[str, Any]) -> str:
     """The one kind of judge that a mapping says, with no key that it does not take."""
     kinds = [kind for kind in KEYS if kind in spec]
     if len(kinds) > 1:
-        raise RecipeError(f"a judge says both {' and '.join(kinds)}; give each a name: {{a: {{data: ...}}, b: ...}}")
+        raise RecipeError(f"a judge has both {' and '.join(kinds)}; give each a name: {{a: {{data: ...}}, b: ...}}")
     for key in spec:
         if key not in KEYS[kinds[0]]:
             near = difflib.get_close_matches(str(key), KEYS[kinds[0]], 1)

@@ -64,7 +64,7 @@ class Command:
         if done.returncode != 0:
             tail = "".join(f"\n  {line}" for line in (done.stderr or done.stdout).strip().splitlines()[-TOLD:])
             how = f"failed with exit code {done.returncode}" if done.returncode > 0 else "was killed"
-            raise DataError(f"{who} {how}:{tail or ' it said nothing'}")
+            raise DataError(f"{who} {how}:{tail or ' it printed nothing'}")
         return scores_of(_json_of(done.stdout, who), who)
 
 
@@ -120,7 +120,7 @@ def command_of(words: str | Sequence[str], *, search: Sequence[Path]) -> Command
     if found[0] == "python" and shutil.which("python") is None:
         found[0] = sys.executable
     if shutil.which(found[0]) is None:
-        raise RecipeError(f"the judge's command begins with {split[0]!r}, and there is no such program")
+        raise RecipeError(f"the judge's command begins with {split[0]!r}, but there is no such program")
     return Command(tuple(found))
 
 
@@ -163,7 +163,7 @@ def function_judge(function: Callable[[Any], Any], name: str) -> Function:
         p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     if parameters and len(required) > 1:
-        raise RecipeError(f"judge {name!r} wants {', '.join(required)}; it is given one thing, the model")
+        raise RecipeError(f"judge {name!r} expects {', '.join(required)}, but it gets a single argument, the model")
     first = parameters[0] if parameters else None
     return Function(function, name, first is not None and (first.name in DIRECTORY or first.annotation is Path))
 

@@ -148,23 +148,23 @@ def scores_of(found: Any, who: str) -> dict[str, Score]:
     if isinstance(found, Score) or _is_number(found):
         found = {"score": found}
     if not isinstance(found, Mapping) or not found:
-        raise DataError(f"{who} gave {_short(found)}; expected a number, or an object of names and numbers")
+        raise DataError(f"{who} returned {_short(found)}; expected a number, or an object of names and numbers")
     scores = {}
     for name, value in found.items():
         if isinstance(value, Mapping):
             unknown = set(value) - {"value", "stderr", "higher_is_better"}
             if unknown or "value" not in value:
                 raise DataError(
-                    f"{who} gave {name}: {_short(value)}; expected a number, or value, stderr and higher_is_better"
+                    f"{who} returned {name}: {_short(value)}; expected a number, or value, stderr and higher_is_better"
                 )
             score = Score(value["value"], value.get("stderr"), value.get("higher_is_better", True))
         else:
             score = value if isinstance(value, Score) else Score(value)
         for part in (score.value, score.stderr):
             if part is not None and not _is_number(part):
-                raise DataError(f"{who} gave {name}: {_short(part)}; expected a number")
+                raise DataError(f"{who} returned {name}: {_short(part)}; expected a number")
             if part is not None and not math.isfinite(part):
-                raise DataError(f"{who} gave {name}: {part}; no number can be compared with that")
+                raise DataError(f"{who} returned {name}: {part}, which cannot be compared; expected a finite number")
         stderr = None if score.stderr is None else float(score.stderr)
         scores[str(name)] = Score(float(score.value), stderr, score.higher_is_better)
     return scores

@@ -22,7 +22,7 @@ IGNORED = -100  # a target that has no part in the loss; torch's own default
 class Row:
     """One example. A causal model sees `text` + `completion` and is asked for the completion (for all of the text,
     where there is none); a classifier sees `text`, or `text` and `pair` as its two sentences, and is asked for `label`.
-    `place`: where it stands, for errors."""
+    `place`: where it came from, for errors."""
 
     text: str
     completion: str | None = None
@@ -35,7 +35,7 @@ def read_rows(source: str | Path, *, limit: int | None = None, split: str = "tra
     """A file of JSON lines, or the name of a Hugging Face dataset (`name`, `name:config`) -> its rows.
 
     Args:
-        source: the file; what is no file and has no suffix is taken as a dataset's name.
+        source: the file; what is not a file and has no suffix is taken as a dataset's name.
         limit: only the first rows.
         split: of a dataset; a file has none.
 
@@ -91,8 +91,8 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_dataset(name: str, split: str) -> Iterator[tuple[str, Any]]:
     if find_spec("datasets") is None:
         raise Unsupported(
-            f"{name} is no file here. If it is a dataset of the Hub, it needs pip install 'darekit[eval]'; a file of "
-            f"JSON lines needs nothing: one {FORMS} each"
+            f"{name}: no such file. If it is a dataset on the Hub, that needs pip install 'darekit[eval]'; a file of "
+            f"JSON lines needs nothing extra: one {FORMS} on each line"
         )
     import datasets
 
@@ -102,7 +102,7 @@ def _read_dataset(name: str, split: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # the library's own, the network's, the Hub's
         raise CheckpointError(
             f"cannot load dataset {name} (split {split}): {str(error).splitlines()[0] if str(error) else error!r}. "
-            "Is it a file? Then check its path"
+            "If it is meant to be a file, check its path"
         ) from error
     for number, value in enumerate(loaded):
         yield f"{name}[{number}]", value
@@ -111,7 +111,7 @@ def _read_dataset(name: str, split: str) -> Iterator[tuple[str, Any]]:
 def _row_of(value: Any, place: str) -> Row | str:
     """The row, or why there is none."""
     if not isinstance(value, Mapping):
-        return f"{place}: not an object"
+        return f"{place}: not a JSON object"
     text, prompt = value.get("text"), value.get("prompt")
     if isinstance(prompt, str) and isinstance(value.get("completion"), str):
         if not value["completion"]:
@@ -123,7 +123,7 @@ def _row_of(value: Any, place: str) -> Row | str:
         return f"{place}: the text is empty"
     label, pair = value.get("label"), value.get("pair")
     if pair is not None and not (isinstance(pair, str) and label is not None):
-        return f"{place}: pair is a classifier's second sentence, a text beside text and label"
+        return f"{place}: pair is a classifier's second sentence and must be a text beside text and label"
     if label is not None and not isinstance(label, int | float | str):
         return f"{place}: label {label!r} is neither a number nor a word"
     return Row(text, label=label, place=place, pair=pair)
@@ -181,7 +181,7 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], *, max_length: int, end: bool 
         if ids:
             found.append(Tokens(tuple(ids), tuple(asked), row.label, row.place, types))
     if not found:
-        raise DataError("the tokenizer makes no token of any row: is it the model's own tokenizer?")
+        raise DataError("the tokenizer produces no tokens for any row: is it the model's own tokenizer?")
     return found
 
 

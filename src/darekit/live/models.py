@@ -78,14 +78,14 @@ class LiveModel:
         if wrong or lacking:
             what = "other shapes" if wrong else "no value"
             raise HomologyError(
-                f"the merged tensors are not this model's: {what} for {', '.join((wrong or lacking)[:4])}"
+                f"the merged tensors do not fit this model: {what} for {', '.join((wrong or lacking)[:4])}"
                 f"{', ...' if len(wrong or lacking) > 4 else ''}"
             )
         live = {name: None if target is None else targets[target] for name, target in known.items()}
         sinks = [_Shard(shard.placements, live) for shard in plan.shards]
         names = [model.ref for model in plan.models]
         done = execution.run(plan.steps, sinks, names=names, threads=threads)
-        plan.refuse_damaged(done.records, "the model's weights are of no use")
+        plan.refuse_damaged(done.records, "the model in memory is unusable now (reload it)")
 
     def tensors(self, names: Iterable[str]) -> dict[str, Any]:
         """Names in the checkpoint -> live tensors, each under its first name; names of nothing here are left out."""
@@ -221,9 +221,7 @@ def _empty(plan: Plan, device: str | None, dtype: str | None) -> LiveModel:
     with tempfile.TemporaryDirectory(prefix="darekit-") as folder, quiet_transformers():
         found = companions_of(plan)
         if found.config is None:
-            raise CheckpointError(
-                f"{plan.checkpoints[0].ref} has no config.json, so nobody can say what model its weights are"
-            )
+            raise CheckpointError(f"{plan.checkpoints[0].ref} has no config.json, so its architecture is unknown")
         write_companions(
             Path(folder), config=found.config, files=found.files, chat_template=found.chat_template, recipe_text="",
             card=lambda: "",
@@ -243,7 +241,7 @@ def _empty(plan: Plan, device: str | None, dtype: str | None) -> LiveModel:
         found_dtype = getattr(torch, compute, None)
         if not isinstance(found_dtype, torch.dtype) or not found_dtype.is_floating_point:
             raise PlanError(
-                f"dtype {compute!r} is no floating point format of torch's; use float32, bfloat16 or float16"
+                f"dtype {compute!r} is not a floating-point dtype in torch; use float32, bfloat16 or float16"
             )
         config.dtype = compute
         with _no_init(), torch.device(where):
@@ -309,7 +307,7 @@ def _device(name: str | None) -> Any:
         device = torch.device(name)
         torch.empty(0, device=device)
     except Exception as error:
-        reason = str(error).splitlines()[0] if name.split(":")[0] in ("cpu", "cuda", "mps") else "no kind that is known"
+        reason = str(error).splitlines()[0] if name.split(":")[0] in ("cpu", "cuda", "mps") else "unknown device type"
         raise PlanError(f"no device {name!r} here ({reason}); expected cpu, cuda, cuda:1 or mps") from error
     return device
 
@@ -373,5 +371,5 @@ def memory_told(what: str, advice: str = BATCH_ADVICE) -> Iterator[None]:
         known = ("not enough memory", "out of memory", "can't allocate memory")  # Windows, CUDA, Linux
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(text in told for text in known):
             raise
-        said = told.splitlines()[0] if told else "no more was said"
+        said = told.splitlines()[0] if told else "no further details"
         raise DataError(f"out of memory while {what}; {advice} ({said})") from error

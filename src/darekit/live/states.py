@@ -27,7 +27,7 @@ def hidden_states(
     after the final norm where transformers has it so. Tokens stand example by example, padding left out.
 
     Raises:
-        DataError: NaN or Inf, or a model that does not show its hidden states.
+        DataError: NaN or Inf, or a model that does not return its hidden states.
     """
     import torch
 
@@ -39,13 +39,13 @@ def hidden_states(
             found = body(**inputs, output_hidden_states=True)
             layers = getattr(found, "hidden_states", None)
             if layers is None:
-                raise DataError(f"{type(live.model).__name__} does not show its hidden states")
+                raise DataError(f"{type(live.model).__name__} does not return its hidden states")
             real = inputs["attention_mask"].bool()
             states: States = torch.stack([layer[real].float() for layer in layers]).cpu().numpy()
             if not np.isfinite(states).all():
                 raise DataError(
-                    f"the hidden states hold NaN or Inf in the batch that begins with {batch[0].place}: the weights "
-                    "are broken, or too large for what the model computes in: try --dtype float32"
+                    f"the hidden states contain NaN or Inf in the batch that begins with {batch[0].place}: the weights "
+                    "are broken, or too large for the dtype that the model computes in: try --dtype float32"
                 )
             yield states
             done += len(batch)

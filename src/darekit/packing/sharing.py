@@ -116,12 +116,12 @@ def push(
     name, revision = _base_of(info, base_model)
     if name is None and folder is None:
         raise PlanError(
-            f"{path} was packed against {info['base']['ref']}, a local name that helps nobody on the Hub: give the "
-            "base's own, --base-model org/name or org/name@commit"
+            f"{path} was packed against {info['base']['ref']}, a local name that means nothing on the Hub: give the "
+            "base's Hub id with --base-model org/name or org/name@commit"
         )
     license = license or info["license"]
     if license is None and say:
-        say("the pack knows no license: the card has none; give it with --license")
+        say("the pack names no license, so its card has none; set one with --license")
     filename = path.name if path.name.endswith(PACK_SUFFIX) else path.name.removesuffix(SUFFIX) + PACK_SUFFIX
     card = pack_card(
         info, filename=filename, repository=None if folder is not None else str(to), base_model=name,
@@ -137,7 +137,7 @@ def push(
         )  # fmt: skip
         files, url, commit = done.files, done.url, done.commit
     if CARD not in files and say:
-        say(f"{CARD} is there and was kept; --new-card replaces it")
+        say(f"{CARD} already exists and was kept; use --new-card to replace it")
     return Pushed(str(to), url, files, info["bytes"], commit)
 
 
@@ -180,8 +180,8 @@ def pull(
     target = target if target.suffix == SUFFIX and not target.is_dir() else target / path.name
     if target.exists() and target.resolve() == path.resolve():
         raise OutputError(
-            f"{path} would be copied onto itself: it is here already. Check it with `dare verify {path}`, or say where "
-            "a copy should lie"
+            f"{path} would be copied onto itself: it is here already. Check it with `dare verify {path}`, or name "
+            "where the copy should go"
         )
     if target.is_dir():
         raise OutputError(f"{target} is a directory; expected a file, or a folder to write {path.name} in")
@@ -209,7 +209,7 @@ def _as_folder(to: str | Path) -> Path | None:
     if isinstance(to, Path) or path.is_dir() or match is None:
         return path
     if match["revision"]:
-        raise PlanError(f"{to}: a pack is pushed to the main branch; leave the @ out")
+        raise PlanError(f"{to}: packs are pushed to the main branch; leave out the @ and what follows it")
     return None
 
 

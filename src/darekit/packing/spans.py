@@ -29,7 +29,7 @@ from darekit.packs.lossless import compress
 
 ROLES = ("values", "frames", "scales")
 
-_TOO_MUCH = "{}: the result would be NaN or Inf: smaller drop rate?"
+_TOO_MUCH = "{}: the result would be NaN or Inf; try a smaller drop rate"
 
 Parts = Mapping[str, list[Any]]  # role -> buffers of bytes
 

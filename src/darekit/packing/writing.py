@@ -143,7 +143,7 @@ def pack(
         model: the fine-tuned model.
         out: the file to write.
         drop_rate: fraction of the delta that is dropped, in [0, 1], or "auto": each tensor's own, from a sample of its
-            delta; to be given unless `lossless`.
+            delta; required unless `lossless`.
         tau: the noise that `auto` allows, relative to a layer's output.
         lossless: store the exact model instead, bit for bit; bits, group, rescale and keep_dense are ignored.
         bits: per kept element: 64, 32 or 16 (exact if the model's format has no more), 8, 4, 2 or 1.
@@ -157,7 +157,7 @@ def pack(
         vocab: what to do with vocabularies that differ: strict refuses, base keeps the base's rows, with its tokenizer.
         threads: worker threads.
         overwrite: replace `out`.
-        force: go on although the base looks wrong or too much is dropped.
+        force: continue even if the base looks wrong or too much is dropped.
         progress: called with (bytes done, bytes in all).
         say: receives notes and warnings as they arise.
 
@@ -184,21 +184,22 @@ def pack(
     out = Path(out)
     dense_bits = max(bits, 4) if dense_bits is None else dense_bits
     if bits not in BITS or dense_bits not in BITS:
-        raise PlanError(f"{bits if bits not in BITS else dense_bits} bits are none of {', '.join(map(str, BITS))}")
+        raise PlanError(f"{bits if bits not in BITS else dense_bits} bits: expected one of {', '.join(map(str, BITS))}")
     if not 1 <= group <= GROUP_LIMIT:
         raise PlanError(f"groups of {group} elements; expected 1 to {GROUP_LIMIT}")
     if codec not in ("auto", *CODECS):
-        raise PlanError(f"codec {codec!r}: a pack knows auto, {' and '.join(CODECS)}")
+        raise PlanError(f"codec {codec!r}: expected auto, {' or '.join(CODECS)}")
     if rescale not in ("paper", "none"):
-        raise PlanError(f"rescale {rescale!r}: a pack knows paper and none")
+        raise PlanError(f"rescale {rescale!r}: expected paper or none")
     if vocab not in ("strict", "base"):
         raise PlanError(
-            f"vocab {vocab!r}: a pack knows strict and base. Rows that the base does not have are no delta from it"
+            f"vocab {vocab!r}: expected strict or base. A pack stores differences from the base, so rows the base "
+            "lacks cannot be packed"
         )
     if isinstance(drop_rate, str) and drop_rate != "auto":
-        raise PlanError(f"drop rate {drop_rate!r}: a number in [0, 1], or auto")
+        raise PlanError(f"drop rate {drop_rate!r}: expected a number in [0, 1], or auto")
     if tau is not None and drop_rate != "auto":
-        raise PlanError("tau goes with the drop rate auto")
+        raise PlanError("tau can only be used with the drop rate auto")
     if (drop_rate is None) != lossless:
         raise PlanError("a pack needs either a drop rate or lossless" + (", not both" if lossless else ""))
     recipe = single.drop_recipe(
@@ -219,7 +220,7 @@ def pack(
         for line in plan.notes:
             note(line)
         if not lossless and packed_seed(plan.models[0]) is not None:
-            note(f"{model} is a pack: most of its delta was dropped already, and this drops from the rest")
+            note(f"{model} is a pack: most of its delta has already been dropped, and this drops more of what is left")
         if not lossless:  # which another base would only make larger, and integers that differ do not trouble
             checks.check(plan, force=force, say=note)
         settings = {"lossless": True} if lossless else {
@@ -255,7 +256,7 @@ def _refuse_other_names(plan: Plan) -> None:
 
 def _refuse_out(out: Path, plan: Plan, overwrite: bool) -> None:
     if out.suffix != ".safetensors":
-        raise OutputError(f"{out} must end in .safetensors: a pack is such a file, and is known by its name")
+        raise OutputError(f"{out} must end in .safetensors, by which packs are recognised")
     if out.is_dir():
         raise OutputError(f"{out} is a directory; a pack is one file")
     if out.exists() and not overwrite:
@@ -490,7 +491,8 @@ class Writer:
         changed = [str(file.path) for file in self.plan.files if file.changed()]
         if changed:
             raise CheckpointError(
-                f"{', '.join(changed)} changed while it was read; nothing was written. Run again when it is still"
+                f"{', '.join(changed)} changed while it was read; nothing was written. Run again once nothing is "
+                "writing to it"
             )
 
 

@@ -66,8 +66,8 @@ class Decoder:
         expected = int(self.source.tables[self.tensor.name].counts[leaf])
         if indices.size != expected:
             raise CheckpointError(
-                f"{self.source.file.path}, tensor {self.tensor.name}: leaf {leaf} holds {expected} elements, its mask "
-                f"keeps {indices.size}: seed, drop rate or rows are not those that it was packed with"
+                f"{self.source.file.path}, tensor {self.tensor.name}: leaf {leaf} holds {expected} elements, but its "
+                f"mask keeps {indices.size}: seed, drop rate or rows are not those it was packed with"
             )
         return indices
 

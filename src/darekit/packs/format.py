@@ -367,8 +367,8 @@ def read_pack(file: InputFile) -> PackFile:
     metadata, places = read_header(file)
     if DOCUMENT_KEY not in metadata:
         raise CheckpointError(
-            f"{where} is a safetensors file, but no pack: its metadata have no {DOCUMENT_KEY}; expected a file that "
-            "`dare pack` wrote"
+            f"{where} is a safetensors file but not a pack: its metadata has no {DOCUMENT_KEY}; expected a file "
+            "written by `dare pack`"
         )
     data = parse_object(
         metadata[DOCUMENT_KEY].encode("utf-8", "surrogatepass"), f"the document of {where}", strict=True
@@ -398,9 +398,9 @@ def _check_header_digest(file: InputFile, metadata: Mapping[str, str]) -> None:
     digest = metadata.get(DIGEST_KEY, "")
     text = file.read(8, length)
     if text.count(digest.encode()) != 1 or digest == NO_DIGEST:
-        raise CheckpointError(f"{file.path}: its metadata have no {DIGEST_KEY} of their own: the header is damaged")
+        raise CheckpointError(f"{file.path}: its metadata has no {DIGEST_KEY} of its own: the header is damaged")
     if xxhash.xxh3_128_hexdigest(text.replace(digest.encode(), NO_DIGEST.encode())) != digest:
-        raise CheckpointError(f"{file.path}: the header does not have the digest that stands in it: it is damaged")
+        raise CheckpointError(f"{file.path}: the header does not match its own digest: it is damaged")
 
 
 def _read_document(data: Mapping[str, Any], where: str) -> Document:
@@ -416,7 +416,7 @@ def _read_document(data: Mapping[str, Any], where: str) -> Document:
         raise CheckpointError(f"{at}: seed {shorten(seed)} is not an unsigned 64-bit number")
     rescale = take(data, "rescale", str, at)
     if rescale not in RESCALES:
-        raise Unsupported(f"{at}: rescale {shorten(rescale)} is none of {', '.join(RESCALES)}")
+        raise Unsupported(f"{at}: rescale {shorten(rescale)} is not one of {', '.join(RESCALES)}")
     base = take(data, "base", dict, at)
     _check_digest(base.get("sample_digest"), f"{at}, base: sample_digest")
     if not isinstance(base.get("ref"), str):
@@ -434,7 +434,7 @@ def _read_document(data: Mapping[str, Any], where: str) -> Document:
         name = take(entry, "name", str, at)
         # The names become paths: nothing but plain names and the one folder that tokenizers have.
         if not re.fullmatch(r"(additional_chat_templates/)?[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
-            raise CheckpointError(f"{at}: {shorten(name)} is no plain name of a file")
+            raise CheckpointError(f"{at}: {shorten(name)} is not a plain file name")
         _check_digest(entry.get("digest"), f"{at}, file {name}: digest")
         files.append(CompanionFile(name, take(entry, "stored", bool, at), entry["digest"]))
     if len({file.name for file in files}) != len(files):
@@ -451,9 +451,9 @@ def _read_tensor(name: str, entry: Any, at: str) -> PackedTensor:
         raise CheckpointError(f"{at}: found {shorten(entry)}, expected an object")
     kind, dtype, shape = entry.get("kind"), entry.get("dtype"), entry.get("shape")
     if kind not in ("same", "delta", "lossless"):
-        raise Unsupported(f"{at}: kind {shorten(kind)} is none of same, delta, lossless")
+        raise Unsupported(f"{at}: kind {shorten(kind)} is not one of same, delta, lossless")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise Unsupported(f"{at}: number format {shorten(dtype)} is none of {', '.join(DTYPES)}")
+        raise Unsupported(f"{at}: number format {shorten(dtype)} is not one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or len(shape) > 64:
         raise CheckpointError(f"{at}: shape {shorten(shape)} is not a list of whole numbers, 0 or more")
     if math.prod(shape) >= 1 << 48:
@@ -466,9 +466,9 @@ def _read_tensor(name: str, entry: Any, at: str) -> PackedTensor:
         return tensor
     rate, encoding, group, kept = (entry.get(key) for key in ("drop_rate", "encoding", "group", "kept"))
     if type(rate) not in (int, float) or not 0 <= cast(float, rate) <= 1:
-        raise CheckpointError(f"{at}: drop rate {shorten(rate)} is no number from 0 to 1")
+        raise CheckpointError(f"{at}: drop rate {shorten(rate)} is not a number from 0 to 1")
     if encoding not in ENCODINGS:
-        raise Unsupported(f"{at}: encoding {shorten(encoding)} is none of {', '.join(ENCODINGS)}")
+        raise Unsupported(f"{at}: encoding {shorten(encoding)} is not one of {', '.join(ENCODINGS)}")
     if DTYPES[dtype].kind != "float":
         raise CheckpointError(f"{at}: a delta of {dtype}, which is not a floating-point format")
     if type(group) is not int or not (1 <= group <= GROUP_LIMIT if encoding in INTEGER_BITS else group == 0):
@@ -477,7 +477,7 @@ def _read_tensor(name: str, entry: Any, at: str) -> PackedTensor:
         raise CheckpointError(f"{at}: {shorten(kept)} kept elements of {math.prod(shape)}")
     codec, values = entry.get("codec", "none"), entry.get("values", "")
     if codec not in CODECS:
-        raise Unsupported(f"{at}: codec {shorten(codec)} is none of {', '.join(CODECS)}")
+        raise Unsupported(f"{at}: codec {shorten(codec)} is not one of {', '.join(CODECS)}")
     if not isinstance(values, str) or values not in (DTYPES if codec != "none" else ("",)):
         raise CheckpointError(f"{at}: values of {shorten(values)}, which the codec {codec} does not allow")
     return PackedTensor(
@@ -541,7 +541,7 @@ def _read_table(tensor: PackedTensor, parts: Parts, file: InputFile, at: str) ->
     bitmap = None
     if parts.leaves is not None:
         if parts.leaves.shape != (tensor.leaves,):
-            raise CheckpointError(f"{at}: counts of {parts.leaves.shape[0]} leaves, its shape has {tensor.leaves}")
+            raise CheckpointError(f"{at}: counts of {parts.leaves.shape[0]} leaves, but its shape has {tensor.leaves}")
         counts = _read_counts(file, parts.leaves)
         if parts.leaves.dtype == "I8":
             counts += expected_counts(tensor)
@@ -568,7 +568,7 @@ def _read_table(tensor: PackedTensor, parts: Parts, file: InputFile, at: str) ->
     frames = None
     if parts.sizes is not None:
         if parts.sizes.shape != (tensor.leaves,):
-            raise CheckpointError(f"{at}: sizes of {parts.sizes.shape[0]} leaves, its shape has {tensor.leaves}")
+            raise CheckpointError(f"{at}: sizes of {parts.sizes.shape[0]} leaves, but its shape has {tensor.leaves}")
         frames = _read_counts(file, parts.sizes)
         raw = value_sizes(tensor, counts, dtype.itemsize)
         if np.any(frames > raw + 1) or np.any((frames == 0) != (raw == 0)):

@@ -132,7 +132,7 @@ def decode(tensor: PackedTensor, values: DType, stored: Bytes, scales: Bytes, co
         bad = kernels.count_nonfinite(delta)
     if bad:
         raise CheckpointError(
-            f"tensor {tensor.name}: {bad} deltas are NaN or Inf; the pack is damaged, or the base is another"
+            f"tensor {tensor.name}: {bad} deltas are NaN or Inf; the pack is damaged, or this is not its base"
         )
     return delta
 
@@ -199,7 +199,7 @@ def refuse_nonfinite_results(bad: int, name: str) -> None:
     """Raise if any result is; a writer knows that it is not the pack's fault."""
     if bad:
         raise CheckpointError(
-            f"tensor {name}: {bad} results are NaN or Inf; the pack is damaged, or the base is another"
+            f"tensor {name}: {bad} results are NaN or Inf; the pack is damaged, or this is not its base"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands where a model stands: a checkpoint, or a pack. The reader of packs is imported when there is one."""
+"""What can be given as a model: a checkpoint, or a pack. The reader of packs is imported when there is one."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def locate_pack(ref: str | Path) -> Path:
     near = get_close_matches(path.name, [file.name for file in beside], n=1)
     near = near or [file.name for file in beside if file.name.split(".")[0] == path.name.split(".")[0]][:1]
     raise CheckpointError(
-        f"{ref} does not exist: looked for {path.absolute()}; expected a file that `dare pack` wrote, a folder with "
+        f"{ref} does not exist: looked for {path.absolute()}; expected a file written by `dare pack`, a folder with "
         f"one, or org/name on the Hub{f'; did you mean {path.with_name(near[0])}?' if near else ''}"
     )
 
 
 _WHOLE = (
-    "is a whole checkpoint, and no pack; expected a file that `dare pack` wrote "
+    "is a whole checkpoint, not a pack; expected a file written by `dare pack` "
     "(`dare pack BASE MODEL OUT.safetensors` makes one)"
 )
 
@@ -79,12 +79,12 @@ def _pack_in(folder: Path) -> Path:
     if packs:
         names = ", ".join(file.name for file in packs[:4]) + (", ..." if len(packs) > 4 else "")
         raise CheckpointError(
-            f"{folder} holds {len(files)} safetensors files; these are packs: {names}. Name the one that you mean, as "
+            f"{folder} holds {len(files)} safetensors files; these are packs: {names}. Name the one you mean, such as "
             f"{packs[0]}"
         )
     if files or (folder / "config.json").exists():
         raise CheckpointError(f"{folder} {_WHOLE}")
-    raise CheckpointError(f"{folder} holds no pack; expected one file *{SUFFIX} that `dare pack` wrote")
+    raise CheckpointError(f"{folder} holds no pack; expected one file *{SUFFIX} written by `dare pack`")
 
 
 def _may_be_pack(path: Path) -> bool:
@@ -110,7 +110,7 @@ def open_base(base: str | Path, pack: str | Path) -> Checkpoint:
     except HoldsPack as error:
         refuse_swapped(base, pack)
         raise HoldsPack(
-            f"{base} is a pack, and stands where the base of {pack} must; give the checkpoint that was packed against",
+            f"{base} is a pack, but is given as the base of {pack}; give the checkpoint that was packed against",
             error.path,
         ) from None
 
@@ -123,7 +123,7 @@ def refuse_swapped(base: str | Path, pack: str | Path) -> None:
     """
     if _names_pack(base) and not _names_pack(pack):
         raise HoldsPack(
-            f"{base} is a pack, and {pack} is none: they have changed places; the base is {pack}, the pack {base}",
+            f"{base} is a pack and {pack} is not, so they are swapped; the base is {pack}, the pack {base}",
             Path(base),
         )
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading packs: what they are, single deltas at random access, applied in place, or bound to a base as a checkpoint.
 
-A bound pack decodes ranges on the fly, so it goes wherever a model goes, and no model is ever expanded on disk.
+A bound pack decodes ranges on the fly, so it can be used in place of a model, and no model is ever expanded on disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from darekit.packs.opening import locate_pack, open_base, refuse_swapped
 from darekit.packs.weights import Weight, refuse_shared, state_of, weight_of
 from darekit.wording import brief, size_of
 
-_DAMAGED = "what is stored does not have its digest: the pack is damaged; download it again"
+_DAMAGED = "what is stored does not match its digest: the pack is damaged; download it again"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Pack:
             bind(source, base)
 
     def __repr__(self) -> str:
-        base = "bound to no base" if self.base is None else f"bound to {self.base.ref}"
+        base = "not bound to a base" if self.base is None else f"bound to {self.base.ref}"
         return brief(self, f"{self.path}, {len(self.tensors)} tensors, {size_of(self._source.file.size)}, {base}")
 
     def __enter__(self) -> Self:
@@ -161,7 +161,7 @@ class Pack:
         count = tensor.shape[0] if tensor.shape else 1
         first, last, step = (rows or slice(None)).indices(count)
         if step != 1:
-            raise PlanError(f"rows of {name} with a step of {step}; only ranges can be read")
+            raise PlanError(f"rows of {name} with a step of {step}; only contiguous ranges can be read")
         last = max(first, last)
         begin, end = first * tensor.row, last * tensor.row
         if DTYPES[tensor.dtype].kind != "float":
@@ -303,7 +303,7 @@ class Pack:
         run_all(largest, work, threads=threads or default_threads(), tell=tell)
         for file in self._source.document.files:
             if file.stored and _digest_of(self._source.read_part(self._source.files[file.name])) != file.digest:
-                faults.append(Fault(file.name, "the stored file does not have its digest: the pack is damaged"))
+                faults.append(Fault(file.name, "the stored file does not match its digest: the pack is damaged"))
         order = {name: place for place, name in enumerate(self.tensors)}
         faults.sort(key=lambda fault: order.get(fault.tensor, len(order)))
         return Verification(str(self.path), self.base is not None, len(self.tensors), tuple(faults))
@@ -314,10 +314,10 @@ class Pack:
         tensor = self.tensors[name]
         if _source_digest(self.base.tensors[name].source, tensor) != tensor.base:
             return (
-                f"{name} of {self.base.ref} is not the tensor that the pack was made against, "
+                f"{name} of {self.base.ref} is not the tensor that was packed against, "
                 f"{self._source.document.base['ref']}; give that base"
             )
-        return f"{name} does not have the digest of its result: the pack is damaged; download it again"
+        return f"{name} does not match the digest of its result: the pack is damaged; download it again"
 
     def _fault_of(self, tensor: PackedTensor) -> str | None:
         """One line on what is wrong with a tensor, None where nothing is."""

@@ -63,9 +63,9 @@ class Switcher:
     """A live model, on the CPU or any torch device, that takes one pack after another.
 
     What a pack overwrites is remembered in the host's memory (at p = 0.9 a fifth of a BF16 model's size), so that the
-    base comes back bit for bit without reading it again; that memory is used again by the next pack, and free when the
-    switcher is. A device's weights come to the host range by range, are changed there, and go back. Nobody else may
-    change or move the weights meanwhile: put the model on its device first.
+    base comes back bit for bit without reading it again; that memory is reused by the next pack, and freed with the
+    switcher. A device's weights come to the host range by range, are changed there, and go back. Nothing else may
+    change or move the weights in the meantime: put the model on its device first.
 
     Args:
         model: a torch module, or name -> torch tensor or numpy array, with the base's weights.
@@ -126,14 +126,14 @@ class Switcher:
         except DarekitError as failure:
             if error is None:
                 raise
-            error.add_note(f"the base's weights did not come back: {failure}")
+            error.add_note(f"the base's weights could not be restored: {failure}")
 
     def switch(self, pack: str | Path | None) -> None:
-        """Put a pack on the base's weights, whatever is on them now; None: the base's weights themselves.
+        """Put a pack onto the base's weights, whichever pack is on them now; None restores the base's weights.
 
         Raises:
             HomologyError: the pack is of another base, or the weights lie elsewhere than before; they stay as they are.
-            CheckpointError: the pack is damaged; the weights stay as they are, or are the base's then.
+            CheckpointError: the pack is damaged; the weights stay as they are, or become the base's.
         """
         self._refuse_moved()
         if pack is None:
@@ -205,8 +205,8 @@ class Switcher:
                 info.nbytes and weight_of(state[name], name, info.dtype, info.shape).place != self._places[name]
             ):
                 raise HomologyError(
-                    f"{name} is not where it was when this switcher was made: move or load a model first, and make a "
-                    "switcher then"
+                    f"{name} has moved in memory since this switcher was made: move or load the model first, and then "
+                    "make a switcher"
                 )
 
     def _refuse_other_weights(self) -> None:

@@ -176,8 +176,8 @@ def refuse_shared(weights: Mapping[str, Weight]) -> None:
     for (device, address, nbytes, name), (other, start, _, second) in itertools.pairwise(placed):
         if device == other and start < address + nbytes:
             raise HomologyError(
-                f"{name} and {second} lie in the same memory (the model ties them), and the pack has each of them as a "
-                "tensor of its own; untie them first, or `dare unpack` it"
+                f"{name} and {second} share memory (the model ties them), but the pack stores each of them as a "
+                "separate tensor; untie them first, or use `dare unpack`"
             )
 
 

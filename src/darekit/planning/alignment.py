@@ -22,7 +22,7 @@ from darekit.errors import HomologyError
 from darekit.wording import label
 
 HEADS_HINT = (
-    "Only heads differ: `heads: base` or `heads: MODEL` (--heads) takes them from one model, and merges the rest"
+    "Only heads differ: `heads: base` or `heads: MODEL` (--heads) takes them from one model and merges the rest"
 )
 
 
@@ -120,7 +120,7 @@ def _untie(checkpoints: Sequence[Checkpoint]) -> tuple[list[dict[str, TensorInfo
         if embedding is None:
             continue
         view[head] = replace(view[embedding], name=head)
-        notes.append(f"{label(checkpoint.ref)} ties {head} to {embedding}, others do not: the output is untied")
+        notes.append(f"{label(checkpoint.ref)} ties {head} to {embedding}, but others do not: the output is untied")
     return views, False, notes
 
 
@@ -146,12 +146,12 @@ def _take_heads(
             others.append(label(checkpoint.ref))
     if not taken:
         raise HomologyError(
-            f"heads are to come from {giver.ref}, which has none: no tensor named {', '.join(HEAD_PATTERNS)} (a head "
-            "that is tied to the embedding counts as embedding). Name another model, or remove `heads`"
+            f"heads should come from {giver.ref}, but it has none: no tensor is named {', '.join(HEAD_PATTERNS)} (a "
+            "head tied to the embedding counts as an embedding). Name another model, or remove `heads`"
         )
     if others:
         notes.append(
-            f"heads ({_some(list(taken))}) are {label(giver.ref)}'s; those of {', '.join(others)} are left out"
+            f"heads ({_some(list(taken))}) are taken from {label(giver.ref)}; those of {', '.join(others)} are left out"
         )
     return taken
 
@@ -167,7 +167,7 @@ def _leave_out_heads(views: Sequence[dict[str, TensorInfo]], notes: list[str]) -
         for view in views:
             view.pop(name, None)
     if unlike:
-        notes.append(f"heads that differ in shape, or that not all have, are left out: {', '.join(unlike)}")
+        notes.append(f"heads that differ in shape, or that some models lack, are left out: {', '.join(unlike)}")
 
 
 def _are_words(views: Sequence[dict[str, TensorInfo]], name: str) -> bool:
@@ -182,8 +182,8 @@ def _compare_head_rows(giver: Checkpoint, tensors: Sequence[AlignedTensor]) -> N
         embedding = embedding_for(tensor.name, shapes) if tensor.head else None
         if embedding and has_vocabulary_rows(tensor.name, tensor.shape) and shapes[embedding][0] != tensor.shape[0]:
             raise HomologyError(
-                f"{tensor.name} of {giver.ref} has {tensor.shape[0]} rows, and {embedding} of the output "
-                f"{shapes[embedding][0]}: take the heads of a model with the same vocabulary, or change `vocab`"
+                f"{tensor.name} of {giver.ref} has {tensor.shape[0]} rows, but {embedding} of the output "
+                f"has {shapes[embedding][0]}: take the heads of a model with the same vocabulary, or change `vocab`"
             )
 
 
@@ -207,7 +207,7 @@ def _compare_names(checkpoints: Sequence[Checkpoint], views: Sequence[dict[str, 
             problems.append(HEADS_HINT)
     if problems:
         raise HomologyError(
-            "The models do not have the same tensors, so they were not fine-tuned from one base as they stand:\n  "
+            "The models do not have the same tensors, so as stored they were not fine-tuned from one base:\n  "
             + "\n  ".join(problems)
         )
 
@@ -255,7 +255,7 @@ def _compare_shapes(
             "The vocabularies differ:\n  "
             + "\n  ".join(vocabularies[:4])
             + "\nChoose what to do with the extra rows: `vocab: base` drops them, `vocab: pad` keeps them from the "
-            "models that have them (--vocab; in a recipe the tokenizer to go with it: tokenizer_source)"
+            "models that have them (on the command line: --vocab; in a recipe, set tokenizer_source to match)"
         )
     return rows
 

@@ -32,7 +32,7 @@ def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None 
         judgements.append(judge(model.ref, plan.base.ref, norms))
     stops = [j.stop for j in judgements if j.stop]
     if stops and not force:
-        raise HomologyError("\n".join(f"{stop}; --force goes on all the same" for stop in stops))
+        raise HomologyError("\n".join(f"{stop}; use --force to continue anyway" for stop in stops))
     for judgement in judgements:
         if say and (judgement.stop or judgement.warning):
             say(judgement.stop or judgement.warning or "")

@@ -191,13 +191,13 @@ def judge(ref: str, base_ref: str, norms: Sequence[Norms]) -> Judgement:
     if r > R_STOP:
         stop = (
             f"{base_ref} does not look like the base of {ref}: the median tensor differs from it by r = {r:.2f} of "
-            f"its norm; fine-tuning changes 0.001 to 0.1, more than {R_STOP} is refused {RULE_OF_THUMB}. "
+            f"its norm; fine-tuning usually changes 0.001 to 0.1, and more than {R_STOP} is refused {RULE_OF_THUMB}. "
             "Name the checkpoint that the model was fine-tuned from"
         )
     elif rho > RHO_STOP:
         stop = (
-            f"Too much is dropped of {ref} for deltas this large: predicted perturbation rho = {rho:.3f} "
-            f"(r = {r:.3f}), more than {RHO_STOP} is refused {RULE_OF_THUMB}. A drop rate of "
+            f"Too much of {ref} is dropped for deltas this large: predicted perturbation rho = {rho:.3f} "
+            f"(r = {r:.3f}), and more than {RHO_STOP} is refused {RULE_OF_THUMB}. A drop rate of "
             f"{_shown_rate(r)} brings it to {TAU}"
         )
     elif rho > TAU:

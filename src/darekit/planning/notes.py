@@ -31,8 +31,8 @@ def notes_of(draft: Draft) -> Iterator[str]:
     for seed, names in by_seed.items():
         if len(names) > 1:
             yield (
-                f"{' and '.join(names)} have the same effective seed {seed}: their masks are equal and interfere "
-                "everywhere at once; give each its own"
+                f"{' and '.join(names)} have the same effective seed {seed}: their masks are identical and interfere "
+                "everywhere; give each model its own seed"
             )
     yield from _idle(draft)
     yield from _gradient_notes(draft)
@@ -52,8 +52,8 @@ def notes_of(draft: Draft) -> Iterator[str]:
     )
     if name:
         yield (
-            f"{name} is dropped at p = {rate:g}: one-hot inputs get no averaging; "
-            "keep_dense: [embeddings, norms] usually costs little and keeps more"
+            f"{name} is dropped at p = {rate:g}: noise does not average out for one-hot inputs; "
+            "keep_dense: [embeddings, norms] usually costs little and preserves more"
         )
 
 
@@ -62,7 +62,7 @@ def rate_notes(models: Sequence[Checkpoint], rates: Sequence[Mapping[str, float]
     for checkpoint, found in zip(models, rates, strict=True):
         if found:
             yield (
-                f"{label(checkpoint.ref)}: drop_rate auto, by a sample of each tensor, is {min(found.values()):g} to "
+                f"{label(checkpoint.ref)}: drop_rate auto, from a sample of each tensor, is {min(found.values()):g} to "
                 f"{max(found.values()):g} in {len(found)} tensors (at most {MOST})"
             )
 
@@ -126,6 +126,6 @@ def _gradient_notes(draft: Draft) -> Iterator[str]:
     }
     for name in sorted(names):
         yield (
-            f"{name}: no tensor's name tells its layer, so every tensor has the gradient's first value; layers are "
-            f"looked for as {', '.join(f'{word}.N.' for word in LAYER_WORDS)}"
+            f"{name}: no tensor's name contains a layer number, so every tensor gets the gradient's first value; "
+            f"layers are recognised as {', '.join(f'{word}.N.' for word in LAYER_WORDS)}"
         )

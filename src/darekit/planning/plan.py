@@ -86,7 +86,7 @@ class Plan:
         rates: of each model, what `drop_rate: auto` came to: tensor -> drop rate.
         settings: by tensor, what holds for it and for each model in it: weights, drop rates, the method's parameters.
         depths: which layer each tensor is in.
-        statistics: one of each model, where the method uses them.
+        statistics: one per model, where the method uses them.
     """
 
     recipe: Recipe
@@ -256,9 +256,9 @@ def _refuse_many_keeps(draft: Draft) -> None:
     for k, found in keeps.items():
         if len(found) > 1:
             raise PlanError(
-                f"trim: model has one threshold for all of {draft.models[k].ref}, and its keep is {min(found):g} in "
-                f"some tensors, {max(found):g} in others; write one keep for all that are trimmed (1 for the rest), or "
-                "trim: tensor"
+                f"trim: model uses one threshold for all of {draft.models[k].ref}, but its keep is {min(found):g} in "
+                f"some tensors and {max(found):g} in others; write one keep for all trimmed tensors (1 for the rest), "
+                "or trim: tensor"
             )
 
 

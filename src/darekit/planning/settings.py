@@ -182,7 +182,7 @@ class _Asked:
             values[name] = resolve(self._scopes[name], place)
             if values[name] is None:
                 raise RecipeError(
-                    f"no {name} for tensor {place.name}{self._whose}: none of its filters match; end the list with a "
+                    f"no {name} for tensor {place.name}{self._whose}: none of its filters matches; end the list with a "
                     f"value without a filter, or set {self._block}.{name}"
                 )
         return values

@@ -48,13 +48,13 @@ def statistics_of(
             raise HomologyError(
                 f"{entry.ref} has {list(known.shape)} for {name}, which is {list(info.shape)} in "
                 f"{recipe.models[k].model}: expected {list(wanted) if inputs or entry.kind == FISHER else 'a matrix'}; "
-                "make the statistics anew with this model"
+                "recreate the statistics with this model"
             )
         found.append(known)
     transposed = [names[k] in statistics[k].transposed for k in owners]
     if len(set(transposed)) > 1:
         raise HomologyError(
-            f"{tensor.name} is stored [in, out] according to some of the statistics, [out, in] to others"
+            f"{tensor.name} is stored [in, out] according to some of the statistics, [out, in] according to others"
         )
     if transposed[0] and len({info.shape for info in tensor.models if info}) > 1:
         return None
@@ -80,16 +80,16 @@ def check_statistics(
     for model, digest, entry in zip(models, digests, statistics, strict=True):
         if entry.kind != wanted:
             raise PlanError(
-                f"{entry.ref} holds {entry.kind} statistics, and {recipe.merge_method} needs {wanted}: run `dare stats "
+                f"{entry.ref} holds {entry.kind} statistics, but {recipe.merge_method} needs {wanted}: run `dare stats "
                 f"{wanted} {model.ref} --data FILE --out NAME.{wanted}.safetensors`"
             )
         if entry.model_digest is not None and entry.model_digest != digest.hex():
             right = next((m.ref for m, d in zip(models, digests, strict=True) if d.hex() == entry.model_digest), None)
-            mixed = f": they are those of {right}, are the files mixed up?" if right else ""
+            mixed = f": it matches {right}; are the files swapped?" if right else ""
             raise HomologyError(
-                f"{entry.ref} was not made with {model.ref}: it names the model {entry.facts.get('model')} with the "
-                f"sample digest {entry.model_digest}, and {model.ref} has {digest.hex()}{mixed or '.'} Run `dare stats "
-                f"{wanted}` with this very model"
+                f"{entry.ref} was not made with {model.ref}: it was made with {entry.facts.get('model')}, whose sample "
+                f"digest is {entry.model_digest}, and {model.ref} has {digest.hex()}{mixed or '.'} Run `dare stats "
+                f"{wanted}` on exactly this model"
             )
 
 
@@ -101,12 +101,14 @@ def statistics_notes(recipe: Recipe, steps: Sequence[Step], statistics: Sequence
     merged = [step for step in steps if step.kind == "merge" and step.begin == 0]
     plain = [step.name for step in merged if not step.statistics]
     if len(plain) == len(merged):
-        yield f"the statistics know none of the tensors: all are averaged, and {recipe.merge_method} does nothing else"
+        yield (
+            f"the statistics cover none of the tensors: all are averaged, and {recipe.merge_method} has no other effect"
+        )
     elif kind == FISHER and plain:
         listed = ", ".join(plain[:3]) + (", ..." if len(plain) > 3 else "")
         yield f"{len(plain)} tensors without statistics are averaged: {listed}"
     elif plain:
-        yield f"{len(merged) - len(plain)} tensors have a Gram; the other {len(plain)} are averaged"
+        yield f"{len(merged) - len(plain)} tensors have a Gram matrix; the other {len(plain)} are averaged"
     if kind != FISHER:
         return
     minimal = recipe.parameters.get("minimal", MERGE_METHODS[recipe.merge_method].parameters["minimal"].default)
@@ -114,5 +116,5 @@ def statistics_notes(recipe: Recipe, steps: Sequence[Step], statistics: Sequence
         if isinstance(minimal, float) and 0 < entry.mean < minimal:
             yield (
                 f"the mean of {entry.ref} is {entry.mean:.1e}, less than minimal ({minimal:g}): most elements are "
-                f"merely averaged; write parameters: {{minimal: {entry.mean * 1e-3:.0e}}} for the Fisher to decide"
+                f"merely averaged; write parameters: {{minimal: {entry.mean * 1e-3:.0e}}} to let the Fisher decide"
             )

@@ -170,7 +170,7 @@ class _Merge:
         if MERGE_METHODS[recipe.merge_method].trims:
             keep = settings.keep
             if keep <= 0:
-                raise PlanError(f"keep 0 leaves nothing of {self.name}; use a value above 0, 1 for no trim")
+                raise PlanError(f"keep 0 leaves nothing of {self.name}; use a value above 0 (1 for no trim)")
             if keep < 1 and recipe.parameters.get("trim") == "model":
                 stages.append(StageSpec(TRIM_MODEL, {"keep": keep}))
             elif keep < 1:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe: which models, sparsified how, merged how. Inert data (`data`), and the strict reading of it.
 
-`documents` turns YAML into plain data with the line of every key, `words` knows what may stand where, `reading` reads.
+`documents` turns YAML into plain data with the line of every key, `words` knows which keys go where, `reading` reads.
 Names and ranges of parameters come from the table of methods, never from here.
 """
 

@@ -62,11 +62,11 @@ def open_file(path: Path, kind: str = "recipe") -> Document:
     name = str(path)
     if "\n" in name:
         raise RecipeError(
-            f"a {kind} is the path of a YAML file or a mapping, found text of several lines; for YAML text pass "
-            "yaml.safe_load(text)"
+            f"expected a {kind} as a mapping or as the path of a YAML file, found text of several lines; for YAML text "
+            "pass yaml.safe_load(text)"
         )
     if path.is_dir():
-        raise RecipeError(f"{name} is a directory; a {kind} is a YAML file: name the file in it")
+        raise RecipeError(f"{name} is a directory; a {kind} is a YAML file: give the path of the file itself")
     try:
         with path.open("rb") as file:
             raw = file.read(_LARGEST_FILE + 1)
@@ -175,7 +175,7 @@ class _Walker:
         line = node.start_mark.line + 1
         if self.count > _LARGEST_COUNT or len(path) > _DEEPEST:
             raise RecipeError(
-                f"{self.name} line {line}: too large or too deep when its aliases are written out (at most "
+                f"{self.name} line {line}: too large or too deep once its aliases are expanded (at most "
                 f"{_LARGEST_COUNT} values, {_DEEPEST} levels)"
             )
         if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
@@ -214,7 +214,7 @@ class _Walker:
             name = str(key.value)  # the text, not what YAML 1.1 makes of it: it reads the key `on` as true
             if name in lines:
                 raise RecipeError(
-                    f"{self.name} line {line}: {'.'.join(map(str, (*path, name)))} is given twice (first in line "
+                    f"{self.name} line {line}: {'.'.join(map(str, (*path, name)))} is given twice (first on line "
                     f"{lines[name]}); keep one"
                 )
             lines[name] = line
@@ -223,7 +223,7 @@ class _Walker:
         for other in merged:
             extra = self.build(other, path)
             if not isinstance(extra, dict):
-                raise RecipeError(f"{self.name} line {other.start_mark.line + 1}: `<<` merges mappings only")
+                raise RecipeError(f"{self.name} line {other.start_mark.line + 1}: `<<` can only merge mappings")
             found = extra | found
         return found
 
@@ -252,7 +252,7 @@ def _model_mapping(entry: Any) -> Any:
 def override(document: Document, settings: Mapping[str, Any], seed: int | None) -> Document:
     """A document with values replaced by dotted path, and the seed where the form keeps it.
 
-    None takes a key away.
+    None removes a key.
     """
     changes: dict[tuple[str, ...], tuple[str, Any]] = {
         tuple(dotted.split(".")): (dotted, value) for dotted, value in settings.items()
@@ -279,7 +279,7 @@ def _parse_setting(text: str, dotted: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, *_MALFORMED) as error:
-        raise RecipeError(f"setting {dotted}: {text!r} is not a YAML value: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"setting {dotted}: {text!r} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _set(data: dict[str, Any], path: tuple[str, ...], dotted: str, value: Any) -> None:
@@ -300,7 +300,7 @@ def _set(data: dict[str, Any], path: tuple[str, ...], dotted: str, value: Any) -
                 here[key] = value
             elif last:
                 if here.pop(key, None) is None:
-                    _fail_setting(dotted, f"{around} has no {key!r} to take away{suggest(key, list(here), 'it has')}")
+                    _fail_setting(dotted, f"{around} has no {key!r} to remove{suggest(key, list(here), 'it has')}")
                 return
             elif key not in here and key != "parameters":
                 known = ["parameters", *(name for name in here if name != "parameters")]

@@ -103,7 +103,7 @@ def _without_trim(method: str, words: Mapping[str, Parameter]) -> dict[str, Para
 
 
 def advise(word: str, value: Any, method: str) -> str | None:
-    """A parameter that `method` does not take -> what to write instead; None for a word nobody knows."""
+    """A parameter that `method` does not take -> what to write instead; None for an unknown word."""
     product = PRODUCTS.get(method)
     if word == WEIGHT.name:
         return f"{method} takes no weights{_instead(method)}"
@@ -112,7 +112,10 @@ def advise(word: str, value: Any, method: str) -> str | None:
         users = " and ".join(name for name, entry in PRODUCTS.items() if entry.sparsifier == owner)
         return f"{word} belongs to {users}, not to {method}"
     if word == "density":
-        return f"{method} drops nothing; dare_linear, dare_ties, della and breadcrumbs take a density, ties as its keep"
+        return (
+            f"{method} drops nothing; dare_linear, dare_ties, della and breadcrumbs take a density, and so does ties, "
+            "as its keep"
+        )
     if product and word == "drop_rate":
         kept = complement(value) if _is_rate(value) else "1 - drop_rate"
         return (
@@ -205,13 +208,13 @@ def _translate_ties(
     dense = any("density" in own for _, own in scopes)
     for path, own in scopes:
         if dense and "keep" in own:
-            refuse((*path, "keep"), f"{method}'s density and keep are one quantity; write only one of them")
+            refuse((*path, "keep"), f"{method}'s density and keep are the same quantity; keep only one of them")
     rescaled = rescale not in (None, "false", "none")
     if rescale == "true":
         # 1/density on the LARGEST elements would blow the delta up (5x at 0.2); mergekit restores the L1 norm here.
         refuse(
             ("parameters", "rescale"),
-            f"rescale: true after {method}'s trim can mean two things: write rescale: l1 for mergekit's (the trimmed "
+            f"rescale: true after {method}'s trim is ambiguous: write rescale: l1 for mergekit's (the trimmed "
             "delta's L1 norm is restored), rescale: paper for 1/density, or remove it",
         )
     if rescaled and not dense:
@@ -244,7 +247,7 @@ def _translate_product(
         _refuse_all_kept(method, densities, refuse)
     for name, own, density in zip(names, parts.models, densities, strict=True):
         if set(scalars_of(density)) == {1.0}:
-            parts.notes.append(f"{name} has density 1: nothing of it is dropped")
+            parts.notes.append(f"{name} has density 1: nothing in it is dropped")
         own["drop_rate"] = drop_rates(density)
         if product.sparsifier == "breadcrumbs":
             own["density"] = density  # survivors are counted from the number as written

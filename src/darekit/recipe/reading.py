@@ -24,7 +24,7 @@ from darekit.recipe.words import AUTOMATIC, SPARSIFY_KEYS, Words, check_names, r
 def read_recipe(
     source: str | Path | Mapping[str, Any], *, settings: Mapping[str, Any] | None = None, seed: int | None = None
 ) -> Recipe:
-    """A YAML file, or the same as data -> recipe: strictly read, in native words, with every name checked.
+    """Read a recipe strictly from a YAML file or from data, translate it into native words, and check every name.
 
     Args:
         source: a recipe file, or its data.
@@ -35,7 +35,7 @@ def read_recipe(
         The recipe, inert: no model is opened.
 
     Raises:
-        RecipeError: the text is not a recipe: the message names file, line and key, and what to write instead.
+        RecipeError: the text is not a recipe; the message names the file, line and key, and says what to write instead.
 
     Examples:
         >>> recipe = dk.read_recipe("recipe.yaml", settings={"parameters.lambda": 0.5}, seed=7)
@@ -44,7 +44,7 @@ def read_recipe(
         >>> dict(recipe.parameters)
         {'lambda': 0.5}
 
-        A key that does not exist is an error, and so are values out of range:
+        An unknown key is an error, and so is a value out of range:
 
         >>> dk.read_recipe("recipe.yaml", settings={"sparsify.drop_rat": 0.5})
         Traceback (most recent call last):
@@ -65,7 +65,9 @@ def read_recipe(
         notes.append(f"no base_model: {base} is the base, since it comes first")
     if base is not None and words.needs_base and any(_same(name, base) for _, name, _ in models):
         if method is None or not method.base_row:
-            notes.append(f"{base} is the base and also one of the models: its delta is 0, it is left out of the models")
+            notes.append(
+                f"{base} is the base and also one of the models: its delta is 0, so it is left out of the models"
+            )
         models = [entry for entry in models if not _same(entry[1], base)]
         if not models:
             fail(document, ("models",), "only the base is listed; add a model that was fine-tuned from it")
@@ -86,8 +88,8 @@ def read_recipe(
         ):
             sparsify = replace(sparsify, keep_dense=ONE_TERM)
             notes.append(
-                f"drop_rate: auto keeps {', '.join(ONE_TERM)} dense, whose outputs average nothing out; write "
-                "keep_dense: [] to drop them too"
+                f"drop_rate: auto keeps {', '.join(ONE_TERM)} dense, because noise does not average out in their "
+                "outputs; write keep_dense: [] to drop them too"
             )
     recipe = Recipe(
         base_model=base,
@@ -119,7 +121,7 @@ def _spell_out(document: Document) -> Document:
         if raw["q"] == 0:
             fail(document, (*here, "q"), " must be above 0: survivors are divided by it")
         if "q" in block:
-            fail(document, (*path, "q"), " is given twice: also in rescale; keep one")
+            fail(document, (*path, "q"), " is given again in rescale; keep one of them")
         places[*path, "q"] = places.get((*here, "q"), places.get(here, "in"))
         return {
             key if key != "rescale" else "q": raw["q"] if key == "rescale" else value for key, value in block.items()
@@ -168,7 +170,7 @@ def _read_value(document: Document, path: Key, parameter: Parameter, raw: Any) -
             return _read_per_tensor(document, path, parameter, raw)
         return _read_number(document, path, parameter, raw)
     if isinstance(raw, list | dict):
-        fail(document, path, f" is one value for all tensors, found {shown(raw)}")
+        fail(document, path, f" must be one value for all tensors, found {shown(raw)}")
     if isinstance(parameter.kind, Switch) and not isinstance(raw, str) and raw in (0, 1):
         raw = bool(raw)  # mergekit's users write `normalize: 1.0`
     if isinstance(parameter.kind, Choice) and isinstance(raw, bool):
@@ -254,13 +256,13 @@ def _read_gradient(document: Document, path: Key, parameter: Parameter, raw: lis
     for i, entry in enumerate(raw):
         here = (*path, i)
         if isinstance(entry, list | dict) or entry is None:
-            fail(document, here, f" stands in a gradient and must be a number, found {shown(entry)}")
+            fail(document, here, f" is part of a gradient and must be a number, found {shown(entry)}")
         number = _read_number(document, here, parameter, entry)
         if isinstance(number, str):
             fail(
                 document,
                 here,
-                f" is {number}, which a gradient cannot reach: write numbers, or filters with value: {number}",
+                f" is {number}, which a gradient cannot contain: write numbers, or use filters with value: {number}",
             )
         anchors.append(number)
     return Gradient(tuple(anchors))
@@ -330,7 +332,7 @@ def _read_stats(document: Document, place: int) -> str | None:
     if not isinstance(raw, str) or not raw:
         fail(
             document, ("models", place, "stats"),
-            f"expected a file that `dare stats fisher` or `dare stats gram` made, found {shown(raw)}",
+            f"expected a file made by `dare stats fisher` or `dare stats gram`, found {shown(raw)}",
         )  # fmt: skip
     return raw
 
@@ -380,7 +382,7 @@ def _dtype_name(document: Document, key: str) -> str:
     if entry is not None and entry.kind == "float":
         return entry.name
     if entry is not None:
-        fail(document, (key,), f" must be a floating point format, found {shown(raw)}; use one of {', '.join(known)}")
+        fail(document, (key,), f" must be a floating-point format, found {shown(raw)}; use one of {', '.join(known)}")
     short = DTYPES.get(str(raw).upper().replace("FP", "F"))
     hint = f"; did you mean {short.torch_name!r}?" if short else did_you_mean(str(raw), known)
     fail(document, (key,), f" must be one of {', '.join(known)}, found {shown(raw)}{hint}")
@@ -406,7 +408,7 @@ def _read_heads(document: Document, base: str | None, models: Sequence[str]) -> 
     if isinstance(raw, str) and base is not None and (raw == "base" or _same(raw, base)):
         return "base"
     if raw == "base" and "base" not in models:
-        fail(document, ("heads",), " is base, and there is no base_model: name one of the models, or add base_model")
+        fail(document, ("heads",), " is base, but there is no base_model: name one of the models, or add base_model")
     if raw not in models:
         known = [*(["base"] if base else []), *models]
         fail(
@@ -427,7 +429,9 @@ def _check_whole(document: Document, recipe: Recipe, places: Sequence[int]) -> N
     _check_number(document, recipe)
     if recipe.base_model is None and (method.needs_base or on_delta):
         who = recipe.merge_method if method.needs_base else f"sparsify with {sparsify.method}"  # type: ignore[union-attr]
-        fail(document, (), f"no base_model; {who} works on differences to it: add base_model: the common ancestor")
+        fail(
+            document, (), f"no base_model; {who} works on differences from it: add base_model: with the common ancestor"
+        )
     _check_stats(document, recipe, places)
     if sparsify is None:
         return
@@ -435,7 +439,7 @@ def _check_whole(document: Document, recipe: Recipe, places: Sequence[int]) -> N
         fail(
             document,
             ("sparsify", "on"),
-            f"weights goes only with merge_method: linear; {recipe.merge_method} merges deltas: write on: delta",
+            f"weights works only with merge_method: linear; {recipe.merge_method} merges deltas: write on: delta",
         )
     if on_delta and recipe.merge_method == "linear" and recipe.parameters.get("normalize") is False:
         fail(
@@ -493,12 +497,12 @@ def _check_auto(document: Document, sparsify: Sparsify, models: Sequence[tuple[i
         fail(
             document,
             (*automatic[0], "drop_rate"),
-            f"auto goes with {' and '.join(AUTOMATIC)} on deltas, whose perturbation can be predicted, not with "
+            f"auto works with {' and '.join(AUTOMATIC)} on deltas, whose perturbation can be predicted, not with "
             f"{what}: write a number",
         )
     for path, own in scopes:
         if "tau" in own and not automatic:
-            fail(document, (*path, "tau"), " goes with drop_rate: auto, which is nowhere in this recipe; remove it")
+            fail(document, (*path, "tau"), " needs drop_rate: auto, which this recipe does not use; remove it")
         if "q" in own and sparsify.parameters.get("rescale") in ("l1", "none"):
             fail(
                 document,
@@ -523,7 +527,7 @@ def _check_stats(document: Document, recipe: Recipe, places: Sequence[int]) -> N
         if kind is not None and entry.stats is None:
             fail(
                 document, ("models", place),
-                f"{entry.model} has no stats, and {recipe.merge_method} needs them of every model: run `dare stats "
+                f"{entry.model} has no stats, and {recipe.merge_method} needs them for every model: run `dare stats "
                 f"{kind} {entry.model} --data FILE --out NAME.{kind}.safetensors` and add `stats: "
                 f"NAME.{kind}.safetensors` to this model",
             )  # fmt: skip
@@ -536,19 +540,19 @@ def _check_stats(document: Document, recipe: Recipe, places: Sequence[int]) -> N
     ]
     for path, own in scopes:
         if any(cast(float, number) < 0 for number in scalars_of(own.get("weight"))):
-            fail(document, path, f" is negative, and {recipe.merge_method} is a mean; use a weight of 0 or more")
+            fail(document, path, f" is negative, but {recipe.merge_method} is a mean; use a weight of 0 or more")
 
 
 def _check_density(document: Document, path: Key, own: Mapping[str, Value]) -> None:
     """Breadcrumbs counts survivors from mergekit's density as written: it must say the same as the drop rate."""
     if "density" in own and own.get("drop_rate") != mergekit.drop_rates(own["density"]):
-        fail(document, path, " and drop_rate are one quantity; with a `sparsify:` block write only drop_rate")
+        fail(document, path, " and drop_rate are the same quantity; with a `sparsify:` block write only drop_rate")
 
 
 def _notes(recipe: Recipe, seeded: bool) -> Iterator[str]:
     names = [entry.model for entry in recipe.models]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-        yield f"{name} is listed {names.count(name)} times: each counts as a model of its own"
+        yield f"{name} is listed {names.count(name)} times: each counts as a separate model"
     given = {*recipe.parameters}.union(*(entry.parameters for entry in recipe.models))
     whole = [entry.model for entry in recipe.models if "keep" not in {*entry.parameters} | {*recipe.parameters}]
     if MERGE_METHODS[recipe.merge_method].trims and whole:

@@ -209,10 +209,12 @@ def _top() -> dict[str, Schema]:
         "sparsify": {},
         "merge_method": _merge_method_names(),
         "parameters": {"description": _PARAMETERS_HELP, "type": ["object", "null"]},
-        "dtype": _dtype("Number format of the output; the base's where not given."),
-        "out_dtype": _dtype("Another name for `dtype`; it wins where both are given."),
+        "dtype": _dtype("Number format of the output; defaults to the base's."),
+        "out_dtype": _dtype("Another name for `dtype`; takes precedence if both are given."),
         "vocab": {
-            "description": "Vocabularies that differ from the base's: strict refuses, base cuts, pad keeps all rows.",
+            "description": (
+                "What to do if vocabularies differ from the base's: strict refuses, base cuts, pad keeps all rows."
+            ),
             "enum": _literals(Recipe, "vocab"),
             "default": "strict",
         },
@@ -309,7 +311,7 @@ def _sparsify_options(build: _Builder) -> dict[str, Schema]:
             "enum": _literals(Sparsify, "on"),
             "default": "delta",
         },
-        "seed": {"description": "Seed of the masks; each model's own follows from it.", "default": 0} | seed(),
+        "seed": {"description": "Seed of the masks; each model's own seed is derived from it.", "default": 0} | seed(),
         "keep_dense": {
             "description": "Tensors in which nothing is dropped: groups, or globs over their names.",
             "anyOf": [*kept["anyOf"], {"type": "array", "items": kept}],

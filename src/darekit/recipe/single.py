@@ -28,11 +28,11 @@ def drop_recipe(
     """The recipe that `drop` runs.
 
     Raises:
-        RecipeError: what is given makes no recipe.
+        RecipeError: the arguments do not form a valid recipe.
         PlanError: base and model are one.
     """
     if base.rstrip("/") == model.rstrip("/"):
-        raise PlanError(f"{model} is given as the base and as the model: name a model that was fine-tuned from it")
+        raise PlanError(f"{model} is given both as the base and as the model; name a model that was fine-tuned from it")
     sparsify: dict[str, Any] = {"method": method, "drop_rate": drop_rate, "on": on}
     # Where nothing is said, `auto` keeps dense what averages nothing out.
     sparsify |= {"keep_dense": list(keep_dense)} if keep_dense or drop_rate != "auto" else {}

@@ -214,7 +214,7 @@ def merge_method(name: str, **parameters: ParameterValue) -> Method:
     Args:
         name: a name that `dare methods` lists.
         **parameters: the method's own, by their names in recipes: a number, a word, or a list of
-            `{"filter": ..., "value": ...}`. `lambda` is a word of Python's: pass `**{"lambda": 0.5}`. They are
+            `{"filter": ..., "value": ...}`. `lambda` is a Python keyword: pass `**{"lambda": 0.5}`. They are
             checked when the method is used.
 
     Returns:

@@ -302,7 +302,7 @@ def recommend(
 
 def _check(**given: float | None) -> None:
     if given["drop_rate"] is not None and given["budget"] is not None:
-        raise PlanError("a drop rate and a budget are two ways to say how much; give one of them")
+        raise PlanError("a drop rate and a budget are two ways to set how much is dropped; give only one of them")
     for name, low in (("tau", 0.001), ("drop_rate", 0.0), ("budget", 0.0)):
         value = given[name]
         if value is not None and not low <= value <= 1:
@@ -382,11 +382,11 @@ def divisor(drop_rate: float, factor: float) -> float:
 def _words(verdict: str, words: str, base: str, model: str) -> str:
     if verdict == "wrong_base":
         return words
-    return f"{label(base)} is {label(model)}'s base as far as sizes tell" if verdict == "ok" else words
+    return f"judging by sizes, {label(base)} is {label(model)}'s base" if verdict == "ok" else words
 
 
 def _assumed(calibration: Calibration | None, tau: float) -> str:
-    limit = f"a layer's output may move by tau = {tau:g} of itself {RULE_OF_THUMB}"
+    limit = f"a layer's output may change by at most tau = {tau:g} of its size {RULE_OF_THUMB}"
     if calibration is None:
         return f"assumed: inputs without a preferred direction, so that rho = r sqrt(p/(1-p)); {limit}"
     return (
@@ -409,9 +409,9 @@ def _notes(
         unseen = [tensor.name for tensor in tensors if tensor.kappa is None]
         if unseen:
             more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
-            yield f"no input was seen of {', '.join(unseen[:3])}{more}: judged by r"
+            yield f"no input was seen for {', '.join(unseen[:3])}{more}: judged by r"
     if any(math.isinf(tensor.r) for tensor in tensors):
-        yield "r is infinite where the base has only zeros: those tensors are all delta, and nothing of them is dropped"
+        yield "r is infinite where the base has only zeros: those tensors are all delta and are kept whole"
 
 
 # --- the recipe as a file
@@ -447,7 +447,7 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
         OutputError: it exists, has no folder, or a name that no recipe has.
     """
     if out.suffix not in (".yaml", ".yml"):
-        raise OutputError(f"{out} must end in .yaml: a recipe is known by that")
+        raise OutputError(f"{out} must end in .yaml, by which recipes are recognised")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists; choose another name, or replace it with --overwrite")
     if not out.absolute().parent.is_dir():

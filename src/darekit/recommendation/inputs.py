@@ -30,7 +30,7 @@ class Feed:
             DataError: the model has no tokenizer, or it makes nothing of the rows.
         """
         if live.tokenizer is None:
-            raise DataError("calibration needs the model's tokenizer, and there is none beside the model or its base")
+            raise DataError("calibration needs the model's tokenizer, but neither the model nor its base has one")
         found = tokenize(live.tokenizer, self.rows, max_length=min(self.max_length, live.max_length))
         return sorted(found, key=lambda one: -len(one.ids))
 

@@ -71,7 +71,7 @@ def search_factor(
     live = build(tuned, device=device, dtype=dtype)
     tokens = feed.tokens(live)
     if live.task == CAUSAL and not any(any(one.asked) for one in tokens):
-        raise DataError("no row has two tokens, so that there is no next token to predict; give longer texts")
+        raise DataError("no row has two tokens, so there is no next token to predict; use longer texts")
     runs = len(factors) + 3
     changes: dict[float, float] = {}
 

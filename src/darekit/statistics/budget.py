@@ -45,6 +45,6 @@ def settled(memory: int | None, shapes: Mapping[str, tuple[int, ...]], device: A
     if memory < largest:
         raise PlanError(
             f"--memory of {memory:,} bytes is too little: the sums of {name} {list(shapes[name])} alone take "
-            f"{largest:,}, and one tensor's are never split; give at least that"
+            f"{largest:,}, and the sums of one tensor cannot be split; use at least that much"
         )
     return memory

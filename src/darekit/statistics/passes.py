@@ -78,13 +78,13 @@ class FisherPass:
 
         if labels == EXACT and live.task == CAUSAL:
             raise Unsupported(
-                "exact sums over all labels, and a causal model's are all its vocabulary at every position: use "
-                "empirical or sampled"
+                "exact sums over all labels, and for a causal model these are its whole vocabulary at every position: "
+                "use empirical or sampled"
             )
         self.live, self.labels, self.seed, self.spoilt = live, labels, seed, False
         self.wanted = {name: tensor for name, tensor in names.items() if isinstance(tensor, torch.nn.Parameter)}
         if not self.wanted:
-            raise Unsupported("the model has no parameter of its checkpoint's names")
+            raise Unsupported("none of the model's parameters has a name from its checkpoint")
         self.sums: dict[str, Any] = {}
         self.factor = 1.0
         self._bad = torch.zeros((), dtype=torch.bool, device=live.device)
@@ -132,7 +132,7 @@ class FisherPass:
                 if not math.isfinite(float(value.detach())):
                     raise DataError(
                         f"{example.place}: the model's log-likelihood of this row is {float(value.detach())}; are its "
-                        "weights sound? In float16 it may overflow: --dtype float32"
+                        "weights sound? In float16 it may overflow: try --dtype float32"
                     )
             self.spoilt = True  # until all of the example is in the sums
             for place, (factor, value) in enumerate(parts):
@@ -142,7 +142,7 @@ class FisherPass:
             if bool(self._bad):
                 raise DataError(
                     f"{example.place}: the gradient of this row has NaN or Inf; are the weights sound? In float16 it "
-                    "may overflow: --dtype float32"
+                    "may overflow: try --dtype float32"
                 )
             self.spoilt = False
 
@@ -193,7 +193,7 @@ class FisherPass:
     def _number_of(self, example: Tokens, logits: Any) -> float:
         label = example.label
         if logits.numel() != 1 or isinstance(label, str | bool | None) or not math.isfinite(label):
-            what = "a number" if logits.numel() == 1 else f"{logits.numel()} numbers, which rows cannot have"
+            what = "a number" if logits.numel() == 1 else f"{logits.numel()} numbers, which a row cannot hold"
             raise DataError(
                 f"{example.place}: label {label!r}, expected {what}; without labels: --kind sampled or exact"
             )
@@ -281,7 +281,9 @@ class GramPass:
                 self.transposed += [name] if isinstance(module, Conv1D) else []
                 self._hooks.append(module.register_forward_pre_hook(self._hook(name)))
         if not self.layers:
-            raise Unsupported("the model has no linear layer of its checkpoint's names, so there is no Gram to make")
+            raise Unsupported(
+                "none of the model's linear layers has a name from its checkpoint, so there is no Gram matrix to make"
+            )
 
     @property
     def missing(self) -> list[str]:
@@ -324,7 +326,7 @@ class GramPass:
         owner = self.owners.setdefault(name, shared)
         if owner != name:
             if shared != owner:
-                raise Unsupported(f"{name} had one input with {owner} in the first batch, and has another now")
+                raise Unsupported(f"{name} shared its input with {owner} in the first batch, but no longer does")
             return
         self._last = values, name
         if name not in self._group:
@@ -353,7 +355,7 @@ class GramPass:
         if bool(mask.all()):
             return values.reshape(-1, values.shape[-1])
         raise DataError(
-            f"a layer's input has the shape {list(values.shape)}, and nobody can say which of it is padding: use "
+            f"a layer's input has the shape {list(values.shape)}, so the padding in it cannot be identified: use "
             "--batch-size 1"
         )
 
@@ -385,7 +387,7 @@ class GramPass:
         if bool(self._bad):
             raise DataError(
                 f"{batch[0].place} to {batch[-1].place}: the model's output, or the input of one of its layers, has "
-                "NaN or Inf; are its weights sound? In float16 it may overflow: --dtype float32"
+                "NaN or Inf; are its weights sound? In float16 it may overflow: try --dtype float32"
             )
         self.spoilt = False
 

@@ -36,8 +36,8 @@ SAVE_SHARE = 20  # a saving may take one part in so many of the time
 PART = 1 << 22  # elements of a sum that are converted at once
 
 ADVICE = (
-    "a smaller --memory leaves more for the batches, and can go on with --resume; {}, or --dtype bfloat16, means to "
-    "begin anew"
+    "a smaller --memory leaves more for the batches, and works with --resume; {}, or --dtype bfloat16, means "
+    "starting over"
 )
 SMALLER = {GRAM: "a smaller --batch-size or --max-length", FISHER: "a smaller --max-length"}
 
@@ -161,7 +161,9 @@ def make_statistics(
     with open_plan(recipe) as plan:
         live = build(plan, device=device, dtype=dtype)
         if live.tokenizer is None:
-            raise CheckpointError(f"{model} has no tokenizer, so text cannot become tokens; copy its base's into it")
+            raise CheckpointError(
+                f"{model} has no tokenizer, so text cannot become tokens; copy its base's tokenizer into it"
+            )
         length = min(max_length or MAX_LENGTH, live.max_length)
         examples = tokenize(live.tokenizer, rows, max_length=length)
         if kind == FISHER and live.task == "causal" and not any(any(example.asked[1:]) for example in examples):
@@ -196,9 +198,9 @@ def make_statistics(
 
 def _check_arguments(kind: str, model: str | Path, labels: str, batch_size: int, max_length: int | None) -> None:
     if kind not in KINDS:
-        raise PlanError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+        raise PlanError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     if labels not in LABELS:
-        raise PlanError(f"labels {labels!r} is none of {', '.join(LABELS)}")
+        raise PlanError(f"labels {labels!r} is not one of {', '.join(LABELS)}")
     if batch_size < 1:
         raise PlanError(f"batch size {batch_size} is impossible; use 1 or more")
     if max_length is not None and max_length < 2:
@@ -298,7 +300,7 @@ class _Run:
         if there:
             self.tell(f"an unfinished run in {self.stage.partial} is discarded: --resume would have continued it")
         elif resume:
-            self.tell(f"no unfinished run of {self.stage.out} to resume: starting anew")
+            self.tell(f"no unfinished run of {self.stage.out} to resume: starting from the beginning")
         self.stage.discard()
         self.accumulation.explore(self.examples[0])
         self.stage.create(self.accumulation.shapes(), self._widest())
@@ -326,7 +328,7 @@ class _Run:
             whole = bytes_of_sums(self.accumulation.shapes())
             reason = "half of what is free; see --memory" if memory is None else "--memory"
             self.tell(
-                f"the sums take {size_of(whole)}, and {size_of(self.memory)} may be in memory ({reason}): "
+                f"the sums take {size_of(whole)}, but only {size_of(self.memory)} may be in memory ({reason}): "
                 f"{self._in_all()} passes over the data"
             )
 
@@ -386,7 +388,7 @@ class _Run:
             self._save()
         except OutputError as error:
             if not self._told:
-                self.tell(f"this pass could not be saved, and goes on: {error}")
+                self.tell(f"progress in this pass could not be saved; continuing: {error}")
             self._told = True
 
     def _save(self) -> None:
@@ -433,14 +435,14 @@ class _Run:
                 self.accumulation.sums[name] = torch.from_numpy(values).to(self.device)
         self._saved = (self.passes, self._done)
         where = f"in pass {self.passes + 1}, " if self.passes else ""
-        self.tell(f"going on {where}after {self._done} of {len(self.examples)} examples")
+        self.tell(f"continuing {where}after {self._done} of {len(self.examples)} examples")
 
     def _document(self) -> dict[str, Any]:
         """The document of the finished file."""
         document, passes = self._beginning(), self.accumulation
         if isinstance(passes, GramPass):
             if passes.tied:
-                self.tell(f"left out, because the weight is not this layer's alone: {', '.join(passes.tied)}")
+                self.tell(f"left out, because the weight is shared:  {', '.join(passes.tied)}")
             if passes.missing:
                 self.tell(f"no input reached {len(passes.missing)} layers: {', '.join(passes.missing[:3])}")
             return document | {
@@ -451,7 +453,9 @@ class _Run:
         squares, total = (sum(values) for values in zip(*self._measured.values(), strict=True))
         count, elements = len(self.examples), bytes_of_sums(self.stage.shapes) // 4
         if not total:
-            self.tell("every gradient is 0: in this number format they vanish, or the data asks for nothing")
+            self.tell(
+                "every gradient is 0: they underflow in this number format, or the data asks nothing of the model"
+            )
         return document | {"norm": squares**0.5 / count, "mean": total / count / max(1, elements)}
 
     def _widest(self) -> dict[str, Any]:

@@ -107,8 +107,8 @@ class Stage:
             document = parse_object(metadata.get(KEY, "{}").encode(), f"the metadata of {self.partial}", strict=True)
             if document.get("format") != UNFINISHED or not isinstance(document.get("identity"), dict):
                 raise OutputError(
-                    f"{self.partial} is no unfinished run of this version; delete it (and {self.path.name}) to start "
-                    "anew"
+                    f"{self.partial} is not an unfinished run of this version; delete it (and {self.path.name}) to "
+                    "start over"
                 )
             self.shapes = {name: tuple(map(int, shape)) for name, shape in document["finished"].items()}
             self._header, self._size = int(document["header"]), int(document["size"])
@@ -116,8 +116,8 @@ class Stage:
             found = self.path.stat().st_size if self.path.is_file() else None
             if found not in (self._size, self._end):  # the latter: killed between `truncate` and `replace`
                 raise OutputError(
-                    f"{self.path}, what the unfinished run has finished, {_seen(found)}, expected {self._size:,} "
-                    "bytes; run without --resume to start anew"
+                    f"{self.path}, which holds what the unfinished run completed, {_seen(found)}, expected "
+                    f"{self._size:,} bytes; run without --resume to start over"
                 )
             self._size = found
             yield document, {p.name: (p.shape, FileRange(file, p.offset, p.nbytes)) for p in placements}

@@ -19,11 +19,11 @@ from darekit.sweeps.data import DROP_RATE, Axis, Cell, Point, Sweep
 def cells_of(sweep: Sweep) -> tuple[tuple[Cell, ...], tuple[str, ...]]:
     """All cells in the order of the file, then the references; and what was added.
 
-    The references are: nothing dropped, wherever the grid lacks it; each model alone; the base. Combinations whose
-    settings a name on another axis fixes or takes away are there once. Where nothing is drawn there is no seed.
+    The references are: nothing dropped, where the grid lacks it; each model alone; the base. Combinations whose
+    settings a name on another axis fixes or removes occur once. Where nothing is drawn there is no seed.
 
     Raises:
-        RecipeError: a combination is no recipe; the message says which one.
+        RecipeError: a combination is not a valid recipe; the message says which one.
     """
     grid: dict[Any, Cell] = {}
     for points in itertools.product(*(axis.points for axis in sweep.axes)):
@@ -73,7 +73,9 @@ def _cells_at(sweep: Sweep, points: tuple[Point, ...]) -> Iterator[Cell]:
     every = dict.fromkeys(name for judges in sweep.judges.values() for name in judges)
     judges = tuple(name for name in every if all(name in names for names in asked))
     if not judges:
-        raise RecipeError(f"{sweep.name}: {_titled(at)}: no judge is left; the names on its axes ask different ones")
+        raise RecipeError(
+            f"{sweep.name}: {_titled(at)}: no judge is left: the names on its axes ask for different ones"
+        )
     recipe = _recipe_at(sweep, at, settings, None)
     if not sweep.seeds or not is_random(recipe):
         yield Cell("grid", at, recipe.sparsify.seed if recipe.sparsify and is_random(recipe) else None, recipe, judges)

@@ -20,7 +20,7 @@ def read_sweep(source: str | Path | Mapping[str, Any]) -> Sweep:
     beside the file.
 
     Raises:
-        RecipeError: the text is no sweep: the message names file, line and key, and what to write instead.
+        RecipeError: the text is not a sweep; the message names the file, line and key, and says what to write instead.
     """
     if isinstance(source, Mapping):
         document, name = open_data(source, "sweep"), "sweep"
@@ -37,7 +37,7 @@ def read_sweep(source: str | Path | Mapping[str, Any]) -> Sweep:
             fail(document, (), f"no {key}; a sweep needs recipe, axes, and judges under validation or test")
     judges = {split: _read_judges(document, split) for split in SPLITS if split in data}
     if not judges:
-        fail(document, (), "nobody judges; add `test: {NAME: {data: FILE}}`, and `validation:` if settings are chosen")
+        fail(document, (), "no judges; add `test: {NAME: {data: FILE}}`, and `validation:` if settings are chosen")
     notes: list[str] = []
     axes = _read_axes(document, tuple(dict.fromkeys(n for named in judges.values() for n in named)), notes)
     choose = data.get("choose")
@@ -64,9 +64,7 @@ def _explain(document: Document, key: str) -> None:
     if key in ("models", "base_model", "merge_method", "sparsify", "parameters"):
         fail(document, (key,), " belongs to the recipe; write it under `recipe:`")
     if key in (_JUDGES, "judge", "tasks", "data"):
-        fail(
-            document, (key,), " is not known; judges stand under `validation:` and `test:`, as test: {NAME: {data: F}}"
-        )
+        fail(document, (key,), " is not known; judges go under `validation:` and `test:`, as test: {NAME: {data: F}}")
     if "." in key:
         fail(document, (key,), " is a setting of the recipe; write it under `axes:`")
     fail(document, (key,), f" is not known{suggest(key, KEYS)}")
@@ -92,10 +90,14 @@ def _read_axes(document: Document, judges: tuple[str, ...], notes: list[str]) ->
     for name, value in raw.items():
         path = ("axes", name)
         if name in ("seed", "seeds", "sparsify.seed"):
-            fail(document, path, f" is no axis: means are taken over it; write at the top: seeds: {shown(value)}")
+            fail(
+                document,
+                path,
+                f" is not an axis: means are taken over it; write at the top level: seeds: {shown(value)}",
+            )
         if isinstance(value, dict) and value:
             if name in _JUDGES or name == "kind":
-                fail(document, path, " is no name for an axis; use another word")
+                fail(document, path, " cannot be the name of an axis; use another word")
             points = tuple(_read_point(document, (*path, label), label, one, judges) for label, one in value.items())
             axes.append(Axis(name, points))
         elif isinstance(value, list) and value:
@@ -117,7 +119,7 @@ def _read_values(document: Document, path: Key, name: str, values: list[Any], no
             fail(document, (*path, i), f"{shown(value)} is given twice; keep one")
     if name == DROP_RATE and 0 not in values:
         values = [0, *values]
-        notes.append("drop rate 0 was added: without it no drop rate has anything to be compared with")
+        notes.append("drop rate 0 was added: the other drop rates are compared with it")
     return Axis(name, tuple(Point(_label(value), {name: value}) for value in values), name)
 
 
@@ -150,22 +152,22 @@ def _read_seeds(document: Document) -> tuple[int, ...]:
             )
     seeds = tuple(raw) if isinstance(raw, list) else (raw,)
     if len(set(seeds)) != len(seeds):
-        fail(document, ("seeds",), f"{shown(raw)} has a seed twice; keep one")
+        fail(document, ("seeds",), f"{shown(raw)} lists a seed twice; keep one")
     return seeds
 
 
 def _read_judges(document: Document, split: str) -> Mapping[str, Any]:
     raw = document.data[split]
-    shape = "expected names and what judges, such as {reverse: {data: reverse.jsonl}}"
+    shape = "expected names with their judges, such as {reverse: {data: reverse.jsonl}}"
     if not isinstance(raw, dict) or not raw:
         fail(document, (split,), f"{shape}, found {shown(raw)}")
     for name, spec in raw.items():
         if name in ("data", "tasks", "command", "python") and not isinstance(spec, dict):
             fail(document, (split,), f"{shape}: give this judge a name, {split}: {{NAME: {{{name}: {shown(spec)}}}}}")
         if not isinstance(spec, dict) or not spec:
-            fail(document, (split, name), f"expected what judges, such as {{data: FILE}}, found {shown(spec)}")
+            fail(document, (split, name), f"expected a judge, such as {{data: FILE}}, found {shown(spec)}")
         if name in ("mean", *SPLITS):
-            fail(document, (split, name), " is the name of something else; use another one")
+            fail(document, (split, name), " is a reserved name; use another one")
     return cast(dict[str, Any], raw)
 
 
@@ -180,5 +182,9 @@ def _read_layout(document: Document, axes: tuple[Axis, ...]) -> Layout:
         if not isinstance(value, str):
             fail(document, ("plot", key), f"expected a word, found {shown(value)}")
         if key in ("x", "lines") and value not in names:
-            fail(document, ("plot", key), f"{value!r} is no axis{did_you_mean(value, names)}; axes: {', '.join(names)}")
+            fail(
+                document,
+                ("plot", key),
+                f"{value!r} is not an axis{did_you_mean(value, names)}; axes: {', '.join(names)}",
+            )
     return Layout(**raw)

@@ -73,13 +73,13 @@ def refuse_other(
         foreign = [name for name in (TABLES, SUMMARY, *PLOTS) if (out / name).exists()]
         if foreign and not (out / CELLS).exists():
             raise OutputError(
-                f"{out} holds {', '.join(foreign)}, which no sweep left there: give another OUT, or replace them with "
+                f"{out} holds {', '.join(foreign)}, which no sweep wrote: choose another OUT, or replace them with "
                 "--overwrite"
             )
         there = finished_in(out / CELLS)
         if digests is not None and there and not there & digests:
             raise OutputError(
-                f"{out} holds {len(there)} finished cells of another sweep, of which {RECORD} is missing: give another "
+                f"{out} holds {len(there)} finished cells of another sweep, whose {RECORD} is missing: choose another "
                 "OUT, or replace its tables with --overwrite"
             )
         return
@@ -98,8 +98,8 @@ def refuse_other(
         other = "another sweep" if found.name == sweep.name else f"another sweep, {found.name}"
         told = "".join(f"\n  {line}" for line in differ)
         raise OutputError(
-            f"{out} holds the results of {other}:{told}\nTheir tables would be replaced: give another OUT, or replace "
-            f"them with --overwrite ({CELLS} keeps all finished cells)"
+            f"{out} holds the results of {other}:{told}\nTheir tables would be replaced: choose another OUT, or "
+            f"replace them with --overwrite ({CELLS} keeps all finished cells)"
         )
 
 
@@ -152,7 +152,7 @@ def _read_record(out: Path) -> Record | None:
     """What the folder remembers; None where there is no record.
 
     Raises:
-        OutputError: it is no record.
+        OutputError: it is not a record.
     """
     path = out / RECORD
     try:
@@ -165,9 +165,9 @@ def _read_record(out: Path) -> Record | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}; give another OUT") from None
+        raise OutputError(f"{path} cannot be read: {error.strerror}; choose another OUT") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
-            f"{path} is no record of a sweep ({error!r}): another program's file, or another version's? Give another "
-            "OUT, or replace it with --overwrite"
+            f"{path} is not a record of a sweep ({error!r}): is it another program's file, or another version's? "
+            "Choose another OUT, or replace it with --overwrite"
         ) from None

@@ -118,9 +118,11 @@ def words_of(result: SweepResult, summary: Summary) -> tuple[str, ...]:
         lines.append(f"± is the standard deviation over {seeds} mask seeds; without it nothing was drawn.")
     if summary.chosen is None and "validation" not in result.sweep.judges:
         lines.append("No setting is chosen: there are no judges under `validation:`. The best cell of a test split is "
-                     "no fair estimate of its setting.")  # fmt: skip
+                     "not a fair estimate of its setting.")  # fmt: skip
     elif "test" not in result.sweep.judges:
-        lines.append("Chosen on validation, and that value is too good: report a setting by `test:` judges of its own.")
+        lines.append(
+            "Chosen on validation, where its value is optimistic: report a setting with separate `test:` judges."
+        )
     lines += [f"{note}." for note in result.notes]
     failed = result.failed
     if failed:

@@ -124,7 +124,7 @@ def sweep(
             refuse_other(out, found, cells, dtype, {*by_cell.values()})  # now that no other run can write there
         write_record(out, record_of(found, ((cell, by_cell[id(cell)]) for cell in cells), dtype))
         if store.dropped:
-            notes.append(f"the last line of {store.path} was written by half and is cut off")
+            notes.append(f"{store.path}: dropped an incomplete last line left by an interrupted run")
         todo = [unit for unit in units if unit.digest not in store.known]
         if len(todo) < len(units):
             notes.append(f"{_evaluations(len(units) - len(todo))} of {len(units)} found in {store.path}")

@@ -65,7 +65,7 @@ def _axes() -> Schema:
     point: Schema = {
         "description": "Settings by dotted name; an empty value removes a key.",
         "type": ["object", "null"],
-        "properties": {"judges": {"description": "The judges that are asked here; default: all."} | words},
+        "properties": {"judges": {"description": "The judges asked here; default: all."} | words},
     }
     values: Schema = {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"not": {"type": "null"}}}
     named: Schema = {"type": "object", "minProperties": 1, "additionalProperties": point}
@@ -110,9 +110,9 @@ def _judge() -> Schema:
         "command": {"description": "A command that gets a model directory and prints JSON."} | words,
         "python": {"description": "file.py:function, or module:function.", "type": "string"},
         "tasks": {"description": "Tasks of lm-eval."} | words,
-        "include": {"description": "Folders with task files of your own."} | words,
-        "limit": {"description": "At most so many rows."} | count,
-        "batch_size": {"description": "Rows that run at once."} | count,
+        "include": {"description": "Folders with your own task files."} | words,
+        "limit": {"description": "Maximum number of rows."} | count,
+        "batch_size": {"description": "How many rows run at once."} | count,
         "max_length": {"description": "Tokens after which a row is cut."} | count,
         "num_fewshot": {"description": "Worked examples before each question."}
         | {"anyOf": [*whole(0)["anyOf"], {"type": "null"}]},

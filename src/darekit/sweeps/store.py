@@ -122,7 +122,7 @@ def _lines(path: Path, raw: bytes) -> Iterator[tuple[dict[str, Any], Outcome]]:
     """Each line and the outcome in it.
 
     Raises:
-        OutputError: a line is no cell.
+        OutputError: a line is not a cell.
     """
     for number, line in enumerate(raw.splitlines(), 1):
         try:
@@ -134,8 +134,8 @@ def _lines(path: Path, raw: bytes) -> Iterator[tuple[dict[str, Any], Outcome]]:
             dict(found["at"]), found["kind"], found["seed"], found["digest"]
         except (ValueError, KeyError, TypeError) as error:
             raise OutputError(
-                f"{path} line {number} is no finished cell ({error!r}): another file of this name? Give another OUT, "
-                "or remove that line"
+                f"{path} line {number} is not a finished cell ({error!r}): is this another program's file? Choose "
+                "another OUT, or remove that line"
             ) from None
         yield found, outcome
 
@@ -147,7 +147,7 @@ def finished_in(path: Path) -> frozenset[str]:
     except (FileNotFoundError, NotADirectoryError):
         return frozenset()
     except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}; give another OUT") from None
+        raise OutputError(f"{path} cannot be read: {error.strerror}; choose another OUT") from None
     whole = raw[: raw.rfind(b"\n") + 1]
     return frozenset(found["digest"] for found, outcome in _lines(path, whole) if outcome.status == OK)
 
@@ -177,9 +177,9 @@ def open_store(out: Path) -> Iterator[Store]:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out / CELLS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     except FileExistsError:
-        raise OutputError(f"{out} is a file; OUT is a directory: give another name") from None
+        raise OutputError(f"{out} is a file, but OUT must be a directory: choose another name") from None
     except OSError as error:
-        raise OutputError(f"cannot write {out / CELLS}: {error.strerror}; give another OUT") from None
+        raise OutputError(f"cannot write {out / CELLS}: {error.strerror}; choose another OUT") from None
     try:
         _lock(descriptor, out)
         yield Store(out / CELLS, descriptor)
@@ -195,7 +195,9 @@ def _lock(descriptor: int, out: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OutputError(f"another run of this sweep is writing to {out}; wait for it, or give another OUT") from None
+        raise OutputError(
+            f"another run of this sweep is writing to {out}; wait for it, or choose another OUT"
+        ) from None
     except OSError:  # a file system without locks
         return
 

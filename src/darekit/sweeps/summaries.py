@@ -92,7 +92,7 @@ def summarise(sweep: Sweep, finished: Sequence[Finished]) -> Summary:
     rows = _rows(sweep, finished, directions)
     score = sweep.choose or (MEAN if MEAN in directions else next(iter(directions), ""))
     if directions and score not in directions:
-        raise RecipeError(f"{sweep.name}: choose: {score!r} is no score{suggest(score, [*directions], 'there are')}")
+        raise RecipeError(f"{sweep.name}: choose: {score!r} is not a score{suggest(score, [*directions], 'there are')}")
     higher = directions.get(score) is not False
     split = "validation" if "validation" in sweep.judges else "test"
     grid = [row for row in rows if row.kind in ("grid", "undropped")]
@@ -257,7 +257,7 @@ def figure_of(sweep: Sweep, summary: Summary, split: str) -> Figure | None:
     """The chosen score over the x axis: a line for each point of the lines' axis, a panel for each of the rest."""
     score = sweep.layout.score or summary.score
     if summary.directions and score not in summary.directions:
-        raise RecipeError(f"{sweep.name}: plot.score: {score!r} is no score{suggest(score, [*summary.directions])}")
+        raise RecipeError(f"{sweep.name}: plot.score: {score!r} is not a score{suggest(score, [*summary.directions])}")
     x, lines = roles_of(sweep)
     if x is None:
         return None
