@@ -79,7 +79,8 @@ def open_checkpoint(ref: str | Path, *, search: Sequence[Path] = ()) -> Checkpoi
         refuse_adapter(list(tensors), location.path)
         said = quantisation_in(config)
         refuse_quantised(tensors, said, str(location.path))
-        refuse_empty(tensors, str(location.path))
+        if config is not None:  # tensors that are no model's may well be empty
+            refuse_empty(tensors, str(location.path))
         if config is not None and said is not None:
             config, companions = _without_stale_key(config, companions)
             notes.append(

@@ -169,6 +169,9 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+_WEIGHTS = ("weight", "_proj", "embedding", "embeddings")  # how names of weights end
+
+
 def refuse_empty(tensors: Mapping[str, Header], where: str) -> None:
     """Refuse a model whose weights are elsewhere: DeepSpeed (ZeRO-3) leaves tensors without elements where a run was
     saved without gathering them.
@@ -176,7 +179,7 @@ def refuse_empty(tensors: Mapping[str, Header], where: str) -> None:
     Raises:
         Unsupported: there are weights of shape [0].
     """
-    empty = [name for name, info in tensors.items() if tuple(info.shape) == (0,) and _last(name).endswith("weight")]
+    empty = [name for name, info in tensors.items() if tuple(info.shape) == (0,) and _last(name).endswith(_WEIGHTS)]
     if empty:
         raise Unsupported(
             f"{where} has {len(empty)} weights that are empty, of shape [0] ({some(empty)}): the run was saved without "
