@@ -18,7 +18,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 PICKLED_ADAPTER = "adapter_model.bin"
 MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.(?:safetensors|npz)")
 
-_WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")  # how files that hold a whole model begin
+_WHOLE = ("pytorch_model", "diffusion_pytorch_model")  # how pickled files that hold a model begin: no training_args.bin
 _SHARDED_STATE = ".distcp"
 _CHECKPOINT = re.compile(r".*?-(\d{1,18})")  # checkpoint-500, of a trainer
 _DEEPSPEED_STATE = re.compile(r".*(?:mp_rank_\d+_model_states|zero_pp_rank_\d+_.*)\.pt")
@@ -411,7 +411,7 @@ def _find_deeper(directory: Path, names: Sequence[str]) -> list[Path]:
 def _holds_model(folder: Path) -> bool:
     """Whether a folder has a file named like a model's weights, or like an adapter."""
     return any(
-        is_adapter(name) or (name.startswith(_WHOLE) and name.endswith((".safetensors", ".bin")))
+        is_adapter(name) or name.endswith(".safetensors") or (name.startswith(_WHOLE) and name.endswith(".bin"))
         for name in _names_in(folder)
     )
 
