@@ -211,7 +211,7 @@ class TestRefused:
     def test_adapter(self, tmp_path):
         directory = tmp_path / "my-lora"
         directory.mkdir()
-        (directory / "adapter_config.json").write_text("{}")
+        (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "task_type": "CAUSAL_LM"}')
         save_file(weights(), directory / "adapter_model.safetensors")
         for ref in (directory, directory / "adapter_model.safetensors"):
             with pytest.raises(Unsupported, match="is a LoRA/PEFT adapter") as caught:
@@ -230,7 +230,8 @@ class TestRefused:
     @pytest.mark.parametrize("nested", [False, True])
     def test_quantised(self, nested, tmp_path):
         config = {"quantization_config": {"quant_method": "gptq"}}
-        make_model(tmp_path, {"text_config": config} if nested else config)
+        codes = {"a.qweight": torch.zeros(2, 2, dtype=torch.int32), "a.scales": torch.ones(2)}
+        make_model(tmp_path, {"text_config": config} if nested else config, **codes)
         for ref in (tmp_path, tmp_path / "model.safetensors"):
             with pytest.raises(Unsupported, match=r'quant_method "gptq".*Dequantise first'):
                 open_checkpoint(ref)
@@ -468,7 +469,13 @@ class TestHub:
 
     @pytest.mark.parametrize(
         "companions",
-        [{"adapter_config.json": b"{}"}, {"config.json": b'{"quantization_config": {"quant_method": "awq"}}'}],
+        [
+            {"adapter_config.json": b"{}"},
+            {
+                "config.json": b'{"quantization_config": {"quant_method": "awq"}}',
+                "model.safetensors.index.json": b'{"weight_map": {"a.qweight": "model.safetensors"}}',
+            },
+        ],
     )
     def test_refused_before_weights_are_fetched(self, companions, tmp_path, monkeypatch):
         hub, fetch = self.fetch(tmp_path, monkeypatch, {**companions, "model.safetensors": b""})

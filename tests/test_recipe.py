@@ -553,8 +553,6 @@ def test_bad_models(refuse):
     refuse(f"models:\n- model: 5{end}", "models.0.model: expected a directory or a Hub id, found 5", "in quotes")
     refuse(f"models:\n- model:{end}", "models.0.model has no value")
     refuse(f"models:\n- model: {{model: {{path: a}}}}{end}", "found a mapping")
-    refuse(f"models: [base+lora]{end}", "LoRA adapter", "later version", "merge_and_unload")
-    refuse(f"base_model: a+b\nmodels: [c]{end}", "line 1: base_model")
     refuse(f"models:\n- model: a\n  parameters: 3{end}", "line 3: models.0.parameters: expected a mapping")
 
 

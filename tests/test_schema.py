@@ -186,7 +186,6 @@ START = "base_model: b\nmodels: [a]\n"
         "base_model: b\nmodels: a\nmerge_method: ties\n",
         "base_model: b\nmodels: [{parameters: {weight: 1}}]\nmerge_method: ties\n",
         "base_model: b\nmodels: [{model: a, weight: 1}]\nmerge_method: ties\n",
-        "base_model: b\nmodels: [a+lora]\nmerge_method: ties\n",
         "base_model: b\nmodels: [7]\nmerge_method: ties\n",
         "base_model:\nmodels: [a]\nmerge_method: linear\n",
         "models: [a]\nmerge_method: ties\n",

@@ -26,6 +26,7 @@ from darekit.kernels import cpu
 from darekit.planning.alignment import AlignedTensor, align
 from darekit.planning.homology import R_LARGE, R_STOP, RULE_OF_THUMB, TAU, p_max, weighted_median
 from darekit.planning.opening import open_models
+from darekit.recipe.names import find_model
 from darekit.wording import brief, label
 
 VOCABULARIES = ("strict", "base", "pad")
@@ -315,13 +316,14 @@ def inspect(
 
 def _giver_of(heads: str, base: str, models: Sequence[str]) -> int:
     """Whose heads are kept: 0 is the base, 1 the first model."""
-    names = [name.rstrip("/") for name in (base, *models)]
     if heads == "base":
         return 0
     if heads == "model" and len(models) == 1:
         return 1
-    if heads.rstrip("/") in names:
-        return names.index(heads.rstrip("/"))
+    names = [base, *models]
+    found = find_model(heads, names)
+    if found is not None:
+        return names.index(found)
     raise PlanError(
         f"heads: expected base{', model' if len(models) == 1 else ''} or one of the models as written "
         f"({', '.join(models)}), found {heads!r}"
@@ -344,7 +346,8 @@ def _inspect_all(
         compared = [tensor for tensor in alignment.tensors if any(tensor.models) and not tensor.head]
         unseen = () if giver is None else ("heads are not compared: they are taken as they are",)
         dropped = [label(name) for name, model in zip(models, tuned, strict=True) if packed_seed(model) is not None]
-        notes = (*alignment.notes, *unseen, *_rows_left_out(compared, models), *map(PACK_NOTE.format, dropped))
+        opened = dict.fromkeys(note for checkpoint in (origin, *tuned) for note in checkpoint.notes)
+        notes = (*opened, *alignment.notes, *unseen, *_rows_left_out(compared, models), *map(PACK_NOTE.format, dropped))
         tensors = [tensor for tensor in compared if dtype_named(tensor.dtype).kind == "float"]
         total_bytes = sum(info.nbytes for t in tensors for info in (t.base, *t.models) if info)
         totals, done = [_Counts() for _ in models], 0

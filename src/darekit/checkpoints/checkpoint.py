@@ -71,6 +71,7 @@ class Checkpoint:
         companions: the files beside the weights that belong to the model, by name.
         origin: the stored model that this one is a view of: tensors renamed or left out, and none with other bytes.
             Seeds, and through them masks, are those of the origin.
+        notes: what was found on opening that its user should know.
     """
 
     ref: str
@@ -81,6 +82,7 @@ class Checkpoint:
     revision: str | None
     companions: Companions = field(default_factory=dict)
     origin: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def read_files(self) -> tuple[InputFile, ...]:

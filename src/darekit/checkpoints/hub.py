@@ -16,16 +16,24 @@ from typing import Any
 
 from darekit.checkpoints import companions
 from darekit.checkpoints.documents import read_object
-from darekit.checkpoints.weights import ADAPTER_CONFIG, INDEX, SINGLE, read_index, refuse_config, refuse_directory
-from darekit.errors import CheckpointError, OutputError
+from darekit.checkpoints.refusals import (
+    ADAPTER_CONFIG,
+    about_adapter,
+    quantisation_in,
+    refuse_quantised,
+    refuse_quantised_names,
+)
+from darekit.checkpoints.weights import INDEX, SINGLE, read_index
+from darekit.errors import CheckpointError, OutputError, Unsupported
 
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>.+))?", re.ASCII)
 HUB_FILE = re.compile(
     r"(?P<repository>\w[\w.-]*/\w[\w.-]*)/(?P<name>\w[\w.-]*\.safetensors)(?:@(?P<revision>.+))?", re.ASCII
 )
+VARIANTS = ("*.safetensors.index.*.json", "pytorch_model.bin.index.*.json")  # of indices: fp16
 SMALL = (
-    companions.CONFIG, companions.CARD, ADAPTER_CONFIG, *INDEX.values(), *companions.TOKENIZER, *companions.TEMPLATES,
-    *companions.PROCESSOR, *companions.MODEL, *companions.CODE,
+    companions.CONFIG, companions.CARD, ADAPTER_CONFIG, *INDEX.values(), *VARIANTS, *companions.TOKENIZER,
+    *companions.TEMPLATES, *companions.PROCESSOR, *companions.MODEL, *companions.CODE,
 )  # fmt: skip
 
 
@@ -72,15 +80,32 @@ def fetch_snapshot(ref: str, *, cache: Path | None = None) -> Snapshot:
     commit = directory.name  # further calls must not see a push that happens meanwhile
     config_path = directory / companions.CONFIG
     if not config_path.exists():  # with one it may be a whole model that keeps its adapter's settings
-        refuse_directory(directory)
-    else:
-        refuse_config(read_object(config_path, strict=False), config_path)
+        if (directory / ADAPTER_CONFIG).exists():
+            raise Unsupported(about_adapter(directory))
+    elif said := quantisation_in(read_object(config_path, strict=False)):
+        _refuse_quantised(ref, repository, directory, said)
     for patterns in _wanted(directory):
         # With config.json among them a pattern is never without a match, of which huggingface_hub would warn.
         _fetch(ref, repository, commit, cache, (companions.CONFIG, *patterns), partial=False)
         if any(any(directory.glob(pattern)) for pattern in patterns):
             break
     return Snapshot(directory, commit)
+
+
+def _refuse_quantised(ref: str, repository: str, directory: Path, said: str) -> None:
+    """Look at names and headers of weights that are not here yet; where that cannot be done, they are fetched."""
+    import huggingface_hub
+
+    if (directory / INDEX["safetensors"]).exists():
+        refuse_quantised_names(list(read_index(directory / INDEX["safetensors"])), said, ref)
+        return
+    try:
+        found = huggingface_hub.HfApi().parse_safetensors_file_metadata(
+            repository, SINGLE["safetensors"], revision=directory.name
+        )
+    except Exception:  # no such file, no network and all in the cache: the weights themselves will tell
+        return
+    refuse_quantised(found.tensors, said, ref)
 
 
 def looks_like_hub_file(ref: str) -> bool:
@@ -156,6 +181,8 @@ def _wanted(directory: Path) -> tuple[tuple[str, ...], ...]:
     """What to ask for, best first, until something is there."""
     if (directory / INDEX["safetensors"]).exists():
         return (tuple(sorted(set(read_index(directory / INDEX["safetensors"]).values()))),)
+    if any(any(directory.glob(pattern)) for pattern in VARIANTS):
+        return ((SINGLE["safetensors"],), (SINGLE["pickle"],), ("*.safetensors",), ("pytorch_model*.bin",))
     return ((SINGLE["safetensors"],), ("*.safetensors",), ("pytorch_model*.bin",))
 
 

@@ -4,36 +4,39 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from darekit.checkpoints.checkpoint import Checkpoint, TensorInfo, natural_key
-from darekit.checkpoints.companions import CONFIG, companions_in
-from darekit.checkpoints.documents import read_object
+from darekit.checkpoints.companions import CONFIG, Companions, Content, companions_in
+from darekit.checkpoints.documents import read_object, shorten
 from darekit.checkpoints.files import InputFile
 from darekit.checkpoints.hub import fetch_snapshot, looks_like_hub_id, refuse_address
 from darekit.checkpoints.pytorch import read_pickled
+from darekit.checkpoints.refusals import (
+    quantisation_in,
+    refuse_adapter,
+    refuse_empty,
+    refuse_quantised,
+    some,
+    without_quantisation,
+)
 from darekit.checkpoints.safetensors import read_header
 from darekit.checkpoints.sources import FileRange
-from darekit.checkpoints.weights import (
-    SAFETENSORS,
-    Weights,
-    compare_index,
-    find_weights,
-    list_names,
-    refuse_config,
-    refuse_directory,
-    refuse_file,
-    refuse_scales,
-)
+from darekit.checkpoints.weights import SAFETENSORS, Weights, find_weights, list_names, refuse_name
 from darekit.errors import CheckpointError, HoldsPack, Unsupported
+from darekit.wording import label
 
 COMMIT = re.compile("[0-9a-f]{40}")
 PACK = "darekit_pack"  # metadata key of what `darekit.packs` writes
+PIECE = 1 << 20  # bytes compared at once
 STATISTICS = "darekit_statistics"  # likewise of one with statistics
 
 
@@ -60,6 +63,8 @@ def open_checkpoint(ref: str | Path, *, search: Sequence[Path] = ()) -> Checkpoi
     directory = location.path if location.path.is_dir() else location.path.parent
     weights = _choose(location.path)
     config = _read_config(directory)
+    companions = companions_in(directory)
+    notes = list(weights.notes)
     with ExitStack() as opened:
         files: list[InputFile] = []
         for path in weights.files:
@@ -67,16 +72,25 @@ def open_checkpoint(ref: str | Path, *, search: Sequence[Path] = ()) -> Checkpoi
             opened.callback(file.close)
             files.append(file)
         headers = [tuple(_read_header(weights, file)) for file in files]
-        compare_index(weights, [[info.name for info in header] for header in headers])
-        found = {info.name: info for header in headers for info in header}
+        found = _gather(weights, headers, notes)
         tensors = {name: found[name] for name in sorted(found, key=natural_key)}
         if not tensors:
             raise CheckpointError(f"{location.path} holds no tensors")
-        refuse_scales({name: info.dtype for name, info in tensors.items()}, str(location.path))
+        refuse_adapter(list(tensors), location.path)
+        said = quantisation_in(config)
+        refuse_quantised(tensors, said, str(location.path))
+        if config is not None:  # tensors that are no model's may well be empty
+            refuse_empty(tensors, str(location.path))
+        if config is not None and said is not None:
+            config, companions = _without_stale_key(config, companions)
+            notes.append(
+                f"{label(str(location.path))}: its config.json has a {said}, but its weights are not quantised: they "
+                "are read as they are, and the key is left out of outputs"
+            )
         opened.pop_all()  # nothing failed: the checkpoint owns the files now
     return Checkpoint(
         str(ref), location.path if location.path.is_dir() else None, tensors, config, tuple(files), location.revision,
-        companions_in(directory),
+        companions, notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -84,21 +98,73 @@ def _choose(path: Path) -> Weights:
     if path.is_dir():
         if not os.access(path, os.R_OK | os.X_OK):
             raise CheckpointError(f"{path} cannot be read: no permission to look into this directory")
-        refuse_directory(path)
-        # Before the weights are looked for: of a quantised model this is the more useful message.
-        _read_config(path)
         return find_weights(path)
-    refuse_file(path)
-    return Weights("safetensors" if path.suffix == SAFETENSORS else "pickle", (path,), None, None)
+    refuse_name(path)
+    return Weights("safetensors" if path.suffix == SAFETENSORS else "pickle", (path,))
 
 
 def _read_config(directory: Path) -> dict[str, object] | None:
     path = directory / CONFIG
-    if not path.exists():
-        return None
-    config = read_object(path, strict=False)
-    refuse_config(config, path)
-    return config
+    return read_object(path, strict=False) if path.exists() else None
+
+
+def _without_stale_key(
+    config: Mapping[str, object], companions: Companions
+) -> tuple[dict[str, object], dict[str, Content]]:
+    """Config and companions of a model whose weights were dequantised, or never quantised: loaders believe the key."""
+    right = without_quantisation(config)
+    text = json.dumps(right, indent=2, ensure_ascii=False) + "\n"
+    return right, {**companions, CONFIG: text.encode()}
+
+
+def _gather(weights: Weights, headers: Sequence[Sequence[TensorInfo]], notes: list[str]) -> dict[str, TensorInfo]:
+    """The tensors of all files (in the order of `weights.files`): what is stored is right, whatever the index says.
+
+    Raises:
+        CheckpointError: two files have a tensor of one name, and differ in it.
+    """
+    found: dict[str, TensorInfo] = {}
+    places: dict[str, str] = {}
+    for path, header in zip(weights.files, headers, strict=True):
+        for info in header:
+            if info.name in found and not _equal(found[info.name], info):
+                raise CheckpointError(
+                    f"tensor {shorten(info.name)} lies in two shards of {path.parent}, with different values: "
+                    f"{places[info.name]} and {path.name}. Save the model again, or remove the stray shard"
+                )
+            found[info.name] = info
+            places[info.name] = path.name
+    if weights.index is not None and weights.index_path is not None and weights.index != places:
+        notes.extend(_compare_index(weights.index, places, sum(map(len, headers)), weights.index_path))
+    return found
+
+
+def _compare_index(index: Mapping[str, str], places: Mapping[str, str], count: int, path: Path) -> Iterable[str]:
+    """Where an index and the shards disagree, in words; `count`: of tensors in all shards, copies counted."""
+    where = f"{label(str(path.parent))}/{path.name}"
+    absent = [shorten(name) for name in index if name not in places]
+    unlisted = [shorten(name) for name in places if name not in index]
+    elsewhere = [shorten(name) for name, file in index.items() if places.get(name, file) != file]
+    if absent:
+        yield f"{where} lists {some(absent)}, which no shard holds: the model does not have it, as in transformers"
+    if unlisted:
+        yield f"{where} does not list {some(unlisted)}, which the shards hold: read, as in transformers"
+    if elsewhere and count == len(places):
+        yield f"{where} names another shard than the one that holds {some(elsewhere)}: read from there"
+
+
+def _equal(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors are the same to the bit."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for start in range(0, one.nbytes, PIECE):
+        size = min(PIECE, one.nbytes - start)
+        ours, theirs = np.empty(size, np.uint8), np.empty(size, np.uint8)
+        one.source.read_into(ours, start)
+        other.source.read_into(theirs, start)
+        if not np.array_equal(ours, theirs):
+            return False
+    return True
 
 
 def _read_header(weights: Weights, file: InputFile) -> Iterable[TensorInfo]:
@@ -145,6 +211,13 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
     near = _near_misses(tried)
     if near:
         tail += f"; did you mean {' or '.join(near)}?"
+    if isinstance(ref, str) and _names_adapter(ref):
+        model, _, adapter = ref.rpartition("+")
+        raise CheckpointError(
+            f"there is no checkpoint {ref!r}; if it means {model} with the LoRA adapter {adapter}: adapters as input "
+            "come in a later version of darekit; merge it first with PEFT's merge_and_unload(). If it means a "
+            f"directory: {tail}"
+        )
     if not isinstance(ref, str) or not looks_like_hub_id(ref):
         raise CheckpointError(
             f"there is no checkpoint {str(ref)!r}, and it is not written org/name as models on the Hub are: {tail}"
@@ -157,6 +230,12 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
         # A mistyped path reads like a Hub id, so the answer covers both.
         raise CheckpointError(f"{error}. No local checkpoint either: {tail}") from error
     return Location(snapshot.directory, snapshot.revision)
+
+
+def _names_adapter(ref: str) -> bool:
+    """Whether a name reads model+adapter, as in recipes of mergekit; a revision on the Hub may have a plus too."""
+    _, plus, adapter = ref.rpartition("+")
+    return bool(plus) and (not looks_like_hub_id(ref) or looks_like_hub_id(adapter) or _exists(Path(adapter or ".")))
 
 
 def _exists(path: Path) -> bool:

@@ -24,6 +24,7 @@ DIMENSION_LIMIT = 64  # numpy's and torch's
 COUNT_LIMIT = (1 << 63) - 1  # of elements and bytes, everywhere a signed 64-bit number
 METADATA = "__metadata__"
 ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+QUANTISED = ("F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")  # number formats that mean nothing by themselves
 SINGLE = "model.safetensors"
 LFS_POINTER = b"version https://git-lfs"
 
@@ -198,7 +199,10 @@ def _read_entry(name: str, entry: Any, start: int, where: str) -> Placement:
         raise CheckpointError(f"{at}: found {shorten(entry)}, expected an object with dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise Unsupported(f"{at}: number format {shorten(dtype)} is not supported; darekit reads {', '.join(DTYPES)}")
+        told = "" if dtype not in QUANTISED else ": it is one of quantised weights and their scales; dequantise first"
+        raise Unsupported(
+            f"{at}: number format {shorten(dtype)} is not supported; darekit reads {', '.join(DTYPES)}{told}"
+        )
     nbytes = _measure(dtype, shape, at)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):
         raise CheckpointError(f"{at}: data_offsets {shorten(offsets)} are not two whole numbers, 0 or more")

@@ -1,42 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of a directory hold its weights, by the conventions of transformers, and what is refused by name."""
+"""Which files of a directory hold its weights, by the conventions of transformers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from darekit.checkpoints.documents import read_object, shorten
+from darekit.checkpoints.refusals import about_file, advise, is_adapter, some
 from darekit.errors import CheckpointError, Unsupported
+from darekit.wording import label
 
 SAFETENSORS = ".safetensors"
 SINGLE = {"safetensors": "model.safetensors", "pickle": "pytorch_model.bin"}
 INDEX = {kind: f"{name}.index.json" for kind, name in SINGLE.items()}
 SHARD_NAME = re.compile(r".*-of-(\d{1,9})\.safetensors")
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-SCALES = (".weight_scale", "_scale_inv", ".input_scale")  # beside F8 weights: what they must be multiplied with
-FOREIGN = {
-    ".gguf": "GGUF files hold weights quantised for llama.cpp; give the original checkpoint in safetensors",
-    ".pt": "it may hold any Python object; save the model with `save_pretrained` and give that directory",
-    ".pth": "it may hold any Python object; save the model with `save_pretrained` and give that directory",
-    ".ckpt": "it holds a training state; save the model with `save_pretrained` and give that directory",
-}
+SERIES = re.compile(r"(?<=-)\d+(?=-of-\d+)")  # what differs between the shards of one model
+INDEX_NAME = re.compile(r"(?P<stem>.+\.(?:safetensors|bin))\.index(?:\.(?P<variant>[^.]+))?\.json")
+VARIANT_NAME = re.compile(
+    r"(?:model|pytorch_model|diffusion_pytorch_model)(?:-\d+-of-\d+)?\.(?P<variant>[^.]+?)(?:-\d+-of-\d+)?"
+    r"\.(?:safetensors|bin)"
+)
 
 Kind = Literal["safetensors", "pickle"]
+KINDS: tuple[Kind, ...] = ("safetensors", "pickle")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The files that hold a checkpoint's tensors. `index`: tensor -> file name, None if all lie in one file."""
+    """The files that hold a checkpoint's tensors.
+
+    Attributes:
+        kind: what they are read with.
+        files: all that the loader reads, in its order.
+        index: tensor -> file name, as the index says; None without one.
+        index_path: the index.
+        notes: lines worth telling the user.
+    """
 
     kind: Kind
     files: tuple[Path, ...]
-    index: Mapping[str, str] | None
-    index_path: Path | None
+    index: Mapping[str, str] | None = None
+    index_path: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 def find_weights(directory: Path) -> Weights:
@@ -46,29 +55,19 @@ def find_weights(directory: Path) -> Weights:
         CheckpointError: there are none, or more than one answer.
         Unsupported: there are only files of a kind that darekit does not read.
     """
-    if found := _find_standard(directory, "safetensors"):
-        return found
     names = list_names(directory)
-    others = [name for name in names if name.endswith(SAFETENSORS) and name != ADAPTER]
-    if len(others) == 1:
-        return _take_only(directory, others[0])
-    if others:
-        raise CheckpointError(
-            f"{directory} has {len(others)} safetensors files ({_some(others)}), but neither {SINGLE['safetensors']} "
-            f"nor {INDEX['safetensors']}, so their order and completeness are unknown. "
-            "Restore the index, or give one file"
-        )
-    if found := _find_standard(directory, "pickle"):
-        return found
-    if ADAPTER in names:
-        raise Unsupported(_about_adapter(directory))
-    for suffix, reason in FOREIGN.items():
-        foreign = [name for name in names if name.endswith(suffix)]
-        if foreign:
-            raise Unsupported(f"{directory} has only {_some(foreign)}: {reason}")
+    for kind in KINDS:
+        # A variant (fp16) is somebody's second copy: it counts only where there is no other.
+        if found := _find_standard(directory, kind) or _find_other(directory, kind, names, variants=False):
+            return found
+    for kind in KINDS:
+        if found := _find_other(directory, kind, names, variants=True):
+            return found
+    if advice := advise(directory, names):
+        raise Unsupported(advice)
     raise CheckpointError(
         f"{directory} holds no weights: expected {SINGLE['safetensors']}, or shards with {INDEX['safetensors']}; "
-        f"found {_some(names) if names else 'an empty directory'}"
+        f"found {some(names) if names else 'an empty directory'}"
     )
 
 
@@ -89,7 +88,7 @@ def read_index(path: Path) -> dict[str, str]:
     index = read_object(path, strict=True).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{path}: weight_map is {shorten(index)}, expected an object of tensor name -> file name")
-    suffix = ".bin" if path.name == INDEX["pickle"] else SAFETENSORS
+    suffix = ".bin" if path.name.startswith(SINGLE["pickle"]) else SAFETENSORS
     for name, file in index.items():
         at = f"{path}: tensor {shorten(name)} lies in {shorten(file)}"
         if not isinstance(file, str):
@@ -102,93 +101,14 @@ def read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def compare_index(weights: Weights, headers: Sequence[Sequence[str]]) -> None:
-    """Check that the names in each file (in the order of `weights.files`) are what the index says.
-
-    Raises:
-        CheckpointError: a tensor is in two files, in another than the index says, missing, or not in the index.
-    """
-    if weights.index is None:
-        return
-    seen: dict[str, str] = {}
-    for path, names in zip(weights.files, headers, strict=True):
-        for name in names:
-            if name in seen:
-                raise CheckpointError(
-                    f"tensor {shorten(name)} lies in two shards of {path.parent}: {seen[name]} and {path.name}. "
-                    "Save the model again"
-                )
-            seen[name] = path.name
-    for name, file in weights.index.items():
-        if seen.get(name) != file:
-            where = f"lies in {seen[name]}" if name in seen else "is in no shard"
-            raise CheckpointError(
-                f"{weights.index_path}: tensor {shorten(name)} should lie in {file}, but {where}: index and shards do "
-                "not belong together. Download or save the model again"
-            )
-    extra = [name for name in seen if name not in weights.index]
-    if extra:
-        raise CheckpointError(
-            f"{weights.index_path} does not list {_some([shorten(name) for name in extra])} of {seen[extra[0]]}: index "
-            "and shards do not belong together. Download or save the model again"
-        )
-
-
-def refuse_directory(directory: Path) -> None:
-    """Refuse an adapter.
-
-    Raises:
-        Unsupported: the directory holds an adapter, and no whole model beside it.
-    """
-    whole = any((directory / name).exists() for names in (SINGLE, INDEX) for name in names.values())
-    if not whole and (directory / ADAPTER_CONFIG).exists():
-        raise Unsupported(_about_adapter(directory))
-
-
-def refuse_config(config: Mapping[str, Any] | None, where: Path) -> None:
-    """Refuse quantised weights, which cannot be subtracted from one another.
-
-    Raises:
-        Unsupported: the config, or that of a part of the model, has a `quantization_config`.
-    """
-    if config is None:
-        return
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        found = part.get("quantization_config")
-        if found:
-            method = found.get("quant_method") if isinstance(found, dict) else None
-            raise Unsupported(
-                f"{where} has a quantization_config (quant_method {shorten(method)}): quantised weights cannot be "
-                "merged. Dequantise first: load it in transformers, call `model.dequantize()`, and save_pretrained "
-                "that; or give the checkpoint from which it was quantised"
-            )
-
-
-def refuse_scales(dtypes: Mapping[str, str], where: str) -> None:
-    """Tensor name -> dtype: refuse F8 weights that mean something only together with their scales.
-
-    Raises:
-        Unsupported: there are F8 tensors, and tensors named like their scales.
-    """
-    eights = [name for name, dtype in dtypes.items() if dtype.startswith("F8_")]
-    scales = [name for name in dtypes if name.endswith(SCALES)]
-    if eights and scales:
-        raise Unsupported(
-            f"{where} has F8 weights ({shorten(eights[0])}) with scales beside them ({_some(scales)}): quantised "
-            "weights cannot be merged. Dequantise first, or give the checkpoint from which it was quantised"
-        )
-
-
-def refuse_file(path: Path) -> None:
+def refuse_name(path: Path) -> None:
     """Refuse a single file by its name.
 
     Raises:
         Unsupported: an adapter, or a kind that darekit does not read.
     """
-    if path.name == ADAPTER:
-        raise Unsupported(_about_adapter(path.parent))
-    if path.suffix in FOREIGN:
-        raise Unsupported(f"{path} is not read: {FOREIGN[path.suffix]}")
+    if advice := about_file(path):
+        raise Unsupported(advice)
     if path.suffix in (".yaml", ".yml"):
         raise Unsupported(
             f"{path} looks like a recipe, and here stands a model: write it out first with `dare merge {path} OUT`, "
@@ -203,44 +123,85 @@ def _find_standard(directory: Path, kind: Kind) -> Weights | None:
     # A dangling link counts: it is opened later, and reported there.
     has_single = single.exists() or single.is_symlink()
     if not index_path.exists():
-        return Weights(kind, (single,), None, None) if has_single else None
+        return Weights(kind, (single,)) if has_single else None
     index = read_index(index_path)
     files = sorted(set(index.values()))
-    missing = [name for name in files if not (directory / name).exists()]
     if has_single and single.name not in files:
-        if len(missing) == len(files):  # an index left behind by an older, sharded version
-            return Weights(kind, (single,), None, None)
+        if not any((directory / name).exists() for name in files):  # left behind by an older, sharded version
+            return Weights(kind, (single,))
         raise CheckpointError(
             f"{directory} has both {single.name} and shards with {index_path.name}; which of them is the model? Remove "
             f"one, or give the file itself: {single}"
         )
+    return _indexed(kind, index_path, index)
+
+
+def _find_other(directory: Path, kind: Kind, names: Sequence[str], *, variants: bool) -> Weights | None:
+    """Weights under other names than the usual ones, or a variant of them such as fp16."""
+    files = [
+        name for name in names if _is_weights(name, kind) and (VARIANT_NAME.fullmatch(name) is not None) == variants
+    ]
+    indices = [
+        name
+        for name in names
+        if (index := INDEX_NAME.fullmatch(name))
+        and _is_weights(index["stem"], kind)
+        and bool(index["variant"]) == variants
+    ]
+    if kind == "pickle" and not variants:  # whatever else is called .bin is something else: training_args.bin
+        return None
+    notes: list[str] = []
+    if variants and files:
+        found = sorted({match["variant"] for name in files if (match := VARIANT_NAME.fullmatch(name))})
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{directory} has its weights in {len(found)} variants ({', '.join(found)}) and no plain one. "
+                f"Give the file of one, or leave only one: {some(files)}"
+            )
+        notes = [f"{label(str(directory))} has only the variant {found[0]} of its weights: that is read"]
+    if len(indices) == 1 and files:
+        path = directory / indices[0]
+        return _indexed(kind, path, read_index(path), notes)
+    if len(files) == 1:
+        return replace(_take_only(directory, kind, files[0]), notes=tuple(notes))
+    if files:
+        raise CheckpointError(
+            f"{directory} has {len(files)} {kind if kind == 'safetensors' else 'pickled'} files ({some(files)}), but "
+            f"neither {SINGLE[kind]} nor {INDEX[kind]}, so their order and completeness are unknown. "
+            "Restore the index, or give one file"
+        )
+    return None
+
+
+def _is_weights(name: str, kind: Kind) -> bool:
+    suffix = SAFETENSORS if kind == "safetensors" else ".bin"
+    return name.endswith(suffix) and not is_adapter(name)
+
+
+def _indexed(kind: Kind, path: Path, index: Mapping[str, str], notes: Sequence[str] = ()) -> Weights:
+    """The shards that an index names: all of them are read, and nothing else is, as transformers does."""
+    directory, files = path.parent, sorted(set(index.values()))
+    missing = [name for name in files if not (directory / name).exists()]
     if missing:
         raise CheckpointError(
-            f"{directory} lacks {_some(missing)}, {len(missing)} of the {len(files)} files that {index_path.name} "
+            f"{directory} lacks {some(missing)}, {len(missing)} of the {len(files)} files that {path.name} "
             "names. Download the model again"
         )
-    return Weights(kind, tuple(directory / name for name in files), index, index_path)
+    series = {SERIES.sub("", name) for name in files}
+    others = [name for name in list_names(directory) if name not in files and SERIES.sub("", name) in series]
+    if others:
+        notes = (
+            *notes,
+            f"{label(str(directory))}: {path.name} does not name {some(others)}: not read, as transformers does not",
+        )
+    return Weights(kind, tuple(directory / name for name in files), index, path, tuple(notes))
 
 
-def _take_only(directory: Path, name: str) -> Weights:
+def _take_only(directory: Path, kind: Kind, name: str) -> Weights:
     shard = SHARD_NAME.fullmatch(name)
     if shard and int(shard[1]) > 1:
         raise CheckpointError(
             f"{directory} has {name}, one of {int(shard[1])} shards, without the others and without "
             f"{INDEX['safetensors']}. Download the model again"
         )
-    return Weights("safetensors", (directory / name,), None, None)
-
-
-def _about_adapter(directory: Path) -> str:
-    return f"""{directory} is a LoRA/PEFT adapter, not a whole model. Merge it into its base first, in Python:
-
-    from peft import AutoPeftModelForCausalLM
-    model = AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}, torch_dtype="auto")
-    model.merge_and_unload().save_pretrained({f"{directory.name}-merged"!r})
-
-and give {directory.name}-merged instead"""
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return Weights(kind, (directory / name,))

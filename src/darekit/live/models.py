@@ -185,7 +185,7 @@ def recipe_of(source: str | Path | Recipe | Mapping[str, Any]) -> tuple[Recipe, 
     if isinstance(source, Mapping):
         return read_recipe(source), ()
     path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml") and not path.is_dir():
         return read_recipe(path), (path.resolve().parent,)
     return read_recipe({"models": [{"model": str(source)}], "merge_method": "linear"}), ()
 

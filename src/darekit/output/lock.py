@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from darekit import __version__
@@ -125,15 +127,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
         "version": __version__,
         "recipe": plan.recipe.to_data(),
         "effective_seeds": list(plan.seeds),
-        "inputs": [
-            {
-                "ref": checkpoint.ref,
-                "revision": checkpoint.revision,
-                "sample_digest": plan.sample_digests[i].hex(),
-                "content_digest": content(keys[i], i),
-            }
-            for i, checkpoint in enumerate(plan.checkpoints)
-        ],
+        "inputs": [{**told, "content_digest": content(keys[i], i)} for i, told in enumerate(_inputs(plan))],
         **({"statistics": [_statistics(entry) for entry in plan.statistics]} if plan.statistics else {}),
         "output": {
             "content_digest": checkpoint_digest(
@@ -144,6 +138,46 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
         "resolved": resolved_parameters(plan),
         **({"measured": dict(sorted(measured.items()))} if measured else {}),
     }
+
+
+def _inputs(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {"ref": checkpoint.ref, "revision": checkpoint.revision, "sample_digest": digest.hex()}
+        for checkpoint, digest in zip(plan.checkpoints, plan.sample_digests, strict=True)
+    ]
+
+
+def is_output_of(plan: Plan, out: Path) -> bool:
+    """Whether a directory is the complete output of this plan: its lock tells of the same recipe and inputs, no input
+    was written to since, and its files of weights have the sizes that the plan gives them."""
+    try:
+        written = (out / LOCK_NAME).stat().st_mtime_ns
+        lock = json.loads((out / LOCK_NAME).read_bytes())
+        sizes = [(out / shard.filename).stat().st_size for shard in plan.shards]
+    except (OSError, ValueError):
+        return False
+    wanted = {
+        "format": "darekit-lock-1",
+        "recipe": plan.recipe.to_data(),
+        "effective_seeds": list(plan.seeds),
+        "inputs": _inputs(plan),
+        "statistics": [_statistics(entry) for entry in plan.statistics],
+        "shards": [shard.filename for shard in plan.shards],
+        "resolved": resolved_parameters(plan),
+    }
+    try:
+        found = {key: lock.get(key) for key in wanted} | {
+            "inputs": [{key: entry[key] for key in _inputs(plan)[0]} for entry in lock["inputs"]],
+            "statistics": lock.get("statistics", []),
+            "shards": lock["output"]["shards"],
+        }
+    except (AttributeError, KeyError, TypeError):
+        return False
+    return (
+        found == json.loads(json.dumps(wanted))
+        and sizes == [shard.size for shard in plan.shards]
+        and all(file.mtime_ns <= written for file in plan.files)
+    )
 
 
 def _statistics(entry: Statistics) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from darekit.errors import CheckpointError, DataError, OutputError
 from darekit.machine import peak_rss
 from darekit.output.card import agreed_license, model_card
 from darekit.output.companions import companions_of, write_companions
-from darekit.output.lock import LOCK_NAME, identity, make_lock, times_of
+from darekit.output.lock import LOCK_NAME, identity, is_output_of, make_lock, times_of
 from darekit.output.staging import Stage, open_stage
 from darekit.planning.plan import Plan
 from darekit.wording import brief, size_of
@@ -95,11 +95,16 @@ def execute(
             overwrite=overwrite,
             resume=resume,
             inputs=inputs,
+            is_complete=partial(is_output_of, plan),
         ) as stage,
         _remains_told(stage),
     ):
         for note in stage.notes:
             say(note)
+        if stage.complete:
+            stage.discard()
+            say(f"{out} is complete, and its {LOCK_NAME} agrees with the recipe and the inputs: nothing is left to do")
+            return Report(str(out), 0.0, 0.0, 0, 0, peak_rss(), len(plan.alignment.tensors), plan.parameters, {})
         _refuse_full_disk(plan, stage.path)
         outputs = [OutputFile.create(stage.path / shard.filename, shard.size) for shard in plan.shards]
 

@@ -104,14 +104,22 @@ class Stage:
         path: the directory to write the files in.
         finished: what the journal of a resumed run holds: tensor name -> record. Empty for a new run.
         notes: lines worth telling the user.
+        complete: OUT is what this run would write, and nothing is left to do: `discard` the stage.
     """
 
     def __init__(
-        self, place: Place, lock: Lock, guard: Guard, finished: Mapping[str, dict[str, Any]], notes: list[str]
+        self,
+        place: Place,
+        lock: Lock,
+        guard: Guard,
+        finished: Mapping[str, dict[str, Any]],
+        notes: list[str],
+        complete: bool = False,
     ) -> None:
         self.path = place.files
         self.finished = finished
         self.notes = notes
+        self.complete = complete
         self._place = place
         self._lock = lock
         self._guard = guard
@@ -201,6 +209,7 @@ def open_stage(
     overwrite: bool,
     resume: bool,
     inputs: Sequence[Path],
+    is_complete: Callable[[Path], bool] = lambda out: False,
 ) -> Stage:
     """Lock OUT for this run, repair what a killed run left, and begin or resume a stage.
 
@@ -212,6 +221,8 @@ def open_stage(
         overwrite: whether OUT may be replaced.
         resume: whether an unfinished run is continued; else it is discarded.
         inputs: the files or directories that an `overwrite` must not replace.
+        is_complete: whether OUT, which exists, is what this run would write; asked where there is nothing unfinished
+            that could be resumed.
 
     Raises:
         OutputError: OUT exists and may not be replaced, another run writes it, or the run to be resumed is another.
@@ -222,6 +233,8 @@ def open_stage(
         lock = _acquire(place)
         try:
             notes = _repair(place)
+            if resume and not place.files.is_dir() and place.out.is_dir() and is_complete(place.out):
+                return Stage(place, lock, guard, {}, notes, complete=True)
             try:
                 _check_out(place, guard)
             except OutputError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from darekit.checkpoints import Checkpoint, InputFile, open_checkpoint, read_header
 from darekit.checkpoints.hub import fetch_file, looks_like_hub_file, looks_like_hub_id, refuse_address
+from darekit.checkpoints.opening import places_of
 from darekit.errors import CheckpointError, HoldsPack
 
 SUFFIX = ".safetensors"
@@ -23,7 +24,7 @@ def is_pack(file: InputFile) -> bool:
 
 def find_pack(ref: str | Path, search: Sequence[Path] = ()) -> Path | None:
     """A model's name -> the file, where the name is that of a pack: a local file, or one on the Hub."""
-    for candidate in (Path(ref).expanduser(), *(directory / ref for directory in search)):
+    for candidate in places_of(ref, search):
         if candidate.exists():
             if candidate.suffix != SUFFIX or not candidate.is_file():
                 return None
@@ -42,7 +43,7 @@ def locate_pack(ref: str | Path) -> Path:
         CheckpointError: there is nothing, or no pack.
     """
     refuse_address(ref)
-    path = Path(ref).expanduser()
+    path = places_of(ref, ())[0]
     if path.is_file():
         return path  # what is wrong with it is said when it is read
     if path.is_dir():

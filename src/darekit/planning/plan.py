@@ -237,7 +237,8 @@ def make_plan(
     shards = lay_out(_outputs(draft), shard_size)
     places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
     steps = [step for tensor in alignment.tensors for step in steps_of(draft, tensor, *places[tensor.name])]
-    notes = [*recipe.notes, *alignment.notes, *notes_of(draft), *rate_notes(models, rates)]
+    opened = (note for checkpoint in ((base, *models) if base else models) for note in checkpoint.notes)
+    notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *notes_of(draft), *rate_notes(models, rates)]
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),

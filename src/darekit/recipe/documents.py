@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,11 +195,20 @@ class _Walker:
         except _MALFORMED:
             kind = node.tag.rpartition(":")[2]
             raise RecipeError(f"{self.name} line {line}: {node.value[:40]!r} is not a valid {kind}") from None
+        if isinstance(value, bool | int | float) and self._is_there(node.value, path):
+            return str(node.value)
         if isinstance(value, int) and abs(value) >= _LARGEST_INT:
             raise RecipeError(f"{self.name} line {line}: the number {node.value[:40]!r} is too large")
         if value is None or isinstance(value, str | bool | int | float):
             return value
         return str(node.value)  # a date is a model's name here
+
+    def _is_there(self, text: str, path: Key) -> bool:
+        """Whether a model is to be named here, and one of that name exists: a directory may be called 500 or 1.5."""
+        named = path[:1] == ("models",) and (len(path) == 2 or path[2:] == ("model",))
+        if not named and path not in (("base_model",), ("tokenizer_source",), ("heads",)):
+            return False
+        return any(os.path.lexists(folder / text) for folder in (Path(), Path(self.name).resolve().parent))
 
     def _mapping(self, node: yaml.MappingNode, path: Key) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -17,6 +17,7 @@ from darekit.methods import MERGE_METHODS, SEED, SPARSIFIERS, Choice, Number, Pa
 from darekit.recipe import mergekit
 from darekit.recipe.data import ModelEntry, Recipe, Sparsify
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, override, shown, suggest
+from darekit.recipe.names import find_model, same_model
 from darekit.recipe.values import AUTO, Filtered, Filters, Gradient, Value, is_glob, scalars_of
 from darekit.recipe.words import AUTOMATIC, SPARSIFY_KEYS, Words, check_names, raw_models, refuse_later
 
@@ -56,6 +57,7 @@ def read_recipe(
     document = _spell_out(document)
     words = check_names(document)
     models = _read_models(document, words)
+    search = (Path(source).resolve().parent,) if isinstance(source, str | Path) else ()
     shared = _read_parameters(document, ("parameters",), words.shared)
     base = _read_text(document, "base_model")
     notes = []
@@ -63,12 +65,12 @@ def read_recipe(
     if base is None and method is not None and method.base_row and method.models == (1, 1) and len(models) == 2:
         base = models.pop(0)[1]
         notes.append(f"no base_model: {base} is the base, since it comes first")
-    if base is not None and words.needs_base and any(_same(name, base) for _, name, _ in models):
+    if base is not None and words.needs_base and any(same_model(name, base, search) for _, name, _ in models):
         if method is None or not method.base_row:
             notes.append(
                 f"{base} is the base and also one of the models: its delta is 0, so it is left out of the models"
             )
-        models = [entry for entry in models if not _same(entry[1], base)]
+        models = [entry for entry in models if not same_model(entry[1], base, search)]
         if not models:
             fail(document, ("models",), "only the base is listed; add a model that was fine-tuned from it")
     if words.sparsify is None:
@@ -99,12 +101,12 @@ def read_recipe(
         parameters=shared,
         dtype=_read_dtype(document),
         vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),  # type: ignore[arg-type]
-        tokenizer_source=_read_tokenizer_source(document, base, [name for _, name, _ in _models_of(document)]),
-        heads=_read_heads(document, base, [name for _, name, _ in _models_of(document)]),
+        tokenizer_source=_read_tokenizer_source(document, base, [name for _, name, _ in _models_of(document)], search),
+        heads=_read_heads(document, base, [name for _, name, _ in _models_of(document)], search),
         text=document.text,
     )
     _check_whole(document, recipe, [k for k, _ in entries])
-    return replace(recipe, notes=(*notes, *_notes(recipe, seeded)))
+    return replace(recipe, notes=(*notes, *_notes(recipe, seeded, search)))
 
 
 def _spell_out(document: Document) -> Document:
@@ -288,13 +290,6 @@ def _text(document: Document, path: Key, raw: Any) -> str:
         fail(
             document, path, f"expected a directory or a Hub id, found {shown(raw)}; put a name that looks so in quotes"
         )
-    if "+" in raw:
-        fail(
-            document,
-            path,
-            f"{raw!r} names a LoRA adapter after the +; adapters as input come in a later version of darekit: merge "
-            "it first with PEFT's merge_and_unload(). (A directory with + in its name: use a link without it.)",
-        )
     return raw
 
 
@@ -335,10 +330,6 @@ def _read_stats(document: Document, place: int) -> str | None:
             f"expected a file made by `dare stats fisher` or `dare stats gram`, found {shown(raw)}",
         )  # fmt: skip
     return raw
-
-
-def _same(one: str, other: str) -> bool:
-    return one.rstrip("/") == other.rstrip("/")
 
 
 def _read_sparsify(document: Document, words: Words) -> Sparsify:
@@ -388,28 +379,30 @@ def _dtype_name(document: Document, key: str) -> str:
     fail(document, (key,), f" must be one of {', '.join(known)}, found {shown(raw)}{hint}")
 
 
-def _read_tokenizer_source(document: Document, base: str | None, models: Sequence[str]) -> str:
+def _read_tokenizer_source(document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> str:
     raw = document.data.get("tokenizer_source", "base")
-    if raw == "base" or (base is not None and isinstance(raw, str) and _same(raw, base)):
+    if raw == "base" or (base is not None and isinstance(raw, str) and same_model(raw, base, search)):
         return "base"
-    if raw not in models:
+    found = find_model(raw, models, search) if isinstance(raw, str) else None
+    if found is None:
         fail(
             document,
             ("tokenizer_source",),
             f" must be base or one of the models, found {shown(raw)}{suggest(str(raw), ['base', *models], 'known')}",
         )
-    return cast(str, raw)
+    return found
 
 
-def _read_heads(document: Document, base: str | None, models: Sequence[str]) -> str | None:
+def _read_heads(document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> str | None:
     raw = document.data.get("heads")
     if "heads" not in document.data:
         return None
-    if isinstance(raw, str) and base is not None and (raw == "base" or _same(raw, base)):
+    if isinstance(raw, str) and base is not None and (raw == "base" or same_model(raw, base, search)):
         return "base"
     if raw == "base" and "base" not in models:
         fail(document, ("heads",), " is base, but there is no base_model: name one of the models, or add base_model")
-    if raw not in models:
+    found = find_model(raw, models, search) if isinstance(raw, str) else None
+    if found is None:
         known = [*(["base"] if base else []), *models]
         fail(
             document,
@@ -417,7 +410,7 @@ def _read_heads(document: Document, base: str | None, models: Sequence[str]) -> 
             f" must be {'base or ' if base else ''}one of the models, found {shown(raw)}"
             f"{suggest(str(raw), known, 'known')}",
         )
-    return cast(str, raw)
+    return found
 
 
 # --- what belongs together ---
@@ -549,8 +542,9 @@ def _check_density(document: Document, path: Key, own: Mapping[str, Value]) -> N
         fail(document, path, " and drop_rate are the same quantity; with a `sparsify:` block write only drop_rate")
 
 
-def _notes(recipe: Recipe, seeded: bool) -> Iterator[str]:
+def _notes(recipe: Recipe, seeded: bool, search: Sequence[Path]) -> Iterator[str]:
     names = [entry.model for entry in recipe.models]
+    names = [find_model(name, names[:k], search) or name for k, name in enumerate(names)]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"{name} is listed {names.count(name)} times: each counts as a separate model"
     given = {*recipe.parameters}.union(*(entry.parameters for entry in recipe.models))

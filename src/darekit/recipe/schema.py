@@ -193,7 +193,7 @@ class _Builder:
 
 _SPARSIFY_HELP = "What happens to each delta before the merge. Leave it out to merge whole deltas."
 _PARAMETERS_HELP = "The merge method's parameters, and defaults for all models."
-_NAME: Schema = {"type": "string", "pattern": "^[^+]+$"}  # what follows a + is an adapter
+_NAME: Schema = {"type": "string", "minLength": 1}
 
 
 def _block(properties: Mapping[str, Schema]) -> Schema:

@@ -9,6 +9,7 @@ from typing import Any
 
 from darekit.errors import PlanError, RecipeError
 from darekit.recipe import Recipe, read_recipe
+from darekit.recipe.names import same_model
 
 
 def drop_recipe(
@@ -31,7 +32,7 @@ def drop_recipe(
         RecipeError: the arguments do not form a valid recipe.
         PlanError: base and model are one.
     """
-    if base.rstrip("/") == model.rstrip("/"):
+    if same_model(base, model):
         raise PlanError(f"{model} is given both as the base and as the model; name a model that was fine-tuned from it")
     sparsify: dict[str, Any] = {"method": method, "drop_rate": drop_rate, "on": on}
     # Where nothing is said, `auto` keeps dense what averages nothing out.

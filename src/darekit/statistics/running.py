@@ -205,7 +205,7 @@ def _check_arguments(kind: str, model: str | Path, labels: str, batch_size: int,
         raise PlanError(f"batch size {batch_size} is impossible; use 1 or more")
     if max_length is not None and max_length < 2:
         raise PlanError(f"a length of {max_length} tokens leaves nothing to predict; use 2 or more")
-    if Path(model).suffix in (".yaml", ".yml"):
+    if Path(model).suffix in (".yaml", ".yml") and not Path(model).is_dir():
         raise Unsupported(f"{model} is a recipe; statistics belong to one model on disk: merge it first")
 
 
