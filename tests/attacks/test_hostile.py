@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import ATTACKS, GOOD, POSERS, encode, tensor
+from hostile import ATTACKS, GOOD, LYING_INDEXES, POSERS, encode, sharded, tensor
 
 from darekit.checkpoints import open_checkpoint
 from darekit.errors import CheckpointError
@@ -39,6 +39,19 @@ def test_attack_is_named(attack, tmp_path):
     assert len(message) < 1000
     assert message.isprintable()
     assert count_descriptors() == before  # nothing stays open
+
+
+@pytest.mark.parametrize("name", LYING_INDEXES)
+def test_headers_are_right_where_an_index_lies(name, tmp_path):
+    weight_map, shards, there = LYING_INDEXES[name]
+    for file, data in sharded(weight_map, **shards).items():
+        (tmp_path / file).write_bytes(data)
+    checkpoint = open_checkpoint(tmp_path)
+    assert list(checkpoint.tensors) == there
+    assert name == "equal tensor in two shards" or any("index" in note for note in checkpoint.notes)
+    for info in checkpoint.tensors.values():
+        info.source.read_into(np.empty(8, np.uint8), 0)
+    checkpoint.close()
 
 
 def test_truncated_anywhere(tmp_path):
