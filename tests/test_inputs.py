@@ -73,7 +73,7 @@ def test_a_pack_needs_its_base_and_is_none(llamas, packed):
             with closing(open_model(ref, base)) as model:
                 assert model.ref == str(packed) and opening.packed_seed(model) is not None
             with pytest.raises(
-                PlanError, match=r"is a pack: what it holds needs its base; name the base .* `dare unpack"
+                PlanError, match=r"is a pack: it can only be used with its base; name the base .* `dare unpack"
             ):
                 open_model(ref, None)
             with pytest.raises(HoldsPack, match="is a darekit pack, a delta and no checkpoint"):

@@ -398,7 +398,7 @@ def test_unknown_names_come_all_at_once(refuse):
         parameters: {drop_rate: 0.9, lambda: [{fliter: a, value: 1}]}
         dtpye: bfloat16
         """,
-        "recipe.yaml: 8 keys cannot stand where they are",
+        "recipe.yaml: 8 keys are not allowed where they are",
         "line 4: models.0.wieght is not known",
         "line 5: models.0.parameters.wieght is not known; did you mean 'weight'? Allowed here: weight, drop_rate",
         "line 5: models.0.parameters.lambda is one for all models: write it under the top-level `parameters:`",
