@@ -417,7 +417,7 @@ def test_names_at_the_wrong_level(refuse):
     refuse(f"{start}density: 1", "write it under `parameters:`")
     refuse(f"{start}drop_rate: 0.9", "write it under `sparsify:`")
     refuse(f"{start}random_seed: 1", "sparsify.seed", "--seed")
-    refuse("models: [{model: a, weight: 1}]\nmerge_method: linear", "line 1: models.0.weight stands one level too high")
+    refuse("models: [{model: a, weight: 1}]\nmerge_method: linear", "line 1: models.0.weight is one level too high")
     refuse("models: [a]\nmerge-method: linear", "line 2: merge-method is not known; did you mean 'merge_method'?")
     refuse("models: [a]", "no merge_method")
     refuse("merge_method: linear", "no models")
