@@ -47,7 +47,7 @@ def test_the_first_that_recognises_a_name_opens_it(llamas):
     with closing(open_model("x", None, openers=openers)) as model:
         assert model.ref == str(llamas.path / "m0")
     assert asked == [("one", "x"), ("one", llamas.path / "m0")], "what it is made of passes all openers"
-    with pytest.raises(CheckpointError, match="x is no kind of input"):
+    with pytest.raises(CheckpointError, match="x is not a kind of input"):
         open_model("x", None, openers=openers[:1])
 
 
@@ -73,10 +73,10 @@ def test_a_pack_needs_its_base_and_is_none(llamas, packed):
             with closing(open_model(ref, base)) as model:
                 assert model.ref == str(packed) and opening.packed_seed(model) is not None
             with pytest.raises(
-                PlanError, match=r"is a pack: what it holds needs its base; name the base .* `dare unpack"
+                PlanError, match=r"is a pack: it can only be used with its base; name the base .* `dare unpack"
             ):
                 open_model(ref, None)
-            with pytest.raises(HoldsPack, match="is a darekit pack, a delta and no checkpoint"):
+            with pytest.raises(HoldsPack, match="is a darekit pack, which is a delta and not a checkpoint"):
                 open_base(ref)
             with pytest.raises(HoldsPack):  # nobody here opens packs
                 open_model(ref, base, openers=STORED)

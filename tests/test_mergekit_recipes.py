@@ -375,7 +375,7 @@ def test_slerp_by_filters_as_on_the_hub():
         ({"base_model": "x", "models": ["a"], "parameters": {"t": 1.5}}, r"t must be in \[0, 1\], found 1.5"),
         ({"base_model": "x", "models": ["a"], "parameters": {"t": 50}}, "a percentage"),
         ({"base_model": "x", "models": ["a"], "parameters": {"t": 0.5, "weight": 1}},
-         "weight cannot stand here: slerp takes no weights; its parameters are t"),
+         "weight is not allowed here: slerp takes no weights; its parameters are t"),
         ({"base_model": "x", "models": [{"model": "a", "parameters": {"weight": 1}}]}, "slerp takes no weights"),
         ({"base_model": "x", "models": [{"model": "a", "parameters": {"t": 0.5}}]}, "is one for all models"),
         ({"base_model": "x", "models": ["a"], "parameters": {"t": 0.5, "lambda": 1}}, "lambda is a parameter of"),

@@ -793,7 +793,7 @@ def test_a_pack_is_no_base(llamas, tmp_path):
 def test_a_pack_without_a_base_is_refused(llamas, tmp_path):
     dk.pack(llamas.path / "base", llamas.path / "m0", tmp_path / "m.safetensors", drop_rate=0.5)
     recipe = {"models": [{"model": str(tmp_path / "m.safetensors")}], "merge_method": "linear"}
-    with pytest.raises(PlanError, match="needs its base"):
+    with pytest.raises(PlanError, match="can only be used with its base"):
         dk.merge(recipe, tmp_path / "out")
 
 

@@ -398,7 +398,7 @@ def test_unknown_names_come_all_at_once(refuse):
         parameters: {drop_rate: 0.9, lambda: [{fliter: a, value: 1}]}
         dtpye: bfloat16
         """,
-        "recipe.yaml: 8 keys cannot stand where they are",
+        "recipe.yaml: 8 keys are not allowed where they are",
         "line 4: models.0.wieght is not known",
         "line 5: models.0.parameters.wieght is not known; did you mean 'weight'? Allowed here: weight, drop_rate",
         "line 5: models.0.parameters.lambda is one for all models: write it under the top-level `parameters:`",
@@ -417,7 +417,7 @@ def test_names_at_the_wrong_level(refuse):
     refuse(f"{start}density: 1", "write it under `parameters:`")
     refuse(f"{start}drop_rate: 0.9", "write it under `sparsify:`")
     refuse(f"{start}random_seed: 1", "sparsify.seed", "--seed")
-    refuse("models: [{model: a, weight: 1}]\nmerge_method: linear", "line 1: models.0.weight stands one level too high")
+    refuse("models: [{model: a, weight: 1}]\nmerge_method: linear", "line 1: models.0.weight is one level too high")
     refuse("models: [a]\nmerge-method: linear", "line 2: merge-method is not known; did you mean 'merge_method'?")
     refuse("models: [a]", "no merge_method")
     refuse("merge_method: linear", "no models")

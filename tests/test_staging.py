@@ -117,7 +117,7 @@ def test_without_resume_the_unfinished_run_is_discarded_and_said(tmp_path):
 
 def test_resume_with_nothing_to_resume_says_so(tmp_path):
     with begin(tmp_path / "out", resume=True) as stage:
-        assert stage.notes == [f"no unfinished run of {tmp_path / 'out'} to resume: starting anew"]
+        assert stage.notes == [f"no unfinished run of {tmp_path / 'out'} to resume: starting from the beginning"]
 
 
 def test_resume_of_another_run_names_what_differs(tmp_path):
@@ -163,7 +163,9 @@ def test_an_unreadable_header_means_starting_anew(tmp_path, header):
     journal = stage.path.parent / "journal.jsonl"
     journal.write_bytes(header + b'{"name": "a", "record": {}}\n')
     with begin(tmp_path / "out", resume=True) as stage:
-        assert stage.finished == {} and not any(stage.path.iterdir()) and "starting anew" in stage.notes[0]
+        assert (
+            stage.finished == {} and not any(stage.path.iterdir()) and "starting from the beginning" in stage.notes[0]
+        )
 
 
 @pytest.mark.parametrize(("version", "whose"), [(1, "an earlier"), (FORMAT + 1, "a later")])

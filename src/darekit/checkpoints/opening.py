@@ -173,13 +173,14 @@ def _read_header(weights: Weights, file: InputFile) -> Iterable[TensorInfo]:
     metadata, placements = read_header(file)
     if PACK in metadata:
         raise HoldsPack(
-            f"{file.path} is a darekit pack, a delta and no checkpoint: give it as a model beside its base, or write "
-            "the whole model with `dare unpack BASE PACK OUT`",
+            f"{file.path} is a darekit pack, which is a delta and not a checkpoint: give it as a model beside its "
+            "base, or write the whole model with `dare unpack BASE PACK OUT`",
             file.path,
         )
     if STATISTICS in metadata:
         raise Unsupported(
-            f"{file.path} holds statistics of a model, and no model: name it as `stats:` of a model in a recipe"
+            f"{file.path} holds statistics of a model and is not a model itself: name it as "
+            "`stats:` of a model in a recipe"
         )
     return (
         TensorInfo(place.name, place.dtype, place.shape, FileRange(file, place.offset, place.nbytes))

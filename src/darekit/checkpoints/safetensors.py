@@ -74,13 +74,13 @@ def read_header(file: InputFile) -> tuple[dict[str, str], tuple[Placement, ...]]
     where = str(file.path)
     if file.size < 8:
         raise CheckpointError(
-            f"{where} is no safetensors file: it has {file.size} bytes, and the header alone has more"
+            f"{where} is not a safetensors file: it has {file.size} bytes, and the header alone has more"
         )
     length = int.from_bytes(file.read(0, 8), "little")
     _check_length(file, length)
     text = file.read(8, length)
     if not text.startswith(b"{"):
-        raise CheckpointError(f"{where} is no safetensors file: its header begins with {text[:8]!r}, expected '{{'")
+        raise CheckpointError(f"{where} is not a safetensors file: its header begins with {text[:8]!r}, expected '{{'")
     header = parse_object(text, f"the header of {where}", strict=True)
     metadata = header.pop(METADATA, {})
     _check_metadata(metadata, where)
@@ -168,7 +168,9 @@ def _check_length(file: InputFile, length: int) -> None:
     where = file.path
     if length <= min(HEADER_LIMIT, file.size - 8):
         if length < 2:
-            raise CheckpointError(f"{where} is no safetensors file: its header has {length} bytes, expected at least 2")
+            raise CheckpointError(
+                f"{where} is not a safetensors file: its header has {length} bytes, expected at least 2"
+            )
         return
     if file.read(0, min(file.size, 64)).startswith(LFS_POINTER):
         raise CheckpointError(
@@ -176,7 +178,7 @@ def _check_length(file: InputFile, length: int) -> None:
         )
     if length > HEADER_LIMIT:
         raise CheckpointError(
-            f"{where} is no safetensors file: its header would have {length:,} bytes, the format allows "
+            f"{where} is not a safetensors file: its header would have {length:,} bytes, the format allows "
             f"{HEADER_LIMIT:,}"
         )
     raise CheckpointError(

@@ -111,8 +111,8 @@ def refuse_name(path: Path) -> None:
         raise Unsupported(advice)
     if path.suffix in (".yaml", ".yml"):
         raise Unsupported(
-            f"{path} looks like a recipe, and here stands a model: write it out first with `dare merge {path} OUT`, "
-            "and name OUT"
+            f"{path} looks like a recipe, but a model is expected here: write it out first with "
+            f"`dare merge {path} OUT`, and name OUT"
         )
     if path.suffix not in (SAFETENSORS, ".bin"):
         raise Unsupported(f"{path} is not read: expected a directory, a {SAFETENSORS} file or an org/name on the Hub")

@@ -71,8 +71,8 @@ def open_by(opening: Opening) -> Checkpoint:
     if opener.needs_base and opening.base is None:
         instead = f", {opener.instead.format(ref=opening.ref)}" if opener.instead else ""
         raise PlanError(
-            f"{opening.ref} is {opener.kind}: what it holds needs its base; name the base (base_model in a recipe, "
-            f"--base or BASE of a command that has it){instead}"
+            f"{opening.ref} is {opener.kind}: it can only be used with its base; name the base (base_model in a "
+            f"recipe, --base or BASE of a command that has it){instead}"
         )
     return opener.open(opening)
 
@@ -87,4 +87,4 @@ def found_by(opening: Opening) -> tuple[Opener, Opening]:
         found = opener.find(opening)
         if found is not None:
             return opener, replace(opening, ref=found)
-    raise CheckpointError(f"{opening.ref} is no kind of input that can be opened here")
+    raise CheckpointError(f"{opening.ref} is not a kind of input that can be opened here")

@@ -138,7 +138,7 @@ def _read(ref: str, file: InputFile) -> Statistics:
         transposed = frozenset(map(str, facts.get("transposed", ())))
         digest = str(facts["model_digest"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{where} is damaged ({error!r}); make the file anew") from None
+        raise CheckpointError(f"{where} is damaged ({error!r}); recreate the file") from None
     if not (math.isfinite(norm) and norm >= 0) or any(count < 0 for count in rows.values()):
         raise CheckpointError(f"{where} is damaged: a norm or a number of rows is negative or not finite")
     return Statistics(facts["kind"], ref, digest, stored | same, rows, norm, mean, transposed, facts, file)

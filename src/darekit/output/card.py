@@ -79,7 +79,7 @@ def model_card(
         "",
         _fenced(f"dare merge {recipe_name} OUT", "sh"),
         "",
-        "Names of models that are no Hub ids are looked up in the working directory and beside the recipe.",
+        "Model names that are not Hub ids are looked up in the working directory and next to the recipe.",
         f"{_code(lock_name)} holds the seeds, the resolved parameters and the fingerprints of the inputs.",
         "",
         "## Cite",

@@ -204,7 +204,8 @@ def _refuse_changed(plan: Plan) -> None:
     changed = [str(file.path) for file in plan.files if file.changed()]
     if changed:
         raise CheckpointError(
-            f"{', '.join(changed)} changed while it was read; nothing was published. Run again when it is still"
+            f"{', '.join(changed)} changed while it was read; nothing was published. Run again once "
+            "nothing is writing to it"
         )
 
 

@@ -469,7 +469,7 @@ def _begin(place: Place, header: Header, resume: bool, notes: list[str]) -> Mapp
         told = "its identity cannot be read" if resume else "--resume would have continued it"
         notes.append(f"discarded an unfinished run ({len(finished)} tensors done); {told}")
     elif resume:
-        notes.append(f"no unfinished run of {place.out} to resume: starting anew")
+        notes.append(f"no unfinished run of {place.out} to resume: starting from the beginning")
     _discard(place)
     place.files.mkdir()
     _append(place.journal, json.dumps({"format": FORMAT, **asdict(header)}).encode() + b"\n")

@@ -288,7 +288,10 @@ def _text(document: Document, path: Key, raw: Any) -> str:
         fail(document, path, " has no value; write a directory or a Hub id")
     if not isinstance(raw, str):
         fail(
-            document, path, f"expected a directory or a Hub id, found {shown(raw)}; put a name that looks so in quotes"
+            document,
+            path,
+            f"expected a directory or a Hub id, found {shown(raw)}; if that really is the model's name, put it in "
+            "quotes",
         )
     return raw
 

@@ -90,7 +90,7 @@ def _raise_unknown(document: Document, unknown: Sequence[tuple[Key, str]]) -> No
             f"{'.'.join(map(str, path))} {why}"
             for path, why in unknown
         )
-        raise RecipeError(f"{document.name}: {len(unknown)} keys cannot stand where they are{listed}")
+        raise RecipeError(f"{document.name}: {len(unknown)} keys are not allowed where they are{listed}")
 
 
 def _explain_top(key: str) -> str:
@@ -110,7 +110,7 @@ def _explain_entry(key: str, words: Words) -> str:
     if key in ("statistics", "fisher", "gram"):
         return "is not known; a model's statistics file is its `stats:`"
     if key in words.model:
-        return "stands one level too high; write it under the model's `parameters:`"
+        return "is one level too high; move it under the model's `parameters:`"
     return f"is not known{suggest(key, _MODEL_KEYS)}"
 
 
@@ -194,7 +194,7 @@ def _explain(name: str, value: Any, path: Key, allowed: Mapping[str, Parameter],
     """Why a parameter cannot stand at `path`, and where it belongs."""
     sparse = words.sparsify
     if (sparse is None or name == WEIGHT.name) and (advice := mergekit.advise(name, value, words.method)):
-        return f"cannot stand here: {advice}"
+        return f"is not allowed here: {advice}"
     if name == mergekit.DENSITY.name:
         return f"is mergekit's word; with a `sparsify:` block write drop_rate: {mergekit.drop_rate_words(value)}"
     if name in words.shared:
