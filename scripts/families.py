@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).resolve().parent.parent / "src" / "darekit" / "architectures" / "families.jsonl"
+PAGE = FILE.parents[3] / "docs" / "which-models.md"
 
 SECONDS = 60  # for one build; the slowest takes 9
 
@@ -166,7 +167,7 @@ def raised(config: Any, wanted: tuple[str, ...]) -> tuple[Any, dict[int, str]]:
     """A config that counts more of what is wanted, each key by an amount of its own; amount -> key."""
     config = copy.deepcopy(config)
     keys: dict[int, str] = {}
-    # The step is a multiple of all paddings of a vocabulary; layers are raised by 1, 2, ..., told apart by their container.
+    # Tokens by multiples of 128, as some models pad their vocabulary; the rest by odd numbers: no two are alike.
     for path, node in nodes(config):
         for key, value in sorted(vars(node).items()):
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -288,7 +289,7 @@ def facts_of_class(cls: Any) -> Record:
     record["axes"] = _axes(cls, config, shapes)
     record["tokens"] = _token_keys(config)
     record["layers"] = _layers(cls, config, modules)
-    record |= _ties(cls, config, model)
+    record |= _ties(cls, model)
     record |= _renames(model, stored)
     return record
 
@@ -307,7 +308,15 @@ def default_config(cls: Any) -> Any:
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
-# Configs whose defaults build no model.
+_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 1024,
+    "indexer_compress_ratio": 4,
+}
+
+# Configs whose defaults build no model, or one that nobody has.
 OPEN: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 8},
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
@@ -323,17 +332,28 @@ OPEN: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": {"head_dim": 128},
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "informer": {"prediction_length": 8},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1]},
+    "deberta": {"relative_attention": True},  # as all that are published
+    "deberta-v2": {"relative_attention": True},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 6, "num_hidden_layers": 12}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1], "downsample_rate": "1/2"},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4},
     "ministral": {"head_dim": 128},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"num_key_value_heads": 48},
     "perception_lm": {"vision_config": {"model_type": "timm_wrapper", "model_args": {"embed_dim": 64}}},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "time_series_transformer": {"prediction_length": 8},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
 }
-RESNETS = ("detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer")  # their default is a backbone of timm's
+RESNETS = (
+    "detr",
+    "conditional_detr",
+    "dab-detr",
+    "deformable_detr",
+    "table-transformer",
+)  # their default is a backbone of timm's
 
 
 def without_timm() -> None:
@@ -359,7 +379,7 @@ def _is_counter(name: str) -> bool:
 
 
 def _is_table(module: Any) -> bool:
-    """Whether a module that calls itself an embedding is one lookup table: a 2-D weight of its own, no other weights."""
+    """Whether a module that calls itself an embedding is one lookup table: one 2-D weight, and no others."""
     own = [name for name, _ in module.named_parameters(recurse=False)]
     return own == ["weight"] and module.weight.dim() == 2 and hasattr(module, "num_embeddings")
 
@@ -375,7 +395,7 @@ def _is_raw_table(name: str, modules: Mapping[str, Any]) -> bool:
 def _weights_of(
     model: Any, getter: str, shapes: Mapping[str, Any], modules: Mapping[str, Any], tables: set[str] | None
 ) -> set[str]:
-    """Patterns of the tensors of the module that `getter` gives, here and in all models within; only of `tables`, if given."""
+    """Patterns of the tensors of what `getter` gives, here and in all models within; only of `tables`, if given."""
     from transformers import PreTrainedModel
 
     places = {id(module): path for path, module in reversed(modules.items())}
@@ -461,28 +481,34 @@ def _layers(cls: Any, config: Any, modules: Mapping[str, Any]) -> Record:
     return {path: sorted(of) for path, of in sorted(found.items()) if of}
 
 
-def _ties(cls: Any, config: Any, model: Any) -> Record:
-    """What is tied, by default and if the config says so; which keys say it; what is one tensor in any case."""
-    shared = _shared(model)
-    default = dict(model.all_tied_weights_keys)
+def _ties(cls: Any, model: Any) -> Record:
+    """What is tied and which config keys say so; what is one tensor in any case.
+
+    `ties`: source pattern by target pattern, with [tied by default, key, ...]. No key: the config is not asked.
+    """
+    shared = tie_patterns(_pairs(_shared(model)))
+    default = tie_patterns(model.all_tied_weights_keys)
     if not any(getattr(module, "_tied_weights_keys", None) for module in model.modules()):
-        return {"ties": {}, "tied": False, "tie_keys": [], "one": tie_patterns(_pairs(shared))}
+        return {"ties": {}, "one": shared}
+    config = default_config(cls)
     paths = [path for path, node in nodes(config) if hasattr(node, "tie_word_embeddings")]
-    every, keys, one = default, [], _pairs(shared)
+    found = {target: (source, True) for target, source in default.items()}
+    keys: dict[str, list[str]] = {}
     for path in paths:
-        with contextlib.suppress(Exception):
-            other = built(cls, flipped(cls, config, [path], not default))
-            if bool(other.all_tied_weights_keys) != bool(default):
-                keys.append(f"{path}.tie_word_embeddings".lstrip("."))
-                every = every or dict(other.all_tied_weights_keys)
-                one = {} if default else one
-                if default:
-                    one = _pairs(_shared(other))
-    names = set(shapes_of(model))
-    if default and not keys:
-        one = {}
-    every = {t: s for t, s in every.items() if t in names or not default}
-    return {"ties": tie_patterns(every), "tied": bool(default), "tie_keys": keys, "one": tie_patterns(one)}
+        for value in (True, False):
+            try:
+                other = built(cls, flipped(cls, config, [path], value))
+            except Exception as error:  # as where a part of a config has the key, and the class wants it of the whole
+                print(f"{cls.__name__}: {path}.tie_word_embeddings = {value}: {error!r}"[:200], file=sys.stderr)
+                continue
+            now = tie_patterns(other.all_tied_weights_keys)
+            for target in {*now, *default}:
+                if (target in now) != (target in default):
+                    found.setdefault(target, (now.get(target, ""), False))
+                    keys.setdefault(target, []).append(f"{path}.tie_word_embeddings".lstrip("."))
+            shared = {t: s for t, s in shared.items() if t not in now}
+    ties = {target: [source, int(tied), *keys.get(target, ())] for target, (source, tied) in sorted(found.items())}
+    return {"ties": ties, "one": {t: s for t, s in shared.items() if t not in ties}}
 
 
 def _shared(model: Any) -> list[list[str]]:
@@ -624,27 +650,45 @@ def family(model_type: str, classes: Mapping[str, Record], mains: Iterable[str],
     record["main"] = next((name for name in mains if name in classes), min(classes))
     for key in ("tables", "rebuilt", "buffers", "statistics", "counters"):
         found = {relative(n, c): 1 for c in classes.values() for n in c[key]}
+        if key == "buffers":  # without those of the next two kinds
+            others = _all(classes, relative, "statistics") | _all(classes, relative, "counters")
+            found = {n: 1 for n in found if n not in others}
         record[key] = list(suffixes(found, names))
     axes: Record = {}
     for of in classes.values():
         for name, counts in of["axes"].items():
-            axes.setdefault(relative(name, of), {}).update(counts)
-    record["axes"] = suffixes(axes, names)
+            if name in of["rebuilt"]:
+                continue
+            counts = {axis: key for axis, key in counts.items() if key != "num_labels"}
+            if counts:
+                axes.setdefault(relative(name, of), []).append(counts)
+    apart = {name for name, counts in axes.items() if any(other != counts[0] for other in counts)}
+    record["axes"] = suffixes({name: counts[0] for name, counts in axes.items() if name not in apart}, names)
     record["tokens"] = sorted({key for c in classes.values() for key in c["tokens"]})
+    record["input"] = sorted({relative(n, c) for c in classes.values() for n in c["input"]})
+    record["output"] = sorted({relative(n, c) for c in classes.values() for n in c["output"]})
+    said = [tuple(tie[1:]) for c in classes.values() for tie in c["ties"].values()]
+    record["tied"] = list(max(sorted(set(said)), key=said.count)) if said else []  # what most of them say
     record["layers"] = {relative(n, c): keys for c in classes.values() for n, keys in c["layers"].items()}
     bases = {relative(n, classes[base]) for n in classes[base]["names"]} if base else set()
     record["parts"] = sorted({n.partition(".")[0] for n in bases})
     record["classes"] = {}
     for name, of in sorted(classes.items()):
         own = {key: of[key] for key in ("missing", "unexpected", "unsaved", "fp32", "fp32_strict", "fixed")}
-        own |= {key: of[key] for key in ("prefix", "base_model_prefix", "input", "output", "ties", "tie_keys", "one")}
-        own["tied"] = int(of["tied"])
+        own |= {key: of[key] for key in ("prefix", "one", "renames")}
+        own["ties"] = {t: tie[0] if tie[1:] == record["tied"] else tie for t, tie in of["ties"].items()}
+        if any(scope is not None for scope, _ in of["renames"]) and of["base_model_prefix"] != of["prefix"]:
+            own["base"] = of["base_model_prefix"]
+        own["axes"] = {f"^{relative(n, of)}": counts for n, counts in of["axes"].items() if relative(n, of) in apart}
         own["heads"] = heads(of, bases, is_base=name == base)
         inner = {relative(n, of) for n in of["names"]}
         own["lacks"] = folded(bases - inner, inner) if of["prefix"] and bases & inner else []
-        own["renames"] = of["renames"]
         record["classes"][name] = {key: value for key, value in own.items() if value}
-    return {key: value for key, value in record.items() if value}
+    return {key: value for key, value in record.items() if value or key == "type"}
+
+
+def _all(classes: Mapping[str, Record], relative: Callable[[str, Record], str], key: str) -> set[str]:
+    return {relative(name, of) for of in classes.values() for name in of[key]}
 
 
 def heads(of: Record, bases: set[str], *, is_base: bool) -> list[str]:
@@ -669,7 +713,7 @@ def lines(classes: Mapping[str, Record]) -> Iterator[str]:
 
     known = {name: copy.deepcopy(record) for name, record in sorted(classes.items()) if "error" not in record}
     legacy = [transform(entry) for entry in get_checkpoint_conversion_mapping("legacy")]
-    missing = {name: record["error"] for name, record in sorted(classes.items()) if "error" in record}
+    missing = {name: record["error"][:90] for name, record in sorted(classes.items()) if "error" in record}
     yield dumped({"transformers": transformers.__version__, "legacy": legacy, "unknown": missing})
     tables: dict[str, str] = {}
     for name, record in known.items():
@@ -694,6 +738,31 @@ def lines(classes: Mapping[str, Record]) -> Iterator[str]:
 
 def _names(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+# What families are called on the page, by the ending of their main class; the first that fits.
+KINDS = (
+    ("Language models", ("ForCausalLM", "LMHeadModel", "WithLMHead", "HeadModel")),
+    ("Encoder-decoders, models with vision, audio or several of these", ("ForConditionalGeneration", "MTModel")),
+    ("Encoders", ("ForMaskedLM", "ForPreTraining")),
+    ("Others: vision, audio, time series, parts of larger models", ("",)),
+)
+BEGIN, END = "<!-- families: written by scripts/families.py -->", "<!-- families: end -->"
+
+
+def page(text: str) -> str:
+    """docs/which-models.md with its list of families as the table has it."""
+    header, *records = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
+    found = [record for record in records if "classes" in record and record["type"]]
+    kinds: dict[str, list[str]] = {kind: [] for kind, _ in KINDS}
+    for record in found:
+        kinds[next(kind for kind, ends in KINDS if record["main"].endswith(ends))].append(record["type"])
+    count = sum(len(record["classes"]) for record in found)
+    lines = [f"From transformers {header['transformers']}: {len(found)} model types, {count} classes.", ""]
+    for kind, types in kinds.items():
+        lines += [f"**{kind}** ({len(types)}): " + ", ".join(f"`{name}`" for name in types) + ".", ""]
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return before + BEGIN + "\n\n" + "\n".join(lines) + "\n" + END + after
 
 
 def dumped(value: Any) -> str:
@@ -726,6 +795,7 @@ def main() -> None:
         print("\n".join(lines(records)))
     elif parts == 1:
         FILE.write_text("".join(line + "\n" for line in lines(records)), encoding="utf-8")
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

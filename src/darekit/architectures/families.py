@@ -2,10 +2,11 @@
 """What the loader knows of a model's tensors: ties, renames, buffers, axes that count tokens, heads.
 
 The facts of transformers' own classes are data (`families.jsonl`, written by scripts/families.py from transformers
-itself). `facts_of(config)` finds a model's; where its class and model type are unknown, names alone must do (`GENERIC`).
+itself). `facts_of(config)` finds a model's; where its class and model type are unknown, names alone must do
+(`GENERIC`).
 
-Names may be those in files or those in memory, with or without the prefix of the base model. In patterns of names `#` is
-any number. Queries about a name look it up by its ending, so they are cheap, and right for parts of larger models.
+Names may be those in files or those in memory, with or without the prefix of the base model. In patterns of names `#`
+is any number. Queries look a name up by its ending, so they are cheap, and right for parts of larger models.
 """
 
 from __future__ import annotations
@@ -26,14 +27,12 @@ FILE = Path(__file__).with_name("families.jsonl")
 WRAPPERS_BEFORE = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "base_model.model.")
 WRAPPERS_WITHIN = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "base_layer.")
 
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config")  # where a composite model keeps its language model
-
 # What names tell where nothing else does.
 HEADS = ("lm_head*", "*.lm_head.*", "embed_out.*", "*classifier*", "score*", "cls.*", "qa_outputs.*")
-_TABLES = ("*embed_tokens.weight", "*wte.weight", "*wpe.weight", "*embed_in.weight", "*embeddings.weight", "shared.weight")
-_INPUTS = (*_TABLES, "*word_embeddings.weight")
+_INPUTS = ("*embed_tokens.weight", "*wte.weight", "*embed_in.weight", "*embeddings.weight", "shared.weight")
 _OUTPUTS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "lm_head.decoder.weight")
 _OUTPUT_BIASES = ("lm_head.bias", "cls.predictions.bias", "cls.predictions.decoder.bias", "lm_head.decoder.bias")
+_EMBEDDINGS = ("*embed*", "*wte*", "*wpe*", "shared.weight")
 _NOT_WORDS = ("*position*", "*wpe*", "*token_type*")
 
 # Buffers that every loader makes anew, whatever the model. `masked_bias` is -1e9 beside a mask in old GPT checkpoints.
@@ -148,6 +147,24 @@ class Rename:
         return self.guarded and self.apply(name, active=False)[1] == self.sources[0]
 
 
+@dataclass(frozen=True)
+class Tie:
+    """A tensor that can be another's: `source`, in which `$i` is the i-th number of the tensor's own name."""
+
+    source: str
+    by_default: bool
+    keys: tuple[str, ...] = ()  # the config keys that decide, with dots; none: the config is not asked
+
+    def holds(self, config: Mapping[str, Any]) -> bool:
+        """Whether it is tied by a config: as by default, unless a key says otherwise.
+
+        >>> Tie("shared.weight", True, ("tie_word_embeddings",)).holds({"tie_word_embeddings": False})
+        False
+        """
+        said = [value for key in self.keys if isinstance(value := _value(config, key), bool)]
+        return (all(said) if self.by_default else any(said)) if said else self.by_default
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What is known of one model: the facts of its class, and of its family for what the class does not have."""
@@ -156,13 +173,10 @@ class Facts:
     class_name: str | None = None  # a class that the table knows: the config's, else the model type's main class
     is_exact: bool = False  # the config names `class_name` itself
     prefix: str = ""  # the attribute under which the class has its base model
-    tied: bool = False  # this config ties (`ties` hold)
-    tied_by_default: bool = False  # the class ties where the config does not say
-    tie_keys: tuple[str, ...] = ()  # the config keys that decide, with dots; none: the class always or never ties
-    ties: Mapping[str, str] = field(default_factory=dict)  # pattern -> the name it is tied to; `$i`: the i-th number
-    one: Mapping[str, str] = field(default_factory=dict)  # the same for tensors that are one whatever the config says
-    inputs: tuple[str, ...] = ()  # patterns of the input embeddings
-    outputs: tuple[str, ...] = ()  # patterns of the output embeddings, biases included
+    ties: Mapping[str, Tie] = field(default_factory=dict)  # pattern -> what it can be tied to
+    held: Mapping[str, str] = field(default_factory=dict)  # pattern -> what it is tied to by this config
+    inputs: frozenset[str] = frozenset()  # patterns of the input embeddings, without the prefix
+    outputs: frozenset[str] = frozenset()  # patterns of the output embeddings, biases included
     heads: tuple[str, ...] = ()  # prefixes of what the class has besides its base model
     other_heads: tuple[str, ...] = ()  # the same of the family's other classes
     parts: tuple[str, ...] = ()  # first words of the base model's names
@@ -244,15 +258,49 @@ class Facts:
     def _relative(self, name: str) -> str:
         return name.removeprefix(f"{self.prefix}.") if self.prefix else name
 
-    def _look_up(self, table: Iterable[str], name: str) -> str | None:
-        """The entry of a table of endings that a name has."""
-        words = pattern_of(self.relative(name)).split(".")
-        for i in reversed(range(len(words))):
-            if (ending := ".".join(words[i:])) in table:
-                return ending
-        return whole if (whole := "^" + ".".join(words)) in table else None
+    def _pattern(self, name: str) -> str:
+        """The pattern of the name in memory; remembered by the stored name's pattern, as experts are many."""
+        stored = pattern_of(name)
+        if (pattern := self._patterns.get(stored)) is None:
+            pattern = pattern_of(self.canonical(name))
+            if not self._renames_numbers:
+                self._patterns[stored] = pattern
+        return pattern
+
+    def _key(self, name: str) -> str:
+        return self._relative(self._pattern(name))
+
+    @cached_property
+    def _patterns(self) -> dict[str, str]:
+        return {}
+
+    @cached_property
+    def _renames_numbers(self) -> bool:
+        """Whether some rename is about one number, so that names of one pattern part ways."""
+        words = (word for r in self._renamings for source in r.sources for word in re.split(r"\\?\.", source))
+        return any(re.match(r"[(\[^]*\d", word) for word in words)
+
+    def _look_up(self, table: str, name: str) -> str | None:
+        """The entry of a table of endings (an attribute) that a name has."""
+        key = self._key(name)
+        if (table, key) not in self._found:
+            self._found[table, key] = _ending(getattr(self, table), key)
+        return self._found[table, key]
+
+    @cached_property
+    def _found(self) -> dict[tuple[str, str], str | None]:
+        return {}
 
     # Ties
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether an output embedding is tied, by this config.
+
+        >>> facts_of({"model_type": "gpt2"}).is_tied, facts_of({"model_type": "llama"}).is_tied
+        (True, False)
+        """
+        return any(pattern_of(self._relative(target)) in self.outputs for target in self.held)
 
     def tied_to(self, name: str) -> str | None:
         """The tensor, by its name in memory, whose values this one has; None: it has its own.
@@ -264,16 +312,19 @@ class Facts:
         >>> reward.tied_to("lm_head.weight") is None
         True
         """
-        name = self.canonical(name)
-        found = None
-        for ties in (self.one, self.ties if self.tied else {}):
-            step: str | None = found or name
-            while (target := ties.get(pattern_of(step or ""))) is not None:
-                numbers = _NUMBERS.findall(step or "")
-                step = found = re.sub(r"\$(\d)", lambda which: numbers[int(which[1])], target)  # noqa: B023
-                if found == name:
-                    return None
-        return found
+        return self._tied_to(self.canonical(name))
+
+    def _tied_to(self, name: str) -> str | None:
+        path = [
+            name
+        ]  # a pattern of ties within a list holds for the one that the others are tied to, too: it ends there
+        while (source := self.held.get(pattern_of(path[-1]))) is not None:
+            numbers = _NUMBERS.findall(path[-1])
+            step = re.sub(r"\$(\d)", lambda which: numbers[int(which[1])], source)  # noqa: B023
+            if step in path:
+                break
+            path.append(step)
+        return path[-1] if len(path) > 1 else None
 
     def tied_names(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
         """The groups of these stored names that are one tensor each, the one they are tied to first if it is stored.
@@ -283,7 +334,7 @@ class Facts:
         """
         groups: dict[str, list[str]] = {}
         for stored, name in self.canonicals(names).items():
-            root = self.tied_to(name) or name
+            root = self._tied_to(name) or name
             groups.setdefault(root, []).insert(0 if root == name else len(groups.get(root, ())), stored)
         return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
@@ -295,13 +346,13 @@ class Facts:
         With a shape, masks are known where no name tells: a bias never has four axes.
 
         >>> neox = facts_of({"model_type": "gpt_neox"})
-        >>> neox.is_rebuilt("gpt_neox.layers.0.attention.bias"), neox.is_rebuilt("gpt_neox.layers.0.attention.dense.bias")
-        (True, False)
+        >>> [neox.is_rebuilt(f"gpt_neox.layers.0.attention.{name}") for name in ("bias", "dense.bias")]
+        [True, False]
         >>> facts_of({"model_type": "gpt2"}).is_rebuilt("h.0.attn.bias", (1, 1, 1024, 1024))
         True
         """
         last = name.rpartition(".")[2]
-        if last in _REBUILT or self._look_up(self.rebuilt, name) is not None:
+        if last in _REBUILT or self._look_up("rebuilt", name) is not None:
             return True
         if last == "bias" and shape is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]:
             return True
@@ -309,7 +360,9 @@ class Facts:
 
     @cached_property
     def _masks(self) -> re.Pattern[str] | None:
-        return _any_of([text for text in self.unexpected if _OF_BUFFERS.search(text)])
+        # Whole words: transformers asks these only of what a model does not have, and `attn.bias` is in `c_attn.bias`.
+        masks = [text.removeprefix(".*").removesuffix(".*") for text in self.unexpected if _OF_BUFFERS.search(text)]
+        return _any_of([rf"(^|\.){text}(\.|$)" for text in masks])
 
     def ignored_when_missing(self, name: str) -> bool:
         """Whether a checkpoint need not have it.
@@ -349,8 +402,8 @@ class Facts:
         True
         """
         if not self.is_known:
-            return _matches(name, ("*embed*", "*wte*", "*wpe*", "shared.weight")) and not _matches(name, ("*embedder*",))
-        return self._look_up(self.tables, name) is not None
+            return _matches(name, _EMBEDDINGS) and "embedder" not in name
+        return self._look_up("tables", name) is not None
 
     def is_input_embedding(self, name: str) -> bool:
         """Whether it is a table of the model's tokens.
@@ -360,12 +413,7 @@ class Facts:
         """
         if not self.is_known:
             return _matches(name, _INPUTS) and not _matches(name, _NOT_WORDS)
-        name = self.canonical(name)
-        return pattern_of(name) in self._inputs or pattern_of(self._relative(name)) in self._inputs
-
-    @cached_property
-    def _inputs(self) -> frozenset[str]:
-        return frozenset({*self.inputs, *(self._relative(name) for name in self.inputs)})
+        return self._key(name) in self.inputs
 
     def is_output_embedding(self, name: str) -> bool:
         """Whether it turns states into logits of tokens (its bias included).
@@ -375,7 +423,7 @@ class Facts:
         """
         if not self.is_known:
             return name.endswith((*_OUTPUTS, *_OUTPUT_BIASES))
-        return pattern_of(self.canonical(name)) in self.outputs
+        return self._key(name) in self.outputs
 
     def is_head(self, name: str) -> bool:
         """Whether it belongs to a head: the class has it besides its base model, or another class of the family does.
@@ -388,7 +436,7 @@ class Facts:
         """
         if not self.is_known:
             return _matches(name, HEADS)
-        name = self.canonical(name)
+        name = self._pattern(name)
         if self.prefix and name.startswith(f"{self.prefix}."):
             return False
         if _begins(name, self.heads):
@@ -403,7 +451,7 @@ class Facts:
         >>> facts_of({"architectures": ["BertForMaskedLM"]}).is_optional("bert.pooler.dense.weight")
         True
         """
-        return _begins(self.relative(name), self.others_lack)
+        return _begins(self._key(name), self.others_lack)
 
     def is_lacking(self, name: str) -> bool:
         """Whether it is a part of the base model that this class is built without.
@@ -411,7 +459,7 @@ class Facts:
         >>> facts_of({"architectures": ["RobertaForSequenceClassification"]}).is_lacking("roberta.pooler.dense.bias")
         True
         """
-        return _begins(self.relative(name), self.lacks)
+        return _begins(self._key(name), self.lacks)
 
     def is_buffer(self, name: str) -> bool:
         """Whether it is a stored buffer rather than a parameter: training does not touch it by gradients.
@@ -419,7 +467,7 @@ class Facts:
         >>> facts_of({"model_type": "deepseek_v3"}).is_buffer("model.layers.3.mlp.gate.e_score_correction_bias")
         True
         """
-        return self.is_statistic(name) or self.is_counter(name) or self._look_up(self.buffers, name) is not None
+        return self.is_statistic(name) or self.is_counter(name) or self._look_up("buffers", name) is not None
 
     def is_statistic(self, name: str) -> bool:
         """Whether it is a running mean or variance.
@@ -427,7 +475,7 @@ class Facts:
         >>> facts_of({"model_type": "resnet"}).is_statistic("resnet.embedder.embedder.normalization.running_var")
         True
         """
-        return name.endswith((".running_mean", ".running_var")) or self._look_up(self.statistics, name) is not None
+        return name.endswith((".running_mean", ".running_var")) or self._look_up("statistics", name) is not None
 
     def is_counter(self, name: str) -> bool:
         """Whether it counts batches.
@@ -435,7 +483,7 @@ class Facts:
         >>> GENERIC.is_counter("bn.num_batches_tracked")
         True
         """
-        return name.endswith("num_batches_tracked") or self._look_up(self.counters, name) is not None
+        return name.endswith("num_batches_tracked") or self._look_up("counters", name) is not None
 
     def stays_f32(self, name: str, dtype: str) -> bool:
         """Whether transformers keeps it in F32 where `dtype` ("F16" or "BF16") is asked for.
@@ -457,7 +505,7 @@ class Facts:
         >>> dict(facts_of({"model_type": "bert"}).counted("bert.embeddings.position_embeddings.weight"))
         {0: 'max_position_embeddings'}
         """
-        ending = self._look_up(self.axes, name)
+        ending = self._look_up("axes", name)
         return {} if ending is None else self.axes[ending]
 
     def token_axis(self, name: str, shape: tuple[int, ...]) -> int | None:
@@ -467,7 +515,7 @@ class Facts:
         1
         >>> facts_of({"model_type": "t5"}).token_axis("shared.weight", (32128, 512))
         0
-        >>> facts_of({"model_type": "bert"}).token_axis("bert.embeddings.position_embeddings.weight", (512, 768)) is None
+        >>> facts_of({"model_type": "bert"}).token_axis("embeddings.position_embeddings.weight", (512, 768)) is None
         True
         """
         if not self.is_known or not self.axes:
@@ -501,8 +549,8 @@ def facts_of(config: Mapping[str, Any] | None) -> Facts:
 
     Reads the one family's line of the table, and no other; remembers it.
 
-    >>> facts_of({"model_type": "llama"}).class_name, facts_of({"model_type": "of-my-own"}).is_known, facts_of(None).tied
-    ('LlamaForCausalLM', False, False)
+    >>> facts_of({"model_type": "llama"}).class_name, facts_of({"model_type": "of-my-own"}).is_known
+    ('LlamaForCausalLM', False)
     """
     if not config:
         return GENERIC
@@ -512,8 +560,8 @@ def facts_of(config: Mapping[str, Any] | None) -> Facts:
     facts = _facts(name, model_type if isinstance(model_type, str) else None)
     if not facts.is_known:
         return facts
-    said = [value for key in facts.tie_keys if isinstance(value := _value(config, key), bool)]
-    return replace(facts, tied=said[0] if said else facts.tied_by_default)
+    held = {target: tie.source for target, tie in facts.ties.items() if tie.holds(config)}
+    return replace(facts, held={**facts.held, **held})
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
@@ -590,13 +638,10 @@ def _facts(name: str | None, model_type: str | None) -> Facts:
         class_name=main,
         is_exact=is_exact,
         prefix=own.get("prefix", ""),
-        tied=bool(own.get("tied")),
-        tied_by_default=bool(own.get("tied")),
-        tie_keys=tuple(own.get("tie_keys", ())),
-        ties=own.get("ties", {}),
-        one=own.get("one", {}),
-        inputs=tuple(own.get("input", ())),
-        outputs=tuple(own.get("output", ())),
+        ties={target: _tie(tie, record["tied"]) for target, tie in own.get("ties", {}).items()},
+        held=own.get("one", {}),
+        inputs=frozenset(record.get("input", ())),
+        outputs=frozenset(record.get("output", ())),
         heads=tuple(own.get("heads", ())),
         other_heads=union("heads"),
         parts=tuple(record.get("parts", ())),
@@ -612,12 +657,27 @@ def _facts(name: str | None, model_type: str | None) -> Facts:
         buffers=frozenset(record.get("buffers", ())),
         statistics=frozenset(record.get("statistics", ())),
         counters=frozenset(record.get("counters", ())),
-        axes={end: {int(a): key for a, key in of.items()} for end, of in record.get("axes", {}).items()},
+        axes={
+            end: {int(axis): key for axis, key in counts.items()}
+            for end, counts in {**record.get("axes", {}), **own.get("axes", {})}.items()
+        },
         token_keys=tuple(record.get("tokens", ())),
         layers={end: tuple(keys) for end, keys in record.get("layers", {}).items()},
-        renames=_renames(own.get("renames", ()), own.get("base_model_prefix", "")),
+        renames=_renames(own.get("renames", ()), own.get("base", own.get("prefix", ""))),
         fixed=frozenset(own.get("fixed", ())),
     )
+
+
+def _tie(entry: str | list[Any], usual: list[Any]) -> Tie:
+    source, by_default, *keys = [entry, *usual] if isinstance(entry, str) else entry
+    return Tie(source, bool(by_default), tuple(keys))
+
+
+def _ending(table: Iterable[str], key: str) -> str | None:
+    """The shortest ending of whole words that the table has, or all of the key after `^`."""
+    words = key.split(".")
+    endings = (".".join(words[i:]) for i in reversed(range(len(words))))
+    return next((ending for ending in (*endings, "^" + key) if ending in table), None)
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
