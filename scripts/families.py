@@ -38,7 +38,7 @@ TYPES = re.compile(r"^type_vocab_size$")
 POSITIONS = re.compile(
     r"^(max(_[a-z0-9]+)*_positions?(_embeddings)?|n_positions|n_ctx|seq_length|max_seq(uence)?_len(gth)?|context_length)$"
 )
-LAYERS = re.compile(r"(^|_)(num_hidden_layers|num_layers|n_layers?|layers|num_blocks|depth)$")
+LAYERS = re.compile(r"^(?!.*(window|shared|nextn|mtp|dense|skip))(|.*_)(n_layers?|layers|num_blocks|depth)$")
 
 # Auto classes in the order in which one of them is the family's own, where a config names no class.
 MAIN = (
@@ -192,19 +192,25 @@ def raised(config: Any, wanted: tuple[str, ...]) -> tuple[Any, dict[int, str]]:
     return config, keys
 
 
-def deeper(config: Any) -> tuple[Any, dict[int, list[str]]]:
-    """A config with more layers; amount -> the keys that were raised by it."""
+def deeper(config: Any, only: str | None = None) -> tuple[Any, dict[int, list[str]]]:
+    """A config with more layers, of all kinds or of one; amount -> the key that was raised by it."""
     config = copy.deepcopy(config)
     keys: dict[int, list[str]] = {}
     for path, node in nodes(config):
+        longer: set[str] = set()
         for key, value in sorted(vars(node).items()):
-            if LAYERS.search(key) and isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                amount = len(keys) + 1
-                keys[amount] = [f"{path}.{key}" if path else key]
-                for other, row in sorted(vars(node).items()):
-                    if isinstance(row, (list, tuple)) and len(row) == value:
-                        setattr(node, other, type(row)([*row, *[row[-1]] * amount]))
-                setattr(node, key, value + amount)
+            full = f"{path}.{key}" if path else key
+            if not LAYERS.search(key) or not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                continue
+            if only not in (None, full):
+                continue
+            amount = len(keys) + 1
+            keys[amount] = [full]
+            for other, row in sorted(vars(node).items()):
+                if isinstance(row, (list, tuple)) and len(row) == value and other not in longer:
+                    setattr(node, other, type(row)([*row, *[row[-1]] * amount]))
+                    longer.add(other)
+            setattr(node, key, value + amount)
     return config, keys
 
 
@@ -469,16 +475,44 @@ def _layers(cls: Any, config: Any, modules: Mapping[str, Any]) -> Record:
     """Containers of layers -> the config keys that say how many."""
     from torch import nn
 
-    try:
-        more, keys = deeper(config)
-        after = dict(built(cls, more).named_modules(remove_duplicate=False)) if keys else {}
-    except Exception:  # layers that must fit other lists: unknown
-        return {}
-    found: dict[str, set[str]] = {}
-    for path, module in modules.items():
-        if isinstance(module, nn.ModuleList) and isinstance(after.get(path), nn.ModuleList):
-            found.setdefault(pattern(path), set()).update(keys.get(len(after[path]) - len(module), ()))
-    return {path: sorted(of) for path, of in sorted(found.items()) if of}
+    def lengths(more: Any) -> dict[str, int]:
+        lists = built(cls, more).named_modules(remove_duplicate=False)
+        return {path: len(module) for path, module in lists if isinstance(module, nn.ModuleList)}
+
+    def raised_by(only: str | None = None) -> Record:
+        more, keys = deeper(config, only)
+        found: dict[str, set[str]] = {}
+        for path, length in (lengths(more) if keys else {}).items():
+            if isinstance(modules.get(path), nn.ModuleList):
+                found.setdefault(pattern(path), set()).update(keys.get(length - len(modules[path]), ()))
+        return {path: sorted(of) for path, of in sorted(found.items()) if of}
+
+    with contextlib.suppress(Exception):
+        return raised_by()
+    found: Record = {}
+    for keys in deeper(config)[1].values():  # one at a time, where all of them together fit no other lists
+        with contextlib.suppress(Exception):
+            found |= raised_by(keys[0])
+    counts = {keys[0]: _value(config, keys[0]) for keys in deeper(config)[1].values()}
+    for path, module in modules.items():  # and by their length, where not even one fits
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and pattern(path) not in found
+            and "#" not in pattern(path)
+        ):
+            keys = [key for key, count in counts.items() if count == len(module)]
+            kinds = {type(layer).__name__ for layer in module}
+            if keys and all(re.search("Layer|Block", kind) for kind in kinds):
+                near = [key for key in keys if key.partition("_")[0] in path]
+                found[path] = near or keys
+    return dict(sorted(found.items()))
+
+
+def _value(config: Any, key: str) -> Any:
+    for word in key.split("."):
+        config = getattr(config, word)
+    return config
 
 
 def _ties(cls: Any, model: Any) -> Record:
@@ -729,6 +763,11 @@ def lines(classes: Mapping[str, Record]) -> Iterator[str]:
     for name, record in known.items():
         types.setdefault(record["type"], {})[name] = record
     tasks = [getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in MAIN] + [auto.MODEL_MAPPING_NAMES]
+    # Model types without classes of their own: they use another's.
+    for model_type in sorted({t for task in tasks for t in task} - set(types)):
+        others = [n for task in tasks for n in _names(task.get(model_type)) if n in known]
+        if others:
+            yield dumped({"type": model_type, "class": others[0]})
     for model_type, of in sorted(types.items()):
         mains = [n for task in tasks for n in _names(task.get(model_type))]
         base = next((n for n in _names(auto.MODEL_MAPPING_NAMES.get(model_type)) if n in of), None)

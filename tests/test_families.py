@@ -294,6 +294,15 @@ def test_a_class_of_ones_own_is_judged_by_its_model_type():
     assert (facts.class_name, facts.is_exact) == ("LlamaForCausalLM", False)
 
 
+def test_a_model_type_without_classes_uses_anothers():
+    assert facts_of({"model_type": "gpt-sw3"}).class_name == "GPT2LMHeadModel"
+
+
+def test_where_two_classes_of_a_family_count_by_other_keys_each_has_its_own():
+    assert of("SeamlessM4TModel").counted("lm_head.weight") == {0: "vocab_size"}
+    assert of("SeamlessM4TTextToUnitForConditionalGeneration").counted("lm_head.weight") == {0: "t2u_vocab_size"}
+
+
 # --- speed
 
 

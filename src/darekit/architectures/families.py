@@ -171,7 +171,7 @@ class Facts:
 
     model_type: str | None = None
     class_name: str | None = None  # a class that the table knows: the config's, else the model type's main class
-    is_exact: bool = False  # the config names `class_name` itself
+    is_exact: bool = False  # `class_name` is what was asked for, not the model type's main class
     prefix: str = ""  # the attribute under which the class has its base model
     ties: Mapping[str, Tie] = field(default_factory=dict)  # pattern -> what it can be tied to
     held: Mapping[str, str] = field(default_factory=dict)  # pattern -> what it is tied to by this config
@@ -627,6 +627,8 @@ def _facts(name: str | None, model_type: str | None) -> Facts:
     if at < 0:
         return GENERIC
     record = _line(at)
+    if "class" in record:
+        return _facts(record["class"], None)
     main = name if is_exact and name else record["main"]
     own, classes = record["classes"][main], record["classes"]
 
