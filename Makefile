@@ -5,7 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint wheel test-wheel release-check changelog hooks paper bench bench-packs docs site clean
+.PHONY: demo test check lint wheel test-wheel release-check changelog hooks paper bench bench-packs docs families site \
+    clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/dare demo
@@ -64,6 +65,10 @@ docs: $(VENV)/dev.stamp
 
 site: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The table of what transformers knows of its classes' tensors: half an hour on one core, after a new version is pinned.
+families: $(VENV)/dev.stamp
+	$(BIN)/python scripts/families.py
 
 # torch first and alone: pinned, it is the CPU build where one is at hand, and nothing later replaces it.
 $(VENV)/torch.stamp: constraints.txt
