@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write src/darekit/architectures/families.jsonl: what the installed transformers knows about its own classes.
 
-    python scripts/families.py                   # all classes, about half an hour on one core
+    python scripts/families.py                   # all classes, six minutes on one core
     python scripts/families.py --cache DIR       # the same, keeping what it learns of each class: can be interrupted
     python scripts/families.py --only bert,t5    # print the records of these model types, write nothing
 

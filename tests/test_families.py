@@ -494,7 +494,7 @@ def test_the_page_lists_the_families():
 
 @pytest.mark.check
 def test_all_classes_learned_again_give_the_table(script):
-    """A quarter of an hour on one core."""
+    """Six minutes on one core."""
     classes = script.all_classes()
     records = {name: script.learn(cls, None) for name, cls in classes.items()}
     text = "".join(line + "\n" for line in script.lines(records))
@@ -503,7 +503,7 @@ def test_all_classes_learned_again_give_the_table(script):
 
 @pytest.mark.check
 def test_all_names_are_renamed_as_transformers_does(script):
-    """Two minutes on one core."""
+    """Three minutes on one core."""
     known = {name: cls for name, cls in script.all_classes().items() if of(name).is_exact}
     assert len(known) > 1600
     wrong = {name: found for name, cls in known.items() if (found := list(renamed_otherwise(script, cls, of(name))))}
