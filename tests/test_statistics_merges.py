@@ -636,7 +636,7 @@ def test_files_that_are_no_statistics(llamas, made, tmp_path):
         recipe["models"][0]["stats"] = found
         with pytest.raises(DarekitError, match=says):
             dk.merge(recipe, tmp_path / "out")
-    with pytest.raises(DarekitError, match="holds statistics of a model, and no model"):
+    with pytest.raises(DarekitError, match="holds statistics of a model and is not a model itself"):
         dk.merge(
             {"models": [str(made / "m0.fisher.safetensors")], "merge_method": "linear"}, tmp_path / "out"
         )  # fmt: skip

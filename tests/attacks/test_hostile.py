@@ -59,7 +59,7 @@ def test_truncated_anywhere(tmp_path):
     whole = encode({"v": tensor(), "w": tensor((2, 2), 8, 24)}, bytes(24))
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="is truncated" if size >= 8 else "no safetensors file"):
+        with pytest.raises(CheckpointError, match="is truncated" if size >= 8 else "not a safetensors file"):
             open_checkpoint(path)
 
 

@@ -430,7 +430,7 @@ def open_pack(path: str | Path, base: str | Path | Checkpoint | None = None) -> 
         >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
         >>> with dk.open_pack("math.safetensors", base="base") as pack:
         ...     print(pack)
-        <Pack: math.safetensors, 21 tensors, 18.3 kB, bound to base>
+        <Pack: math.safetensors, 21 tensors, 18... kB, bound to base>
 
         Turn the base's weights in memory into the packed model's, in place; a torch module will do as well:
 
