@@ -267,7 +267,7 @@ def _outputs(draft: Draft) -> list[OutputTensor]:
     """The output's tensors in order, each in its number format."""
     dtype = DTYPES[draft.recipe.dtype] if draft.recipe.dtype else None
     return [
-        OutputTensor(t.name, dtype.name if dtype and is_float(t.dtype) else t.dtype, t.shape)
+        OutputTensor(t.name, dtype.name if dtype and is_float(t.dtype) and not t.copied else t.dtype, t.shape)
         for t in draft.alignment.tensors
     ]
 
