@@ -292,6 +292,14 @@ class Facts:
         """
         return self._relative(self.canonical(name))
 
+    def without_prefix(self, name: str) -> str:
+        """A name in memory without the prefix of the base model.
+
+        >>> facts_of({"architectures": ["BertForMaskedLM"]}).without_prefix("bert.pooler.dense.bias")
+        'pooler.dense.bias'
+        """
+        return self._relative(name)
+
     def _relative(self, name: str) -> str:
         return name.removeprefix(f"{self.prefix}.") if self.prefix else name
 

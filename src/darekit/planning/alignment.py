@@ -11,6 +11,7 @@ from darekit.architectures.families import HEADS
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError
+from darekit.planning.fusing import fit_parts
 from darekit.planning.naming import Roles, View, buffers_of, views_of
 from darekit.planning.ties import settle_ties
 from darekit.planning.vocabulary import rows_told, sizes_for_config, tokens_axis
@@ -95,6 +96,7 @@ def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, 
     if isinstance(heads, Checkpoint):
         naming = next(view for view in views if view.checkpoint is heads)
     tied = settle_ties(views, notes)
+    fit_parts(views, notes)
     taken: dict[str, TensorInfo] = {}
     if isinstance(heads, Checkpoint):
         taken = _take_heads(naming, views, notes)
