@@ -13,7 +13,7 @@ from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError
 from darekit.planning.fusing import fit_parts
 from darekit.planning.naming import Roles, View, buffers_of, views_of
-from darekit.planning.ties import settle_ties
+from darekit.planning.ties import has_own_head, settle_ties
 from darekit.planning.vocabulary import rows_told, sizes_for_config, tokens_axis
 from darekit.wording import label
 
@@ -71,7 +71,14 @@ class Alignment:
 Heads = Checkpoint | Literal["merged", "common"]
 
 
-def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, heads: Heads = "merged") -> Alignment:
+def align(
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    vocab: str,
+    *,
+    heads: Heads = "merged",
+    verbatim: bool = False,
+) -> Alignment:
     """Headers of all checkpoints -> which tensors correspond, or an error that lists what does not.
 
     Names are compared as the loader knows them, and written as the base has them (as the checkpoint that gives the
@@ -83,6 +90,8 @@ def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, 
         vocab: what to do with vocabularies that differ: strict, base or pad.
         heads: `merged`: as all other tensors; `common`: those that are not everywhere alike are left out, with a note;
             one of the checkpoints: its heads are the output's, and nobody compares those of the others.
+        verbatim: where all checkpoints store the same names, every tensor that is stored is one of the output: copies
+            and buffers stay what they are.
 
     Raises:
         HomologyError: missing, extra or differently shaped tensors; vocabularies that differ under `vocab: strict`;
@@ -90,12 +99,13 @@ def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, 
     """
     checkpoints = [*([base] if base else []), *models]
     notes: list[str] = []
-    views = views_of(checkpoints, notes)
+    verbatim = verbatim and all(one.tensors.keys() == checkpoints[0].tensors.keys() for one in checkpoints)
+    views = views_of(checkpoints, notes, verbatim=verbatim)
     roles = Roles(views[0].facts)
     naming = views[0]
     if isinstance(heads, Checkpoint):
         naming = next(view for view in views if view.checkpoint is heads)
-    tied = settle_ties(views, notes)
+    tied = has_own_head(views) if verbatim else settle_ties(views, notes)
     fit_parts(views, notes)
     taken: dict[str, TensorInfo] = {}
     if isinstance(heads, Checkpoint):

@@ -42,8 +42,13 @@ def only_on_base(ref: str | Path) -> tuple[str, str | Path] | None:
 
 
 @contextmanager
-def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE) -> Iterator[Plan]:
-    """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving."""
+def open_plan(
+    recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE, verbatim: bool = False
+) -> Iterator[Plan]:
+    """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving.
+
+    `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names.
+    """
     names = [entry.model for entry in recipe.models]
     with open_models(recipe.base_model, names, search=search) as (base, models), ExitStack() as opened:
         statistics: list[Statistics] = []
@@ -52,4 +57,4 @@ def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = 
                 from darekit.inputs.statistics import open_statistics
 
                 statistics.append(opened.enter_context(closing(open_statistics(entry.stats, search=search))))
-        yield make_plan(recipe, base, models, statistics=statistics, shard_size=shard_size)
+        yield make_plan(recipe, base, models, statistics=statistics, shard_size=shard_size, verbatim=verbatim)

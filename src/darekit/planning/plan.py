@@ -212,15 +212,18 @@ def make_plan(
     *,
     statistics: Sequence[Statistics] = (),
     shard_size: int = SHARD_SIZE,
+    verbatim: bool = False,
 ) -> Plan:
     """Recipe x open checkpoints (x open statistics, one of each model) -> the plan.
+
+    `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names.
 
     Raises:
         HomologyError: the checkpoints do not belong together, or statistics are another model's.
         PlanError: a parameter is impossible for a tensor.
         RecipeError: a parameter has no value for a tensor.
     """
-    alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models))
+    alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models), verbatim=verbatim)
     depths = depths_of(tensor.name for tensor in alignment.tensors)
     recipe, rates = settle(recipe, alignment.tensors, depths)
     digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
