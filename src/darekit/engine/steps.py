@@ -86,6 +86,9 @@ class Step:
     statistics: tuple[Input, ...] = ()  # of each model, where the method reads them: Fishers, or Grams
     sizes: tuple[float, ...] = ()  # of each model: the norm of its Fisher, or the tokens of its Gram
     transposed: bool = False  # a linear layer stored [in, out]
+    # Of a copy whose inputs may differ: whose bytes are taken, a model of the recipe or -1, the base. None: all agree.
+    giver: int | None = None
+    precise: bool = False  # arithmetic is float64 even where no input is F64
 
     @property
     def row(self) -> int:
@@ -96,7 +99,7 @@ class Step:
     def wide(self) -> bool:
         """Whether arithmetic is float64."""
         inputs = (*self.models, *([self.base] if self.base else []))
-        return any(entry.dtype.name == "F64" for entry in inputs)
+        return self.precise or any(entry.dtype.name == "F64" for entry in inputs)
 
 
 def is_per_row(step: Step) -> bool:

@@ -103,6 +103,8 @@ def read_recipe(
         vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),  # type: ignore[arg-type]
         tokenizer_source=_read_tokenizer_source(document, base, [name for _, name, _ in _models_of(document)], search),
         heads=_read_heads(document, base, [name for _, name, _ in _models_of(document)], search),
+        keep_float32=_read_switch(document, "keep_float32", default=True),
+        base_extras=_read_choice(document, ("base_extras",), ("keep", "leave_out")),  # type: ignore[arg-type]
         text=document.text,
     )
     _check_whole(document, recipe, [k for k, _ in entries])
@@ -380,6 +382,13 @@ def _dtype_name(document: Document, key: str) -> str:
     short = DTYPES.get(str(raw).upper().replace("FP", "F"))
     hint = f"; did you mean {short.torch_name!r}?" if short else did_you_mean(str(raw), known)
     fail(document, (key,), f" must be one of {', '.join(known)}, found {shown(raw)}{hint}")
+
+
+def _read_switch(document: Document, key: str, *, default: bool) -> bool:
+    raw = document.data.get(key, default)
+    if not isinstance(raw, bool):
+        fail(document, (key,), f" must be true or false, found {shown(raw)}")
+    return raw
 
 
 def _read_tokenizer_source(document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> str:

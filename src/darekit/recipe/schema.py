@@ -228,6 +228,16 @@ def _top() -> dict[str, Schema]:
             "description": "Whose heads the output gets: base, or one of the models. Leave it out to merge heads.",
             "type": "string",
         },
+        "keep_float32": {
+            "description": "Under a 16-bit `dtype`: whether tensors stay float32 that are so in a 16-bit model.",
+            **switch(True, False),
+            "default": True,
+        },
+        "base_extras": {
+            "description": "What becomes of tensors that only the base has, and no model has instead.",
+            "enum": _literals(Recipe, "base_extras"),
+            "default": "keep",
+        },
     }
     return {key: known[key] for key in TOP_KEYS}
 

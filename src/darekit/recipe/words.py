@@ -30,7 +30,7 @@ def refuse_later(document: Document) -> None:
 
 TOP_KEYS: tuple[str, ...] = (
     "base_model", "models", "sparsify", "merge_method", "parameters", "dtype", "out_dtype", "vocab", "tokenizer_source",
-    "heads",
+    "heads", "keep_float32", "base_extras",
 )  # fmt: skip
 AUTOMATIC = ("dare",)  # sparsifiers whose perturbation is predicted, so that they take drop_rate: auto
 _MODEL_KEYS = ("model", "parameters", "stats")
