@@ -113,9 +113,9 @@ class _Resolver:
 
     def at(self, tensor: AlignedTensor, place: Place) -> Settings:
         """What holds for one tensor."""
-        merged = is_float(tensor.dtype)
+        merged = is_float(tensor.dtype) and not tensor.copied
         sparsify = self._recipe.sparsify
-        dense = sparsify is None or tensor.head or is_kept_dense(place.name, place.shape, sparsify.keep_dense)
+        dense = sparsify is None or tensor.head or is_kept_dense(place.name, tensor.group, sparsify.keep_dense)
         models = tuple(
             resolver.at(place, dense=dense) if merged and info is not None else None
             for resolver, info in zip(self._models, tensor.models, strict=True)
