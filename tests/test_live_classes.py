@@ -4,9 +4,7 @@
 import pytest
 
 import darekit as dk
-from darekit.errors import HomologyError
-from darekit.live import loading
-from darekit.live.models import build, open_live
+from darekit.live.models import build
 from darekit.planning.opening import open_plan
 from darekit.recipe import read_recipe
 

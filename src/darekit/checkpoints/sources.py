@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -75,7 +76,12 @@ def traits_of(source: Source) -> Traits:
     return traits
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=1024)
+def _traits_of_file(file: InputFile) -> Traits:
+    return Traits(files=(file,))
+
+
+@dataclass(frozen=True, slots=True)
 class FileRange:
     """A tensor that lies in a file."""
 
@@ -86,7 +92,7 @@ class FileRange:
     @property
     def traits(self) -> Traits:
         """The file."""
-        return Traits(files=(self.file,))
+        return _traits_of_file(self.file)
 
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
