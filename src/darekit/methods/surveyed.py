@@ -122,7 +122,7 @@ def sce(
     """Merge only the elements in which the models differ most, by their variance; each model counts by the mean square
     of its delta there; of each element, those deltas count that have the sign of the sum of all.
 
-    Source: SCE of FuseChat (arXiv 2408.07990), section 3.3: select, calculate, erase. As in mergekit, models count
+    Source: SCE of FuseChat (arXiv 2408.07990): select, calculate, erase. As in mergekit, models count
     alike where their mean squares sum to less than 1e-6, as those of short fine-tuning do, and no sum of agreeing
     weights that is divided by is smaller than 1e-6. Of equal variances the lower index survives.
     """  # fmt: skip
@@ -225,7 +225,7 @@ def ramplus_tl(
 ) -> Floats:
     """`ram` in which a model's own part is amplified, the more of its changes it shares with others in this tensor.
 
-    Source: RAM+ (arXiv 2601.13572), section 4, per tensor as in mergekit: unique parts times
+    Source: RAM+ (arXiv 2601.13572), per tensor as in mergekit: unique parts times
     1 + r min(shared_k / unique_k, alpha), where these are the numbers of model k's shared and unique elements.
     """
     squares = _shared_and_unique(deltas, epsilon=epsilon)
