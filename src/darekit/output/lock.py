@@ -79,6 +79,7 @@ def identity(plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
             f"file {k} ({file.path.name})": {"bytes": file.size, "sample": _sample_of(file)}
             for k, file in enumerate(plan.files)
         },
+        **({"tokens": plan.vocabulary.digest()} if plan.vocabulary else {}),
         "shards": [[shard.filename, shard.size] for shard in plan.shards],
         "allow_nonfinite": allow_nonfinite,
     }
@@ -109,6 +110,8 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
     def content(key: str | None, index: int) -> str | None:
         checkpoint = plan.checkpoints[index]
         stored = checkpoint.origin or checkpoint
+        if plan.moved & checkpoint.tensors.keys():  # what was read of them is not what is stored
+            return None
         names = {info.stored_name: name for name, info in checkpoint.tensors.items()}
         rows = []
         for name, info in stored.tensors.items():
@@ -136,8 +139,14 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
             "shards": [shard.filename for shard in plan.shards],
         },
         "resolved": resolved_parameters(plan),
+        **_tokens(plan),
         **({"measured": dict(sorted(measured.items()))} if measured else {}),
     }
+
+
+def _tokens(plan: Plan) -> dict[str, Any]:
+    """Which tokens the output has, and where rows come from that some model did not have."""
+    return {} if plan.vocabulary is None else {"tokenizer": plan.vocabulary.to_data()}
 
 
 def _inputs(plan: Plan) -> list[dict[str, Any]]:
@@ -164,6 +173,7 @@ def is_output_of(plan: Plan, out: Path) -> bool:
         "statistics": [_statistics(entry) for entry in plan.statistics],
         "shards": [shard.filename for shard in plan.shards],
         "resolved": resolved_parameters(plan),
+        "tokenizer": _tokens(plan).get("tokenizer"),
     }
     try:
         found = {key: lock.get(key) for key in wanted} | {
