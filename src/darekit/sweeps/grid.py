@@ -10,8 +10,7 @@ from typing import Any
 
 from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
-from darekit.recipe import ModelEntry, Recipe, Value, read_recipe
-from darekit.recipe.data import Tokens
+from darekit.recipe import ModelEntry, Recipe, Tokens, Value, read_recipe
 from darekit.recipe.documents import open_data, open_file
 from darekit.recipe.values import scalars_of
 from darekit.sweeps.data import DROP_RATE, Axis, Cell, Point, Sweep
