@@ -248,6 +248,28 @@ def test_tied_and_untied_heads(tmp_path):
     np.testing.assert_allclose(found[EMBED], m0[EMBED], rtol=0, atol=1e-7)
 
 
+def test_biases_on_the_second_axis(tmp_path):
+    """BART's final_logits_bias is (1, tokens)."""
+    rng = np.random.default_rng(5)
+    arrays = {}
+    for name, extra in (("base", []), ("m0", ["<y>"]), ("m1", ["<x>", "<y>"])):
+        n = 11 + len(extra)
+        arrays[name] = {
+            "model.shared.weight": rng.normal(size=(n, 4)).astype(np.float32),
+            "final_logits_bias": rng.normal(size=(1, n)).astype(np.float32),
+        }
+        config = {"architectures": ["BartForConditionalGeneration"], "model_type": "bart", "vocab_size": n}
+        families.save(tmp_path / name, arrays[name], config)
+        put_tokenizer(tmp_path / name, WORDS, extra)
+    found, tokens, config, _ = merged(tmp_path, tokenizer_source=str(tmp_path / "m1"))
+    assert tokens[11:] == ["<x>", "<y>"] and config["vocab_size"] == 13
+    one, two = arrays["m0"]["final_logits_bias"], arrays["m1"]["final_logits_bias"]
+    x, y = two[0, 11], (one[0, 11] + two[0, 12]) / 2
+    expected = [*((one[0, :11] + two[0, :11]) / 2), x, y]
+    np.testing.assert_allclose(found["final_logits_bias"], [expected], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(found["model.shared.weight"][11], arrays["m1"]["model.shared.weight"][11], atol=1e-7)
+
+
 # --- masks
 
 

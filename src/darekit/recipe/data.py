@@ -122,11 +122,13 @@ class Recipe:
         merge_method: the method's name.
         parameters: the method's own; only what was given.
         dtype: output format by its safetensors name; None keeps the base's.
+        keep_float32: whether tensors that are F32 in a 16-bit model stay so under a 16-bit `dtype`.
         vocab: what to do with vocabularies that differ: strict refuses, base cuts, pad keeps.
         tokenizer_source: `base`, or the model whose tokenizer the output gets.
         heads: whose heads the output has: `base`, or a model as written; None: heads are merged.
         tokens: which tokens the output has, where rows are matched by token; None: by number, as `vocab` says.
         chat_template: of the output: `auto`, a name, or a template's text; None: the one that comes with the tokenizer.
+        base_extras: what becomes of tensors that only the base has: keep or leave_out.
         notes: notes and warnings for the user.
         text: the file's own text.
     """
@@ -142,6 +144,8 @@ class Recipe:
     heads: str | None = None
     tokens: Tokens | None = None
     chat_template: str | None = None
+    keep_float32: bool = True
+    base_extras: Literal["keep", "leave_out"] = "keep"
     notes: tuple[str, ...] = field(default=(), compare=False)
     text: str = field(default="", compare=False, repr=False)
 
@@ -169,7 +173,9 @@ class Recipe:
         else:
             data["tokenizer"] = self.tokens.to_data()
         data |= {} if self.heads is None else {"heads": self.heads}
-        return data | ({} if self.chat_template is None else {"chat_template": self.chat_template})
+        data |= {} if self.chat_template is None else {"chat_template": self.chat_template}
+        data |= {} if self.keep_float32 else {"keep_float32": False}
+        return data | ({} if self.base_extras == "keep" else {"base_extras": self.base_extras})
 
 
 def _parameters_data(parameters: Mapping[str, Value]) -> dict[str, Any]:
