@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from darekit.checkpoints.files import Bytes, InputFile
+from darekit.checkpoints.places import Places
 
 
 class Source(Protocol):
@@ -56,6 +57,7 @@ class Traits:
         grain: elements that are decoded at once: a range that is not made of whole grains costs more than its bytes.
         delta: the float32 delta, where the source knows one.
         cost: bytes read for each byte given.
+        places: where the elements are in the stored tensor, whose mask they have; None: where they are here.
     """
 
     files: tuple[InputFile, ...] = ()
@@ -65,6 +67,7 @@ class Traits:
     grain: int = 1
     delta: Delta | None = None
     cost: float = 1.0
+    places: Places | None = None
 
 
 PLAIN = Traits()

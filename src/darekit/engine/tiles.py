@@ -266,16 +266,18 @@ class StepRun:
             self._merge(start, min(self.tile, end - start))
 
     def _absorb(self, fused: FusedStep, start: int, count: int) -> None:
-        """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf."""
+        """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf, and where rows
+        with their masks come from another place."""
         step = self.step
         assert step.base is not None
-        base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
-        self.read(step.base, step.begin + start, count, base_raw)
-        for k, model in enumerate(step.models):
-            self.read(model, step.begin + start, count, raws[k].view(np.uint8))
         kept = None
-        if not self.hands.broken.is_set():
-            kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
+        if fused.in_place(step.begin + start, count):
+            base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
+            self.read(step.base, step.begin + start, count, base_raw)
+            for k, model in enumerate(step.models):
+                self.read(model, step.begin + start, count, raws[k].view(np.uint8))
+            if not self.hands.broken.is_set():
+                kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
         if kept is None:
             for at in range(start, start + count, self.tile):
                 self._merge(at, min(self.tile, start + count - at))

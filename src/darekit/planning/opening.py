@@ -55,5 +55,10 @@ def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = 
                     from darekit.inputs.statistics import open_statistics
 
                     statistics.append(opened.enter_context(closing(open_statistics(entry.stats, search=search))))
-            plan = make_plan(recipe, base, models, statistics=statistics, shard_size=shard_size)
+            others = {}
+            for name in recipe.tokens.models if recipe.tokens else ():
+                if name not in names and not (name == "base" and base is not None):
+                    model = opening.open_model(name, base, search=search, openers=OPENERS)
+                    others[name] = opened.enter_context(closing(model))
+            plan = make_plan(recipe, base, models, statistics=statistics, others=others, shard_size=shard_size)
         yield plan
