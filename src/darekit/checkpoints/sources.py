@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from darekit.checkpoints.files import Bytes, InputFile
+from darekit.checkpoints.places import Places
 
 
 class Source(Protocol):
@@ -55,6 +57,7 @@ class Traits:
         grain: elements that are decoded at once: a range that is not made of whole grains costs more than its bytes.
         delta: the float32 delta, where the source knows one.
         cost: bytes read for each byte given.
+        places: where the elements are in the stored tensor, whose mask they have; None: where they are here.
     """
 
     files: tuple[InputFile, ...] = ()
@@ -64,6 +67,7 @@ class Traits:
     grain: int = 1
     delta: Delta | None = None
     cost: float = 1.0
+    places: Places | None = None
 
 
 PLAIN = Traits()
@@ -75,7 +79,12 @@ def traits_of(source: Source) -> Traits:
     return traits
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=1024)
+def _traits_of_file(file: InputFile) -> Traits:
+    return Traits(files=(file,))
+
+
+@dataclass(frozen=True, slots=True)
 class FileRange:
     """A tensor that lies in a file."""
 
@@ -86,7 +95,7 @@ class FileRange:
     @property
     def traits(self) -> Traits:
         """The file."""
-        return Traits(files=(self.file,))
+        return _traits_of_file(self.file)
 
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""

@@ -82,8 +82,8 @@ class Job:
     changed: Flags | None = None
 
 
-def job_for(aligned: AlignedTensor, rate: float, terms: Terms, *, thorough: bool) -> Job | None:
-    """What is to be stored of one tensor, of whose delta `rate` is dropped.
+def job_for(aligned: AlignedTensor, rate: float, terms: Terms, *, thorough: bool, whole: bool = False) -> Job | None:
+    """What is to be stored of one tensor, of whose delta `rate` is dropped; `whole`: it is no weight, and stays exact.
 
     Most tensors tell by a few samples; where one does not, it is read if `thorough`, and otherwise None is returned.
 
@@ -95,8 +95,9 @@ def job_for(aligned: AlignedTensor, rate: float, terms: Terms, *, thorough: bool
     base, tuned = aligned.base, aligned.models[0]
     assert base is not None
     tensor = PackedTensor(aligned.name, base.dtype, base.shape, "same")
-    if terms.lossless:
+    if terms.lossless or (whole and tuned is not None and tuned.dtype == base.dtype):
         return _exact_job(aligned, tensor, thorough)
+    terms = replace(terms, dense_bits=64) if whole else terms
     if tuned is None:
         return _same(aligned, tensor, _leaf_digests(aligned)) if thorough else None
     floats, alike = dtype_named(base.dtype).kind == "float", tuned.dtype == base.dtype

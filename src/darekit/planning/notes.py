@@ -9,7 +9,8 @@ from typing import cast
 
 from darekit.architectures.depth import LAYER_WORDS, Depths, along
 from darekit.architectures.groups import ONE_TERM, is_kept_dense
-from darekit.checkpoints import Checkpoint
+from darekit.checkpoints import Checkpoint, OutputTensor
+from darekit.dtypes import DTYPES
 from darekit.inputs.opening import packed_seed
 from darekit.planning.draft import Draft
 from darekit.planning.rates import MOST
@@ -65,6 +66,19 @@ def rate_notes(models: Sequence[Checkpoint], rates: Sequence[Mapping[str, float]
                 f"{label(checkpoint.ref)}: drop_rate auto, from a sample of each tensor, is {min(found.values()):g} to "
                 f"{max(found.values()):g} in {len(found)} tensors (at most {MOST})"
             )
+
+
+def wide_notes(recipe: Recipe, outputs: Sequence[OutputTensor]) -> Iterator[str]:
+    """Tensors that are not rounded to the recipe's format."""
+    asked = DTYPES[recipe.dtype] if recipe.dtype else None
+    wide = [t for t in outputs if asked and DTYPES[t.dtype].kind == "float" and t.dtype != asked.name]
+    if asked and wide:
+        shown = ", ".join(t.name for t in wide[:2]) + (", ..." if len(wide) > 2 else "")
+        formats = " or ".join(sorted({DTYPES[t.dtype].torch_name for t in wide}))
+        yield (
+            f"{len(wide)} {'tensor stays' if len(wide) == 1 else 'tensors stay'} {formats}, as in the input, and "
+            f"are not rounded to {asked.torch_name} ({shown}); keep_float32: false rounds all"
+        )
 
 
 def _scopes(recipe: Recipe) -> Iterator[tuple[str, Mapping[str, Value]]]:
