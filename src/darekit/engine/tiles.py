@@ -21,7 +21,7 @@ from darekit.dtypes import Bytes, Floats
 from darekit.engine.contracts import Stage
 from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, fuse
 from darekit.engine.informed import Combine, informed_combiner
-from darekit.engine.measuring import Doubles, merge_rows
+from darekit.engine.measuring import ByColumn, Doubles, merge_rows
 from darekit.engine.selection import Select
 from darekit.engine.stages import build, tile_of
 from darekit.engine.steps import Input, Step, is_per_row
@@ -137,6 +137,7 @@ class StepRun:
         self.known = [_known_delta(step, model) for model in step.models]
         # Where each row has its own: first element -> coefficients, (rows, R).
         self.coefficients: dict[int, Doubles] = {}
+        self.by_column: ByColumn | None = None
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
         # the survivors.
         self.bad_at: npt.NDArray[np.bool_] | None = None
@@ -278,6 +279,8 @@ class StepRun:
         else:
             if is_per_row(step):
                 merged, self.coefficients[start] = merge_rows(step, scratch.base, scratch.deltas, self.bad_at)
+            elif self.by_column is not None:
+                merged = self.by_column.merge(scratch.base, scratch.deltas, start)
             else:
                 merged = self.combine(scratch.deltas, scratch.merged, start)
             if step.base_weight:

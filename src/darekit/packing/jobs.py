@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from darekit.architectures.groups import has_vocabulary_rows
 from darekit.checkpoints import Source
 from darekit.checkpoints.digests import LEAF
 from darekit.dtypes import DTYPES, Bytes, DType, dtype_named
@@ -102,7 +101,7 @@ def job_for(aligned: AlignedTensor, rate: float, terms: Terms, *, thorough: bool
     if tuned is None:
         return _same(aligned, tensor, _leaf_digests(aligned)) if thorough else None
     floats, alike = dtype_named(base.dtype).kind == "float", tuned.dtype == base.dtype
-    by_rows = alike and floats and (rate == 0 or has_vocabulary_rows(base.name, base.shape))
+    by_rows = alike and floats and (rate == 0 or aligned.token_axis == 0)
     changed = None
     if alike and (not floats or _looks_same(aligned) or (by_rows and _has_same_row(aligned, tensor))):
         if not thorough:

@@ -41,7 +41,7 @@ def roles_of(tensors: Iterable[AlignedTensor], facts: Facts) -> dict[str, Role]:
     roles: dict[str, Role] = {}
     for tensor in tensors:
         name = tensor.name
-        if tensor.head:
+        if tensor.head or tensor.copied:
             continue
         if dtype_named(tensor.dtype).kind != "float":
             if facts.is_counter(name) or all(size == 1 for size in tensor.shape):

@@ -27,7 +27,11 @@ def outputs_of(tensors: Sequence[AlignedTensor], dtype: str | None, facts: Facts
         return [OutputTensor(t.name, t.dtype, t.shape) for t in tensors]
     wide = wide_on_purpose(tensors, dtype, facts) if keep else frozenset()
     return [
-        OutputTensor(t.name, dtype if DTYPES[t.dtype].kind == "float" and t.name not in wide else t.dtype, t.shape)
+        OutputTensor(
+            t.name,
+            dtype if DTYPES[t.dtype].kind == "float" and not t.copied and t.name not in wide else t.dtype,
+            t.shape,
+        )
         for t in tensors
     ]
 
@@ -41,7 +45,7 @@ def wide_on_purpose(tensors: Sequence[AlignedTensor], dtype: str, facts: Facts) 
     """
     if DTYPES[dtype].itemsize > NARROW:
         return frozenset()
-    wide = [t for t in tensors if _is_wide(t.dtype)]
+    wide = [t for t in tensors if _is_wide(t.dtype) and not t.copied]
     if not wide:
         return frozenset()
     narrow = _narrow_inputs(tensors)

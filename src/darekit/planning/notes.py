@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from darekit.architectures.depth import LAYER_WORDS, Depths, along
-from darekit.architectures.groups import ONE_TERM, group_of, is_kept_dense
+from darekit.architectures.groups import ONE_TERM, is_kept_dense
 from darekit.checkpoints import Checkpoint, OutputTensor
 from darekit.dtypes import DTYPES
 from darekit.inputs.opening import packed_seed
@@ -47,7 +47,7 @@ def notes_of(draft: Draft) -> Iterator[str]:
         (
             (settings.rate, tensor.name)
             for tensor, _, settings in draft.merged()
-            if settings.rate >= EMBEDDING_WARNING_RATE and group_of(tensor.name, tensor.shape) == "embeddings"
+            if settings.rate >= EMBEDDING_WARNING_RATE and tensor.group == "embeddings"
         ),
         default=(0.0, ""),
     )
@@ -101,7 +101,7 @@ def _idle(draft: Draft) -> Iterator[str]:
                 if not (entry.filter[1:] in known if exact else any(entry.matches(name) for name in known)):
                     yield f"{parameter}: the filter {entry.filter!r} matches no tensor"
     for pattern in sparsify.keep_dense if sparsify and sparsify.keep_dense != ONE_TERM else ():
-        if not any(is_kept_dense(tensor.name, tensor.shape, [pattern]) for tensor in tensors):
+        if not any(is_kept_dense(tensor.name, tensor.group, [pattern]) for tensor in tensors):
             yield f"keep_dense: {pattern!r} matches no tensor"
 
 

@@ -113,10 +113,10 @@ class _Resolver:
 
     def at(self, tensor: AlignedTensor, place: Place) -> Settings:
         """What holds for one tensor."""
-        merged = is_float(tensor.dtype)
+        merged = is_float(tensor.dtype) and not tensor.copied
         sparsify = self._recipe.sparsify
         kept = sparsify.keep_dense if sparsify is not None else ()
-        dense = sparsify is None or tensor.head or bool(kept and is_kept_dense(place.name, place.shape, kept))
+        dense = sparsify is None or tensor.head or bool(kept and is_kept_dense(place.name, tensor.group, kept))
         models = tuple(
             [
                 resolver.at(place, dense=dense) if merged and info is not None else None

@@ -42,7 +42,7 @@ def steps_of(draft: Draft, tensor: AlignedTensor, output: int, place: Placement)
         offset=place.offset,
     )
     everything = partial(make, begin=0, count=count, models=tuple(inputs.values()), owners=tuple(inputs))
-    if not is_float(tensor.dtype) or not inputs:  # integers, and buffers that only the base has
+    if not is_float(tensor.dtype) or tensor.copied or not inputs:  # integers, and what only the base has
         yield everything(kind="copy", base=base, giver=draft.counters.get(tensor.name))
     elif tensor.head:  # the one model's own
         yield everything(

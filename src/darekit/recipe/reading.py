@@ -65,7 +65,7 @@ def read_recipe(
     if base is None and method is not None and method.base_row and method.models == (1, 1) and len(models) == 2:
         base = models.pop(0)[1]
         notes.append(f"no base_model: {base} is the base, since it comes first")
-    if base is not None and words.needs_base and any(same_model(name, base, search) for _, name, _ in models):
+    if base is not None and words.parts_base and any(same_model(name, base, search) for _, name, _ in models):
         if method is None or not method.base_row:
             notes.append(
                 f"{base} is the base and also one of the models: its delta is 0, so it is left out of the models"
@@ -440,7 +440,7 @@ def _check_whole(document: Document, recipe: Recipe, places: Sequence[int]) -> N
     _check_stats(document, recipe, places)
     if sparsify is None:
         return
-    if sparsify.on == "weights" and method.needs_base:
+    if sparsify.on == "weights" and method.parts_base:
         fail(
             document,
             ("sparsify", "on"),

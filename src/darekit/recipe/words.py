@@ -54,6 +54,11 @@ class Words:
         return self.merge_method is None or self.merge_method.needs_base
 
     @property
+    def parts_base(self) -> bool:
+        """Whether a base that is also listed among the models is none of them."""
+        return self.merge_method is None or self.merge_method.parts_base
+
+    @property
     def merge_method(self) -> MergeMethod | None:
         """The method's entry in the table; None for one of mergekit's products."""
         return MERGE_METHODS.get(self.method)
