@@ -231,7 +231,7 @@ def make_plan(
         PlanError: a parameter is impossible for a tensor.
         RecipeError: a parameter has no value for a tensor.
     """
-    alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models))
+    alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models), extras=recipe.base_extras)
     depths = depths_of(tensor.name for tensor in alignment.tensors)
     facts = facts_of(next((c.config for c in (base, *models) if c and c.config), None))
     roles = roles_of(alignment.tensors, facts)
