@@ -180,7 +180,8 @@ def _told(infos: Iterable[TensorInfo], *, count: bool = True) -> str:
 def part_of(name: str) -> str:
     """The part of a model that a tensor belongs to, as a pattern.
 
-    >>> [part_of(name) for name in ("mtp.layers.0.norm.weight", "bert.pooler.dense.bias", "model.layers.61.eh_proj.weight")]
+    >>> names = "mtp.layers.0.norm.weight", "bert.pooler.dense.bias", "model.layers.61.eh_proj.weight"
+    >>> [part_of(name) for name in names]
     ['mtp.*', 'bert.pooler.*', 'model.layers.61.*']
     """
     words = name.split(".")
