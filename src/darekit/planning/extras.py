@@ -20,8 +20,8 @@ from darekit.wording import label
 
 Extras = Literal["keep", "leave_out"]
 
-# What names tell where no table does: poolers, and the prediction of further tokens.
-_POOLER, _PREDICTION = re.compile(r"(^|\.)pooler\."), re.compile(r"(^|\.)mtp(_\w+)?\.")
+# What names tell where no table does: poolers, the prediction of further tokens, and what stands for masked patches.
+_POOLER, _DROPPED = re.compile(r"(^|\.)pooler\."), re.compile(r"(^|\.)(mtp(_\w+)?\.|mask_token$)")
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -49,7 +49,7 @@ class Parts:
         if pattern not in self.known:
             asked = {id(view.facts): view.facts for view in self.views}.values()
             own = any(_is_part(facts, name) for facts in asked)
-            dropped = _PREDICTION.search(name) is not None or self._is_beyond(name)
+            dropped = _DROPPED.search(name) is not None or self._is_beyond(name)
             dropped = dropped or any(facts.ignored_when_unexpected(name) for facts in asked)
             self.known[pattern] = own, dropped
         return self.known[pattern]
