@@ -5,7 +5,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import darekit as dk
-from darekit.live.models import build
+from darekit.errors import HomologyError
+from darekit.live import loading
+from darekit.live.models import build, open_live
 from darekit.planning.opening import open_plan
 from darekit.recipe import read_recipe
 
