@@ -199,6 +199,14 @@ def test_every_method_is_its_formula(case, with_base, dtype):
         np.testing.assert_allclose(found.astype(np.float64), expected, rtol=CLOSE[dtype], atol=2 * CLOSE[dtype] * scale)
 
 
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_tensors_without_elements(case):
+    method, parameters = case
+    for shape, dtype in (((0,), "F32"), ((5, 0), "BF16"), ((0, 5), "F32"), ((0, 5), "F64"), ((3, 0, 2), "F32")):
+        base, models = family(np.random.default_rng(0), shape, dtype, MODELS.get(method, 3))
+        assert merged(method, parameters, base, models).shape == shape
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_threads_tiles_and_spans_change_no_bit(case, dtype, monkeypatch):
