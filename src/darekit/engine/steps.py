@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from darekit.checkpoints import Source, TensorInfo, traits_of
+from darekit.checkpoints import Places, Source, TensorInfo, traits_of
 from darekit.dtypes import DType, dtype_named
 from darekit.methods import MERGE_METHODS, SUM
 from darekit.methods.spherical import Vectors
@@ -48,13 +48,15 @@ class Input:
 class StageSpec:
     """One operation on one model's delta: a sparsifier with its parameters, or the trim of a merge method.
 
-    `stream`: the name of the tensor whose masks are drawn; empty: the step's.
+    `stream`: the name of the tensor whose masks are drawn; empty: the step's. `places`: where its elements lie in that
+    tensor; None: where they do here.
     """
 
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     stream: str = ""
+    places: Places | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,9 @@ class Step:
     statistics: tuple[Input, ...] = ()  # of each model, where the method reads them: Fishers, or Grams
     sizes: tuple[float, ...] = ()  # of each model: the norm of its Fisher, or the tokens of its Gram
     transposed: bool = False  # a linear layer stored [in, out]
+    # Of a copy whose inputs may differ: whose bytes are taken, a model of the recipe or -1, the base. None: all agree.
+    giver: int | None = None
+    precise: bool = False  # arithmetic is float64 even where no input is F64
 
     @property
     def row(self) -> int:
@@ -103,7 +108,7 @@ class Step:
     def wide(self) -> bool:
         """Whether arithmetic is float64."""
         inputs = (*self.models, *([self.base] if self.base else []))
-        return any(entry.dtype.name == "F64" for entry in inputs)
+        return self.precise or any(entry.dtype.name == "F64" for entry in inputs)
 
 
 def vectors_of(step: Step) -> Vectors | None:

@@ -267,16 +267,18 @@ class StepRun:
             self._merge(start, min(self.tile, end - start))
 
     def _absorb(self, fused: FusedStep, start: int, count: int) -> None:
-        """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf."""
+        """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf, and where rows
+        with their masks come from another place."""
         step = self.step
         assert step.base is not None
-        base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
-        self.read(step.base, step.begin + start, count, base_raw)
-        for k, model in enumerate(step.models):
-            self.read(model, step.begin + start, count, raws[k].view(np.uint8))
         kept = None
-        if not self.hands.broken.is_set():
-            kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
+        if fused.in_place(step.begin + start, count):
+            base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
+            self.read(step.base, step.begin + start, count, base_raw)
+            for k, model in enumerate(step.models):
+                self.read(model, step.begin + start, count, raws[k].view(np.uint8))
+            if not self.hands.broken.is_set():
+                kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
         if kept is None:
             for at in range(start, start + count, self.tile):
                 self._merge(at, min(self.tile, start + count - at))
@@ -440,9 +442,9 @@ class StepRun:
 
     def copy(self, begin: int, end: int, stop: threading.Event) -> None:
         """Elements begin .. end of a tensor that is not merged: the base's bytes (in the output's format, where that of
-        a float is another), when all agree."""
+        a float is another), when all agree; or those of the step's `giver`."""
         step = self.step
-        (first, origin), *others = self.inputs
+        (first, origin), *others = sorted(self.inputs, key=lambda entry: entry[0] != step.giver)
         converted = origin.dtype.name != step.dtype.name
         size = min(self.tile, end - begin) * max(entry.dtype.itemsize for _, entry in self.inputs)
         rooms = self.hands.scratch.rows(2 if others else 1, size)
@@ -455,7 +457,7 @@ class StepRun:
             for key, entry in others:
                 other = self.read(entry, step.begin + start, count, rooms[1])
                 self.digests[key].update(other)
-                if not np.array_equal(raw, other):
+                if step.giver is None and not np.array_equal(raw, other):
                     self.hands.tally.differing[key, step.name] += 1
                     self.hands.broken.set()
             if self.hands.broken.is_set():

@@ -18,6 +18,7 @@ from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, WEIGHT
 from darekit.methods.sparsifiers import noise_gain
 from darekit.planning.alignment import AlignedTensor
+from darekit.planning.buffers import Role, reach
 from darekit.recipe import Place, Recipe, Value, resolve
 from darekit.recipe.values import is_scalar, reachable
 
@@ -45,7 +46,8 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What holds for one tensor. `scale`: lambda. `merge`: the merge function's parameters.
+    """What holds for one tensor. `scale`: lambda; of running statistics how far they go from the base's to the models'.
+    `merge`: the merge function's parameters.
 
     `models`: one per model of the recipe; None where it has no say: it lacks the tensor, or the tensor is copied.
     """
@@ -74,14 +76,21 @@ def place_of(tensor: AlignedTensor, depths: Depths) -> Place:
     return Place(tensor.name, tensor.shape, depths.at(tensor.name))
 
 
-def settings_of(recipe: Recipe, tensors: Iterable[AlignedTensor], depths: Depths) -> dict[str, Settings]:
-    """The recipe asked at every tensor: name -> what holds there.
+def settings_of(
+    recipe: Recipe, tensors: Iterable[AlignedTensor], depths: Depths, roles: Mapping[str, Role] | None = None
+) -> dict[str, Settings]:
+    """The recipe asked at every tensor: name -> what holds there. `roles`: what is no weight.
 
     Raises:
         RecipeError: a parameter without a default has no value for a tensor.
     """
-    resolver = _Resolver(recipe)
-    return {tensor.name: resolver.at(tensor, place_of(tensor, depths)) for tensor in tensors}
+    resolver, roles = _Resolver(recipe), roles or {}
+    return {
+        tensor.name: (resolver.average if roles.get(tensor.name) == "statistic" else resolver.at)(
+            tensor, place_of(tensor, depths)
+        )
+        for tensor in tensors
+    }
 
 
 class _Resolver:
@@ -104,18 +113,37 @@ class _Resolver:
 
     def at(self, tensor: AlignedTensor, place: Place) -> Settings:
         """What holds for one tensor."""
-        merged = is_float(tensor.dtype)
+        merged = is_float(tensor.dtype) and not tensor.copied
         sparsify = self._recipe.sparsify
-        dense = sparsify is None or tensor.head or is_kept_dense(place.name, place.shape, sparsify.keep_dense)
+        kept = sparsify.keep_dense if sparsify is not None else ()
+        dense = sparsify is None or tensor.head or bool(kept and is_kept_dense(place.name, tensor.group, kept))
         models = tuple(
-            resolver.at(place, dense=dense) if merged and info is not None else None
-            for resolver, info in zip(self._models, tensor.models, strict=True)
+            [
+                resolver.at(place, dense=dense) if merged and info is not None else None
+                for resolver, info in zip(self._models, tensor.models, strict=True)
+            ]
         )
         scale, merge = self._scale.at(place), self._merge.at(place)
         key = (*scale.values(), *merge.values(), *map(id, models))  # `_known` keeps those objects alive
         if key not in self._known:
             self._known[key] = Settings(float(scale["lambda"]), merge, models)
         return self._known[key]
+
+    def average(self, tensor: AlignedTensor, place: Place) -> Settings:
+        """What holds for running statistics: they are averaged, whatever is dropped, trimmed or elected elsewhere. A
+        model that is dropped altogether has no say, nor has one with a weight below 0."""
+        found = self.at(tensor, place)
+        models = tuple(None if one is None else _averaged(one) for one in found.models)
+        weights = [one.weight for one in models if one is not None]
+        far = 1.0
+        if tensor.base is not None:
+            far = reach(MERGE_METHODS[self._recipe.merge_method], found.merge, found.scale, weights)
+        return Settings(far, {}, models)
+
+
+def _averaged(settings: ModelSettings) -> ModelSettings:
+    gone = settings.rate >= 1
+    return ModelSettings(weight=0.0 if gone else max(0.0, settings.weight), rate=1.0 if gone else 0.0)
 
 
 class _ModelResolver:
@@ -144,8 +172,19 @@ class _ModelResolver:
         self._unbiased = sparsify is not None and sparsify.on == "delta" and SPARSIFIERS[sparsify.method].unbiased
         self._known: dict[Any, ModelSettings] = {}
 
+        self._constant: dict[bool, ModelSettings] = {}  # by `dense`, where nothing depends on the place
+        self._varies = self._always.varies or (self._sparsify is not None and self._sparsify.varies)
+        self._varies = self._varies or not (self._density is None or is_scalar(self._density))
+
     def at(self, place: Place, *, dense: bool) -> ModelSettings:
         """What holds for one tensor of this model."""
+        if not self._varies:
+            if dense not in self._constant:
+                self._constant[dense] = self._at(place, dense=dense)
+            return self._constant[dense]
+        return self._at(place, dense=dense)
+
+    def _at(self, place: Place, *, dense: bool) -> ModelSettings:
         always = self._always.at(place)
         sparsify = {} if dense or self._sparsify is None else self._sparsify.at(place)
         density = None if dense else resolve((self._density,), place)
@@ -172,6 +211,11 @@ class _Asked:
         self._scopes = {name: reachable(values) for name, values in scopes.items()}
         self._fixed = {name: values[0] for name, values in self._scopes.items() if values and is_scalar(values[0])}
         self._varying = [name for name in self._scopes if name not in self._fixed]
+
+    @property
+    def varies(self) -> bool:
+        """Whether any of them depends on the place."""
+        return bool(self._varying)
 
     def at(self, place: Place) -> Mapping[str, Any]:
         """Name -> value at a place, in the order given."""

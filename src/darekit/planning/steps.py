@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from darekit.checkpoints import Placement
+from darekit.checkpoints import Placement, Places, traits_of
 from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step
 from darekit.errors import PlanError
-from darekit.methods import AVERAGE, MERGE_METHODS, SPARSIFIERS
+from darekit.methods import AVERAGE, MERGE_METHODS, SPARSIFIERS, SUM
 from darekit.methods.sparsifiers import kept_count
 from darekit.planning.alignment import AlignedTensor
+from darekit.planning.buffers import WHOLE
 from darekit.planning.draft import Draft
-from darekit.planning.settings import ModelSettings, is_float, merges_weights
+from darekit.planning.settings import ModelSettings, Settings, is_float, merges_weights
 
 
 def steps_of(draft: Draft, tensor: AlignedTensor, output: int, place: Placement) -> Iterator[Step]:
@@ -41,15 +42,39 @@ def steps_of(draft: Draft, tensor: AlignedTensor, output: int, place: Placement)
         offset=place.offset,
     )
     everything = partial(make, begin=0, count=count, models=tuple(inputs.values()), owners=tuple(inputs))
-    if not is_float(tensor.dtype) or not inputs:  # integers, and buffers that only the base has
-        yield everything(kind="copy", base=base)
+    if not is_float(tensor.dtype) or tensor.copied or not inputs:  # integers, and what only the base has
+        yield everything(kind="copy", base=base, giver=draft.counters.get(tensor.name))
     elif tensor.head:  # the one model's own
         yield everything(
             kind="merge", base=None, weights=(1.0,), chains=((),), method=AVERAGE, parameters={"normalize": True},
             verbatim=True,
         )  # fmt: skip
+    elif draft.roles.get(tensor.name) == "statistic":
+        yield everything(kind="merge", base=base, **_average_of(draft.settings[tensor.name], tuple(inputs)))
     else:
         yield from _merge_of(draft, tensor, make, base, inputs).steps(count)
+
+
+def _average_of(settings: Settings, owners: tuple[int, ...]) -> dict[str, Any]:
+    """How running statistics become the models' average, or what lies on the way to it from the base.
+
+    All the way it is made of the models themselves: the sum of a base and differences can be below 0 by rounding. In
+    float64 equal models stay what they are.
+    """
+    weights = [found.weight if (found := settings.models[k]) else 0.0 for k in owners]
+    total, chains = sum(weights), ((),) * len(owners)
+    if settings.scale < WHOLE:
+        parts = tuple(settings.scale * weight / total if total else 0.0 for weight in weights)
+        return {"weights": parts, "chains": chains, "method": SUM, "parameters": {"normalize": False}, "precise": True}
+    return {
+        "weights": tuple(weights) if total else (1.0,) * len(owners),
+        "chains": chains,
+        "method": AVERAGE,
+        "parameters": {"normalize": True},
+        "on_weights": True,
+        "precise": True,
+        "verbatim": len(owners) == 1,
+    }
 
 
 def _merge_of(
@@ -66,7 +91,11 @@ def _merge_of(
         if informed is None:
             method, parameters = AVERAGE, {"normalize": True}
     # What a view calls otherwise keeps the mask of the tensor that is stored.
-    streams = {k: info.stored or "" for k, info in enumerate(tensor.models) if info is not None}
+    streams = {
+        k: (info.stored or "", traits_of(info.source).places)
+        for k, info in enumerate(tensor.models)
+        if info is not None
+    }
     return _Merge(
         draft, tensor.name, make, base, inputs, models, streams, settings.scale, method, parameters, informed
     )  # fmt: skip
@@ -83,7 +112,7 @@ class _Merge:
     base: Input | None
     inputs: Mapping[int, Input]
     models: Mapping[int, ModelSettings]
-    streams: Mapping[int, str]
+    streams: Mapping[int, tuple[str, Places | None]]
     scale: float
     method: str
     parameters: Mapping[str, Any]
@@ -103,7 +132,7 @@ class _Merge:
 
     def _on_base(self, base: Input, count: int) -> Step:
         owners = tuple(self.inputs)
-        chains = tuple(self._chain(k, count) for k in owners)
+        chains = self._chains(owners, count)
         first = owners[0]
         # What the one model's delta is multiplied by, where there is but one.
         scale = self.scale * (1.0 if self.parameters.get("normalize") else self.models[first].weight)
@@ -114,7 +143,7 @@ class _Merge:
             base=base,
             models=tuple(self.inputs.values()),
             owners=owners,
-            weights=tuple(self.models[k].weight for k in owners),
+            weights=self._weights(owners),
             chains=chains,
             method=self.method,
             parameters=self.parameters,
@@ -155,6 +184,28 @@ class _Merge:
             verbatim=MERGE_METHODS[method].keeps_one and len(owners) == 1 and not chains[0] and scale == 1.0,
         )
 
+    def _weights(self, owners: tuple[int, ...]) -> tuple[float, ...]:
+        """Of its owners, one object for all tensors with equal weights."""
+        weights = tuple([self.models[k].weight for k in owners])
+        shared: tuple[float, ...] = self.draft.shared.setdefault(weights, weights)
+        return shared
+
+    def _chains(self, owners: tuple[int, ...], count: int) -> tuple[tuple[StageSpec, ...], ...]:
+        """What happens to each owner's delta; one object for all tensors for which it is equal."""
+        keys = [self._key(k, count) for k in owners]
+        key = (owners, *keys)
+        found: tuple[tuple[StageSpec, ...], ...] | None = self.draft.shared.get(key)
+        if found is None:
+            found = self.draft.shared[key] = tuple([self._chain(k, count) for k in owners])
+        return found
+
+    def _key(self, model: int, count: int) -> tuple[Any, ...]:
+        """What a chain depends on. `draft.settings` keeps the settings alive, whose identity counts."""
+        recipe, settings = self.draft.recipe, self.models[model]
+        if recipe.sparsify is not None and SPARSIFIERS[recipe.sparsify.method].prepare is not None:
+            return id(settings), self.streams[model], count, self.name
+        return id(settings), self.streams[model], count if settings.keep < 1 else None
+
     def _chain(self, model: int, count: int) -> tuple[StageSpec, ...]:
         """What happens to one model's delta before the merge: the sparsifier, then the merge method's trim."""
         recipe, settings = self.draft.recipe, self.models[model]
@@ -165,8 +216,8 @@ class _Merge:
             if prepare is not None:
                 density = {} if settings.density is None else {"density": settings.density}  # mergekit's recipes
                 values = prepare({**values, **density}, count, self.name)
-            stream = self.streams[model]
-            stages.append(StageSpec(recipe.sparsify.method, values, self.draft.seeds[model] or 0, stream))
+            seed = self.draft.seeds[model] or 0
+            stages.append(StageSpec(recipe.sparsify.method, values, seed, *self.streams[model]))
         if MERGE_METHODS[recipe.merge_method].trims:
             keep = settings.keep
             if keep <= 0:
