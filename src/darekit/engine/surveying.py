@@ -22,7 +22,7 @@ from darekit.engine.selection import Select, ShareOf
 from darekit.engine.steps import Step
 from darekit.kernels import cpu
 from darekit.methods import MERGE_METHODS
-from darekit.methods.surveyed import DIVISOR_TINY, Survey, agreeing_mean, index_of, variance
+from darekit.methods.surveyed import DIVISOR_TINY, Survey, agreeing_mean, index_of, passes_before, variance
 
 Mask = npt.NDArray[np.bool_]
 
@@ -45,6 +45,11 @@ TWINS: dict[Callable[..., Any], Callable[..., Any]] = {variance: _variance, agre
 
 class Highest(ShareOf):
     """A number of elements with the highest scores, which follows from how many have one at all."""
+
+    @property
+    def lowest(self) -> float | None:
+        """The lowest score that survives; None where none does."""
+        return float(np.uint32(self.low).view(np.float32)) if self.keep else None
 
     def tell(self, scores: Tile, start: int) -> Mask:
         """(n,) scores, which are overwritten -> whether each survives."""
@@ -89,6 +94,11 @@ class AtLeast(Stage):
         if self._selects and self.ready:
             found = np.array([select.low for select in self._selects], np.uint32).view(np.float32)
             self._low = np.float32(self._threshold(*found.tolist()))
+
+    @property
+    def lowest(self) -> float | None:
+        """The threshold."""
+        return float(self._low)
 
     def tell(self, scores: Tile, start: int) -> Mask:
         """(n,) scores -> whether each survives."""
@@ -173,6 +183,16 @@ class Surveyor:
         merged: Floats = self._merge(deltas, *(self._found or ()))
         return merged, kept
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was found out, JSON-able: the lowest score that survives, and what the merge knows of each model."""
+        found: dict[str, Any] = {}
+        if self._survivors is not None and self._survivors.lowest is not None:
+            found["threshold"] = self._survivors.lowest
+        for weights in self._found or ():
+            found["weights"] = weights.tolist()
+        return found
+
     def _scored(self, base: Floats, deltas: Floats, start: int) -> Tile:
         if self._lines is None:
             scores: Tile = self._scores(deltas)
@@ -212,6 +232,11 @@ class WholeSurveyor:
     def settle(self) -> None:
         """Nothing to settle."""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The definition does not tell."""
+        return {}
+
     def merge(self, base: Floats, deltas: Floats, start: int) -> tuple[Floats, int]:
         """The tensor, (n,) and (K, n) -> merged (n,), and how many elements survive."""
         shape = (-1, max(1, self.step.row))
@@ -230,10 +255,7 @@ def surveyor_of(step: Step) -> Surveyor | WholeSurveyor | None:
 
 def passes_of(step: Step) -> int:
     """How often all of a step is read before it is merged (samples not counted)."""
-    survey = MERGE_METHODS[step.method].survey
-    if step.kind != "merge" or survey is None or step.wide:
-        return 0
-    return (survey.scores is not None) + (survey.squares is not None)
+    return 0 if step.kind != "merge" or step.wide else passes_before(MERGE_METHODS[step.method].survey)
 
 
 def _bound(part: Callable[..., Any] | None, parameters: Mapping[str, Any]) -> Any:

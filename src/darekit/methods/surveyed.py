@@ -55,6 +55,11 @@ class Survey:
     weights: Callable[..., Doubles] | None = None
 
 
+def passes_before(survey: Survey | None) -> int:
+    """How often all of a tensor is seen before it is merged (samples not counted)."""
+    return 0 if survey is None else (survey.scores is not None) + (survey.squares is not None)
+
+
 def index_of(quantile: float, count: int) -> int:
     """Where a quantile stands among `count` values in ascending order, from 0: the lower neighbour."""
     return int(quantile * (count - 1))
