@@ -650,6 +650,8 @@ def test_every_model_has_a_drop_rate(read, refuse):
 def numbers(parameter: Parameter) -> st.SearchStrategy[float]:
     kind = parameter.kind
     assert isinstance(kind, Number)
+    if kind.whole:
+        return st.integers(int(max(kind.low, -(2**53))), int(min(kind.high, 2**53))).map(float)
     return st.floats(max(kind.low, -1e300), min(kind.high, 1e300), allow_nan=False)
 
 

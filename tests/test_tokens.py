@@ -255,8 +255,8 @@ def test_biases_on_the_second_axis(tmp_path):
     for name, extra in (("base", []), ("m0", ["<y>"]), ("m1", ["<x>", "<y>"])):
         n = 11 + len(extra)
         arrays[name] = {
-            "model.shared.weight": rng.normal(1, 0.01, (n, 4)).astype(np.float32),
-            "final_logits_bias": rng.normal(1, 0.01, (1, n)).astype(np.float32),
+            "model.shared.weight": 1 + rng.normal(0, 0.05, size=(n, 4)).astype(np.float32),
+            "final_logits_bias": 1 + rng.normal(0, 0.05, size=(1, n)).astype(np.float32),
         }
         config = {"architectures": ["BartForConditionalGeneration"], "model_type": "bart", "vocab_size": n}
         families.save(tmp_path / name, arrays[name], config)

@@ -21,7 +21,7 @@ from darekit.engine.selection import Select
 from darekit.engine.steps import TRIM, TRIM_AT, TRIM_MODEL, StageSpec, Step, is_per_row, is_trim
 from darekit.kernels import cpu
 from darekit.masks import DROP_ALL, stream_of, threshold_of
-from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods import MERGE_METHODS, SPARSIFIERS, Scope
 from darekit.methods.sparsifiers import (
     L1_LANES,
     l1_factor,
@@ -240,8 +240,22 @@ def tile_of(step: Step, wanted: int) -> int:
 
     Where the merge method takes a number of rows of its own, that many, or the whole tensor.
     """
+    scope, method = scope_of(step), MERGE_METHODS[step.method]
+    if scope == "tensor":
+        return max(1, step.count)
+    if method.rows:
+        return max(1, min(step.count, method.rows(step.row) * step.row))
+    if scope == "row":
+        return max(1, wanted // max(1, step.row)) * max(1, step.row)
+    return wanted
+
+
+def scope_of(step: Step) -> Scope:
+    """How much of a tensor a step's stages and its method must see at once."""
     method = MERGE_METHODS[step.method]
     scopes: list[str] = ["tensor" if step.transposed else "row" if is_per_row(step) else method.scope]
+    if method.survey and not step.wide:
+        scopes = ["row" if method.survey.lines else "element"]
     for chain in step.chains:
         for spec in chain:
             entry = SPARSIFIERS.get(spec.method)
@@ -250,10 +264,4 @@ def tile_of(step: Step, wanted: int) -> int:
                 scope = "tensor"
             streamed = not step.wide and (is_trim(spec) or (entry is not None and entry.kernel == "select"))
             scopes.append("element" if streamed else scope)
-    if "tensor" in scopes:
-        return max(1, step.count)
-    if method.rows:
-        return max(1, min(step.count, method.rows(step.row) * step.row))
-    if "row" in scopes:
-        return max(1, wanted // max(1, step.row)) * max(1, step.row)
-    return wanted
+    return "tensor" if "tensor" in scopes else "row" if "row" in scopes else "element"

@@ -132,7 +132,7 @@ class _Merge:
 
     def _on_base(self, base: Input, count: int) -> Step:
         owners = tuple(self.inputs)
-        chains = tuple(self._chain(k, count) for k in owners)
+        chains = self._chains(owners, count)
         first = owners[0]
         # What the one model's delta is multiplied by, where there is but one.
         scale = self.scale * (1.0 if self.parameters.get("normalize") else self.models[first].weight)
@@ -143,7 +143,7 @@ class _Merge:
             base=base,
             models=tuple(self.inputs.values()),
             owners=owners,
-            weights=tuple(self.models[k].weight for k in owners),
+            weights=self._weights(owners),
             chains=chains,
             method=self.method,
             parameters=self.parameters,
@@ -183,6 +183,28 @@ class _Merge:
             **(self.informed or {} if weighed else {}),
             verbatim=MERGE_METHODS[method].keeps_one and len(owners) == 1 and not chains[0] and scale == 1.0,
         )
+
+    def _weights(self, owners: tuple[int, ...]) -> tuple[float, ...]:
+        """Of its owners, one object for all tensors with equal weights."""
+        weights = tuple([self.models[k].weight for k in owners])
+        shared: tuple[float, ...] = self.draft.shared.setdefault(weights, weights)
+        return shared
+
+    def _chains(self, owners: tuple[int, ...], count: int) -> tuple[tuple[StageSpec, ...], ...]:
+        """What happens to each owner's delta; one object for all tensors for which it is equal."""
+        keys = [self._key(k, count) for k in owners]
+        key = (owners, *keys)
+        found: tuple[tuple[StageSpec, ...], ...] | None = self.draft.shared.get(key)
+        if found is None:
+            found = self.draft.shared[key] = tuple([self._chain(k, count) for k in owners])
+        return found
+
+    def _key(self, model: int, count: int) -> tuple[Any, ...]:
+        """What a chain depends on. `draft.settings` keeps the settings alive, whose identity counts."""
+        recipe, settings = self.draft.recipe, self.models[model]
+        if recipe.sparsify is not None and SPARSIFIERS[recipe.sparsify.method].prepare is not None:
+            return id(settings), self.streams[model], count, self.name
+        return id(settings), self.streams[model], count if settings.keep < 1 else None
 
     def _chain(self, model: int, count: int) -> tuple[StageSpec, ...]:
         """What happens to one model's delta before the merge: the sparsifier, then the merge method's trim."""
