@@ -310,9 +310,9 @@ def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str
 
 
 def _some(names: Sequence[str], sep: str = ", ") -> str:
-    shown = sep.join(names[:4])
-    return (
-        f"{len(names)} tensors ({shown}{', ...' if len(names) > 4 else ''})"
-        if sep == ", "
-        else shown + (f"; ... {len(names) - 4} more" if len(names) > 4 else "")
-    )
+    shown, more = sep.join(names[:4]), len(names) - 4
+    if len(names) == 1:
+        return shown
+    if sep == ", ":
+        return f"{len(names)} tensors ({shown}{', ...' if more > 0 else ''})"
+    return shown + (f"; ... {more} more" if more > 0 else "")
