@@ -36,3 +36,21 @@ def is_tied(config: Mapping[str, Any]) -> bool | None:
 def tied_by_default(model_type: str | None) -> bool:
     """What transformers assumes where a config of this `model_type` has no `tie_word_embeddings`."""
     return model_type in TIED_MODEL_TYPES
+
+
+def says_tied(config: Mapping[str, Any] | None) -> bool:
+    """Whether the embeddings of a model of this config are tied, said or by default."""
+    if config is None:
+        return False
+    said = is_tied(config)
+    return tied_by_default(str(config.get("model_type", ""))) if said is None else said
+
+
+def untied_config(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The same, with embeddings that are not tied."""
+    if config is None:
+        return None
+    texts = {
+        key: {**config[key], "tie_word_embeddings": False} for key in TEXT_CONFIGS if isinstance(config.get(key), dict)
+    }
+    return {**config, **texts, "tie_word_embeddings": False}

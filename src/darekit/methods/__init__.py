@@ -60,6 +60,8 @@ class MergeMethod:
     `products`: the function gives coefficients, from the inner products of these rows (`darekit.methods.spherical`):
     of the models, whose sum is the result, or of the deltas, whose sum is added to the base. `base_row`: the base is
     one of the rows, the first. `per_row`: name of the switch with which each row of a matrix has its own coefficients.
+    `weight_word`: what recipes call the models' weights. `sums_models`: weights of the models themselves, so that on a
+    base their sum less one is the base's own.
     """
 
     function: Callable[..., Any]
@@ -75,7 +77,14 @@ class MergeMethod:
     matrix: Callable[[int], int] | None = None
     products: Literal["models", "deltas"] | None = None
     base_row: bool = False
+    weight_word: str = "weight"
+    sums_models: bool = False
     per_row: str | None = None
+
+    @property
+    def parts_base(self) -> bool:
+        """Whether a base that is also listed among the models is none of them."""
+        return self.needs_base or self.products is not None
 
     @property
     def name(self) -> str:
@@ -118,7 +127,14 @@ SPARSIFIERS: dict[str, Sparsifier] = {
     for entry in (
         Sparsifier(sparsifiers.dare, "element", random=True, unbiased=True, kernel="drop"),
         Sparsifier(sparsifiers.drop_only, "element", random=True, kernel="drop"),
-        Sparsifier(sparsifiers.magnitude, "tensor", random=False, kernel="select", selects=sparsifiers.magnitude_range),
+        Sparsifier(
+            sparsifiers.magnitude,
+            "tensor",
+            random=False,
+            kernel="select",
+            selects=sparsifiers.magnitude_range,
+            prepare=sparsifiers.count_survivors,
+        ),
         Sparsifier(
             sparsifiers.della, "row", random=True, unbiased=True, kernel="rank", prepare=sparsifiers.check_window
         ),
@@ -137,6 +153,10 @@ MERGE_METHODS: dict[str, MergeMethod] = {
     entry.name: entry
     for entry in (
         MergeMethod(merging.linear, needs_base=False, kernel="sum", keeps_one=True, mean_if="normalize"),
+        MergeMethod(
+            merging.passthrough, needs_base=False, kernel="sum", models=(1, 1), keeps_one=True, weight_word="scale",
+            sums_models=True,
+        ),
         MergeMethod(merging.task_arithmetic, kernel="sum", keeps_one=True),
         MergeMethod(merging.ties, kernel="elect", trims=True, keeps_one=True),
         MergeMethod(informed.fisher, needs_base=False, keeps_one=True, statistics="fisher"),
@@ -155,6 +175,7 @@ SUM = merging.task_arithmetic.__name__  # what a method with coefficients become
 MERGE_ALIASES: dict[str, str] = {"average": "linear"}
 
 WEIGHT = Parameter("weight", Number("the model's factor in the merge"), 1.0)
+SCALE = Parameter("scale", Number("what the model's tensors are multiplied by"), 1.0)
 TAU = Parameter(
     "tau",
     Number("with drop_rate: auto: the relative perturbation of a layer's output that it may cause", 0.001, 1),
@@ -166,6 +187,7 @@ __all__ = [
     "AVERAGE",
     "MERGE_ALIASES",
     "MERGE_METHODS",
+    "SCALE",
     "SEED",
     "SPARSIFIERS",
     "SUM",

@@ -52,4 +52,11 @@ def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = 
                 from darekit.inputs.statistics import open_statistics
 
                 statistics.append(opened.enter_context(closing(open_statistics(entry.stats, search=search))))
-        yield make_plan(recipe, base, models, statistics=statistics, shard_size=shard_size)
+        known: dict[str | None, Checkpoint | None] = {recipe.base_model: base, **dict(zip(names, models, strict=True))}
+        bases = {}
+        for name in dict.fromkeys(one.base[0] for one in recipe.slices if one.base):
+            found = known.get(name) or opened.enter_context(
+                closing(opening.open_base(name, search=search, openers=OPENERS))
+            )
+            bases[name] = found
+        yield make_plan(recipe, base, models, statistics=statistics, bases=bases, shard_size=shard_size)

@@ -32,7 +32,9 @@ from darekit.planning.alignment import AlignedTensor, Alignment, Heads, align
 from darekit.planning.draft import Draft
 from darekit.planning.notes import notes_of, rate_notes
 from darekit.planning.rates import settle
+from darekit.planning.restacking import config_of
 from darekit.planning.settings import Settings, is_float, settings_of
+from darekit.planning.stack import Tower, stacked
 from darekit.planning.steps import steps_of
 from darekit.recipe import Recipe
 from darekit.wording import brief, size_of
@@ -87,6 +89,8 @@ class Plan:
         settings: by tensor, what holds for it and for each model in it: weights, drop rates, the method's parameters.
         depths: which layer each tensor is in.
         statistics: one per model, where the method uses them.
+        towers: where each layer comes from, of stacks that slices made.
+        config: of such a stack, before number format and vocabulary; None: as that of the model that gives it.
     """
 
     recipe: Recipe
@@ -103,6 +107,8 @@ class Plan:
     settings: Mapping[str, Settings]
     depths: Depths
     statistics: tuple[Statistics, ...] = ()
+    towers: tuple[Tower, ...] = ()
+    config: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
         sparsify = f"{self.recipe.sparsify.method} + " if self.recipe.sparsify else ""
@@ -211,17 +217,26 @@ def make_plan(
     models: Sequence[Checkpoint],
     *,
     statistics: Sequence[Statistics] = (),
+    bases: Mapping[str, Checkpoint] | None = None,
     shard_size: int = SHARD_SIZE,
 ) -> Plan:
-    """Recipe x open checkpoints (x open statistics, one of each model) -> the plan.
+    """Recipe x open checkpoints (x open statistics, one of each model; x the bases of its slices) -> the plan.
 
     Raises:
         HomologyError: the checkpoints do not belong together, or statistics are another model's.
         PlanError: a parameter is impossible for a tensor.
         RecipeError: a parameter has no value for a tensor.
     """
-    alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models))
-    depths = depths_of(tensor.name for tensor in alignment.tensors)
+    towers: tuple[Tower, ...] = ()
+    config: Mapping[str, Any] | None = None
+    stacking: list[str] = []
+    if recipe.slices:
+        stack = stacked(recipe, base, models, bases or {})
+        base, models, alignment, depths, towers = stack.base, stack.models, stack.alignment, stack.depths, stack.towers
+        config, stacking = config_of(base or models[0], towers)
+    else:
+        alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models))
+        depths = depths_of(tensor.name for tensor in alignment.tensors)
     recipe, rates = settle(recipe, alignment.tensors, depths)
     digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
     own_digests = digests[1:] if base else digests
@@ -238,11 +253,18 @@ def make_plan(
     places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
     steps = [step for tensor in alignment.tensors for step in steps_of(draft, tensor, *places[tensor.name])]
     opened = (note for checkpoint in ((base, *models) if base else models) for note in checkpoint.notes)
-    notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *notes_of(draft), *rate_notes(models, rates)]
+    notes = [
+        *recipe.notes,
+        *dict.fromkeys(opened),
+        *alignment.notes,
+        *stacking,
+        *notes_of(draft),
+        *rate_notes(models, rates),
+    ]
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
-        rates, settings, depths, draft.statistics,
+        rates, settings, depths, draft.statistics, towers, config,
     )  # fmt: skip
 
 

@@ -8,11 +8,12 @@ summaries, notes, checks, the lock) reads these and no longer the recipe's param
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from darekit.architectures.depth import Depths
 from darekit.architectures.groups import is_kept_dense
+from darekit.checkpoints import TensorInfo
 from darekit.dtypes import dtype_named
 from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, WEIGHT
@@ -71,7 +72,12 @@ def merges_weights(recipe: Recipe, parameters: Mapping[str, Any]) -> bool:
 
 def place_of(tensor: AlignedTensor, depths: Depths) -> Place:
     """Where a tensor's parameters are asked."""
-    return Place(tensor.name, tensor.shape, depths.at(tensor.name))
+    return Place(tensor.name, tensor.shape, depths.at(tensor.name), depths.slice_of(tensor.name))
+
+
+def place_in(place: Place, info: TensorInfo, depths: Depths) -> Place:
+    """Where those of one model are asked: in a stack by the name that the tensor has there."""
+    return replace(place, name=info.stored_name) if depths.slices and info.stored is not None else place
 
 
 def settings_of(recipe: Recipe, tensors: Iterable[AlignedTensor], depths: Depths) -> dict[str, Settings]:
@@ -81,7 +87,7 @@ def settings_of(recipe: Recipe, tensors: Iterable[AlignedTensor], depths: Depths
         RecipeError: a parameter without a default has no value for a tensor.
     """
     resolver = _Resolver(recipe)
-    return {tensor.name: resolver.at(tensor, place_of(tensor, depths)) for tensor in tensors}
+    return {tensor.name: resolver.at(tensor, place_of(tensor, depths), depths) for tensor in tensors}
 
 
 class _Resolver:
@@ -102,13 +108,13 @@ class _Resolver:
         self._models = [_ModelResolver(recipe, k) for k in range(len(recipe.models))]
         self._known: dict[Any, Settings] = {}
 
-    def at(self, tensor: AlignedTensor, place: Place) -> Settings:
+    def at(self, tensor: AlignedTensor, place: Place, depths: Depths) -> Settings:
         """What holds for one tensor."""
         merged = is_float(tensor.dtype)
         sparsify = self._recipe.sparsify
         dense = sparsify is None or tensor.head or is_kept_dense(place.name, place.shape, sparsify.keep_dense)
         models = tuple(
-            resolver.at(place, dense=dense) if merged and info is not None else None
+            resolver.at(place_in(place, info, depths), dense=dense) if merged and info is not None else None
             for resolver, info in zip(self._models, tensor.models, strict=True)
         )
         scale, merge = self._scale.at(place), self._merge.at(place)
@@ -124,9 +130,10 @@ class _ModelResolver:
     def __init__(self, recipe: Recipe, model: int) -> None:
         entry, sparsify = recipe.models[model], recipe.sparsify
         own, shared = entry.parameters, recipe.parameters
+        word = MERGE_METHODS[recipe.merge_method].weight_word
         self._always = _Asked(
             {
-                "weight": (own.get("weight"), shared.get("weight"), WEIGHT.default),
+                "weight": (own.get(word), shared.get(word), WEIGHT.default),
                 "keep": (own.get("keep"), shared.get("keep"), 1.0),
             }
         )
