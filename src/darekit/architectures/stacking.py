@@ -14,7 +14,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from darekit.architectures.tying import TEXT_CONFIGS
+from darekit.architectures.families import TEXTS
 
 Config = Mapping[str, Any]
 Kinds = Sequence[Hashable]
@@ -70,7 +70,7 @@ class Restacked:
 
 def section_of(config: Config, part: str) -> str | None:
     """The key under which a composite config has its text, vision or audio model; None where it is the whole."""
-    keys = {"text": TEXT_CONFIGS, "vision": ("vision_config", "vision_tower_config"), "audio": ("audio_config",)}
+    keys = {"text": TEXTS, "vision": ("vision_config", "vision_tower_config"), "audio": ("audio_config",)}
     return next((key for key in keys.get(part, ()) if isinstance(config.get(key), dict)), None)
 
 

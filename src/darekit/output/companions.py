@@ -143,7 +143,7 @@ def companions_of(plan: Plan) -> OutputCompanions:
         config = merged_config(
             plan.config or donor.config,
             dtype=main_dtype(plan),
-            vocab_size=plan.alignment.vocab_size,
+            sizes=plan.alignment.sizes,
             tied=plan.alignment.tied,
         )
     files = tokenizer_files(tokenizer.companions)

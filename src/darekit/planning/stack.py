@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from darekit.architectures.depth import Depths, along, depths_of
-from darekit.architectures.groups import HEAD_NAMES, embedding_for
 from darekit.architectures.parts import part_of
-from darekit.architectures.tying import says_tied, untied_config
 from darekit.checkpoints import Checkpoint, natural_key
 from darekit.errors import PlanError
 from darekit.inputs.slices import Layered, kind_of, layered, renamed
 from darekit.planning.alignment import AlignedTensor, Alignment, align
+from darekit.planning.stackties import output_ties, untied_config
 from darekit.recipe import Recipe
 from darekit.recipe.data import DEFAULT, Range, Slice
 from darekit.recipe.layout import WHOLE
@@ -241,33 +240,22 @@ class _Stacking:
     def _untie(
         self, first: Sequence[Checkpoint], last: Mapping[Member, tuple[Checkpoint, Range]], after: _Part, end: int
     ) -> None:
-        """Heads of models that are not those of the embedding: all of them are tied, or none is."""
-        everybody = [*first, *(checkpoint for checkpoint, _ in last.values())]
-        heads = {name for checkpoint in everybody for name in HEAD_NAMES if name in checkpoint.tensors}
-        if not heads:
-            tied = True
-        else:
-            tied = not any(
-                not says_tied(checkpoint.config) and heads & checkpoint.tensors.keys() for checkpoint in everybody
-            )
-        if tied:
+        """Output embeddings of models that do not give the input embedding."""
+        for tie in output_ties(first, [checkpoint for checkpoint, _ in last.values()]):
             for names in after.names.values():
-                for head in heads:
-                    names.pop(head, None)
-            if heads or any(says_tied(checkpoint.config) for checkpoint in everybody):
-                self._tell(f"the head is tied to the embedding, which is that of {label(first[0].ref)}")
-            return
-        head = sorted(heads)[0]
-        after.untied = True
-        for member, (checkpoint, _) in last.items():
-            if head in checkpoint.tensors and not says_tied(checkpoint.config):
+                names.pop(tie.target, None)
+            if tie.tied:
+                self._tell(f"{tie.target} is tied to the embedding, which is that of {label(first[0].ref)}")
                 continue
-            embedding = embedding_for(head, {name: info.shape for name, info in checkpoint.tensors.items()})
-            if embedding is not None:
-                after.add(member, head, embedding, end)
-                self._tell(
-                    f"{label(checkpoint.ref)} ties {head} to {embedding}, but others do not: the output is untied"
-                )
+            after.untied = True
+            for (member, (checkpoint, _)), given in zip(last.items(), tie.given, strict=True):
+                if given is None:
+                    continue
+                after.add(member, *given, end)
+                if given[0] != given[1]:
+                    self._tell(
+                        f"{label(checkpoint.ref)} ties {given[0]} to {given[1]}, but others do not: the output is untied"
+                    )
 
     def _rest(self) -> _Part:
         """What no module names is the base's; that of the first model, where there is no base."""
@@ -293,13 +281,17 @@ class _Stacking:
         names: dict[Member, dict[str, str]] = {}
         slices: dict[str, int | None] = {}
         depths: dict[str, float] = {}
-        tied = vocab_size = None
+        tied: bool | None = None
+        sizes: dict[str, int] = {}
+        copies: dict[Member, dict[str, str]] = {}
         for part in parts:
             alignment = self._aligned(part)
             tensors += (self._widened(tensor, [k for k in part.names if k is not None]) for tensor in alignment.tensors)
             notes += alignment.notes
             tied = False if part.untied else alignment.tied if alignment.tied is not None else tied
-            vocab_size = alignment.vocab_size if alignment.vocab_size is not None else vocab_size
+            sizes |= alignment.sizes
+            for member, found in zip(part.names, alignment.copies, strict=False):
+                copies.setdefault(member, {}).update(found)
             slices |= part.slices
             depths |= part.depths
             for member, own in part.names.items():
@@ -307,9 +299,13 @@ class _Stacking:
         tensors.sort(key=lambda tensor: natural_key(tensor.name))
         models = tuple(renamed(model, names.get(k, {})) for k, model in enumerate(self._models))
         stacks = depths_of(tensor.name for tensor in tensors).stacks
+        members: list[Member] = [*([None] if None in names or self._base is not None else []), *range(len(models))]
         return Stack(
             self._base_view(names.get(None, {})), models,
-            Alignment(tuple(tensors), tied, vocab_size, (*self._notes, *dict.fromkeys(notes))),
+            Alignment(
+                tuple(tensors), tied, sizes, (*self._notes, *dict.fromkeys(notes)),
+                tuple(copies.get(member, {}) for member in members),
+            ),
             Depths(stacks, depths, slices), towers,
         )  # fmt: skip
 

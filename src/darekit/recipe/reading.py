@@ -97,6 +97,8 @@ def read_recipe(
         vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),  # type: ignore[arg-type]
         tokenizer_source=_read_tokenizer_source(document, found.base, found.names, search),
         heads=_read_heads(document, found.base, found.names, search),
+        keep_float32=_read_switch(document, "keep_float32", default=True),
+        base_extras=_read_choice(document, ("base_extras",), ("keep", "leave_out")),  # type: ignore[arg-type]
         slices=found.slices,
         text=document.text,
     )
@@ -222,6 +224,13 @@ def _dtype_name(document: Document, key: str) -> str:
     fail(document, (key,), f" must be one of {', '.join(known)}, found {shown(raw)}{hint}")
 
 
+def _read_switch(document: Document, key: str, *, default: bool) -> bool:
+    raw = document.data.get(key, default)
+    if not isinstance(raw, bool):
+        fail(document, (key,), f" must be true or false, found {shown(raw)}")
+    return raw
+
+
 def _read_tokenizer_source(document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> str:
     raw = document.data.get("tokenizer_source", "base")
     if raw == "base" or (base is not None and isinstance(raw, str) and same_model(raw, base, search)):
@@ -272,7 +281,7 @@ def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key]) -> No
     _check_stats(document, recipe, paths)
     if sparsify is None:
         return
-    if sparsify.on == "weights" and method.needs_base:
+    if sparsify.on == "weights" and method.parts_base:
         fail(
             document,
             ("sparsify", "on"),

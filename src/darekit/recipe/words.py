@@ -33,7 +33,7 @@ def refuse_later(document: Document) -> None:
 
 TOP_KEYS: tuple[str, ...] = (
     "base_model", "models", "slices", "modules", "sparsify", "merge_method", "parameters", "dtype", "out_dtype",
-    "vocab", "tokenizer_source", "heads",
+    "vocab", "tokenizer_source", "heads", "keep_float32", "base_extras",
 )  # fmt: skip
 AUTOMATIC = ("dare",)  # sparsifiers whose perturbation is predicted, so that they take drop_rate: auto
 SPARSIFY_KEYS = ("method", "on", "seed", "keep_dense")
