@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from darekit.methods import informed, merging, sparsifiers, spherical
+from darekit.methods import informed, merging, sparsifiers, spherical, surveyed
 from darekit.methods.parameters import Choice, Number, Parameter, Switch, parameters_of
 from darekit.methods.spherical import Vectors
+from darekit.methods.surveyed import Survey
 
 Scope = Literal["element", "row", "tensor"]
 
@@ -64,6 +65,8 @@ class MergeMethod:
     with coefficients of its own: the tensor, each row, or each column.
     `weight_word`: what recipes call the models' weights. `sums_models`: weights of the models themselves, so that on a
     base their sum less one is the base's own.
+
+    `survey`: what the function must know of all of a tensor first, part by part (`darekit.methods.surveyed`).
     """
 
     function: Callable[..., Any]
@@ -82,6 +85,7 @@ class MergeMethod:
     vectors: Callable[..., Vectors] | None = None
     weight_word: str = "weight"
     sums_models: bool = False
+    survey: Survey | None = None
 
     @property
     def name(self) -> str:
@@ -168,6 +172,11 @@ MERGE_METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(merging.task_arithmetic, kernel="sum", keeps_one=True),
         MergeMethod(merging.ties, kernel="elect", trims=True, keeps_one=True),
+        MergeMethod(surveyed.sce, "tensor", survey=surveyed.SCE),
+        MergeMethod(merging.nearswap, models=(1, 1)),
+        MergeMethod(surveyed.arcee_fusion, "tensor", models=(1, 1), survey=surveyed.ARCEE_FUSION),
+        MergeMethod(merging.ram),
+        MergeMethod(surveyed.ramplus_tl, "tensor", survey=surveyed.RAMPLUS_TL),
         MergeMethod(informed.fisher, needs_base=False, keeps_one=True, statistics="fisher"),
         MergeMethod(
             informed.regmean, "row", needs_base=False, keeps_one=True, statistics="gram", rows=informed.rows_at_once,
@@ -213,6 +222,7 @@ __all__ = [
     "MergeMethod",
     "Number",
     "Parameter",
+    "Scope",
     "Sparsifier",
     "Switch",
 ]

@@ -87,7 +87,11 @@ class _Part:
 
 
 def stacked(
-    recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], bases: Mapping[str, Checkpoint]
+    recipe: Recipe,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    bases: Mapping[str, Checkpoint],
+    vocab: str = "strict",
 ) -> Stack:
     """The recipe's slices, put together.
 
@@ -96,20 +100,27 @@ def stacked(
         base: the recipe's base, None without one.
         models: its models, in order.
         bases: the bases that slices name, by name.
+        vocab: what to do with vocabularies that differ, as `align` takes it.
 
     Raises:
         PlanError: layers that a model does not have, or a model whose layers are not known.
         HomologyError: models whose tensors do not correspond.
     """
-    return _Stacking(recipe, base, models, bases).stack()
+    return _Stacking(recipe, base, models, bases, vocab).stack()
 
 
 class _Stacking:
     """The work of `stacked`."""
 
     def __init__(
-        self, recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], bases: Mapping[str, Checkpoint]
+        self,
+        recipe: Recipe,
+        base: Checkpoint | None,
+        models: Sequence[Checkpoint],
+        bases: Mapping[str, Checkpoint],
+        vocab: str,
     ) -> None:
+        self._vocab = vocab
         self._recipe, self._base, self._models, self._bases = recipe, base, tuple(models), bases
         self._layered: dict[tuple[int, str], Layered] = {}
         self._given: dict[str, Checkpoint] = {}  # name in the output of what a base gives -> that base
@@ -254,7 +265,8 @@ class _Stacking:
                 after.add(member, *given, end)
                 if given[0] != given[1]:
                     self._tell(
-                        f"{label(checkpoint.ref)} ties {given[0]} to {given[1]}, but others do not: the output is untied"
+                        f"{label(checkpoint.ref)} ties {given[0]} to {given[1]}, but others do not: the output is "
+                        "untied"
                     )
 
     def _rest(self) -> _Part:
@@ -312,7 +324,7 @@ class _Stacking:
     def _aligned(self, part: _Part) -> Alignment:
         views = {member: self._view(member, names, part) for member, names in part.names.items()}
         base = views.pop(None, None)
-        return align(base, list(views.values()), self._recipe.vocab)
+        return align(base, list(views.values()), self._vocab)
 
     def _view(self, member: Member, names: Mapping[str, str], part: _Part) -> Checkpoint:
         if member is None:

@@ -206,7 +206,9 @@ class _Walker:
     def _is_there(self, text: str, path: Key) -> bool:
         """Whether a model is to be named here, and one of that name exists: a directory may be called 500 or 1.5."""
         listed = len(path) > 1 and path[-2] in ("models", "sources") and isinstance(path[-1], int)
-        if not listed and path[-1:] not in (("model",), ("base_model",), ("tokenizer_source",), ("heads",)):
+        if not listed and path[-1:] not in (
+            ("model",), ("base_model",), ("tokenizer_source",), ("heads",),
+        ) and path != ("tokenizer", "source"):  # fmt: skip
             return False
         return any(os.path.lexists(folder / text) for folder in (Path(), Path(self.name).resolve().parent))
 

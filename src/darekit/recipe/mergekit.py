@@ -49,11 +49,6 @@ _METHODS = (
 
 LATER_METHODS: tuple[str, ...] = tuple(name for name in _METHODS if name not in MERGE_METHODS)
 
-LATER_KEYS: dict[str, str] = {
-    "tokenizer": "tokenizer surgery; `tokenizer_source: base` or one of the models copies a tokenizer",
-    "chat_template": "replacing the chat template; it is copied with the tokenizer",
-}
-
 DENSITY = Parameter("density", Number("fraction that is kept: 1 - drop_rate, or ties' keep", 0, 1), 1.0)
 EPSILON = Parameter("epsilon", Number("half of della's window", 0, 0.5), 0.15)
 GAMMA = SPARSIFIERS["breadcrumbs"].parameters["gamma"]

@@ -18,8 +18,9 @@ from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_dat
 from darekit.recipe.entries import gather
 from darekit.recipe.names import find_model, same_model
 from darekit.recipe.parameters import block_at, read_seed
+from darekit.recipe.tokens import TokensReader, read_chat_template
 from darekit.recipe.values import AUTO, BySlice, Value, is_glob, scalars_of
-from darekit.recipe.words import AUTOMATIC, Words, check_names, refuse_later
+from darekit.recipe.words import AUTOMATIC, Words, check_names
 
 
 def read_recipe(
@@ -58,7 +59,6 @@ def read_recipe(
     """
     document = open_data(source) if isinstance(source, Mapping) else open_file(Path(source))
     document = override(document, settings or {}, seed)
-    refuse_later(document)
     document = _spell_out(document)
     document, words, ignored = check_names(document, lenient=lenient)
     search = (Path(source).resolve().parent,) if isinstance(source, str | Path) else ()
@@ -84,6 +84,7 @@ def read_recipe(
                 f"drop_rate: auto keeps {', '.join(ONE_TERM)} dense, because noise does not average out in their "
                 "outputs; write keep_dense: [] to drop them too"
             )
+    tokenizer_source, tokens = TokensReader(document, found.base, found.names, search).read()
     recipe = Recipe(
         base_model=found.base,
         models=tuple(
@@ -95,7 +96,9 @@ def read_recipe(
         parameters=shared,
         dtype=_read_dtype(document),
         vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),  # type: ignore[arg-type]
-        tokenizer_source=_read_tokenizer_source(document, found.base, found.names, search),
+        tokenizer_source=tokenizer_source,
+        tokens=tokens,
+        chat_template=read_chat_template(document),
         heads=_read_heads(document, found.base, found.names, search),
         keep_float32=_read_switch(document, "keep_float32", default=True),
         base_extras=_read_choice(document, ("base_extras",), ("keep", "leave_out")),  # type: ignore[arg-type]
@@ -229,20 +232,6 @@ def _read_switch(document: Document, key: str, *, default: bool) -> bool:
     if not isinstance(raw, bool):
         fail(document, (key,), f" must be true or false, found {shown(raw)}")
     return raw
-
-
-def _read_tokenizer_source(document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> str:
-    raw = document.data.get("tokenizer_source", "base")
-    if raw == "base" or (base is not None and isinstance(raw, str) and same_model(raw, base, search)):
-        return "base"
-    found = find_model(raw, models, search) if isinstance(raw, str) else None
-    if found is None:
-        fail(
-            document,
-            ("tokenizer_source",),
-            f" must be base or one of the models, found {shown(raw)}{suggest(str(raw), ['base', *models], 'known')}",
-        )
-    return found
 
 
 def _read_heads(document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> str | None:

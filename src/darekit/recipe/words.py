@@ -15,25 +15,11 @@ from darekit.recipe.ignored import why_ignored, without
 from darekit.recipe.layout import FORMS, MODEL_KEYS, MODULE_KEYS, SLICE_KEYS, SOURCE_KEYS, SliceAt, layout_of
 from darekit.recipe.parameters import block_at
 
-# --- what later versions will do ---
-
-
-def refuse_later(document: Document) -> None:
-    """Refuse by name what mergekit has and darekit does not have yet."""
-    for key, what in mergekit.LATER_KEYS.items():
-        if key in document.data:
-            fail(document, (key,), f"{key} ({what}) comes in a later version of darekit")
-    if document.data.get("tokenizer_source") == "union":
-        fail(
-            document, ("tokenizer_source",), "union comes in a later version of darekit; use base or one of the models"
-        )
-
-
 # --- names ---
 
 TOP_KEYS: tuple[str, ...] = (
     "base_model", "models", "slices", "modules", "sparsify", "merge_method", "parameters", "dtype", "out_dtype",
-    "vocab", "tokenizer_source", "heads", "keep_float32", "base_extras",
+    "vocab", "tokenizer_source", "tokenizer", "chat_template", "heads", "keep_float32", "base_extras",
 )  # fmt: skip
 AUTOMATIC = ("dare",)  # sparsifiers whose perturbation is predicted, so that they take drop_rate: auto
 SPARSIFY_KEYS = ("method", "on", "seed", "keep_dense")
