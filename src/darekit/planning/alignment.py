@@ -12,7 +12,9 @@ from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError
 from darekit.planning.fusing import fit_parts
+from darekit.planning.hints import causes
 from darekit.planning.naming import Roles, View, buffers_of, views_of
+from darekit.planning.prefixes import fit_prefixes
 from darekit.planning.ties import has_own_head, settle_ties
 from darekit.planning.vocabulary import rows_told, sizes_for_config, tokens_axis
 from darekit.wording import label
@@ -105,6 +107,7 @@ def align(
     naming = views[0]
     if isinstance(heads, Checkpoint):
         naming = next(view for view in views if view.checkpoint is heads)
+    fit_prefixes(views, notes)
     tied = has_own_head(views) if verbatim else settle_ties(views, notes)
     fit_parts(views, notes)
     taken: dict[str, TensorInfo] = {}
@@ -222,8 +225,7 @@ def _compare_names(views: Sequence[View], notes: list[str]) -> None:
             problems.append(f"{view.ref} lacks {_some(missing)} of {reference.ref}")
         if extra:
             problems.append(f"{view.ref} has {_some(extra)} that {reference.ref} lacks")
-        if missing and extra:
-            problems += _prefix_hint(missing, extra)
+        problems += causes(view, reference, missing, extra)
         heads = [*map(reference.facts.is_head, missing), *map(view.facts.is_head, extra)]
         if (missing or extra) and all(heads):
             problems.append(HEADS_HINT)
@@ -232,15 +234,6 @@ def _compare_names(views: Sequence[View], notes: list[str]) -> None:
             "The models do not have the same tensors, so as stored they were not fine-tuned from one base:\n  "
             + "\n  ".join(problems)
         )
-
-
-def _prefix_hint(missing: Sequence[str], extra: Sequence[str]) -> list[str]:
-    """The commonest cause: the same tensors saved with and without the wrapper's prefix."""
-    for ours, theirs in ((missing, extra), (extra, missing)):
-        prefix = ours[0].split(".")[0] + "."
-        if {name.removeprefix(prefix) for name in ours} & set(theirs):
-            return [f"Names differ by the prefix {prefix!r}: save both with the same class (AutoModelForCausalLM)"]
-    return []
 
 
 def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str, tuple[int, int]]:
