@@ -103,7 +103,10 @@ def settle_extras(
     alone = {
         key: info
         for key, info in base.tensors.items()
-        if not any(key in view.tensors for view in models) and parts.may_be_absent(info.name)
+        if not any(key in view.tensors for view in models)
+        and parts.may_be_absent(info.name)
+        # A model whose own class has this head has lost it.
+        and not any(view.facts.has_head(info.name) for view in models)
     }
     if not alone:
         return {}, frozenset()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from darekit.checkpoints import Placement
+from darekit.checkpoints import Placement, Places, traits_of
 from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step
 from darekit.errors import PlanError
@@ -91,7 +91,11 @@ def _merge_of(
         if informed is None:
             method, parameters = AVERAGE, {"normalize": True}
     # What a view calls otherwise keeps the mask of the tensor that is stored.
-    streams = {k: info.stored or "" for k, info in enumerate(tensor.models) if info is not None}
+    streams = {
+        k: (info.stored or "", traits_of(info.source).places)
+        for k, info in enumerate(tensor.models)
+        if info is not None
+    }
     return _Merge(
         draft, tensor.name, make, base, inputs, models, streams, settings.scale, method, parameters, informed
     )  # fmt: skip
@@ -108,7 +112,7 @@ class _Merge:
     base: Input | None
     inputs: Mapping[int, Input]
     models: Mapping[int, ModelSettings]
-    streams: Mapping[int, str]
+    streams: Mapping[int, tuple[str, Places | None]]
     scale: float
     method: str
     parameters: Mapping[str, Any]
@@ -212,8 +216,8 @@ class _Merge:
             if prepare is not None:
                 density = {} if settings.density is None else {"density": settings.density}  # mergekit's recipes
                 values = prepare({**values, **density}, count, self.name)
-            stream = self.streams[model]
-            stages.append(StageSpec(recipe.sparsify.method, values, self.draft.seeds[model] or 0, stream))
+            seed = self.draft.seeds[model] or 0
+            stages.append(StageSpec(recipe.sparsify.method, values, seed, *self.streams[model]))
         if MERGE_METHODS[recipe.merge_method].trims:
             keep = settings.keep
             if keep <= 0:
