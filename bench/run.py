@@ -35,17 +35,32 @@ class Case:
     """A row of the table. The I/O floor reads the inputs as often as the method must."""
 
     title: str
-    each: dict[str, float]  # parameters of each model
-    shared: dict[str, float] = field(default_factory=dict)
+    each: dict[str, float] = field(default_factory=dict)  # parameters of each model
+    shared: dict[str, object] = field(default_factory=dict)
     models: tuple[str, ...] = family.MODELS
     passes: int = 1
+    base: bool = True
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("base", *self.models) if self.base else self.models
+
+
+BY_LAYER = [
+    {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+    {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+    {"value": 0.5},
+]
 
 
 CASES = {
     "dare_linear": Case("DARE p = 0.9, linear", {"weight": 1.0, "density": 0.1}),
     "dare_ties": Case("DARE p = 0.9, TIES without trim", {"weight": 1.0, "density": 0.1}),
     "ties": Case("TIES, keep 0.2", {"weight": 1.0, "density": 0.2}),
-    "slerp": Case("slerp of two models, read twice", {}, {"t": 0.3}, family.MODELS[:1], passes=2),
+    "slerp": Case("slerp of two models, gradients", shared={"t": BY_LAYER}, models=family.MODELS[:1], passes=2),
+    "model_stock": Case("Model Stock, base and 3", passes=2),
+    "karcher": Case("Karcher mean of 3", passes=2, base=False),
+    "sce": Case("SCE, 0.1 of base and 3", shared={"select_topk": 0.1}, passes=3),
 }
 
 
@@ -53,8 +68,9 @@ def recipe(folder: Path, method: str) -> Path:
     """A mergekit recipe, which both tools read."""
     case = CASES[method]
     models = [{"model": str(folder / name), "parameters": case.each} for name in case.models]
-    data = {"base_model": str(folder / "base"), "merge_method": method, "models": models, "dtype": "bfloat16"}
-    data["parameters"] = case.shared
+    data: dict[str, object] = {"merge_method": method, "models": models, "dtype": "bfloat16"}
+    data |= {"base_model": str(folder / "base")} if case.base else {}
+    data |= {"parameters": case.shared} if case.shared else {}
     path = folder / f"{method}.yaml"
     path.write_text(json.dumps(data))  # JSON is YAML
     return path
@@ -105,14 +121,17 @@ def mergekit(program: str, path: Path, out: Path) -> tuple[float, float]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def run(folder: Path, pairs: int, threads: int, program: str | None, runs: int) -> list[list[str]]:
+def run(
+    folder: Path, pairs: int, threads: int, program: str | None, runs: int, only: tuple[str, ...]
+) -> list[list[str]]:
     # Installed code has its bytecode beside it; with this variable a checkout is compiled anew in every run.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     rows = []
     for method, case in CASES.items():
+        if only and method not in only:
+            continue
         path = recipe(folder, method)
-        names = ("base", *case.models)
-        files = [path for name in names for path in sorted((folder / name).glob("*.safetensors"))]
+        files = [path for name in case.inputs for path in sorted((folder / name).glob("*.safetensors"))]
         merge(path, folder / "out")  # compiles the kernels, if need be
         engines, wholes, synced, floors, memory, moved = [], [], [], [], 0.0, 0.0
         for _ in range(pairs):
@@ -181,6 +200,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--mergekit-runs", type=int, default=2)
+    parser.add_argument("--only", help="these methods alone, as sce,karcher")
     parser.add_argument("--large", action="store_true", help="also the memory of a family four times larger")
     parser.add_argument("--write", action="store_true", help="put the table into docs/speed.md")
     arguments = parser.parse_args()
@@ -188,7 +208,12 @@ def main() -> None:
     print("building the family (once) ...", file=sys.stderr)
     family.build(folder)
     program = os.environ.get("MERGEKIT")
-    text = table(run(folder, arguments.pairs, arguments.threads, program, arguments.mergekit_runs), bool(program))
+    only = tuple(arguments.only.split(",")) if arguments.only else ()
+    rows = run(folder, arguments.pairs, arguments.threads, program, arguments.mergekit_runs, only)
+    text = table(rows, bool(program))
+    if only:
+        print(text)
+        return
     path = folder / "dare_linear.yaml"
     warm_whole = min(merge(path, folder / "out")[0] for _ in range(3))
     help_seconds = min(timed([str(DARE), "--help"])[0] for _ in range(5))
