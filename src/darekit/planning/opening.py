@@ -43,8 +43,13 @@ def only_on_base(ref: str | Path) -> tuple[str, str | Path] | None:
 
 
 @contextmanager
-def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE) -> Iterator[Plan]:
-    """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving."""
+def open_plan(
+    recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE, verbatim: bool = False
+) -> Iterator[Plan]:
+    """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving.
+
+    `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names.
+    """
     names = [entry.model for entry in recipe.models]
     with ExitStack() as opened:
         with without_collector():
@@ -60,5 +65,7 @@ def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = 
                 if name not in names and not (name == "base" and base is not None):
                     model = opening.open_model(name, base, search=search, openers=OPENERS)
                     others[name] = opened.enter_context(closing(model))
-            plan = make_plan(recipe, base, models, statistics=statistics, others=others, shard_size=shard_size)
+            plan = make_plan(
+                recipe, base, models, statistics=statistics, others=others, shard_size=shard_size, verbatim=verbatim
+            )
         yield plan

@@ -236,15 +236,21 @@ def make_plan(
     statistics: Sequence[Statistics] = (),
     others: Mapping[str, Checkpoint] | None = None,
     shard_size: int = SHARD_SIZE,
+    verbatim: bool = False,
 ) -> Plan:
     """Recipe x open checkpoints (x open statistics, one of each model; x others that its tokens name) -> the plan.
+
+    `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names.
 
     Raises:
         HomologyError: the checkpoints do not belong together, or statistics are another model's.
         PlanError: a parameter is impossible for a tensor.
         RecipeError: a parameter has no value for a tensor.
     """
-    alignment = align(base, models, "pad" if recipe.tokens else recipe.vocab, heads=_heads_of(recipe, base, models))
+    vocab = "pad" if recipe.tokens else recipe.vocab
+    alignment = align(
+        base, models, vocab, heads=_heads_of(recipe, base, models), extras=recipe.base_extras, verbatim=verbatim
+    )
     alignment, vocabulary = with_vocabulary(recipe, alignment, base, models, others or {})
     depths = depths_of(tensor.name for tensor in alignment.tensors)
     facts = facts_of(next((c.config for c in (base, *models) if c and c.config), None))
