@@ -71,7 +71,7 @@ def test_native_form(read):
         parameters={"lambda": 1.0, "keep": 0.2},
         dtype="BF16",
         vocab="strict",
-        tokenizer_source="base",
+        tokenizer_source=None,
     )
     assert recipe.text == dedent(NATIVE)
     assert recipe.notes == ()
@@ -652,7 +652,7 @@ def recipes(draw) -> Recipe:
         parameters=draw(some(shared | weights)) | required,
         dtype=draw(st.sampled_from([None, "BF16", "F32", "F8_E4M3"])),
         vocab=draw(st.sampled_from(["strict", "base", "pad"])),
-        tokenizer_source=draw(st.sampled_from(["base", *names])),
+        tokenizer_source=draw(st.sampled_from([None, "base", *names])),
         heads=draw(st.sampled_from([None, "base", *names])),
     )
 

@@ -222,10 +222,7 @@ def _empty(plan: Plan, device: str | None, dtype: str | None) -> LiveModel:
         found = companions_of(plan)
         if found.config is None:
             raise CheckpointError(f"{plan.checkpoints[0].ref} has no config.json, so its architecture is unknown")
-        write_companions(
-            Path(folder), config=found.config, files=found.files, chat_template=found.chat_template, recipe_text="",
-            card=lambda: "",
-        )  # fmt: skip
+        write_companions(Path(folder), config=found.config, files=found.files, recipe_text="", card=lambda: "")
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             cls = _class_of(config, found.config)

@@ -13,20 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from darekit.checkpoints import Checkpoint
 from darekit.checkpoints.companions import CARD, CONFIG, Companions, Content
 from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.errors import OutputError
-from darekit.output.config import merged_config
-from darekit.output.tokenizer import (
-    TemplateChoice,
-    choose_chat_template,
-    model_files,
-    tokenizer_files,
-    write_chat_template,
-)
-from darekit.planning.plan import Plan, heads_giver
-from darekit.wording import label
+from darekit.output.config import merged_config, with_ids
+from darekit.output.tokenizer import write_chat_template
+from darekit.planning.plan import Plan
 
 RECIPE_NAME = "darekit_recipe.yaml"
 
@@ -36,13 +28,14 @@ def write_companions(
     *,
     config: Mapping[str, Any] | None,
     files: Companions,
-    chat_template: TemplateChoice | None = None,
+    chat_template: str | None = None,
     recipe_text: str,
     card: Callable[[], str],
 ) -> list[str]:
     """Config, tokenizer and other `files`, recipe, and the card last.
 
-    `card` makes the card's text; it is called here, so that whatever it raises becomes a warning.
+    `card` makes the card's text; it is called here, so that whatever it raises becomes a warning. A
+    `chat_template` takes the place of the one that is among the files.
 
     Returns:
         One warning for each courtesy that failed.
@@ -64,9 +57,7 @@ def write_companions(
         what = f"could not write {name}" if isinstance(content, bytes) else f"could not copy {content}"
         _try(warnings, what, _whole, directory / name, partial(_copy, content))
     if chat_template is not None:
-        warnings.extend(chat_template.warnings)
-        if chat_template.borrowed and chat_template.template is not None:
-            _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template.template)
+        _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template)
     texts = ((RECIPE_NAME, RECIPE_NAME, lambda: recipe_text), ("the model card", CARD, card))
     for what, name, text in texts:
         _try(warnings, f"could not write {what}", _whole, directory / name, partial(_write, text))
@@ -91,7 +82,7 @@ def _whole(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _copy(content: Content, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         target.write_bytes(content)
     else:
@@ -115,37 +106,23 @@ def main_dtype(plan: Plan) -> DType:
 
 @dataclass(frozen=True)
 class OutputCompanions:
-    """What lies beside an output's weights: config.json (None: no input has one), copied files, the chat template."""
+    """What lies beside an output's weights: config.json (None: no input has one) and copied files."""
 
     config: dict[str, Any] | None
     files: Companions
-    chat_template: TemplateChoice | None
 
 
 def companions_of(plan: Plan) -> OutputCompanions:
-    """Config of the base (of the model, where there is only one and the tokenizer is its own too), and the rest."""
-    recipe = plan.recipe
-    donor = plan.base or plan.models[0]
-    tokenizer: Checkpoint = donor
-    if recipe.tokenizer_source != "base":
-        tokenizer = next(
-            m for m, e in zip(plan.models, recipe.models, strict=True) if e.model == recipe.tokenizer_source
-        )
-        if len(plan.models) == 1 and tokenizer.config is not None:
-            donor = tokenizer
-        if not tokenizer_files(tokenizer.companions):
-            tokenizer = donor  # weights alone: the base's is better than none
-    giver = heads_giver(recipe, plan.base, plan.models)
-    if giver is not None and giver.config is not None:  # class, number of labels and their names go with the head
-        donor = giver
+    """What the plan found to travel, and config.json made true to the output's weights and to its tokenizer."""
+    travel = plan.travel
     config = None
-    if donor.config is not None:
+    if travel.config.config is not None:
         config = merged_config(
-            donor.config, dtype=main_dtype(plan), vocab_size=plan.alignment.vocab_size, tied=plan.alignment.tied
+            travel.config.config,
+            dtype=main_dtype(plan),
+            vocab_size=plan.alignment.vocab_size,
+            tied=plan.alignment.tied,
         )
-    files = tokenizer_files(tokenizer.companions)
-    files |= {name: content for name, content in model_files(donor.companions).items() if name not in files}
-    template = choose_chat_template(
-        tokenizer.companions, [(label(model.ref), model.companions) for model in plan.models]
-    )
-    return OutputCompanions(config, files, template)
+        if travel.tokenizer is not travel.config:
+            config = with_ids(config, travel.tokenizer.config)
+    return OutputCompanions(config, travel.files)

@@ -29,11 +29,14 @@ from darekit.errors import DataError, PlanError
 from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.planning.alignment import AlignedTensor, Alignment, Heads, align
+from darekit.planning.companions import Travel, heads_giver, travel_of
+from darekit.planning.configs import config_notes
 from darekit.planning.draft import Draft
 from darekit.planning.notes import notes_of, rate_notes
 from darekit.planning.rates import settle
 from darekit.planning.settings import Settings, is_float, settings_of
 from darekit.planning.steps import steps_of
+from darekit.planning.tokenizers import choose_tokenizer, rows_of
 from darekit.recipe import Recipe
 from darekit.wording import brief, size_of
 
@@ -86,6 +89,7 @@ class Plan:
         rates: of each model, what `drop_rate: auto` came to: tensor -> drop rate.
         settings: by tensor, what holds for it and for each model in it: weights, drop rates, the method's parameters.
         depths: which layer each tensor is in.
+        travel: what goes beside the weights, and from where.
         statistics: one per model, where the method uses them.
     """
 
@@ -102,6 +106,7 @@ class Plan:
     rates: tuple[Mapping[str, float], ...]
     settings: Mapping[str, Settings]
     depths: Depths
+    travel: Travel
     statistics: tuple[Statistics, ...] = ()
 
     def __repr__(self) -> str:
@@ -240,9 +245,12 @@ def make_plan(
     opened = (note for checkpoint in ((base, *models) if base else models) for note in checkpoint.notes)
     notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *notes_of(draft), *rate_notes(models, rates)]
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
+    choice = choose_tokenizer(recipe, base, models, rows_of(alignment.vocab_size, base, models))
+    travel = travel_of(recipe, base, models, choice)
+    notes += [*config_notes(base, models, travel.config), *travel.notes]
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
-        rates, settings, depths, draft.statistics,
+        rates, settings, depths, travel, draft.statistics,
     )  # fmt: skip
 
 
@@ -275,15 +283,6 @@ def _outputs(draft: Draft) -> list[OutputTensor]:
 def _heads_of(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Heads:
     giver = heads_giver(recipe, base, models)
     return "merged" if giver is None else giver
-
-
-def heads_giver(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Checkpoint | None:
-    """The checkpoint that `heads` names; None: heads are merged like all tensors."""
-    if recipe.heads is None:
-        return None
-    if recipe.heads == "base" and base is not None:
-        return base
-    return next(model for model, entry in zip(models, recipe.models, strict=True) if entry.model == recipe.heads)
 
 
 def _seeds(recipe: Recipe, digests: Sequence[bytes]) -> tuple[int | None, ...]:

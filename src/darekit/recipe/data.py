@@ -57,7 +57,8 @@ class Recipe:
         parameters: the method's own; only what was given.
         dtype: output format by its safetensors name; None keeps the base's.
         vocab: what to do with vocabularies that differ: strict refuses, base cuts, pad keeps.
-        tokenizer_source: `base`, or the model whose tokenizer the output gets.
+        tokenizer_source: `base`, or the model whose tokenizer the output gets; None: the models', where they agree on
+            one, else the base's.
         heads: whose heads the output has: `base`, or a model as written; None: heads are merged.
         notes: notes and warnings for the user.
         text: the file's own text.
@@ -70,7 +71,7 @@ class Recipe:
     parameters: Mapping[str, Value]
     dtype: str | None = None
     vocab: Literal["strict", "base", "pad"] = "strict"
-    tokenizer_source: str = "base"
+    tokenizer_source: str | None = None
     heads: str | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
     text: str = field(default="", compare=False, repr=False)
@@ -94,7 +95,8 @@ class Recipe:
         data["parameters"] = _parameters_data(self.parameters)
         if self.dtype is not None:
             data["dtype"] = DTYPES[self.dtype].torch_name
-        data |= {"vocab": self.vocab, "tokenizer_source": self.tokenizer_source}
+        data["vocab"] = self.vocab
+        data |= {} if self.tokenizer_source is None else {"tokenizer_source": self.tokenizer_source}
         return data | ({} if self.heads is None else {"heads": self.heads})
 
 

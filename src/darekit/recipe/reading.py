@@ -382,8 +382,12 @@ def _dtype_name(document: Document, key: str) -> str:
     fail(document, (key,), f" must be one of {', '.join(known)}, found {shown(raw)}{hint}")
 
 
-def _read_tokenizer_source(document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> str:
-    raw = document.data.get("tokenizer_source", "base")
+def _read_tokenizer_source(
+    document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]
+) -> str | None:
+    if "tokenizer_source" not in document.data:
+        return None
+    raw = document.data["tokenizer_source"]
     if raw == "base" or (base is not None and isinstance(raw, str) and same_model(raw, base, search)):
         return "base"
     found = find_model(raw, models, search) if isinstance(raw, str) else None

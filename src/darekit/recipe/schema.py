@@ -219,10 +219,12 @@ def _top() -> dict[str, Schema]:
             "default": "strict",
         },
         "tokenizer_source": {
-            "description": "Whose tokenizer the output gets: base, or one of the models as written above.",
+            "description": (
+                "Whose tokenizer the output gets: base, or one of the models as written above. Left out: the models', "
+                "where they agree on one, else the base's."
+            ),
             "type": "string",
             "not": {"const": "union"},
-            "default": "base",
         },
         "heads": {
             "description": "Whose heads the output gets: base, or one of the models. Leave it out to merge heads.",
