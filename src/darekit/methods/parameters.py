@@ -16,12 +16,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number in [low, high]; may be given per tensor, and per model where `per_model`."""
+    """A number in [low, high], without a fraction where `whole`; may be given per tensor, and per model where
+    `per_model`."""
 
     help: str
     low: float = float("-inf")
     high: float = float("inf")
     per_model: bool = True
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Parameter:
     def problem(self, value: Any) -> str | None:
         """What is wrong with a single value (not a list of filters); None if nothing is."""
         match self.kind:
-            case Number(low=low, high=high):
+            case Number(low=low, high=high, whole=whole):
                 if isinstance(value, bool) or not isinstance(value, int | float):
                     return f"{self.name} must be a number, found {value!r}"
                 if not low <= value <= high:
@@ -61,6 +63,8 @@ class Parameter:
                     if high == 1 and 1 < value <= 100:
                         hint = f"; a percentage? write {value / 100:g}"
                     return f"{self.name} must be in [{low:g}, {high:g}], found {value!r}{hint}"
+                if whole and value % 1 != 0:
+                    return f"{self.name} must be a whole number, found {value!r}"
             case Choice(of=of):
                 if value not in of:
                     return f"{self.name} must be one of {', '.join(of)}, found {value!r}"

@@ -118,10 +118,7 @@ def companions_of(plan: Plan) -> OutputCompanions:
     config = None
     if travel.config.config is not None:
         config = merged_config(
-            travel.config.config,
-            dtype=main_dtype(plan),
-            vocab_size=plan.alignment.vocab_size,
-            tied=plan.alignment.tied,
+            travel.config.config, dtype=main_dtype(plan), sizes=plan.alignment.sizes, tied=plan.alignment.tied
         )
         if travel.tokenizer is not travel.config:
             config = with_ids(config, travel.tokenizer.config)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from darekit.architectures.tying import TEXT_CONFIGS
+from darekit.architectures.families import TEXTS
 from darekit.checkpoints import Checkpoint
 from darekit.wording import label
 
@@ -89,7 +89,7 @@ def functional(checkpoint: Checkpoint) -> dict[str, str]:
     The language model of a composite model stands at the top, where a bare one has it; other parts keep their names.
     """
     config = checkpoint.config or {}
-    text = next((key for key in TEXT_CONFIGS if isinstance(config.get(key), Mapping)), None)
+    text = next((key for key in TEXTS if isinstance(config.get(key), Mapping)), None)
     parts: list[tuple[str, Mapping[str, Any]]] = [("", config)]
     if text is not None:
         parts = [("", config[text]), *((key, config[key]) for key in config if key != text and _is_part(config, key))]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from darekit.architectures.tying import TEXT_CONFIGS
+from darekit.architectures.families import TEXTS, VOCAB_KEYS
 from darekit.checkpoints import Checkpoint
 from darekit.checkpoints.tokenizers import Difference, compare, read_json, summary_of
 from darekit.errors import PlanError
@@ -49,13 +49,14 @@ def choose_tokenizer(
     return TokenizerChoice(choice.source, (*choice.notes, *_unfitting(choice.source, base, rows)))
 
 
-def rows_of(vocab_size: int | None, base: Checkpoint | None, models: Sequence[Checkpoint]) -> int | None:
-    """Rows of an output's embedding: `vocab_size`, where the plan knows it, else what the first config says."""
-    if vocab_size is not None:
-        return vocab_size
+def rows_of(sizes: Mapping[str, int], base: Checkpoint | None, models: Sequence[Checkpoint]) -> int | None:
+    """Rows of an output's embedding: what the plan found (`sizes`: key of the config -> rows), else what the first
+    config says."""
+    if known := [rows for key, rows in sizes.items() if key in VOCAB_KEYS]:
+        return known[0]
     for checkpoint in (*([base] if base else []), *models):
         config = checkpoint.config or {}
-        for part in (*(config.get(key) for key in TEXT_CONFIGS), config):
+        for part in (*(config.get(key) for key in TEXTS), config):
             if isinstance(part, Mapping) and isinstance(part.get("vocab_size"), int):
                 return int(part["vocab_size"])
     return None
@@ -73,7 +74,7 @@ def ids_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
     {'eos_token_id': 2, 'bos_token_id': 1}
     """
     found: dict[str, Any] = {}
-    for part in (config or {}, *((config or {}).get(key) for key in TEXT_CONFIGS)):
+    for part in (config or {}, *((config or {}).get(key) for key in TEXTS)):
         if isinstance(part, Mapping):
             found |= {key: part[key] for key in IDS if key not in found and part.get(key) is not None}
     return found

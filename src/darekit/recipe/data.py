@@ -56,10 +56,12 @@ class Recipe:
         merge_method: the method's name.
         parameters: the method's own; only what was given.
         dtype: output format by its safetensors name; None keeps the base's.
+        keep_float32: whether tensors that are F32 in a 16-bit model stay so under a 16-bit `dtype`.
         vocab: what to do with vocabularies that differ: strict refuses, base cuts, pad keeps.
         tokenizer_source: `base`, or the model whose tokenizer the output gets; None: the models', where they agree on
             one, else the base's.
         heads: whose heads the output has: `base`, or a model as written; None: heads are merged.
+        base_extras: what becomes of tensors that only the base has: keep or leave_out.
         notes: notes and warnings for the user.
         text: the file's own text.
     """
@@ -73,6 +75,8 @@ class Recipe:
     vocab: Literal["strict", "base", "pad"] = "strict"
     tokenizer_source: str | None = None
     heads: str | None = None
+    keep_float32: bool = True
+    base_extras: Literal["keep", "leave_out"] = "keep"
     notes: tuple[str, ...] = field(default=(), compare=False)
     text: str = field(default="", compare=False, repr=False)
 
@@ -97,7 +101,9 @@ class Recipe:
             data["dtype"] = DTYPES[self.dtype].torch_name
         data["vocab"] = self.vocab
         data |= {} if self.tokenizer_source is None else {"tokenizer_source": self.tokenizer_source}
-        return data | ({} if self.heads is None else {"heads": self.heads})
+        data |= {} if self.heads is None else {"heads": self.heads}
+        data |= {} if self.keep_float32 else {"keep_float32": False}
+        return data | ({} if self.base_extras == "keep" else {"base_extras": self.base_extras})
 
 
 def _parameters_data(parameters: Mapping[str, Value]) -> dict[str, Any]:
