@@ -356,6 +356,7 @@ def test_files_that_nobody_knows_come_from_the_hub_too(hub, family):
          "rope_scaling is none in the base and m1, yarn (factor 8) in m0"),
         ({"model_type": "llama"}, {"model_type": "llama", "rope_theta": 1e6}, "rope_theta is 10000"),
         ({"text_config": {"hidden_act": "silu"}}, {"text_config": {"hidden_act": "gelu"}}, "hidden_act is silu"),
+        ({"text_config": {}, "feature_layer": -2}, {"text_config": {}, "feature_layer": -1}, "feature_layer is -2"),
         ({"vision_config": {"patch_size": 14}}, {"vision_config": {"patch_size": 16}}, "vision_config.patch_size"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
          {"rope_theta": 1e6, "rope_local_base_freq": 2e4}, "sliding.rope_theta is 10000"),

@@ -92,7 +92,9 @@ def functional(checkpoint: Checkpoint) -> dict[str, str]:
     text = next((key for key in TEXTS if isinstance(config.get(key), Mapping)), None)
     parts: list[tuple[str, Mapping[str, Any]]] = [("", config)]
     if text is not None:
-        parts = [("", config[text]), *((key, config[key]) for key in config if key != text and _is_part(config, key))]
+        others = {key: value for key, value in config.items() if key != text and not _is_part(config, key)}
+        parts = [("", others), ("", config[text])]
+        parts += [(key, config[key]) for key in config if key != text and _is_part(config, key)]
     found: dict[str, str] = {}
     for prefix, part in parts:
         found |= dict(_flat(part, prefix))
@@ -152,21 +154,25 @@ def _rope(part: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _rope_of(part: Mapping[str, Any], new: Mapping[str, Any] | None, at: str) -> Iterator[tuple[str, str]]:
     old = part.get("rope_scaling")
     said = {**(old if isinstance(old, Mapping) else {}), **(new or {})}
-    theta = said.pop("rope_theta", None)
-    theta = next((part[key] for key in THETAS if part.get(key) is not None), None) if theta is None else theta
-    theta = THETA if theta is None and part.get("model_type") in OF_THETA else theta
-    share = said.pop("partial_rotary_factor", None)
-    share = next((part[key] for key in SHARES if part.get(key) is not None), None) if share is None else share
+    theta = _either(said.pop("rope_theta", None), [part[key] for key in THETAS if part.get(key) is not None])
+    theta = _text(THETA) if theta is None and part.get("model_type") in OF_THETA else theta
+    share = _either(said.pop("partial_rotary_factor", None), [part[key] for key in SHARES if part.get(key) is not None])
     kind = said.pop("rope_type", None) or said.get("type")
     said.pop("type", None)
     if theta is not None:
-        yield f"{at}rope_theta", _text(theta)
+        yield f"{at}rope_theta", theta
     if share is not None:
-        yield f"{at}partial_rotary_factor", _text(share)
+        yield f"{at}partial_rotary_factor", share
     if new is not None or "rope_scaling" in part or theta is not None:
         details = ", ".join(f"{key} {_text(value)}" for key, value in sorted(said.items()) if value is not None)
         plain = kind in (None, "default") and "mrope_section" not in said
         yield f"{at}rope_scaling", "none" if plain else f"{kind or 'default'}{f' ({details})' if details else ''}"
+
+
+def _either(new: Any, old: Sequence[Any]) -> str | None:
+    """What a config says in the new spelling, in the old one, or (as edited by hand) in both and otherwise."""
+    said = dict.fromkeys(_text(value) for value in [*([] if new is None else [new]), *old[:1]])
+    return " or ".join(said) or None
 
 
 def _text(value: Any) -> str:
