@@ -54,7 +54,11 @@ def merge(
         if merged is None:
             return models[0]
     elif entry.statistics is None:
-        merged = entry.function(np.array(deltas), weights, **parameters)
+        rows = (like.size // max(1, like.shape[-1]), like.shape[-1]) if like.ndim > 1 else (1, like.size)
+        deltas = np.array(deltas).reshape(len(models), *rows)
+        more = [weights] if entry.weighted else [origin.reshape(rows)] if entry.survey and entry.survey.lines else []
+        merged = entry.function(deltas if entry.survey else deltas.reshape(len(models), -1), *more, **parameters)
+        merged = merged.reshape(-1)
     elif statistics is None:
         merged = MERGE_METHODS["linear"].function(np.array(deltas), weights)
     else:

@@ -234,4 +234,12 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
             title=title,
         )
 
-    return write_companions(directory, config=found.config, files=found.files, recipe_text=recipe.text, card=card)
+    warnings = write_companions(
+        directory,
+        config=found.config,
+        files=found.files,
+        chat_template=found.chat_template,
+        recipe_text=recipe.text,
+        card=card,
+    )
+    return ([found.chat_template.note] if found.chat_template and found.chat_template.note else []) + warnings

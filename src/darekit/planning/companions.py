@@ -57,11 +57,24 @@ def companion_files(beside: Companions) -> dict[str, Content]:
     return tokenizer_files(beside) | model_files(beside) | further_files(beside)
 
 
-def travel_of(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], choice: TokenizerChoice) -> Travel:
+def travel_of(
+    recipe: Recipe,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    choice: TokenizerChoice,
+    rewritten: Companions | None = None,
+) -> Travel:
     """Which files travel with an output: all that belong to a tokenizer from its source, code that `config` refers to
-    from there, and everything else from the models where they agree, otherwise from the tokenizer's source too."""
+    from there, and everything else from the models where they agree, otherwise from the tokenizer's source too.
+
+    `rewritten`: the tokenizer's own files, where tokens were added.
+    """
     source, config = choice.source, config_giver(recipe, base, models)
-    bundle = tokenizer_files(source.companions) | companions.matching(source.companions, companions.MODEL)
+    beside = dict(source.companions)
+    if rewritten is not None:
+        replaced = companions.matching(beside, companions.TOKENIZER)
+        beside = {**{name: content for name, content in beside.items() if name not in replaced}, **rewritten}
+    bundle = tokenizer_files(beside) | companions.matching(beside, companions.MODEL)
     code = _code(config.companions, companions.CONFIG)
     inputs = [*([base] if base is not None else []), *models]
     further, notes = _further(source, base, models)
@@ -74,7 +87,7 @@ def _further(
 ) -> tuple[dict[str, Content], list[str]]:
     """Processors and files that are on no list: those in which all models agree, else those of `source`."""
     inputs = [*([base] if base is not None else []), *models]
-    found = {id(one): further_files(one.companions) for one in inputs}
+    found = {id(one): further_files(one.companions) for one in (*inputs, source)}
     names = dict.fromkeys(name for one in inputs for name in found[id(one)])
     files: dict[str, Content] = {}
     foreign: dict[str, list[str]] = {}
@@ -146,7 +159,9 @@ def config_giver(recipe: Recipe, base: Checkpoint | None, models: Sequence[Check
     if giver is not None and giver.config is not None:  # class, number of labels and their names go with the head
         return giver
     # Cut to the base's rows, a model does not know the tokens that its config speaks of.
-    of_base = recipe.tokenizer_source == "base" or (recipe.tokenizer_source is None and recipe.vocab == "base")
+    of_base = recipe.tokenizer_source in ("base", "union") or (
+        recipe.tokenizer_source is None and recipe.vocab == "base"
+    )
     single = len(models) == 1 and not of_base and models[0].config is not None
     return models[0] if base is None or single else base
 

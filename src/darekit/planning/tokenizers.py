@@ -38,14 +38,25 @@ class TokenizerChoice:
 
 
 def choose_tokenizer(
-    recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], rows: int | None
+    recipe: Recipe,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    rows: int | None,
+    owner: Checkpoint | None = None,
 ) -> TokenizerChoice:
-    """Whose tokenizer the output of a recipe gets; `rows`: of the output's embedding, None where unknown.
+    """Whose tokenizer the output of a recipe gets.
 
-    Raises:
-        PlanError: the recipe names a checkpoint that has no tokenizer, and another one has.
+    Args:
+        recipe: may name it.
+        base: the base, where there is one.
+        models: the models, in recipe order.
+        rows: of the output's embedding, None where unknown.
+        owner: whose ids stay, where rows are matched by token.
     """
-    choice = _named(recipe, base, models) or _agreed(base, models, rows)
+    if owner is not None:
+        return _matched(recipe, owner, [*([base] if base else []), *models])
+    source = named_source(recipe, base, models)
+    choice = _agreed(base, models, rows) if source is None else TokenizerChoice(source)
     return TokenizerChoice(choice.source, (*choice.notes, *_unfitting(choice.source, base, rows)))
 
 
@@ -80,14 +91,22 @@ def ids_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return found
 
 
-def _named(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> TokenizerChoice | None:
-    if recipe.tokenizer_source is None:
+def named_source(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint of a recipe that its `tokenizer_source` names; None where it names none of them.
+
+    Raises:
+        PlanError: it has no tokenizer, and another one has.
+    """
+    if recipe.tokenizer_source in (None, "union"):
         return None
-    if recipe.tokenizer_source == "base":
+    if recipe.tokenizer_source == "base" and (recipe.tokens is None or recipe.tokens.model is None):
         source = base or models[0]
     else:
         entries = zip(models, recipe.models, strict=True)
-        source = next(model for model, entry in entries if entry.model == recipe.tokenizer_source)
+        found = next((model for model, entry in entries if entry.model == recipe.tokenizer_source), None)
+        if found is None:  # one that gives tokens and no weights
+            return None
+        source = found
     owners = [one for one in (*([base] if base else []), *models) if has_tokenizer(one)]
     if owners and not has_tokenizer(source):
         raise PlanError(
@@ -95,7 +114,23 @@ def _named(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]
             f"checkpoint with a tokenizer, which {_and(_names(owners, base))} {'has' if len(owners) == 1 else 'have'}. "
             "Name one of them, or leave tokenizer_source out"
         )
-    return TokenizerChoice(source)
+    return source
+
+
+def _matched(recipe: Recipe, owner: Checkpoint, inputs: Sequence[Checkpoint]) -> TokenizerChoice:
+    """The tokenizer that tokens were added to; where the owner of the ids has none, the one that stood for it."""
+    source = owner if has_tokenizer(owner) else next((one for one in inputs if has_tokenizer(one)), owner)
+    others = [one for one in inputs if one is not source and _template(one)]
+    if recipe.chat_template is not None or _template(source) or not others:
+        return TokenizerChoice(source)
+    return TokenizerChoice(
+        source,
+        (
+            f"the output has no chat template, as {label(source.ref)} has none, whose tokenizer it has; "
+            f"{_and([label(one.ref) for one in others])} {'has' if len(others) == 1 else 'have'} one: "
+            "`chat_template: auto` takes that of most models",
+        ),
+    )
 
 
 def _agreed(base: Checkpoint | None, models: Sequence[Checkpoint], rows: int | None) -> TokenizerChoice:
