@@ -183,7 +183,7 @@ def test_an_untied_class_that_lacks_its_head_is_refused(tmp_path):
     _base, models = saved(tmp_path, config, QWEN | {"lm_head.weight": (TOKENS, H)}, k=1)
     del models[0]["lm_head.weight"]
     families.save(tmp_path / "m0", models[0], config)
-    with pytest.raises(HomologyError, match=r"m0 lacks 1 tensors \(lm_head.weight\)"):
+    with pytest.raises(HomologyError, match=r"m0 lacks lm_head\.weight of"):
         merged(tmp_path, k=1)
 
 

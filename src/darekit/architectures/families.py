@@ -590,6 +590,15 @@ class Facts:
             return False
         return _begins(name, self.other_heads) or _matches(name, HEADS)
 
+    def has_head(self, name: str) -> bool:
+        """Whether it belongs to a head that this very class has.
+
+        >>> bert = facts_of({"architectures": ["BertForSequenceClassification"]})
+        >>> [bert.has_head(n) for n in ("classifier.bias", "cls.predictions.bias")]
+        [True, False]
+        """
+        return self.is_exact and _begins(self._pattern(name), self.heads)
+
     def is_optional(self, name: str) -> bool:
         """Whether it is a part of the base model that some classes of the family are built without (poolers).
 

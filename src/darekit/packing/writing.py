@@ -204,7 +204,8 @@ def pack(
         raise PlanError("a pack needs either a drop rate or lossless" + (", not both" if lossless else ""))
     recipe = single.drop_recipe(
         str(base), str(model), drop_rate=drop_rate or 0.0, rescale=rescale, keep_dense=keep_dense, seed=seed,
-        vocab="strict" if lossless else vocab, parameters={} if tau is None else {"tau": tau},
+        vocab="strict" if lossless else vocab, base_extras="leave_out" if lossless else "keep",
+        parameters={} if tau is None else {"tau": tau},
     )  # fmt: skip
     said: list[str] = []
 

@@ -11,6 +11,7 @@ from darekit.architectures.families import HEADS
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError
+from darekit.planning.extras import Extras, Parts, leave_out_extras, settle_extras
 from darekit.planning.fusing import fit_parts
 from darekit.planning.hints import causes
 from darekit.planning.naming import Roles, View, buffers_of, views_of
@@ -80,6 +81,7 @@ def align(
     *,
     heads: Heads = "merged",
     verbatim: bool = False,
+    extras: Extras = "keep",
 ) -> Alignment:
     """Headers of all checkpoints -> which tensors correspond, or an error that lists what does not.
 
@@ -94,6 +96,7 @@ def align(
             one of the checkpoints: its heads are the output's, and nobody compares those of the others.
         verbatim: where all checkpoints store the same names, every tensor that is stored is one of the output: copies
             and buffers stay what they are.
+        extras: what becomes of parts that only the base has, and that a class may do without: keep or leave_out.
 
     Raises:
         HomologyError: missing, extra or differently shaped tensors; vocabularies that differ under `vocab: strict`;
@@ -115,7 +118,12 @@ def align(
         taken = _take_heads(naming, views, notes)
     elif heads == "common":
         _leave_out_heads(views, roles, notes)
-    _compare_names(views, notes)
+        leave_out_extras(views, notes)
+    alone: frozenset[str] = frozenset()
+    if base is not None:
+        more, alone = settle_extras(views, giver=naming if taken else None, extras=extras, notes=notes)
+        taken |= more
+    _compare_names(views, alone)
     rows = _compare_shapes(views, vocab, roles)
     tensors = []
 
@@ -213,27 +221,40 @@ def _compare_head_rows(giver: View, tensors: Sequence[AlignedTensor]) -> None:
             )
 
 
-def _compare_names(views: Sequence[View], notes: list[str]) -> None:
-    reference = views[0]
+def _compare_names(views: Sequence[View], alone: frozenset[str]) -> None:
+    """`alone`: keys that the first may have alone."""
+    reference, parts = views[0], Parts(views)
     problems = []
     for view in views[1:]:
         if view.tensors.keys() == reference.tensors.keys():
             continue
-        missing = [info.name for key, info in reference.tensors.items() if key not in view.tensors]
+        missing = [info.name for key, info in reference.tensors.items() if key not in view.tensors and key not in alone]
         extra = [info.name for key, info in view.tensors.items() if key not in reference.tensors]
         if missing:
             problems.append(f"{view.ref} lacks {_some(missing)} of {reference.ref}")
         if extra:
             problems.append(f"{view.ref} has {_some(extra)} that {reference.ref} lacks")
         problems += causes(view, reference, missing, extra)
-        heads = [*map(reference.facts.is_head, missing), *map(view.facts.is_head, extra)]
-        if (missing or extra) and all(heads):
-            problems.append(HEADS_HINT)
+        others = [other for other in views[1:] if other is not view]
+        if (missing or extra) and all(map(parts.may_be_absent, (*missing, *extra))):
+            if extra and any(map(parts.is_own, extra)):
+                problems.append(HEADS_HINT)
+            else:
+                problems.append(_way_out(view, reference, others))
     if problems:
         raise HomologyError(
             "The models do not have the same tensors, so as stored they were not fine-tuned from one base:\n  "
             + "\n  ".join(problems)
         )
+
+
+def _way_out(view: View, reference: View, others: Sequence[View]) -> str:
+    """What to do about a model that lacks what the others have."""
+    kind = next((one.facts.class_name for one in (*others, reference) if one.facts.is_exact), None)
+    return (
+        f"To go on, save {view.ref} again with the class of the others{f' ({kind})' if kind else ''}, or leave it out; "
+        "with `heads: MODEL` (--heads) the output has exactly the parts of that model"
+    )
 
 
 def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str, tuple[int, int]]:
@@ -282,9 +303,9 @@ def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str
 
 
 def _some(names: Sequence[str], sep: str = ", ") -> str:
-    shown = sep.join(names[:4])
-    return (
-        f"{len(names)} tensors ({shown}{', ...' if len(names) > 4 else ''})"
-        if sep == ", "
-        else shown + (f"; ... {len(names) - 4} more" if len(names) > 4 else "")
-    )
+    shown, more = sep.join(names[:4]), len(names) - 4
+    if len(names) == 1:
+        return shown
+    if sep == ", ":
+        return f"{len(names)} tensors ({shown}{', ...' if more > 0 else ''})"
+    return shown + (f"; ... {more} more" if more > 0 else "")

@@ -248,7 +248,9 @@ def make_plan(
         RecipeError: a parameter has no value for a tensor.
     """
     vocab = "pad" if recipe.tokens else recipe.vocab
-    alignment = align(base, models, vocab, heads=_heads_of(recipe, base, models), verbatim=verbatim)
+    alignment = align(
+        base, models, vocab, heads=_heads_of(recipe, base, models), extras=recipe.base_extras, verbatim=verbatim
+    )
     alignment, vocabulary = with_vocabulary(recipe, alignment, base, models, others or {})
     depths = depths_of(tensor.name for tensor in alignment.tensors)
     facts = facts_of(next((c.config for c in (base, *models) if c and c.config), None))

@@ -30,6 +30,7 @@ def fit_prefixes(views: Sequence[View], notes: list[str]) -> None:
             moved = {f"{prefix}{key}": key for key in shorter if f"{prefix}{key}" in set(longer)}
             names = moved if has is view else {short: long for long, short in moved.items()}
             view.tensors = {names.get(key, key): info for key, info in theirs.items()}
+            view.names = {names.get(key, key): name for key, name in view.names.items()}
             view.copies = {name: names.get(key, key) for name, key in view.copies.items()}
             notes.append(
                 f"{label(has.ref)} has {prefix!r} before {len(moved)} names that {label(lacks.ref)} has without it: "
