@@ -6,7 +6,6 @@ Training frameworks keep the model as an attribute (`model.`, `student.`), and s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 
 from darekit.planning.naming import View
@@ -41,10 +40,9 @@ def fit_prefixes(views: Sequence[View], notes: list[str]) -> None:
 
 def _prefix_of(longer: Collection[str], shorter: Collection[str]) -> str | None:
     """The one prefix with which all the shorter names are the longer ones; None: there is none."""
-    firsts = Counter(name.partition(".")[0] for name in longer)
-    if not firsts or not shorter:
+    words = {name.partition(".")[0] for name in longer}
+    if len(words) != 1 or len(longer) != len(shorter):
         return None
-    (word, count), *_ = firsts.most_common(1)
+    (word,) = words
     there = set(longer)
-    found = sum(f"{word}.{name}" in there for name in shorter)
-    return f"{word}." if found and found == len(shorter) == count else None
+    return f"{word}." if all(f"{word}.{name}" in there for name in shorter) else None
