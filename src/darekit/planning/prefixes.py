@@ -65,6 +65,7 @@ def _fit_rest(view: View, reference: View, notes: list[str]) -> None:
         if has is reference:
             names = {short: long for long, short in names.items()}
         view.tensors = {names.get(key, key): info for key, info in theirs.items()}
+        view.names = {names.get(key, key): name for key, name in view.names.items()}
         view.copies = {name: names.get(key, key) for name, key in view.copies.items()}
         notes.append(_told(has, prefix, len(names), lacks))
         return
