@@ -47,6 +47,9 @@ def merge(
             flat = np.where(largest(np.abs(flat), min(flat.size, max(1, int(keep * flat.size)))), flat, number(0))
         deltas.append(flat)
     entry = MERGE_METHODS[method]
+    alone = len(models) == 1 and sparsify is None and keep == 1 and lambda_ == 1
+    if entry.keeps_one and alone and base is not None and weights is not None and tuple(weights) == (1.0,):
+        return models[0]
     parameters = dict(own or {}) | ({} if normalize is None else {"normalize": normalize})
     weights = np.ones(len(models)) if weights is None else np.array(weights, dtype=np.float64)
     if entry.products:
@@ -54,7 +57,11 @@ def merge(
         if merged is None:
             return models[0]
     elif entry.statistics is None:
-        merged = entry.function(np.array(deltas), weights, **parameters)
+        rows = (like.size // max(1, like.shape[-1]), like.shape[-1]) if like.ndim > 1 else (1, like.size)
+        deltas = np.array(deltas).reshape(len(models), *rows)
+        more = [weights] if entry.weighted else [origin.reshape(rows)] if entry.survey and entry.survey.lines else []
+        merged = entry.function(deltas if entry.survey else deltas.reshape(len(models), -1), *more, **parameters)
+        merged = merged.reshape(-1)
     elif statistics is None:
         merged = MERGE_METHODS["linear"].function(np.array(deltas), weights)
     else:
@@ -66,6 +73,8 @@ def merge(
     with np.errstate(all="ignore"):
         if base is None or on == "weights":
             return merged.astype(out_dtype).reshape(like.shape)
+        if entry.sums_models:  # s (base + d) is base + s d + (s - 1) base
+            merged = merged + number(weights.sum() - 1) * origin.reshape(-1)
         change = number(lambda_ if entry.needs_base else 1.0) * merged
         result = (origin.reshape(-1) + change).astype(out_dtype)
     word = f"u{out_dtype.itemsize}"

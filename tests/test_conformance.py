@@ -32,6 +32,8 @@ METHODS = {
     "ties": ({"keep": 0.3, "lambda": 1.2}, {"keep": 0.3, "lambda_": 1.2}),
     "ties_sum": ({"normalize": False}, {"normalize": False}),
     "slerp": ({"t": 0.3}, {"own": {"t": 0.3}}),
+    "nearswap": ({"t": 1e-4}, {"own": {"t": 1e-4}}),
+    "sce": ({"select_topk": 0.3}, {"own": {"select_topk": 0.3, "floor": 1e-6}}),
 }
 # A method without a row above is held to its formula with its defaults.
 SPARSIFY |= {

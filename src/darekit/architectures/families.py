@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -243,15 +243,15 @@ class Facts:
         names = list(names)
         if self._renames_numbers:
             return self._canonicals(names)
-        alike: dict[str, list[str]] = {}
+        first: dict[str, str] = {}
         for name in names:
-            alike.setdefault(pattern_of(name), []).append(name)
-        first = [many[0] for many in alike.values()]
-        changed = {name for name, now in self._canonicals(first).items() if name != now}
+            first.setdefault(self.pattern(name), name)
+        asked = self._canonicals(first.values())
         found = dict(zip(names, names, strict=True))
+        changed = {pattern for pattern, name in first.items() if asked[name] != name}
         if changed:
-            rest = [name for many in alike.values() if many[0] in changed for name in many]
-            found |= self._canonicals(dict.fromkeys((*first, *rest)))
+            rest = (name for name in names if self.pattern(name) in changed)
+            found |= self._canonicals(dict.fromkeys((*first.values(), *rest)))
         return found
 
     def _canonicals(self, names: Iterable[str]) -> dict[str, str]:
@@ -292,12 +292,36 @@ class Facts:
         """
         return self._relative(self.canonical(name))
 
+    def key(self, name: str) -> str:
+        """The same as `relative`, of one stored name of many."""
+        return self._relative(self.canonicals((name,))[name])
+
+    def without_prefix(self, name: str) -> str:
+        """A name in memory without the prefix of the base model.
+
+        >>> facts_of({"architectures": ["BertForMaskedLM"]}).without_prefix("bert.pooler.dense.bias")
+        'pooler.dense.bias'
+        """
+        return self._relative(name)
+
     def _relative(self, name: str) -> str:
         return name.removeprefix(f"{self.prefix}.") if self.prefix else name
 
     def pattern(self, name: str) -> str:
-        """What names that mean the same share: the name with `#` for each number, where numbers tell nothing."""
-        return name if self._renames_numbers else pattern_of(name)
+        """What names that mean the same share: the name with `#` for each number, where numbers tell nothing.
+
+        Remembered: there may be tens of thousands of names, of a few patterns.
+        """
+        if self._renames_numbers:
+            return name
+        if (found := self._seen.get(name)) is None:
+            found = pattern_of(name)
+            self._seen[name] = found = self._seen.setdefault(found, found)
+        return found
+
+    @cached_property
+    def _seen(self) -> dict[str, str]:
+        return {}
 
     def in_memory(self, key: str) -> str:
         """A name without the prefix of the base model -> with it, where it is a part of that.
@@ -396,7 +420,9 @@ class Facts:
     def _relative_held(self) -> frozenset[str]:
         return frozenset(self._relative(target) for target in self.held)
 
-    def possible_ties(self, keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, str], ...]:
+    def possible_ties(
+        self, keys: Collection[str], shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[tuple[str, str], ...]:
         """Which of these tensors can be another's, whatever the config says: (target, source), by their names in
         memory without the base model's prefix. `shapes`: of all tensors that a source is looked for among.
 
@@ -409,7 +435,7 @@ class Facts:
         if not self.is_known:
             return tuple(_guessed_ties(keys, shapes))
         if not any("#" in target for target in ties):
-            keys = [target for target in ties if target in set(keys)]
+            keys = [target for target in ties if target in keys]
         return tuple((key, source) for key in keys if (source := self._source(key)) != key)
 
     def _source(self, key: str) -> str:
@@ -564,6 +590,15 @@ class Facts:
             return False
         return _begins(name, self.other_heads) or _matches(name, HEADS)
 
+    def has_head(self, name: str) -> bool:
+        """Whether it belongs to a head that this very class has.
+
+        >>> bert = facts_of({"architectures": ["BertForSequenceClassification"]})
+        >>> [bert.has_head(n) for n in ("classifier.bias", "cls.predictions.bias")]
+        [True, False]
+        """
+        return self.is_exact and _begins(self._pattern(name), self.heads)
+
     def is_optional(self, name: str) -> bool:
         """Whether it is a part of the base model that some classes of the family are built without (poolers).
 
@@ -642,7 +677,9 @@ class Facts:
             words = len(shape) == 2 and _matches(name, _EMBEDDINGS) and not _matches(name, (*_NOT_WORDS, *HEADS))
             return 0 if words or name.endswith((*_OUTPUTS, *_OUTPUT_BIASES)) else None
         for axis, key in counted.items():
-            if key in self.token_keys and axis < len(shape):
+            # Gemma 3n counts the tokens of a second table by a key of its own, and resizes both.
+            words = key in self.token_keys or key.rpartition(".")[2].startswith("vocab_size")
+            if words and axis < len(shape):
                 return axis
         return None
 

@@ -257,6 +257,7 @@ class Job:
         self._kept: Counter[tuple[int, int]] = Counter()
         self._products: dict[int, Doubles] = {}
         self._coefficients: dict[int, Doubles] = {}
+        self._facts: dict[str, Any] = {}
 
     def add(
         self,
@@ -264,6 +265,7 @@ class Job:
         digests: Mapping[int, TensorDigest],
         kept: Counter[tuple[int, int]],
         coefficients: Mapping[int, Doubles],
+        facts: Mapping[str, Any],
     ) -> None:
         """Take what one span found out."""
         with self._lock:
@@ -271,6 +273,7 @@ class Job:
                 self._leaves.setdefault(key, {})[begin] = digest.finish()
             self._kept.update(kept)
             self._coefficients.update(coefficients)
+            self._facts.update(facts)
 
     def add_products(self, begin: int, products: Doubles) -> None:
         """Take what one span measured."""
@@ -308,6 +311,7 @@ class Job:
                 for owner in owners
             },
             **({"measured": _measured(told(self._coefficients), self._lines)} if self._coefficients else {}),
+            **({"measured": self._facts} if self._facts else {}),
         }
 
 
@@ -320,7 +324,11 @@ def _span_of(step: Step, tile: int) -> int | None:
     if any(entry.count != step.count for entry in inputs):  # one thread then digests what is cut off as well
         return None
     stages = [build(spec, step) for chain in step.chains for spec in chain]
-    if vectors_of(step) == "column" or not all(stage.ready and not stage.ordered for stage in stages):
+    if (
+        vectors_of(step) == "column"
+        or MERGE_METHODS[step.method].survey
+        or not all(stage.ready and not stage.ordered for stage in stages)
+    ):
         return None
     grain = LEAF if size == tile else math.lcm(LEAF, step.row)  # digests are cut at leaves
     return max(1, SPAN // grain) * grain
@@ -359,6 +367,7 @@ class Worker:
             job.add_products(begin, measure(StepRun(step, self, digests, kept), begin, end, stop))
             return
         coefficients: dict[int, Doubles] = {}
+        facts: dict[str, Any] = {}
         for step in job.steps:
             run = StepRun(step, self, digests, kept)
             if step.kind == "copy":
@@ -372,9 +381,10 @@ class Worker:
             else:
                 self._run_whole(run, stop)
             coefficients |= run.coefficients
+            facts |= run.surveyor.facts if run.surveyor is not None else {}
         if len(job.spans) == 1:
             self._digest_rest(job, digests)
-        job.add(begin, digests, kept, coefficients)
+        job.add(begin, digests, kept, coefficients, facts)
 
     @staticmethod
     def _run_whole(run: StepRun, stop: threading.Event) -> None:

@@ -85,11 +85,11 @@ class Products:
     def finish(self) -> Doubles:
         """(leaves, pairs), the last partial one included."""
         if (self.end - self.begin) % LEAF:
-            self.totals[-1] = _in_order(self.sums.T)  # as `add_up` does it
+            self.totals[-1] = add_leaves(self.sums.T)  # as `add_up` does it
         return self.totals
 
 
-def _in_order(rows: Doubles) -> Doubles:
+def add_leaves(rows: Doubles) -> Doubles:
     """(n, pairs) -> their sum (pairs,), one after another."""
     with np.errstate(over="ignore", invalid="ignore"):
         total: Doubles = np.add.accumulate(rows, axis=0)[-1] if len(rows) else np.zeros(rows.shape[1])
@@ -121,7 +121,7 @@ def measure(run: StepRun, begin: int, end: int, stop: threading.Event) -> Double
 
 def _is_fast(step: Step) -> bool:
     inputs = (*step.models, *([step.base] if step.base else []))
-    return step.base is not None and not any(step.chains) and all(
+    return not any(step.chains) and all(
         entry.dtype.name == "BF16" and entry.count >= step.begin + step.count for entry in inputs
     )  # fmt: skip
 
@@ -129,9 +129,8 @@ def _is_fast(step: Step) -> bool:
 def _add_bf16(run: StepRun, rows: Rows, found: Products, start: int, count: int) -> bool:
     """Several tiles through the one kernel; False where a value is NaN or Inf, and nothing was added then."""
     step, many = run.step, len(run.step.models)
-    assert step.base is not None
     base_raw, raws, _ = run.hands.scratch.raw_only(many, count)
-    if rows.base or rows.deltas:
+    if step.base is not None and (rows.base or rows.deltas):
         run.read(step.base, step.begin + start, count, base_raw)
     for k, model in enumerate(step.models):
         run.read(model, step.begin + start, count, raws[k].view(np.uint8))
@@ -212,7 +211,7 @@ def _parts(step: Step, found: Doubles) -> tuple[Doubles, Doubles]:
 def settled(step: Step, leaves: Doubles) -> tuple[Step, Doubles]:
     """A measured step, its leaves' products in order (leaves, pairs) -> the weighted sum that it is, and the rows'
     coefficients, (R,)."""
-    found = coefficients(step, _in_order(leaves))
+    found = coefficients(step, add_leaves(leaves))
     weights, base_weight = _parts(step, found)
     alone = len(step.models) == 1 and not any(step.chains) and step.models[0].count >= step.begin + step.count
     itself = step.factor == 1 and found.tolist() == [0.0, 1.0][-len(found) :]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from darekit.checkpoints import Checkpoint
 from darekit.inputs import opening
 from darekit.inputs.opening import OPENERS
+from darekit.machine import without_collector
 from darekit.planning.plan import SHARD_SIZE, Plan, make_plan
 from darekit.recipe import Recipe
 
@@ -42,14 +43,51 @@ def only_on_base(ref: str | Path) -> tuple[str, str | Path] | None:
 
 
 @contextmanager
-def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE) -> Iterator[Plan]:
-    """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving."""
-    names = [entry.model for entry in recipe.models]
-    with open_models(recipe.base_model, names, search=search) as (base, models), ExitStack() as opened:
-        statistics: list[Statistics] = []
-        for entry in recipe.models:
-            if entry.stats is not None:
-                from darekit.inputs.statistics import open_statistics
+def open_plan(
+    recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE, verbatim: bool = False
+) -> Iterator[Plan]:
+    """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving.
 
-                statistics.append(opened.enter_context(closing(open_statistics(entry.stats, search=search))))
-        yield make_plan(recipe, base, models, statistics=statistics, shard_size=shard_size)
+    `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names.
+    """
+    names = [entry.model for entry in recipe.models]
+    with ExitStack() as opened:
+        with without_collector():
+            base, models = opened.enter_context(open_models(recipe.base_model, names, search=search))
+            statistics: list[Statistics] = []
+            for entry in recipe.models:
+                if entry.stats is not None:
+                    from darekit.inputs.statistics import open_statistics
+
+                    statistics.append(opened.enter_context(closing(open_statistics(entry.stats, search=search))))
+            others = {}
+            for name in recipe.tokens.models if recipe.tokens else ():
+                if name not in names and not (name == "base" and base is not None):
+                    model = opening.open_model(name, base, search=search, openers=OPENERS)
+                    others[name] = opened.enter_context(closing(model))
+            bases = _bases_of(recipe, base, models, search, opened)
+            plan = make_plan(
+                recipe,
+                base,
+                models,
+                statistics=statistics,
+                others=others,
+                bases=bases,
+                shard_size=shard_size,
+                verbatim=verbatim,
+            )
+        yield plan
+
+
+def _bases_of(
+    recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], search: Sequence[Path], opened: ExitStack
+) -> dict[str, Checkpoint]:
+    """The bases that slices name, open, by name: the recipe's own, its models, or others."""
+    known: dict[str, Checkpoint] = {entry.model: model for entry, model in zip(recipe.models, models, strict=True)}
+    known |= {} if recipe.base_model is None or base is None else {recipe.base_model: base}
+    found = {}
+    for name in dict.fromkeys(one.base[0] for one in recipe.slices if one.base):
+        found[name] = known.get(name) or opened.enter_context(
+            closing(opening.open_base(name, search=search, openers=OPENERS))
+        )
+    return found
