@@ -159,6 +159,24 @@ def test_the_fast_lane_and_the_general_way_give_the_same_bits(monkeypatch):
             same_bits(dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)["w"], general)
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_the_fast_lane_without_a_base_and_for_one_model(large, monkeypatch):
+    """Sums of models, and a model that is copied: zeros of both signs, and values whose difference is no BF16."""
+    rng = np.random.default_rng(15)
+    base, models = oracle.family(rng, (700, 1001), "BF16")
+    models[0][0, :100], models[1][0, :100], base[1, :50] = -0.0, -0.0, -0.0
+    if large:
+        models[0][3, 5] = 2.0**127
+    for method, weights in ((dk.linear(), WEIGHTS), (dk.linear(normalize=False), WEIGHTS), (dk.karcher(), None)):
+        arguments = {"method": method, "weights": weights}
+        fast = dk.merge_tensors(None, [{"w": m} for m in models], **arguments)["w"]
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "fuse", lambda step, chains: None)
+            same_bits(dk.merge_tensors(None, [{"w": m} for m in models], **arguments)["w"], fast)
+    for method in (dk.slerp(1.0), dk.linear(), dk.task_arithmetic()):
+        same_bits(dk.merge_tensors({"w": base}, [{"w": models[0]}], method=method)["w"], models[0])
+
+
 def test_more_models_than_the_fast_lane_takes():
     rng = np.random.default_rng(13)
     base, models = oracle.family(rng, (130, 517), "BF16", k=9)
