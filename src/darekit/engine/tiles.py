@@ -484,10 +484,12 @@ def combiner(step: Step) -> Combine:
             return merged
 
         return add_up
-    function = MERGE_METHODS[step.method].function
+    entry = MERGE_METHODS[step.method]
+    function, row = entry.function, step.row if len(step.shape) > 1 else step.count
 
     def define(deltas: Floats, merged: Floats, start: int) -> Floats:
-        result: Floats = function(deltas, weights, **step.parameters)
-        return result
+        given = deltas.reshape(len(deltas), -1, row) if entry.shaped else deltas
+        result: Floats = function(given, weights, **step.parameters)
+        return result.reshape(-1)
 
     return define

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from darekit.methods import informed, merging, sparsifiers, spherical
+from darekit.methods.foreign import Foreign
 from darekit.methods.parameters import Choice, Number, Parameter, Switch, parameters_of
 
 Scope = Literal["element", "row", "tensor"]
@@ -23,7 +24,8 @@ class Sparsifier:
     element keeps its expectation. `kernel`: how the engine does it tile by tile: a random `drop`; a drop by the `rank`
     in a row; or it can `select` by magnitude: then `selects` gives, from the parameters and a tensor's size, how many
     of the largest are dropped and how many are kept. None: through the function alone. `prepare`: parameters, elements
-    and name of one tensor -> the parameters that the engine gets, or a PlanError.
+    and name of one tensor -> the parameters that the engine gets, or a PlanError. `foreign`: whose it is, where it is
+    not built in (`darekit.methods.registry`).
     """
 
     function: Callable[..., Any]
@@ -33,11 +35,12 @@ class Sparsifier:
     kernel: Literal["drop", "rank", "select"] | None = None
     selects: Callable[[Mapping[str, Any], int], tuple[int, int]] | None = None
     prepare: Callable[[Mapping[str, Any], int, str], dict[str, Any]] | None = None
+    foreign: Foreign | None = None
 
     @property
     def name(self) -> str:
         """The word in recipes."""
-        return self.function.__name__
+        return self.function.__name__ if self.foreign is None else self.foreign.name
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -60,6 +63,8 @@ class MergeMethod:
     `products`: the function gives coefficients, from the inner products of these rows (`darekit.methods.spherical`):
     of the models, whose sum is the result, or of the deltas, whose sum is added to the base. `base_row`: the base is
     one of the rows, the first. `per_row`: name of the switch with which each row of a matrix has its own coefficients.
+
+    `shaped`: the function gets deltas as (K, rows, columns), not as (K, n). `foreign`: as of a sparsifier.
     """
 
     function: Callable[..., Any]
@@ -76,11 +81,13 @@ class MergeMethod:
     products: Literal["models", "deltas"] | None = None
     base_row: bool = False
     per_row: str | None = None
+    shaped: bool = False
+    foreign: Foreign | None = None
 
     @property
     def name(self) -> str:
         """The word in recipes."""
-        return self.function.__name__
+        return self.function.__name__ if self.foreign is None else self.foreign.name
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -93,7 +100,13 @@ class MergeMethod:
     @cached_property
     def own_parameters(self) -> dict[str, Parameter]:
         """The function's parameters."""
-        return parameters_of(self.function)
+        found = parameters_of(self.function)
+        if self.foreign is None:
+            return found
+        return {  # whoever wrote it need not know that `per_model` means nothing here
+            name: replace(one, kind=replace(one.kind, per_model=False)) if isinstance(one.kind, Number) else one
+            for name, one in found.items()
+        }
 
     @cached_property
     def weighted(self) -> bool:

@@ -135,7 +135,7 @@ class _Merge:
         common = self.base is None and begin == 0  # rows of all models; those that only some have are never dropped
         chains = tuple(self._chain(k, end) if common else () for k in owners)
         entry = MERGE_METHODS[self.method]
-        weighed = common and (self.informed is not None or (entry.products is not None and not entry.needs_base))
+        weighed = common and (self.informed is not None or not entry.needs_base)
         own = self.base is None and (weighed or self.method == AVERAGE)
         parameters = self.parameters if own else {"normalize": True}
         scale = 1.0 if parameters.get("normalize") else self.models[owners[0]].weight

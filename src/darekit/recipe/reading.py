@@ -463,8 +463,10 @@ def _check_number(document: Document, recipe: Recipe) -> None:
     method = MERGE_METHODS[recipe.merge_method]
     low, high = method.models
     if not low <= len(recipe.models) <= high or (method.base_row and method.needs_base and recipe.base_model is None):
-        wanted = f"{_MODELS[low]} {'besides base_model' if method.needs_base else ''}".rstrip()
+        many = _MODELS.get(low, f"{low} models")
+        wanted = f"{many} {'besides base_model' if method.needs_base else ''}".rstrip()
         wanted = f"exactly {wanted}" if low == high else f"at least {wanted}"
+        wanted += f", at most {high}" if low < high < float("inf") else ""
         either = " (or two models, of which the first is the base then)" if method.base_row and high == 1 else ""
         base = f" besides {recipe.base_model}" if recipe.base_model else " and no base_model"
         fail(
