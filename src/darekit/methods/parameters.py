@@ -18,7 +18,14 @@ from darekit.errors import MethodError
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number in [low, high]; may be given per tensor, and per model where `per_model`."""
+    """A number in [low, high]; may be given per tensor, and per model where `per_model`.
+
+    Attributes:
+        help: what it means, in a line.
+        low: the least value.
+        high: the largest value.
+        per_model: whether a model may have its own; a merge method's parameters are one for all models.
+    """
 
     help: str
     low: float = float("-inf")
@@ -28,7 +35,12 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of a few words."""
+    """One of a few words.
+
+    Attributes:
+        help: what it means, in a line.
+        of: the words.
+    """
 
     help: str
     of: tuple[str, ...]
@@ -36,7 +48,11 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """True or false."""
+    """True or false.
+
+    Attributes:
+        help: what it means, in a line.
+    """
 
     help: str
 
