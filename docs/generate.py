@@ -90,13 +90,17 @@ def methods_page() -> str:
 
 
 def _measured(method: MergeMethod) -> str:
+    return (
+        f"{_takes(method)} Every tensor is read twice: its coefficients are measured first, and go into the lock file."
+    )
+
+
+def _takes(method: MergeMethod) -> str:
     low, high = method.models
     many = {1: "one model", 2: "two models"}[low]
-    takes = f"It takes {many if low == high else f'{many} or more'} besides the base"
-    weights = "" if method.weighted else ", and no weights"
-    return (
-        f"{takes}{weights}. Every tensor is read twice: its coefficients are measured first, and go into the lock file."
-    )
+    takes = f"It takes {many if low == high else f'{many} or more'}"
+    base = " besides the base" if method.needs_base else ", with or without a base"
+    return f"{takes}{base}{'' if method.weighted else ', and no weights'}."
 
 
 def _parameters(parameters: typing.Iterable[Parameter]) -> list[str]:

@@ -350,17 +350,24 @@ def test_a_head_stored_twice_is_left_out_of_a_tied_output(tmp_path):
 
 @pytest.mark.parametrize(("kind", "tied"), [("gemma2", True), ("mistral", False)])
 def test_a_config_that_does_not_say_whether_the_head_is_tied_means_what_its_kind_means(tmp_path, kind, tied):
+    """Of a head that is stored and equals the embedding; one that differs is a head of its own in either case."""
     rng = np.random.default_rng(0)
-    config = families.config() | {"model_type": kind}
+    config = families.config() | {"model_type": kind, "architectures": None}
     del config["tie_word_embeddings"]
     base = families.llama(rng)
     model = families.tuned(rng, base)
-    families.save(tmp_path / "base", base, config)
-    families.save(tmp_path / "m0", model, config)
-    dk.drop(tmp_path / "base", tmp_path / "m0", tmp_path / "out", drop_rate=0)
-    families.same(
-        families.load(tmp_path / "out"), {n: a for n, a in model.items() if n != "lm_head.weight" or not tied}
-    )
+    for own in (True, False):
+        for name, tensors in (("base", base), ("m0", model)):
+            head = {} if own else {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+            families.save(tmp_path / name, tensors | head, config)
+        dk.drop(tmp_path / "base", tmp_path / "m0", tmp_path / "out", drop_rate=0, overwrite=True)
+        found = families.load(tmp_path / "out")
+        if own:
+            families.same(found, model)
+            said = json.loads((tmp_path / "out" / "config.json").read_text()).get("tie_word_embeddings")
+            assert said is (False if tied else None)
+        else:
+            assert ("lm_head.weight" in found) == (not tied)
 
 
 # --- vocabularies

@@ -10,11 +10,12 @@ import pytest
 import darekit as dk
 import families
 import oracle
-from darekit.architectures.groups import is_head
+from darekit.architectures.families import facts_of
 from darekit.errors import HomologyError, PlanError, RecipeError
 
 BF16 = ml_dtypes.bfloat16
 HIDDEN = 32
+is_head = facts_of({"architectures": ["BertForSequenceClassification"]}).is_head
 
 
 def encoder(rng, labels=None, kind=np.float32):

@@ -4,6 +4,7 @@
 import itertools
 import json
 import math
+from typing import Annotated
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,7 @@ from darekit.dtypes import DTYPES
 from darekit.engine import execution, measuring, tiles
 from darekit.engine.steps import Input, Step
 from darekit.errors import CheckpointError, DataError, RecipeError
-from darekit.methods import MERGE_METHODS, MergeMethod
+from darekit.methods import MERGE_METHODS, MergeMethod, Switch
 from darekit.planning.plan import make_plan
 from darekit.recipe import read_recipe
 
@@ -289,6 +290,10 @@ def halves(products, weights):
     return np.stack([np.sqrt(trace)] * products.shape[-1], axis=-1) * np.array([1.0, *weights])[-products.shape[-1] :]
 
 
+def by_rows(*, rows: Annotated[bool, Switch("each row by itself")] = False):
+    return "row" if rows else "tensor"
+
+
 def register(monkeypatch, **fields):
     monkeypatch.setitem(MERGE_METHODS, "halves", MergeMethod(halves, **fields))
 
@@ -333,7 +338,7 @@ def test_of_models_without_the_base_as_a_row(monkeypatch, with_base):
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
 @pytest.mark.parametrize("shape", [(0,), (7,), (5, 1), (130, 517), (70, 1024), (2, 5, 64)])
 def test_each_row_by_itself(monkeypatch, dtype, shape):
-    register(monkeypatch, products="models", base_row=True, per_row="rows")
+    register(monkeypatch, products="models", base_row=True, vectors=by_rows)
     base, (model,) = (
         pair(np.random.default_rng(17), shape, dtype)[0],
         [pair(np.random.default_rng(18), shape, dtype)[1]],
@@ -359,7 +364,7 @@ def test_each_row_by_itself(monkeypatch, dtype, shape):
 
 
 def test_rows_are_cut_into_spans(monkeypatch):
-    register(monkeypatch, products="models", base_row=True, per_row="rows")
+    register(monkeypatch, products="models", base_row=True, vectors=by_rows)
     monkeypatch.setattr(execution, "SPAN", 65536)
     zeros = Input(ArrayBytes(np.zeros(2 * 300 * 1536, np.uint8)), DTYPES["BF16"], 300 * 1536)
     step = Step(
@@ -482,7 +487,7 @@ def test_a_resumed_run_has_the_same_lock(two, monkeypatch):
 
 
 def test_rows_digest_in_the_lock(two, monkeypatch):
-    register(monkeypatch, products="models", base_row=True, per_row="rows")
+    register(monkeypatch, products="models", base_row=True, vectors=by_rows)
     digests = []
     for threads, tile in ((1, None), (2, 64)):
         out = two / f"out{threads}"

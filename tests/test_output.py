@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from darekit.architectures.tying import TIED_MODEL_TYPES, is_tied, tied_by_default
+from darekit.architectures.families import facts_of
 from darekit.checkpoints.companions import companions_in
 from darekit.dtypes import DTYPES
 from darekit.errors import OutputError
@@ -61,13 +61,13 @@ def put(directory, name, value):
 def test_the_dtype_is_updated_where_it_is(keys):
     config = {"a": 1, **dict.fromkeys(keys, "float16"), "z": {"dtype": "float16"}, "vocab_size": 7}
     before = json.dumps(config)
-    merged = merged_config(config, dtype=BF16, vocab_size=None, tied=None)
+    merged = merged_config(config, dtype=BF16, sizes={}, tied=None)
     assert merged == {**config, **dict.fromkeys(keys, "bfloat16")} and list(merged) == list(config)
     assert json.dumps(config) == before, "the input is not changed"
 
 
 def test_the_dtype_is_added_where_it_is_missing():
-    merged = merged_config({"a": 1}, dtype=F32, vocab_size=None, tied=None)
+    merged = merged_config({"a": 1}, dtype=F32, sizes={}, tied=None)
     assert merged == {"a": 1, "torch_dtype": "float32"}
 
 
@@ -79,7 +79,7 @@ def test_parts_of_a_composite_config_follow():
         "encoder": {"dtype": None, "deep_config": {"dtype": "float16"}},
         "vocabulary_map": {"dtype": "a token"},
     }
-    assert merged_config(config, dtype=BF16, vocab_size=9, tied=True) == {
+    assert merged_config(config, dtype=BF16, sizes={"vocab_size": 9}, tied=True) == {
         "torch_dtype": {"": "bfloat16", "vision_config": "bfloat16"},
         "text_config": {
             "torch_dtype": "bfloat16",
@@ -104,26 +104,24 @@ def test_parts_of_a_composite_config_follow():
     ],
 )
 def test_the_vocabulary_lands_where_it_lives(config, expected):
-    merged = merged_config(config, dtype=BF16, vocab_size=9, tied=None)
+    merged = merged_config(config, dtype=BF16, sizes={"vocab_size": 9}, tied=None)
     del merged["torch_dtype"]
     assert merged == expected
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_ties_are_written_and_read(tied):
-    assert is_tied(merged_config({"model_type": "llama"}, dtype=BF16, vocab_size=None, tied=tied)) is tied
-    assert is_tied({"text_config": {"tie_word_embeddings": tied}}) is tied
-    assert is_tied({"tie_word_embeddings": tied, "text_config": {"tie_word_embeddings": not tied}}) is tied
-    assert is_tied({"model_type": "llama", "tie_word_embeddings": None}) is None
+@pytest.mark.parametrize("kind", ["llama", "llava", "gemma3", "of_ones_own"])
+def test_ties_are_written_and_read(tied, kind):
+    written = merged_config({"model_type": kind, "text_config": {}}, dtype=BF16, sizes={}, tied=tied)
+    facts = facts_of(written)
+    assert written["tie_word_embeddings"] is written["text_config"]["tie_word_embeddings"] is tied
+    assert (facts.is_tied if facts.is_known else facts.says_tied) is tied
 
 
-def test_default_ties_are_those_of_transformers():
-    transformers = pytest.importorskip("transformers")
-    for model_type in [*sorted(TIED_MODEL_TYPES), "llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "gpt_neox"]:
-        if model_type in transformers.CONFIG_MAPPING:
-            config = transformers.CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
-            assert bool(config.tie_word_embeddings) == tied_by_default(model_type), model_type
-    assert tied_by_default("gpt2") and not tied_by_default(None)
+def test_a_class_that_never_asks_is_told_nothing():
+    """T5 takes the key for another one: whether its decoder's output is scaled."""
+    for tied in (True, False):
+        assert "tie_word_embeddings" not in merged_config({"model_type": "t5"}, dtype=BF16, sizes={}, tied=tied)
 
 
 @pytest.mark.parametrize("name", ["BF16", "F16", "F32", "F8_E4M3"])
@@ -144,7 +142,7 @@ def test_transformers_loads_what_the_config_says(tmp_path, name, tied):
     save_file(
         {key: value.to(dtype) for key, value in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"}
     )
-    merged = merged_config(config.to_dict(), dtype=DTYPES[name], vocab_size=18, tied=tied)
+    merged = merged_config(config.to_dict(), dtype=DTYPES[name], sizes={"vocab_size": 18}, tied=tied)
     put(tmp_path, "config.json", merged)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert loaded.dtype == (torch.bfloat16 if name == "F8_E4M3" else dtype)

@@ -98,7 +98,10 @@ def test_a_mean_works_without_a_base():
 
 
 def test_a_method_of_products():
-    @dk.register.merge_method(products="deltas", per_row="by_row")
+    def lines(*, by_row: bool = False):
+        return "row" if by_row else "tensor"
+
+    @dk.register.merge_method(products="deltas", vectors=lines)
     def shares(products, weights):
         lengths = np.sqrt(np.diagonal(products, axis1=-2, axis2=-1))
         return weights * lengths / np.maximum(lengths.sum(axis=-1, keepdims=True), 1e-9)
@@ -142,9 +145,10 @@ def test_parameters_are_checked_like_any_other():
         by: Annotated[float, Number("bend", 0, 1)],
         how: Literal["up", "down"] = "up",
         far: Annotated[bool, Switch("far")] = False,
+        times: int = 1,
         word: Annotated[str, Choice("word", ("a", "b"))] = "a",
     ):
-        return deltas.sum(axis=0) * by
+        return sum([deltas.sum(axis=0) * by] * times)
 
     def merged(**parameters):
         return dk.merge_tensors(BASE, [FIRST], method=dk.merge_method("bent", **parameters))
@@ -153,12 +157,14 @@ def test_parameters_are_checked_like_any_other():
         ({}, "bent needs by, bend"),
         ({"by": 2}, r"by must be in \[0, 1\], found 2"),
         ({"by": 0.5, "how": "left"}, "how must be one of up, down"),
+        ({"by": 0.5, "times": 1.5}, "times must be a whole number"),
         ({"by": 0.5, "far": 3}, "far must be true or false"),
         ({"by": 0.5, "wrod": "a"}, "wrod is not known; did you mean 'word'"),
     ):
         with pytest.raises(RecipeError, match=says):
             merged(**parameters)
     assert np.array_equal(merged(by=1)["w"], FIRST["w"])
+    assert np.array_equal(merged(by=0.5, times=2.0)["w"], FIRST["w"])
     filtered = merged(by=[{"filter": "v", "value": 0}, {"value": 1}])
     assert np.array_equal(filtered["w"], FIRST["w"]) and np.array_equal(filtered["v"], BASE["v"])
     with pytest.raises(RecipeError, match="by is one for all models"):
@@ -243,7 +249,7 @@ def f2(deltas, weights, power=1.0): ...
 def f3(deltas, weights, **more): ...
 def f4(): ...
 def f5(deltas, weights, *, power): ...
-def f6(deltas, weights, *, power: int = 1): ...
+def f6(deltas, weights, *, power: str = "a"): ...
 def f7(deltas, weights, *, seed: float = 1): ...
 def f8(deltas, weights, *, lambda_: float = 1): ...
 def f9(deltas, weights, *, power: Annotated[float, Number("p", 0, 1)] = 2): ...
@@ -279,6 +285,7 @@ def test_a_wrong_signature(function, says):
         ({"models": 2}, "models must be"),
         ({"products": "rows"}, "products must be models or deltas"),
         ({"base_row": True}, "belong to methods of products"),
+        ({"vectors": len}, "belong to methods of products"),
         ({"products": "models"}, r"must be called as \(products, weights"),
         ({"products": "models", "scope": "row"}, "scope and trims belong to methods of deltas"),
     ],

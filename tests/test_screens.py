@@ -13,6 +13,7 @@ import pytest
 
 import families
 from darekit.architectures.depth import layer_of
+from darekit.architectures.groups import group_of
 from darekit.cli import tables
 from darekit.cli.tables import Sized, kind_of
 
@@ -126,7 +127,7 @@ def test_bars_are_ascii_where_the_encoding_has_no_blocks(deep, dare, monkeypatch
         ("bert.encoder.layer.2.attention.self.query.weight", (8, 8), "attention.self.query", 2),
         ("bert.pooler.dense.weight", (8, 8), "bert.pooler.dense", None),
         ("gpt_neox.layers.4.attention.query_key_value.weight", (24, 8), "attention.query_key_value", 4),
-        ("embed_out.weight", (96, 8), "embeddings", None),
+        ("embed_out.weight", (96, 8), "heads", None),
         ("vit.encoder.layer.1.intermediate.dense.weight", (8, 8), "intermediate.dense", 1),
         ("blocks.6.attn.qkv.weight", (24, 8), "attn.qkv", 6),
         ("vit.embeddings.patch_embeddings.projection.weight", (8, 3, 4, 4), "embeddings", None),
@@ -138,12 +139,12 @@ def test_bars_are_ascii_where_the_encoding_has_no_blocks(deep, dare, monkeypatch
     ],
 )
 def test_kinds(name, shape, kind, layer):
-    found, where = kind_of(name, shape)
+    found, where = kind_of(name, group_of(name, shape))
     assert (found, where.index if where else None) == (kind, layer)
 
 
 def sized(name, *shape):
-    return Sized(name, shape, int(np.prod(shape)))
+    return Sized(name, shape, int(np.prod(shape)), group_of(name, shape))
 
 
 def test_two_stacks_stay_apart_where_their_kinds_have_one_name():

@@ -11,9 +11,9 @@ def pull(deltas, weights, *, power: Annotated[float, Number("how much large delt
 ```
 
 Keyword-only arguments are the method's parameters in recipes, checked like any other: annotated with a `Number`, a
-`Choice` or a `Switch`, which say what is allowed and what it means, or plainly as `float`, `bool` or `Literal[...]`.
-One without a default must be given. The docstring is what `dare methods` shows. Arrays that a function gets are
-read-only, and it is called from several threads.
+`Choice` or a `Switch`, which say what is allowed and what it means, or plainly as `float`, `int`, `bool` or
+`Literal[...]`. One without a default must be given. The docstring is what `dare methods` shows. Arrays that a function
+gets are read-only, and it is called from several threads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def merge_method(
     trims: bool = False,
     products: Literal["models", "deltas"] | None = None,
     base_row: bool = False,
-    per_row: str | None = None,
+    vectors: Callable[..., str] | None = None,
 ) -> Callable[[Function], Function]: ...
 
 
@@ -62,7 +62,7 @@ def merge_method(
     trims: bool = False,
     products: Literal["models", "deltas"] | None = None,
     base_row: bool = False,
-    per_row: str | None = None,
+    vectors: Callable[..., str] | None = None,
 ) -> Function | Callable[[Function], Function]:
     """Register a function as a merge method, with or without arguments.
 
@@ -84,8 +84,9 @@ def merge_method(
         products: of what the inner products are: of the `models`, whose weighted sum is the result, or of their
             `deltas`, whose weighted sum is added to the base.
         base_row: the base is one of the rows of `products`, the first.
-        per_row: name of a switch with which each row of a matrix has its own coefficients: the function then takes
-            (..., R, R) and returns (..., R).
+        vectors: a function from keyword-only parameters, which the method then has too, to what has coefficients of its
+            own: `tensor`, each `row` or each `column` of a matrix. With it the method takes (..., R, R) and returns
+            (..., R).
 
     Returns:
         The function as it is, or the decorator.
@@ -118,7 +119,7 @@ def merge_method(
     low, high = _pair(models)
     fields = {
         "scope": scope, "needs_base": needs_base, "models": (low, high), "keeps_one": keeps_one, "trims": trims,
-        "products": products, "base_row": base_row, "per_row": per_row,
+        "products": products, "base_row": base_row, "vectors": vectors,
     }  # fmt: skip
 
     def add(function: Function) -> Function:

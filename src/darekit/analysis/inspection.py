@@ -59,6 +59,8 @@ class TensorReport:
         zeros: fraction of the elements that fine-tuning left alone.
         shares: limit -> fraction of the elements whose |delta| is below it.
         deciles: |delta| at 0, 10, ..., 100 %.
+        group: embeddings, norms, biases or heads; None: another matrix.
+        head: whether it belongs to a head, as its biases do.
     """
 
     name: str
@@ -69,6 +71,8 @@ class TensorReport:
     zeros: float
     shares: dict[str, float] = field(repr=False)
     deciles: tuple[float, ...] = field(repr=False)
+    group: str | None = field(default=None, repr=False)
+    head: bool = field(default=False, repr=False)
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form; shares are fractions of the parameters."""
@@ -358,10 +362,11 @@ def _inspect_all(
             for tensor, (counts, pairs) in zip(tensors, pool.map(_count, tensors), strict=True):
                 for k, one in enumerate(counts):
                     if tensor.models[k] is not None:
-                        reports[k].append(one.report(tensor.name, tensor.shape))
+                        report = one.report(tensor.name, tensor.shape)
+                        reports[k].append(replace(report, group=tensor.group, head=tensor.of_head))
                         totals[k].add(one)
                 if pairs is not None:
-                    relations.append(pairs.report(tensor.name, tensor.shape))
+                    relations.append(replace(pairs.report(tensor.name, tensor.shape), group=tensor.group))
                     together.add(pairs)
                 done += sum(info.nbytes for info in (tensor.base, *tensor.models) if info)
                 if progress:

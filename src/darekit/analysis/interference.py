@@ -51,6 +51,7 @@ class TensorInterference:
         pairs: in the order of `Comparison.pairs`.
         conflict: share of elements that some models raise and others lower.
         cancelled: 1 - sum |sum of deltas| / sum of |deltas|: how much of the models' changes a plain sum would lose.
+        group: embeddings, norms, biases or heads; None: another matrix.
     """
 
     name: str
@@ -59,6 +60,7 @@ class TensorInterference:
     pairs: tuple[Relation, ...]
     conflict: float
     cancelled: float
+    group: str | None = None
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -27,6 +27,11 @@ FILE = Path(__file__).with_name("families.jsonl")
 WRAPPERS_BEFORE = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "base_model.model.")
 WRAPPERS_WITHIN = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "base_layer.")
 
+# Where composite models keep the config of their language model.
+TEXTS = ("text_config", "llm_config", "language_config")
+
+VOCAB_KEYS = ("vocab_size", *(f"{part}.vocab_size" for part in TEXTS))  # one number, which a config may have twice
+
 # What names tell where nothing else does.
 HEADS = ("lm_head*", "*.lm_head.*", "embed_out.*", "*classifier*", "score*", "cls.*", "qa_outputs.*")
 _INPUTS = ("*embed_tokens.weight", "*wte.weight", "*embed_in.weight", "*embeddings.weight", "shared.weight")
@@ -67,6 +72,19 @@ def unwrapped(name: str) -> str:
         if word in name:
             name = name.replace(f".{word}", ".")
     return name
+
+
+def wrappers_in(name: str) -> tuple[str, ...]:
+    """What of a name a wrapper put there, as written, from the beginning on.
+
+    >>> wrappers_in("module.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
+    ('module.', '_checkpoint_wrapped_module.')
+    """
+    found = []
+    while name.startswith(WRAPPERS_BEFORE):
+        found.append(next(word for word in WRAPPERS_BEFORE if name.startswith(word)))
+        name = name.removeprefix(found[-1])
+    return tuple(dict.fromkeys((*found, *(word for word in WRAPPERS_WITHIN if f".{word}" in name))))
 
 
 @dataclass(frozen=True)
@@ -170,6 +188,7 @@ class Facts:
     """What is known of one model: the facts of its class, and of its family for what the class does not have."""
 
     model_type: str | None = None
+    says_tied: bool | None = None  # of a model that the table does not know: its config's `tie_word_embeddings`
     class_name: str | None = None  # a class that the table knows: the config's, else the model type's main class
     is_exact: bool = False  # `class_name` is what was asked for, not the model type's main class
     prefix: str = ""  # the attribute under which the class has its base model
@@ -217,7 +236,25 @@ class Facts:
         return self.canonicals((name,))[name]
 
     def canonicals(self, names: Iterable[str]) -> dict[str, str]:
-        """Stored name -> name in memory, for all names of one checkpoint (some renames hold only if another does)."""
+        """Stored name -> name in memory, for all names of one checkpoint (some renames hold only if another does).
+
+        Of names that differ in numbers alone one is asked first: most are in memory what they are in files.
+        """
+        names = list(names)
+        if self._renames_numbers:
+            return self._canonicals(names)
+        alike: dict[str, list[str]] = {}
+        for name in names:
+            alike.setdefault(pattern_of(name), []).append(name)
+        first = [many[0] for many in alike.values()]
+        changed = {name for name, now in self._canonicals(first).items() if name != now}
+        found = dict(zip(names, names, strict=True))
+        if changed:
+            rest = [name for many in alike.values() if many[0] in changed for name in many]
+            found |= self._canonicals(dict.fromkeys((*first, *rest)))
+        return found
+
+    def _canonicals(self, names: Iterable[str]) -> dict[str, str]:
         found = {name: unwrapped(name) for name in names}
         fixed = {name for name, now in found.items() if self.fixed and pattern_of(now) in self.fixed}
         moving = [name for name in found if name not in fixed]
@@ -257,6 +294,19 @@ class Facts:
 
     def _relative(self, name: str) -> str:
         return name.removeprefix(f"{self.prefix}.") if self.prefix else name
+
+    def pattern(self, name: str) -> str:
+        """What names that mean the same share: the name with `#` for each number, where numbers tell nothing."""
+        return name if self._renames_numbers else pattern_of(name)
+
+    def in_memory(self, key: str) -> str:
+        """A name without the prefix of the base model -> with it, where it is a part of that.
+
+        >>> bert = facts_of({"architectures": ["BertForMaskedLM"]})
+        >>> bert.in_memory("embeddings.word_embeddings.weight"), bert.in_memory("cls.predictions.bias")
+        ('bert.embeddings.word_embeddings.weight', 'cls.predictions.bias')
+        """
+        return f"{self.prefix}.{key}" if self.prefix and key.partition(".")[0] in self.parts else key
 
     def _pattern(self, name: str) -> str:
         """The pattern of the name in memory; remembered by the stored name's pattern, as experts are many."""
@@ -315,12 +365,10 @@ class Facts:
         return self._tied_to(self.canonical(name))
 
     def _tied_to(self, name: str) -> str | None:
-        path = [
-            name
-        ]  # a pattern of ties within a list holds for the one that the others are tied to, too: it ends there
+        # A pattern of ties within a list holds for the one that the others are tied to, too: it ends there.
+        path = [name]
         while (source := self.held.get(pattern_of(path[-1]))) is not None:
-            numbers = _NUMBERS.findall(path[-1])
-            step = re.sub(r"\$(\d)", lambda which: numbers[int(which[1])], source)  # noqa: B023
+            step = _filled(source, path[-1])
             if step in path:
                 break
             path.append(step)
@@ -337,6 +385,77 @@ class Facts:
             root = self._tied_to(name) or name
             groups.setdefault(root, []).insert(0 if root == name else len(groups.get(root, ())), stored)
         return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+    @cached_property
+    def _relative_ties(self) -> dict[str, str]:
+        """Pattern -> source of all that can be tied, both without the base model's prefix."""
+        every = {**{target: tie.source for target, tie in self.ties.items()}, **self.held}
+        return {self._relative(target): self._relative(source) for target, source in every.items()}
+
+    @cached_property
+    def _relative_held(self) -> frozenset[str]:
+        return frozenset(self._relative(target) for target in self.held)
+
+    def possible_ties(self, keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, str], ...]:
+        """Which of these tensors can be another's, whatever the config says: (target, source), by their names in
+        memory without the base model's prefix. `shapes`: of all tensors that a source is looked for among.
+
+        >>> facts_of({"architectures": ["BartForConditionalGeneration"]}).possible_ties(["lm_head.weight"], {})
+        (('lm_head.weight', 'shared.weight'),)
+        >>> GENERIC.possible_ties(["lm_head.weight"], {"lm_head.weight": (8, 4), "tok.wte.weight": (8, 4)})
+        (('lm_head.weight', 'tok.wte.weight'),)
+        """
+        ties = self._relative_ties
+        if not self.is_known:
+            return tuple(_guessed_ties(keys, shapes))
+        if not any("#" in target for target in ties):
+            keys = [target for target in ties if target in set(keys)]
+        return tuple((key, source) for key in keys if (source := self._source(key)) != key)
+
+    def _source(self, key: str) -> str:
+        """What a tensor is tied to in the end, if all ties hold; itself where it can be tied to nothing."""
+        path = [key]
+        while (source := self._relative_ties.get(pattern_of(path[-1]))) is not None:
+            step = _filled(source, path[-1])
+            if step in path:
+                break
+            path.append(step)
+        return path[-1]
+
+    def is_held(self, key: str, *, stored: bool) -> bool:
+        """Whether the config ties a tensor, by its name in memory without the base model's prefix.
+
+        Where the table does not know the model: as its config says, and where that is silent, a tensor that others
+        have (`stored` is false) is taken for tied.
+        """
+        if not self.is_known:
+            return self.says_tied is True if stored else self.says_tied is not False
+        while pattern_of(key) in self._relative_held:
+            step = _filled(self._relative_ties[pattern_of(key)], key)
+            if pattern_of(step) not in self._relative_ties or step == key:
+                return True
+            key = step
+        return False
+
+    @property
+    def output_tie_keys(self) -> tuple[str, ...]:
+        """The config keys that decide whether the output embedding is tied.
+
+        >>> facts_of({"model_type": "llava"}).output_tie_keys, facts_of({"model_type": "t5"}).output_tie_keys
+        (('tie_word_embeddings', 'text_config.tie_word_embeddings'), ())
+        """
+        ties = [tie for target, tie in self.ties.items() if pattern_of(self._relative(target)) in self.outputs]
+        return tuple(dict.fromkeys(key for tie in ties for key in tie.keys))
+
+    def untied_with_output(self) -> tuple[tuple[str, str], ...]:
+        """What a config that unties the output embedding unties as well: (target, source), without the prefix.
+
+        >>> facts_of({"architectures": ["BertForMaskedLM"]}).untied_with_output()[0]
+        ('cls.predictions.decoder.bias', 'cls.predictions.bias')
+        """
+        keys = {*self.output_tie_keys}
+        found = [target for target, tie in self.ties.items() if "#" not in target and keys & {*tie.keys}]
+        return tuple((target, self._source(target)) for target in map(self._relative, found))
 
     # What need not be there
 
@@ -518,10 +637,11 @@ class Facts:
         >>> facts_of({"model_type": "bert"}).token_axis("embeddings.position_embeddings.weight", (512, 768)) is None
         True
         """
-        if not self.is_known or not self.axes:
-            words = len(shape) == 2 and _matches(name, _INPUTS) and not _matches(name, _NOT_WORDS)
+        counted = self.counted(name)
+        if not counted and self._key(name).partition(".")[0] not in self.parts:  # nothing that the table knows
+            words = len(shape) == 2 and _matches(name, _EMBEDDINGS) and not _matches(name, (*_NOT_WORDS, *HEADS))
             return 0 if words or name.endswith((*_OUTPUTS, *_OUTPUT_BIASES)) else None
-        for axis, key in self.counted(name).items():
+        for axis, key in counted.items():
             if key in self.token_keys and axis < len(shape):
                 return axis
         return None
@@ -559,9 +679,29 @@ def facts_of(config: Mapping[str, Any] | None) -> Facts:
     model_type = config.get("model_type")
     facts = _facts(name, model_type if isinstance(model_type, str) else None)
     if not facts.is_known:
-        return facts
+        said = [_value(config, key) for key in ("tie_word_embeddings", *(f"{of}.tie_word_embeddings" for of in TEXTS))]
+        tied = next((value for value in said if isinstance(value, bool)), None)
+        return facts if tied is None else replace(facts, says_tied=tied)
     held = {target: tie.source for target, tie in facts.ties.items() if tie.holds(config)}
     return replace(facts, held={**facts.held, **held})
+
+
+def _filled(source: str, name: str) -> str:
+    """A tie's source with the numbers of the name that is tied to it."""
+    numbers = _NUMBERS.findall(name)
+    return re.sub(r"\$(\d)", lambda which: str(numbers[int(which[1])]), source)
+
+
+def _guessed_ties(keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
+    """Heads and the first embedding of the same width, by names alone."""
+    found = []
+    for key in keys:
+        if key.endswith(_OUTPUTS):
+            width = shapes[key][1:] if key in shapes else None
+            inputs = (n for n, shape in shapes.items() if _matches(n, _INPUTS) and not _matches(n, _NOT_WORDS)
+                      and width in (None, shape[1:]))  # fmt: skip
+            found += [(key, source) for source in [next(inputs, None)] if source is not None]
+    return found
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:

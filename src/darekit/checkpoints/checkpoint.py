@@ -72,6 +72,7 @@ class Checkpoint:
         origin: the stored model that this one is a view of: tensors renamed or left out, and none with other bytes.
             Seeds, and through them masks, are those of the origin.
         notes: what was found on opening that its user should know.
+        left: files beside the weights that do not travel with the model, and why.
     """
 
     ref: str
@@ -83,6 +84,7 @@ class Checkpoint:
     companions: Companions = field(default_factory=dict)
     origin: Checkpoint | None = None
     notes: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def read_files(self) -> tuple[InputFile, ...]:

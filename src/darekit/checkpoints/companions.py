@@ -3,12 +3,17 @@
 
 Patterns of `Path.glob`, relative to the model's directory. What is listed is fetched from the Hub, copied into outputs
 and packs, and found where a tokenizer is looked for; so a new companion file is one line here.
+
+Files that are on no list travel as well (`travels`), if they are small and neither weights nor the traces of training:
+the modules of sentence-transformers, prompts, whatever a library looks for beside weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
@@ -47,6 +52,12 @@ TOKENIZER = (
     "word_pronunciation.json",
     "normalizer.json",  # Whisper
 )
+# Of those: single vocabularies in SentencePiece's format, and files that hold a vocabulary in one of their own.
+SENTENCEPIECE = (
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "spm_char.model",
+    "prophetnet.tokenizer",
+)  # fmt: skip
+OTHER_VOCABULARIES = ("vocab-src.json", "dict.txt", "byte_maps.json", "entity_vocab.json", "bpe.codes", "source.spm")
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 MODEL = ("generation_config.json",)
@@ -57,16 +68,82 @@ Companions = Mapping[str, Content]  # by name, relative to the model's directory
 
 ALL = (CONFIG, CARD, *TOKENIZER, *TEMPLATES, *PROCESSOR, *MODEL, *CODE)
 
+# What is on no list travels within these limits.
+SMALL = 16_000_000  # bytes of one file
+TOGETHER = 64_000_000  # bytes of all files of a model
+COUNT = 1000  # files of a model
+DEPTH = 3  # folders down from the weights
+LOOKED_AT = 20_000  # entries of a directory: it may be anybody's home
+
+WEIGHTS = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx",
+    "*.onnx_data*", "*.onnx.data", "*.tflite", "*.ot", "*.mlmodel", "*.npz", "*.pkl", "*.pickle", "*.joblib",
+    "*.distcp", "*.nemo", "*.engine", "*.pte", "*.zip", "*.tar", "*.gz",
+)  # fmt: skip
+# Tables of weights, traces of training, documents of the source model, and files that make of an output what it is not.
+NOT_COMPANIONS = (
+    *WEIGHTS, "*.index.json", "*.index.*.json", "adapter_config.json", "training_args*", "trainer_*", "*_results.json",
+    "events.out.*", "rng_state*", "optimizer*", "*.log", "*.out", "*.err", "latest", "checkpoint", "*.py", "*.pyc",
+    "*.ipynb", "*.sh", "*.lock", "README*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.pdf",
+    "darekit*", "mergekit_config.y*ml", ".*", "*~",
+)  # fmt: skip
+LEGAL = ("license*", "notice*", "copying*")  # even where it is a page of text
+# Folders of other things: the same model for other programs, and what a training run leaves.
+NOT_FOLDERS = (
+    "onnx", "openvino*", "original", "coreml", "tflite", "gguf", "mlx", "flax", "tensorrt*", "metal", "checkpoint-*",
+    "global_step*", "pytorch_model_fsdp*", "optimizer*", "runs", "logs", "wandb", "tensorboard", "eval*",
+    "__pycache__", "venv", "node_modules", "src", "scripts", "assets", "images", "figures", "docs", ".*", "*.mlpackage",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside weights: the files that belong to the model, and of those that do not travel, why."""
+
+    companions: Companions
+    left: Mapping[str, str] = field(default_factory=dict)
+
 
 def companions_in(directory: Path) -> Companions:
     """The companion files in a directory, where they lie."""
-    folders = dict.fromkeys(str(PurePosixPath(pattern).parent) for pattern in ALL)
-    names: list[str] = []
-    for folder in folders:
-        with suppress(OSError):  # no such folder, or one that may not be listed
-            names += [(PurePosixPath(folder) / path.name).as_posix() for path in (directory / folder).iterdir()]
-    found = {name: directory / name for name in _matches(names, ALL)}
-    return {name: path for name, path in found.items() if path.is_file()}
+    return look_beside(directory).companions
+
+
+def look_beside(directory: Path, *, listed: bool = False) -> Beside:
+    """The companion files in a directory; with `listed` only those on the lists (it may hold anything else too)."""
+    sizes = dict(_listed_files(directory) if listed else _files(directory, "", DEPTH, [LOOKED_AT]))
+    known = _matches(sizes, ALL)
+    further, left = ((), {}) if listed else travels({n: size for n, size in sizes.items() if n not in known})
+    return Beside({name: directory / name for name in (*known, *further)}, left)
+
+
+def travels(sizes: Mapping[str, int]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Which files that are on no list belong to a model, by their names and sizes in bytes; and why others stay.
+
+    Weights in folders are a further model's, so nothing of such a folder travels. Traces of training and documents stay
+    without a word.
+
+    >>> travels({"modules.json": 229, "1_Pooling/config.json": 190, "model.safetensors": 9, "trainer_state.json": 5})
+    (('modules.json', '1_Pooling/config.json'), {})
+    >>> travels({"2_Dense/config.json": 115, "2_Dense/model.safetensors": 2362528})[1]
+    {'2_Dense/': 'it holds weights of its own'}
+    """
+    candidates = [name for name in sorted(sizes, key=lambda name: (name.count("/"), name)) if not _elsewhere(name)]
+    heavy = {folder for name in candidates if (folder := _folder(name)) and _is_weight(name)}
+    left = {f"{folder}/": "it holds weights of its own" for folder in sorted(heavy)}
+    chosen: list[str] = []
+    total = 0
+    for name in candidates:
+        if any(_folder(name) == folder or name.startswith(f"{folder}/") for folder in heavy) or not _belongs(name):
+            continue
+        if sizes[name] > SMALL:
+            left[name] = f"it has {sizes[name]:,} bytes, and at most {SMALL:,} are copied"
+        elif total + sizes[name] > TOGETHER or len(chosen) >= COUNT:
+            left[name] = f"the files before it already are {len(chosen)} with {total:,} bytes"
+        else:
+            chosen.append(name)
+            total += sizes[name]
+    return tuple(chosen), left
 
 
 def matching(companions: Companions, patterns: Sequence[str]) -> dict[str, Content]:
@@ -91,3 +168,53 @@ def _matches(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
         for name in ordered
         if name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
     ]
+
+
+def _listed_files(directory: Path) -> Iterator[tuple[str, int]]:
+    folders = dict.fromkeys(str(PurePosixPath(pattern).parent) for pattern in ALL)
+    for folder in folders:
+        prefix = "" if folder == "." else f"{folder}/"
+        yield from _files(directory / folder, prefix, 0, [LOOKED_AT])
+
+
+def _files(directory: Path, prefix: str, depth: int, room: list[int]) -> Iterator[tuple[str, int]]:
+    """Name and size of each file, folders last; `room`: how many entries may still be looked at."""
+    folders = []
+    with suppress(OSError), os.scandir(directory) as entries:  # no such folder, or one that may not be listed
+        for entry in entries:
+            room[0] -= 1
+            if room[0] < 0:
+                return
+            with suppress(OSError):
+                if entry.is_file():
+                    yield prefix + entry.name, entry.stat().st_size
+                elif depth and entry.is_dir(follow_symlinks=False) and not _is_other_folder(entry.name):
+                    folders.append(entry.name)
+    for name in sorted(folders):
+        yield from _files(directory / name, f"{prefix}{name}/", depth - 1, room)
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _elsewhere(name: str) -> bool:
+    folders = name.split("/")[:-1]
+    return len(folders) > DEPTH or any(map(_is_other_folder, folders))
+
+
+def _is_other_folder(name: str) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in NOT_FOLDERS)
+
+
+def _is_weight(name: str) -> bool:
+    return any(fnmatchcase(name.rpartition("/")[2].lower(), pattern) for pattern in WEIGHTS)
+
+
+def _belongs(name: str) -> bool:
+    last = name.rpartition("/")[2].lower()
+    if "\\" in name or not name.isprintable():  # a separator elsewhere, or nothing that one can name
+        return False
+    if any(fnmatchcase(last, pattern) for pattern in LEGAL):
+        return not _is_weight(name)
+    return not last.endswith(".md") and not any(fnmatchcase(last, pattern.lower()) for pattern in NOT_COMPANIONS)

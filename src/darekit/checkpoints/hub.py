@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ SMALL = (
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model's files at one commit, in the local cache."""
+    """A model's files at one commit, in the local cache; `left`: those beside its weights that stay there, and why."""
 
     directory: Path
     revision: str
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 def looks_like_hub_id(ref: str) -> bool:
@@ -76,7 +78,8 @@ def fetch_snapshot(ref: str, *, cache: Path | None = None) -> Snapshot:
     if match is None:
         raise CheckpointError(f"{ref!r} is not a Hub id; expected org/name or org/name@revision")
     repository, revision = match["repository"], match["revision"]
-    directory = _fetch(ref, repository, revision, cache, SMALL, partial=True)
+    further, left = _further(repository, revision)
+    directory = _fetch(ref, repository, revision, cache, (*SMALL, *map(_escaped, further)), partial=True)
     commit = directory.name  # further calls must not see a push that happens meanwhile
     config_path = directory / companions.CONFIG
     if not config_path.exists():  # with one it may be a whole model that keeps its adapter's settings
@@ -89,7 +92,37 @@ def fetch_snapshot(ref: str, *, cache: Path | None = None) -> Snapshot:
         _fetch(ref, repository, commit, cache, (companions.CONFIG, *patterns), partial=False)
         if any(any(directory.glob(pattern)) for pattern in patterns):
             break
-    return Snapshot(directory, commit)
+    return Snapshot(directory, commit, left)
+
+
+def _further(repository: str, revision: str | None) -> tuple[tuple[str, ...], Mapping[str, str]]:
+    """Small files that are on no list of companions, by the Hub's own listing; none of them where it cannot be had,
+    since without a network what the cache holds is enough."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return (), {}
+    try:
+        siblings = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True).siblings
+    except Exception:  # what is wrong is told by the download that follows
+        return (), {}
+    sizes = {one.rfilename: one.size or 0 for one in siblings or ()}
+    known = [name for name in sizes if any(_is_match(name, pattern) for pattern in SMALL)]
+    return companions.travels({name: size for name, size in sizes.items() if name not in known})
+
+
+def _is_match(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def _escaped(name: str) -> str:
+    """A pattern that matches this name alone.
+
+    >>> _escaped("a[1]*.txt")
+    'a[[]1][*].txt'
+    """
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _refuse_quantised(ref: str, repository: str, directory: Path, said: str) -> None:
@@ -229,7 +262,7 @@ def _in_folders(patterns: Sequence[str]) -> list[str]:
     >>> _in_folders(["config.json", "*.py", "templates/*.jinja"])
     ['*/*.py', 'templates/*/*.jinja']
     """
-    stars = [(pattern, star.start()) for pattern in patterns for star in re.finditer(r"\*", pattern)]
+    stars = [(pattern, star.start()) for pattern in patterns for star in re.finditer(r"(?<!\[)\*", pattern)]
     return [f"{pattern[:at]}*/*{pattern[at + 1 :]}" for pattern, at in stars]
 
 

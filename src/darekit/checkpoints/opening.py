@@ -9,13 +9,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from darekit.checkpoints.checkpoint import Checkpoint, TensorInfo, natural_key
-from darekit.checkpoints.companions import CONFIG, Companions, Content, companions_in
+from darekit.checkpoints.companions import CONFIG, Companions, Content, look_beside
 from darekit.checkpoints.documents import read_object, shorten
 from darekit.checkpoints.files import InputFile
 from darekit.checkpoints.hub import fetch_snapshot, looks_like_hub_id, refuse_address
@@ -30,7 +30,7 @@ from darekit.checkpoints.refusals import (
 )
 from darekit.checkpoints.safetensors import read_header
 from darekit.checkpoints.sources import FileRange
-from darekit.checkpoints.weights import SAFETENSORS, Weights, find_weights, list_names, refuse_name
+from darekit.checkpoints.weights import SAFETENSORS, SINGLE, Weights, find_weights, list_names, refuse_name
 from darekit.errors import CheckpointError, HoldsPack, Unsupported
 from darekit.wording import label
 
@@ -42,10 +42,12 @@ STATISTICS = "darekit_statistics"  # likewise of one with statistics
 
 @dataclass(frozen=True)
 class Location:
-    """Where a checkpoint lies on this machine. `revision`: its commit on the Hub, where known."""
+    """Where a checkpoint lies on this machine. `revision`: its commit on the Hub, where known; `left`: files on the Hub
+    that were not fetched, though they may belong to it, and why."""
 
     path: Path
     revision: str | None
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_checkpoint(ref: str | Path, *, search: Sequence[Path] = ()) -> Checkpoint:
@@ -63,7 +65,9 @@ def open_checkpoint(ref: str | Path, *, search: Sequence[Path] = ()) -> Checkpoi
     directory = location.path if location.path.is_dir() else location.path.parent
     weights = _choose(location.path)
     config = _read_config(directory)
-    companions = companions_in(directory)
+    # A single file may lie anywhere, among what is nobody's companion.
+    beside = look_beside(directory, listed=location.path.is_file() and location.path.name not in SINGLE.values())
+    companions = beside.companions
     notes = list(weights.notes)
     with ExitStack() as opened:
         files: list[InputFile] = []
@@ -90,7 +94,7 @@ def open_checkpoint(ref: str | Path, *, search: Sequence[Path] = ()) -> Checkpoi
         opened.pop_all()  # nothing failed: the checkpoint owns the files now
     return Checkpoint(
         str(ref), location.path if location.path.is_dir() else None, tensors, config, tuple(files), location.revision,
-        companions, notes=tuple(notes),
+        companions, notes=tuple(notes), left={**location.left, **beside.left},
     )  # fmt: skip
 
 
@@ -230,7 +234,7 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
     except CheckpointError as error:
         # A mistyped path reads like a Hub id, so the answer covers both.
         raise CheckpointError(f"{error}. No local checkpoint either: {tail}") from error
-    return Location(snapshot.directory, snapshot.revision)
+    return Location(snapshot.directory, snapshot.revision, snapshot.left)
 
 
 def _names_adapter(ref: str) -> bool:

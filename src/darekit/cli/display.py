@@ -189,7 +189,7 @@ def dense_tensors(plan: Plan) -> dict[str, list[str]]:
     if plan.recipe.sparsify is None:
         return {}
     return {
-        pattern: [t.name for t in plan.alignment.tensors if is_kept_dense(t.name, t.shape, [pattern])]
+        pattern: [t.name for t in plan.alignment.tensors if is_kept_dense(t.name, t.group, [pattern])]
         for pattern in plan.recipe.sparsify.keep_dense
     }
 
@@ -244,7 +244,7 @@ def _show_rates(plan: Plan) -> None:
         return
     names = {name for _, rates in automatic for name in rates}
     tensors = [tensor for tensor in plan.alignment.tensors if tensor.name in names]
-    kinds = tables.kinds_of([tables.Sized(t.name, t.shape, math.prod(t.shape)) for t in tensors])
+    kinds = tables.kinds_of([tables.Sized(t.name, t.shape, math.prod(t.shape), t.group) for t in tensors])
 
     def rate(kind: tables.Kind[tables.Sized], rates: Mapping[str, float]) -> float | None:
         return kind.mean(lambda tensor: rates.get(tensor.name))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from darekit.architectures.depth import Layer, layer_of
-from darekit.architectures.groups import ONE_TERM, group_of
+from darekit.architectures.groups import ONE_TERM
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,6 +47,10 @@ class Named(Protocol):
         """Its shape."""
 
     @property
+    def group(self) -> str | None:
+        """Its group; None: none."""
+
+    @property
     def parameters(self) -> int:
         """Its number of elements."""
 
@@ -61,21 +65,21 @@ class Sized:
     name: str
     shape: tuple[int, ...]
     parameters: int
+    group: str | None
 
 
-def kind_of(name: str, shape: tuple[int, ...]) -> tuple[str, Layer | None]:
-    """Tensor name and shape -> its kind and its layer; the numbers of experts and the like are left out of the kind.
+def kind_of(name: str, group: str | None) -> tuple[str, Layer | None]:
+    """Tensor name and group -> its kind and its layer; the numbers of experts and the like are left out of the kind.
 
     The words of `keep_dense` group what they stand for: embeddings, norms, biases, heads.
 
-    >>> kind_of("model.layers.11.self_attn.q_proj.weight", (64, 64))
+    >>> kind_of("model.layers.11.self_attn.q_proj.weight", None)
     ('self_attn.q_proj', Layer(stack='model.layers', index=11))
-    >>> kind_of("model.layers.3.block_sparse_moe.experts.7.w1.weight", (64, 64))[0]
+    >>> kind_of("model.layers.3.block_sparse_moe.experts.7.w1.weight", None)[0]
     'block_sparse_moe.experts.w1'
-    >>> kind_of("transformer.h.0.ln_1.weight", (64,))[0], kind_of("bert.pooler.dense.weight", (64, 64))[0]
+    >>> kind_of("transformer.h.0.ln_1.weight", "norms")[0], kind_of("bert.pooler.dense.weight", None)[0]
     ('norms', 'bert.pooler.dense')
     """
-    group = group_of(name, shape)
     if group in ("embeddings", "heads"):  # a classifier's layers are no depth
         return group, None
     layer = layer_of(name)
@@ -94,6 +98,10 @@ class Kind(Generic[T]):
     name: str
     tensors: tuple[T, ...]
     layers: tuple[int | None, ...]
+
+    @property
+    def group(self) -> str | None:
+        """Its group; None: none."""
 
     @property
     def parameters(self) -> int:
@@ -128,7 +136,7 @@ def kinds_of(tensors: Sequence[T], rows: int = ROWS) -> list[Kind[T]]:
     Kinds of one name in two stacks (an encoder and a decoder) stay apart. Of more than `rows` kinds the smallest
     become one.
     """
-    places = [kind_of(tensor.name, tensor.shape) for tensor in tensors]
+    places = [kind_of(tensor.name, tensor.group) for tensor in tensors]
     stacks = _stack_labels(layer.stack for _, layer in places if layer)
     homes: dict[str, set[str]] = {}
     for kind, layer in places:
@@ -162,7 +170,7 @@ def globs_of(names: Iterable[str]) -> list[str]:
 
 def whole(tensors: Sequence[T]) -> Kind[T]:
     """All tensors as one kind, by layer; where there are several stacks, the largest one's layers."""
-    found = [kind_of(tensor.name, tensor.shape)[1] for tensor in tensors]
+    found = [kind_of(tensor.name, tensor.group)[1] for tensor in tensors]
     sizes: dict[str, int] = {}
     for tensor, layer in zip(tensors, found, strict=True):
         if layer:

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable
 
 from darekit.checkpoints import traits_of
 from darekit.engine.stages import build, tile_of
-from darekit.engine.steps import Step, is_measured
+from darekit.engine.steps import Step, is_measured, vectors_of
 from darekit.methods import MERGE_METHODS
 
 # Resident before the first tile: 103 MiB were measured in the fast lane, which does without numba, and 175 with it.
@@ -19,6 +19,9 @@ HEAVY = 64 << 20  # bytes from which a step's matrices are in memory one step at
 def matrix_memory(step: Step) -> int:
     """Bytes that a step needs beside its tiles, as its method declares them."""
     declared = MERGE_METHODS[step.method].matrix
+    if vectors_of(step) == "column":  # products, which are turned once, and coefficients
+        rows = len(step.models) + 1
+        return 8 * step.columns * (rows * (rows + 1) + 2 * rows)
     return 0 if declared is None else declared(columns_of(step))
 
 

@@ -24,9 +24,9 @@ import xxhash
 from darekit.checkpoints.digests import LEAF, TensorDigest, tensor_digest
 from darekit.engine import tiles
 from darekit.engine.costs import HEAVY, matrix_memory
-from darekit.engine.measuring import Doubles, measure, settled, told
+from darekit.engine.measuring import ByColumn, Doubles, measure, measure_columns, settled, told
 from darekit.engine.stages import build, tile_of
-from darekit.engine.steps import Step, is_measured
+from darekit.engine.steps import Step, is_measured, vectors_of
 from darekit.engine.tiles import BASE, OUT, TILE, ScratchPool, Sink, StepRun, Tally
 from darekit.engine.trimming import settle_model_trim
 from darekit.errors import DataError, MethodError
@@ -262,6 +262,7 @@ class Job:
         if span is not None and count > span:
             self.spans = [(begin, min(begin + span, count)) for begin in range(0, count, span)]
         self.measuring = self.divisible and is_measured(steps[0])
+        self._lines = f"{vectors_of(steps[0])}s"
         self._lock = threading.Lock()
         self._open = len(self.spans)
         self._leaves: dict[int, dict[int, list[bytes]]] = {}
@@ -318,7 +319,7 @@ class Job:
                 str(owner): min((n for (key, _), n in self._kept.items() if key == owner), default=0)
                 for owner in owners
             },
-            **({"measured": _measured(told(self._coefficients))} if self._coefficients else {}),
+            **({"measured": _measured(told(self._coefficients), self._lines)} if self._coefficients else {}),
         }
 
 
@@ -331,17 +332,18 @@ def _span_of(step: Step, tile: int) -> int | None:
     if any(entry.count != step.count for entry in inputs):  # one thread then digests what is cut off as well
         return None
     stages = [build(spec, step) for chain in step.chains for spec in chain]
-    if not all(stage.ready and not stage.ordered for stage in stages):
+    if vectors_of(step) == "column" or not all(stage.ready and not stage.ordered for stage in stages):
         return None
     grain = LEAF if size == tile else math.lcm(LEAF, step.row)  # digests are cut at leaves
     return max(1, SPAN // grain) * grain
 
 
-def _measured(found: Doubles) -> dict[str, Any]:
-    """(rows, R) coefficients: the numbers themselves where there is one row, else a digest of them all."""
+def _measured(found: Doubles, lines: str) -> dict[str, Any]:
+    """(vectors, R) coefficients: the numbers themselves where there is one, else how many rows or columns (`lines`)
+    there are, and a digest of all their coefficients."""
     if len(found) == 1:
         return {"coefficients": found[0].tolist()}
-    return {"rows": len(found), "digest": xxhash.xxh3_128_hexdigest(np.ascontiguousarray(found, "<f8").tobytes())}
+    return {lines: len(found), "digest": xxhash.xxh3_128_hexdigest(np.ascontiguousarray(found, "<f8").tobytes())}
 
 
 class Worker:
@@ -389,7 +391,10 @@ class Worker:
     @staticmethod
     def _run_whole(run: StepRun, stop: threading.Event) -> None:
         run.settle(stop)
-        if is_measured(run.step):
+        if vectors_of(run.step) == "column":
+            run.by_column, found = ByColumn.of(run.step, measure_columns(run, stop))
+            run.coefficients[0] = found
+        elif is_measured(run.step):
             step, found = settled(run.step, measure(run, 0, run.step.count, stop))
             run.become(step)
             run.coefficients[0] = found[None]

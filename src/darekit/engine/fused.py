@@ -83,7 +83,9 @@ class FusedStep:
 def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
     """The step's constants, if the one kernel can do all of it; `chains`: each model's stages."""
     inputs = (*step.models, *([step.base] if step.base else []))
-    if step.kind != "merge" or step.base is None or step.on_weights or step.verbatim or len(chains) > FEW:
+    if step.kind != "merge" or step.base is None or step.on_weights or step.verbatim or step.wide:
+        return None
+    if len(chains) > FEW:
         return None
     kernel = MERGE_METHODS[step.method].kernel
     if kernel is None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Doubles = npt.NDArray[np.float64]
 
+COLUMNS = 1 << 16  # whose coefficients are found at once
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -145,6 +147,20 @@ def _add_bf16(run: StepRun, rows: Rows, found: Products, start: int, count: int)
     return not bad
 
 
+def measure_columns(run: StepRun, stop: threading.Event) -> Doubles:
+    """All of a step, in order -> the products of each of its columns, (columns, pairs)."""
+    step, rows = run.step, Rows.of(run.step)
+    totals = np.zeros((rows.pairs, step.columns))
+    for chain in run.chains:
+        for stage in chain:
+            stage.begin()
+    for start in range(0, step.count, run.tile):
+        if stop.is_set() or run.hands.broken.is_set():
+            break
+        cpu.products_by_column(_load(run, rows, start, min(run.tile, step.count - start)), start, totals)
+    return totals.T
+
+
 def _load(run: StepRun, rows: Rows, start: int, count: int) -> Floats:
     """The rows of one tile, the general way."""
     scratch = run.load(start, count, values=rows.raw, with_base=rows.base)
@@ -199,10 +215,43 @@ def settled(step: Step, leaves: Doubles) -> tuple[Step, Doubles]:
     found = coefficients(step, _in_order(leaves))
     weights, base_weight = _parts(step, found)
     alone = len(step.models) == 1 and not any(step.chains) and step.models[0].count >= step.begin + step.count
+    itself = step.factor == 1 and found.tolist() == [0.0, 1.0][-len(found) :]
     return replace(
         step, method=SUM, parameters={}, weights=tuple(map(float, weights)), base_weight=float(base_weight),
-        verbatim=alone and MERGE_METHODS[step.method].products == "models" and found.tolist() == [0.0, 1.0],
+        verbatim=alone and itself,
     ), found  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ByColumn:
+    """A step whose columns have coefficients of their own, all of them known: those of the deltas, (K, columns), and of
+    the base in what is added to it, (columns,)."""
+
+    weights: Floats
+    base_weight: Floats
+
+    @staticmethod
+    def of(step: Step, products: Doubles) -> tuple[ByColumn, Doubles]:
+        """A measured step, (columns, pairs) products -> how it is merged, and the coefficients, (columns, R)."""
+        # Some at a time: a method makes arrays as large as these.
+        starts = range(0, len(products), COLUMNS)
+        parts = [coefficients(step, products[at : at + COLUMNS]) for at in starts]
+        found = np.concatenate(parts) if parts else np.zeros((0, Rows.of(step).count))
+        weights, base_weight = _parts(step, found)
+        number = np.float64 if step.wide else np.float32
+        return ByColumn(np.ascontiguousarray(weights.T, number), base_weight.astype(number)), found
+
+    def merge(self, base: Floats, deltas: Floats, start: int) -> Floats:
+        """One tile: (n,) base, (K, n) deltas (models, where there is no base) from element `start` on -> (n,)."""
+        merged = np.zeros(deltas.shape[1], deltas.dtype)
+        if not deltas.size:
+            return merged
+        at = np.arange(start, start + deltas.shape[1]) % self.base_weight.size
+        for weight, delta in zip(self.weights, deltas, strict=True):
+            merged += weight[at] * delta
+        if self.base_weight.any():
+            merged += self.base_weight[at] * base
+        return merged
 
 
 def merge_rows(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from darekit.checkpoints import Source, TensorInfo, traits_of
 from darekit.dtypes import DType, dtype_named
 from darekit.methods import MERGE_METHODS, SUM
+from darekit.methods.spherical import Vectors
 
 # Of what the engine writes and records. Raised when equal steps would give other bytes or other records than before: no
 # run is resumed across it.
@@ -86,6 +88,9 @@ class Step:
     statistics: tuple[Input, ...] = ()  # of each model, where the method reads them: Fishers, or Grams
     sizes: tuple[float, ...] = ()  # of each model: the norm of its Fisher, or the tokens of its Gram
     transposed: bool = False  # a linear layer stored [in, out]
+    # Of a copy whose inputs may differ: whose bytes are taken, a model of the recipe or -1, the base. None: all agree.
+    giver: int | None = None
+    precise: bool = False  # arithmetic is float64 even where no input is F64
 
     @property
     def row(self) -> int:
@@ -93,18 +98,30 @@ class Step:
         return self.shape[-1] if self.shape else 1
 
     @property
+    def columns(self) -> int:
+        """Vectors along the first axis."""
+        return math.prod(self.shape[1:])
+
+    @property
     def wide(self) -> bool:
         """Whether arithmetic is float64."""
         inputs = (*self.models, *([self.base] if self.base else []))
-        return any(entry.dtype.name == "F64" for entry in inputs)
+        return self.precise or any(entry.dtype.name == "F64" for entry in inputs)
+
+
+def vectors_of(step: Step) -> Vectors | None:
+    """What has coefficients of its own in a step whose method measures products; None: its method measures none."""
+    method = MERGE_METHODS[step.method]
+    if step.kind != "merge" or method.products is None:
+        return None
+    return method.vectors_at(step.parameters)
 
 
 def is_per_row(step: Step) -> bool:
     """Whether each row has coefficients of its own."""
-    switch = MERGE_METHODS[step.method].per_row
-    return step.kind == "merge" and switch is not None and bool(step.parameters[switch])
+    return vectors_of(step) == "row"
 
 
 def is_measured(step: Step) -> bool:
     """Whether the products of all of the tensor must be known before a first element is merged."""
-    return step.kind == "merge" and MERGE_METHODS[step.method].products is not None and not is_per_row(step)
+    return vectors_of(step) in ("tensor", "column")

@@ -21,7 +21,7 @@ from darekit.dtypes import Bytes, Floats
 from darekit.engine.contracts import Stage
 from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, fuse
 from darekit.engine.informed import Combine, informed_combiner
-from darekit.engine.measuring import Doubles, merge_rows
+from darekit.engine.measuring import ByColumn, Doubles, merge_rows
 from darekit.engine.selection import Select
 from darekit.engine.stages import build, tile_of
 from darekit.engine.steps import Input, Step, is_per_row
@@ -137,6 +137,7 @@ class StepRun:
         self.known = [_known_delta(step, model) for model in step.models]
         # Where each row has its own: first element -> coefficients, (rows, R).
         self.coefficients: dict[int, Doubles] = {}
+        self.by_column: ByColumn | None = None
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
         # the survivors.
         self.bad_at: npt.NDArray[np.bool_] | None = None
@@ -278,6 +279,8 @@ class StepRun:
         else:
             if is_per_row(step):
                 merged, self.coefficients[start] = merge_rows(step, scratch.base, scratch.deltas, self.bad_at)
+            elif self.by_column is not None:
+                merged = self.by_column.merge(scratch.base, scratch.deltas, start)
             else:
                 merged = self.combine(scratch.deltas, scratch.merged, start)
             if step.base_weight:
@@ -405,9 +408,9 @@ class StepRun:
 
     def copy(self, begin: int, end: int, stop: threading.Event) -> None:
         """Elements begin .. end of a tensor that is not merged: the base's bytes (in the output's format, where that of
-        a float is another), when all agree."""
+        a float is another), when all agree; or those of the step's `giver`."""
         step = self.step
-        (first, origin), *others = self.inputs
+        (first, origin), *others = sorted(self.inputs, key=lambda entry: entry[0] != step.giver)
         converted = origin.dtype.name != step.dtype.name
         size = min(self.tile, end - begin) * max(entry.dtype.itemsize for _, entry in self.inputs)
         rooms = self.hands.scratch.rows(2 if others else 1, size)
@@ -420,7 +423,7 @@ class StepRun:
             for key, entry in others:
                 other = self.read(entry, step.begin + start, count, rooms[1])
                 self.digests[key].update(other)
-                if not np.array_equal(raw, other):
+                if step.giver is None and not np.array_equal(raw, other):
                     self.hands.tally.differing[key, step.name] += 1
                     self.hands.broken.set()
             if self.hands.broken.is_set():

@@ -481,6 +481,26 @@ def products_by_row(rows, length, sums, totals):
 
 
 @kernel
+def products_by_column(rows, start, totals):
+    """(R, n) float32 or float64: elements start .. start + n of a matrix -> their products in float64, added to those
+    of their columns, `totals`, (pairs, columns): in order of the rows, when the calls are."""
+    columns = totals.shape[1]
+    done = 0
+    while done < rows.shape[1]:
+        first = (start + done) % columns
+        here = min(columns - first, rows.shape[1] - done)
+        pair = 0
+        for i in range(rows.shape[0]):
+            one = rows[i, done : done + here]
+            for j in range(i, rows.shape[0]):
+                other, total = rows[j, done : done + here], totals[pair, first : first + here]
+                for k in range(here):
+                    total[k] += np.float64(one[k]) * np.float64(other[k])
+                pair += 1
+        done += here
+
+
+@kernel
 def _widen_all_bf16(raw, out):
     """`widen_bf16`, which counts NaN and Inf."""
     bits = out.view(np.uint32)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from darekit.methods import informed, merging, sparsifiers, spherical
 from darekit.methods.foreign import Foreign
 from darekit.methods.parameters import Choice, Number, Parameter, Switch, parameters_of
+from darekit.methods.spherical import Vectors
 
 Scope = Literal["element", "row", "tensor"]
 
@@ -62,7 +63,8 @@ class MergeMethod:
 
     `products`: the function gives coefficients, from the inner products of these rows (`darekit.methods.spherical`):
     of the models, whose sum is the result, or of the deltas, whose sum is added to the base. `base_row`: the base is
-    one of the rows, the first. `per_row`: name of the switch with which each row of a matrix has its own coefficients.
+    one of the rows, the first. `vectors`: from parameters of its own, which the method then has too, what is one vector
+    with coefficients of its own: the tensor, each row, or each column.
 
     `shaped`: the function gets deltas as (K, rows, columns), not as (K, n). `foreign`: as of a sparsifier.
     """
@@ -80,7 +82,7 @@ class MergeMethod:
     matrix: Callable[[int], int] | None = None
     products: Literal["models", "deltas"] | None = None
     base_row: bool = False
-    per_row: str | None = None
+    vectors: Callable[..., Vectors] | None = None
     shaped: bool = False
     foreign: Foreign | None = None
 
@@ -93,9 +95,21 @@ class MergeMethod:
     def parameters(self) -> dict[str, Parameter]:
         """The function's parameters, and those that come with the way the method is run."""
         trim = parameters_of(_trim) if self.trims else {}
-        rows = Parameter(self.per_row or "", Switch("coefficients for each row, not for the whole tensor"), False)
         scale = parameters_of(_scale) if self.needs_base and self.products != "models" else {}
-        return trim | self.own_parameters | ({rows.name: rows} if self.per_row else {}) | scale
+        return trim | self.own_parameters | self._vectors | scale
+
+    @property
+    def parts_base(self) -> bool:
+        """Whether a base that is also listed among the models is none of them."""
+        return self.needs_base or self.products is not None
+
+    def vectors_at(self, parameters: Mapping[str, Any]) -> Vectors:
+        """What is one vector, by the method's parameters."""
+        return self.vectors(**{name: parameters[name] for name in self._vectors}) if self.vectors else "tensor"
+
+    @cached_property
+    def _vectors(self) -> dict[str, Parameter]:
+        return parameters_of(self.vectors) if self.vectors else {}
 
     @cached_property
     def own_parameters(self) -> dict[str, Parameter]:
@@ -158,7 +172,14 @@ MERGE_METHODS: dict[str, MergeMethod] = {
             matrix=informed.gram_memory,
         ),
         MergeMethod(spherical.slerp, models=(1, 1), products="models", base_row=True),
-        MergeMethod(spherical.model_stock, models=(2, float("inf")), products="deltas", per_row="filter_wise"),
+        MergeMethod(
+            spherical.nuslerp, needs_base=False, models=(2, 2), products="deltas", vectors=spherical.by_axis
+        ),
+        MergeMethod(spherical.multislerp, needs_base=False, products="deltas"),
+        MergeMethod(spherical.karcher, needs_base=False, products="models", base_row=True),
+        MergeMethod(
+            spherical.model_stock, models=(2, float("inf")), products="deltas", vectors=spherical.by_filter
+        ),
     )
 }  # fmt: skip
 

@@ -33,40 +33,62 @@ class Foreign:
     module: str
 
 
-def checked_merge(name: str, function: Callable[..., Any], *, weighted: bool) -> Callable[..., Array]:
-    """A merge of deltas, (K, ...) -> (...) of deltas' dtype, with or without `weights`."""
+def checked_merge(
+    name: str, function: Callable[..., Any], whole: frozenset[str], *, weighted: bool
+) -> Callable[..., Array]:
+    """A merge of deltas, (K, ...) -> (...) of deltas' dtype, with or without `weights`. `whole`: parameters that the
+    function gets as int."""
 
     @functools.wraps(function)
     def merge(deltas: Array, weights: Array, **parameters: Any) -> Array:
         given = (_frozen(deltas), _frozen(weights)) if weighted else (_frozen(deltas),)
-        return _array(name, _called(name, function, *given, **parameters), deltas, deltas.shape[1:])
+        return _array(name, _called(name, function, *given, **_cast(parameters, whole)), deltas, deltas.shape[1:])
 
     return merge
 
 
-def checked_products(name: str, function: Callable[..., Any]) -> Callable[..., Array]:
+def checked_products(name: str, function: Callable[..., Any], whole: frozenset[str]) -> Callable[..., Array]:
     """From products, (..., R, R), to coefficients, (..., R) float64."""
 
     @functools.wraps(function)
     def coefficients(products: Array, **parameters: Any) -> Array:
-        found = _called(name, function, _frozen(products), **parameters)
+        found = _called(name, function, _frozen(products), **_cast(parameters, whole))
         return _array(name, found, products, products.shape[:-1])
 
     return coefficients
 
 
-def checked_sparsifier(name: str, function: Callable[..., Any], *, random: bool) -> Callable[..., Array]:
+def checked_vectors(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """From parameters to what is one vector."""
+
+    @functools.wraps(function)
+    def vectors(**parameters: Any) -> Any:
+        found = _called(name, function, **parameters)
+        if found not in ("tensor", "row", "column"):
+            raise MethodError(f"{name}: its vectors must be tensor, row or column, found {found!r}")
+        return found
+
+    return vectors
+
+
+def checked_sparsifier(
+    name: str, function: Callable[..., Any], whole: frozenset[str], *, random: bool
+) -> Callable[..., Array]:
     """A sparsifier, (rows, columns) -> the same; what it may give instead is a mask of what is kept."""
 
     @functools.wraps(function)
     def sparsify(delta: Array, draws: Array, **parameters: Any) -> Array:
         given = (_frozen(delta), _frozen(draws)) if random else (_frozen(delta),)
-        found = _called(name, function, *given, **parameters)
+        found = _called(name, function, *given, **_cast(parameters, whole))
         if isinstance(found, np.ndarray) and found.dtype.kind == "b" and found.shape == delta.shape:
             return np.where(found, delta, delta.dtype.type(0))
         return _array(name, found, delta, delta.shape)
 
     return sparsify
+
+
+def _cast(parameters: dict[str, Any], whole: frozenset[str]) -> dict[str, Any]:
+    return {key: int(value) if key in whole else value for key, value in parameters.items()}
 
 
 def _called(name: str, function: Callable[..., Any], *arrays: Array, **parameters: Any) -> Any:

@@ -18,19 +18,22 @@ from darekit.errors import MethodError
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number in [low, high]; may be given per tensor, and per model where `per_model`.
+    """A number in [low, high], without a fraction where `whole`; may be given per tensor, and per model where
+    `per_model`.
 
     Attributes:
         help: what it means, in a line.
         low: the least value.
         high: the largest value.
         per_model: whether a model may have its own; a merge method's parameters are one for all models.
+        whole: whether it has no fraction.
     """
 
     help: str
     low: float = float("-inf")
     high: float = float("inf")
     per_model: bool = True
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Parameter:
     def problem(self, value: Any) -> str | None:
         """What is wrong with a single value (not a list of filters); None if nothing is."""
         match self.kind:
-            case Number(low=low, high=high):
+            case Number(low=low, high=high, whole=whole):
                 if isinstance(value, bool) or not isinstance(value, int | float):
                     return f"{self.name} must be a number, found {value!r}"
                 if not low <= value <= high:
@@ -79,6 +82,8 @@ class Parameter:
                     if high == 1 and 1 < value <= 100:
                         hint = f"; a percentage? write {value / 100:g}"
                     return f"{self.name} must be in [{low:g}, {high:g}], found {value!r}{hint}"
+                if whole and value % 1 != 0:
+                    return f"{self.name} must be a whole number, found {value!r}"
             case Choice(of=of):
                 if value not in of:
                     return f"{self.name} must be one of {', '.join(of)}, found {value!r}"
@@ -100,7 +105,7 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
             raise MethodError(
                 f"{function.__name__}: its parameter {argument.name} must say what it takes, as {argument.name}: "
                 'Annotated[float, Number("what it does", 0, 1)], or with a Choice or a Switch, or plainly as float, '
-                f"bool or Literal[...]; found {argument}"
+                f"int, bool or Literal[...]; found {argument}"
             )
         default = None if argument.default is inspect.Parameter.empty else argument.default
         name = argument.name.removesuffix("_")  # `lambda_`: the field's word is Python's too
@@ -117,6 +122,8 @@ def kind_of(hint: Any) -> Kind | None:
         hint = typing.get_args(hint)[0]
     if hint is float:
         return Number("a number")
+    if hint is int:
+        return Number("a whole number", whole=True)
     if hint is bool:
         return Switch("true or false")
     words = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()

@@ -14,7 +14,7 @@ from typing import Any
 
 from darekit.errors import MethodError
 from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SPARSIFIERS, MergeMethod, Sparsifier
-from darekit.methods.foreign import Foreign, checked_merge, checked_products, checked_sparsifier
+from darekit.methods.foreign import Foreign, checked_merge, checked_products, checked_sparsifier, checked_vectors
 from darekit.methods.parameters import Number, Parameter, Switch, parameters_of
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*([_-][A-Za-z0-9]+)*")
@@ -44,12 +44,19 @@ def add_merge_method(
     first = "products" if products else "deltas"
     allowed = [(first,), (first, "weights")]
     _check_signature(word, arguments, allowed, f"({first}, weights, *, ...), or without weights")
-    _check_parameters(word, own, (*RESERVED_BY_MERGES, *filter(None, [fields["per_row"]])))
+    vectors = fields["vectors"]
+    lines = _vectors_of(word, vectors) if vectors is not None else {}
+    _check_parameters(word, own | lines, RESERVED_BY_MERGES)
+    if both := {*own} & {*lines}:
+        raise MethodError(f"{word}: {', '.join(sorted(both))} is a parameter of the function and of its vectors")
     if "normalize" in own and not isinstance(own["normalize"].kind, Switch):
         raise MethodError(f"{word}: normalize means the same in all methods, a Switch; give the parameter another name")
-    called = checked_products(word, function) if products else checked_merge(
-        word, function, weighted="weights" in arguments
-    )  # fmt: skip
+    if vectors is not None:
+        fields["vectors"] = checked_vectors(word, vectors)
+    if products:
+        called = checked_products(word, function, _whole(own))
+    else:
+        called = checked_merge(word, function, _whole(own), weighted="weights" in arguments)
     foreign = Foreign(word, function, _caller())
     MERGE_METHODS[word] = MergeMethod(called, foreign=foreign, shaped=shaped, **fields)
 
@@ -81,8 +88,8 @@ def add_sparsifier(
     _check_scope(word, fields["scope"])
     foreign = Foreign(word, function, _caller())
     SPARSIFIERS[word] = Sparsifier(
-        checked_sparsifier(word, function, random=drawn), random=drawn if random is None else random, foreign=foreign,
-        **fields,
+        checked_sparsifier(word, function, _whole(own), random=drawn), random=drawn if random is None else random,
+        foreign=foreign, **fields,
     )  # fmt: skip
 
 
@@ -202,16 +209,25 @@ def _check_fields(word: str, fields: dict[str, Any]) -> None:
     products = fields["products"]
     if products not in (None, "models", "deltas"):
         raise MethodError(f"{word}: products must be models or deltas, found {products!r}")
-    if products is None and (fields["base_row"] or fields["per_row"]):
+    if products is None and (fields["base_row"] or fields["vectors"] is not None):
         raise MethodError(
-            f'{word}: base_row and per_row belong to methods of products; add products="models" or "deltas"'
+            f'{word}: base_row and vectors belong to methods of products; add products="models" or "deltas"'
         )
     if products and (fields["scope"] != "element" or fields["trims"]):
         raise MethodError(
             f"{word}: scope and trims belong to methods of deltas, this one is of products; leave them out"
         )
-    if fields["per_row"] is not None and not NAME.fullmatch(str(fields["per_row"])):
-        raise MethodError(f"{word}: per_row is the name of a parameter, found {fields['per_row']!r}")
+
+
+def _whole(own: dict[str, Parameter]) -> frozenset[str]:
+    return frozenset(name for name, one in own.items() if isinstance(one.kind, Number) and one.kind.whole)
+
+
+def _vectors_of(word: str, vectors: Any) -> dict[str, Parameter]:
+    if not inspect.isfunction(vectors):
+        raise MethodError(f"{word}: vectors is a function from parameters to tensor, row or column; found {vectors!r}")
+    _check_signature(word, _arguments(vectors, word), [()], "(*, ...) in its vectors")
+    return parameters_of(vectors)
 
 
 def _caller() -> str:

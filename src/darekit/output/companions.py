@@ -141,7 +141,7 @@ def companions_of(plan: Plan) -> OutputCompanions:
     config = None
     if donor.config is not None:
         config = merged_config(
-            donor.config, dtype=main_dtype(plan), vocab_size=plan.alignment.vocab_size, tied=plan.alignment.tied
+            donor.config, dtype=main_dtype(plan), sizes=plan.alignment.sizes, tied=plan.alignment.tied
         )
     files = tokenizer_files(tokenizer.companions)
     files |= {name: content for name, content in model_files(donor.companions).items() if name not in files}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from darekit.architectures.tying import TEXT_CONFIGS
+from darekit.architectures.families import TEXTS, VOCAB_KEYS, facts_of
 
 if TYPE_CHECKING:
     from darekit.dtypes import DType
@@ -17,28 +17,54 @@ CODERS = ("encoder", "decoder")  # nested configs not named `*_config`
 
 
 def merged_config(
-    config: Mapping[str, Any], *, dtype: DType, vocab_size: int | None, tied: bool | None
+    config: Mapping[str, Any], *, dtype: DType, sizes: Mapping[str, int], tied: bool | None
 ) -> dict[str, Any]:
-    """The config of an output whose weights are `dtype`, have `vocab_size` rows and are `tied`.
+    """The config of an output whose weights are `dtype`, have vocabularies of these sizes and are `tied`.
 
-    None means: as the config says. Everything else is left as it is, in its order.
+    `sizes`: key, with dots -> rows. None means: as the config says. Everything else is left as it is, in its order.
     """
     merged = _with_dtype(config, _load_name(dtype))
     if not any(key in merged for key in DTYPE_KEYS):
         merged["torch_dtype"] = _load_name(dtype)  # the one name that 4.48 to 5.23 understand
-    text = next((key for key in TEXT_CONFIGS if isinstance(merged.get(key), dict)), None)
-    if vocab_size is not None:
+    text = next((key for key in TEXTS if isinstance(merged.get(key), dict)), None)
+    for key, rows in sizes.items():
+        if key not in VOCAB_KEYS:
+            _set(merged, key, rows)
+            continue
         # A composite config may carry the size twice, or (where it has the default value) nowhere.
         if text is not None:
-            merged[text]["vocab_size"] = vocab_size
+            merged[text]["vocab_size"] = rows
         if text is None or "vocab_size" in merged:
-            merged["vocab_size"] = vocab_size
+            merged["vocab_size"] = rows
     if tied is not None:
-        # transformers 5 asks the top level, 4 asks the language model's config: both are told.
-        merged["tie_word_embeddings"] = tied
-        if text is not None:
-            merged[text]["tie_word_embeddings"] = tied
+        _tie(merged, text, tied)
     return merged
+
+
+def _tie(merged: dict[str, Any], text: str | None, tied: bool) -> None:
+    """Say whether the output embedding is tied, where the class asks; some never ask, and T5 takes the key for
+    another."""
+    facts = facts_of(merged)
+    keys = facts.output_tie_keys
+    if facts.is_known and not keys:
+        return
+    for key in keys:
+        _set(merged, key, tied)
+    # transformers 5 asks the top level, 4 asks the language model's config: both are told.
+    merged["tie_word_embeddings"] = tied
+    if text is not None:
+        merged[text]["tie_word_embeddings"] = tied
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key with dots, where the part of the config that holds it is there."""
+    *parts, last = key.split(".")
+    place: Any = config
+    for part in parts:
+        place = place.get(part)
+        if not isinstance(place, dict):
+            return
+    place[last] = value
 
 
 def _load_name(dtype: DType) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit import __version__
+from darekit.architectures.groups import MEANING
 from darekit.checkpoints import InputFile
 from darekit.checkpoints.digests import checkpoint_digest
 from darekit.engine.steps import ENGINE_FORMAT
@@ -69,6 +70,7 @@ def identity(plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
     """
     return {
         "engine": ENGINE_FORMAT,
+        "groups": MEANING,
         "recipe": plan.recipe.to_data(),
         # A key of its own for each input and each file, so that the refusal of a resume names the one that changed.
         **{
@@ -111,7 +113,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
     def content(key: str | None, index: int) -> str | None:
         checkpoint = plan.checkpoints[index]
         stored = checkpoint.origin or checkpoint
-        names = {info.stored_name: name for name, info in checkpoint.tensors.items()}
+        names = _outputs_of(plan, index)
         rows = []
         for name, info in stored.tensors.items():
             record = records.get(names.get(name, ""), {})
@@ -129,6 +131,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
         "version": __version__,
         "recipe": plan.recipe.to_data(),
         **_methods(plan),
+        "groups": MEANING,
         "effective_seeds": list(plan.seeds),
         "inputs": [{**told, "content_digest": content(keys[i], i)} for i, told in enumerate(_inputs(plan))],
         **({"statistics": [_statistics(entry) for entry in plan.statistics]} if plan.statistics else {}),
@@ -147,6 +150,18 @@ def _methods(plan: Plan) -> dict[str, Any]:
     """Whose code ran, where it was not darekit's own."""
     origins = origins_of(plan.recipe)
     return {"methods": [origin.to_data() for origin in origins]} if origins else {}
+
+
+def _outputs_of(plan: Plan, index: int) -> dict[str, str]:
+    """Stored name of a checkpoint's tensor -> the output tensor whose record has its digest: a tied copy's is that of
+    the tensor it is."""
+    at = index - bool(plan.base)
+    found: dict[str, str] = {}
+    for tensor in plan.alignment.tensors:
+        info = tensor.base if at < 0 else tensor.models[at]
+        if info is not None:
+            found.setdefault(info.stored_name, tensor.name)
+    return {**plan.alignment.copies[index], **found}
 
 
 def _inputs(plan: Plan) -> list[dict[str, Any]]:
@@ -169,6 +184,7 @@ def is_output_of(plan: Plan, out: Path) -> bool:
         "format": "darekit-lock-1",
         "recipe": plan.recipe.to_data(),
         "methods": _methods(plan).get("methods"),
+        "groups": MEANING,
         "effective_seeds": list(plan.seeds),
         "inputs": _inputs(plan),
         "statistics": [_statistics(entry) for entry in plan.statistics],

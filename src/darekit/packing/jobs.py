@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from darekit.architectures.groups import has_vocabulary_rows
 from darekit.checkpoints import Source
 from darekit.checkpoints.digests import LEAF
 from darekit.dtypes import DTYPES, Bytes, DType, dtype_named
@@ -83,8 +82,8 @@ class Job:
     changed: Flags | None = None
 
 
-def job_for(aligned: AlignedTensor, rate: float, terms: Terms, *, thorough: bool) -> Job | None:
-    """What is to be stored of one tensor, of whose delta `rate` is dropped.
+def job_for(aligned: AlignedTensor, rate: float, terms: Terms, *, thorough: bool, whole: bool = False) -> Job | None:
+    """What is to be stored of one tensor, of whose delta `rate` is dropped; `whole`: it is no weight, and stays exact.
 
     Most tensors tell by a few samples; where one does not, it is read if `thorough`, and otherwise None is returned.
 
@@ -96,12 +95,13 @@ def job_for(aligned: AlignedTensor, rate: float, terms: Terms, *, thorough: bool
     base, tuned = aligned.base, aligned.models[0]
     assert base is not None
     tensor = PackedTensor(aligned.name, base.dtype, base.shape, "same")
-    if terms.lossless:
+    if terms.lossless or (whole and tuned is not None and tuned.dtype == base.dtype):
         return _exact_job(aligned, tensor, thorough)
+    terms = replace(terms, dense_bits=64) if whole else terms
     if tuned is None:
         return _same(aligned, tensor, _leaf_digests(aligned)) if thorough else None
     floats, alike = dtype_named(base.dtype).kind == "float", tuned.dtype == base.dtype
-    by_rows = alike and floats and (rate == 0 or has_vocabulary_rows(base.name, base.shape))
+    by_rows = alike and floats and (rate == 0 or aligned.token_axis == 0)
     changed = None
     if alike and (not floats or _looks_same(aligned) or (by_rows and _has_same_row(aligned, tensor))):
         if not thorough:

@@ -85,7 +85,7 @@ def make_span(job: Job, first: int, terms: Terms, spool: Spool) -> tuple[Piece, 
         DataError: differences or results are NaN or Inf.
     """
     parts: dict[str, list[Any]] = {role: [] for role in ROLES}
-    if terms.lossless:
+    if job.tensor.kind == "lossless":
         done = _compress_leaves(job, first, parts)
     else:
         tuned = job.source.models[0]

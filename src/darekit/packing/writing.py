@@ -292,6 +292,7 @@ class Writer:
             for aligned in self.plan.alignment.tensors
             if (info := aligned.models[0]) is not None
             and dtype_named(info.dtype).kind == "float"
+            and not self.plan.is_kept_whole(0, aligned)
             and self.terms.encoding(self._rate(aligned), dtype_named(info.dtype))[0] == "delta"
         }
         for dtype in sorted(found):
@@ -386,15 +387,21 @@ class Writer:
         """One for each tensor, in the plan's order."""
         aligned = self.plan.alignment.tensors
         # A few small reads each: threads would only wait for one another.
-        found = {one.name: job_for(one, self._rate(one), self.terms, thorough=False) for one in aligned}
+        found = {one.name: self._job(one, thorough=False) for one in aligned}
 
         def read(one: AlignedTensor) -> int:
-            found[one.name] = job_for(one, self._rate(one), self.terms, thorough=True)
+            found[one.name] = self._job(one, thorough=True)
             return 1
 
         unclear = [one for one in aligned if found[one.name] is None]
         run_all(sorted(unclear, key=lambda one: -(one.base.nbytes if one.base else 0)), read, threads=self.threads)
         return [job for one in aligned if (job := found[one.name]) is not None]
+
+    def _job(self, one: AlignedTensor, *, thorough: bool) -> Job | None:
+        whole = self.plan.is_kept_whole(0, one)
+        if one.name in self.plan.counters and not whole and not self.terms.lossless:
+            one = replace(one, models=(None,))  # the base's
+        return job_for(one, self._rate(one), self.terms, thorough=thorough, whole=whole)
 
     def _make_leaves(self, jobs: Sequence[Job], path: Path, progress: Progress | None) -> tuple[list[Job], list[Piece]]:
         """All leaves of all tensors that changed, in any order, into one file; and the jobs as they were done."""

@@ -3,22 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from darekit.architectures.groups import (
-    HEAD_NAMES,
-    HEAD_PATTERNS,
-    embedding_for,
-    has_vocabulary_rows,
-    is_head,
-    is_rebuilt,
-)
-from darekit.architectures.tying import is_tied, tied_by_default
+from darekit.architectures.families import HEADS
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError
+from darekit.planning.naming import Roles, View, buffers_of, views_of
+from darekit.planning.ties import settle_ties
+from darekit.planning.vocabulary import rows_told, sizes_for_config, tokens_axis
 from darekit.wording import label
 
 HEADS_HINT = (
@@ -30,7 +25,15 @@ HEADS_HINT = (
 class AlignedTensor:
     """One output tensor and the inputs it is made of; None: that checkpoint has nothing to say about it.
 
-    `head`: taken as it is from the one checkpoint that has a say.
+    Attributes:
+        name: that is written: the reference's own.
+        dtype, shape: of the output.
+        base, models: the inputs, each under the name that it is stored under.
+        head: taken as it is from the one checkpoint that has a say.
+        of_head: belongs to a head, merged or taken.
+        group: of `keep_dense`; None: none.
+        token_axis: the axis that counts tokens; None: none does.
+        copied: a buffer that loaders rebuild: its one input's bytes.
     """
 
     name: str
@@ -39,16 +42,29 @@ class AlignedTensor:
     base: TensorInfo | None
     models: tuple[TensorInfo | None, ...]
     head: bool = False
+    of_head: bool = False
+    group: str | None = None
+    token_axis: int | None = None
+    copied: bool = False
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the checkpoints' tensors correspond. `tied` and `vocab_size`: what config.json must say, None: no change."""
+    """How the checkpoints' tensors correspond.
+
+    Attributes:
+        tensors: of the output, in order.
+        tied: what config.json must say of the output embedding; None: no change.
+        sizes: what it must say of vocabularies: key, with dots -> rows.
+        notes: what the user should know.
+        copies: per checkpoint, stored name of a tied copy -> name of the output tensor that it is.
+    """
 
     tensors: tuple[AlignedTensor, ...]
     tied: bool | None
-    vocab_size: int | None
+    sizes: Mapping[str, int]
     notes: tuple[str, ...]
+    copies: tuple[Mapping[str, str], ...] = field(default=())
 
 
 Heads = Checkpoint | Literal["merged", "common"]
@@ -56,6 +72,9 @@ Heads = Checkpoint | Literal["merged", "common"]
 
 def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, heads: Heads = "merged") -> Alignment:
     """Headers of all checkpoints -> which tensors correspond, or an error that lists what does not.
+
+    Names are compared as the loader knows them, and written as the base has them (as the checkpoint that gives the
+    heads has them, as these are of its class). Values are read where they decide a tie, and no others.
 
     Args:
         base: the base, None where the recipe has none.
@@ -69,141 +88,125 @@ def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, 
             a checkpoint without heads that is to give them.
     """
     checkpoints = [*([base] if base else []), *models]
-    views, tied, notes = _untie(checkpoints)
+    notes: list[str] = []
+    views = views_of(checkpoints, notes)
+    roles = Roles(views[0].facts)
+    naming = views[0]
+    if isinstance(heads, Checkpoint):
+        naming = next(view for view in views if view.checkpoint is heads)
+    tied = settle_ties(views, notes)
     taken: dict[str, TensorInfo] = {}
     if isinstance(heads, Checkpoint):
-        taken = _take_heads(heads, checkpoints, views, notes)
+        taken = _take_heads(naming, views, notes)
     elif heads == "common":
-        _leave_out_heads(views, notes)
-    reference = views[0]
-    _compare_names(checkpoints, views, notes)
-    rows_wanted = _compare_shapes(checkpoints, views, vocab)
+        _leave_out_heads(views, roles, notes)
+    _compare_names(views, notes)
+    rows = _compare_shapes(views, vocab, roles)
     tensors = []
-    vocab_size = None
-    for name, info in sorted(reference.items(), key=lambda item: natural_key(item[0])):
-        shape = info.shape
-        if name in rows_wanted:
-            shape = (rows_wanted[name], *shape[1:])
-            if embedding_for(name, {name: shape}):  # said even where it is the base's: the config may be a model's
-                vocab_size = shape[0]
-        found = [view.get(name) for view in views]
+
+    def add(key: str, info: TensorInfo, found: Sequence[TensorInfo | None], **more: bool) -> None:
+        role, shape, axis = roles.of(info.name, info.shape), info.shape, rows.get(key)
+        if axis is not None:
+            shape = (*shape[: axis[0]], axis[1], *shape[axis[0] + 1 :])
+        own, others = (found[0], found[1:]) if base else (None, found)
         tensors.append(
-            AlignedTensor(name, info.dtype, shape, found[0] if base else None, tuple(found[1:] if base else found))
-        )
-    if isinstance(heads, Checkpoint):
-        for name, info in taken.items():
-            owners = tuple(info if model is heads else None for model in models)
-            tensors.append(AlignedTensor(name, info.dtype, info.shape, info if heads is base else None, owners, True))
-        tensors.sort(key=lambda tensor: natural_key(tensor.name))
-        _compare_head_rows(heads, tensors)
-    return Alignment(tuple(tensors), tied, vocab_size, tuple(notes))
+            AlignedTensor(
+                naming.name_of(key, info), info.dtype, shape, own, tuple(others), of_head=role.is_head,
+                group=role.group, token_axis=role.token_axis, **more,
+            )
+        )  # fmt: skip
+
+    for key, info in views[0].tensors.items():
+        add(key, info, [view.tensors.get(key) for view in views])
+    for key, info in taken.items():
+        add(key, info, [info if view is naming else None for view in views], head=True)
+    for key, info in buffers_of(views, notes).items():
+        if naming is views[0] or key in naming.buffers:
+            add(key, info, [info, *(None for _ in views[1:])], copied=True)
+    tensors.sort(key=lambda tensor: natural_key(tensor.name))
+    if taken:
+        _compare_head_rows(naming, tensors)
+    sizes = sizes_for_config(views[0].facts, {views[0].name_of(key): found for key, found in rows.items()})
+    copies = tuple({name: naming.name_of(key) for name, key in view.copies.items()} for view in views)
+    return Alignment(tuple(tensors), tied, sizes, tuple(notes), copies)
 
 
-def _untie(checkpoints: Sequence[Checkpoint]) -> tuple[list[dict[str, TensorInfo]], bool | None, list[str]]:
-    """Decide once whether head and embedding are one tensor; give every checkpoint the same view of it."""
-    views = [dict(checkpoint.tensors) for checkpoint in checkpoints]
-    head = next((name for name in HEAD_NAMES if any(name in view for view in views)), None)
-    if head is None:
-        return views, None, []
-    untied = [head in view and not _says_tied(checkpoint) for checkpoint, view in zip(checkpoints, views, strict=True)]
-    if all(untied):
-        return views, None, []
-    if not any(untied):  # stored twice: the loader would ignore the head
-        for view in views:
-            view.pop(head, None)
-        return views, True, []
-    notes = []
-    for checkpoint, view, alone in zip(checkpoints, views, untied, strict=True):
-        if alone:
-            continue
-        embedding = embedding_for(head, {name: info.shape for name, info in view.items()})
-        if embedding is None:
-            continue
-        view[head] = replace(view[embedding], name=head)
-        notes.append(f"{label(checkpoint.ref)} ties {head} to {embedding}, but others do not: the output is untied")
-    return views, False, notes
-
-
-def _says_tied(checkpoint: Checkpoint) -> bool:
-    config = checkpoint.config
-    if config is None:
-        return False
-    said = is_tied(config)
-    return tied_by_default(str(config.get("model_type", ""))) if said is None else said
-
-
-def _take_heads(
-    giver: Checkpoint, checkpoints: Sequence[Checkpoint], views: Sequence[dict[str, TensorInfo]], notes: list[str]
-) -> dict[str, TensorInfo]:
+def _take_heads(giver: View, views: Sequence[View], notes: list[str]) -> dict[str, TensorInfo]:
     """Remove the heads from all views; those of one checkpoint are the output's."""
     taken: dict[str, TensorInfo] = {}
     others = []
-    for checkpoint, view in zip(checkpoints, views, strict=True):
-        own = {name: view.pop(name) for name in list(view) if is_head(name)}
-        if checkpoint is giver:
+    for view in views:
+        roles = Roles(view.facts)
+        own = {key: info for key, info in view.tensors.items() if roles.of(info.name, info.shape).is_head}
+        for key in own:
+            del view.tensors[key]
+        if view is giver:
             taken = own
         elif own:
-            others.append(label(checkpoint.ref))
+            others.append(label(view.ref))
     if not taken:
         raise HomologyError(
-            f"heads should come from {giver.ref}, but it has none: no tensor is named {', '.join(HEAD_PATTERNS)} (a "
+            f"heads should come from {giver.ref}, but it has none: no tensor is named {', '.join(HEADS)} (a "
             "head tied to the embedding counts as an embedding). Name another model, or remove `heads`"
         )
     if others:
         notes.append(
-            f"heads ({_some(list(taken))}) are taken from {label(giver.ref)}; those of {', '.join(others)} are left out"
+            f"heads ({_some([info.name for info in taken.values()])}) are taken from {label(giver.ref)}; those of "
+            f"{', '.join(others)} are left out"
         )
     return taken
 
 
-def _leave_out_heads(views: Sequence[dict[str, TensorInfo]], notes: list[str]) -> None:
-    names = dict.fromkeys(name for view in views for name in view if is_head(name))
-    unlike = [
-        name
-        for name in names
-        if len({view[name].shape if name in view else None for view in views}) > 1 and not _are_words(views, name)
-    ]
-    for name in unlike:
-        for view in views:
-            view.pop(name, None)
+def _leave_out_heads(views: Sequence[View], roles: Roles, notes: list[str]) -> None:
+    heads = {
+        key: info
+        for view in views
+        for key, info in view.tensors.items()
+        if roles.of(info.name, info.shape).is_head
+    }  # fmt: skip
+    unlike = []
+    for key, info in heads.items():
+        found = [view.tensors.get(key) for view in views]
+        there = [one for one in found if one is not None]
+        # One that is everywhere may differ in the size of the vocabulary.
+        differs = len({one.shape for one in there}) > 1 and tokens_axis(info, there, roles) is None
+        if differs or len(there) < len(found):
+            unlike.append(info.name)
+            for view in views:
+                view.tensors.pop(key, None)
     if unlike:
         notes.append(f"heads that differ in shape, or that some models lack, are left out: {', '.join(unlike)}")
 
 
-def _are_words(views: Sequence[dict[str, TensorInfo]], name: str) -> bool:
-    """Whether a head is everywhere, and differs in the size of the vocabulary at most."""
-    return all(name in view and has_vocabulary_rows(name, view[name].shape) for view in views)
-
-
-def _compare_head_rows(giver: Checkpoint, tensors: Sequence[AlignedTensor]) -> None:
+def _compare_head_rows(giver: View, tensors: Sequence[AlignedTensor]) -> None:
     """A language model's head must have a row for each token of the output's vocabulary."""
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
-    for tensor in tensors:
-        embedding = embedding_for(tensor.name, shapes) if tensor.head else None
-        if embedding and has_vocabulary_rows(tensor.name, tensor.shape) and shapes[embedding][0] != tensor.shape[0]:
+    facts = giver.facts
+    embedding = next((t for t in tensors if not t.head and facts.is_input_embedding(t.name)), None)
+    for tensor in tensors if embedding else ():
+        words = tensor.head and tensor.token_axis == 0 and facts.is_output_embedding(tensor.name)
+        if embedding and words and tensor.shape[0] != embedding.shape[0]:
             raise HomologyError(
-                f"{tensor.name} of {giver.ref} has {tensor.shape[0]} rows, but {embedding} of the output "
-                f"has {shapes[embedding][0]}: take the heads of a model with the same vocabulary, or change `vocab`"
+                f"{tensor.name} of {giver.ref} has {tensor.shape[0]} rows, but {embedding.name} of the output "
+                f"has {embedding.shape[0]}: take the heads of a model with the same vocabulary, or change `vocab`"
             )
 
 
-def _compare_names(checkpoints: Sequence[Checkpoint], views: Sequence[dict[str, TensorInfo]], notes: list[str]) -> None:
+def _compare_names(views: Sequence[View], notes: list[str]) -> None:
     reference = views[0]
     problems = []
-    for checkpoint, view in zip(checkpoints[1:], views[1:], strict=True):
-        missing = [name for name in reference if name not in view and not is_rebuilt(name)]
-        extra = [name for name in view if name not in reference]
-        dropped = [name for name in extra if is_rebuilt(name)]
-        extra = [name for name in extra if not is_rebuilt(name)]
-        if dropped:
-            notes.append(f"{label(checkpoint.ref)}: {len(dropped)} buffers that the loader rebuilds are left out")
+    for view in views[1:]:
+        if view.tensors.keys() == reference.tensors.keys():
+            continue
+        missing = [info.name for key, info in reference.tensors.items() if key not in view.tensors]
+        extra = [info.name for key, info in view.tensors.items() if key not in reference.tensors]
         if missing:
-            problems.append(f"{checkpoint.ref} lacks {_some(missing)} of {checkpoints[0].ref}")
+            problems.append(f"{view.ref} lacks {_some(missing)} of {reference.ref}")
         if extra:
-            problems.append(f"{checkpoint.ref} has {_some(extra)} that {checkpoints[0].ref} lacks")
+            problems.append(f"{view.ref} has {_some(extra)} that {reference.ref} lacks")
         if missing and extra:
             problems += _prefix_hint(missing, extra)
-        if (missing or extra) and all(is_head(name) for name in (*missing, *extra)):
+        heads = [*map(reference.facts.is_head, missing), *map(view.facts.is_head, extra)]
+        if (missing or extra) and all(heads):
             problems.append(HEADS_HINT)
     if problems:
         raise HomologyError(
@@ -221,31 +224,33 @@ def _prefix_hint(missing: Sequence[str], extra: Sequence[str]) -> list[str]:
     return []
 
 
-def _compare_shapes(
-    checkpoints: Sequence[Checkpoint], views: Sequence[dict[str, TensorInfo]], vocab: str
-) -> dict[str, int]:
-    """Rows of every output tensor whose vocabulary differs; raises where anything else does."""
+def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str, tuple[int, int]]:
+    """Key of every output tensor whose vocabulary differs -> its axis, and its rows; raises where anything else does.
+
+    Shapes that all agree are passed over quickly: there may be tens of thousands."""
     problems, vocabularies, rows = [], [], {}
     foreign = True  # all problems so far are shapes of heads
-    for name, info in views[0].items():
-        found = [(c, view[name]) for c, view in zip(checkpoints, views, strict=True) if name in view]
-        for checkpoint, other in found[1:]:
+    for key, info in views[0].tensors.items():
+        found = [(view, view.tensors[key]) for view in views if key in view.tensors]
+        if all(other.shape == info.shape and other.dtype == info.dtype for _, other in found):
+            continue
+        for view, other in found[1:]:
             floats = dtype_named(other.dtype).kind == "float", dtype_named(info.dtype).kind == "float"
             if floats[0] != floats[1] or (not floats[0] and other.dtype != info.dtype):
                 foreign = False
-                problems.append(f"{name}: {other.dtype} in {checkpoint.ref}, {info.dtype} in {checkpoints[0].ref}")
-        shapes = {other.shape for _, other in found}
-        if len(shapes) == 1:
+                problems.append(f"{info.name}: {other.dtype} in {view.ref}, {info.dtype} in {views[0].ref}")
+        if len({other.shape for _, other in found}) == 1:
             continue
-        if len({shape[1:] for shape in shapes}) == 1 and info.shape and has_vocabulary_rows(name, info.shape):
-            counts = [other.shape[0] for _, other in found]
-            rows[name] = max(counts) if vocab == "pad" else counts[0]
-            vocabularies.append(
-                f"{name}: " + ", ".join(f"{other.shape[0]} rows in {label(c.ref)}" for c, other in found)
-            )
+        axis = tokens_axis(info, [other for _, other in found], roles)
+        if axis is not None:
+            counts = [other.shape[axis] for _, other in found]
+            rows[key] = axis, max(counts) if vocab == "pad" else counts[0]
+            vocabularies.append(rows_told(info.name, axis, found))
         else:
-            problems.append(f"{name}: " + ", ".join(f"{list(other.shape)} in {label(c.ref)}" for c, other in found))
-            foreign = foreign and is_head(name)
+            problems.append(
+                f"{info.name}: " + ", ".join(f"{list(other.shape)} in {label(view.ref)}" for view, other in found)
+            )
+            foreign = foreign and roles.of(info.name, info.shape).is_head
     if problems and foreign:
         problems.append(HEADS_HINT)
     if problems:

@@ -23,12 +23,13 @@ def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None 
     """
     from darekit.planning.homology import check_integers, judge, sample_norms
 
-    check_integers(plan.alignment.tensors, [model.ref for model in plan.models])
+    weights = [tensor for tensor in plan.alignment.tensors if tensor.name not in plan.roles]
+    check_integers(weights, [model.ref for model in plan.models])
     if plan.base is None or (plan.recipe.sparsify is not None and plan.recipe.sparsify.on == "weights"):
         return []
     judgements = []
     for k, model in enumerate(plan.models):
-        norms = sample_norms(plan.alignment.tensors, k, partial(plan.rate_of, k))
+        norms = sample_norms(weights, k, partial(plan.rate_of, k))
         judgements.append(judge(model.ref, plan.base.ref, norms))
     stops = [j.stop for j in judgements if j.stop]
     if stops and not force:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from darekit.architectures.depth import Depths
 from darekit.checkpoints import Checkpoint
 from darekit.planning.alignment import AlignedTensor, Alignment
+from darekit.planning.buffers import Role
 from darekit.planning.settings import ModelSettings, Settings
 from darekit.recipe import Recipe
 
@@ -22,7 +23,7 @@ class Draft:
     """A recipe and open checkpoints, aligned and resolved: steps, summaries and notes are made from it.
 
     `settings`: by tensor. `seeds`: each model's effective seed, None where nothing is drawn. `statistics`: one of each
-    model, where the method uses them.
+    model, where the method uses them. `roles`: what is no weight. `counters`: who gives each counter.
     """
 
     recipe: Recipe
@@ -32,6 +33,8 @@ class Draft:
     settings: Mapping[str, Settings]
     seeds: tuple[int | None, ...]
     statistics: tuple[Statistics, ...] = ()
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    counters: Mapping[str, int] = field(default_factory=dict)
 
     def merged(self) -> Iterator[tuple[AlignedTensor, int, ModelSettings]]:
         """Every tensor with every model that has a say about it, and what holds there."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import cast
 
 from darekit.architectures.depth import LAYER_WORDS, Depths, along
-from darekit.architectures.groups import ONE_TERM, group_of, is_kept_dense
-from darekit.checkpoints import Checkpoint
+from darekit.architectures.groups import ONE_TERM, is_kept_dense
+from darekit.checkpoints import Checkpoint, OutputTensor
+from darekit.dtypes import DTYPES
 from darekit.inputs.opening import packed_seed
 from darekit.planning.draft import Draft
 from darekit.planning.rates import MOST
@@ -46,7 +47,7 @@ def notes_of(draft: Draft) -> Iterator[str]:
         (
             (settings.rate, tensor.name)
             for tensor, _, settings in draft.merged()
-            if settings.rate >= EMBEDDING_WARNING_RATE and group_of(tensor.name, tensor.shape) == "embeddings"
+            if settings.rate >= EMBEDDING_WARNING_RATE and tensor.group == "embeddings"
         ),
         default=(0.0, ""),
     )
@@ -65,6 +66,19 @@ def rate_notes(models: Sequence[Checkpoint], rates: Sequence[Mapping[str, float]
                 f"{label(checkpoint.ref)}: drop_rate auto, from a sample of each tensor, is {min(found.values()):g} to "
                 f"{max(found.values()):g} in {len(found)} tensors (at most {MOST})"
             )
+
+
+def wide_notes(recipe: Recipe, outputs: Sequence[OutputTensor]) -> Iterator[str]:
+    """Tensors that are not rounded to the recipe's format."""
+    asked = DTYPES[recipe.dtype] if recipe.dtype else None
+    wide = [t for t in outputs if asked and DTYPES[t.dtype].kind == "float" and t.dtype != asked.name]
+    if asked and wide:
+        shown = ", ".join(t.name for t in wide[:2]) + (", ..." if len(wide) > 2 else "")
+        formats = " or ".join(sorted({DTYPES[t.dtype].torch_name for t in wide}))
+        yield (
+            f"{len(wide)} {'tensor stays' if len(wide) == 1 else 'tensors stay'} {formats}, as in the input, and "
+            f"are not rounded to {asked.torch_name} ({shown}); keep_float32: false rounds all"
+        )
 
 
 def _scopes(recipe: Recipe) -> Iterator[tuple[str, Mapping[str, Value]]]:
@@ -87,7 +101,7 @@ def _idle(draft: Draft) -> Iterator[str]:
                 if not (entry.filter[1:] in known if exact else any(entry.matches(name) for name in known)):
                     yield f"{parameter}: the filter {entry.filter!r} matches no tensor"
     for pattern in sparsify.keep_dense if sparsify and sparsify.keep_dense != ONE_TERM else ():
-        if not any(is_kept_dense(tensor.name, tensor.shape, [pattern]) for tensor in tensors):
+        if not any(is_kept_dense(tensor.name, tensor.group, [pattern]) for tensor in tensors):
             yield f"keep_dense: {pattern!r} matches no tensor"
 
 

@@ -7,32 +7,33 @@ holds no model.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from darekit.architectures.depth import Depths, depths_of
+from darekit.architectures.families import facts_of
 from darekit.checkpoints import (
     Checkpoint,
     InputFile,
-    OutputTensor,
     Shard,
     TensorInfo,
     lay_out,
     sample_digest,
     traits_of,
 )
-from darekit.dtypes import DTYPES
 from darekit.engine.costs import bytes_to_read, peak_memory
 from darekit.engine.steps import Step
 from darekit.errors import DataError, PlanError
 from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.planning.alignment import AlignedTensor, Alignment, Heads, align
+from darekit.planning.buffers import Role, counters_of, roles_of
 from darekit.planning.draft import Draft
-from darekit.planning.notes import notes_of, rate_notes
+from darekit.planning.formats import outputs_of
+from darekit.planning.notes import notes_of, rate_notes, wide_notes
 from darekit.planning.rates import settle
-from darekit.planning.settings import Settings, is_float, settings_of
+from darekit.planning.settings import Settings, settings_of
 from darekit.planning.steps import steps_of
 from darekit.recipe import Recipe
 from darekit.wording import brief, size_of
@@ -87,6 +88,8 @@ class Plan:
         settings: by tensor, what holds for it and for each model in it: weights, drop rates, the method's parameters.
         depths: which layer each tensor is in.
         statistics: one per model, where the method uses them.
+        roles: name -> what it is, of the tensors that are no weights: running statistics, counters.
+        counters: name -> whose value each counter gets: a model's index, or -1, the base.
     """
 
     recipe: Recipe
@@ -103,6 +106,8 @@ class Plan:
     settings: Mapping[str, Settings]
     depths: Depths
     statistics: tuple[Statistics, ...] = ()
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    counters: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         sparsify = f"{self.recipe.sparsify.method} + " if self.recipe.sparsify else ""
@@ -204,6 +209,12 @@ class Plan:
         found = self.settings[tensor.name].models[model]
         return (0.0, 0.0) if found is None else (found.rate, found.noise)
 
+    def is_kept_whole(self, model: int, tensor: AlignedTensor) -> bool:
+        """Whether a tensor is no weight, and this model gives it as it is: a pack rounds and drops nothing of it."""
+        if tensor.name in self.counters:
+            return self.counters[tensor.name] == model
+        return self.roles.get(tensor.name) == "statistic" and self.rate_of(model, tensor)[0] < 1
+
 
 def make_plan(
     recipe: Recipe,
@@ -222,7 +233,9 @@ def make_plan(
     """
     alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models))
     depths = depths_of(tensor.name for tensor in alignment.tensors)
-    recipe, rates = settle(recipe, alignment.tensors, depths)
+    facts = facts_of(next((c.config for c in (base, *models) if c and c.config), None))
+    roles = roles_of(alignment.tensors, facts)
+    recipe, rates = settle(recipe, [t for t in alignment.tensors if t.name not in roles], depths)
     digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
     own_digests = digests[1:] if base else digests
     informed = MERGE_METHODS[recipe.merge_method].statistics is not None
@@ -230,20 +243,33 @@ def make_plan(
         from darekit.planning.statistics import check_statistics, statistics_notes
 
         check_statistics(recipe, models, own_digests, statistics)
-    settings = settings_of(recipe, alignment.tensors, depths)
+    settings = settings_of(recipe, alignment.tensors, depths, roles)
     seeds = _seeds(recipe, own_digests)
-    draft = Draft(recipe, tuple(models), alignment, depths, settings, seeds, tuple(statistics))
+    counters = counters_of(alignment.tensors, roles, _idle(settings.values(), len(models)))
+    draft = Draft(recipe, tuple(models), alignment, depths, settings, seeds, tuple(statistics), roles, counters)
     _refuse_many_keeps(draft)
-    shards = lay_out(_outputs(draft), shard_size)
+    outputs = outputs_of(alignment.tensors, recipe.dtype, facts, keep=recipe.keep_float32)
+    shards = lay_out(outputs, shard_size)
     places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
     steps = [step for tensor in alignment.tensors for step in steps_of(draft, tensor, *places[tensor.name])]
     opened = (note for checkpoint in ((base, *models) if base else models) for note in checkpoint.notes)
     notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *notes_of(draft), *rate_notes(models, rates)]
+    notes += wide_notes(recipe, outputs)
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
-        rates, settings, depths, draft.statistics,
+        rates, settings, depths, draft.statistics, roles, counters,
     )  # fmt: skip
+
+
+def _idle(settings: Iterable[Settings], models: int) -> list[bool]:
+    """Of each model, whether everything of it is dropped."""
+    kept, seen = [False] * models, [False] * models
+    for found in {id(one): one for one in settings}.values():
+        for k, one in enumerate(found.models):
+            if one is not None:
+                seen[k], kept[k] = True, kept[k] or one.rate < 1
+    return [seen[k] and not kept[k] for k in range(models)]
 
 
 def _refuse_many_keeps(draft: Draft) -> None:
@@ -261,15 +287,6 @@ def _refuse_many_keeps(draft: Draft) -> None:
                 f"some tensors and {max(found):g} in others; write one keep for all trimmed tensors (1 for the rest), "
                 "or trim: tensor"
             )
-
-
-def _outputs(draft: Draft) -> list[OutputTensor]:
-    """The output's tensors in order, each in its number format."""
-    dtype = DTYPES[draft.recipe.dtype] if draft.recipe.dtype else None
-    return [
-        OutputTensor(t.name, dtype.name if dtype and is_float(t.dtype) else t.dtype, t.shape)
-        for t in draft.alignment.tensors
-    ]
 
 
 def _heads_of(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Heads:

@@ -118,7 +118,7 @@ def settle(
         automatic = [
             t
             for t in tensors
-            if given[t.name] == AUTO and not t.head and not is_kept_dense(t.name, t.shape, sparsify.keep_dense)
+            if given[t.name] == AUTO and not t.head and not is_kept_dense(t.name, t.group, sparsify.keep_dense)
         ]
         tolerances = (entry.parameters.get("tau"), sparsify.parameters.get("tau"), TAU)
         rates = {

@@ -18,6 +18,7 @@ from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, WEIGHT
 from darekit.methods.sparsifiers import noise_gain
 from darekit.planning.alignment import AlignedTensor
+from darekit.planning.buffers import Role, reach
 from darekit.recipe import Place, Recipe, Value, resolve
 from darekit.recipe.values import is_scalar, reachable
 
@@ -45,7 +46,8 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What holds for one tensor. `scale`: lambda. `merge`: the merge function's parameters.
+    """What holds for one tensor. `scale`: lambda; of running statistics how far they go from the base's to the models'.
+    `merge`: the merge function's parameters.
 
     `models`: one per model of the recipe; None where it has no say: it lacks the tensor, or the tensor is copied.
     """
@@ -74,14 +76,21 @@ def place_of(tensor: AlignedTensor, depths: Depths) -> Place:
     return Place(tensor.name, tensor.shape, depths.at(tensor.name))
 
 
-def settings_of(recipe: Recipe, tensors: Iterable[AlignedTensor], depths: Depths) -> dict[str, Settings]:
-    """The recipe asked at every tensor: name -> what holds there.
+def settings_of(
+    recipe: Recipe, tensors: Iterable[AlignedTensor], depths: Depths, roles: Mapping[str, Role] | None = None
+) -> dict[str, Settings]:
+    """The recipe asked at every tensor: name -> what holds there. `roles`: what is no weight.
 
     Raises:
         RecipeError: a parameter without a default has no value for a tensor.
     """
-    resolver = _Resolver(recipe)
-    return {tensor.name: resolver.at(tensor, place_of(tensor, depths)) for tensor in tensors}
+    resolver, roles = _Resolver(recipe), roles or {}
+    return {
+        tensor.name: (resolver.average if roles.get(tensor.name) == "statistic" else resolver.at)(
+            tensor, place_of(tensor, depths)
+        )
+        for tensor in tensors
+    }
 
 
 class _Resolver:
@@ -104,9 +113,9 @@ class _Resolver:
 
     def at(self, tensor: AlignedTensor, place: Place) -> Settings:
         """What holds for one tensor."""
-        merged = is_float(tensor.dtype)
+        merged = is_float(tensor.dtype) and not tensor.copied
         sparsify = self._recipe.sparsify
-        dense = sparsify is None or tensor.head or is_kept_dense(place.name, place.shape, sparsify.keep_dense)
+        dense = sparsify is None or tensor.head or is_kept_dense(place.name, tensor.group, sparsify.keep_dense)
         models = tuple(
             resolver.at(place, dense=dense) if merged and info is not None else None
             for resolver, info in zip(self._models, tensor.models, strict=True)
@@ -116,6 +125,22 @@ class _Resolver:
         if key not in self._known:
             self._known[key] = Settings(float(scale["lambda"]), merge, models)
         return self._known[key]
+
+    def average(self, tensor: AlignedTensor, place: Place) -> Settings:
+        """What holds for running statistics: they are averaged, whatever is dropped, trimmed or elected elsewhere. A
+        model that is dropped altogether has no say, nor has one with a weight below 0."""
+        found = self.at(tensor, place)
+        models = tuple(None if one is None else _averaged(one) for one in found.models)
+        weights = [one.weight for one in models if one is not None]
+        far = 1.0
+        if tensor.base is not None:
+            far = reach(MERGE_METHODS[self._recipe.merge_method], found.merge, found.scale, weights)
+        return Settings(far, {}, models)
+
+
+def _averaged(settings: ModelSettings) -> ModelSettings:
+    gone = settings.rate >= 1
+    return ModelSettings(weight=0.0 if gone else max(0.0, settings.weight), rate=1.0 if gone else 0.0)
 
 
 class _ModelResolver:

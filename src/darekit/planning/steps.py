@@ -13,11 +13,12 @@ from darekit.checkpoints import Placement
 from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step
 from darekit.errors import PlanError
-from darekit.methods import AVERAGE, MERGE_METHODS, SPARSIFIERS
+from darekit.methods import AVERAGE, MERGE_METHODS, SPARSIFIERS, SUM
 from darekit.methods.sparsifiers import kept_count
 from darekit.planning.alignment import AlignedTensor
+from darekit.planning.buffers import WHOLE
 from darekit.planning.draft import Draft
-from darekit.planning.settings import ModelSettings, is_float, merges_weights
+from darekit.planning.settings import ModelSettings, Settings, is_float, merges_weights
 
 
 def steps_of(draft: Draft, tensor: AlignedTensor, output: int, place: Placement) -> Iterator[Step]:
@@ -41,15 +42,39 @@ def steps_of(draft: Draft, tensor: AlignedTensor, output: int, place: Placement)
         offset=place.offset,
     )
     everything = partial(make, begin=0, count=count, models=tuple(inputs.values()), owners=tuple(inputs))
-    if not is_float(tensor.dtype) or not inputs:  # integers, and buffers that only the base has
-        yield everything(kind="copy", base=base)
+    if not is_float(tensor.dtype) or tensor.copied or not inputs:  # integers, and what only the base has
+        yield everything(kind="copy", base=base, giver=draft.counters.get(tensor.name))
     elif tensor.head:  # the one model's own
         yield everything(
             kind="merge", base=None, weights=(1.0,), chains=((),), method=AVERAGE, parameters={"normalize": True},
             verbatim=True,
         )  # fmt: skip
+    elif draft.roles.get(tensor.name) == "statistic":
+        yield everything(kind="merge", base=base, **_average_of(draft.settings[tensor.name], tuple(inputs)))
     else:
         yield from _merge_of(draft, tensor, make, base, inputs).steps(count)
+
+
+def _average_of(settings: Settings, owners: tuple[int, ...]) -> dict[str, Any]:
+    """How running statistics become the models' average, or what lies on the way to it from the base.
+
+    All the way it is made of the models themselves: the sum of a base and differences can be below 0 by rounding. In
+    float64 equal models stay what they are.
+    """
+    weights = [found.weight if (found := settings.models[k]) else 0.0 for k in owners]
+    total, chains = sum(weights), ((),) * len(owners)
+    if settings.scale < WHOLE:
+        parts = tuple(settings.scale * weight / total if total else 0.0 for weight in weights)
+        return {"weights": parts, "chains": chains, "method": SUM, "parameters": {"normalize": False}, "precise": True}
+    return {
+        "weights": tuple(weights) if total else (1.0,) * len(owners),
+        "chains": chains,
+        "method": AVERAGE,
+        "parameters": {"normalize": True},
+        "on_weights": True,
+        "precise": True,
+        "verbatim": len(owners) == 1,
+    }
 
 
 def _merge_of(

@@ -56,9 +56,11 @@ class Recipe:
         merge_method: the method's name.
         parameters: the method's own; only what was given.
         dtype: output format by its safetensors name; None keeps the base's.
+        keep_float32: whether tensors that are F32 in a 16-bit model stay so under a 16-bit `dtype`.
         vocab: what to do with vocabularies that differ: strict refuses, base cuts, pad keeps.
         tokenizer_source: `base`, or the model whose tokenizer the output gets.
         heads: whose heads the output has: `base`, or a model as written; None: heads are merged.
+        base_extras: what becomes of tensors that only the base has: keep or leave_out.
         notes: notes and warnings for the user.
         text: the file's own text.
     """
@@ -72,6 +74,8 @@ class Recipe:
     vocab: Literal["strict", "base", "pad"] = "strict"
     tokenizer_source: str = "base"
     heads: str | None = None
+    keep_float32: bool = True
+    base_extras: Literal["keep", "leave_out"] = "keep"
     notes: tuple[str, ...] = field(default=(), compare=False)
     text: str = field(default="", compare=False, repr=False)
 
@@ -95,7 +99,9 @@ class Recipe:
         if self.dtype is not None:
             data["dtype"] = DTYPES[self.dtype].torch_name
         data |= {"vocab": self.vocab, "tokenizer_source": self.tokenizer_source}
-        return data | ({} if self.heads is None else {"heads": self.heads})
+        data |= {} if self.heads is None else {"heads": self.heads}
+        data |= {} if self.keep_float32 else {"keep_float32": False}
+        return data | ({} if self.base_extras == "keep" else {"base_extras": self.base_extras})
 
 
 def _parameters_data(parameters: Mapping[str, Value]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def read_recipe(
     if base is None and method is not None and method.base_row and method.models == (1, 1) and len(models) == 2:
         base = models.pop(0)[1]
         notes.append(f"no base_model: {base} is the base, since it comes first")
-    if base is not None and words.needs_base and any(same_model(name, base, search) for _, name, _ in models):
+    if base is not None and words.parts_base and any(same_model(name, base, search) for _, name, _ in models):
         if method is None or not method.base_row:
             notes.append(
                 f"{base} is the base and also one of the models: its delta is 0, so it is left out of the models"
@@ -103,6 +103,8 @@ def read_recipe(
         vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),  # type: ignore[arg-type]
         tokenizer_source=_read_tokenizer_source(document, base, [name for _, name, _ in _models_of(document)], search),
         heads=_read_heads(document, base, [name for _, name, _ in _models_of(document)], search),
+        keep_float32=_read_switch(document, "keep_float32", default=True),
+        base_extras=_read_choice(document, ("base_extras",), ("keep", "leave_out")),  # type: ignore[arg-type]
         text=document.text,
     )
     _check_whole(document, recipe, [k for k, _ in entries])
@@ -382,6 +384,13 @@ def _dtype_name(document: Document, key: str) -> str:
     fail(document, (key,), f" must be one of {', '.join(known)}, found {shown(raw)}{hint}")
 
 
+def _read_switch(document: Document, key: str, *, default: bool) -> bool:
+    raw = document.data.get(key, default)
+    if not isinstance(raw, bool):
+        fail(document, (key,), f" must be true or false, found {shown(raw)}")
+    return raw
+
+
 def _read_tokenizer_source(document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> str:
     raw = document.data.get("tokenizer_source", "base")
     if raw == "base" or (base is not None and isinstance(raw, str) and same_model(raw, base, search)):
@@ -431,7 +440,7 @@ def _check_whole(document: Document, recipe: Recipe, places: Sequence[int]) -> N
     _check_stats(document, recipe, places)
     if sparsify is None:
         return
-    if sparsify.on == "weights" and method.needs_base:
+    if sparsify.on == "weights" and method.parts_base:
         fail(
             document,
             ("sparsify", "on"),

@@ -116,7 +116,7 @@ def seed() -> Schema:
 
 def _number(kind: Number, *, auto: bool) -> list[Schema]:
     """Ways to write one number; with `auto`, also the word for a drop rate that is derived."""
-    number: Schema = {"type": "number"}
+    number: Schema = {"type": "integer" if kind.whole else "number"}
     if kind.low > float("-inf"):
         number["minimum"] = kind.low
     if kind.high < float("inf"):
@@ -227,6 +227,16 @@ def _top() -> dict[str, Schema]:
         "heads": {
             "description": "Whose heads the output gets: base, or one of the models. Leave it out to merge heads.",
             "type": "string",
+        },
+        "keep_float32": {
+            "description": "Under a 16-bit `dtype`: whether tensors stay float32 that are so in a 16-bit model.",
+            **switch(True, False),
+            "default": True,
+        },
+        "base_extras": {
+            "description": "What becomes of tensors that only the base has, and no model has instead.",
+            "enum": _literals(Recipe, "base_extras"),
+            "default": "keep",
         },
     }
     return {key: known[key] for key in TOP_KEYS}
@@ -380,7 +390,7 @@ def _sparsified_rules(build: _Builder) -> list[Schema]:
     for method, merge in MERGE_METHODS.items():
         condition = _is("merge_method", _spellings(method)) | {"required": ["merge_method", "sparsify"]}
         then = _of_method(merge, _words(method, next(iter(SPARSIFIERS))), {}, build)
-        if merge.needs_base:
+        if merge.parts_base:
             then["properties"]["sparsify"] = {"properties": {"on": {"const": "delta"}}}
         rules.append({"if": condition, "then": then})
     return [*rules, *(rule for sparsifier in SPARSIFIERS for rule in _rules_of_models(sparsifier, build))]
@@ -399,7 +409,7 @@ def _of_method(merge: MergeMethod, words: Words, own: Schema, build: _Builder) -
     models: Schema = {"items": entry}
     low, high = merge.models
     if high < math.inf:
-        models["maxItems"] = high + merge.needs_base  # the base may be among them
+        models["maxItems"] = high + merge.parts_base  # the base may be among them
     then: Schema = {"properties": {"parameters": shared, "models": models}}
     needed = [name for name, parameter in merge.parameters.items() if parameter.default is None]
     if needed:

@@ -41,7 +41,7 @@ def refuse_later(document: Document) -> None:
 
 TOP_KEYS: tuple[str, ...] = (
     "base_model", "models", "sparsify", "merge_method", "parameters", "dtype", "out_dtype", "vocab", "tokenizer_source",
-    "heads",
+    "heads", "keep_float32", "base_extras",
 )  # fmt: skip
 AUTOMATIC = ("dare",)  # sparsifiers whose perturbation is predicted, so that they take drop_rate: auto
 _MODEL_KEYS = ("model", "parameters", "stats")
@@ -63,6 +63,11 @@ class Words:
     def needs_base(self) -> bool:
         """Whether the method works on differences to a base (mergekit's products all do)."""
         return self.merge_method is None or self.merge_method.needs_base
+
+    @property
+    def parts_base(self) -> bool:
+        """Whether a base that is also listed among the models is none of them."""
+        return self.merge_method is None or self.merge_method.parts_base
 
     @property
     def merge_method(self) -> MergeMethod | None:

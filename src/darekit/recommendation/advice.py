@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from darekit.analysis.inspection import TensorReport, inspect
-from darekit.architectures.groups import ONE_TERM, is_head, is_kept_dense
+from darekit.architectures.groups import ONE_TERM, is_kept_dense
 from darekit.errors import OutputError, PlanError
 from darekit.methods.sparsifiers import noise_gain
 from darekit.planning.checks import check
@@ -58,6 +58,7 @@ class TensorAdvice:
         rho: predicted perturbation of the layer's output at that rate, relative to the output.
         kappa: coherence of the delta with the layer's inputs; None where no inputs were seen.
         noise_to_signal: predicted noise at that rate, relative to what fine-tuning does to the output.
+        group: embeddings, norms, biases or heads; None: another matrix.
     """
 
     name: str
@@ -69,11 +70,12 @@ class TensorAdvice:
     rho: float
     kappa: float | None = None
     noise_to_signal: float | None = None
+    group: str | None = None
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form; an infinite number (a tensor that the base has as zeros) is null."""
-        numbers = {name: _finite(value) for name, value in self.__dict__.items() if name != "shape"}
-        return numbers | {"shape": list(self.shape)}
+        numbers = {name: _finite(value) for name, value in self.__dict__.items() if name not in ("shape", "group")}
+        return numbers | {"shape": list(self.shape), "group": self.group}
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ def recommend(
         feed = Feed(rows, batch_size, max_length)
         with open_plan(whole) as plan:
             calibration = calibrate(plan, feed, device=device, dtype=dtype, progress=step("running the model"))
-    own_heads = {name for name in (report.name for report in found.tensors) if heads is not None and is_head(name)}
+    own_heads = {report.name for report in found.tensors if heads is not None and report.head}
     dense, open_tensors = _divide(found.tensors, keep_dense, own_heads)
     layers = calibration.layers if calibration else {}
     tensors = _advise(open_tensors, layers, tau=tau, drop_rate=drop_rate, budget=budget)
@@ -315,7 +317,7 @@ def _divide(
     """Reports of all tensors -> those that stay dense, with the reason, and those that may be dropped."""
     dense, rest = [], []
     for report in reports:
-        pattern = next((p for p in keep_dense if is_kept_dense(report.name, report.shape, [p])), None)
+        pattern = next((p for p in keep_dense if is_kept_dense(report.name, report.group, [p])), None)
         if report.name in own_heads:
             reason = "a head that is taken as it is"
         elif pattern is not None:
@@ -347,14 +349,17 @@ def _advise(
         rates = [drop_rate] * len(sizes)
     else:
         rates = [rate_within(move, tau) for move in moves]
-    return tuple(
-        TensorAdvice(
-            report.name, report.shape, report.parameters, report.r, p_max(move, tau), rate,
-            move * noise_gain(rate) if noise_gain(rate) else 0.0,
-            *((layer.kappa, layer.noise_to_signal(rate)) if (layer := layers.get(report.name)) else ()),
-        )
-        for report, move, rate in zip(reports, moves, rates, strict=True)
-    )  # fmt: skip
+    found = []
+    for report, move, rate in zip(reports, moves, rates, strict=True):
+        layer, gain = layers.get(report.name), noise_gain(rate)
+        found.append(
+            TensorAdvice(
+                report.name, report.shape, report.parameters, report.r, p_max(move, tau), rate,
+                move * gain if gain else 0.0, layer.kappa if layer else None,
+                layer.noise_to_signal(rate) if layer else None, report.group,
+            )
+        )  # fmt: skip
+    return tuple(found)
 
 
 def _recipe(whole: Recipe, tensors: Sequence[TensorAdvice], factor: float) -> Recipe:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from darekit.architectures.groups import group_of
 from darekit.checkpoints import TensorInfo
 from darekit.dtypes import Floats, dtype_named, widen
 from darekit.errors import DataError
@@ -137,9 +136,7 @@ class _Watch:
         }
         # An embedding that is also the head is judged as what it is first: a table.
         names = {
-            id(tensor): name
-            for name, tensor in live.tensors(aligned).items()
-            if group_of(name, aligned[name].shape) != "embeddings"
+            id(tensor): name for name, tensor in live.tensors(aligned).items() if aligned[name].group != "embeddings"
         }
         self._cached = sum(4 * math.prod(tensor.shape) for tensor in aligned.values()) <= _CACHED
         self._deltas: dict[str, Any] = {}

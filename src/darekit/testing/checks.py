@@ -220,7 +220,7 @@ def _more_models(subject: Subject) -> None:
 
 def _without_a_base(subject: Subject) -> None:
     """A mean of models is the base plus that of their deltas, but for rounding."""
-    if subject.entry.needs_base or subject.statistics is not None:
+    if subject.entry.needs_base or subject.entry.products or subject.statistics is not None:
         return
     made = subject.family("F64", [(40, 64)])
     switch = {subject.entry.mean_if: True} if subject.entry.mean_if else {}
