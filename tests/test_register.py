@@ -494,6 +494,24 @@ def test_nothing_of_a_package_that_fails_stays_registered(package):
     assert "loudest" not in MERGE_METHODS
 
 
+def test_the_checks_find_installed_methods(package):
+    from darekit import testing
+
+    package()
+    assert "loudest keeps one model, if it says so" in map(str, testing.checks("loudest"))
+    with pytest.raises(MethodError, match="'nowhere' is not a method"):
+        testing.checks("nowhere")
+
+
+def test_packages_that_share_a_namespace(package):
+    package()
+    package(module="own_loud", name="quiet-methods", version="7", entries=("quietest",),
+            source=LOUDEST + "\ndk.register.merge_method(name='quietest')(loudest)\n")  # fmt: skip
+    dk.merge_tensors(BASE, [FIRST], method="quietest")
+    assert installed.distribution_of(registry.foreign_of("quietest")) == "quiet-methods 7"
+    assert installed.distribution_of(registry.foreign_of("loudest")) == "loud-methods 1.2"
+
+
 def test_a_package_that_does_not_keep_its_word(package):
     package("x = 1\n")
     with pytest.raises(MethodError, match=r"loud-methods 1\.2 says that it brings the method loudest"):
@@ -514,6 +532,65 @@ def test_dare_drop_takes_an_installed_sparsifier(package, llamas, tmp_path, dare
     lock = json.loads((tmp_path / "out" / "darekit.lock.json").read_text())
     (told,) = lock["methods"]
     assert told["kind"] == "sparsifier" and told["distribution"] == "loud-methods 1.2"
+
+
+# --- the test that methods must pass
+
+
+def checked(name, **parameters):
+    from darekit import testing
+
+    failed = []
+    for check in testing.checks(name, **parameters):
+        try:
+            check()
+        except (AssertionError, MethodError) as error:
+            failed.append(f"{check.title}: {error}")
+    return failed
+
+
+def test_a_good_method_passes():
+    dk.register.merge_method(strongest)
+    assert not checked("strongest")
+
+
+@pytest.mark.parametrize(
+    ("flaw", "arguments", "says"),
+    [
+        (lambda d, w: w @ d - (w @ d).mean(), {}, "does not depend on tiles and threads"),
+        (lambda d, w: (w @ d) / w.sum() * 2, {"keeps_one": True}, "keeps_one: of one delta"),
+        (lambda d, w: w @ d + 1e-3, {}, "leaves the base where no model differs"),
+        (lambda d, w: (w @ d) / w.sum() + 0 / (w.sum() > 0), {}, "stays finite with weights of 0"),
+        (lambda d, w: np.sign(d).sum(axis=0) * 1e-3, {"needs_base": False}, "needs_base=False is for means"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_flaw_is_found(flaw, arguments, says):
+    def flawed(deltas, weights):
+        return flaw(deltas, weights)
+
+    dk.register.merge_method(**arguments)(flawed)
+    failed = checked("flawed")
+    assert any(says in line for line in failed), failed
+
+
+@pytest.mark.parametrize(
+    ("flaw", "arguments", "says"),
+    [
+        (lambda d, u, p: np.where(u >= p * 2**31, d, 0), {}, "it drops 0.35"),
+        (lambda d, u, p: np.where(u >= p * 2**32, d, 0), {"unbiased": True}, "unbiased, but on average 0.3"),
+        (lambda d, u, p: np.where(np.abs(d) > np.quantile(np.abs(d), p), d, 0), {}, "the seed changes nothing"),
+        (lambda d, u, p: np.where(u >= p * 4.29e9, d, 0), {}, "at drop_rate 1 something is left"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_flaw_of_a_sparsifier_is_found(flaw, arguments, says):
+    def flawed(delta, draws, *, drop_rate: DropRate):
+        return flaw(delta, draws, drop_rate)
+
+    dk.register.sparsifier(**arguments)(flawed)
+    failed = checked("flawed")
+    assert any(says in line for line in failed), failed
 
 
 # --- whose code it was

@@ -3,7 +3,8 @@
 
 ```python
 import darekit as dk
-from darekit.register import Annotated, Number
+from darekit.register import Number
+from typing import Annotated
 
 @dk.register.merge_method
 def pull(deltas, weights, *, power: Annotated[float, Number("how much large deltas count", 0, 8)] = 1.0):
@@ -19,13 +20,13 @@ gets are read-only, and it is called from several threads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from darekit.methods import Choice, Number, Switch, registry
 from darekit.methods.sparsifiers import DropRate
 from darekit.recipe.mergekit import PRODUCTS
 
-__all__ = ["Annotated", "Choice", "DropRate", "Number", "Switch", "merge_method", "remove", "sparsifier"]
+__all__ = ["Choice", "DropRate", "Number", "Switch", "merge_method", "remove", "sparsifier"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Scope = Literal["element", "row", "tensor"]

@@ -319,8 +319,7 @@ def _whose(foreign: Any) -> str:
     """The package that brought a method, or the module that registered it."""
     from darekit.methods.installed import distribution_of
 
-    brought = distribution_of(foreign.function)
-    return " ".join(brought) if brought else foreign.module
+    return distribution_of(foreign) or str(foreign.module)
 
 
 def _first_clause(text: str) -> str:

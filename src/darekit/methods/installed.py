@@ -6,11 +6,12 @@ An entry point's name is the method's name in recipes, its value the module that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from darekit.errors import MethodError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods.foreign import Foreign
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -48,15 +49,13 @@ def load_all() -> list[str]:
     return [problem for entry in _entries() if (problem := _load(entry))]
 
 
-def distribution_of(function: Callable[..., Any]) -> tuple[str, str] | None:
-    """Name and version of the installed package that a method's function came with; None where no package brings it."""
-    module = function.__module__
-    top = module.partition(".")[0]
-    found = list(_entries())
-    for entry in [*(e for e in found if e.module == module), *(e for e in found if e.module.partition(".")[0] == top)]:
-        if entry.dist is not None:
-            return entry.dist.name, entry.dist.version
-    return None
+def distribution_of(foreign: Foreign) -> str | None:
+    """Name and version of the installed package that brings a registered method; None where no package does."""
+    top = foreign.module.partition(".")[0]
+    found = [entry for entry in _entries() if entry.dist is not None and entry.module.partition(".")[0] == top]
+    # Several packages may share the first part of their modules' names.
+    found.sort(key=lambda entry: (entry.name != foreign.name, entry.module != foreign.module))
+    return _of(found[0]) if found else None
 
 
 def _entries() -> Iterator[EntryPoint]:

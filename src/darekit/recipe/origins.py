@@ -55,13 +55,12 @@ def origins_of(recipe: Recipe) -> tuple[Origin, ...]:
 
 
 def _origin(foreign: Foreign) -> Origin:
-    brought = installed.distribution_of(foreign.function)
     return Origin(
         kind="sparsifier" if foreign.name in SPARSIFIERS else "merge method",
         name=foreign.name,
         module=foreign.module,
         function=foreign.function.__qualname__,
-        distribution=" ".join(brought) if brought else None,
+        distribution=installed.distribution_of(foreign),
         code=digest_of_code(foreign.function),
     )
 

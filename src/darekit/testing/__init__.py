@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from darekit.errors import MethodError
-from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods import MERGE_METHODS, SPARSIFIERS, installed
 from darekit.testing.checks import COMMON, DROP_RATE, OF_MERGES, OF_SPARSIFIERS, equals_formula
 from darekit.testing.reference import reference
 from darekit.testing.subjects import Subject
@@ -94,6 +94,8 @@ def checks(method: str, **parameters: Any) -> tuple[Check, ...]:
         magnitude does not depend on tiles and threads
         magnitude does not depend on files and shards
     """
+    if method not in MERGE_METHODS and method not in SPARSIFIERS:
+        installed.load(method)
     if method in MERGE_METHODS:
         return checks_of(Subject(merge=(method, parameters)))
     if method in SPARSIFIERS:
