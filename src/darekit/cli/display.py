@@ -117,10 +117,11 @@ def show_report(report: Report, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_data()))
         return
-    print(
-        f"Wrote {report.output}: {size_of(report.bytes_written)}, {counted(report.tensors, 'tensor')}, "
-        f"{count_of(report.parameters)} parameters"
-    )
+    holds = f"{counted(report.tensors, 'tensor')}, {count_of(report.parameters)} parameters"
+    if not report.bytes_read and not report.bytes_written:
+        print(f"{report.output} is complete: {holds}; no tensor was left to write")
+        return
+    print(f"Wrote {report.output}: {size_of(report.bytes_written)}, {holds}")
     shares = {model: f"{100 * kept / max(1, report.parameters):.3g} %" for model, kept in report.kept.items()}
     if len(shares) == 1:
         ((model, kept),) = report.kept.items()
