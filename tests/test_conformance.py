@@ -35,6 +35,8 @@ METHODS = {
     "ties": {"keep": 0.3, "lambda": 1.2},
     "ties_sum": {"normalize": False},
     "slerp": {"t": 0.3},
+    "nearswap": {"t": 1e-4},
+    "sce": {"select_topk": 0.3},
 }
 # A method without a row above is held to its formula with its defaults.
 SPARSIFY |= {

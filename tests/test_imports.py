@@ -65,7 +65,7 @@ FLOORS = (
     ("planning",),
     ("inputs",),
     ("engine", "packs"),
-    ("kernels", "recipe"),
+    ("kernels", "recipe", "tokens"),
     ("checkpoints",),
     ("dtypes", "methods", "plotting"),
     ("architectures", "code", "errors", "machine", "masks", "version", "wording"),

@@ -13,6 +13,7 @@ import darekit as dk
 import oracle
 from darekit.dtypes import DTYPES
 from darekit.engine import execution, tiles
+from darekit.engine.selection import Select
 from darekit.errors import RecipeError
 
 SHAPES = ((1,), (3,), (65,), (1025,), (3, 1), (1, 3), (130, 517), (2, 5, 64), ())
@@ -90,7 +91,56 @@ def karcher(base, models, weights, max_iter=10, tol=1e-5):
     return sum(map(length, points)) / len(points) * mean
 
 
-TRUTHS = {"nuslerp": nuslerp, "multislerp": multislerp, "karcher": karcher}
+def sce(base, models, weights, select_topk=1.0, floor=1e-6):
+    deltas = np.array([m - base for m in models]).reshape(len(models), -1)
+    if select_topk < 1:
+        spread = np.float32(deltas.var(axis=0))
+        best = sorted(range(spread.size), key=lambda i: (-spread[i], i))[: int(np.count_nonzero(spread) * select_topk)]
+        kept = np.zeros(spread.size)
+        kept[best] = 1
+        deltas = deltas * kept
+    energy = (deltas**2).mean(axis=1)
+    shares = energy / energy.sum() if energy.sum() >= floor and energy.any() else np.full(len(models), 1 / len(models))
+    agree = np.sign(deltas) == np.where(deltas.sum(axis=0) >= 0, 1, -1)
+    share = agree * shares[:, None]
+    return base + ((deltas * share).sum(axis=0) / np.maximum(share.sum(axis=0), 1e-6)).reshape(base.shape)
+
+
+def nearswap(base, models, weights, t):
+    (model,) = models
+    near = np.abs(model - base) <= t
+    return np.where(near, model, base + t * np.sign(model - base))
+
+
+def arcee_fusion(base, models, weights):
+    (model,) = models
+    rows = [x.reshape(-1, x.shape[-1] if x.shape else 1) for x in (base, model)]
+    q, p = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) + 1e-8 for x in rows)
+    scores = np.abs(rows[1] - rows[0]) * (p * np.log(p / q)).sum(axis=1, keepdims=True)
+    ordered = sorted(scores.reshape(-1))
+    low, middle, high = (ordered[int(part * (len(ordered) - 1))] for part in (0.25, 0.5, 0.75))
+    return np.where(scores >= middle + 1.5 * (high - low), rows[1], rows[0]).reshape(base.shape)
+
+
+def ramplus_tl(base, models, weights, r=0.1, alpha=0.2, epsilon=1e-5):
+    deltas = np.array([m - base for m in models])
+    changed = np.abs(deltas) > epsilon
+    many = changed.sum(axis=0)
+    found = np.zeros(base.shape)
+    for delta, here in zip(deltas, changed, strict=True):
+        unique, shared = (here & (many == 1)).sum(), (here & (many > 1)).sum()
+        found += np.where(here & (many == 1), (1 + r * min(shared / max(unique, epsilon), alpha)) * delta, 0)
+        found += np.where(here & (many > 1), delta / np.maximum(many, 1), 0)
+    return base + found
+
+
+def ram(base, models, weights, epsilon=1e-5):
+    return ramplus_tl(base, models, weights, r=0, epsilon=epsilon)
+
+
+TRUTHS = {
+    one.__name__: one for one in (nuslerp, multislerp, karcher, sce, nearswap, arcee_fusion, ram, ramplus_tl)
+}  # fmt: skip
 CASES = [
     ("nuslerp", {}),
     ("nuslerp", {"nuslerp_flatten": False}),
@@ -99,10 +149,17 @@ CASES = [
     ("multislerp", {"normalize_weights": False}),
     ("karcher", {}),
     ("karcher", {"max_iter": 2, "tol": 1e-9}),
+    ("sce", {}),
+    ("sce", {"select_topk": 0.3}),
+    ("sce", {"select_topk": 0.7, "floor": 0}),
+    ("nearswap", {"t": 0.01}),
+    ("arcee_fusion", {}),
+    ("ram", {"epsilon": 0.02}),
+    ("ramplus_tl", {"epsilon": 0.02, "alpha": 2.0}),
 ]
-MODELS = {"nuslerp": 2}
-NEEDS_BASE = ()
-UNWEIGHTED = ("karcher",)
+MODELS = {"nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
+NEEDS_BASE = ("sce", "nearswap", "arcee_fusion", "ram", "ramplus_tl")
+UNWEIGHTED = ("karcher", *NEEDS_BASE)
 
 
 def merged(method, parameters, base, models, weights=None, **more):
@@ -178,6 +235,14 @@ MERGEKITS = [
     ("multislerp", False, {}, [1.4074271, 0.08243496, 2.9968376, -1.6889259, 0.79469693, 1.8320165]),
     ("karcher", True, {}, [1.407631, 1.4562359, 2.8252201, -1.1582341, 0.86514026, 2.4412498]),
     ("karcher", True, {"max_iter": 1}, [1.4064428, 1.4572589, 2.8253794, -1.1579401, 0.86470125, 2.4414341]),
+    ("sce", True, {}, [2.0, -1.0, 1.0, 0.0, 1.0, 4.0]),
+    ("sce", True, {"select_topk": 0.5}, [1.0, -1.0, 1.0, -1.0, 0.5, 4.0]),
+    ("nearswap", True, {"t": 0.75}, [1.75, 2.0, 2.25, -0.25, 1.0, 2.0]),
+    ("arcee_fusion", True, {}, [2.0, 2.0, 1.0, -1.0, 0.5, 2.0]),
+    ("ram", True, {}, [1.25, 0.75, 1.0, -1.0, 1.0, 2.5]),
+    ("ram", True, {"epsilon": 0.75}, [2.0, -1.0, 1.0, -1.0, 0.5, 2.5]),
+    ("ramplus_tl", True, {}, [1.25, 0.75, 0.96, -1.0, 1.0, 2.5]),
+    ("ramplus_tl", True, {"r": 0.7, "alpha": 5.0, "epsilon": 0.75}, [2.35, -5.2, 0.3, -1.0, 0.5, 2.5]),
     ("karcher", False, {}, [1.5462942, 1.2335867, 2.7210495, -1.2024321, 0.99557823, 2.584306]),
 ]  # fmt: skip
 
@@ -226,6 +291,92 @@ def test_models_of_no_angle(method, with_base):
     assert np.isfinite(half).all() and half.any()
 
 
+def test_sce_of_short_fine_tuning_counts_models_alike():
+    """mergekit's numbers, and the paper's weights where they are asked for."""
+    near = [BASE + np.float32(1e-4) * (x - BASE) for x in TUNED]
+    theirs = [1.0, 1.9997, 2.9998, -0.9999, 0.5, 2.0002]
+    np.testing.assert_allclose(merged("sce", {"select_topk": 0.7}, BASE, near).reshape(-1), theirs, atol=1e-6)
+    base, models = family(np.random.default_rng(20), (40, 30), "F32", 3, 2e-4)
+    models[0] = base + 2 * (models[0] - base)
+    alike, paper = (merged("sce", {"floor": floor}, base, models) for floor in (1e-6, 0))
+    assert np.abs(alike - paper).max() > 1e-5
+
+
+def test_of_equal_variances_exactly_k_survive_and_the_first():
+    base = np.zeros(1000, np.float32)
+    models = [np.ones(1000, np.float32), np.full(1000, 3, np.float32)]
+    models[1][::2] = 1  # where nothing differs
+    found = merged("sce", {"select_topk": 0.5}, base, models)
+    assert np.flatnonzero(found).tolist() == list(range(1, 500, 2))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 7])
+def test_equal_deltas_have_no_variance(k):
+    """So nothing is selected, whatever the number of models; all is, where all shall be."""
+    base, (model,) = family(np.random.default_rng(21), (40, 30), "F32", 1)
+    assert np.array_equal(merged("sce", {"select_topk": 0.99}, base, [model] * k), base)
+    np.testing.assert_allclose(merged("sce", {}, base, [model] * k), model, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["sce", "arcee_fusion"])
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_a_survey_that_samples_finds_the_same(method, dtype, monkeypatch):
+    """Also where the sample misleads: its pieces are unlike the rest."""
+    rng = np.random.default_rng(22)
+    base, models = family(rng, (301, 177), dtype, MODELS.get(method, 3))
+    models[0][:40] = base[:40]
+    parameters = {"select_topk": 0.2} if method == "sce" else {}
+    expected = merged(method, parameters, base, models, threads=1)
+    monkeypatch.setattr(Select, "SAMPLE_FROM", 1000)
+    for pieces, tile in ((1, 1024), (3, 4096), (16, 700)):
+        monkeypatch.setattr(tiles, "SAMPLED_PIECES", pieces)
+        monkeypatch.setattr(tiles, "TILE", tile)
+        found = merged(method, parameters, base, models)
+        assert np.array_equal(oracle.raw_of(found), oracle.raw_of(expected))
+
+
+def test_sce_selects_nothing_and_all():
+    base, models = family(np.random.default_rng(23), (40, 30), "BF16", 3)
+    assert np.array_equal(merged("sce", {"select_topk": 0}, base, models), base)
+    assert np.array_equal(merged("sce", {"select_topk": 0}, base, [base, base, base]), base)
+    one = merged("sce", {}, base, models[:1])
+    np.testing.assert_allclose(one.astype(np.float32), models[0].astype(np.float32), rtol=2**-7)
+
+
+def test_nearswap_at_its_ends():
+    base, (model,) = family(np.random.default_rng(24), (40, 30), "F32", 1)
+    assert np.array_equal(merged("nearswap", {"t": 0}, base, [model]), base)
+    np.testing.assert_allclose(merged("nearswap", {"t": 10}, base, [model]), model, rtol=1e-6, atol=1e-8)
+
+
+def test_arcee_fusion_takes_all_where_no_row_diverges():
+    """A shift of whole rows changes no softmax: every score is 0, and so is the threshold."""
+    base = np.float32([[1, 2, 3], [4, 5, 6]])
+    assert np.array_equal(merged("arcee_fusion", {}, base, [base + 1]), base + 1)
+
+
+def test_ram_drops_what_changed_too_little():
+    base = np.zeros(4, np.float32)
+    models = [np.float32([1e-6, 1e-4, 2, 0]), np.float32([1, 1e-6, 4, 0])]
+    assert np.array_equal(merged("ram", {}, base, models), np.float32([1, 1e-4, 3, 0]))
+
+
+@pytest.mark.parametrize("method", ["sce", "arcee_fusion", "ramplus_tl", "ram", "nearswap"])
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_nan_counts_as_unchanged_where_that_is_allowed(method, dtype):
+    parameters = {"nearswap": {"t": 0.01}, "sce": {"select_topk": 0.4}}.get(method, {})
+    base, models = family(np.random.default_rng(25), (50, 60), dtype, MODELS.get(method, 3))
+    models[0][3, 4] = np.nan
+    with pytest.raises(dk.DarekitError, match="model 0: w: 1 values"):
+        merged(method, parameters, base, models)
+    found = merged(method, parameters, base, models, allow_nonfinite=True)
+    assert found[3, 4] == base[3, 4]
+    for model in models:
+        model[3, 4] = base[3, 4]
+    expected = merged(method, parameters, base, models)
+    assert np.array_equal(oracle.raw_of(found), oracle.raw_of(expected))
+
+
 def test_halfway_where_the_weights_cancel():
     base, models = family(np.random.default_rng(6), (40, 30), "F32", 2)
     even = merged("nuslerp", {}, base, models, (1, 1))
@@ -267,7 +418,7 @@ def test_many_nearly_equal_models_keep_their_digits():
 
 
 @pytest.mark.parametrize("sparsify", [dk.dare(0.5, seed=3), dk.magnitude(0.5), dk.della(0.5, seed=3)])
-@pytest.mark.parametrize(("method", "parameters"), CASES[:7:2])
+@pytest.mark.parametrize(("method", "parameters"), [case for case in CASES if case[0] != "nuslerp"])
 def test_any_sparsifier_comes_before(method, parameters, sparsify):
     """The models are then base + sparsified delta."""
     base, models = family(np.random.default_rng(9), (50, 60), "F32", MODELS.get(method, 3))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, Choice, Number, Parameter, Switch
 from darekit.recipe import Filtered, Filters, Gradient, ModelEntry, Place, Recipe, Sparsify, Value, read_recipe, resolve
+from darekit.recipe.data import TokenRow, Tokens
 
 NATIVE = """\
     base_model: llama-2-13b
@@ -220,8 +221,66 @@ def test_vocab_and_tokenizer_source(read, refuse):
     assert read(f"{start}vocab: pad").vocab == "pad"
     assert read(f"{start}tokenizer_source: b/").tokenizer_source == "base"
     refuse(f"{start}vocab: union", "line 4: vocab must be one of strict, base, pad, found 'union'")
-    refuse(f"{start}tokenizer_source: union", "union comes in a later version")
-    refuse(f"{start}tokenizer_source: d", "line 4: tokenizer_source must be base or one of the models", "base, a, c")
+    refuse(f"{start}tokenizer_source: unoin", "line 4: tokenizer_source must be base, union or a model", "base, union")
+
+
+def test_tokens(read, refuse):
+    start = "models: [a, c]\nmerge_method: linear\nbase_model: b\n"
+    assert read(start).tokens is None and read(f"{start}tokenizer_source:\ntokenizer:\n").tokens is None
+    assert read(f"{start}tokenizer: {{}}").tokens == Tokens("union")
+    assert read(f"{start}tokenizer_source: union").tokens == Tokens("union")
+    assert read(f"{start}tokenizer_source: a/").tokens == Tokens("a")
+    assert read(f"{start}tokenizer_source: model:a").tokens == Tokens("a")
+    assert read(f"{start}tokenizer_source: model:union").tokens == Tokens("model:union")
+    assert read(f"{start}tokenizer_source: b").tokens == Tokens("base")
+    assert read(f"{start}tokenizer_source: else/where").tokens == Tokens("else/where")
+    found = read(
+        f"{start}tokenizer:\n  source: base\n  pad_to_multiple_of: 64\n  tokens:\n    <a>: {{source: c, force: true}}\n"
+        "    <b>: {source: {kind: zero}}\n    <c>: {source: {kind: model_token, model: b/, token: x}}\n    <d>:\n"
+        "    <e>: {source: {kind: model_token, model: y/z, token_id: 7}}\n"
+    ).tokens
+    assert found == Tokens(
+        "base",
+        {
+            "<a>": TokenRow("model", "c", force=True), "<b>": TokenRow("zero"), "<c>": TokenRow("token", "base", "x"),
+            "<d>": TokenRow(), "<e>": TokenRow("token", "y/z", None, 7),
+        },
+        64,
+    )  # fmt: skip
+    assert found.models == ("c", "base", "y/z")
+
+
+def test_bad_tokens(refuse):
+    start = "models: [a, c]\nmerge_method: linear\nbase_model: b\n"
+    refuse(f"{start}tokenizer: union", "line 4: tokenizer: expected a mapping such as {source: union}, found 'union'")
+    refuse(f"{start}tokenizer: {{sourc: a}}", "line 4: tokenizer.sourc is not known; did you mean 'source'?")
+    refuse(f"{start}tokenizer_source: a\ntokenizer: {{}}", "line 5: tokenizer and tokenizer_source say the same")
+    refuse(f"{start}tokenizer: {{}}\nvocab: pad", "line 4: tokenizer matches rows by token, and vocab by number")
+    refuse(f"{start}tokenizer_source: union\nvocab: pad", "line 4: tokenizer_source matches rows by token")
+    refuse(f"{start}tokenizer_source: [a]", "tokenizer_source must be base, union or a model, found ['a']")
+    refuse(f"{start}tokenizer: {{pad_to_multiple_of: 0}}", "must be a whole number from 1 on, found 0")
+    rows = f"{start}tokenizer: {{tokens: {{<a>: "
+    refuse(f"{start}tokenizer: {{tokens: [a]}}", "tokenizer.tokens: expected tokens and their sources")
+    refuse(f"{rows}3}}}}", "tokenizer.tokens.<a>: expected a mapping", "found 3")
+    refuse(f"{rows}{{force: true}}}}}}", "tokenizer.tokens.<a> has force and no source")
+    refuse(f"{rows}{{force: maybe, source: a}}}}}}", "must be true or false, found 'maybe'")
+    refuse(f"{rows}{{source: {{kind: one}}}}}}}}", "must be one of zero, model_token, found 'one'")
+    refuse(f"{rows}{{source: {{kind: zero, model: a}}}}}}}}", "source.model is not known")
+    refuse(f"{rows}{{source: {{kind: model_token}}}}}}}}", "has no model")
+    refuse(f"{rows}{{source: {{kind: model_token, model: a}}}}}}}}", "needs the row's token or its token_id")
+    refuse(f"{rows}{{source: {{kind: model_token, model: a, token: x, token_id: 1}}}}}}}}", "and one of them only")
+    refuse(f"{rows}{{source: {{kind: model_token, model: a, token_id: -1}}}}}}}}", "a whole number from 0 on")
+
+
+def test_chat_template(read, refuse):
+    start = "models: [a, c]\nmerge_method: linear\n"
+    text = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for written in ("auto", "chatml", text):
+        assert read(f"{start}chat_template: {json.dumps(written)}").chat_template == written
+    assert read(f"{start}chat_template:").chat_template is None
+    refuse(f"{start}chat_template: chatlm", "line 3: chat_template must be auto, alpaca", "did you mean 'chatml'?")
+    refuse(f"{start}chat_template: '{{{{ x }}}}'", "or the text of a Jinja template")
+    refuse(f"{start}chat_template: 7", "found 7")
 
 
 def test_keep_dense(read, refuse):
@@ -469,7 +528,7 @@ def test_methods(refuse):
     refuse(sparse, "expected a mapping such as {method: dare, drop_rate: 0.9}, found None")
 
 
-@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "chat_template"])
+@pytest.mark.parametrize("key", ["slices", "modules"])
 def test_later(refuse, key):
     refuse(f"merge_method: ties\n{key}: [1]", f"line 2: {key}: {key} (", "comes in a later version")
 
@@ -591,6 +650,8 @@ def test_every_model_has_a_drop_rate(read, refuse):
 def numbers(parameter: Parameter) -> st.SearchStrategy[float]:
     kind = parameter.kind
     assert isinstance(kind, Number)
+    if kind.whole:
+        return st.integers(int(max(kind.low, -(2**53))), int(min(kind.high, 2**53))).map(float)
     return st.floats(max(kind.low, -1e300), min(kind.high, 1e300), allow_nan=False)
 
 
@@ -609,6 +670,22 @@ def values(parameter: Parameter) -> st.SearchStrategy[Value]:
 
 def some(parameters: dict[str, Parameter]) -> st.SearchStrategy[dict[str, Value]]:
     return st.fixed_dictionaries({}, optional={name: values(p) for name, p in parameters.items()})
+
+
+def all_tokens(names):
+    """What a recipe may say of tokens."""
+    giver = st.sampled_from(["base", *names])
+    rows = st.one_of(
+        st.builds(TokenRow),
+        st.builds(TokenRow, st.just("model"), giver, force=st.booleans()),
+        st.builds(TokenRow, st.just("zero"), force=st.booleans()),
+        st.builds(TokenRow, st.just("token"), giver, st.text("ab<>"), force=st.booleans()),
+        st.builds(TokenRow, st.just("token"), giver, st.none(), st.integers(0, 99), force=st.booleans()),
+    )
+    sources = st.sampled_from(["base", "union", "model:union", *names])
+    return st.builds(
+        Tokens, sources, st.dictionaries(st.text("<a>|b", min_size=1), rows), st.none() | st.integers(1, 64)
+    )
 
 
 @st.composite
@@ -644,6 +721,8 @@ def recipes(draw) -> Recipe:
         seed = {"seed": draw(st.integers(0, 2**64 - 1))} if draw(st.booleans()) else {}
         stats = draw(st.text("ab/.", min_size=1)) if MERGE_METHODS[method].statistics else None
         entries.append(ModelEntry(name, draw(some(own | weights)) | seed, stats))
+    tokens = draw(st.none() | all_tokens(names))
+    source = draw(st.sampled_from(["base", *names])) if tokens is None else tokens.source.removeprefix("model:")
     return Recipe(
         base_model="the base",
         models=tuple(entries),
@@ -651,9 +730,11 @@ def recipes(draw) -> Recipe:
         merge_method=method,
         parameters=draw(some(shared | weights)) | required,
         dtype=draw(st.sampled_from([None, "BF16", "F32", "F8_E4M3"])),
-        vocab=draw(st.sampled_from(["strict", "base", "pad"])),
-        tokenizer_source=draw(st.sampled_from(["base", *names])),
+        vocab=draw(st.sampled_from(["strict", "base", "pad"])) if tokens is None else "strict",
+        tokenizer_source=source,
         heads=draw(st.sampled_from([None, "base", *names])),
+        tokens=tokens,
+        chat_template=draw(st.sampled_from([None, "auto", "chatml", "{{ messages[0].content }}"])),
     )
 
 

@@ -18,8 +18,8 @@ PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 
 # What a result leads to, but nobody outside needs to know.
 INSIDE = {
-    "Alignment", "Companions", "Depths", "Filtered", "Filters", "Gradient", "InputFile", "LeafTable", "Settings",
-    "Shard", "Source", "Statistics", "Step", "Value",
+    "Alignment", "Companions", "Depths", "Filtered", "Filters", "Gradient", "InputFile", "LeafTable",
+    "OutputVocabulary", "Settings", "Shard", "Source", "Statistics", "Step", "Value",
 }  # fmt: skip
 
 

@@ -158,6 +158,9 @@ def test_no_sweep_of_the_project_is_flagged(tmp_path):
         "parameters: {weight: [{filter: x, value: 0}]}\n",
         "base_model: &b b\nmodels: [{model: a, parameters: &p {weight: 2}}, {model: c, parameters: {<<: *p}}]\n"
         "merge_method: ties\ntokenizer_source: *b\nvocab: pad\nout_dtype: float16\ndtype: bfloat16\n",
+        "base_model: b\nmodels: [a]\nmerge_method: ties\ntokenizer: {}\nchat_template: auto\n",
+        "base_model: b\nmodels: [a]\nmerge_method: ties\nchat_template: '{{ messages[0].content }}'\ntokenizer:\n"
+        "  {source: union, pad_to_multiple_of: 8, tokens: {a: {source: {kind: model_token, model: a, token_id: 3}}}}\n",
     ],
 )
 def test_unusual_recipes_are_not_flagged(tmp_path, text):
@@ -258,7 +261,10 @@ START = "base_model: b\nmodels: [a]\n"
         f"{START}merge_method: ties\ndtype: bf16\n",
         f"{START}merge_method: ties\ndtype: int8\n",
         f"{START}merge_method: ties\nvocab: union\n",
-        f"{START}merge_method: ties\ntokenizer_source: union\n",
+        f"{START}merge_method: ties\ntokenizer: union\n",
+        f"{START}merge_method: ties\ntokenizer: {{tokens: {{a: {{source: {{kind: zeros}}}}}}}}\n",
+        f"{START}merge_method: ties\ntokenizer: {{pad_to_multiple_of: 0}}\n",
+        f"{START}merge_method: ties\nchat_template: chatlm\n",
         f"{START}merge_method: ties\nheads: [a]\n",
         f"{START}merge_method: ties\nslices: []\n",
         "recipe: r.yaml\naxes: {sparsify.drop_rate: [0.5]}\ntest: {a: {data: a.jsonl}}\n",

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,19 @@ def default_threads() -> int:
     """The processors this process may use, 8 at most: more only fight over the disk."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, available)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """No passes of Python's cycle collector meanwhile: it looks at all objects again and again, while very many are
+    made of which none is garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def peak_rss() -> int:

@@ -17,7 +17,8 @@ from darekit.errors import CheckpointError, PlanError
 from darekit.inputs.statistics import FISHER, Statistics, open_statistics
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.recipe import Sparsify, read_recipe
-from darekit.recipe.typed import Method, linear
+from darekit.recipe.merges import linear
+from darekit.recipe.typed import Method
 
 
 def merge_tensors(

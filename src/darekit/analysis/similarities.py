@@ -15,7 +15,9 @@ import numpy as np
 from darekit.errors import DataError, PlanError
 from darekit.live.data import read_rows, tokenize
 from darekit.live.models import LiveModel, build
+from darekit.live.reading import refuse_unreadable
 from darekit.live.states import States, hidden_states
+from darekit.live.tasks import SEQ2SEQ
 from darekit.methods import SPARSIFIERS
 from darekit.planning import checks
 from darekit.planning.opening import open_plan
@@ -145,6 +147,9 @@ def similarity(
     original = single.drop_recipe(str(base), str(model), drop_rate=0.0)
     with open_plan(original) as plan:
         live = build(plan, device=device, dtype=dtype)
+    if live.task == SEQ2SEQ:
+        raise DataError(f"{live.kind}: hidden states are compared of decoders and of encoders, not of both together")
+    refuse_unreadable(live, rows)
     if live.tokenizer is None:
         raise DataError(f"{model} has no tokenizer, so it cannot read {data}")
     tokens = tokenize(live.tokenizer, rows, max_length=min(max_length, live.max_length))

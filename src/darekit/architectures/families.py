@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -243,15 +243,15 @@ class Facts:
         names = list(names)
         if self._renames_numbers:
             return self._canonicals(names)
-        alike: dict[str, list[str]] = {}
+        first: dict[str, str] = {}
         for name in names:
-            alike.setdefault(pattern_of(name), []).append(name)
-        first = [many[0] for many in alike.values()]
-        changed = {name for name, now in self._canonicals(first).items() if name != now}
+            first.setdefault(self.pattern(name), name)
+        asked = self._canonicals(first.values())
         found = dict(zip(names, names, strict=True))
+        changed = {pattern for pattern, name in first.items() if asked[name] != name}
         if changed:
-            rest = [name for many in alike.values() if many[0] in changed for name in many]
-            found |= self._canonicals(dict.fromkeys((*first, *rest)))
+            rest = (name for name in names if self.pattern(name) in changed)
+            found |= self._canonicals(dict.fromkeys((*first.values(), *rest)))
         return found
 
     def _canonicals(self, names: Iterable[str]) -> dict[str, str]:
@@ -292,12 +292,32 @@ class Facts:
         """
         return self._relative(self.canonical(name))
 
+    def without_prefix(self, name: str) -> str:
+        """A name in memory without the prefix of the base model.
+
+        >>> facts_of({"architectures": ["BertForMaskedLM"]}).without_prefix("bert.pooler.dense.bias")
+        'pooler.dense.bias'
+        """
+        return self._relative(name)
+
     def _relative(self, name: str) -> str:
         return name.removeprefix(f"{self.prefix}.") if self.prefix else name
 
     def pattern(self, name: str) -> str:
-        """What names that mean the same share: the name with `#` for each number, where numbers tell nothing."""
-        return name if self._renames_numbers else pattern_of(name)
+        """What names that mean the same share: the name with `#` for each number, where numbers tell nothing.
+
+        Remembered: there may be tens of thousands of names, of a few patterns.
+        """
+        if self._renames_numbers:
+            return name
+        if (found := self._seen.get(name)) is None:
+            found = pattern_of(name)
+            self._seen[name] = found = self._seen.setdefault(found, found)
+        return found
+
+    @cached_property
+    def _seen(self) -> dict[str, str]:
+        return {}
 
     def in_memory(self, key: str) -> str:
         """A name without the prefix of the base model -> with it, where it is a part of that.
@@ -396,7 +416,9 @@ class Facts:
     def _relative_held(self) -> frozenset[str]:
         return frozenset(self._relative(target) for target in self.held)
 
-    def possible_ties(self, keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, str], ...]:
+    def possible_ties(
+        self, keys: Collection[str], shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[tuple[str, str], ...]:
         """Which of these tensors can be another's, whatever the config says: (target, source), by their names in
         memory without the base model's prefix. `shapes`: of all tensors that a source is looked for among.
 
@@ -409,7 +431,7 @@ class Facts:
         if not self.is_known:
             return tuple(_guessed_ties(keys, shapes))
         if not any("#" in target for target in ties):
-            keys = [target for target in ties if target in set(keys)]
+            keys = [target for target in ties if target in keys]
         return tuple((key, source) for key in keys if (source := self._source(key)) != key)
 
     def _source(self, key: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from darekit.checkpoints.checkpoint import Checkpoint, TensorInfo, natural_key, sample_digest
 from darekit.checkpoints.files import InputFile, OutputFile, sync_directory
 from darekit.checkpoints.opening import open_checkpoint
+from darekit.checkpoints.places import Places
 from darekit.checkpoints.safetensors import (
     OutputTensor,
     Placement,
@@ -29,6 +30,7 @@ __all__ = [
     "OutputFile",
     "OutputTensor",
     "Placement",
+    "Places",
     "Shard",
     "Source",
     "TensorInfo",

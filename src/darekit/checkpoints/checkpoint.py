@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from darekit.checkpoints.companions import Companions
 from darekit.checkpoints.files import InputFile
-from darekit.checkpoints.sources import Source, traits_of
+from darekit.checkpoints.sources import FileRange, Source, traits_of
 from darekit.dtypes import dtype_named
 from darekit.wording import brief, size_of
 
@@ -110,9 +110,28 @@ def natural_key(name: str) -> tuple[tuple[str | tuple[int, str], ...], str]:
     """
     # Text and digits alternate, so only like meets like. Numbers are compared as (digits, text): Python refuses to
     # convert more than 4300 digits.
-    parts = re.split("([0-9]+)", name)
-    key = tuple((len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part for i, part in enumerate(parts))
-    return key, name
+    parts: list[Any] = _DIGITS.split(name)
+    for i in range(1, len(parts), 2):
+        digits = parts[i].lstrip("0")
+        parts[i] = len(digits), digits
+    return tuple(parts), name
+
+
+_DIGITS = re.compile("([0-9]+)")
+
+
+def natural_order(names: Collection[str]) -> list[str]:
+    """Names sorted by `natural_key`. The last order is remembered, as the models of a recipe have the same names."""
+    global _last_order
+    given = list(names)
+    if given == _last_order[0] or given == _last_order[1]:
+        return list(_last_order[1])
+    found = sorted(given, key=natural_key)
+    _last_order = given, found
+    return list(found)
+
+
+_last_order: tuple[list[str], list[str]] = [], []
 
 
 COMPUTED = b"darekit-computed-1\0"  # frozen, see `sample_digest`
@@ -144,6 +163,8 @@ def sample_digest(checkpoint: Checkpoint) -> bytes:
 
 
 def _content_of(info: TensorInfo) -> bytes:
+    if type(info.source) is FileRange:  # nearly always, and there may be very many
+        return info.source.file.read(info.source.offset, min(SAMPLE_BYTES, info.nbytes))
     identity = traits_of(info.source).identity
     if identity is not None:
         return COMPUTED + identity

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from darekit.checkpoints.checkpoint import Checkpoint, TensorInfo, natural_key
+from darekit.checkpoints.checkpoint import Checkpoint, TensorInfo, natural_order
 from darekit.checkpoints.companions import CONFIG, Companions, Content, look_beside
 from darekit.checkpoints.documents import read_object, shorten
 from darekit.checkpoints.files import InputFile
@@ -77,7 +77,7 @@ def open_checkpoint(ref: str | Path, *, search: Sequence[Path] = ()) -> Checkpoi
             files.append(file)
         headers = [tuple(_read_header(weights, file)) for file in files]
         found = _gather(weights, headers, notes)
-        tensors = {name: found[name] for name in sorted(found, key=natural_key)}
+        tensors = {name: found[name] for name in natural_order(found)}
         if not tensors:
             raise CheckpointError(f"{location.path} holds no tensors")
         refuse_adapter(list(tensors), location.path)

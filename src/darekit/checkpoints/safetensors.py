@@ -9,8 +9,10 @@ The header maps each name to its `dtype`, `shape` and `data_offsets` [begin, end
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from types import MappingProxyType
 from typing import Any
 
@@ -29,7 +31,7 @@ SINGLE = "model.safetensors"
 LFS_POINTER = b"version https://git-lfs"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OutputTensor:
     """A tensor that is to be written."""
 
@@ -38,7 +40,7 @@ class OutputTensor:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where a tensor's bytes lie in a file; `offset` counts from the beginning of the file."""
 
@@ -84,7 +86,8 @@ def read_header(file: InputFile) -> tuple[dict[str, str], tuple[Placement, ...]]
     header = parse_object(text, f"the header of {where}", strict=True)
     metadata = header.pop(METADATA, {})
     _check_metadata(metadata, where)
-    placements = [_read_entry(name, entry, 8 + length, where) for name, entry in header.items()]
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    placements = [_read_entry(name, entry, 8 + length, where, shapes) for name, entry in header.items()]
     placements.sort(key=lambda place: (place.offset, place.nbytes))  # an empty tensor before its full neighbour
     _check_cover(placements, 8 + length, file)
     return metadata, tuple(placements)
@@ -136,23 +139,26 @@ def index_json(shards: Sequence[Shard]) -> str:
 def _fill(filename: str, group: Sequence[tuple[OutputTensor, int]], metadata: Mapping[str, str]) -> Shard:
     # Sorting is stable: equal element sizes stay in canonical order.
     ordered = sorted(group, key=lambda item: -DTYPES[item[0].dtype].itemsize)
-    header: dict[str, Any] = {METADATA: {"format": "pt", **metadata}}  # transformers refuses files without it
-    end = 0
+    first = {METADATA: {"format": "pt", **metadata}}  # transformers refuses files without it
+    # Line by line: as one object to dump, the header of very many tensors would take many times its own size.
+    entries = [json.dumps(first, separators=(",", ":"), ensure_ascii=False)[1:-1]]
+    begins, end = [], 0
     for tensor, nbytes in ordered:
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + nbytes],
-        }
+        shape = ",".join(map(str, tensor.shape))
+        entries.append(
+            f'{encode_basestring(tensor.name)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],'
+            f'"data_offsets":[{end},{end + nbytes}]}}'
+        )
+        begins.append(end)
         end += nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)  # the data, and with it every tensor, begins aligned
     if len(text) > HEADER_LIMIT:
         raise PlanError(f"{filename} would need a header of {len(text):,} bytes; the format allows {HEADER_LIMIT:,}")
     start = 8 + len(text)
     placements = tuple(
-        Placement(tensor.name, tensor.dtype, tensor.shape, start + header[tensor.name]["data_offsets"][0], nbytes)
-        for tensor, nbytes in ordered
+        Placement(tensor.name, tensor.dtype, tensor.shape, start + begin, nbytes)
+        for (tensor, nbytes), begin in zip(ordered, begins, strict=True)
     )
     return Shard(filename, len(text).to_bytes(8, "little") + text, start + end, placements)
 
@@ -191,56 +197,73 @@ def _check_metadata(metadata: Any, where: str) -> None:
         raise CheckpointError(f"the header of {where} has a {METADATA} that does not map strings to strings")
 
 
-def _read_entry(name: str, entry: Any, start: int, where: str) -> Placement:
-    at = f"{where}, tensor {shorten(name)}"
+def _at(where: str, name: str) -> str:
+    return f"{where}, tensor {shorten(name)}"
+
+
+def _read_entry(
+    name: str, entry: Any, start: int, where: str, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> Placement:
+    """One entry of a header, checked. Names and `shapes` that are equal become one object: there may be very many."""
     try:
         name.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise CheckpointError(f"{at}: the name is not Unicode text") from None
+        raise CheckpointError(f"{_at(where, name)}: the name is not Unicode text") from None
     if not isinstance(entry, dict) or entry.keys() != ENTRY_KEYS:
-        raise CheckpointError(f"{at}: found {shorten(entry)}, expected an object with dtype, shape and data_offsets")
+        raise CheckpointError(
+            f"{_at(where, name)}: found {shorten(entry)}, expected an object with dtype, shape and data_offsets"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         told = "" if dtype not in QUANTISED else ": it is one of quantised weights and their scales; dequantise first"
         raise Unsupported(
-            f"{at}: number format {shorten(dtype)} is not supported; darekit reads {', '.join(DTYPES)}{told}"
+            f"{_at(where, name)}: number format {shorten(dtype)} is not supported; darekit reads "
+            f"{', '.join(DTYPES)}{told}"
         )
-    nbytes = _measure(dtype, shape, at)
+    nbytes = _measure(dtype, shape, where, name)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):
-        raise CheckpointError(f"{at}: data_offsets {shorten(offsets)} are not two whole numbers, 0 or more")
+        raise CheckpointError(
+            f"{_at(where, name)}: data_offsets {shorten(offsets)} are not two whole numbers, 0 or more"
+        )
     begin, end = offsets
     if begin > end:
-        raise CheckpointError(f"{at}: its data begins at {begin}, after its end at {end}")
+        raise CheckpointError(f"{_at(where, name)}: its data begins at {begin}, after its end at {end}")
     if end - begin != nbytes:
         raise CheckpointError(
-            f"{at}: shape {shape} of {dtype} needs {nbytes:,} bytes, data_offsets [{begin}, {end}] hold {end - begin:,}"
+            f"{_at(where, name)}: shape {shape} of {dtype} needs {nbytes:,} bytes, data_offsets [{begin}, {end}] hold "
+            f"{end - begin:,}"
         )
-    return Placement(name, dtype, tuple(shape), start + begin, nbytes)
+    found = tuple(shape)
+    return Placement(sys.intern(name), DTYPES[dtype].name, shapes.setdefault(found, found), start + begin, nbytes)
 
 
-def _measure(dtype: str, shape: Any, at: str) -> int:
+def _measure(dtype: str, shape: Any, where: str, name: str) -> int:
     if not isinstance(shape, list) or not all(map(_is_natural, shape)):
-        raise CheckpointError(f"{at}: shape {shorten(shape)} is not a list of whole numbers, 0 or more")
+        raise CheckpointError(f"{_at(where, name)}: shape {shorten(shape)} is not a list of whole numbers, 0 or more")
     if len(shape) > DIMENSION_LIMIT:
-        raise CheckpointError(f"{at}: shape has {len(shape)} dimensions; at most {DIMENSION_LIMIT} are possible")
+        raise CheckpointError(
+            f"{_at(where, name)}: shape has {len(shape)} dimensions; at most {DIMENSION_LIMIT} are possible"
+        )
     nbytes = DTYPES[dtype].itemsize
     for dimension in shape:
         nbytes *= dimension
         # Checked at each step: [2^62, 4, 0] is an attack too, on readers that multiply in 64 bits.
         if max(nbytes, dimension) > COUNT_LIMIT:
-            raise CheckpointError(f"{at}: shape {shorten(shape)} overflows: no file has that many elements")
+            raise CheckpointError(
+                f"{_at(where, name)}: shape {shorten(shape)} overflows: no file has that many elements"
+            )
     return nbytes
 
 
 def _check_cover(placements: Sequence[Placement], start: int, file: InputFile) -> None:
-    end, before = start, "the header"
+    end, last = start, None
     for place in placements:
-        at = f"{file.path}, tensor {shorten(place.name)}"
-        if place.offset < end:
-            raise CheckpointError(f"{at}: its data overlaps that of {before} by {end - place.offset:,} bytes")
-        if place.offset > end:
+        if place.offset != end:
+            at, before = _at(str(file.path), place.name), shorten(last.name) if last else "the header"
+            if place.offset < end:
+                raise CheckpointError(f"{at}: its data overlaps that of {before} by {end - place.offset:,} bytes")
             raise CheckpointError(f"{at}: a hole of {place.offset - end:,} bytes lies between it and {before}")
-        end, before = place.offset + place.nbytes, shorten(place.name)
+        end, last = place.offset + place.nbytes, place
     if file.size < end:
         raise CheckpointError(
             f"{file.path} is truncated: its tensors end at byte {end:,}, the file at {file.size:,}. Download it again"

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from darekit.checkpoints.files import Bytes, InputFile
+from darekit.checkpoints.places import Places
 
 
 class Source(Protocol):
@@ -55,6 +57,7 @@ class Traits:
         grain: elements that are decoded at once: a range that is not made of whole grains costs more than its bytes.
         delta: the float32 delta, where the source knows one.
         cost: bytes read for each byte given.
+        places: where the elements are in the stored tensor, whose mask they have; None: where they are here.
     """
 
     files: tuple[InputFile, ...] = ()
@@ -64,6 +67,7 @@ class Traits:
     grain: int = 1
     delta: Delta | None = None
     cost: float = 1.0
+    places: Places | None = None
 
 
 PLAIN = Traits()
@@ -75,7 +79,12 @@ def traits_of(source: Source) -> Traits:
     return traits
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=1024)
+def _traits_of_file(file: InputFile) -> Traits:
+    return Traits(files=(file,))
+
+
+@dataclass(frozen=True, slots=True)
 class FileRange:
     """A tensor that lies in a file."""
 
@@ -86,7 +95,7 @@ class FileRange:
     @property
     def traits(self) -> Traits:
         """The file."""
-        return Traits(files=(self.file,))
+        return _traits_of_file(self.file)
 
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
@@ -109,6 +118,57 @@ class ArrayBytes:
         """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
         refuse_outside(buffer, offset, self.nbytes)
         buffer[...] = self.data[offset : offset + buffer.nbytes]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A range of another source's bytes: one tensor of several that are stored as one."""
+
+    whole: Source
+    offset: int
+    nbytes: int
+
+    @property
+    def traits(self) -> Traits:
+        """The files, and what they cost to read; the rest is about all of the tensor that is stored."""
+        whole = traits_of(self.whole)
+        return Traits(files=whole.files, seed=whole.seed, grain=whole.grain, cost=whole.cost)
+
+    def read_into(self, buffer: Bytes, offset: int) -> None:
+        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
+        refuse_outside(buffer, offset, self.nbytes)
+        self.whole.read_into(buffer, self.offset + offset)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Tensors of one size that lie behind each other in one tensor."""
+
+    parts: tuple[Source, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.parts[0].nbytes * len(self.parts)
+
+    @property
+    def traits(self) -> Traits:
+        """The files, and what they cost to read."""
+        found = [traits_of(part) for part in self.parts]
+        return Traits(
+            files=tuple(dict.fromkeys(file for one in found for file in one.files)),
+            cost=sum(one.cost for one in found) / len(found),
+        )
+
+    def read_into(self, buffer: Bytes, offset: int) -> None:
+        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
+        refuse_outside(buffer, offset, self.nbytes)
+        size, done = self.parts[0].nbytes, 0
+        while done < buffer.nbytes:
+            part, begin = divmod(offset + done, size)
+            count = min(size - begin, buffer.nbytes - done)
+            self.parts[part].read_into(buffer[done : done + count], begin)
+            done += count
 
 
 def refuse_outside(buffer: Bytes, offset: int, nbytes: int) -> None:

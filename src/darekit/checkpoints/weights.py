@@ -89,7 +89,10 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{path}: weight_map is {shorten(index)}, expected an object of tensor name -> file name")
     suffix = ".bin" if path.name.startswith(SINGLE["pickle"]) else SAFETENSORS
+    checked: set[str] = set()
     for name, file in index.items():
+        if isinstance(file, str) and file in checked:  # shards are few, tensors may be very many
+            continue
         at = f"{path}: tensor {shorten(name)} lies in {shorten(file)}"
         if not isinstance(file, str):
             raise CheckpointError(f"{at}; expected the name of a file")
@@ -98,6 +101,7 @@ def read_index(path: Path) -> dict[str, str]:
             raise CheckpointError(f"{at}; expected a plain file name: no folder, no absolute path, no '..'")
         if not file.endswith(suffix):
             raise CheckpointError(f"{at}; expected a name that ends in {suffix}")
+        checked.add(file)
     return index
 
 

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable
 from darekit.checkpoints import traits_of
 from darekit.engine.stages import build, tile_of
 from darekit.engine.steps import Step, is_measured, vectors_of
+from darekit.engine.surveying import passes_of
 from darekit.methods import MERGE_METHODS
 
 # Resident before the first tile: 103 MiB were measured in the fast lane, which does without numba, and 175 with it.
@@ -30,6 +31,8 @@ def tile_memory(step: Step, tile: int) -> int:
     method = MERGE_METHODS[step.method]
     if method.products:
         return tile * (8 if step.wide else 4) * (len(step.models) + 1)
+    if method.survey:
+        return tile * 8 * (4 if step.wide or method.survey.lines is None else 8)
     if not step.statistics:
         return 0
     return tile * (8 * 4 if method.matrix else 8 * (3 + len(step.statistics)))
@@ -64,6 +67,7 @@ def bytes_to_read(steps: Iterable[Step], finished: Container[str] = ()) -> int:
         if step.name in finished:
             continue
         passes = 1 + any(not build(spec, step).ready for chain in step.chains for spec in chain) + is_measured(step)
+        passes += passes_of(step)
         inputs = (*step.models, *([step.base] if step.base else []))
         total += round(passes * step.count * sum(entry.dtype.itemsize * entry.cost for entry in inputs))
         total += 0 if step.verbatim else statistics_bytes(step, tile_of(step, step.count))

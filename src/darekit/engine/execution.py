@@ -332,7 +332,11 @@ def _span_of(step: Step, tile: int) -> int | None:
     if any(entry.count != step.count for entry in inputs):  # one thread then digests what is cut off as well
         return None
     stages = [build(spec, step) for chain in step.chains for spec in chain]
-    if vectors_of(step) == "column" or not all(stage.ready and not stage.ordered for stage in stages):
+    if (
+        vectors_of(step) == "column"
+        or MERGE_METHODS[step.method].survey
+        or not all(stage.ready and not stage.ordered for stage in stages)
+    ):
         return None
     grain = LEAF if size == tile else math.lcm(LEAF, step.row)  # digests are cut at leaves
     return max(1, SPAN // grain) * grain

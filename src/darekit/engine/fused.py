@@ -40,10 +40,11 @@ class Blocks:
 @dataclass(frozen=True)
 class FusedStep:
     """A step's constants: per model (K,) streams, seeds, thresholds (0: no random drop) and factors, the stages that
-    select (None: none), weights; and the merge's."""
+    select (None: none), weights; and the merge's. `drops`: the stages whose masks may lie elsewhere."""
 
     streams: npt.NDArray[np.uint64]
     seeds: npt.NDArray[np.uint64]
+    drops: tuple[RandomDrop, ...]
     thresholds: npt.NDArray[np.uint32]
     factors: npt.NDArray[np.float32]
     selects: tuple[Select | None, ...]
@@ -53,6 +54,10 @@ class FusedStep:
     divisor: np.float32
     scale: np.float32
     base_weight: np.float32
+
+    def in_place(self, start: int, count: int) -> bool:
+        """Whether all masks of the elements from `start` on are where the elements are: the kernel knows no other."""
+        return all(drop.in_place(start, count) for drop in self.drops)
 
     def absorb(
         self, base_raw: Bytes, raws: npt.NDArray[np.uint16], start: int, out: Bytes, blocks: Blocks
@@ -102,6 +107,7 @@ def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
     return FusedStep(
         streams=np.array([drop.stream if drop else 0 for drop in drops], np.uint64),
         seeds=np.array([drop.seed if drop else 0 for drop in drops], np.uint64),
+        drops=tuple(drop for drop in drops if drop and drop.places is not None),
         thresholds=np.array([drop.threshold if drop else 0 for drop in drops], np.uint32),
         factors=np.array([drop.factor if drop else 1 for drop in drops], np.float32),
         selects=tuple(chain[0] if chain and isinstance(chain[0], Select) else None for chain in chains),

@@ -85,11 +85,11 @@ class Products:
     def finish(self) -> Doubles:
         """(leaves, pairs), the last partial one included."""
         if (self.end - self.begin) % LEAF:
-            self.totals[-1] = _in_order(self.sums.T)  # as `add_up` does it
+            self.totals[-1] = add_leaves(self.sums.T)  # as `add_up` does it
         return self.totals
 
 
-def _in_order(rows: Doubles) -> Doubles:
+def add_leaves(rows: Doubles) -> Doubles:
     """(n, pairs) -> their sum (pairs,), one after another."""
     with np.errstate(over="ignore", invalid="ignore"):
         total: Doubles = np.add.accumulate(rows, axis=0)[-1] if len(rows) else np.zeros(rows.shape[1])
@@ -212,7 +212,7 @@ def _parts(step: Step, found: Doubles) -> tuple[Doubles, Doubles]:
 def settled(step: Step, leaves: Doubles) -> tuple[Step, Doubles]:
     """A measured step, its leaves' products in order (leaves, pairs) -> the weighted sum that it is, and the rows'
     coefficients, (R,)."""
-    found = coefficients(step, _in_order(leaves))
+    found = coefficients(step, add_leaves(leaves))
     weights, base_weight = _parts(step, found)
     alone = len(step.models) == 1 and not any(step.chains) and step.models[0].count >= step.begin + step.count
     itself = step.factor == 1 and found.tolist() == [0.0, 1.0][-len(found) :]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -83,12 +85,13 @@ class Select(Stage):
     SURE = 4.0  # standard errors of the guess that the window reaches to both sides
     SAMPLE_FROM = 1 << 20  # elements from which a sampling pass pays
 
-    def __init__(self, count: int, top: int, keep: int) -> None:
+    def __init__(self, count: int, top: int, keep: int, *, boundary: bool = False) -> None:
+        """`boundary`: find the last magnitude that is kept, even where all are."""
         self.count, self.top, self.keep = count, top, keep
         self.low, self.low_left = (1 << 31, 0) if keep == 0 else (0, count)
         self.high, self.high_left = 1 << 31, 0
         # Descending ranks of the last element kept and of the last one dropped at the top.
-        self.wanted = {"low": top + keep} if 0 < keep < count else {}
+        self.wanted = {"low": top + keep} if 0 < keep < count + boundary else {}
         if self.wanted and top:
             self.wanted["high"] = top
         self.found: dict[str, tuple[int, int, int]] = {}
@@ -192,6 +195,37 @@ class Select(Stage):
     def apply(self, delta: Tile, start: int) -> int:
         kept, self.lows, self.highs = cpu.select(delta, self.low, self.lows, self.high, self.highs)
         return int(kept)
+
+
+class ShareOf(Select):
+    """A number of largest elements that follows from how many are not 0: `keeps` of that number survive, which are
+    fewer. The first pass guesses both."""
+
+    def __init__(self, count: int, keeps: Callable[[int], int]) -> None:
+        super().__init__(count, 0, min(1, count))
+        self.keeps = keeps
+        self.wanted = {"low": 1} if count else {}
+        self._sampling = count >= self.SAMPLE_FROM
+        self.nonzero = self.seen = 0
+
+    def begin(self) -> None:
+        super().begin()
+        self.nonzero = self.seen = 0
+
+    def measure(self, delta: Tile, start: int) -> None:
+        super().measure(delta, start)
+        self.nonzero += int(np.count_nonzero(delta))
+        self.seen += delta.size
+
+    def settle(self) -> None:
+        whole = self.seen == self.count
+        self.keep = self.keeps(self.nonzero if whole else round(self.nonzero * self.count / max(1, self.seen)))
+        self.wanted["low"] = max(1, self.keep)
+        if whole and self.keep == 0:
+            self.wanted = {}
+            self.low, self.low_left = 1 << 31, 0
+            return
+        super().settle()
 
 
 def _share_from(delta: Tile, pattern: int) -> float:

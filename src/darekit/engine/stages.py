@@ -8,17 +8,20 @@ the whole tensor; then it is applied in place. What a stage computes is defined 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from darekit.checkpoints import Places
 from darekit.dtypes import Bytes, DType
 from darekit.engine.contracts import Stage, Tile
 from darekit.engine.selection import Select
 from darekit.engine.steps import TRIM, TRIM_AT, TRIM_MODEL, StageSpec, Step, is_per_row, is_trim
 from darekit.kernels import cpu
 from darekit.masks import DROP_ALL, stream_of, threshold_of
-from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods import MERGE_METHODS, SPARSIFIERS, Scope
 from darekit.methods.sparsifiers import (
     L1_LANES,
     l1_factor,
@@ -43,7 +46,8 @@ def build(spec: StageSpec, step: Step) -> Stage:
     stage: Stage
     match entry.kernel:
         case "drop":
-            stage = RandomDrop(spec.seed, _stream(spec, step), rate, survivor_factor(rate, rescale, p.get("q", 0.0)))
+            factor = survivor_factor(rate, rescale, p.get("q", 0.0))
+            stage = RandomDrop(spec.seed, _stream(spec, step), rate, factor, spec.places)
         case "rank":
             stage = RankedDrop(spec, step, rescale == "paper")
         case "select" if entry.selects is not None:
@@ -61,16 +65,31 @@ def _stream(spec: StageSpec, step: Step) -> int:
     return stream_of(spec.stream or step.name)
 
 
-class RandomDrop(Stage):
-    """`dare` and `drop_only`: needs nothing but the element's index."""
+def _runs(places: Places | None, start: int, count: int) -> Iterable[tuple[int, int, int]]:
+    """Elements of a tile in runs that have one piece of a mask: (offset, elements, place in the mask)."""
+    return ((0, count, start),) if places is None else places.runs(start, count)
 
-    def __init__(self, seed: int, stream: int, drop_rate: float, factor: np.float32) -> None:
-        self.seed, self.stream = np.uint64(seed), np.uint64(stream)
+
+def _draws(spec: StageSpec, step: Step, start: int, count: int) -> npt.NDArray[np.uint32]:
+    """(count,) draws of the elements from `start` on."""
+    seed, stream, found = np.uint64(spec.seed), np.uint64(_stream(spec, step)), np.empty(count, np.uint32)
+    for offset, many, place in _runs(spec.places, start, count):
+        cpu.draws(seed, stream, place, found[offset : offset + many])
+    return found
+
+
+class RandomDrop(Stage):
+    """`dare` and `drop_only`: needs nothing but the element's place in the mask."""
+
+    def __init__(
+        self, seed: int, stream: int, drop_rate: float, factor: np.float32, places: Places | None = None
+    ) -> None:
+        self.seed, self.stream, self.places = np.uint64(seed), np.uint64(stream), places
         self.threshold = threshold_of(drop_rate)
         self.factor = factor
 
     def take(self, raw: Bytes, dtype: DType, base: Tile, delta: Tile, start: int) -> tuple[int, int] | None:
-        if dtype.name != "BF16" or self.threshold == DROP_ALL:
+        if dtype.name != "BF16" or self.threshold == DROP_ALL or not self.in_place(start, delta.size):
             return None
         bad, kept = cpu.random_difference_bf16(
             raw.view(np.uint16), base, self.seed, self.stream, start, self.threshold, self.factor, delta
@@ -81,14 +100,21 @@ class RandomDrop(Stage):
         if self.threshold == DROP_ALL:
             delta[...] = 0
             return 0
-        return int(cpu.random_drop(delta, self.seed, self.stream, start, self.threshold, self.factor))
+        return sum(
+            int(cpu.random_drop(delta[at : at + many], self.seed, self.stream, place, self.threshold, self.factor))
+            for at, many, place in _runs(self.places, start, delta.size)
+        )
+
+    def in_place(self, start: int, count: int) -> bool:
+        """Whether elements from `start` on have the piece of the mask that begins there."""
+        return self.places is None or self.places.stay(start, count)
 
 
 class RankedDrop(Stage):
     """`della`: ranks within rows. Keep probability and factor depend on the rank alone, so both are tables."""
 
     def __init__(self, spec: StageSpec, step: Step, rescale: bool) -> None:
-        self.seed, self.stream, self.row = np.uint64(spec.seed), np.uint64(_stream(spec, step)), step.row
+        self.spec, self.step, self.row = spec, step, step.row
         rate, window = spec.parameters["drop_rate"], spec.parameters["window"]
         ranks = np.arange(self.row, dtype=np.float64)
         keep = (1.0 - rate) - window / 2 + window * ranks / (self.row - 1) if self.row > 1 else np.full(1, 1.0 - rate)
@@ -104,8 +130,7 @@ class RankedDrop(Stage):
         keys |= np.arange(self.row, dtype=np.uint64)
         keys.sort(axis=1)
         order = (keys & np.uint64(0xFFFFFFFF)).astype(np.intp)
-        draws = np.empty(delta.size, np.uint32)
-        cpu.draws(self.seed, self.stream, start, draws)
+        draws = _draws(self.spec, self.step, start, delta.size)
         ranked_draws = np.take_along_axis(draws.reshape(rows.shape), order, axis=1)
         mask = ranked_draws >= self.limits
         ranked = np.take_along_axis(rows, order, axis=1)
@@ -200,8 +225,7 @@ class Whole(Stage):
             delta[~mask] = 0
             return int(np.count_nonzero(mask))
         entry = SPARSIFIERS[self.spec.method]
-        draws = np.empty(delta.size, np.uint32)
-        cpu.draws(np.uint64(self.spec.seed), np.uint64(_stream(self.spec, self.step)), start, draws)
+        draws = _draws(self.spec, self.step, start, delta.size)
         arguments: dict[str, Any] = {
             name: self.spec.parameters[name] for name in entry.parameters if name in self.spec.parameters
         }
@@ -216,8 +240,22 @@ def tile_of(step: Step, wanted: int) -> int:
 
     Where the merge method takes a number of rows of its own, that many, or the whole tensor.
     """
+    scope, method = scope_of(step), MERGE_METHODS[step.method]
+    if scope == "tensor":
+        return max(1, step.count)
+    if method.rows:
+        return max(1, min(step.count, method.rows(step.row) * step.row))
+    if scope == "row":
+        return max(1, wanted // max(1, step.row)) * max(1, step.row)
+    return wanted
+
+
+def scope_of(step: Step) -> Scope:
+    """How much of a tensor a step's stages and its method must see at once."""
     method = MERGE_METHODS[step.method]
     scopes: list[str] = ["tensor" if step.transposed else "row" if is_per_row(step) else method.scope]
+    if method.survey and not step.wide:
+        scopes = ["row" if method.survey.lines else "element"]
     for chain in step.chains:
         for spec in chain:
             entry = SPARSIFIERS.get(spec.method)
@@ -226,10 +264,4 @@ def tile_of(step: Step, wanted: int) -> int:
                 scope = "tensor"
             streamed = not step.wide and (is_trim(spec) or (entry is not None and entry.kernel == "select"))
             scopes.append("element" if streamed else scope)
-    if "tensor" in scopes:
-        return max(1, step.count)
-    if method.rows:
-        return max(1, min(step.count, method.rows(step.row) * step.row))
-    if "row" in scopes:
-        return max(1, wanted // max(1, step.row)) * max(1, step.row)
-    return wanted
+    return "tensor" if "tensor" in scopes else "row" if "row" in scopes else "element"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from darekit.checkpoints import Source, TensorInfo, traits_of
+from darekit.checkpoints import Places, Source, TensorInfo, traits_of
 from darekit.dtypes import DType, dtype_named
 from darekit.methods import MERGE_METHODS, SUM
 from darekit.methods.spherical import Vectors
@@ -48,13 +48,15 @@ class Input:
 class StageSpec:
     """One operation on one model's delta: a sparsifier with its parameters, or the trim of a merge method.
 
-    `stream`: the name of the tensor whose masks are drawn; empty: the step's.
+    `stream`: the name of the tensor whose masks are drawn; empty: the step's. `places`: where its elements lie in that
+    tensor; None: where they do here.
     """
 
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     stream: str = ""
+    places: Places | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,9 @@ from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, fuse
 from darekit.engine.informed import Combine, informed_combiner
 from darekit.engine.measuring import ByColumn, Doubles, merge_rows
 from darekit.engine.selection import Select
-from darekit.engine.stages import build, tile_of
+from darekit.engine.stages import build, scope_of, tile_of
 from darekit.engine.steps import Input, Step, is_per_row
+from darekit.engine.surveying import Surveyor, WholeSurveyor, surveyor_of
 from darekit.kernels import cpu
 from darekit.masks import BLOCK
 from darekit.methods import MERGE_METHODS
@@ -138,6 +139,7 @@ class StepRun:
         # Where each row has its own: first element -> coefficients, (rows, R).
         self.coefficients: dict[int, Doubles] = {}
         self.by_column: ByColumn | None = None
+        self.surveyor = surveyor_of(step)
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
         # the survivors.
         self.bad_at: npt.NDArray[np.bool_] | None = None
@@ -156,7 +158,7 @@ class StepRun:
         # Not `self.read`: the cycle would keep a solve's matrices in memory until Python's collector comes by.
         if step.statistics:
             self.combine = informed_combiner(step, partial(_read, self.hands.tally))
-        elif step.kind == "merge" and not MERGE_METHODS[step.method].products:
+        elif step.kind == "merge" and not (MERGE_METHODS[step.method].products or MERGE_METHODS[step.method].survey):
             self.combine = combiner(step)
         self.fused = fuse(step, self.chains)
 
@@ -166,8 +168,31 @@ class StepRun:
             waiting = [next((i for i, stage in enumerate(chain) if not stage.ready), None) for chain in self.chains]
             busy = {k: i for k, i in enumerate(waiting) if i is not None}
             if not busy:
-                return
+                break
             self._measure(busy, stop)
+        while self.surveyor is not None and not self.surveyor.ready:
+            if stop.is_set() or self.hands.broken.is_set():
+                return
+            self._survey(self.surveyor, stop)
+
+    def _survey(self, surveyor: Surveyor | WholeSurveyor, stop: threading.Event) -> None:
+        """One pass in which the merge method measures what all chains leave. NaN and Inf count as 0: the pass that
+        merges lists them."""
+        for chain in self.chains:
+            for stage in chain:
+                stage.begin()
+        surveyor.begin()
+        starts, size = self._pieces(self.tile, surveyor.sampling)
+        for start in starts:
+            if stop.is_set():
+                return
+            scratch = self.load(start, min(size, self.step.count - start), with_base=surveyor.needs_base)
+            for chain, delta in zip(self.chains, scratch.deltas, strict=True):
+                for stage in chain:
+                    stage.apply(delta, start)
+            scratch.deltas[~np.isfinite(scratch.deltas)] = 0
+            surveyor.measure(scratch.base, scratch.deltas, start)
+        surveyor.settle()
 
     def _measure(self, busy: dict[int, int], stop: threading.Event) -> None:
         """One pass in which each model's first stage that is not ready measures what the ones before it leave."""
@@ -194,7 +219,7 @@ class StepRun:
         """Where a measuring pass looks, and how many elements it takes there."""
         if not sampling:
             return range(0, self.step.count, size), size
-        if self.tile == self.hands.tile:  # rows and whole tensors cannot be quartered
+        if scope_of(self.step) == "element":  # rows and whole tensors cannot be quartered
             size = max(1, self.tile // 4)
         starts = range(0, self.step.count, size)
         return starts[:: max(1, len(starts) // SAMPLED_PIECES)], size
@@ -226,6 +251,8 @@ class StepRun:
         for chain in self.chains:
             for stage in chain:
                 stage.begin()
+        if self.surveyor is not None:
+            self.surveyor.begin()
         if self.fused is not None and begin % BLOCK == 0 and self.tile % BLOCK == 0:
             size = TILES * self.tile
             for start in range(begin, end, size):
@@ -239,16 +266,18 @@ class StepRun:
             self._merge(start, min(self.tile, end - start))
 
     def _absorb(self, fused: FusedStep, start: int, count: int) -> None:
-        """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf."""
+        """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf, and where rows
+        with their masks come from another place."""
         step = self.step
         assert step.base is not None
-        base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
-        self.read(step.base, step.begin + start, count, base_raw)
-        for k, model in enumerate(step.models):
-            self.read(model, step.begin + start, count, raws[k].view(np.uint8))
         kept = None
-        if not self.hands.broken.is_set():
-            kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
+        if fused.in_place(step.begin + start, count):
+            base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
+            self.read(step.base, step.begin + start, count, base_raw)
+            for k, model in enumerate(step.models):
+                self.read(model, step.begin + start, count, raws[k].view(np.uint8))
+            if not self.hands.broken.is_set():
+                kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
         if kept is None:
             for at in range(start, start + count, self.tile):
                 self._merge(at, min(self.tile, start + count - at))
@@ -281,6 +310,10 @@ class StepRun:
                 merged, self.coefficients[start] = merge_rows(step, scratch.base, scratch.deltas, self.bad_at)
             elif self.by_column is not None:
                 merged = self.by_column.merge(scratch.base, scratch.deltas, start)
+            elif self.surveyor is not None:
+                merged, survivors = self.surveyor.merge(scratch.base, scratch.deltas, start)
+                for k, owner in enumerate(step.owners):
+                    self.kept[owner, max(1, len(self.chains[k]))] += survivors
             else:
                 merged = self.combine(scratch.deltas, scratch.merged, start)
             if step.base_weight:
@@ -489,10 +522,11 @@ def combiner(step: Step) -> Combine:
         return add_up
     entry = MERGE_METHODS[step.method]
     function, row = entry.function, step.row if len(step.shape) > 1 else step.count
+    more = (weights,) if entry.weighted else ()
 
     def define(deltas: Floats, merged: Floats, start: int) -> Floats:
         given = deltas.reshape(len(deltas), -1, row) if entry.shaped else deltas
-        result: Floats = function(given, weights, **step.parameters)
+        result: Floats = function(given, *more, **step.parameters)
         return result.reshape(-1)
 
     return define

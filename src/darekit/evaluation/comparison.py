@@ -206,7 +206,7 @@ def evaluate(
 
         >>> found = dk.evaluate(["base", "math", "recipe.yaml"], data="sums.jsonl", device="cpu")
         >>> found
-        <Comparison: base, math, recipe.yaml; scores: exact_match, loss>
+        <Comparison: base, math, recipe; scores: exact_match, loss>
         >>> [round(score.value) for score in found.row("loss")]
         [5, 5, 5]
 
@@ -269,11 +269,20 @@ def named_models(
         given = [(_name_of(model), model) for model in models]
     if not given:
         raise PlanError("no model given; name a model directory, a Hub id, a recipe or a pack")
+    if not isinstance(models, Mapping):  # a merge is called as its recipe, unless something else is called so
+        short = [_without_suffix(name) for name, _ in given]
+        given = [(s if short.count(s) == 1 else name, model) for s, (name, model) in zip(short, given, strict=True)]
     names = [name for name, _ in given]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise PlanError(f"{', '.join(twice)} is given twice; one table shows each model once")
     return [(name, *resolve_model(model, base)) for name, model in given]
+
+
+def _without_suffix(name: str) -> str:
+    """A recipe's path without its ending."""
+    path = Path(name)
+    return name.removesuffix(path.suffix) if path.suffix in (".yaml", ".yml") and not path.is_dir() else name
 
 
 def _name_of(model: Model) -> str:

@@ -14,10 +14,13 @@ from darekit.evaluation import scores
 from darekit.evaluation.scores import Score
 from darekit.live.batches import asked_of, padded, padding_known
 from darekit.live.data import Row, Tokens, rows_digest, tokenize
-from darekit.live.models import CAUSAL, REGRESSOR, LiveModel, memory_told, one_thread
+from darekit.live.models import LiveModel, memory_told, one_thread
+from darekit.live.reading import refuse_foresight
+from darekit.live.tasks import CAUSAL, CLASSIFIER, REGRESSOR, SEQ2SEQ, rows_of
 
 BATCH_SIZE = 16
 COMPLETION, LABEL, TEXT = "a completion", "a label", "text alone"
+JUDGED_BY = {CAUSAL: (TEXT, COMPLETION), SEQ2SEQ: (COMPLETION,), CLASSIFIER: (LABEL,), REGRESSOR: (LABEL,)}
 
 Progress = Callable[[int, int], None]
 
@@ -27,7 +30,8 @@ class Examples:
     """The judge of `{data: FILE}`. What it measures follows from the rows and the model:
 
     - prompt and completion: `exact_match` (every token of the completion and its end is the likeliest one: what
-      greedy decoding gives, in one pass) and `loss` per token of the completion;
+      greedy decoding gives, in one pass) and `loss` per token of the completion; an encoder-decoder has the prompt in
+      its encoder and is asked for the completion as its tokenizer makes a target of it;
     - text and label: `accuracy`, `matthews` and, for two classes, `f1`; for a regressor `pearson` and `spearman`;
     - text: `loss` per token, and `perplexity`.
 
@@ -59,9 +63,11 @@ class Examples:
         tokens = self._tokenized(live)
         told = memory_told(f"judging by {self.source} in batches of {self.batch_size}")
         with one_thread(live.device), told, torch.inference_mode(), padding_known(live):
+            if live.task in (CLASSIFIER, REGRESSOR):
+                return self._labelled(live, tokens)
             if live.task == CAUSAL:
-                return self._causal(live, tokens)
-            return self._labelled(live, tokens)
+                refuse_foresight(live)
+            return self._predicted(live, tokens)
 
     def identity(self) -> dict[str, Any]:
         """What decides about the scores, in JSON-able form."""
@@ -69,55 +75,50 @@ class Examples:
         return {"data": self.source, "rows": len(self.rows), "digest": digest, "max_length": self.max_length}
 
     def _refuse(self, live: LiveModel) -> None:
+        if self.form not in JUDGED_BY.get(live.task, ()):
+            word = "; put the label into the completion as a word" if self.form == LABEL and live.task == CAUSAL else ""
+            has = "labels" if self.form == LABEL else self.form
+            raise DataError(f"{self.source} has {has}, but {live.kind}: {rows_of(live.model)}{word}")
         if live.tokenizer is None:
             raise DataError(f"judging by {self.source} needs a tokenizer, but the model has none")
-        if live.task == CAUSAL and self.form == LABEL:
-            raise DataError(
-                f"{self.source} has labels, but the model is a causal one that writes text: give it "
-                '{"prompt": ..., "completion": ...} with the label as a word'
-            )
-        if live.task != CAUSAL and self.form != LABEL:
-            raise DataError(
-                f"{self.source} has {self.form}, but the model is a {live.task}: it needs "
-                '{"text": ..., "label": ...} on each line'
-            )
 
     def _tokenized(self, live: LiveModel) -> list[Tokens]:
-        longest = min(live.max_length, getattr(live.tokenizer, "model_max_length", None) or live.max_length)
-        length = min(self.max_length or longest, longest)
+        length = min(self.max_length or live.max_length, live.max_length)
         if self._tokens is None or self._tokens[0] is not live.tokenizer or self._tokens[1] != length:
-            tokens = tokenize(live.tokenizer, self.rows, max_length=length)
+            tokens = tokenize(live.tokenizer, self.rows, max_length=length, apart=live.task == SEQ2SEQ)
             if len(tokens) < len(self.rows):
                 made = {row.place for row in tokens}
                 place = next(row.place for row in self.rows if row.place not in made)
                 raise DataError(f"{place}: the tokenizer produces no tokens for this row, so it cannot be judged")
             end = live.tokenizer.eos_token_id
             for row in tokens if self.form == COMPLETION and end is not None else ():
-                if row.ids[-1] != end:
+                if row.last != end:
                     raise DataError(
                         f"{row.place}: the completion does not fit into {length} tokens, so it cannot be "
                         "judged; shorten it or raise max_length"
                     )
-            if live.task == CAUSAL and not any(any(row.asked) for row in tokens):
+            if self.form != LABEL and not any(row.targets for row in tokens):
                 raise DataError(f"{self.source}: no row has two tokens, so there is nothing to predict")
             self._tokens = live.tokenizer, length, tokens
         return self._tokens[2]
 
-    def _causal(self, live: LiveModel, tokens: list[Tokens]) -> dict[str, Score]:
+    def _predicted(self, live: LiveModel, tokens: list[Tokens]) -> dict[str, Score]:
         import torch
 
         loss, right = np.zeros(len(tokens)), np.zeros(len(tokens), bool)
-        counts = np.array([sum(row.asked) for row in tokens], np.int64)
+        counts = np.array([row.targets for row in tokens], np.int64)
+        forced = _forced_first(live)
         for places, batch, inputs in self._batches(live, tokens):
-            asked = asked_of(live, batch, inputs["input_ids"].shape[1])
-            targets = inputs["input_ids"][:, 1:][asked[:, 1:]]
+            asked, targets = asked_of(live, batch, inputs)
             # Only what is asked becomes float32: (targets, vocabulary), not (batch, length, vocabulary).
-            logits = live.model(**inputs, use_cache=False).logits[:, :-1][asked[:, 1:]].float()
+            logits = _logits_of(live, inputs, use_cache=False)[asked].float()
             losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double().cpu().numpy()
             hits = (logits.argmax(-1) == targets).cpu().numpy()
             begin = 0
             for at, place in enumerate(places):
                 own = slice(begin, begin := begin + int(counts[place]))
+                if forced is not None and batch[at].answer[:1] == (forced,):
+                    hits[own.start] = True
                 loss[place], right[place] = losses[own].sum(), bool(hits[own].all())
                 _refuse_nonfinite(loss[place], "loss", batch[at])
         self.samples = [
@@ -136,7 +137,7 @@ class Examples:
         labels = [label_of(row, live) for row in tokens]
         outputs = np.zeros((len(tokens), classes))
         for places, batch, inputs in self._batches(live, tokens):
-            logits = live.model(**inputs).logits.double().cpu().numpy()
+            logits = _logits_of(live, inputs).double().cpu().numpy()
             for at, place in enumerate(places):
                 outputs[place] = logits[at]
                 _refuse_nonfinite(logits[at].sum(), "output", batch[at])
@@ -160,6 +161,24 @@ class Examples:
             yield places, rows, padded(live, rows)
             if self.progress:
                 self.progress(start + len(rows), len(tokens))
+
+
+def _logits_of(live: LiveModel, inputs: Mapping[str, Any], **more: Any) -> Any:
+    """(rows, width, tokens) or (rows, labels).
+
+    Raises:
+        DataError: the model gives none.
+    """
+    logits = getattr(live.run(inputs, **more), "logits", None)
+    if logits is None:
+        raise DataError(f"{live.kind}, and gives no logits: {rows_of(live.model)}")
+    return logits
+
+
+def _forced_first(live: LiveModel) -> int | None:
+    """The token with which an encoder-decoder's answers begin, whatever it predicts (BART's, a language's)."""
+    found = getattr(getattr(live.model, "generation_config", None), "forced_bos_token_id", None)
+    return int(found) if live.task == SEQ2SEQ and isinstance(found, int) else None
 
 
 def _refuse_nonfinite(value: float, what: str, row: Tokens) -> None:

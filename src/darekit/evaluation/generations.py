@@ -15,7 +15,9 @@ from darekit.errors import CheckpointError, DataError, OutputError, PlanError
 from darekit.evaluation.comparison import Model, file_name, named_models, write_text
 from darekit.evaluation.examples import Progress
 from darekit.evaluation.guards import nan_refused
-from darekit.live.models import CAUSAL, LiveModel, build, memory_told, one_thread, quiet_transformers
+from darekit.live.models import LiveModel, build, memory_told, one_thread
+from darekit.live.skeletons import quiet_transformers
+from darekit.live.tasks import CAUSAL
 from darekit.planning.opening import open_plan
 
 BATCH_SIZE = 8
@@ -93,8 +95,8 @@ def answer(
     import torch
 
     if live.task != CAUSAL or live.tokenizer is None:
-        what = f"is a {live.task}" if live.task != CAUSAL else "has no tokenizer beside it"
-        raise DataError(f"the model {what}; answers need a causal model with its tokenizer")
+        what = live.kind if live.task != CAUSAL else "the model has no tokenizer beside it"
+        raise DataError(f"{what}; answers to instructions need a causal model with its tokenizer")
     ids = [_ids(live.tokenizer, question, prompt) for question in questions]
     for question, one in zip(questions, ids, strict=True):
         if len(one) + max_new_tokens > live.max_length:

@@ -22,7 +22,10 @@ from typing import Any
 from darekit.errors import CheckpointError, DarekitError, DataError, PlanError, RecipeError, Unsupported
 from darekit.evaluation.guards import nan_refused
 from darekit.evaluation.scores import Score, scores_of
-from darekit.live.models import CAUSAL, LiveModel, memory_told, one_thread, quiet_transformers
+from darekit.live.models import LiveModel, memory_told, one_thread
+from darekit.live.reading import refuse_foresight
+from darekit.live.skeletons import quiet_transformers
+from darekit.live.tasks import CAUSAL, rows_of
 
 # What the paper calls its benchmarks -> lm-eval's names.
 ALIASES = {
@@ -87,8 +90,9 @@ class Harness:
             DataError: the model gives NaN, is not a causal model, has no tokenizer, or a task fails.
         """
         if live.task != CAUSAL or live.tokenizer is None:
-            what = f"the model is a {live.task}" if live.task != CAUSAL else "the model has no tokenizer beside it"
-            raise DataError(f"lm-eval's tasks need a model that writes text, but {what}; judge it by rows of data")
+            what = f"{live.kind}: {rows_of(live.model)}" if live.task != CAUSAL else "it has no tokenizer beside it"
+            raise DataError(f"lm-eval's tasks need a causal model, but {what}")
+        refuse_foresight(live)
         what = f"running {', '.join(self.names)} in batches of {self.batch_size}"
         with one_thread(live.device), memory_told(what), _quiet(self.show_bars, self.trusted), nan_refused(live):
             found = self._run(live)

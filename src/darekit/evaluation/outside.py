@@ -23,7 +23,8 @@ from typing import Any
 from darekit.code import sources_of
 from darekit.errors import CheckpointError, DarekitError, DataError, RecipeError
 from darekit.evaluation.scores import Score, scores_of
-from darekit.live.models import LiveModel, quiet_transformers
+from darekit.live.models import LiveModel
+from darekit.live.skeletons import quiet_transformers
 
 MODEL = "{model}"  # stands for the model directory in a command
 TOLD = 15  # last lines of a failed command that an error quotes

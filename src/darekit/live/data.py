@@ -21,7 +21,8 @@ IGNORED = -100  # a target that has no part in the loss; torch's own default
 @dataclass(frozen=True, slots=True)
 class Row:
     """One example. A causal model sees `text` + `completion` and is asked for the completion (for all of the text,
-    where there is none); a classifier sees `text`, or `text` and `pair` as its two sentences, and is asked for `label`.
+    where there is none); an encoder-decoder has `text` in its encoder; a classifier sees `text`, or `text` and `pair`
+    as its two sentences, and is asked for `label`.
     `place`: where it came from, for errors."""
 
     text: str
@@ -138,16 +139,30 @@ def rows_digest(rows: Sequence[Row]) -> str:
 @dataclass(frozen=True)
 class Tokens:
     """One example as token ids. `asked`: whether the token at i is a target (predicted from those before it).
-    `types`: of a pair, which sentence each token belongs to, where the tokenizer tells (BERT's does)."""
+    `types`: of a pair, which sentence each token belongs to, where the tokenizer tells (BERT's does). `answer`: what
+    the decoder of an encoder-decoder is asked for; the encoder has `ids`, of which nothing is asked then."""
 
     ids: tuple[int, ...]
     asked: tuple[bool, ...]
     label: int | float | str | None
     place: str
     types: tuple[int, ...] | None = None
+    answer: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are predicted: the first of a text is not, as nothing is before it."""
+        return len(self.answer) or sum(self.asked[1:])
+
+    @property
+    def last(self) -> int:
+        """The last token that the model sees or is asked for."""
+        return (self.answer or self.ids)[-1]
 
 
-def tokenize(tokenizer: Any, rows: Sequence[Row], *, max_length: int, end: bool = True) -> list[Tokens]:
+def tokenize(
+    tokenizer: Any, rows: Sequence[Row], *, max_length: int, end: bool = True, apart: bool = False
+) -> list[Tokens]:
     """Rows -> tokens, cut to `max_length` (of the prompt the beginning is cut, so that a target remains).
 
     Args:
@@ -155,6 +170,7 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], *, max_length: int, end: bool 
         rows: the examples.
         max_length: tokens per example.
         end: put the end-of-text token behind a completion.
+        apart: for an encoder-decoder: prompt and completion are two sequences, each as the tokenizer makes it.
 
     Raises:
         DataError: no example leaves a token.
@@ -162,7 +178,15 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], *, max_length: int, end: bool 
     found = []
     for row in rows:
         types = None
-        if row.completion is None:
+        answer: list[int] = []
+        if apart and row.completion is not None:
+            ids = tokenizer(row.text, truncation=True, max_length=max_length)["input_ids"]
+            asked = [False] * len(ids)
+            answer = list(tokenizer(text_target=row.completion)["input_ids"])
+            if end and tokenizer.eos_token_id is not None and answer[-1:] != [tokenizer.eos_token_id]:
+                answer.append(tokenizer.eos_token_id)
+            answer = answer[:max_length]
+        elif row.completion is None:
             encoded = tokenizer(row.text, row.pair, truncation=True, max_length=max_length)
             ids = encoded["input_ids"]
             if row.pair is not None and "token_type_ids" in encoded:
@@ -179,7 +203,7 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], *, max_length: int, end: bool 
             head = head[-(max_length - len(tail)) :]
             ids, asked = [*head, *tail], [False] * len(head) + [True] * len(tail)
         if ids:
-            found.append(Tokens(tuple(ids), tuple(asked), row.label, row.place, types))
+            found.append(Tokens(tuple(ids), tuple(asked), row.label, row.place, types, tuple(answer)))
     if not found:
         raise DataError("the tokenizer produces no tokens for any row: is it the model's own tokenizer?")
     return found

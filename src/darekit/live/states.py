@@ -36,7 +36,7 @@ def hidden_states(
         for batch in batches(tokens, batch_size):
             inputs = padded(live, batch)
             body = getattr(live.model, "base_model", live.model)  # without the head, which costs and says nothing here
-            found = body(**inputs, output_hidden_states=True)
+            found = live.run(inputs, body=body, output_hidden_states=True)
             layers = getattr(found, "hidden_states", None)
             if layers is None:
                 raise DataError(f"{type(live.model).__name__} does not return its hidden states")

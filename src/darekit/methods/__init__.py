@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from darekit.methods import informed, merging, sparsifiers, spherical
+from darekit.methods import informed, merging, sparsifiers, spherical, surveyed
 from darekit.methods.foreign import Foreign
 from darekit.methods.parameters import Choice, Number, Parameter, Switch, parameters_of
 from darekit.methods.spherical import Vectors
+from darekit.methods.surveyed import Survey
 
 Scope = Literal["element", "row", "tensor"]
 
@@ -66,6 +67,7 @@ class MergeMethod:
     one of the rows, the first. `vectors`: from parameters of its own, which the method then has too, what is one vector
     with coefficients of its own: the tensor, each row, or each column.
 
+    `survey`: what the function must know of all of a tensor first, part by part (`darekit.methods.surveyed`).
     `shaped`: the function gets deltas as (K, rows, columns), not as (K, n). `foreign`: as of a sparsifier.
     """
 
@@ -83,6 +85,7 @@ class MergeMethod:
     products: Literal["models", "deltas"] | None = None
     base_row: bool = False
     vectors: Callable[..., Vectors] | None = None
+    survey: Survey | None = None
     shaped: bool = False
     foreign: Foreign | None = None
 
@@ -166,6 +169,11 @@ MERGE_METHODS: dict[str, MergeMethod] = {
         MergeMethod(merging.linear, needs_base=False, kernel="sum", keeps_one=True, mean_if="normalize"),
         MergeMethod(merging.task_arithmetic, kernel="sum", keeps_one=True),
         MergeMethod(merging.ties, kernel="elect", trims=True, keeps_one=True),
+        MergeMethod(surveyed.sce, "tensor", survey=surveyed.SCE),
+        MergeMethod(merging.nearswap, models=(1, 1)),
+        MergeMethod(surveyed.arcee_fusion, "tensor", models=(1, 1), survey=surveyed.ARCEE_FUSION),
+        MergeMethod(merging.ram),
+        MergeMethod(surveyed.ramplus_tl, "tensor", survey=surveyed.RAMPLUS_TL),
         MergeMethod(informed.fisher, needs_base=False, keeps_one=True, statistics="fisher"),
         MergeMethod(
             informed.regmean, "row", needs_base=False, keeps_one=True, statistics="gram", rows=informed.rows_at_once,
@@ -209,6 +217,7 @@ __all__ = [
     "MergeMethod",
     "Number",
     "Parameter",
+    "Scope",
     "Sparsifier",
     "Switch",
 ]

@@ -33,15 +33,12 @@ class Foreign:
     module: str
 
 
-def checked_merge(
-    name: str, function: Callable[..., Any], whole: frozenset[str], *, weighted: bool
-) -> Callable[..., Array]:
-    """A merge of deltas, (K, ...) -> (...) of deltas' dtype, with or without `weights`. `whole`: parameters that the
-    function gets as int."""
+def checked_merge(name: str, function: Callable[..., Any], whole: frozenset[str]) -> Callable[..., Array]:
+    """A merge of deltas, (K, ...) -> (...) of deltas' dtype. `whole`: parameters that the function gets as int."""
 
     @functools.wraps(function)
-    def merge(deltas: Array, weights: Array, **parameters: Any) -> Array:
-        given = (_frozen(deltas), _frozen(weights)) if weighted else (_frozen(deltas),)
+    def merge(deltas: Array, *weights: Array, **parameters: Any) -> Array:
+        given = (_frozen(deltas), *map(_frozen, weights))
         return _array(name, _called(name, function, *given, **_cast(parameters, whole)), deltas, deltas.shape[1:])
 
     return merge

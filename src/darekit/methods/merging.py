@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merge methods: K deltas (or, for `linear` without a base, K models) -> one. Plain numpy: definition and oracle.
 
-Each takes `deltas`, (K, n) float32 or float64, and `weights`, (K,) float64, and returns (n,) of deltas' dtype: the
-merged delta before `lambda`. Sums run over models in recipe order. Whatever a method needs to know of a whole
-tensor beforehand (TIES' trim) is a stage of its own, so that these functions work on tiles of any size.
+Each takes `deltas`, (K, n) float32 or float64, and, if it has weights, `weights`, (K,) float64, and returns (n,) of
+deltas' dtype: the merged delta before `lambda`. Sums run over models in recipe order. Whatever a method needs to know
+of a whole tensor beforehand (TIES' trim) is a stage of its own, so that these functions work on tiles of any size.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Annotated
 import numpy as np
 import numpy.typing as npt
 
-from darekit.methods.parameters import Switch
+from darekit.methods.parameters import Number, Switch
 
 Deltas = npt.NDArray[np.floating]
 Weights = npt.NDArray[np.float64]
 
+Epsilon = Annotated[float, Number("an element that changed by no more counts as unchanged", 0, per_model=False)]
+
 WEIGHTS_TINY = 1e-8
+DISTANCE_TINY = 1e-6  # smallest distance that `nearswap` divides by, as mergekit has it
 
 
 def total_weight(weights: Weights) -> float:
@@ -89,3 +92,39 @@ def ties(
     if not normalize:
         return merged
     return merged / np.where(agreeing == 0, number(1), agreeing)
+
+
+def nearswap(
+    deltas: Deltas,
+    *,
+    t: Annotated[float, Number("how far an element may move from the base's towards the model's", 0, per_model=False)],
+) -> Deltas:
+    """Take one model's elements where they are within t of the base's, and go t towards it where they are not.
+
+    Source: NearSwap (alchemonaut/QuartetAnemoi-70B-t0.0001) and mergekit (arXiv 2403.13257):
+    d min(1, t / max(|d|, 1e-6)).
+    """
+    number = deltas.dtype.type
+    share: Deltas = np.minimum(number(t) / np.maximum(np.abs(deltas[0]), number(DISTANCE_TINY)), number(1))
+    moved: Deltas = share * deltas[0]
+    return moved
+
+
+def changes(deltas: Deltas, epsilon: float) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """(K, ...) -> which deltas change an element, (K, ...), and how many do, (...)."""
+    changed = np.abs(deltas) > deltas.dtype.type(epsilon)
+    return changed, changed.sum(axis=0)
+
+
+def ram(deltas: Deltas, *, epsilon: Epsilon = 1e-5) -> Deltas:
+    """The mean, of each element, of the deltas that change it: what one model alone has learned keeps its size.
+
+    Source: Reinforced Agent Merging (arXiv 2601.13572): unique parts are added, shared parts averaged; as in mergekit,
+    |d| > epsilon is a change, and smaller ones are dropped.
+    """
+    changed, many = changes(deltas, epsilon)
+    total = np.zeros(deltas.shape[1:], deltas.dtype)
+    for delta, here in zip(deltas, changed, strict=True):
+        total += np.where(here, delta, deltas.dtype.type(0))
+    result: Deltas = total / np.maximum(many, 1).astype(deltas.dtype)
+    return result

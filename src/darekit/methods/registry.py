@@ -56,7 +56,7 @@ def add_merge_method(
     if products:
         called = checked_products(word, function, _whole(own))
     else:
-        called = checked_merge(word, function, _whole(own), weighted="weights" in arguments)
+        called = checked_merge(word, function, _whole(own))
     foreign = Foreign(word, function, _caller())
     MERGE_METHODS[word] = MergeMethod(called, foreign=foreign, shaped=shaped, **fields)
 

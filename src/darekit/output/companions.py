@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints import Checkpoint
-from darekit.checkpoints.companions import CARD, CONFIG, Companions, Content
+from darekit.checkpoints.companions import CARD, CONFIG, TOKENIZER, Companions, Content, matching
+from darekit.checkpoints.tokenizers import Tokenizer
 from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.errors import OutputError
 from darekit.output.config import merged_config
+from darekit.output.templates import asked_template
 from darekit.output.tokenizer import (
     TemplateChoice,
     choose_chat_template,
@@ -127,7 +129,9 @@ def companions_of(plan: Plan) -> OutputCompanions:
     recipe = plan.recipe
     donor = plan.base or plan.models[0]
     tokenizer: Checkpoint = donor
-    if recipe.tokenizer_source != "base":
+    if plan.vocabulary is not None:
+        tokenizer = plan.vocabulary.owner
+    elif recipe.tokenizer_source != "base":
         tokenizer = next(
             m for m, e in zip(plan.models, recipe.models, strict=True) if e.model == recipe.tokenizer_source
         )
@@ -143,9 +147,20 @@ def companions_of(plan: Plan) -> OutputCompanions:
         config = merged_config(
             donor.config, dtype=main_dtype(plan), sizes=plan.alignment.sizes, tied=plan.alignment.tied
         )
-    files = tokenizer_files(tokenizer.companions)
+    beside = tokenizer.companions
+    if plan.vocabulary is not None and plan.vocabulary.files is not None:
+        others = {name: content for name, content in beside.items() if not matching({name: content}, TOKENIZER)}
+        beside = {**others, **plan.vocabulary.files}
+    files = tokenizer_files(beside)
     files |= {name: content for name, content in model_files(donor.companions).items() if name not in files}
-    template = choose_chat_template(
-        tokenizer.companions, [(label(model.ref), model.companions) for model in plan.models]
-    )
-    return OutputCompanions(config, files, template)
+    named = [(label(model.ref), model.companions) for model in plan.models]
+    if recipe.chat_template is None:
+        return OutputCompanions(config, files, choose_chat_template(tokenizer.companions, named))
+    if plan.base is not None:
+        named.insert(0, (label(plan.base.ref), plan.base.companions))
+    added = None
+    if plan.vocabulary is not None:
+        added = [token.content for token in plan.vocabulary.joined.added]
+    elif (found := Tokenizer.of(tokenizer)) is not None:
+        added = [token.content for token in found.added]
+    return OutputCompanions(config, files, asked_template(recipe.chat_template, named, added))

@@ -12,7 +12,7 @@ from typing import Any
 
 from darekit import __version__
 from darekit.architectures.groups import MEANING
-from darekit.checkpoints import InputFile
+from darekit.checkpoints import InputFile, traits_of
 from darekit.checkpoints.digests import checkpoint_digest
 from darekit.engine.steps import ENGINE_FORMAT
 from darekit.inputs.statistics import Statistics
@@ -83,6 +83,7 @@ def identity(plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
             f"file {k} ({file.path.name})": {"bytes": file.size, "sample": _sample_of(file)}
             for k, file in enumerate(plan.files)
         },
+        **({"tokens": plan.vocabulary.digest()} if plan.vocabulary else {}),
         "shards": [[shard.filename, shard.size] for shard in plan.shards],
         "allow_nonfinite": allow_nonfinite,
     }
@@ -142,6 +143,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
             "shards": [shard.filename for shard in plan.shards],
         },
         "resolved": resolved_parameters(plan),
+        **_tokens(plan),
         **({"measured": dict(sorted(measured.items()))} if measured else {}),
     }
 
@@ -152,6 +154,11 @@ def _methods(plan: Plan) -> dict[str, Any]:
     return {"methods": [origin.to_data() for origin in origins]} if origins else {}
 
 
+def _tokens(plan: Plan) -> dict[str, Any]:
+    """Which tokens the output has, and where rows come from that some model did not have."""
+    return {} if plan.vocabulary is None else {"tokenizer": plan.vocabulary.to_data()}
+
+
 def _outputs_of(plan: Plan, index: int) -> dict[str, str]:
     """Stored name of a checkpoint's tensor -> the output tensor whose record has its digest: a tied copy's is that of
     the tensor it is."""
@@ -159,7 +166,7 @@ def _outputs_of(plan: Plan, index: int) -> dict[str, str]:
     found: dict[str, str] = {}
     for tensor in plan.alignment.tensors:
         info = tensor.base if at < 0 else tensor.models[at]
-        if info is not None:
+        if info is not None and traits_of(info.source).places is None:  # else what was read is not what is stored
             found.setdefault(info.stored_name, tensor.name)
     return {**plan.alignment.copies[index], **found}
 
@@ -190,6 +197,7 @@ def is_output_of(plan: Plan, out: Path) -> bool:
         "statistics": [_statistics(entry) for entry in plan.statistics],
         "shards": [shard.filename for shard in plan.shards],
         "resolved": resolved_parameters(plan),
+        "tokenizer": _tokens(plan).get("tokenizer"),
     }
     try:
         found = {key: lock.get(key) for key in wanted} | {

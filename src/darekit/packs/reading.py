@@ -27,7 +27,7 @@ from darekit.packs.format import PackedTensor, PackFile, read_pack, stored_diges
 from darekit.packs.lane import READ_LEAVES, stored_room
 from darekit.packs.leaves import decode, number_for, take
 from darekit.packs.opening import locate_pack, open_base, refuse_swapped
-from darekit.packs.weights import Weight, refuse_shared, state_of, weight_of
+from darekit.packs.weights import Counterparts, Weight, refuse_shared
 from darekit.wording import brief, size_of
 
 _DAMAGED = "what is stored does not match its digest: the pack is damaged; download it again"
@@ -196,7 +196,7 @@ class Pack:
 
         threads = threads or default_threads()
         self.refuse_damaged(threads=threads)
-        decoders = self.decoders(tensors)
+        decoders = self.decoders(self._counterparts(tensors))
 
         def compare(job: tuple[Decoder, Weight]) -> int:
             decoder, weight = job
@@ -241,22 +241,21 @@ class Pack:
         stored = [tensor for tensor in self.tensors.values() if tensor.kind != "same"]
         run_all(stored, work, threads=threads or default_threads())
 
-    def decoders(self, tensors: Mapping[str, Any] | Any) -> list[tuple[Decoder, Weight]]:
-        """What decodes each tensor that changes, and its counterpart in `tensors`.
+    def _counterparts(self, tensors: Mapping[str, Any] | Any) -> Counterparts:
+        config = None if self.base is None else self.base.config
+        stored = {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
+        return Counterparts(tensors, stored, config, str(self.path))
+
+    def decoders(self, live: Counterparts) -> list[tuple[Decoder, Weight]]:
+        """What decodes each tensor that changes, and where it lies in memory.
 
         Raises:
             HomologyError: a counterpart is missing, is another tensor's memory as well, or cannot be changed in place.
         """
-        state, found = state_of(tensors), []
-        for name, tensor in self.tensors.items():
-            if tensor.kind == "same":
-                continue
-            if name not in state:
-                raise HomologyError(f"there is no tensor {name} to apply {self.path} to")
-            weight = weight_of(state[name], name, tensor.dtype, tensor.shape)
-            found.append((Decoder(self._source, tensor), weight))
-        refuse_shared({decoder.tensor.name: weight for decoder, weight in found})
-        return found
+        names = [n for n, tensor in self.tensors.items() if tensor.kind != "same" and not live.is_nobodys(n)]
+        weights = live.weights(names)
+        refuse_shared(weights)
+        return [(Decoder(self._source, self.tensors[name]), weight) for name, weight in weights.items()]
 
     def checkpoint(self, base: Checkpoint | None = None) -> Checkpoint:
         """The packed model as a checkpoint that decodes what is read of it; `base` where none is bound yet.

@@ -18,7 +18,7 @@ from darekit.errors import DarekitError, HomologyError
 from darekit.packs.decoding import Decoder, Swapped, spans_of
 from darekit.packs.leaves import Indices
 from darekit.packs.reading import open_pack
-from darekit.packs.weights import Weight, state_of, weight_of
+from darekit.packs.weights import Counterparts, Place, Weight
 from darekit.packs.workers import run_all
 from darekit.wording import brief
 
@@ -105,7 +105,7 @@ class Switcher:
         self._spans: dict[tuple[str, int], _Span] = {}  # by tensor and first leaf: always the same leaves
         self._saved: list[_Saved] = []  # where no lane goes
         self._checked: set[Any] = set()  # packs whose bytes were compared with their digests
-        self._places: dict[str, tuple[str, int]] = {}
+        self._places: dict[str, tuple[Place, ...]] = {}
         self._base = open_checkpoint(base)
         try:
             self._refuse_other_weights()
@@ -141,7 +141,7 @@ class Switcher:
             return
         with open_pack(pack) as found:
             found.refuse_base(self._live, self._digest)
-            decoders = found.decoders(self.model)
+            decoders = found.decoders(self._counterparts)
             if found.identity not in self._checked:
                 found.refuse_damaged(threads=self.threads)
                 self._checked.add(found.identity)
@@ -199,24 +199,21 @@ class Switcher:
 
     def _refuse_moved(self) -> None:
         """What was remembered belongs to the memory that the weights had."""
-        state = state_of(self.model)
-        for name, info in self._live.tensors.items():
-            if name not in state or (
-                info.nbytes and weight_of(state[name], name, info.dtype, info.shape).place != self._places[name]
-            ):
+        for name, weight in self._counterparts.weights(self._places).items():
+            if weight.nbytes and weight.places != self._places[name]:
                 raise HomologyError(
                     f"{name} has moved in memory since this switcher was made: move or load the model first, and then "
                     "make a switcher"
                 )
 
     def _refuse_other_weights(self) -> None:
-        infos, state = {}, state_of(self.model)
-        for name, info in self._base.tensors.items():
-            if name not in state:
-                raise HomologyError(f"the model has no tensor {name}, which {self._base.ref} has")
-            weight = weight_of(state[name], name, info.dtype, info.shape)
-            infos[name] = TensorInfo(name, info.dtype, info.shape, weight)
-            self._places[name] = weight.place
+        infos = dict(self._base.tensors)
+        stored = {name: (info.dtype, info.shape) for name, info in infos.items()}
+        self._counterparts = Counterparts(self.model, stored, self._base.config, self._base.ref)
+        weights = self._counterparts.weights(name for name in infos if not self._counterparts.is_nobodys(name))
+        for name, weight in weights.items():
+            infos[name] = TensorInfo(name, infos[name].dtype, infos[name].shape, weight)
+            self._places[name] = weight.places
         live = Checkpoint(self._base.ref, None, infos, None, (), None)
         self._digest = sample_digest(live)
         if self._digest != sample_digest(self._base):

@@ -5,24 +5,28 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from darekit.architectures.families import facts_of
+from darekit.architectures.layout import Unplaced, places_of
 from darekit.checkpoints import ArrayBytes, Source
 from darekit.dtypes import DTYPES, Bytes, dtype_of, is_torch
 from darekit.errors import HomologyError
+
+Place = tuple[str, int, int]  # device, address, bytes
 
 
 class Weight(Source, Protocol):
     """One live tensor, which can be read as a checkpoint's can."""
 
     @property
-    def place(self) -> tuple[str, int]:
-        """The memory that it lies in: device and address."""
+    def places(self) -> tuple[Place, ...]:
+        """The memory that it lies in."""
         ...
 
     def changing(self, begin: int, end: int) -> AbstractContextManager[Bytes]:
@@ -43,9 +47,9 @@ class HostWeight:
         return self.raw.nbytes
 
     @property
-    def place(self) -> tuple[str, int]:
+    def places(self) -> tuple[Place, ...]:
         """See `Weight`."""
-        return "cpu", self.raw.ctypes.data
+        return (("cpu", self.raw.ctypes.data, self.raw.nbytes),)
 
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """See `Weight`."""
@@ -71,9 +75,9 @@ class DeviceWeight:
         return int(self._flat.numel())
 
     @property
-    def place(self) -> tuple[str, int]:
+    def places(self) -> tuple[Place, ...]:
         """See `Weight`."""
-        return str(self._flat.device), int(self._flat.data_ptr())
+        return ((str(self._flat.device), int(self._flat.data_ptr()), self.nbytes),)
 
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """See `Weight`: copied by way of this thread's room."""
@@ -102,6 +106,54 @@ class DeviceWeight:
             room = _ROOMS.of(end - begin, pinned=self._flat.device.type == "cuda")
             room.copy_(self._flat[begin:end])
         return room
+
+
+class CutWeight:
+    """A tensor that is several in memory: its bytes lie in them, one after another."""
+
+    def __init__(self, parts: Sequence[Weight]) -> None:
+        self._parts = tuple(parts)
+        self._ends = list(itertools.accumulate(part.nbytes for part in parts))
+
+    @property
+    def nbytes(self) -> int:
+        """See `Weight`."""
+        return self._ends[-1]
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """See `Weight`."""
+        return tuple(place for part in self._parts for place in part.places)
+
+    def read_into(self, buffer: Bytes, offset: int) -> None:
+        """See `Weight`."""
+        for part, inside, begin, end in self._within(offset, offset + buffer.size):
+            part.read_into(buffer[begin - offset : end - offset], begin - inside)
+
+    @contextmanager
+    def changing(self, begin: int, end: int) -> Iterator[Bytes]:
+        """See `Weight`: the memory itself where it is one part's, else copied, and back."""
+        found = list(self._within(begin, end))
+        if len(found) == 1:
+            part, inside, _, _ = found[0]
+            with part.changing(begin - inside, end - inside) as raw:
+                yield raw
+            return
+        room = np.empty(end - begin, np.uint8)
+        self.read_into(room, begin)
+        try:
+            yield room
+        finally:
+            for part, inside, first, last in found:
+                with part.changing(first - inside, last - inside) as raw:
+                    raw[:] = room[first - begin : last - begin]
+
+    def _within(self, begin: int, end: int) -> Iterator[tuple[Weight, int, int, int]]:
+        """(part, where it begins, bytes of the whole that are wanted of it: from and to)."""
+        for part, stop in zip(self._parts, self._ends, strict=True):
+            start = stop - part.nbytes
+            if start < end and begin < stop:
+                yield part, start, max(begin, start), min(end, stop)
 
 
 class _Rooms(threading.local):
@@ -134,6 +186,65 @@ def state_of(model: Mapping[str, Any] | Any) -> Mapping[str, Any]:
 
             torch.cuda.synchronize(device)
     return state
+
+
+class Counterparts:
+    """The live tensors, or parts of them, that stored tensors are in memory.
+
+    Args:
+        model: a torch module, or name -> torch tensor or numpy array.
+        stored: name -> (format as in `DTYPES`, shape), of all tensors of one checkpoint.
+        config: its config.json, for what a mapping does not tell.
+        ref: what to call the checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any] | Any,
+        stored: Mapping[str, tuple[str, tuple[int, ...]]],
+        config: Mapping[str, Any] | None,
+        ref: str,
+    ) -> None:
+        self.model, self.ref, self._stored = model, ref, stored
+        self._facts = facts_of(_config_of(model) or config)
+        shapes = {name: tuple(array.shape) for name, array in state_of(model).items() if hasattr(array, "shape")}
+        self._places = places_of({name: shape for name, (_, shape) in stored.items()}, shapes, self._facts)
+
+    def is_nobodys(self, name: str) -> bool:
+        """Whether the model has no such tensor, and its loader would drop it."""
+        shape = self._stored[name][1]
+        return self._places[name] == Unplaced() and (
+            self._facts.is_rebuilt(name, shape) or self._facts.ignored_when_unexpected(name)
+        )
+
+    def weights(self, names: Iterable[str]) -> dict[str, Weight]:
+        """Stored name -> where it lies now.
+
+        Raises:
+            HomologyError: it lies nowhere, in another shape or format, or not in the order in which it is stored.
+        """
+        state, found = state_of(self.model), {}
+        for name in names:
+            place, (dtype, shape) = self._places[name], self._stored[name]
+            if place == Unplaced():
+                raise HomologyError(f"the model has no tensor {name}, which {self.ref} has")
+            if isinstance(place, Unplaced):
+                raise HomologyError(
+                    f"{name} of {self.ref} cannot be changed in place in this model: {place.why}. `dare unpack` writes "
+                    "the packed model, which can be loaded instead"
+                )
+            if len(place) == 1:
+                found[name] = weight_of(place[0].of(state), name, dtype, shape)
+                continue
+            arrays = [part.of(state) for part in place]
+            found[name] = CutWeight([weight_of(a, name, dtype, (a.shape[0], *shape[1:])) for a in arrays])
+        return found
+
+
+def _config_of(model: Any) -> dict[str, Any] | None:
+    """What a live model of transformers' says of its class; None for anything else."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return None if model_type is None else {"architectures": [type(model).__name__], "model_type": model_type}
 
 
 def weight_of(array: Any, name: str, wanted: str, shape: tuple[int, ...]) -> Weight:
@@ -172,7 +283,7 @@ def refuse_shared(weights: Mapping[str, Weight]) -> None:
     Raises:
         HomologyError: two share a byte.
     """
-    placed = sorted((*weight.place, weight.nbytes, name) for name, weight in weights.items() if weight.nbytes)
+    placed = sorted((*place, name) for name, weight in weights.items() for place in weight.places if place[2])
     for (device, address, nbytes, name), (other, start, _, second) in itertools.pairwise(placed):
         if device == other and start < address + nbytes:
             raise HomologyError(

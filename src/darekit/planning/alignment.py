@@ -11,6 +11,7 @@ from darekit.architectures.families import HEADS
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError
+from darekit.planning.fusing import fit_parts
 from darekit.planning.naming import Roles, View, buffers_of, views_of
 from darekit.planning.ties import settle_ties
 from darekit.planning.vocabulary import rows_told, sizes_for_config, tokens_axis
@@ -95,6 +96,7 @@ def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, 
     if isinstance(heads, Checkpoint):
         naming = next(view for view in views if view.checkpoint is heads)
     tied = settle_ties(views, notes)
+    fit_parts(views, notes)
     taken: dict[str, TensorInfo] = {}
     if isinstance(heads, Checkpoint):
         taken = _take_heads(naming, views, notes)
@@ -123,12 +125,19 @@ def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, 
     for key, info in buffers_of(views, notes).items():
         if naming is views[0] or key in naming.buffers:
             add(key, info, [info, *(None for _ in views[1:])], copied=True)
-    tensors.sort(key=lambda tensor: natural_key(tensor.name))
+    _sort(tensors, checkpoints[0])
     if taken:
         _compare_head_rows(naming, tensors)
     sizes = sizes_for_config(views[0].facts, {views[0].name_of(key): found for key, found in rows.items()})
     copies = tuple({name: naming.name_of(key) for name, key in view.copies.items()} for view in views)
     return Alignment(tuple(tensors), tied, sizes, tuple(notes), copies)
+
+
+def _sort(tensors: list[AlignedTensor], reference: Checkpoint) -> None:
+    """Into the order of `natural_key`, which is slow; what has the reference's names and order is in it."""
+    names = {tensor.name for tensor in tensors}
+    if [tensor.name for tensor in tensors] != [name for name in reference.tensors if name in names]:
+        tensors.sort(key=lambda tensor: natural_key(tensor.name))
 
 
 def _take_heads(giver: View, views: Sequence[View], notes: list[str]) -> dict[str, TensorInfo]:
@@ -225,15 +234,19 @@ def _prefix_hint(missing: Sequence[str], extra: Sequence[str]) -> list[str]:
 
 
 def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str, tuple[int, int]]:
-    """Key of every output tensor whose vocabulary differs -> its axis, and its rows; raises where anything else does.
-
-    Shapes that all agree are passed over quickly: there may be tens of thousands."""
+    """Key of each tensor whose vocabulary differs -> its axis, and the output's rows; raises where more differs."""
     problems, vocabularies, rows = [], [], {}
     foreign = True  # all problems so far are shapes of heads
-    for key, info in views[0].tensors.items():
-        found = [(view, view.tensors[key]) for view in views if key in view.tensors]
-        if all(other.shape == info.shape and other.dtype == info.dtype for _, other in found):
+    unlike = {
+        key
+        for view in views[1:]
+        for key, info in views[0].tensors.items()
+        if (other := view.tensors.get(key)) is not None and (other.shape != info.shape or other.dtype != info.dtype)
+    }
+    for key, info in views[0].tensors.items() if unlike else ():
+        if key not in unlike:
             continue
+        found = [(view, view.tensors[key]) for view in views if key in view.tensors]
         for view, other in found[1:]:
             floats = dtype_named(other.dtype).kind == "float", dtype_named(info.dtype).kind == "float"
             if floats[0] != floats[1] or (not floats[0] and other.dtype != info.dtype):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from darekit.architectures.depth import Depths
 from darekit.checkpoints import Checkpoint
@@ -23,7 +23,8 @@ class Draft:
     """A recipe and open checkpoints, aligned and resolved: steps, summaries and notes are made from it.
 
     `settings`: by tensor. `seeds`: each model's effective seed, None where nothing is drawn. `statistics`: one of each
-    model, where the method uses them. `roles`: what is no weight. `counters`: who gives each counter.
+    model, where the method uses them. `roles`: what is no weight. `counters`: who gives each counter. `shared`: what
+    steps with equal settings have in common, made once.
     """
 
     recipe: Recipe
@@ -35,6 +36,7 @@ class Draft:
     statistics: tuple[Statistics, ...] = ()
     roles: Mapping[str, Role] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     def merged(self) -> Iterator[tuple[AlignedTensor, int, ModelSettings]]:
         """Every tensor with every model that has a say about it, and what holds there."""

@@ -32,6 +32,7 @@ class View:
         checkpoint: whose they are.
         facts: what is known of it, or of the first checkpoint that something is known of.
         tensors: key -> tensor.
+        keys: stored name -> key.
         buffers: key -> tensor that every loader makes itself.
         names: key -> the name to write where it is not the stored one.
         copies: stored name of a tied copy -> the key of the tensor that it is.
@@ -40,6 +41,7 @@ class View:
     checkpoint: Checkpoint
     facts: Facts
     tensors: dict[str, TensorInfo]
+    keys: Mapping[str, str]
     buffers: dict[str, TensorInfo] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
@@ -99,19 +101,21 @@ def _same_names(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _view(checkpoint: Checkpoint, facts: Facts, prefixes: Sequence[str], like: View | None, notes: list[str]) -> View:
-    view = View(checkpoint, facts, {})
-    keys = _keys(facts, checkpoint.tensors, prefixes)
+    keys = like.keys if like else _keys(facts, checkpoint.tensors, prefixes)
+    view = View(checkpoint, facts, {}, keys)
     rebuilt: dict[tuple[str, tuple[int, ...]], bool] = {}
     for name, info in checkpoint.tensors.items():
-        key = keys[name]
-        at = facts.pattern(name), info.shape
+        key, at = keys[name], (facts.pattern(name), info.shape)
         if at not in rebuilt:
             rebuilt[at] = facts.is_rebuilt(name, info.shape)
-        place = view.buffers if rebuilt[at] else view.tensors
-        if key in place:
-            key = _of_two(view, place, key, name)
-        place[key] = info
-    if facts.is_known:
+        if rebuilt[at]:
+            view.buffers[key] = info
+        elif key in view.tensors:
+            _refuse_unequal(view, key, info)
+            view.copies[name] = key
+        else:
+            view.tensors[key] = info
+    if facts.is_known and (like is None or like.names):
         _unwrap(view, notes)
     return view
 
@@ -119,34 +123,37 @@ def _view(checkpoint: Checkpoint, facts: Facts, prefixes: Sequence[str], like: V
 def _keys(facts: Facts, names: Iterable[str], prefixes: Sequence[str]) -> dict[str, str]:
     """Stored name -> key. A prefix that only other checkpoints' classes have counts before a part of the base model."""
     found = facts.canonicals(names)
-    for name, memory in found.items():
-        for prefix in prefixes:
-            rest = memory[len(prefix) + 1 :] if memory.startswith(f"{prefix}.") else ""
-            if rest and (prefix == facts.prefix or rest.partition(".")[0] in facts.parts):
-                found[name] = rest
-                break
+    for prefix in prefixes:
+        begin = f"{prefix}."
+        for name, memory in found.items():
+            if memory.startswith(begin):
+                rest = memory[len(begin) :]
+                if prefix == facts.prefix or rest.partition(".")[0] in facts.parts:
+                    found[name] = rest
     return found
 
 
-def _of_two(view: View, place: Mapping[str, TensorInfo], key: str, name: str) -> str:
+def _refuse_unequal(view: View, key: str, info: TensorInfo) -> None:
     """Two stored tensors have one name for the loader: equal values are one tensor."""
-    first, second = place[key], view.checkpoint.tensors[name]
-    if not are_equal(first, second):
+    first = view.tensors[key]
+    if not are_equal(first, info):
         raise HomologyError(
-            f"{view.ref} stores {first.name} and {name}, which are one tensor to the loader ({key}), with different "
-            "values. Remove one of them, or save the model again with `save_pretrained`"
+            f"{view.ref} stores {first.name} and {info.name}, which are one tensor to the loader ({key}), with "
+            "different values. Remove one of them, or save the model again with `save_pretrained`"
         )
-    return key
 
 
 def _unwrap(view: View, notes: list[str]) -> None:
     """What wrappers put into names is not written."""
     found: dict[str, int] = {}
+    wrapped: dict[str, tuple[str, ...]] = {}
     for key, info in (*view.tensors.items(), *view.buffers.items()):
-        name = unwrapped(info.name)
-        if name != info.name:
-            view.names[key] = name
-            for word in wrappers_in(info.name):
+        pattern = view.facts.pattern(info.name)
+        if pattern not in wrapped:
+            wrapped[pattern] = wrappers_in(info.name)
+        if wrapped[pattern]:
+            view.names[key] = unwrapped(info.name)
+            for word in wrapped[pattern]:
                 found[word] = found.get(word, 0) + 1
     if found:
         words = ", ".join(f"{word!r} in {count} names" for word, count in found.items())

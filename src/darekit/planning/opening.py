@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from darekit.checkpoints import Checkpoint
 from darekit.inputs import opening
 from darekit.inputs.opening import OPENERS
+from darekit.machine import without_collector
 from darekit.planning.plan import SHARD_SIZE, Plan, make_plan
 from darekit.recipe import Recipe
 
@@ -45,11 +46,19 @@ def only_on_base(ref: str | Path) -> tuple[str, str | Path] | None:
 def open_plan(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE) -> Iterator[Plan]:
     """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving."""
     names = [entry.model for entry in recipe.models]
-    with open_models(recipe.base_model, names, search=search) as (base, models), ExitStack() as opened:
-        statistics: list[Statistics] = []
-        for entry in recipe.models:
-            if entry.stats is not None:
-                from darekit.inputs.statistics import open_statistics
+    with ExitStack() as opened:
+        with without_collector():
+            base, models = opened.enter_context(open_models(recipe.base_model, names, search=search))
+            statistics: list[Statistics] = []
+            for entry in recipe.models:
+                if entry.stats is not None:
+                    from darekit.inputs.statistics import open_statistics
 
-                statistics.append(opened.enter_context(closing(open_statistics(entry.stats, search=search))))
-        yield make_plan(recipe, base, models, statistics=statistics, shard_size=shard_size)
+                    statistics.append(opened.enter_context(closing(open_statistics(entry.stats, search=search))))
+            others = {}
+            for name in recipe.tokens.models if recipe.tokens else ():
+                if name not in names and not (name == "base" and base is not None):
+                    model = opening.open_model(name, base, search=search, openers=OPENERS)
+                    others[name] = opened.enter_context(closing(model))
+            plan = make_plan(recipe, base, models, statistics=statistics, others=others, shard_size=shard_size)
+        yield plan

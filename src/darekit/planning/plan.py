@@ -35,6 +35,7 @@ from darekit.planning.notes import notes_of, rate_notes, wide_notes
 from darekit.planning.rates import settle
 from darekit.planning.settings import Settings, settings_of
 from darekit.planning.steps import steps_of
+from darekit.planning.tokens import OutputVocabulary, with_vocabulary
 from darekit.recipe import Recipe
 from darekit.wording import brief, size_of
 
@@ -88,6 +89,8 @@ class Plan:
         settings: by tensor, what holds for it and for each model in it: weights, drop rates, the method's parameters.
         depths: which layer each tensor is in.
         statistics: one per model, where the method uses them.
+        vocabulary: the output's tokens, where the recipe says which; None: rows are matched by number.
+        others: checkpoints that give tokens or rows and are none of the models.
         roles: name -> what it is, of the tensors that are no weights: running statistics, counters.
         counters: name -> whose value each counter gets: a model's index, or -1, the base.
     """
@@ -108,6 +111,8 @@ class Plan:
     statistics: tuple[Statistics, ...] = ()
     roles: Mapping[str, Role] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: OutputVocabulary | None = None
+    others: tuple[Checkpoint, ...] = ()
 
     def __repr__(self) -> str:
         sparsify = f"{self.recipe.sparsify.method} + " if self.recipe.sparsify else ""
@@ -125,7 +130,7 @@ class Plan:
     @property
     def files(self) -> tuple[InputFile, ...]:
         """All files that are read, each once: those of the checkpoints and of their sources, and the statistics."""
-        weights = [file for checkpoint in self.checkpoints for file in checkpoint.read_files]
+        weights = [file for checkpoint in (*self.checkpoints, *self.others) for file in checkpoint.read_files]
         return tuple(dict.fromkeys((*weights, *(entry.file for entry in self.statistics if entry.file))))
 
     def __enter__(self) -> Self:
@@ -174,6 +179,8 @@ class Plan:
         wrong: dict[str, list[str]] = {}
         for k, model in enumerate(self.models):
             for name, info in model.tensors.items():
+                if name in self.moved:  # what was read is not what is stored
+                    continue
                 wanted = traits_of(info.source).result
                 found = records.get(name, {}).get("models", {}).get(str(k))
                 if wanted is not None and found is not None and found != wanted:
@@ -187,6 +194,11 @@ class Plan:
                 f"These tensors do not decode to what was packed; {outcome}: {'; '.join(told)}. The pack or its base "
                 "is damaged: `dare verify PACK BASE` says which"
             )
+
+    @property
+    def moved(self) -> frozenset[str]:
+        """Tensors whose rows are not read as they are stored."""
+        return frozenset() if self.vocabulary is None else self.vocabulary.tensors
 
     @property
     def bytes_out(self) -> int:
@@ -222,16 +234,18 @@ def make_plan(
     models: Sequence[Checkpoint],
     *,
     statistics: Sequence[Statistics] = (),
+    others: Mapping[str, Checkpoint] | None = None,
     shard_size: int = SHARD_SIZE,
 ) -> Plan:
-    """Recipe x open checkpoints (x open statistics, one of each model) -> the plan.
+    """Recipe x open checkpoints (x open statistics, one of each model; x others that its tokens name) -> the plan.
 
     Raises:
         HomologyError: the checkpoints do not belong together, or statistics are another model's.
         PlanError: a parameter is impossible for a tensor.
         RecipeError: a parameter has no value for a tensor.
     """
-    alignment = align(base, models, recipe.vocab, heads=_heads_of(recipe, base, models))
+    alignment = align(base, models, "pad" if recipe.tokens else recipe.vocab, heads=_heads_of(recipe, base, models))
+    alignment, vocabulary = with_vocabulary(recipe, alignment, base, models, others or {})
     depths = depths_of(tensor.name for tensor in alignment.tensors)
     facts = facts_of(next((c.config for c in (base, *models) if c and c.config), None))
     roles = roles_of(alignment.tensors, facts)
@@ -242,6 +256,12 @@ def make_plan(
     if informed:
         from darekit.planning.statistics import check_statistics, statistics_notes
 
+        if vocabulary is not None and vocabulary.tensors:
+            raise PlanError(
+                f"{recipe.merge_method} reads statistics of rows as the models have them, but here tokens are moved "
+                f"({', '.join(sorted(vocabulary.tensors))}): give the models one vocabulary first, with a merge_method "
+                "without statistics"
+            )
         check_statistics(recipe, models, own_digests, statistics)
     settings = settings_of(recipe, alignment.tensors, depths, roles)
     seeds = _seeds(recipe, own_digests)
@@ -258,7 +278,7 @@ def make_plan(
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
-        rates, settings, depths, draft.statistics, roles, counters,
+        rates, settings, depths, draft.statistics, roles, counters, vocabulary, tuple((others or {}).values()),
     )  # fmt: skip
 
 

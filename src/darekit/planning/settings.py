@@ -115,10 +115,13 @@ class _Resolver:
         """What holds for one tensor."""
         merged = is_float(tensor.dtype) and not tensor.copied
         sparsify = self._recipe.sparsify
-        dense = sparsify is None or tensor.head or is_kept_dense(place.name, tensor.group, sparsify.keep_dense)
+        kept = sparsify.keep_dense if sparsify is not None else ()
+        dense = sparsify is None or tensor.head or bool(kept and is_kept_dense(place.name, tensor.group, kept))
         models = tuple(
-            resolver.at(place, dense=dense) if merged and info is not None else None
-            for resolver, info in zip(self._models, tensor.models, strict=True)
+            [
+                resolver.at(place, dense=dense) if merged and info is not None else None
+                for resolver, info in zip(self._models, tensor.models, strict=True)
+            ]
         )
         scale, merge = self._scale.at(place), self._merge.at(place)
         key = (*scale.values(), *merge.values(), *map(id, models))  # `_known` keeps those objects alive
@@ -169,8 +172,19 @@ class _ModelResolver:
         self._unbiased = sparsify is not None and sparsify.on == "delta" and SPARSIFIERS[sparsify.method].unbiased
         self._known: dict[Any, ModelSettings] = {}
 
+        self._constant: dict[bool, ModelSettings] = {}  # by `dense`, where nothing depends on the place
+        self._varies = self._always.varies or (self._sparsify is not None and self._sparsify.varies)
+        self._varies = self._varies or not (self._density is None or is_scalar(self._density))
+
     def at(self, place: Place, *, dense: bool) -> ModelSettings:
         """What holds for one tensor of this model."""
+        if not self._varies:
+            if dense not in self._constant:
+                self._constant[dense] = self._at(place, dense=dense)
+            return self._constant[dense]
+        return self._at(place, dense=dense)
+
+    def _at(self, place: Place, *, dense: bool) -> ModelSettings:
         always = self._always.at(place)
         sparsify = {} if dense or self._sparsify is None else self._sparsify.at(place)
         density = None if dense else resolve((self._density,), place)
@@ -197,6 +211,11 @@ class _Asked:
         self._scopes = {name: reachable(values) for name, values in scopes.items()}
         self._fixed = {name: values[0] for name, values in self._scopes.items() if values and is_scalar(values[0])}
         self._varying = [name for name in self._scopes if name not in self._fixed]
+
+    @property
+    def varies(self) -> bool:
+        """Whether any of them depends on the place."""
+        return bool(self._varying)
 
     def at(self, place: Place) -> Mapping[str, Any]:
         """Name -> value at a place, in the order given."""

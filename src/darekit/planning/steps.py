@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from darekit.checkpoints import Placement
+from darekit.checkpoints import Placement, Places, traits_of
 from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step
 from darekit.errors import PlanError
@@ -91,7 +91,11 @@ def _merge_of(
         if informed is None:
             method, parameters = AVERAGE, {"normalize": True}
     # What a view calls otherwise keeps the mask of the tensor that is stored.
-    streams = {k: info.stored or "" for k, info in enumerate(tensor.models) if info is not None}
+    streams = {
+        k: (info.stored or "", traits_of(info.source).places)
+        for k, info in enumerate(tensor.models)
+        if info is not None
+    }
     return _Merge(
         draft, tensor.name, make, base, inputs, models, streams, settings.scale, method, parameters, informed
     )  # fmt: skip
@@ -108,7 +112,7 @@ class _Merge:
     base: Input | None
     inputs: Mapping[int, Input]
     models: Mapping[int, ModelSettings]
-    streams: Mapping[int, str]
+    streams: Mapping[int, tuple[str, Places | None]]
     scale: float
     method: str
     parameters: Mapping[str, Any]
@@ -128,7 +132,7 @@ class _Merge:
 
     def _on_base(self, base: Input, count: int) -> Step:
         owners = tuple(self.inputs)
-        chains = tuple(self._chain(k, count) for k in owners)
+        chains = self._chains(owners, count)
         first = owners[0]
         # What the one model's delta is multiplied by, where there is but one.
         scale = self.scale * (1.0 if self.parameters.get("normalize") else self.models[first].weight)
@@ -139,7 +143,7 @@ class _Merge:
             base=base,
             models=tuple(self.inputs.values()),
             owners=owners,
-            weights=tuple(self.models[k].weight for k in owners),
+            weights=self._weights(owners),
             chains=chains,
             method=self.method,
             parameters=self.parameters,
@@ -180,6 +184,28 @@ class _Merge:
             verbatim=MERGE_METHODS[method].keeps_one and len(owners) == 1 and not chains[0] and scale == 1.0,
         )
 
+    def _weights(self, owners: tuple[int, ...]) -> tuple[float, ...]:
+        """Of its owners, one object for all tensors with equal weights."""
+        weights = tuple([self.models[k].weight for k in owners])
+        shared: tuple[float, ...] = self.draft.shared.setdefault(weights, weights)
+        return shared
+
+    def _chains(self, owners: tuple[int, ...], count: int) -> tuple[tuple[StageSpec, ...], ...]:
+        """What happens to each owner's delta; one object for all tensors for which it is equal."""
+        keys = [self._key(k, count) for k in owners]
+        key = (owners, *keys)
+        found: tuple[tuple[StageSpec, ...], ...] | None = self.draft.shared.get(key)
+        if found is None:
+            found = self.draft.shared[key] = tuple([self._chain(k, count) for k in owners])
+        return found
+
+    def _key(self, model: int, count: int) -> tuple[Any, ...]:
+        """What a chain depends on. `draft.settings` keeps the settings alive, whose identity counts."""
+        recipe, settings = self.draft.recipe, self.models[model]
+        if recipe.sparsify is not None and SPARSIFIERS[recipe.sparsify.method].prepare is not None:
+            return id(settings), self.streams[model], count, self.name
+        return id(settings), self.streams[model], count if settings.keep < 1 else None
+
     def _chain(self, model: int, count: int) -> tuple[StageSpec, ...]:
         """What happens to one model's delta before the merge: the sparsifier, then the merge method's trim."""
         recipe, settings = self.draft.recipe, self.models[model]
@@ -190,8 +216,8 @@ class _Merge:
             if prepare is not None:
                 density = {} if settings.density is None else {"density": settings.density}  # mergekit's recipes
                 values = prepare({**values, **density}, count, self.name)
-            stream = self.streams[model]
-            stages.append(StageSpec(recipe.sparsify.method, values, self.draft.seeds[model] or 0, stream))
+            seed = self.draft.seeds[model] or 0
+            stages.append(StageSpec(recipe.sparsify.method, values, seed, *self.streams[model]))
         if MERGE_METHODS[recipe.merge_method].trims:
             keep = settings.keep
             if keep <= 0:

@@ -8,7 +8,7 @@ stored is the source's where the architecture ties it, and missing elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -61,10 +61,14 @@ def settle_ties(views: Sequence[View], notes: list[str]) -> bool | None:
 
 def _possible(views: Sequence[View]) -> list[Possible]:
     """All ties whose target any view stores."""
-    keys = dict.fromkeys(key for view in views for key in view.tensors)
-    shapes = {key: info.shape for view in reversed(views) for key, info in view.tensors.items()}
+    keys: Collection[str] = views[0].tensors.keys()
+    if any(view.tensors.keys() != keys for view in views[1:]):
+        keys = dict.fromkeys(key for view in views for key in view.tensors)
     found: dict[str, Possible] = {}
     for facts in {id(view.facts): view.facts for view in views}.values():
+        shapes = {}  # of a model that the table knows they are not asked
+        if not facts.is_known:
+            shapes = {key: info.shape for view in reversed(views) for key, info in view.tensors.items()}
         for target, source in facts.possible_ties(keys, shapes):
             found.setdefault(target, Possible(target, source))
     return list(found.values())

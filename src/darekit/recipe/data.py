@@ -46,6 +46,72 @@ class Sparsify:
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """Where the rows of a token come from, for models that lack it.
+
+    Attributes:
+        kind: `model`, that model's own row; `token`, a row of another token; `zero`; `default`, as without an entry.
+        model: the model that gives the row, as written, or `base`; None where there is none.
+        token: of another token, its text, or
+        token_id: its id.
+        force: models that have the token get this row, too.
+    """
+
+    kind: Literal["default", "model", "token", "zero"] = "default"
+    model: str | None = None
+    token: str | None = None
+    token_id: int | None = None
+    force: bool = False
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form, as a recipe has it."""
+        source: dict[str, Any] = {}
+        if self.kind == "model":
+            source = {"source": self.model}
+        elif self.kind == "zero":
+            source = {"source": {"kind": "zero"}}
+        elif self.kind == "token":
+            named = {"token_id": self.token_id} if self.token is None else {"token": self.token}
+            source = {"source": {"kind": "model_token", "model": self.model, **named}}
+        return {**source, "force": self.force}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which tokens the output has. Rows are then matched by token; without it they are matched by their number.
+
+    Attributes:
+        source: `union`, `base`, or the model, as written, whose tokens they are; `model:NAME` where that is one of
+            these words.
+        rows: token -> where its rows come from; those that no model has are added.
+        pad_to_multiple_of: rows are added up to a multiple of this; None: as many as the inputs have, or the tokens
+            need.
+    """
+
+    source: str = "union"
+    rows: Mapping[str, TokenRow] = field(default_factory=dict)
+    pad_to_multiple_of: int | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that are named, as written; the base and the recipe's models may be among them."""
+        named = [self.model] if self.model is not None else []
+        return tuple(dict.fromkeys([*named, *(row.model for row in self.rows.values() if row.model is not None)]))
+
+    @property
+    def model(self) -> str | None:
+        """The model whose tokens they are; None: the base's, or of all."""
+        return None if self.source in ("base", "union") else self.source.removeprefix("model:")
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-able form, as a recipe has it."""
+        data: dict[str, Any] = {"source": self.source}
+        if self.rows:
+            data["tokens"] = {token: row.to_data() for token, row in self.rows.items()}
+        return data | ({} if self.pad_to_multiple_of is None else {"pad_to_multiple_of": self.pad_to_multiple_of})
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What to do, in native words and canonical names; knows no file.
 
@@ -60,6 +126,8 @@ class Recipe:
         vocab: what to do with vocabularies that differ: strict refuses, base cuts, pad keeps.
         tokenizer_source: `base`, or the model whose tokenizer the output gets.
         heads: whose heads the output has: `base`, or a model as written; None: heads are merged.
+        tokens: which tokens the output has, where rows are matched by token; None: by number, as `vocab` says.
+        chat_template: of the output: `auto`, a name, or a template's text; None: the one that comes with the tokenizer.
         base_extras: what becomes of tensors that only the base has: keep or leave_out.
         notes: notes and warnings for the user.
         text: the file's own text.
@@ -74,6 +142,8 @@ class Recipe:
     vocab: Literal["strict", "base", "pad"] = "strict"
     tokenizer_source: str = "base"
     heads: str | None = None
+    tokens: Tokens | None = None
+    chat_template: str | None = None
     keep_float32: bool = True
     base_extras: Literal["keep", "leave_out"] = "keep"
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -98,8 +168,12 @@ class Recipe:
         data["parameters"] = _parameters_data(self.parameters)
         if self.dtype is not None:
             data["dtype"] = DTYPES[self.dtype].torch_name
-        data |= {"vocab": self.vocab, "tokenizer_source": self.tokenizer_source}
+        if self.tokens is None:
+            data |= {"vocab": self.vocab, "tokenizer_source": self.tokenizer_source}
+        else:
+            data["tokenizer"] = self.tokens.to_data()
         data |= {} if self.heads is None else {"heads": self.heads}
+        data |= {} if self.chat_template is None else {"chat_template": self.chat_template}
         data |= {} if self.keep_float32 else {"keep_float32": False}
         return data | ({} if self.base_extras == "keep" else {"base_extras": self.base_extras})
 

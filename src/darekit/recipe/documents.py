@@ -206,7 +206,9 @@ class _Walker:
     def _is_there(self, text: str, path: Key) -> bool:
         """Whether a model is to be named here, and one of that name exists: a directory may be called 500 or 1.5."""
         named = path[:1] == ("models",) and (len(path) == 2 or path[2:] == ("model",))
-        if not named and path not in (("base_model",), ("tokenizer_source",), ("heads",)):
+        if not named and path not in (
+            ("base_model",), ("tokenizer_source",), ("tokenizer", "source"), ("heads",),
+        ):  # fmt: skip
             return False
         return any(os.path.lexists(folder / text) for folder in (Path(), Path(self.name).resolve().parent))
 

@@ -52,8 +52,6 @@ LATER_METHODS: tuple[str, ...] = tuple(name for name in _METHODS if name not in 
 LATER_KEYS: dict[str, str] = {
     "slices": "stacking of layer ranges; whole models go under `models:`",
     "modules": "merges of parts of multimodal models; whole models go under `models:`",
-    "tokenizer": "tokenizer surgery; `tokenizer_source: base` or one of the models copies a tokenizer",
-    "chat_template": "replacing the chat template; it is copied with the tokenizer",
 }
 
 DENSITY = Parameter("density", Number("fraction that is kept: 1 - drop_rate, or ties' keep", 0, 1), 1.0)

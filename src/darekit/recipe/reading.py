@@ -18,6 +18,7 @@ from darekit.recipe import mergekit
 from darekit.recipe.data import ModelEntry, Recipe, Sparsify
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, override, shown, suggest
 from darekit.recipe.names import find_model, same_model
+from darekit.recipe.tokens import TokensReader, read_chat_template
 from darekit.recipe.values import AUTO, Filtered, Filters, Gradient, Value, is_glob, scalars_of
 from darekit.recipe.words import AUTOMATIC, SPARSIFY_KEYS, Words, check_names, raw_models, refuse_later
 
@@ -93,6 +94,8 @@ def read_recipe(
                 f"drop_rate: auto keeps {', '.join(ONE_TERM)} dense, because noise does not average out in their "
                 "outputs; write keep_dense: [] to drop them too"
             )
+    names = [name for _, name, _ in _models_of(document)]
+    tokenizer_source, tokens = TokensReader(document, base, names, search).read()
     recipe = Recipe(
         base_model=base,
         models=tuple(entry for _, entry in entries),
@@ -101,8 +104,10 @@ def read_recipe(
         parameters=shared,
         dtype=_read_dtype(document),
         vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),  # type: ignore[arg-type]
-        tokenizer_source=_read_tokenizer_source(document, base, [name for _, name, _ in _models_of(document)], search),
-        heads=_read_heads(document, base, [name for _, name, _ in _models_of(document)], search),
+        tokenizer_source=tokenizer_source,
+        tokens=tokens,
+        chat_template=read_chat_template(document),
+        heads=_read_heads(document, base, names, search),
         keep_float32=_read_switch(document, "keep_float32", default=True),
         base_extras=_read_choice(document, ("base_extras",), ("keep", "leave_out")),  # type: ignore[arg-type]
         text=document.text,
@@ -389,20 +394,6 @@ def _read_switch(document: Document, key: str, *, default: bool) -> bool:
     if not isinstance(raw, bool):
         fail(document, (key,), f" must be true or false, found {shown(raw)}")
     return raw
-
-
-def _read_tokenizer_source(document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> str:
-    raw = document.data.get("tokenizer_source", "base")
-    if raw == "base" or (base is not None and isinstance(raw, str) and same_model(raw, base, search)):
-        return "base"
-    found = find_model(raw, models, search) if isinstance(raw, str) else None
-    if found is None:
-        fail(
-            document,
-            ("tokenizer_source",),
-            f" must be base or one of the models, found {shown(raw)}{suggest(str(raw), ['base', *models], 'known')}",
-        )
-    return found
 
 
 def _read_heads(document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> str | None:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from darekit.architectures.groups import GROUPS
+from darekit.architectures.templates import CHAT_TEMPLATES
 from darekit.dtypes import DTYPES, FLOAT_DTYPES
 from darekit.methods import (
     MERGE_ALIASES,
@@ -34,6 +35,7 @@ from darekit.methods import (
 from darekit.recipe.data import Recipe, Sparsify
 from darekit.recipe.documents import Document
 from darekit.recipe.mergekit import PRODUCTS, RESCALE
+from darekit.recipe.tokens import AUTO_TEMPLATE, SHORTEST_TEMPLATE
 from darekit.recipe.values import AUTO
 from darekit.recipe.words import AUTOMATIC, SPARSIFY_KEYS, TOP_KEYS, Words, check_names
 
@@ -218,11 +220,23 @@ def _top() -> dict[str, Schema]:
             "enum": _literals(Recipe, "vocab"),
             "default": "strict",
         },
-        "tokenizer_source": {
-            "description": "Whose tokenizer the output gets: base, or one of the models as written above.",
-            "type": "string",
-            "not": {"const": "union"},
+        "tokenizer_source": _NAME
+        | {
+            "description": (
+                "Which tokens the output has: union, base, or those of a model. Without `vocab`, rows of embeddings "
+                "and heads are matched by token; with `vocab` they are matched by number, and only files are copied."
+            ),
+            "type": ["string", "null"],
             "default": "base",
+        },
+        "tokenizer": _tokenizer(),
+        "chat_template": {
+            "description": "The output's chat template: auto (the commonest), a name, or the text of a Jinja template.",
+            "anyOf": [
+                {"enum": [AUTO_TEMPLATE, *CHAT_TEMPLATES]},
+                {"type": "string", "minLength": SHORTEST_TEMPLATE, "pattern": r"\{"},
+                {"type": "null"},
+            ],
         },
         "heads": {
             "description": "Whose heads the output gets: base, or one of the models. Leave it out to merge heads.",
@@ -240,6 +254,47 @@ def _top() -> dict[str, Schema]:
         },
     }
     return {key: known[key] for key in TOP_KEYS}
+
+
+def _tokenizer() -> Schema:
+    """The `tokenizer:` block, which takes the place of `tokenizer_source` and `vocab`."""
+    model = _NAME | {"description": "A model's own row of this token."}
+    zero = _block({"kind": {"const": "zero"}}) | {"required": ["kind"]}
+    other = _block(
+        {
+            "kind": {"const": "model_token"},
+            "model": _NAME,
+            "token": {"type": "string"},
+            "token_id": {"type": "integer", "minimum": 0},
+        }
+    ) | {"required": ["kind", "model"], "oneOf": [{"required": ["token"]}, {"required": ["token_id"]}]}
+    row = _block(
+        {
+            "source": {
+                "description": "Where models that lack it get its row.",
+                "anyOf": [model, zero, other, {"type": "null"}],
+            },
+            "force": {"description": "Also for models that have the token.", "type": ["boolean", "null"]},
+        }
+    )
+    block = _block(
+        {
+            "source": _NAME
+            | {"description": "union, base, or a model.", "type": ["string", "null"], "default": "union"},
+            "tokens": {
+                "description": "Rows of single tokens; those that no model has are added.",
+                "type": ["object", "null"],
+                "additionalProperties": row | {"type": ["object", "null"]},
+            },
+            "pad_to_multiple_of": {
+                "description": "Add rows up to a multiple of this.", "type": ["integer", "null"], "minimum": 1,
+            },
+        }
+    )  # fmt: skip
+    return block | {
+        "description": "Which tokens the output has, and where their rows come from; rows are matched by token.",
+        "type": ["object", "null"],
+    }
 
 
 def _literals(owner: type, name: str) -> list[str]:

@@ -31,17 +31,13 @@ def refuse_later(document: Document) -> None:
     for key, what in mergekit.LATER_KEYS.items():
         if key in document.data:
             fail(document, (key,), f"{key} ({what}) comes in a later version of darekit")
-    if document.data.get("tokenizer_source") == "union":
-        fail(
-            document, ("tokenizer_source",), "union comes in a later version of darekit; use base or one of the models"
-        )
 
 
 # --- names ---
 
 TOP_KEYS: tuple[str, ...] = (
     "base_model", "models", "sparsify", "merge_method", "parameters", "dtype", "out_dtype", "vocab", "tokenizer_source",
-    "heads", "keep_float32", "base_extras",
+    "tokenizer", "chat_template", "heads", "keep_float32", "base_extras",
 )  # fmt: skip
 AUTOMATIC = ("dare",)  # sparsifiers whose perturbation is predicted, so that they take drop_rate: auto
 _MODEL_KEYS = ("model", "parameters", "stats")

@@ -22,8 +22,9 @@ import numpy as np
 from darekit.checkpoints import TensorInfo
 from darekit.dtypes import Floats, dtype_named, widen
 from darekit.errors import DataError
-from darekit.live.batches import padding_known
-from darekit.live.models import CAUSAL, build, memory_told, one_thread
+from darekit.live.batches import masks_of, padding_known, without_padding
+from darekit.live.models import build, memory_told, one_thread
+from darekit.live.tasks import CAUSAL, SEQ2SEQ
 from darekit.methods.sparsifiers import noise_gain
 from darekit.planning.plan import Plan
 from darekit.recommendation.inputs import Feed, Progress, batched
@@ -107,8 +108,8 @@ def calibrate(
     try:
         with one_thread(live.device), memory_told("calibrating"), padding_known(live), torch.inference_mode():
             for inputs, _ in batched(live, tokens, feed.batch_size):
-                watch.mask = inputs["attention_mask"].bool()
-                live.model(**inputs, **({"use_cache": False} if live.task == CAUSAL else {}))
+                watch.masks = masks_of(inputs)
+                live.run(inputs, **({"use_cache": False} if live.task in (CAUSAL, SEQ2SEQ) else {}))
                 done += len(inputs["input_ids"])
                 if progress:
                     progress(done, len(tokens))
@@ -130,7 +131,7 @@ class _Watch:
         from transformers.pytorch_utils import Conv1D
 
         self.layers: dict[str, Layer] = {}
-        self.mask: Any = None
+        self.masks: list[Any] = []
         aligned = {
             t.name: t for t in plan.alignment.tensors if t.base and t.models[0] and t.base.shape == t.models[0].shape
         }
@@ -187,10 +188,10 @@ class _Watch:
     def _without_padding(self, values: Any) -> Any:
         """(rows, tokens, in), (rows tokens, in) or (rows, in) -> (n, in); what has lost its order (an expert's
         share of the tokens) is taken whole, padding included: batches of one row have none."""
-        if values.shape[:2] == self.mask.shape and values.dim() == 3:
-            return values[self.mask]
-        flat = values.reshape(-1, values.shape[-1])
-        return flat[self.mask.reshape(-1)] if len(flat) == self.mask.numel() else flat
+        found = without_padding(values, self.masks)
+        if found is None:
+            found = without_padding(values.reshape(-1, values.shape[-1]), self.masks)
+        return values.reshape(-1, values.shape[-1]) if found is None else found
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -11,6 +11,8 @@ from darekit.errors import DataError
 from darekit.live.batches import asked_of, padded
 from darekit.live.data import Row, Tokens, batches, tokenize
 from darekit.live.models import LiveModel
+from darekit.live.reading import refuse_unreadable
+from darekit.live.tasks import SEQ2SEQ
 
 Progress = Callable[[int, int], None]
 
@@ -29,16 +31,17 @@ class Feed:
         Raises:
             DataError: the model has no tokenizer, or it makes nothing of the rows.
         """
+        refuse_unreadable(live, self.rows)
         if live.tokenizer is None:
             raise DataError("calibration needs the model's tokenizer, but neither the model nor its base has one")
-        found = tokenize(live.tokenizer, self.rows, max_length=min(self.max_length, live.max_length))
+        length, apart = min(self.max_length, live.max_length), live.task == SEQ2SEQ
+        found = tokenize(live.tokenizer, self.rows, max_length=length, apart=apart)
         return sorted(found, key=lambda one: -len(one.ids))
 
 
 def batched(live: LiveModel, tokens: Sequence[Tokens], size: int) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Batches of the model's arguments, each (rows, longest), and (rows, longest) bool: where a causal model is asked
-    for the next token (completions; all of plain text)."""
+    """Batches of the model's arguments, each (rows, longest), and (rows, longest) bool: where a model that writes text
+    is asked for a token (completions; all of plain text)."""
     for batch in batches(tokens, size):
         inputs = padded(live, batch)
-        asked = asked_of(live, batch, inputs["input_ids"].shape[1] + 1)
-        yield inputs, asked[:, 1:]
+        yield inputs, asked_of(live, batch, inputs)[0]

@@ -13,7 +13,8 @@ from typing import Any
 
 from darekit.errors import DataError
 from darekit.live.batches import padding_known
-from darekit.live.models import CAUSAL, REGRESSOR, LiveModel, build, memory_told, one_thread
+from darekit.live.models import LiveModel, build, memory_told, one_thread
+from darekit.live.tasks import CAUSAL, MASKED, REGRESSOR, SEQ2SEQ
 from darekit.planning.plan import Plan
 from darekit.recommendation.inputs import Feed, Progress, batched
 
@@ -70,7 +71,7 @@ def search_factor(
     """
     live = build(tuned, device=device, dtype=dtype)
     tokens = feed.tokens(live)
-    if live.task == CAUSAL and not any(any(one.asked) for one in tokens):
+    if live.task in (CAUSAL, SEQ2SEQ, MASKED) and not any(one.targets for one in tokens):
         raise DataError("no row has two tokens, so there is no next token to predict; use longer texts")
     runs = len(factors) + 3
     changes: dict[float, float] = {}
@@ -109,8 +110,11 @@ def _outputs(live: LiveModel, tokens: Sequence[Any], feed: Feed) -> Iterator[Any
 
     for inputs, asking in batched(live, tokens, feed.batch_size):
         with torch.inference_mode():
-            more = {"use_cache": False} if live.task == CAUSAL else {}
-            logits = live.model(**inputs, **more).logits.float()
+            more = {"use_cache": False} if live.task in (CAUSAL, SEQ2SEQ) else {}
+            logits = getattr(live.run(inputs, **more), "logits", None)
+        if logits is None or logits.dim() not in (2, 3):
+            raise DataError(f"{live.kind}, and gives no logits by which q could be searched: choose another rescale")
+        logits = logits.float()
         rows = logits[asking] if logits.dim() == 3 else logits
         if not bool(torch.isfinite(rows).all()):
             raise DataError("the model's output has NaN or Inf; try --dtype float32")

@@ -12,9 +12,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from darekit.errors import DataError, Unsupported
-from darekit.live.batches import padded
+from darekit.live.batches import asked_of, masks_of, padded, without_padding
 from darekit.live.data import Tokens
-from darekit.live.models import CAUSAL, LiveModel
+from darekit.live.models import LiveModel
+from darekit.live.tasks import CAUSAL, CLASSIFIER, REGRESSOR, SEQ2SEQ, rows_of
 
 EMPIRICAL, SAMPLED, EXACT = "empirical", "sampled", "exact"
 LABELS = (EMPIRICAL, SAMPLED, EXACT)
@@ -76,10 +77,12 @@ class FisherPass:
     def __init__(self, live: LiveModel, names: Mapping[str, Any], *, labels: str, seed: int) -> None:
         import torch
 
-        if labels == EXACT and live.task == CAUSAL:
+        if live.task not in (CAUSAL, SEQ2SEQ, CLASSIFIER, REGRESSOR):
+            raise Unsupported(f"a Fisher needs the log-likelihood of each row, but {live.kind}: {rows_of(live.model)}")
+        if labels == EXACT and live.task in (CAUSAL, SEQ2SEQ):
             raise Unsupported(
-                "exact sums over all labels, and for a causal model these are its whole vocabulary at every position: "
-                "use empirical or sampled"
+                "exact sums over all labels, and for a model that writes text these are its whole vocabulary at every "
+                "position: use empirical or sampled"
             )
         self.live, self.labels, self.seed, self.spoilt = live, labels, seed, False
         self.wanted = {name: tensor for name, tensor in names.items() if isinstance(tensor, torch.nn.Parameter)}
@@ -151,13 +154,14 @@ class FisherPass:
         import torch
 
         inputs = padded(self.live, [example])
-        ids, logits = inputs["input_ids"], self.live.model(**inputs).logits[0].float()
+        logits = self.live.run(inputs).logits[0].float()
         draw = torch.Generator().manual_seed(_seed_of(self.seed, index))
         match self.live.task:
-            case "causal":
-                asked = torch.tensor(example.asked[1:], device=self.live.device)
-                scores = torch.log_softmax(logits[:-1][asked], -1)
-                targets = ids[0, 1:][asked] if self.labels == EMPIRICAL else _drawn(scores, draw)
+            case "causal" | "encoder-decoder":
+                asked, targets = asked_of(self.live, [example], inputs)
+                scores = torch.log_softmax(logits[asked[0]], -1)
+                if self.labels != EMPIRICAL:
+                    targets = _drawn(scores, draw)
                 yield 1.0, scores.gather(1, targets[:, None]).sum()
             case "classifier":
                 scores = torch.log_softmax(logits, -1)
@@ -268,7 +272,7 @@ class GramPass:
         self._left: set[str] | None = None  # what is still to come of a batch that ends early
         self._hooks: list[Any] = []
         self._last: tuple[Any, str] | None = None
-        self._mask: Any = None
+        self._masks: list[Any] = []
         self._bad = torch.zeros((), dtype=torch.bool, device=live.device)
         for path, module in live.model.named_modules():
             if not isinstance(module, torch.nn.Linear | Conv1D):
@@ -345,14 +349,12 @@ class GramPass:
 
     def _without_padding(self, values: Any) -> Any:
         """(batch, tokens, in), (batch tokens, in) or (batch, in) -> (rows, in)."""
-        mask = self._mask
-        if values.dim() == 3 and values.shape[:2] == mask.shape:
-            return values[mask]
-        if values.dim() == 2 and values.shape[0] == mask.numel():
-            return values[mask.reshape(-1)]
-        if values.dim() == 2 and values.shape[0] == mask.shape[0]:  # a pooler's: one of each example
+        found = without_padding(values, self._masks)
+        if found is not None:
+            return found
+        if values.dim() == 2 and values.shape[0] == self._masks[0].shape[0]:  # a pooler's: one of each example
             return values
-        if bool(mask.all()):
+        if all(bool(mask.all()) for mask in self._masks):
             return values.reshape(-1, values.shape[-1])
         raise DataError(
             f"a layer's input has the shape {list(values.shape)}, so the padding in it cannot be identified: use "
@@ -370,20 +372,21 @@ class GramPass:
         import torch
 
         inputs = padded(self.live, batch)
-        mask = inputs["attention_mask"].bool()
-        self._mask, self._last = mask, None
+        self._masks, self._last = masks_of(inputs), None
         self._left = set(self._group) if self._ends_early() else None
         self.spoilt = True  # until all layers have seen the batch
-        logits = None
+        output = None
         try:
             with torch.no_grad():
-                logits = self.live.model(**inputs).logits
+                output = self.live.run(inputs)
         except _EnoughError:
             pass
         finally:
-            self._mask = self._last = self._left = None
-        if logits is not None:
-            self._bad |= ~torch.isfinite(logits[mask] if logits.dim() == 3 else logits).all()
+            masks, self._masks, self._last, self._left = self._masks, [], None, None
+        found = getattr(output, "logits", getattr(output, "last_hidden_state", None))
+        if found is not None:
+            rows = without_padding(found, masks) if found.dim() == 3 else found
+            self._bad |= ~torch.isfinite(found if rows is None else rows).all()
         if bool(self._bad):
             raise DataError(
                 f"{batch[0].place} to {batch[-1].place}: the model's output, or the input of one of its layers, has "

@@ -22,6 +22,8 @@ from darekit.inputs.statistics import FISHER, FORMAT, GRAM, KINDS, refuse_existi
 from darekit.live.batches import padding_known
 from darekit.live.data import Row, Tokens, read_rows, rows_digest, tokenize
 from darekit.live.models import LiveModel, build, memory_told, one_thread, recipe_of
+from darekit.live.reading import refuse_foresight, refuse_unreadable
+from darekit.live.tasks import CAUSAL, SEQ2SEQ
 from darekit.output.card import public_name
 from darekit.planning.opening import open_plan
 from darekit.planning.plan import Plan
@@ -160,14 +162,18 @@ def make_statistics(
     recipe, _ = recipe_of(str(model))
     with open_plan(recipe) as plan:
         live = build(plan, device=device, dtype=dtype)
+        refuse_unreadable(live, rows)
         if live.tokenizer is None:
             raise CheckpointError(
                 f"{model} has no tokenizer, so text cannot become tokens; copy its base's tokenizer into it"
             )
         length = min(max_length or MAX_LENGTH, live.max_length)
-        examples = tokenize(live.tokenizer, rows, max_length=length)
-        if kind == FISHER and live.task == "causal" and not any(any(example.asked[1:]) for example in examples):
-            raise DataError(f"{data}: no row has a second token, so there is nothing to predict")
+        examples = tokenize(live.tokenizer, rows, max_length=length, apart=live.task == SEQ2SEQ)
+        if kind == FISHER and live.task in (CAUSAL, SEQ2SEQ):
+            if not any(example.targets for example in examples):
+                raise DataError(f"{data}: no row has a second token, so there is nothing to predict")
+            if live.task == CAUSAL:
+                refuse_foresight(live)
         batch = 1 if kind == FISHER else batch_size
         facts = _facts(kind, plan, live, rows, str(data), labels=labels, seed=seed, length=length)
         names = live.tensors(place.name for shard in plan.shards for place in shard.placements)

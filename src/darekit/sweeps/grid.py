@@ -10,7 +10,7 @@ from typing import Any
 
 from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
-from darekit.recipe import ModelEntry, Recipe, Value, read_recipe
+from darekit.recipe import ModelEntry, Recipe, Tokens, Value, read_recipe
 from darekit.recipe.documents import open_data, open_file
 from darekit.recipe.values import scalars_of
 from darekit.sweeps.data import DROP_RATE, Axis, Cell, Point, Sweep
@@ -182,8 +182,10 @@ def single(recipe: Recipe, model: int) -> Recipe:
     entry = ModelEntry(recipe.models[model].model, {})
     source = recipe.tokenizer_source if recipe.tokenizer_source in ("base", entry.model) else "base"
     heads = recipe.heads if recipe.heads in (None, "base") else entry.model
+    tokens = None if recipe.tokens is None else Tokens(entry.model)
     return replace(
-        recipe, models=(entry,), sparsify=None, merge_method="linear", parameters={}, tokenizer_source=source,
+        recipe, models=(entry,), sparsify=None, merge_method="linear", parameters={},
+        tokenizer_source=source if tokens is None else entry.model, tokens=tokens, chat_template=None,
         heads=heads, notes=(), text="",
     )  # fmt: skip
 

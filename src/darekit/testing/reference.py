@@ -102,9 +102,10 @@ def _combined(
     if entry.products:
         return _weighed(entry, origin, deltas, models, weights, parameters)
     if entry.statistics is None:
-        if entry.shaped:
+        more = [weights] if entry.weighted else [origin.reshape(rows)] if entry.survey and entry.survey.lines else []
+        if entry.shaped or entry.survey:
             deltas = deltas.reshape(len(deltas), *rows)
-        merged: Array = entry.function(deltas, weights, **parameters) if deltas.size else deltas[0]
+        merged: Array = entry.function(deltas, *more, **parameters) if deltas.size else deltas[0]
         return merged.reshape(-1)
     if statistics is None:
         average: Array = MERGE_METHODS[AVERAGE].function(deltas, weights)

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merge methods that survey a tensor first, cut into tiles: selection by scores, sums over the survivors, the merge.
+
+What they compute is defined in `darekit.methods.surveyed`. Tiles come in order. Scores are selected by as magnitudes
+are (`darekit.engine.selection`); sums are those of products: in float64, leaf by leaf, so that tiles do not matter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from darekit.dtypes import Floats
+from darekit.engine.contracts import Stage, Tile
+from darekit.engine.measuring import Products, add_leaves
+from darekit.engine.selection import Select, ShareOf
+from darekit.engine.steps import Step
+from darekit.methods import MERGE_METHODS
+from darekit.methods.surveyed import Survey, index_of
+
+Mask = npt.NDArray[np.bool_]
+
+
+class Highest(ShareOf):
+    """A number of elements with the highest scores, which follows from how many have one at all."""
+
+    def tell(self, scores: Tile, start: int) -> Mask:
+        """(n,) scores, which are overwritten -> whether each survives."""
+        self.apply(scores, start)
+        survives: Mask = scores != 0
+        return survives
+
+
+class AtLeast(Stage):
+    """All elements whose score reaches a threshold that follows from quantiles."""
+
+    def __init__(self, count: int, quantiles: tuple[float, ...], threshold: Callable[..., float]) -> None:
+        ranks = [count - index_of(quantile, count) for quantile in quantiles] if count else []
+        self._selects = [Select(count, 0, rank, boundary=True) for rank in ranks]
+        self._threshold, self._low = threshold, np.float32(0)
+        self._conclude()
+
+    @property
+    def ready(self) -> bool:
+        return all(select.ready for select in self._selects)
+
+    @property
+    def sampling(self) -> bool:
+        return all(select.sampling for select in self._selects if not select.ready)
+
+    def begin(self) -> None:
+        for select in self._selects:
+            select.begin()
+
+    def measure(self, scores: Tile, start: int) -> None:
+        for select in self._selects:
+            if not select.ready:
+                select.measure(scores, start)
+
+    def settle(self) -> None:
+        for select in self._selects:
+            if not select.ready:
+                select.settle()
+        self._conclude()
+
+    def _conclude(self) -> None:
+        if self._selects and self.ready:
+            found = np.array([select.low for select in self._selects], np.uint32).view(np.float32)
+            self._low = np.float32(self._threshold(*found.tolist()))
+
+    def tell(self, scores: Tile, start: int) -> Mask:
+        """(n,) scores -> whether each survives."""
+        survives: Mask = scores >= self._low
+        return survives
+
+    def apply(self, delta: Tile, start: int) -> int:
+        mask = self.tell(delta, start)
+        delta *= mask
+        return int(np.count_nonzero(mask))
+
+
+class Surveyor:
+    """One step whose method surveys it: what was found out so far."""
+
+    def __init__(self, step: Step, survey: Survey) -> None:
+        self.step = step
+        bound = partial(_bound, parameters=step.parameters)
+        self._scores, self._squares, self._merge = bound(survey.scores), bound(survey.squares), bound(survey.merge)
+        self._lines = survey.lines
+        self._known = np.full(-(-step.count // max(1, step.row)) if survey.lines else 0, np.nan)
+        self._survivors: Highest | AtLeast | None = None
+        if survey.threshold is not None:
+            self._survivors = AtLeast(step.count, survey.quantiles, survey.threshold)
+        elif survey.keeps is not None:
+            keeps = bound(survey.keeps)
+            if keeps(step.count) is not None:
+                self._survivors = Highest(step.count, keeps)
+        self._sums: npt.NDArray[np.float64] | None = None if survey.squares else np.zeros(0)
+        self._parts: list[Products] = []
+
+    @property
+    def ready(self) -> bool:
+        """False: wants a(nother) measuring pass."""
+        return self._selected and self._sums is not None
+
+    @property
+    def sampling(self) -> bool:
+        """Whether that pass may skip most tiles."""
+        return self._survivors is not None and not self._selected and self._survivors.sampling
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether `measure` must see the base."""
+        return self._lines is not None
+
+    @property
+    def _selected(self) -> bool:
+        return self._survivors is None or self._survivors.ready
+
+    def begin(self) -> None:
+        """A pass over the tensor starts."""
+        if self._survivors is not None:
+            self._survivors.begin()
+        self._parts = []
+
+    def measure(self, base: Floats, deltas: Floats, start: int) -> None:
+        """One tile of a measuring pass, (n,) and (K, n); may overwrite the deltas."""
+        if not self._selected:
+            assert self._survivors is not None
+            self._survivors.measure(self._scored(base, deltas, start), start)
+            return
+        assert self._squares is not None
+        self._drop(base, deltas, start)
+        rows = self._squares(deltas)
+        self._parts = self._parts or [Products(1, 0, self.step.count) for _ in rows]
+        for part, row in zip(self._parts, rows, strict=True):
+            part.add(row[None], start)
+
+    def settle(self) -> None:
+        """A measuring pass is over."""
+        if not self._selected:
+            assert self._survivors is not None
+            self._survivors.settle()
+        else:
+            self._sums = np.array([add_leaves(part.finish())[0] for part in self._parts])
+
+    def merge(self, base: Floats, deltas: Floats, start: int) -> tuple[Floats, int]:
+        """One tile, (n,) and (K, n), whose deltas are overwritten -> merged (n,), and how many elements survive."""
+        kept = self._drop(base, deltas, start)
+        merged: Floats = self._merge(deltas, self._sums, self.step.count)
+        return merged, kept
+
+    def _scored(self, base: Floats, deltas: Floats, start: int) -> Tile:
+        if self._lines is None:
+            scores: Tile = self._scores(deltas)
+            return scores
+        shape = (-1, max(1, self.step.row))
+        rows = deltas.reshape(len(deltas), *shape)
+        first = start // max(1, self.step.row)
+        known = self._known[first : first + rows.shape[1]]
+        if np.isnan(known).any():
+            known[...] = self._lines(np.where(np.isfinite(base), base, 0).reshape(shape), rows)
+        found: Tile = self._scores(rows, known).reshape(-1)
+        return found
+
+    def _drop(self, base: Floats, deltas: Floats, start: int) -> int:
+        if self._survivors is None:
+            return int(deltas.shape[1])
+        mask = self._survivors.tell(self._scored(base, deltas, start), start)
+        deltas *= mask
+        return int(np.count_nonzero(mask))
+
+
+class WholeSurveyor:
+    """A float64 tensor, in one tile: the method's definition itself."""
+
+    ready, sampling, needs_base = True, False, False
+
+    def __init__(self, step: Step) -> None:
+        self.step, self._function = step, MERGE_METHODS[step.method].function
+        self._with_base = "base" in inspect.signature(self._function).parameters
+
+    def begin(self) -> None:
+        """Nothing to begin."""
+
+    def measure(self, base: Floats, deltas: Floats, start: int) -> None:
+        """Nothing to measure."""
+
+    def settle(self) -> None:
+        """Nothing to settle."""
+
+    def merge(self, base: Floats, deltas: Floats, start: int) -> tuple[Floats, int]:
+        """The tensor, (n,) and (K, n) -> merged (n,), and how many elements survive."""
+        shape = (-1, max(1, self.step.row))
+        more = (base.reshape(shape),) if self._with_base else ()
+        merged: Floats = self._function(deltas.reshape(len(deltas), *shape), *more, **self.step.parameters)
+        return merged.reshape(-1), int(np.count_nonzero(merged))
+
+
+def surveyor_of(step: Step) -> Surveyor | WholeSurveyor | None:
+    """Who surveys a step; None where its method asks for nothing."""
+    survey = MERGE_METHODS[step.method].survey
+    if step.kind != "merge" or survey is None:
+        return None
+    return WholeSurveyor(step) if step.wide else Surveyor(step, survey)
+
+
+def passes_of(step: Step) -> int:
+    """How often all of a step is read before it is merged (samples not counted)."""
+    survey = MERGE_METHODS[step.method].survey
+    if step.kind != "merge" or survey is None or step.wide:
+        return 0
+    return (survey.scores is not None) + (survey.squares is not None)
+
+
+def _bound(part: Callable[..., Any] | None, parameters: Mapping[str, Any]) -> Any:
+    """A part of a survey with those of the method's parameters that it takes."""
+    if part is None:
+        return None
+    return partial(
+        part, **{name: parameters[name] for name in inspect.signature(part).parameters if name in parameters}
+    )

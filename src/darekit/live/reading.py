@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models can read rows of text at all, whatever is made of what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from darekit.errors import DataError
+from darekit.live.data import Row
+from darekit.live.models import LiveModel
+from darekit.live.tasks import FUNCTION, OTHER, SEQ2SEQ, rows_of
+
+SAMPLE = (3, 4, 5, 6)  # tokens that any vocabulary has
+FORESIGHT = 0.02  # of the logits' spread: what is more comes of no rounding, not even in bfloat16
+
+
+def refuse_unreadable(live: LiveModel, rows: Sequence[Row]) -> None:
+    """Refuse a model whose first input is no text, and an encoder-decoder without anything for its decoder.
+
+    Raises:
+        DataError: either.
+    """
+    if getattr(live.model, "main_input_name", "input_ids") != "input_ids" and live.task != "causal":
+        raise DataError(f"{live.kind}, so it cannot read rows of text")
+    if live.task == SEQ2SEQ:
+        bare = next((row for row in rows if row.completion is None), None)
+        if bare is not None:
+            raise DataError(f"{bare.place} has no completion, but {live.kind}: {rows_of(live.model)}")
+    elif live.task == OTHER and getattr(live.model.config, "is_encoder_decoder", False):
+        raise DataError(f"{live.kind} with an encoder and a decoder: {rows_of(live.model)}")
+
+
+def refuse_foresight(live: LiveModel) -> None:
+    """Refuse a class that is listed as causal, and predicts a token from what comes after it (XLNet; PaliGemma, whose
+    prompts look ahead).
+
+    Raises:
+        DataError: it does, or it cannot be run on text alone.
+    """
+    import torch
+
+    config = live.model.config
+    known = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "vocab_size", None)
+    if not isinstance(known, int) or known < SAMPLE[-1] + 2:
+        return
+    texts = (torch.tensor([[*SAMPLE[:-1], last]], device=live.device) for last in (SAMPLE[-1], SAMPLE[-1] + 1))
+    with torch.no_grad():
+        one, other = (live.run({"input_ids": ids}).logits[0, :-1].float() for ids in texts)
+    if float((one - other).abs().max()) > FORESIGHT * float(one.std()):
+        raise DataError(
+            f"{type(live.model).__name__} predicts a token from what comes after it as well, so a loss or a perplexity "
+            f"of text would say nothing; use {FUNCTION}"
+        )
