@@ -524,11 +524,13 @@ def combiner(step: Step) -> Combine:
             return merged
 
         return add_up
-    function = MERGE_METHODS[step.method].function
-    more = (weights,) if MERGE_METHODS[step.method].weighted else ()
+    entry = MERGE_METHODS[step.method]
+    function, row = entry.function, step.row if len(step.shape) > 1 else step.count
+    more = (weights,) if entry.weighted else ()
 
     def define(deltas: Floats, merged: Floats, start: int) -> Floats:
-        result: Floats = function(deltas, *more, **step.parameters)
-        return result
+        given = deltas.reshape(len(deltas), -1, row) if entry.shaped else deltas
+        result: Floats = function(given, *more, **step.parameters)
+        return result.reshape(-1)
 
     return define
