@@ -171,7 +171,7 @@ def test_missing_and_extra_tensors_are_listed_with_counts(llamas, tmp_path):
     model = {n: a for n, a in llamas.models[0].items() if "mlp" not in n}  # 6 are missing
     message = refused(tmp_path, llamas, model | {"model.extra.weight": model["lm_head.weight"]})
     assert "6 tensors" in message and "model.layers.0.mlp.gate_proj.weight" in message
-    assert "has 1 tensors (model.extra.weight)" in message and str(tmp_path / "m0") in message
+    assert "has model.extra.weight" in message and str(tmp_path / "m0") in message
 
 
 def test_a_head_that_could_be_tied_to_nothing_is_missing(llamas, tmp_path):

@@ -12,6 +12,7 @@ import typer
 
 from darekit.cli.options import (
     AllowNonfinite,
+    BaseExtras,
     DryRun,
     Force,
     HeadsOf,
@@ -40,6 +41,10 @@ def merge(
     ] = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
+    lenient: Annotated[
+        bool,
+        typer.Option("--lenient", help="Warn of unknown keys and settings without effect, as mergekit ignores them."),
+    ] = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -54,7 +59,7 @@ def merge(
         from darekit.api import search_path
         from darekit.recipe import read_recipe
 
-        found = read_recipe(recipe, settings=overrides, seed=seed)
+        found = read_recipe(recipe, settings=overrides, seed=seed, lenient=lenient)
         _run(
             found, out, search_path(recipe), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,
             overwrite=overwrite, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
@@ -100,6 +105,9 @@ def drop(
     heads: Annotated[
         HeadsOf | None, typer.Option(help="Copy the heads (classifiers, lm_head) from one of the two.")
     ] = None,
+    base_extras: Annotated[
+        BaseExtras, typer.Option(help="Parts that only BASE has (token prediction, a pooler): keep or leave out.")
+    ] = BaseExtras.KEEP,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
@@ -128,7 +136,7 @@ def drop(
         found = drop_recipe(
             base, model, drop_rate=rate, method=method, rescale=rescale.value if rescale else None,
             on=on.value, keep_dense=keep_dense or (), seed=seed, vocab=vocab.value,
-            heads=heads.value if heads else None, parameters=extra,
+            heads=heads.value if heads else None, base_extras=base_extras.value, parameters=extra,
         )  # fmt: skip
         _run(
             found, out, (), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,

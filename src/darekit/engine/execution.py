@@ -269,6 +269,7 @@ class Job:
         self._kept: Counter[tuple[int, int]] = Counter()
         self._products: dict[int, Doubles] = {}
         self._coefficients: dict[int, Doubles] = {}
+        self._facts: dict[str, Any] = {}
 
     def add(
         self,
@@ -276,6 +277,7 @@ class Job:
         digests: Mapping[int, TensorDigest],
         kept: Counter[tuple[int, int]],
         coefficients: Mapping[int, Doubles],
+        facts: Mapping[str, Any],
     ) -> None:
         """Take what one span found out."""
         with self._lock:
@@ -283,6 +285,7 @@ class Job:
                 self._leaves.setdefault(key, {})[begin] = digest.finish()
             self._kept.update(kept)
             self._coefficients.update(coefficients)
+            self._facts.update(facts)
 
     def add_products(self, begin: int, products: Doubles) -> None:
         """Take what one span measured."""
@@ -320,6 +323,7 @@ class Job:
                 for owner in owners
             },
             **({"measured": _measured(told(self._coefficients), self._lines)} if self._coefficients else {}),
+            **({"measured": self._facts} if self._facts else {}),
         }
 
 
@@ -375,6 +379,7 @@ class Worker:
             job.add_products(begin, measure(StepRun(step, self, digests, kept), begin, end, stop))
             return
         coefficients: dict[int, Doubles] = {}
+        facts: dict[str, Any] = {}
         for step in job.steps:
             run = StepRun(step, self, digests, kept)
             if step.kind == "copy":
@@ -388,9 +393,10 @@ class Worker:
             else:
                 self._run_whole(run, stop)
             coefficients |= run.coefficients
+            facts |= run.surveyor.facts if run.surveyor is not None else {}
         if len(job.spans) == 1:
             self._digest_rest(job, digests)
-        job.add(begin, digests, kept, coefficients)
+        job.add(begin, digests, kept, coefficients, facts)
 
     @staticmethod
     def _run_whole(run: StepRun, stop: threading.Event) -> None:
