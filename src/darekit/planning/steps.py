@@ -167,8 +167,7 @@ class _Merge:
         chains = tuple(self._chain(k, end) if common else () for k in owners)
         entry = MERGE_METHODS[self.method]
         weighed = common and (self.informed is not None or (entry.products is not None and not entry.needs_base))
-        plain = not (entry.needs_base or entry.statistics) and (common or entry.foreign is None)
-        own = self.base is None and (weighed or self.method == AVERAGE or plain)
+        own = self.base is None and (weighed or self.method == AVERAGE or not (entry.needs_base or entry.statistics))
         parameters = self.parameters if own else {"normalize": True}
         scale = 1.0 if parameters.get("normalize") else self.models[owners[0]].weight
         method = self.method if own else AVERAGE

@@ -74,7 +74,7 @@ def _any_files(subject: Subject) -> None:
                 save(where / name, tensors, parts)
             entries = [
                 {"model": str(where / name), "parameters": {"seed": SEEDS[k % 3] + k // 3}
-                 | ({"weight": WEIGHTS[k % 3]} if subject.entry.weighted else {})}
+                 | ({subject.entry.weight_word: WEIGHTS[k % 3]} if subject.entry.weighted else {})}
                 for k, name in enumerate(names[1:])
             ]  # fmt: skip
             recipe: dict[str, Any] = {
@@ -89,6 +89,8 @@ def _any_files(subject: Subject) -> None:
 
 
 def _models_that_are_the_base(subject: Subject) -> None:
+    if subject.entry.sums_models:
+        return
     for dtype in ("BF16", "F32"):
         made = subject.family(dtype)
         copies = [{name: array.copy() for name, array in made.base.items()} for _ in made.models]
@@ -121,7 +123,8 @@ def _not_finite(subject: Subject) -> None:
         found = subject.merged(made.base, spoilt, allow_nonfinite=True)[name]
         assert found[at].tobytes() == made.base[name][at].tobytes(), f"where a model has {bad}, not the base's element"
         assert np.isfinite(found).all(), f"one {bad} made others"
-        if _is_local(subject):
+        copied = subject.entry.keeps_one and len(made.models) == 1  # to the bit, where all is finite
+        if _is_local(subject) and not copied:
             found[at] = whole[at]
             assert found.tobytes() == whole.tobytes(), f"one {bad} changed other elements, though scope is element"
 
@@ -220,7 +223,12 @@ def _more_models(subject: Subject) -> None:
 
 def _without_a_base(subject: Subject) -> None:
     """A mean of models is the base plus that of their deltas, but for rounding."""
-    if subject.entry.needs_base or subject.entry.products or subject.statistics is not None:
+    if (
+        subject.entry.needs_base
+        or subject.entry.products
+        or subject.entry.sums_models
+        or subject.statistics is not None
+    ):
         return
     made = subject.family("F64", [(40, 64)])
     switch = {subject.entry.mean_if: True} if subject.entry.mean_if else {}
