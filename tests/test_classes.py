@@ -122,8 +122,9 @@ def test_vocabularies_that_grew(tmp_path, name):
 )
 def test_old_names_of_norms(tmp_path, name):
     cls = tiny.family(tmp_path, name, 1)
-    old = {re.sub(r"LayerNorm\.(weight|bias)$", lambda m: "LayerNorm." + {"weight": "gamma", "bias": "beta"}[m[1]], n): t
-           for n, t in stored(tmp_path / "base").items()}  # fmt: skip
+    words = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    norms = re.compile("|".join(map(re.escape, words)))
+    old = {norms.sub(lambda found: words[found[0]], n): t for n, t in stored(tmp_path / "base").items()}
     store(tmp_path / "base", old)
     loaded(cls, tmp_path / "base")
     dk.drop(tmp_path / "base", tmp_path / "m1", tmp_path / "out", drop_rate=0)
