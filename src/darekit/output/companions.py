@@ -145,7 +145,10 @@ def companions_of(plan: Plan) -> OutputCompanions:
     config = None
     if donor.config is not None:
         config = merged_config(
-            donor.config, dtype=main_dtype(plan), sizes=plan.alignment.sizes, tied=plan.alignment.tied
+            plan.config or donor.config,
+            dtype=main_dtype(plan),
+            sizes=plan.alignment.sizes,
+            tied=plan.alignment.tied,
         )
     beside = tokenizer.companions
     if plan.vocabulary is not None and plan.vocabulary.files is not None:

@@ -8,7 +8,6 @@ the stored model, and masks are drawn by the name that is written.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,8 +22,6 @@ from darekit.planning.equality import are_equal, read_whole
 from darekit.wording import label
 
 POSITIONS = "position_ids"
-
-MOST = 0.75  # of a bare model's tensors: what else it has (a pooler) the other may lack
 
 
 @dataclass
@@ -101,46 +98,7 @@ def views_of(checkpoints: Sequence[Checkpoint], notes: list[str], *, verbatim: b
     for checkpoint, facts in zip(checkpoints, own, strict=True):
         like = next((one for one in views if one.facts is facts and _same_names(one.checkpoint, checkpoint)), None)
         views.append(_view(checkpoint, facts, prefixes, like, notes))
-    _meet(views, notes)
     return views
-
-
-def _meet(views: Sequence[View], notes: list[str]) -> None:
-    """A bare model, and the same model as a part of another one (`vision_model.`): the part's name is no part of keys.
-
-    For classes whose prefix no table knows, or that stand in another family than their parts.
-    """
-    reference, models = views[0], views[1:]
-    for view in models:
-        if (part := _part_around(reference, view)) is not None:
-            _strip(view, part, reference, notes)
-    if models and all(view.tensors.keys().isdisjoint(reference.tensors) for view in models):
-        parts = {_part_around(view, reference) for view in models}
-        if len(parts) == 1 and (part := parts.pop()) is not None:
-            _strip(reference, part, models[0], notes)
-
-
-def _part_around(bare: View, other: View) -> str | None:
-    """The first word of names in `other` under which nearly all tensors of `bare` are found; None where there is none.
-    Tensors that both have under one name are in no part of one of them."""
-    if not bare.tensors or not bare.tensors.keys().isdisjoint(other.tensors):
-        return None
-    found = Counter(
-        word for word, dot, rest in (key.partition(".") for key in other.tensors) if dot and rest in bare.tensors
-    )
-    part, count = found.most_common(1)[0] if found else ("", 0)
-    return part if count >= MOST * len(bare.tensors) else None
-
-
-def _strip(view: View, part: str, other: View, notes: list[str]) -> None:
-    """Take the name of a part out of the keys that begin with it."""
-    notes.append(
-        f"{label(view.ref)} has {f'{part}.'!r} before the names that {label(other.ref)} has without it: they are taken "
-        "for the same tensors"
-    )
-    view.tensors = {key.removeprefix(f"{part}."): info for key, info in view.tensors.items()}
-    view.buffers = {key.removeprefix(f"{part}."): info for key, info in view.buffers.items()}
-    view.names = {key.removeprefix(f"{part}."): name for key, name in view.names.items()}
 
 
 def _same_names(one: Checkpoint, other: Checkpoint) -> bool:
