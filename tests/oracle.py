@@ -47,6 +47,9 @@ def merge(
             flat = np.where(largest(np.abs(flat), min(flat.size, max(1, int(keep * flat.size)))), flat, number(0))
         deltas.append(flat)
     entry = MERGE_METHODS[method]
+    alone = len(models) == 1 and sparsify is None and keep == 1 and lambda_ == 1
+    if entry.keeps_one and alone and base is not None and weights is not None and tuple(weights) == (1.0,):
+        return models[0]
     parameters = dict(own or {}) | ({} if normalize is None else {"normalize": normalize})
     weights = np.ones(len(models)) if weights is None else np.array(weights, dtype=np.float64)
     if entry.products:
@@ -70,6 +73,8 @@ def merge(
     with np.errstate(all="ignore"):
         if base is None or on == "weights":
             return merged.astype(out_dtype).reshape(like.shape)
+        if entry.sums_models:  # s (base + d) is base + s d + (s - 1) base
+            merged = merged + number(weights.sum() - 1) * origin.reshape(-1)
         change = number(lambda_ if entry.needs_base else 1.0) * merged
         result = (origin.reshape(-1) + change).astype(out_dtype)
     word = f"u{out_dtype.itemsize}"

@@ -80,6 +80,7 @@ def merge(
     *,
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    lenient: bool = False,
     **options: Unpack[RunOptions],
 ) -> Report:
     """Merge models as a recipe says, from disk to disk, into a new model directory.
@@ -91,6 +92,7 @@ def merge(
         out: the directory to write; must not exist yet, unless `overwrite`.
         seed: replaces the recipe's seed.
         settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`; for a `Recipe`, use `read_recipe`.
+        lenient: warn of unknown keys and of settings without effect, instead of refusing the recipe.
         **options: how to run: threads, shard_size, overwrite, resume, force, allow_nonfinite, tile, progress, say
             (see `RunOptions`).
 
@@ -117,7 +119,7 @@ def merge(
         ()
     """
     chosen = options_of(options)
-    found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed)
+    found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed, lenient=lenient)
     return run(found, Path(out), chosen, search=search_path(recipe))
 
 
@@ -126,6 +128,7 @@ def plan(
     *,
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    lenient: bool = False,
     shard_size: int = SHARD_SIZE,
 ) -> Plan:
     """Plan a merge from headers alone, without running it: its steps, files, bytes, notes.
@@ -137,6 +140,7 @@ def plan(
         recipe: a recipe file, its data, or a `Recipe`.
         seed: replaces the recipe's seed.
         settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`.
+        lenient: warn of unknown keys and of settings without effect, instead of refusing the recipe.
         shard_size: largest output file in bytes.
 
     Returns:
@@ -165,7 +169,7 @@ def plan(
     """
     from darekit.planning.opening import open_plan
 
-    found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed)
+    found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed, lenient=lenient)
     with open_plan(found, search=search_path(recipe), shard_size=shard_size) as made:
         return made
 

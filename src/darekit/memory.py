@@ -13,9 +13,9 @@ import numpy as np
 
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import DTYPES, Bytes, DType, dtype_of, is_torch
-from darekit.errors import CheckpointError, PlanError
+from darekit.errors import CheckpointError, PlanError, RecipeError
 from darekit.inputs.statistics import FISHER, Statistics, open_statistics
-from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SPARSIFIERS, WEIGHT
 from darekit.recipe import Sparsify, read_recipe
 from darekit.recipe.merges import linear
 from darekit.recipe.typed import Method
@@ -81,9 +81,10 @@ def merge_tensors(
     if isinstance(models, Mapping):
         raise CheckpointError("models must be a list of dicts, one per model; found one dict")
     entries: list[dict[str, Any]] = [{"model": f"model {k}", "parameters": {}} for k in range(len(models))]
-    for name, values in (("weight", weights), ("seed", seeds)):
+    word = _weight_word(method, weights)
+    for name, values in ((word, weights), ("seed", seeds)):
         if values is not None and len(values) != len(models):
-            raise CheckpointError(f"{len(values)} {name}s for {len(models)} models")
+            raise CheckpointError(f"{len(values)} {'weight' if name == word else name}s for {len(models)} models")
         for entry, value in zip(entries, () if values is None else values, strict=False):
             entry["parameters"][name] = value
     if statistics is not None and len(statistics) != len(models):
@@ -138,6 +139,24 @@ class _ArraySink:
     def write(self, buffer: Bytes, offset: int) -> None:
         at = offset - self.origin
         self.raw[at : at + buffer.size] = buffer
+
+
+def _weight_word(method: Method, weights: Sequence[float] | None) -> str:
+    """What the method calls its models' weights. In recipes foreign parameters may be ignored; here none is.
+
+    Raises:
+        RecipeError: it takes none, or not these parameters.
+    """
+    entry = MERGE_METHODS.get(MERGE_ALIASES.get(method.name, method.name))
+    if entry is None:  # mergekit's products, and what is no method at all: the recipe says so
+        return WEIGHT.name
+    known = [*entry.parameters, *([entry.weight_word] if entry.weighted else [])]
+    for name in method.parameters:
+        if name not in known:
+            raise RecipeError(f"{method.name} takes no {name}; its parameters are {', '.join(known) or 'none'}")
+    if weights is not None and not entry.weighted:
+        raise RecipeError(f"{method.name} takes no weights; its parameters are {', '.join(known) or 'none'}")
+    return entry.weight_word
 
 
 def _checkpoint(ref: str, tensors: Mapping[str, Any]) -> Checkpoint:

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 # What stands before the number that counts layers: `model.layers.3.`, `transformer.h.3.`, `encoder.layer.3.`,
 # `encoder.block.3.layer.0.`, `visual.blocks.3.`. The outermost one counts, so neither the parts of a T5 block nor a
@@ -40,14 +40,31 @@ def layer_of(name: str) -> Layer | None:
 @dataclass(frozen=True, slots=True)
 class Depths:
     """The layers of one checkpoint. `stacks`: each stack's number of layers, in order of appearance; `of`: depth of
-    every tensor that has one."""
+    every tensor that has one, within its slice; `slices`: of every tensor which slice made it, None: no slice did."""
 
     stacks: dict[str, int]
     of: dict[str, float]
+    slices: Mapping[str, int | None] = field(default_factory=dict)
 
     def at(self, name: str) -> float:
         """Depth of a tensor in [0, 1]; 0 where it belongs to no layer, as embeddings, the last norm and the head."""
         return self.of.get(name, 0.0)
+
+    def slice_of(self, name: str) -> int | None:
+        """Index of the slice that made a tensor; 0 where there are no slices."""
+        return self.slices.get(name) if self.slices else 0
+
+
+def layers_of(names: Iterable[str]) -> tuple[dict[str, Layer], dict[str, Layer]]:
+    """All names of a checkpoint -> the layer of each that has one; and of those that stand beyond the last layer.
+
+    >>> layers_of(["layers.0.w", "layers.1.eh_proj.weight", "layers.1.w", "norm.weight"])[1].keys()
+    dict_keys(['layers.1.eh_proj.weight', 'layers.1.w'])
+    """
+    layers = {name: layer for name in names if (layer := layer_of(name))}
+    last = {layer for name, layer in layers.items() if _NEXT_TOKEN in name}
+    beyond = {name: layer for name, layer in layers.items() if layer in last} if last else {}
+    return {name: layer for name, layer in layers.items() if name not in beyond} if last else layers, beyond
 
 
 def depths_of(names: Iterable[str]) -> Depths:
@@ -59,10 +76,7 @@ def depths_of(names: Iterable[str]) -> Depths:
     >>> depths_of(["h.0.ln.weight", "h.1.ln.weight", "h.2.ln.weight", "wte.weight"]).of
     {'h.0.ln.weight': 0.0, 'h.1.ln.weight': 0.5, 'h.2.ln.weight': 1.0}
     """
-    layers = {name: layer for name in names if (layer := layer_of(name))}
-    beyond = {layer for name, layer in layers.items() if _NEXT_TOKEN in name}
-    if beyond:
-        layers = {name: layer for name, layer in layers.items() if layer not in beyond}
+    layers, _ = layers_of(names)
     stacks: dict[str, int] = {}
     for layer in layers.values():
         stacks[layer.stack] = max(stacks.get(layer.stack, 0), layer.index + 1)

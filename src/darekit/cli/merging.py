@@ -41,6 +41,10 @@ def merge(
     ] = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
+    lenient: Annotated[
+        bool,
+        typer.Option("--lenient", help="Warn of unknown keys and settings without effect, as mergekit ignores them."),
+    ] = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -55,7 +59,7 @@ def merge(
         from darekit.api import search_path
         from darekit.recipe import read_recipe
 
-        found = read_recipe(recipe, settings=overrides, seed=seed)
+        found = read_recipe(recipe, settings=overrides, seed=seed, lenient=lenient)
         _run(
             found, out, search_path(recipe), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,
             overwrite=overwrite, resume=resume, force=force, allow_nonfinite=allow_nonfinite,

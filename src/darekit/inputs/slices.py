@@ -7,11 +7,12 @@ is drawn by the name that it is stored under. A layer that is used twice is drop
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from darekit.architectures.depth import Layer, layer_of
+from darekit.architectures.depth import Layer, layer_of, layers_of
+from darekit.architectures.parts import is_before
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.errors import PlanError
 
@@ -73,6 +74,90 @@ def layers(checkpoint: Checkpoint, start: int, end: int, *, stack: str | None = 
     return renamed(checkpoint, names)
 
 
+@dataclass(frozen=True)
+class Layered:
+    """The tensors of a checkpoint, or of a part of it, sorted by layer.
+
+    Attributes:
+        ref: the checkpoint's.
+        stack: names of its layers up to the number, as "model.layers".
+        layers: of each layer, from what follows its number to the whole name.
+        before: names of what stands before the first layer.
+        after: names of what stands after the last.
+    """
+
+    ref: str
+    stack: str
+    layers: tuple[Mapping[str, str], ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    _beyond: tuple[tuple[int, str, str], ...]  # layers after the last, what follows the number, whole name
+
+    def range(self, start: int, end: int | None) -> range:
+        """Layers start .. end - 1; to the last where `end` is None.
+
+        Raises:
+            PlanError: there are not so many.
+        """
+        many = len(self.layers)
+        end = many if end is None else end
+        if not start <= end <= many:
+            raise PlanError(
+                f"layer_range [{start}, {end}]: {self.ref} has {many} layers; a range lies within [0, {many}]"
+            )
+        return range(start, end)
+
+    def layer(self, index: int, new: int) -> Iterator[tuple[str, str]]:
+        """The tensors of a layer: names with another number, and their own."""
+        for rest, name in self.layers[index].items():
+            yield f"{self.stack}.{new}.{rest}", name
+
+    def beyond(self, many: int) -> Iterator[tuple[str, str]]:
+        """What is stored as layers after the last, in a stack of so many."""
+        for after, rest, name in self._beyond:
+            yield f"{self.stack}.{many + after}.{rest}", name
+
+
+def layered(checkpoint: Checkpoint, names: Iterable[str]) -> Layered:
+    """Sort tensors of a checkpoint by layer; those names have exactly one stack of layers.
+
+    Raises:
+        PlanError: there are none, or several.
+    """
+    names = list(names)
+    layers, beyond = layers_of(names)
+    stacks = [*dict.fromkeys(layer.stack for layer in layers.values())]
+    if len(stacks) != 1:
+        told = f"{len(stacks)} stacks of layers ({', '.join(stacks)})" if stacks else "no numbered layers"
+        raise PlanError(
+            f"slices need exactly one stack of layers, and {checkpoint.ref} has {told}; with several, write `modules:` "
+            "with slices for each part (text_decoder, vision_tower, or a prefix of names): what is not named is kept "
+            "from the base"
+        )
+    many = 1 + max(layer.index for layer in layers.values())
+    found: tuple[dict[str, str], ...] = tuple({} for _ in range(many))
+    for name, layer in layers.items():
+        found[layer.index][_rest(name, layer)] = name
+    outside = [name for name in names if name not in layers and name not in beyond]
+    return Layered(
+        checkpoint.ref, stacks[0], found,
+        tuple(name for name in outside if is_before(name)), tuple(name for name in outside if not is_before(name)),
+        tuple((layer.index - many, _rest(name, layer), name) for name, layer in beyond.items()),
+    )  # fmt: skip
+
+
+def kind_of(rest: str) -> str:
+    """What follows a layer's number, without an expert's: layers of one kind have the same of them.
+
+    >>> kind_of("mlp.experts.7.up_proj.weight")
+    'mlp.experts.*.up_proj.weight'
+    """
+    return ".".join("*" if part.isdecimal() else part for part in rest.split("."))
+
+
+def _rest(name: str, layer: Layer) -> str:
+    return name[len(layer.stack) + 1 :].partition(".")[2]
+
+
 def _numbered(name: str, layer: Layer, index: int) -> str:
-    rest = name[len(layer.stack) + 1 :].partition(".")[2]
-    return f"{layer.stack}.{index}.{rest}"
+    return f"{layer.stack}.{index}.{_rest(name, layer)}"

@@ -63,6 +63,8 @@ class MergeMethod:
     of the models, whose sum is the result, or of the deltas, whose sum is added to the base. `base_row`: the base is
     one of the rows, the first. `vectors`: from parameters of its own, which the method then has too, what is one vector
     with coefficients of its own: the tensor, each row, or each column.
+    `weight_word`: what recipes call the models' weights. `sums_models`: weights of the models themselves, so that on a
+    base their sum less one is the base's own.
 
     `survey`: what the function must know of all of a tensor first, part by part (`darekit.methods.surveyed`).
     """
@@ -81,6 +83,8 @@ class MergeMethod:
     products: Literal["models", "deltas"] | None = None
     base_row: bool = False
     vectors: Callable[..., Vectors] | None = None
+    weight_word: str = "weight"
+    sums_models: bool = False
     survey: Survey | None = None
 
     @property
@@ -136,7 +140,14 @@ SPARSIFIERS: dict[str, Sparsifier] = {
     for entry in (
         Sparsifier(sparsifiers.dare, "element", random=True, unbiased=True, kernel="drop"),
         Sparsifier(sparsifiers.drop_only, "element", random=True, kernel="drop"),
-        Sparsifier(sparsifiers.magnitude, "tensor", random=False, kernel="select", selects=sparsifiers.magnitude_range),
+        Sparsifier(
+            sparsifiers.magnitude,
+            "tensor",
+            random=False,
+            kernel="select",
+            selects=sparsifiers.magnitude_range,
+            prepare=sparsifiers.count_survivors,
+        ),
         Sparsifier(
             sparsifiers.della, "row", random=True, unbiased=True, kernel="rank", prepare=sparsifiers.check_window
         ),
@@ -155,6 +166,10 @@ MERGE_METHODS: dict[str, MergeMethod] = {
     entry.name: entry
     for entry in (
         MergeMethod(merging.linear, needs_base=False, kernel="sum", keeps_one=True, mean_if="normalize"),
+        MergeMethod(
+            merging.passthrough, needs_base=False, kernel="sum", models=(1, 1), keeps_one=True, weight_word="scale",
+            sums_models=True,
+        ),
         MergeMethod(merging.task_arithmetic, kernel="sum", keeps_one=True),
         MergeMethod(merging.ties, kernel="elect", trims=True, keeps_one=True),
         MergeMethod(surveyed.sce, "tensor", survey=surveyed.SCE),
@@ -185,6 +200,7 @@ SUM = merging.task_arithmetic.__name__  # what a method with coefficients become
 MERGE_ALIASES: dict[str, str] = {"average": "linear"}
 
 WEIGHT = Parameter("weight", Number("the model's factor in the merge"), 1.0)
+SCALE = Parameter("scale", Number("what the model's tensors are multiplied by"), 1.0)
 TAU = Parameter(
     "tau",
     Number("with drop_rate: auto: the relative perturbation of a layer's output that it may cause", 0.001, 1),
@@ -196,6 +212,7 @@ __all__ = [
     "AVERAGE",
     "MERGE_ALIASES",
     "MERGE_METHODS",
+    "SCALE",
     "SEED",
     "SPARSIFIERS",
     "SUM",

@@ -53,6 +53,14 @@ def linear(
     return weighted_sum(deltas, weights, total_weight(weights) if normalize else 1.0)
 
 
+def passthrough(deltas: Deltas, weights: Weights) -> Deltas:
+    """The one model as it is, each tensor times its `scale`: for stacks of layers of several models.
+
+    Source: mergekit (arXiv 2403.13257), its method of this name: theta = s theta_1.
+    """
+    return weighted_sum(deltas, weights, 1.0)
+
+
 def task_arithmetic(
     deltas: Deltas,
     weights: Weights,

@@ -202,7 +202,8 @@ def breadcrumbs(
 
 
 def count_survivors(values: Mapping[str, Any], count: int, name: str) -> dict[str, Any]:
-    """`breadcrumbs`' parameters for one tensor of `count` elements, with `keep_count`: how many of them survive.
+    """Parameters of `breadcrumbs` or `magnitude` for one tensor of `count` elements, with `keep_count`: how many
+    survive.
 
     mergekit's recipes count them from `density` as written, never through 1 - p.
     """
@@ -213,8 +214,11 @@ def count_survivors(values: Mapping[str, Any], count: int, name: str) -> dict[st
 
 
 def magnitude_range(values: Mapping[str, Any], count: int) -> tuple[int, int]:
-    """`magnitude`'s parameters, tensor size -> (how many of the largest are dropped, how many are kept then)."""
-    return 0, dropped_to_density(count, values["drop_rate"])
+    """`magnitude`'s parameters, tensor size -> (how many of the largest are dropped, how many are kept then).
+
+    They may be prepared, as those of a recipe of mergekit's are.
+    """
+    return 0, values["keep_count"] if "keep_count" in values else dropped_to_density(count, values["drop_rate"])
 
 
 def breadcrumbs_range(values: Mapping[str, Any], count: int) -> tuple[int, int]:

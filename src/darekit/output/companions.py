@@ -125,7 +125,10 @@ def companions_of(plan: Plan) -> OutputCompanions:
     config = None
     if travel.config.config is not None:
         config = merged_config(
-            travel.config.config, dtype=main_dtype(plan), sizes=plan.alignment.sizes, tied=plan.alignment.tied
+            plan.config or travel.config.config,
+            dtype=main_dtype(plan),
+            sizes=plan.alignment.sizes,
+            tied=plan.alignment.tied,
         )
         if travel.tokenizer is not travel.config:
             config = with_ids(config, travel.tokenizer.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import cast
 
 from darekit.architectures.depth import LAYER_WORDS, Depths, along
@@ -14,6 +15,7 @@ from darekit.dtypes import DTYPES
 from darekit.inputs.opening import packed_seed
 from darekit.planning.draft import Draft
 from darekit.planning.rates import MOST
+from darekit.planning.stack import Tower
 from darekit.recipe import Place, Recipe, Value, is_exact
 from darekit.recipe.values import filters_of, gradients_of
 from darekit.wording import label
@@ -108,23 +110,32 @@ def _idle(draft: Draft) -> Iterator[str]:
 @dataclass(frozen=True, slots=True)
 class GradientRow:
     """One gradient of a recipe, and what it comes to. `model`: "" for one that holds for all; `filter`: "*" for all
-    tensors; `stack`: whose layers (`model.layers`); `values`: one per layer, in order."""
+    tensors; `stack`: whose layers (`model.layers`); `values`: one per layer, in order; `slice`: which slice's layers,
+    None for all of the stack's."""
 
     parameter: str
     model: str
     filter: str
     stack: str
     values: tuple[float, ...]
+    slice: int | None = None
 
 
-def gradient_rows(recipe: Recipe, depths: Depths) -> list[GradientRow]:
-    """Every gradient of a recipe along every stack of layers."""
+def gradient_rows(recipe: Recipe, depths: Depths, towers: Sequence[Tower] = ()) -> list[GradientRow]:
+    """Every gradient of a recipe along every stack of layers, and in stacks of slices along every slice."""
+    runs: list[tuple[str, int | None, int]] = [
+        (stack, None, layers) for stack, layers in depths.stacks.items() if stack not in {t.name for t in towers}
+    ]
+    runs += [(tower.name, i, len(list(run))) for tower in towers for i, run in groupby(tower.slices)]
     return [
-        GradientRow(name, whose, pattern, stack, tuple(gradient.at(Place("", (), depth)) for depth in along(layers)))
+        GradientRow(
+            name, whose, pattern, stack, tuple(gradient.at(Place("", (), depth)) for depth in along(layers)), at
+        )
         for whose, parameters in _scopes(recipe)
         for name, value in parameters.items()
-        for pattern, gradient in gradients_of(value)
-        for stack, layers in depths.stacks.items()
+        for pattern, own, gradient in gradients_of(value)
+        for stack, at, layers in runs
+        if own is None or at is None or own == at
     ]
 
 

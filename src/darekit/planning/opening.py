@@ -65,7 +65,29 @@ def open_plan(
                 if name not in names and not (name == "base" and base is not None):
                     model = opening.open_model(name, base, search=search, openers=OPENERS)
                     others[name] = opened.enter_context(closing(model))
+            bases = _bases_of(recipe, base, models, search, opened)
             plan = make_plan(
-                recipe, base, models, statistics=statistics, others=others, shard_size=shard_size, verbatim=verbatim
+                recipe,
+                base,
+                models,
+                statistics=statistics,
+                others=others,
+                bases=bases,
+                shard_size=shard_size,
+                verbatim=verbatim,
             )
         yield plan
+
+
+def _bases_of(
+    recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], search: Sequence[Path], opened: ExitStack
+) -> dict[str, Checkpoint]:
+    """The bases that slices name, open, by name: the recipe's own, its models, or others."""
+    known: dict[str, Checkpoint] = {entry.model: model for entry, model in zip(recipe.models, models, strict=True)}
+    known |= {} if recipe.base_model is None or base is None else {recipe.base_model: base}
+    found = {}
+    for name in dict.fromkeys(one.base[0] for one in recipe.slices if one.base):
+        found[name] = known.get(name) or opened.enter_context(
+            closing(opening.open_base(name, search=search, openers=OPENERS))
+        )
+    return found

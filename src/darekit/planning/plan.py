@@ -35,7 +35,9 @@ from darekit.planning.draft import Draft
 from darekit.planning.formats import outputs_of
 from darekit.planning.notes import notes_of, rate_notes, wide_notes
 from darekit.planning.rates import settle
+from darekit.planning.restacking import config_of
 from darekit.planning.settings import Settings, settings_of
+from darekit.planning.stack import Tower, stacked
 from darekit.planning.steps import steps_of
 from darekit.planning.tokenizers import choose_tokenizer, named_source, rows_of
 from darekit.planning.tokens import OutputVocabulary, with_vocabulary
@@ -97,6 +99,8 @@ class Plan:
         others: checkpoints that give tokens or rows and are none of the models.
         roles: name -> what it is, of the tensors that are no weights: running statistics, counters.
         counters: name -> whose value each counter gets: a model's index, or -1, the base.
+        towers: where each layer comes from, of stacks that slices made.
+        config: of such a stack, before number format and vocabulary; None: as that of the model that gives it.
     """
 
     recipe: Recipe
@@ -118,6 +122,8 @@ class Plan:
     counters: Mapping[str, int] = field(default_factory=dict)
     vocabulary: OutputVocabulary | None = None
     others: tuple[Checkpoint, ...] = ()
+    towers: tuple[Tower, ...] = ()
+    config: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
         sparsify = f"{self.recipe.sparsify.method} + " if self.recipe.sparsify else ""
@@ -240,10 +246,11 @@ def make_plan(
     *,
     statistics: Sequence[Statistics] = (),
     others: Mapping[str, Checkpoint] | None = None,
+    bases: Mapping[str, Checkpoint] | None = None,
     shard_size: int = SHARD_SIZE,
     verbatim: bool = False,
 ) -> Plan:
-    """Recipe x open checkpoints (x open statistics, one of each model; x others that its tokens name) -> the plan.
+    """Recipe x open checkpoints (x open statistics, one of each model; x others that tokens or slices name) -> plan.
 
     `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names.
 
@@ -253,12 +260,20 @@ def make_plan(
         RecipeError: a parameter has no value for a tensor.
     """
     named_source(recipe, base, models)  # the clearest error of those that a missing tokenizer would cause
+    towers: tuple[Tower, ...] = ()
     vocab = "pad" if recipe.tokens else recipe.vocab
-    alignment = align(
-        base, models, vocab, heads=_heads_of(recipe, base, models), extras=recipe.base_extras, verbatim=verbatim
-    )
+    config: Mapping[str, Any] | None = None
+    stacking: list[str] = []
+    if recipe.slices:
+        stack = stacked(recipe, base, models, bases or {}, vocab)
+        base, models, alignment, depths, towers = stack.base, stack.models, stack.alignment, stack.depths, stack.towers
+        config, stacking = config_of(base or models[0], towers)
+    else:
+        alignment = align(
+            base, models, vocab, heads=_heads_of(recipe, base, models), extras=recipe.base_extras, verbatim=verbatim
+        )
+        depths = depths_of(tensor.name for tensor in alignment.tensors)
     alignment, vocabulary = with_vocabulary(recipe, alignment, base, models, others or {})
-    depths = depths_of(tensor.name for tensor in alignment.tensors)
     facts = facts_of(next((c.config for c in (base, *models) if c and c.config), None))
     roles = roles_of(alignment.tensors, facts)
     recipe, rates = settle(recipe, [t for t in alignment.tensors if t.name not in roles], depths)
@@ -285,17 +300,18 @@ def make_plan(
     places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
     steps = [step for tensor in alignment.tensors for step in steps_of(draft, tensor, *places[tensor.name])]
     opened = (note for checkpoint in ((base, *models) if base else models) for note in checkpoint.notes)
-    notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *notes_of(draft), *rate_notes(models, rates)]
+    notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *stacking, *notes_of(draft)]
+    notes += rate_notes(models, rates)
     notes += wide_notes(recipe, outputs)
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
     rows, owner = rows_of(alignment.sizes, base, models), vocabulary.owner if vocabulary else None
     choice = choose_tokenizer(recipe, base, models, rows, owner)
     travel = travel_of(recipe, base, models, choice, vocabulary.files if vocabulary else None)
-    notes += [*config_notes(base, models, travel.config), *travel.notes]
+    notes += [*config_notes(base, models, travel.config, restacked=bool(recipe.slices)), *travel.notes]
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
         rates, settings, depths, travel, draft.statistics, roles, counters, vocabulary,
-        tuple((others or {}).values()),
+        tuple((others or {}).values()), towers, config,
     )  # fmt: skip
 
 

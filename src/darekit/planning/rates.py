@@ -22,7 +22,7 @@ from darekit.architectures.depth import Depths
 from darekit.architectures.groups import is_kept_dense
 from darekit.planning.alignment import AlignedTensor
 from darekit.planning.homology import TAU, p_max, sample_norms
-from darekit.planning.settings import place_of
+from darekit.planning.settings import place_in, place_of
 from darekit.recipe import AUTO, Filtered, Filters, Recipe, resolve
 from darekit.recipe.values import scalars_of
 
@@ -109,11 +109,17 @@ def settle(
     scopes = [] if sparsify is None else [sparsify.parameters, *(entry.parameters for entry in recipe.models)]
     if sparsify is None or not any(AUTO in scalars_of(scope.get("drop_rate")) for scope in scopes):
         return recipe, tuple({} for _ in recipe.models)
-    places = {tensor.name: place_of(tensor, depths) for tensor in tensors}
+    places = [(tensor, place_of(tensor, depths)) for tensor in tensors]
     models, found = [], []
     for k, entry in enumerate(recipe.models):
         asked = (entry.parameters.get("drop_rate"), sparsify.parameters.get("drop_rate"))
-        given = {name: resolve(asked, place) for name, place in places.items()}
+        # Asked, and written down, by the names that the model itself has.
+        own = {
+            tensor.name: place if info is None else place_in(place, info, depths)
+            for tensor, place in places
+            for info in (tensor.models[k],)
+        }
+        given = {name: resolve(asked, place) for name, place in own.items()}
         # What has no delta (integers, what only one side has) `sample_norms` leaves out.
         automatic = [
             t
@@ -122,7 +128,7 @@ def settle(
         ]
         tolerances = (entry.parameters.get("tau"), sparsify.parameters.get("tau"), TAU)
         rates = {
-            norms.name: rate_within(norms.r, resolve(tolerances, places[norms.name]))
+            norms.name: rate_within(norms.r, resolve(tolerances, own[norms.name]))
             for norms in sample_norms(automatic, k, lambda tensor: (0.0, 0.0))
         }
         found.append(rates)
@@ -130,6 +136,8 @@ def settle(
             models.append(entry)
             continue
         numbers = {name: rates.get(name, 0.0) if value == AUTO else value for name, value in given.items()}
-        by_name = Filters(tuple(Filtered(f"={name}", value) for name, value in numbers.items() if value is not None))
+        by_name = Filters(
+            tuple(Filtered(f"={own[name].name}", value) for name, value in numbers.items() if value is not None)
+        )
         models.append(replace(entry, parameters={**entry.parameters, "drop_rate": by_name}))
     return replace(recipe, models=tuple(models)), tuple(found)

@@ -8,11 +8,12 @@ summaries, notes, checks, the lock) reads these and no longer the recipe's param
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from darekit.architectures.depth import Depths
 from darekit.architectures.groups import is_kept_dense
+from darekit.checkpoints import TensorInfo
 from darekit.dtypes import dtype_named
 from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, WEIGHT
@@ -73,7 +74,12 @@ def merges_weights(recipe: Recipe, parameters: Mapping[str, Any]) -> bool:
 
 def place_of(tensor: AlignedTensor, depths: Depths) -> Place:
     """Where a tensor's parameters are asked."""
-    return Place(tensor.name, tensor.shape, depths.at(tensor.name))
+    return Place(tensor.name, tensor.shape, depths.at(tensor.name), depths.slice_of(tensor.name))
+
+
+def place_in(place: Place, info: TensorInfo, depths: Depths) -> Place:
+    """Where those of one model are asked: in a stack by the name that the tensor has there."""
+    return replace(place, name=info.stored_name) if depths.slices and info.stored is not None else place
 
 
 def settings_of(
@@ -87,7 +93,7 @@ def settings_of(
     resolver, roles = _Resolver(recipe), roles or {}
     return {
         tensor.name: (resolver.average if roles.get(tensor.name) == "statistic" else resolver.at)(
-            tensor, place_of(tensor, depths)
+            tensor, place_of(tensor, depths), depths
         )
         for tensor in tensors
     }
@@ -111,7 +117,7 @@ class _Resolver:
         self._models = [_ModelResolver(recipe, k) for k in range(len(recipe.models))]
         self._known: dict[Any, Settings] = {}
 
-    def at(self, tensor: AlignedTensor, place: Place) -> Settings:
+    def at(self, tensor: AlignedTensor, place: Place, depths: Depths) -> Settings:
         """What holds for one tensor."""
         merged = is_float(tensor.dtype) and not tensor.copied
         sparsify = self._recipe.sparsify
@@ -119,7 +125,7 @@ class _Resolver:
         dense = sparsify is None or tensor.head or bool(kept and is_kept_dense(place.name, tensor.group, kept))
         models = tuple(
             [
-                resolver.at(place, dense=dense) if merged and info is not None else None
+                resolver.at(place_in(place, info, depths), dense=dense) if merged and info is not None else None
                 for resolver, info in zip(self._models, tensor.models, strict=True)
             ]
         )
@@ -129,10 +135,10 @@ class _Resolver:
             self._known[key] = Settings(float(scale["lambda"]), merge, models)
         return self._known[key]
 
-    def average(self, tensor: AlignedTensor, place: Place) -> Settings:
+    def average(self, tensor: AlignedTensor, place: Place, depths: Depths) -> Settings:
         """What holds for running statistics: they are averaged, whatever is dropped, trimmed or elected elsewhere. A
         model that is dropped altogether has no say, nor has one with a weight below 0."""
-        found = self.at(tensor, place)
+        found = self.at(tensor, place, depths)
         models = tuple(None if one is None else _averaged(one) for one in found.models)
         weights = [one.weight for one in models if one is not None]
         far = 1.0
@@ -152,9 +158,10 @@ class _ModelResolver:
     def __init__(self, recipe: Recipe, model: int) -> None:
         entry, sparsify = recipe.models[model], recipe.sparsify
         own, shared = entry.parameters, recipe.parameters
+        word = MERGE_METHODS[recipe.merge_method].weight_word
         self._always = _Asked(
             {
-                "weight": (own.get("weight"), shared.get("weight"), WEIGHT.default),
+                "weight": (own.get(word), shared.get(word), WEIGHT.default),
                 "keep": (own.get("keep"), shared.get("keep"), 1.0),
             }
         )

@@ -134,6 +134,7 @@ class _Merge:
         owners = tuple(self.inputs)
         chains = self._chains(owners, count)
         first = owners[0]
+        weights = self._weights(owners)
         # What the one model's delta is multiplied by, where there is but one.
         scale = self.scale * (1.0 if self.parameters.get("normalize") else self.models[first].weight)
         return self.make(
@@ -143,12 +144,13 @@ class _Merge:
             base=base,
             models=tuple(self.inputs.values()),
             owners=owners,
-            weights=self._weights(owners),
+            weights=weights,
             chains=chains,
             method=self.method,
             parameters=self.parameters,
             **(self.informed or {}),
             factor=self.scale,
+            base_weight=sum(weights) - 1 if MERGE_METHODS[self.method].sums_models else 0.0,
             on_weights=merges_weights(self.draft.recipe, self.parameters),
             verbatim=(
                 MERGE_METHODS[self.method].keeps_one
@@ -165,10 +167,10 @@ class _Merge:
         chains = tuple(self._chain(k, end) if common else () for k in owners)
         entry = MERGE_METHODS[self.method]
         weighed = common and (self.informed is not None or (entry.products is not None and not entry.needs_base))
-        own = self.base is None and (weighed or self.method == AVERAGE)
+        own = self.base is None and (weighed or self.method == AVERAGE or not (entry.needs_base or entry.statistics))
         parameters = self.parameters if own else {"normalize": True}
         scale = 1.0 if parameters.get("normalize") else self.models[owners[0]].weight
-        method = self.method if weighed else AVERAGE
+        method = self.method if own else AVERAGE
         return self.make(
             kind="merge",
             begin=begin,

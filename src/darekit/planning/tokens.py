@@ -161,7 +161,9 @@ class _Matching:
                 self.notes.append(
                     f"{label(checkpoint.ref)} has no tokenizer: its tokens are taken to be those of {found[0][1].ref}"
                 )
-            members.append(Member(name, checkpoint, self._rows_of(checkpoint), tokenizer or first))
+            tokenizer = tokenizer or first
+            # Of a stack of slices it may have a part that has no rows of tokens, and counts all the same.
+            members.append(Member(name, checkpoint, self._rows_of(checkpoint) or tokenizer.size, tokenizer))
         return members
 
     def _tokenizer(self, checkpoint: Checkpoint) -> Tokenizer | None:

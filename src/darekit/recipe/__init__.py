@@ -7,7 +7,7 @@ Names and ranges of parameters come from the table of methods, never from here.
 
 from __future__ import annotations
 
-from darekit.recipe.data import ModelEntry, Recipe, Sparsify, TokenRow, Tokens
+from darekit.recipe.data import ModelEntry, Recipe, Slice, Sparsify, TokenRow, Tokens
 from darekit.recipe.reading import read_recipe
 from darekit.recipe.values import AUTO, Filtered, Filters, Gradient, Place, Value, is_exact, resolve
 from darekit.recipe.words import TOP_KEYS
@@ -21,6 +21,7 @@ __all__ = [
     "ModelEntry",
     "Place",
     "Recipe",
+    "Slice",
     "Sparsify",
     "TokenRow",
     "Tokens",

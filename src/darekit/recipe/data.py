@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from darekit.dtypes import DTYPES
-from darekit.recipe.values import Value, to_data
+from darekit.recipe.values import BySlice, Value, to_data
+
+Range = tuple[int, int | None]  # layers from one on, up to another one that is not among them; None: to the last
+
+DEFAULT = "default"  # the module of a model that is one whole
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,21 @@ class ModelEntry:
     model: str
     parameters: Mapping[str, Value]
     stats: str | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some layers of the output, one after another, and whose layers they are made of.
+
+    Attributes:
+        models: of each of the recipe's models the layers that go in; None: it has no part in this slice.
+        base: the model that the others are compared with here, as written, and its layers; None where there is none.
+        module: the part of the model that these are layers of.
+    """
+
+    models: tuple[Range | None, ...]
+    base: tuple[str, Range] | None = None
+    module: str = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -130,6 +149,7 @@ class Recipe:
         tokens: which tokens the output has, where rows are matched by token; None: by number, as `vocab` says.
         chat_template: of the output: `auto`, a name, or a template's text; None: the one that comes with the tokenizer.
         base_extras: what becomes of tensors that only the base has: keep or leave_out.
+        slices: the output's layers from the first to the last, module by module; empty: all layers of all models.
         notes: notes and warnings for the user.
         text: the file's own text.
     """
@@ -147,16 +167,17 @@ class Recipe:
     chat_template: str | None = None
     keep_float32: bool = True
     base_extras: Literal["keep", "leave_out"] = "keep"
+    slices: tuple[Slice, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
     text: str = field(default="", compare=False, repr=False)
 
     def to_data(self) -> dict[str, Any]:
         """The recipe as JSON-able data in native form: `read_recipe` of it gives an equal recipe."""
         data: dict[str, Any] = {} if self.base_model is None else {"base_model": self.base_model}
-        data["models"] = [
-            {"model": e.model, **({"stats": e.stats} if e.stats else {}), "parameters": _parameters_data(e.parameters)}
-            for e in self.models
-        ]
+        if self.slices:
+            data |= _layers_data(self)
+        else:
+            data["models"] = [_source_data(entry, None) for entry in self.models]
         if self.sparsify is not None:
             data["sparsify"] = {
                 "method": self.sparsify.method,
@@ -180,5 +201,45 @@ class Recipe:
         return data | ({} if self.base_extras == "keep" else {"base_extras": self.base_extras})
 
 
-def _parameters_data(parameters: Mapping[str, Value]) -> dict[str, Any]:
-    return {name: to_data(value) for name, value in parameters.items()}
+def _layers_data(recipe: Recipe) -> dict[str, Any]:
+    """`slices:`, or, where the output has parts, `modules:`."""
+    found: dict[str, list[Any]] = {}
+    for i, one in enumerate(recipe.slices):
+        found.setdefault(one.module, []).append(_slice_data(recipe, one, i))
+    if list(found) == [DEFAULT]:
+        return {"slices": found[DEFAULT]}
+    return {"modules": {name: {"slices": slices} for name, slices in found.items()}}
+
+
+def _slice_data(recipe: Recipe, one: Slice, index: int) -> dict[str, Any]:
+    sources = [
+        _source_data(entry, index) | {"layer_range": list(layers)}
+        for entry, layers in zip(recipe.models, one.models, strict=True)
+        if layers is not None
+    ]
+    data: dict[str, Any] = {}
+    if one.base is not None:
+        sources.insert(0, {"model": one.base[0], "layer_range": list(one.base[1])})
+        data["base_model"] = one.base[0]
+    shared = recipe.parameters if recipe.sparsify is None else {**recipe.sparsify.parameters, **recipe.parameters}
+    values = {name: value.values[index] for name, value in shared.items() if isinstance(value, BySlice)}
+    own = {name: to_data(value) for name, value in values.items() if value is not None}
+    return {"sources": sources} | data | ({"parameters": own} if own else {})
+
+
+def _source_data(entry: ModelEntry, index: int | None) -> dict[str, Any]:
+    """One model, or its part in one slice."""
+    return {
+        "model": entry.model,
+        **({"stats": entry.stats} if entry.stats else {}),
+        "parameters": _parameters_data(entry.parameters, index),
+    }
+
+
+def _parameters_data(parameters: Mapping[str, Value], index: int | None = None) -> dict[str, Any]:
+    """What holds everywhere, and in the slice of that index."""
+    values = {
+        name: value if not isinstance(value, BySlice) else None if index is None else value.values[index]
+        for name, value in parameters.items()
+    }
+    return {name: to_data(value) for name, value in values.items() if value is not None}

@@ -205,10 +205,10 @@ class _Walker:
 
     def _is_there(self, text: str, path: Key) -> bool:
         """Whether a model is to be named here, and one of that name exists: a directory may be called 500 or 1.5."""
-        named = path[:1] == ("models",) and (len(path) == 2 or path[2:] == ("model",))
-        if not named and path not in (
-            ("base_model",), ("tokenizer_source",), ("tokenizer", "source"), ("heads",),
-        ):  # fmt: skip
+        listed = len(path) > 1 and path[-2] in ("models", "sources") and isinstance(path[-1], int)
+        if not listed and path[-1:] not in (
+            ("model",), ("base_model",), ("tokenizer_source",), ("heads",),
+        ) and path != ("tokenizer", "source"):  # fmt: skip
             return False
         return any(os.path.lexists(folder / text) for folder in (Path(), Path(self.name).resolve().parent))
 
@@ -242,12 +242,25 @@ class _Walker:
 
 def _normalize(document: Document) -> Document:
     """Give every model its mapping and every empty `parameters:` an empty one, so that all have the same paths."""
-    data = dict(document.data)
+    data = _normalized(document.data)
+    if isinstance(data.get("modules"), dict):
+        data["modules"] = {
+            name: _normalized(one) if isinstance(one, dict) else one for name, one in data["modules"].items()
+        }
+    return replace(document, data=data)
+
+
+def _normalized(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe, a module or a slice."""
+    data = dict(block)
     if data.get("parameters", 0) is None:
         data["parameters"] = {}
-    if isinstance(data.get("models"), list):
-        data["models"] = [_model_mapping(entry) for entry in data["models"]]
-    return replace(document, data=data)
+    for key in ("models", "sources"):
+        if isinstance(data.get(key), list):
+            data[key] = [_model_mapping(entry) for entry in data[key]]
+    if isinstance(data.get("slices"), list):
+        data["slices"] = [_normalized(one) if isinstance(one, dict) else one for one in data["slices"]]
+    return data
 
 
 def _model_mapping(entry: Any) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, NoReturn
 
-from darekit.methods import MERGE_METHODS, SEED, SPARSIFIERS, WEIGHT, Choice, Number, Parameter, Switch
+from darekit.methods import MERGE_METHODS, SCALE, SEED, SPARSIFIERS, WEIGHT, Choice, Number, Parameter, Switch
 from darekit.recipe.values import Value, chained, mapped, scalars_of
 
 Refuse = Callable[[tuple[str | int, ...], str], NoReturn]
@@ -49,11 +49,6 @@ _METHODS = (
 
 LATER_METHODS: tuple[str, ...] = tuple(name for name in _METHODS if name not in MERGE_METHODS)
 
-LATER_KEYS: dict[str, str] = {
-    "slices": "stacking of layer ranges; whole models go under `models:`",
-    "modules": "merges of parts of multimodal models; whole models go under `models:`",
-}
-
 DENSITY = Parameter("density", Number("fraction that is kept: 1 - drop_rate, or ties' keep", 0, 1), 1.0)
 EPSILON = Parameter("epsilon", Number("half of della's window", 0, 0.5), 0.15)
 GAMMA = SPARSIFIERS["breadcrumbs"].parameters["gamma"]
@@ -82,8 +77,9 @@ def shared_words(method: str) -> dict[str, Parameter]:
 
 
 def weight_words(method: str) -> dict[str, Parameter]:
-    """`weight`, where the method takes any."""
-    return {"weight": WEIGHT} if MERGE_METHODS[_merge_of(method)].weighted else {}
+    """`weight`, or the method's own word for it, where it takes any."""
+    entry = MERGE_METHODS[_merge_of(method)]
+    return {word.name: word for word in (WEIGHT, SCALE) if entry.weighted and word.name == entry.weight_word}
 
 
 def _merge_of(method: str) -> str:
@@ -104,7 +100,8 @@ def advise(word: str, value: Any, method: str) -> str | None:
     """A parameter that `method` does not take -> what to write instead; None for an unknown word."""
     product = PRODUCTS.get(method)
     if word == WEIGHT.name:
-        return f"{method} takes no weights{_instead(method)}"
+        entry = MERGE_METHODS[_merge_of(method)]
+        return f"{method} takes no weights{f'; write {entry.weight_word}' if entry.weighted else _instead(method)}"
     if word in _OWN_WORDS:
         owner = next(name for name, own in _SPARSIFIER_WORDS.items() if own == word)
         users = " and ".join(name for name, entry in PRODUCTS.items() if entry.sparsifier == owner)
@@ -169,12 +166,15 @@ class Translation:
 def translate(
     method: str,
     shared: Mapping[str, Value],
-    models: Sequence[tuple[int, str, Mapping[str, Value]]],
+    models: Sequence[tuple[tuple[str | int, ...], str, Mapping[str, Value]]],
     refuse: Refuse,
+    *,
+    lenient: bool = False,
 ) -> Translation:
-    """mergekit's method, top-level parameters and (place in `models`, model, its parameters) -> native words.
+    """mergekit's method, top-level parameters and (where it stands, model, its parameters) -> native words.
 
-    A recipe in native words passes through as it is. `refuse(path, message)` raises where there is no meaning.
+    A recipe in native words passes through as it is. `refuse(path, message)` raises where there is no meaning;
+    `lenient`: what would be refused because it drops nothing, or would surprise, means what it means in mergekit.
     """
     rest = dict(shared)
     rescale, int8_mask, seed = (rest.pop(name, None) for name in ("rescale", "int8_mask", "seed"))
@@ -190,23 +190,34 @@ def translate(
     if int8_mask is not None:
         parts.notes.append("int8_mask is accepted and has no effect: no mask is stored")
     if method in PRODUCTS:
-        return _translate_product(method, parts, [name for _, name, _ in models], rescale, refuse)
+        return _translate_product(method, parts, [name for _, name, _ in models], rescale, None if lenient else refuse)
     if MERGE_METHODS[method].trims:
-        return _translate_ties(method, parts, [place for place, _, _ in models], rescale, refuse)
+        return _translate_ties(method, parts, [path for path, _, _ in models], rescale, refuse, lenient=lenient)
     if rescale not in (None, "false", "none"):
-        refuse(("parameters", "rescale"), f"{method} drops nothing, so there is nothing to rescale; remove it")
+        parts.notes.append(f"parameters.rescale has no effect: {method} drops nothing, so there is nothing to rescale")
     return parts
 
 
 def _translate_ties(
-    method: str, parts: Translation, places: Sequence[int], rescale: Value | None, refuse: Refuse
+    method: str,
+    parts: Translation,
+    paths: Sequence[tuple[str | int, ...]],
+    rescale: Value | None,
+    refuse: Refuse,
+    *,
+    lenient: bool,
 ) -> Translation:
     scopes: list[tuple[tuple[str | int, ...], dict[str, Value]]] = [(("parameters",), parts.shared)]
-    scopes += [(("models", k, "parameters"), own) for k, own in zip(places, parts.models, strict=True)]
+    scopes += [((*path, "parameters"), own) for path, own in zip(paths, parts.models, strict=True)]
     dense = any("density" in own for _, own in scopes)
     for path, own in scopes:
         if dense and "keep" in own:
             refuse((*path, "keep"), f"{method}'s density and keep are the same quantity; keep only one of them")
+    if rescale == "true" and lenient:
+        parts.notes.append(
+            f"{method}: rescale: true restores the L1 norm of what was trimmed, as in mergekit (rescale: l1)"
+        )
+        rescale = "l1" if dense else None
     rescaled = rescale not in (None, "false", "none")
     if rescale == "true":
         # 1/density on the LARGEST elements would blow the delta up (5x at 0.2); mergekit restores the L1 norm here.
@@ -217,32 +228,29 @@ def _translate_ties(
         )
     if rescaled and not dense:
         refuse(("parameters", "rescale"), f"{method} without a density trims nothing, so there is nothing to rescale")
-    for path, own in scopes:
-        if "density" not in own:
-            continue
-        density = own.pop("density")
-        if not rescaled:
-            own["keep"] = density
-        elif path == ("parameters",):
-            parts.sparsify["drop_rate"] = drop_rates(density)
-        else:
-            own["drop_rate"] = drop_rates(density)
     if not rescaled:
+        for _, own in scopes:
+            if "density" in own:
+                own["keep"] = own.pop("density")
         return parts
-    parts.sparsify.setdefault("drop_rate", 0.0)
+    shared = parts.shared.pop("density", None)
+    for own in parts.models:  # survivors are counted from the number as written
+        own["density"] = _inherited(own.get("density"), shared, DENSITY.default)
+        own["drop_rate"] = drop_rates(own["density"])
+    parts.sparsify["drop_rate"] = 0.0
     parts.sparsify["rescale"] = str(rescale)
     parts.shared.setdefault("keep", 1.0)
     return dataclasses.replace(parts, sparsifier="magnitude")
 
 
 def _translate_product(
-    method: str, parts: Translation, names: Sequence[str], rescale: Value | None, refuse: Refuse
+    method: str, parts: Translation, names: Sequence[str], rescale: Value | None, refuse: Refuse | None
 ) -> Translation:
     product = PRODUCTS[method]
     shared_density = parts.shared.pop("density", None)
     densities = [_inherited(own.pop("density", None), shared_density, DENSITY.default) for own in parts.models]
     if product.random:
-        _refuse_all_kept(method, densities, refuse)
+        _refuse_all_kept(method, parts, densities, refuse)
     for name, own, density in zip(names, parts.models, densities, strict=True):
         if set(scalars_of(density)) == {1.0}:
             parts.notes.append(f"{name} has density 1: nothing in it is dropped")
@@ -267,9 +275,12 @@ def _translate_product(
     return dataclasses.replace(parts, sparsifier=product.sparsifier)
 
 
-def _refuse_all_kept(method: str, densities: Sequence[Value], refuse: Refuse) -> None:
-    if all(number == 1.0 for density in densities for number in scalars_of(density)):
+def _refuse_all_kept(method: str, parts: Translation, densities: Sequence[Value], refuse: Refuse | None) -> None:
+    if densities and all(number == 1.0 for density in densities for number in scalars_of(density)):
         merge = PRODUCTS[method].merge
+        if refuse is None:
+            parts.notes.append(f"{method} with density 1 for every model drops nothing: it is {merge}, as in mergekit")
+            return
         refuse(
             ("merge_method",),
             f"{method} with density 1 for every model drops nothing (density 1 is mergekit's silent default): set "

@@ -32,8 +32,10 @@ from darekit.methods import (
     Parameter,
     Switch,
 )
+from darekit.recipe import ignored
 from darekit.recipe.data import Recipe, Sparsify
 from darekit.recipe.documents import Document
+from darekit.recipe.layout import FORMS
 from darekit.recipe.mergekit import PRODUCTS, RESCALE
 from darekit.recipe.tokens import AUTO_TEMPLATE, SHORTEST_TEMPLATE
 from darekit.recipe.values import AUTO
@@ -52,14 +54,16 @@ def recipe_schema() -> Schema:
     ['strict', 'base', 'pad']
     """
     build = _Builder()
-    properties = _top() | {"models": _models(_entry()), "sparsify": _sparsify(build)}
+    properties = _top() | {"models": _models(_entry()), "sparsify": _sparsify(build)} | _layers()
+    properties |= {name: _IGNORED for name in (*ignored.OPTIONS, *ignored.PARAMETERS)}
     return {
         "$schema": DRAFT,
         "title": TITLE,
         "description": "Which models are merged, and how.",
         "type": "object",
         "properties": properties,
-        "required": ["models", "merge_method"],
+        "required": ["merge_method"],
+        "oneOf": [{"required": [form]} for form in FORMS],
         "additionalProperties": False,
         "allOf": [*_plain_rules(build), *_sparsified_rules(build)],
         "definitions": build.definitions,
@@ -82,6 +86,7 @@ def partial_schema() -> Schema:
     del entry["required"]
     properties = _top() | {
         "models": _models(entry),
+        **_layers(),
         "sparsify": _block(sparsify) | {"description": _SPARSIFY_HELP},
         "parameters": _block(shared) | {"description": _PARAMETERS_HELP, "type": ["object", "null"]},
     }
@@ -204,10 +209,12 @@ def _block(properties: Mapping[str, Schema]) -> Schema:
 
 
 def _top() -> dict[str, Schema]:
-    """Top-level keys; `models` and `sparsify` are placeholders."""
+    """Top-level keys; those that say what is merged, and `sparsify`, are placeholders."""
     known: dict[str, Schema] = {
         "base_model": _NAME | {"description": "The checkpoint that all models were fine-tuned from."},
         "models": {},
+        "slices": {},
+        "modules": {},
         "sparsify": {},
         "merge_method": _merge_method_names(),
         "parameters": {"description": _PARAMETERS_HELP, "type": ["object", "null"]},
@@ -317,10 +324,62 @@ def _models(entry: Schema) -> Schema:
     }
 
 
+_IGNORED: Schema = {"description": "Without effect here; ignored, as mergekit does."}
+
+
+def _layers() -> dict[str, Schema]:
+    """`slices:` and `modules:`, with the words of any method."""
+    block: Schema = {"description": "Parameters of these layers.", "type": ["object", "null"]}
+    reference: Schema = {"anyOf": [_NAME, {"type": "object"}]}
+    number: Schema = {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": "^ *[0-9]+ *$"}]}
+    source = {
+        "model": reference | {"description": "A directory, a .safetensors file, or org/name[@revision] on the Hub."},
+        "layer_range": {
+            "description": "The first layer, and the one after the last.",
+            "type": "array",
+            "items": [number, {"anyOf": [number, {"type": "null"}]}],
+            "minItems": 2,
+            "maxItems": 2,
+        },
+        "parameters": block,
+        "stats": {"type": "string", "minLength": 1},
+        **{name: _IGNORED for name in (*ignored.SOURCE_WORDS, *ignored.PARAMETERS)},
+    }
+    one = {
+        "sources": {
+            "description": "Whose layers are merged here: equally many of each.",
+            "type": "array",
+            "minItems": 1,
+            "items": _block(source) | {"required": ["model", "layer_range"]},
+        },
+        "base_model": reference | {"description": "The base of these layers, where it is not the recipe's."},
+        "parameters": block,
+        **{name: _IGNORED for name in (*ignored.SLICE_WORDS, *ignored.PARAMETERS)},
+    }
+    slices: Schema = {
+        "description": "The output's layers, from the first to the last.",
+        "type": "array",
+        "minItems": 1,
+        "items": _block(one) | {"required": ["sources"]},
+    }
+    module = _block({"slices": slices, "models": _models(_entry()), "parameters": block})
+    return {
+        "slices": slices,
+        "modules": {
+            "description": "Parts of a model (text_decoder, vision_tower, ...) to merge; the rest is the base's.",
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": module | {"oneOf": [{"required": ["slices"]}, {"required": ["models"]}]},
+        },
+    }
+
+
 def _entry(parameters: Schema | None = None) -> Schema:
     """One of the models, as a mapping."""
+    about = {"description": "A directory, a .safetensors file, or org/name[@revision] on the Hub."}
     properties = {
-        "model": _NAME | {"description": "A directory, a .safetensors file, or org/name[@revision] on the Hub."},
+        **{name: _IGNORED for name in (*ignored.SOURCE_WORDS, *ignored.PARAMETERS)},
+        "model": {"anyOf": [_NAME, {"type": "object"}]} | about,
         "parameters": {"description": "Parameters of this model alone.", "type": ["object", "null"]},
         "stats": {
             "description": "The statistics file that `dare stats` wrote for this model.",
@@ -338,6 +397,12 @@ def _parameters(allowed: Mapping[str, Schema]) -> Schema:
     found = _block(_with_rescale_q(allowed)) | {"type": ["object", "null"]}
     twice = [pair for pair in (["density", "keep"], ["q", "rescale"]) if {*pair} <= {*found["properties"]}]
     return found | ({"allOf": [{"not": {"type": "object", "required": pair}} for pair in twice]} if twice else {})
+
+
+def _tolerant(block: Schema) -> Schema:
+    """A `parameters:` block with words of other methods of mergekit's, which are ignored."""
+    others = {name: _IGNORED for name in ignored.PARAMETERS if name not in block["properties"]}
+    return block | {"properties": {**block["properties"], **others}}
 
 
 def _with_rescale_q(allowed: Mapping[str, Schema]) -> dict[str, Schema]:
@@ -418,9 +483,11 @@ def _plain_rules(build: _Builder) -> list[Schema]:
     for method in (*MERGE_METHODS, *PRODUCTS):
         words = _words(method)
         merge = MERGE_METHODS[PRODUCTS[method].merge if method in PRODUCTS else method]
-        own = _parameters(build.parameters(method, _narrowed(words.model, merge)))
+        own = _tolerant(_parameters(build.parameters(method, _narrowed(words.model, merge))))
         then = _of_method(merge, words, own, build)
+        then["properties"]["parameters"] = _tolerant(then["properties"]["parameters"])
         condition = _is("merge_method", _spellings(method)) | {"not": {"required": ["sparsify"]}}
+        condition["required"] = ["merge_method", "models"]
         rules.append({"if": condition, "then": then})
     return rules
 
@@ -433,7 +500,7 @@ def _sparsified_rules(build: _Builder) -> list[Schema]:
         {"if": {"required": ["sparsify"]}, "then": {"properties": {"merge_method": {"enum": native}}}},
         {
             "if": {
-                "required": ["sparsify"],
+                "required": ["sparsify", "models"],
                 "properties": {
                     "sparsify": on_deltas,
                     "merge_method": {"not": {"enum": [n for n, e in MERGE_METHODS.items() if _first_may_be_base(e)]}},
@@ -443,7 +510,7 @@ def _sparsified_rules(build: _Builder) -> list[Schema]:
         },
     ]
     for method, merge in MERGE_METHODS.items():
-        condition = _is("merge_method", _spellings(method)) | {"required": ["merge_method", "sparsify"]}
+        condition = _is("merge_method", _spellings(method)) | {"required": ["merge_method", "sparsify", "models"]}
         then = _of_method(merge, _words(method, next(iter(SPARSIFIERS))), {}, build)
         if merge.parts_base:
             then["properties"]["sparsify"] = {"properties": {"on": {"const": "delta"}}}
@@ -454,6 +521,8 @@ def _sparsified_rules(build: _Builder) -> list[Schema]:
 def _of_method(merge: MergeMethod, words: Words, own: Schema, build: _Builder) -> Schema:
     """What a merge method asks of a recipe; `own`: what a model's parameters may be."""
     entry: Schema = {"properties": {"parameters": own}}
+    if merge.weighted:  # its parameter, which nobody ignores beside `parameters:`
+        entry["properties"][merge.weight_word] = False
     if merge.statistics is None:
         entry["properties"]["stats"] = False
     elif not merge.needs_base:  # else the base, which needs none, may be among the models
@@ -515,7 +584,7 @@ def _rules_of_models(sparsifier: str, build: _Builder) -> list[Schema]:
                 {"properties": {"sparsify": {"required": [name]}}},
                 {"properties": {"models": {"contains": {"type": "object"} | given}}},
             ]
-            condition = {"required": ["sparsify"], "properties": {"sparsify": chosen}}
+            condition = {"required": ["sparsify", "models"], "properties": {"sparsify": chosen}}
             rules.append({"if": condition, "then": {"anyOf": somewhere}})
     return rules
 
@@ -527,9 +596,8 @@ def _narrowed(allowed: Mapping[str, Parameter], merge: MergeMethod, *, native: b
         weight = found["weight"]
         assert isinstance(weight.kind, Number)
         found["weight"] = replace(weight, kind=replace(weight.kind, low=0))
-    if native and found.get("rescale") == RESCALE:  # mergekit's word, for a method that is also darekit's
-        of = ("false", "paper", "l1", "none") if merge.trims else ("false", "none")
-        found["rescale"] = replace(RESCALE, kind=Choice(RESCALE.kind.help, of))
+    if native and merge.trims and found.get("rescale") == RESCALE:  # mergekit's word, of a native method
+        found["rescale"] = replace(RESCALE, kind=Choice(RESCALE.kind.help, ("false", "paper", "l1", "none")))
     return found
 
 
@@ -538,7 +606,7 @@ def _words(method: str, sparsifier: str | None = None) -> Words:
     data: dict[str, Any] = {"models": [{"model": "a", "parameters": {}}], "merge_method": method}
     if sparsifier is not None:
         data["sparsify"] = {"method": sparsifier}
-    return check_names(Document(TITLE, data, {}, ""))
+    return check_names(Document(TITLE, data, {}, ""))[1]
 
 
 def _spellings(method: str) -> list[str]:

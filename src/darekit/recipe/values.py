@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a parameter may be: one scalar, a list of filters over tensors' names, or a gradient over the layers.
+"""What a parameter may be: one scalar, a list of filters over tensors' names, a gradient over the layers, or one of
+these for each slice of a stack of layers.
 
 The only module that looks inside such a value. Everybody else asks it, with a place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 AUTO = "auto"  # the drop rate that follows from the size of each tensor's delta
 
@@ -21,12 +22,14 @@ Scalar = float | int | bool | str
 class Place:
     """Where a parameter is asked: a tensor's name and shape, and its depth from 0 (first layer) to 1 (last).
 
-    `depth`: 0 also for tensors that belong to no layer (`darekit.architectures.depth`).
+    `depth`: 0 also for tensors that belong to no layer (`darekit.architectures.depth`); in a stack, within its slice.
+    `slice`: index among the recipe's slices; None where it has none, or none of them made the tensor.
     """
 
     name: str
     shape: tuple[int, ...] = ()
     depth: float = 0.0
+    slice: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +100,35 @@ class Filters:
         return at(self.entries[end].value, place) if end < len(self.entries) else None
 
 
-Value = Scalar | Filters | Gradient
+@dataclass(frozen=True, slots=True)
+class BySlice:
+    """A value for each slice of a stack; None for those that have none of their own."""
+
+    values: tuple[Scalar | Filters | Gradient | None, ...]
+
+    def at(self, place: Place) -> Any:
+        """What the place's slice says there; None where it says nothing."""
+        value = None if place.slice is None else self.values[place.slice]
+        return None if value is None else at(value, place)
+
+
+Value = Scalar | Filters | Gradient | BySlice
+
+
+def by_slice(values: Sequence[Value | None]) -> Value | None:
+    """One value for each slice -> one for the stack: None where no slice has any, the bare value of an only slice.
+
+    >>> by_slice([None, None]), by_slice([0.5]), by_slice([0.5, None])
+    (None, 0.5, BySlice(values=(0.5, None)))
+    """
+    if all(value is None for value in values):
+        return None
+    return values[0] if len(values) == 1 else BySlice(tuple(cast(Any, values)))
 
 
 def at(value: Value, place: Place) -> Any:
     """What a value is at a place; None where it is a list of filters and none matches."""
-    return value.at(place) if isinstance(value, Filters | Gradient) else value
+    return value.at(place) if isinstance(value, Filters | Gradient | BySlice) else value
 
 
 def resolve(scopes: Iterable[Value | None], place: Place) -> Any:
@@ -129,36 +155,63 @@ def reachable(scopes: Iterable[Value | None]) -> tuple[Value, ...]:
         if value is None:
             continue
         found.append(value)
-        if not isinstance(value, Filters) or any(entry.filter == "*" for entry in value.entries):
+        if _decides(value):
             break
     return tuple(found)
+
+
+def _decides(value: Value) -> bool:
+    """Whether a value says something everywhere."""
+    match value:
+        case Filters(entries):
+            return any(entry.filter == "*" for entry in entries)
+        case BySlice():
+            return False  # what no slice has made asks the next scope
+        case _:
+            return True
 
 
 def chained(scopes: Iterable[Value | None]) -> Value | None:
     """Scopes in order of precedence -> one value that resolves to the same everywhere; None where all are None."""
     entries: tuple[Filtered, ...] = ()
+    scopes = tuple(scopes)
+    many = next((len(value.values) for value in scopes if isinstance(value, BySlice)), None)
+    if many is not None:
+        return BySlice(tuple(cast(Any, chained(_of_slice(value, i) for value in scopes)) for i in range(many)))
     for value in reachable(scopes):
         if not isinstance(value, Filters):
-            return Filters((*entries, Filtered("*", value))) if entries else value
+            return Filters((*entries, Filtered("*", cast(Any, value)))) if entries else value
         entries += value.entries
     return Filters(entries) if entries else None
 
 
+def _of_slice(value: Value | None, index: int) -> Value | None:
+    return value.values[index] if isinstance(value, BySlice) else value
+
+
 def is_scalar(value: Value) -> bool:
     """Whether a value is the same at every place."""
-    return not isinstance(value, Filters | Gradient)
+    return not isinstance(value, Filters | Gradient | BySlice)
+
+
+def slices_of(value: Value | None) -> tuple[Value | None, ...]:
+    """Its value for each slice; itself where it is one for all."""
+    return value.values if isinstance(value, BySlice) else (value,)
 
 
 def filters_of(value: Value | None) -> tuple[Filtered, ...]:
     """Its filters with their values; none where one value is for all tensors."""
-    return value.entries if isinstance(value, Filters) else ()
+    return tuple(entry for one in slices_of(value) if isinstance(one, Filters) for entry in one.entries)
 
 
-def gradients_of(value: Value) -> Iterator[tuple[str, Gradient]]:
-    """Its gradients, each with the filter before it ("*": all tensors)."""
-    for entry in value.entries if isinstance(value, Filters) else (Filtered("*", value),):
-        if isinstance(entry.value, Gradient):
-            yield entry.filter, entry.value
+def gradients_of(value: Value) -> Iterator[tuple[str, int | None, Gradient]]:
+    """Its gradients, each with the filter before it ("*": all tensors) and its slice (None: all)."""
+    for i, one in enumerate(slices_of(value)):
+        for entry in one.entries if isinstance(one, Filters) else (one,):
+            found = entry.value if isinstance(entry, Filtered) else entry
+            if isinstance(found, Gradient):
+                pattern = entry.filter if isinstance(entry, Filtered) else "*"
+                yield pattern, i if isinstance(value, BySlice) else None, found
 
 
 def scalars_of(value: Value | None) -> Iterator[Scalar]:
@@ -169,6 +222,9 @@ def scalars_of(value: Value | None) -> Iterator[Scalar]:
                 yield from scalars_of(entry.value)
         case Gradient(anchors):
             yield from anchors
+        case BySlice(values):
+            for one in values:
+                yield from scalars_of(one)
         case None:
             return
         case _:
@@ -180,6 +236,8 @@ def mapped(value: Value, function: Callable[[float], float]) -> Value:
     match value:
         case Filters(entries):
             return Filters(tuple(Filtered(entry.filter, _mapped_one(entry.value, function)) for entry in entries))
+        case BySlice(values):
+            return BySlice(tuple(None if one is None else cast(Any, mapped(one, function)) for one in values))
         case _:
             return _mapped_one(value, function)
 

@@ -11,25 +11,17 @@ from darekit.errors import RecipeError
 from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SEED, SPARSIFIERS, TAU, WEIGHT, MergeMethod, Number, Parameter
 from darekit.recipe import mergekit
 from darekit.recipe.documents import Document, Key, fail, shown, suggest
-
-# --- what later versions will do ---
-
-
-def refuse_later(document: Document) -> None:
-    """Refuse by name what mergekit has and darekit does not have yet."""
-    for key, what in mergekit.LATER_KEYS.items():
-        if key in document.data:
-            fail(document, (key,), f"{key} ({what}) comes in a later version of darekit")
-
+from darekit.recipe.ignored import why_ignored, without
+from darekit.recipe.layout import FORMS, MODEL_KEYS, MODULE_KEYS, SLICE_KEYS, SOURCE_KEYS, SliceAt, layout_of
+from darekit.recipe.parameters import block_at
 
 # --- names ---
 
 TOP_KEYS: tuple[str, ...] = (
-    "base_model", "models", "sparsify", "merge_method", "parameters", "dtype", "out_dtype", "vocab", "tokenizer_source",
-    "tokenizer", "chat_template", "heads", "keep_float32", "base_extras",
+    "base_model", "models", "slices", "modules", "sparsify", "merge_method", "parameters", "dtype", "out_dtype",
+    "vocab", "tokenizer_source", "tokenizer", "chat_template", "heads", "keep_float32", "base_extras",
 )  # fmt: skip
 AUTOMATIC = ("dare",)  # sparsifiers whose perturbation is predicted, so that they take drop_rate: auto
-_MODEL_KEYS = ("model", "parameters", "stats")
 SPARSIFY_KEYS = ("method", "on", "seed", "keep_dense")
 _FILTER_KEYS = ("filter", "value")
 
@@ -60,36 +52,79 @@ class Words:
         return MERGE_METHODS.get(self.method)
 
 
-def check_names(document: Document) -> Words:
-    """The recipe's methods and vocabulary; raises once for all the names that are not in it."""
+def check_names(document: Document, *, lenient: bool = False) -> tuple[Document, Words, list[str]]:
+    """The recipe's methods and vocabulary; raises once for all the names that are not in it.
+
+    Args:
+        document: the recipe.
+        lenient: names that are not in it are left out, with a warning each.
+
+    Returns:
+        The recipe without what has no effect, its words, and notes of what was left out.
+
+    Raises:
+        RecipeError: a method or other names that do not exist where they stand.
+    """
     data = document.data
     if "axes" in data and "merge_method" not in data:
         fail(document, ("axes",), " belongs to a sweep file, not to a recipe: run it with `dare sweep`")
-    unknown: list[tuple[Key, str]] = [((key,), _explain_top(key)) for key in data if key not in TOP_KEYS]
-    if "merge_method" not in data or "models" not in data:
+    unknown: list[Unknown] = [Unknown((key,), _explain_top(key)) for key in data if key not in TOP_KEYS]
+    if "merge_method" not in data or not any(form in data for form in FORMS):
         _raise_unknown(document, unknown)
         missing = "merge_method" if "merge_method" not in data else "models"
-        fail(document, (), f"no {missing}; a recipe needs models and merge_method")
+        fail(document, (), f"no {missing}; a recipe needs models (or slices, or modules) and merge_method")
+    layout = layout_of(document)
     words = _words_of(document)
-    for k, entry, own in raw_models(document):
-        unknown += [(("models", k, key), _explain_entry(key, words)) for key in entry if key not in _MODEL_KEYS]
-        unknown += _unknown_parameters(document, ("models", k, "parameters"), own, words.model, words)
+    for one in layout:
+        unknown += _unknown_around(document, one, words)
+        for source in one.sources:
+            allowed = MODEL_KEYS if one.path is None else SOURCE_KEYS
+            unknown += [
+                Unknown((*source.path, key), _explain_entry(key, words, allowed))
+                for key in source.entry
+                if key not in allowed
+            ]
+            unknown += _unknown_parameters(
+                document, (*source.path, "parameters"), source.entry.get("parameters"), words.model, words
+            )
     unknown += _unknown_parameters(document, ("parameters",), data.get("parameters", {}), words.shared, words)
     if words.sparsify is not None:
         block = {key: value for key, value in data["sparsify"].items() if key not in SPARSIFY_KEYS}
         unknown += _unknown_parameters(document, ("sparsify",), block, words.sparsify, words)
-    _raise_unknown(document, unknown)
-    return words
+    unknown = list({one.path: one for one in unknown}.values())  # a module's are met in each of its slices
+    ignored = {one.path: note for one in unknown if (note := _ignored(one, words)) is not None}
+    unknown = [one for one in unknown if one.path not in ignored]
+    if not lenient:
+        _raise_unknown(document, unknown)
+    notes = [*ignored.values(), *(f"{'.'.join(map(str, one.path))} {one.why}: ignored (--lenient)" for one in unknown)]
+    return without(document, [*ignored, *(one.path for one in unknown)]), words, notes
 
 
-def _raise_unknown(document: Document, unknown: Sequence[tuple[Key, str]]) -> None:
+@dataclass(frozen=True)
+class Unknown:
+    """A key that means nothing where it stands. `inside`: it is in a block of parameters."""
+
+    path: Key
+    why: str
+    inside: bool = False
+
+
+def _ignored(one: Unknown, words: Words) -> str | None:
+    """The note for a key that mergekit's recipes may have there without effect."""
+    if words.sparsify is not None:
+        return None
+    entry = words.merge_method or MERGE_METHODS[mergekit.PRODUCTS[words.method].merge]
+    return why_ignored(one.path, words.method, entry, inside=one.inside)
+
+
+def _raise_unknown(document: Document, unknown: Sequence[Unknown]) -> None:
     if len(unknown) == 1:
-        fail(document, unknown[0][0], f" {unknown[0][1]}")
+        fail(document, unknown[0].path, f" {unknown[0].why}")
     if unknown:
         listed = "".join(
-            f"\n  {document.places.get(path, 'in')}{':' if path in document.places else ''} "
-            f"{'.'.join(map(str, path))} {why}"
-            for path, why in unknown
+            f"\n  {document.places.get(one.path, 'in')}{':' if one.path in document.places else ''} "
+            f"{'.'.join(map(str, one.path))} {one.why}"
+            for one in unknown
         )
         raise RecipeError(f"{document.name}: {len(unknown)} keys are not allowed where they are{listed}")
 
@@ -107,12 +142,26 @@ def _explain_top(key: str) -> str:
     return f"is not known{suggest(key, TOP_KEYS)}"
 
 
-def _explain_entry(key: str, words: Words) -> str:
+def _unknown_around(document: Document, one: SliceAt, words: Words) -> Iterator[Unknown]:
+    """Unknown keys of a slice and its module, and of their `parameters:`."""
+    for path, allowed in ((one.path, SLICE_KEYS), (one.module, MODULE_KEYS)):
+        if path is None:
+            continue
+        block = block_at(document, path)
+        yield from (
+            Unknown((*path, key), f"is not known{suggest(key, allowed)}") for key in block if key not in allowed
+        )
+        yield from _unknown_parameters(
+            document, (*path, "parameters"), block.get("parameters"), {**words.model, **words.shared}, words
+        )
+
+
+def _explain_entry(key: str, words: Words, allowed: Sequence[str]) -> str:
     if key in ("statistics", "fisher", "gram"):
         return "is not known; a model's statistics file is its `stats:`"
     if key in words.model:
         return "is one level too high; move it under the model's `parameters:`"
-    return f"is not known{suggest(key, _MODEL_KEYS)}"
+    return f"is not known{suggest(key, allowed)}"
 
 
 def _words_of(document: Document) -> Words:
@@ -141,7 +190,7 @@ def _words_of(document: Document) -> Words:
     numbers = {n: p for n, p in (sparse | merge).items() if isinstance(p.kind, Number) and p.kind.per_model}
     weight = mergekit.weight_words(method)
     model = {**weight, **numbers, "seed": SEED}
-    if sparsifier == "breadcrumbs":
+    if sparsifier in ("breadcrumbs", "magnitude"):
         model["density"] = mergekit.DENSITY  # only beside its drop_rate, as `to_data` of a mergekit recipe has it
     return Words(method, sparsifier, weight | merge, model, sparse)
 
@@ -175,12 +224,14 @@ def _read_sparsifier(document: Document, block: Mapping[str, Any]) -> str:
 
 def _unknown_parameters(
     document: Document, path: Key, raw: Any, allowed: Mapping[str, Parameter], words: Words
-) -> Iterator[tuple[Key, str]]:
+) -> Iterator[Unknown]:
+    if raw is None:
+        return
     if not isinstance(raw, dict):
         fail(document, path, f"expected a mapping such as {{weight: 1.0}}, found {shown(raw)}")
     for name, value in raw.items():
         if name not in allowed:
-            yield (*path, name), _explain(name, value, path, allowed, words)
+            yield Unknown((*path, name), _explain(name, value, path, allowed, words), inside=True)
             continue
         entries = enumerate(value) if isinstance(value, list) else [(None, value)]
         for i, entry in entries:
@@ -188,7 +239,7 @@ def _unknown_parameters(
                 here = (*path, name) if i is None else (*path, name, i)
                 for key in entry:
                     if key not in _FILTER_KEYS:
-                        yield (*here, key), f"is not known{suggest(key, _FILTER_KEYS)}"
+                        yield Unknown((*here, key), f"is not known{suggest(key, _FILTER_KEYS)}")
 
 
 def _explain(name: str, value: Any, path: Key, allowed: Mapping[str, Parameter], words: Words) -> str:
@@ -212,14 +263,3 @@ def _explain(name: str, value: Any, path: Key, allowed: Mapping[str, Parameter],
         chosen = words.method if words.sparsifier is None else f"{words.sparsifier} or {words.method}"
         return f"is a parameter of {' and '.join(owners)}, not of {chosen}"
     return f"is not known{suggest(name, [*allowed, *(SPARSIFY_KEYS if path == ('sparsify',) else ())])}"
-
-
-def raw_models(document: Document) -> Iterator[tuple[int, dict[str, Any], Any]]:
-    """Place in `models`, entry, its raw parameters."""
-    raw = document.data["models"]
-    if not isinstance(raw, list) or not raw:
-        fail(document, ("models",), f"expected a list of at least one `- model: name`, found {shown(raw)}")
-    for k, entry in enumerate(raw):
-        if not isinstance(entry, dict):
-            fail(document, ("models", k), f"expected `model: name` or a name, found {shown(entry)}")
-        yield k, entry, entry["parameters"]

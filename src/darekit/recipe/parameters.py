@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a block of parameters: numbers, switches and choices, gradients, filters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from darekit.methods import SEED, Choice, Number, Parameter, Switch
+from darekit.recipe.documents import Document, Key, fail, shown
+from darekit.recipe.values import AUTO, Filtered, Filters, Gradient, Value
+
+# PyYAML follows YAML 1.1, where 1e-5 without a point is text.
+_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]{1,4}")
+
+
+def read_parameters(
+    document: Document, path: Key, allowed: Mapping[str, Parameter], skip: Sequence[str] = ()
+) -> dict[str, Value]:
+    """The block of parameters at a path; `skip`: keys of it that are none.
+
+    Raises:
+        RecipeError: a value of the wrong kind or out of range.
+    """
+    return {
+        name: _read_value(document, (*path, name), allowed[name], value)
+        for name, value in block_at(document, path).items()
+        if name not in skip
+    }
+
+
+def block_at(document: Document, path: Key) -> Any:
+    """What stands at a path; an empty mapping where nothing does."""
+    found: Any = document.data
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else found[key]
+        if found is None:
+            return {}
+    return found
+
+
+def _read_value(document: Document, path: Key, parameter: Parameter, raw: Any) -> Value:
+    if raw is None:
+        fail(document, path, " has no value; give it one or remove the key")
+    if parameter.name == SEED.name:
+        return read_seed(document, path, raw)
+    if isinstance(parameter.kind, Number):
+        if isinstance(raw, list | dict):
+            return _read_per_tensor(document, path, parameter, raw)
+        return _read_number(document, path, parameter, raw)
+    if isinstance(raw, list | dict):
+        fail(document, path, f" must be one value for all tensors, found {shown(raw)}")
+    if isinstance(parameter.kind, Switch) and not isinstance(raw, str) and raw in (0, 1):
+        raw = bool(raw)  # mergekit's users write `normalize: 1.0`
+    if isinstance(parameter.kind, Choice) and isinstance(raw, bool):
+        raw = str(raw).lower()
+    _check_range(document, path, parameter, raw)
+    return cast(Value, raw)
+
+
+def _check_range(document: Document, path: Key, parameter: Parameter, value: Any) -> None:
+    problem = parameter.problem(value)
+    if problem is not None:
+        fail(document, path, problem.removeprefix(parameter.name))
+
+
+def _read_number(document: Document, path: Key, parameter: Parameter, raw: Any) -> float | str:
+    if isinstance(raw, str):
+        if raw == AUTO and parameter.name == "drop_rate":
+            return AUTO
+        raw = _number_of_text(document, path, raw)
+    _check_range(document, path, parameter, raw)
+    try:
+        number = float(raw)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        fail(document, path, f" must be a finite number, found {shown(raw)}")
+    return number
+
+
+def _number_of_text(document: Document, path: Key, raw: str) -> float:
+    if _EXPONENT.fullmatch(raw):
+        return float(raw)
+    hint = "; write a number"
+    try:
+        float(raw.removesuffix("%"))
+        hint = f"; a percentage? write {float(raw[:-1]) / 100:g}" if raw.endswith("%") else "; write it without quotes"
+    except ValueError:
+        pass
+    fail(document, path, f" must be a number, found the text {shown(raw)}{hint}")
+
+
+_PER_TENSOR = (
+    "expected a number, a list of numbers (a gradient over the layers), or a list of {filter: part of a tensor's name, "
+    "value: number}"
+)
+
+
+def _read_per_tensor(document: Document, path: Key, parameter: Parameter, raw: Any) -> Filters | Gradient:
+    """A gradient, a filter or a list of filters."""
+    if raw == [] or (isinstance(raw, dict) and "value" not in raw):
+        fail(document, path, f"{_PER_TENSOR}, found {shown(raw)}")
+    if isinstance(raw, list) and not any(isinstance(entry, dict) for entry in raw):
+        return _read_gradient(document, path, parameter, raw)
+    found: list[Filtered] = []
+    for i, entry in enumerate(raw if isinstance(raw, list) else [raw]):
+        here = (*path, i) if isinstance(raw, list) else path
+        if not isinstance(entry, dict):
+            fail(document, here, f"{_PER_TENSOR}, found {shown(entry)} among filters")
+        value = entry.get("value")
+        if value is None:
+            fail(document, here, f"{_PER_TENSOR}, found {shown(entry)} without a value")
+        pattern = entry.get("filter", "*")
+        if not isinstance(pattern, str) or not pattern.removeprefix("="):
+            fail(
+                document,
+                (*here, "filter"),
+                f"expected part of a tensor's name, a glob or '*', found {pattern!r}",
+            )
+        if found and found[-1].filter == "*":
+            fail(document, here, " is never reached: the entry before it matches every tensor; put that one last")
+        if isinstance(value, list):
+            found.append(Filtered(pattern, _read_gradient(document, (*here, "value"), parameter, value)))
+        else:
+            found.append(Filtered(pattern, _read_number(document, here, parameter, value)))
+    return Filters(tuple(found))
+
+
+def _read_gradient(document: Document, path: Key, parameter: Parameter, raw: list[Any]) -> Gradient:
+    """Numbers at equal distances over the layers, each within the parameter's range."""
+    if not raw:
+        fail(document, path, f"{_PER_TENSOR}, found {shown(raw)}")
+    anchors = []
+    for i, entry in enumerate(raw):
+        here = (*path, i)
+        if isinstance(entry, list | dict) or entry is None:
+            fail(document, here, f" is part of a gradient and must be a number, found {shown(entry)}")
+        number = _read_number(document, here, parameter, entry)
+        if isinstance(number, str):
+            fail(
+                document,
+                here,
+                f" is {number}, which a gradient cannot contain: write numbers, or use filters with value: {number}",
+            )
+        anchors.append(number)
+    return Gradient(tuple(anchors))
+
+
+def read_seed(document: Document, path: Key, raw: Any) -> int:
+    """A seed.
+
+    Raises:
+        RecipeError: it is no whole number of 64 bits.
+    """
+    if isinstance(raw, bool) or not isinstance(raw, int) or SEED.problem(raw) is not None:
+        fail(document, path, f" must be a whole number from 0 to 2^64 - 1, found {shown(raw)}")
+    return raw

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a recipe names a model: a directory, a file, `org/name@revision`, or mergekit's mapping of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from darekit.recipe.documents import Document, Key, did_you_mean, fail, shown
+
+_REFERENCE_KEYS = ("model", "lora", "override_architecture")
+_PATH_KEYS = ("path", "revision")
+
+
+def reference_of(document: Document, path: Key, raw: Any) -> str:
+    """A model's name as text.
+
+    Raises:
+        RecipeError: it is neither text nor one of mergekit's mappings.
+    """
+    if isinstance(raw, dict):
+        return _from_mapping(document, path, raw)
+    if raw is None or raw == "":
+        fail(document, path, " has no value; write a directory or a Hub id")
+    if not isinstance(raw, str):
+        fail(
+            document,
+            path,
+            f"expected a directory or a Hub id, found {shown(raw)}; if that really is the model's name, put it in "
+            "quotes",
+        )
+    return raw
+
+
+def _from_mapping(document: Document, path: Key, raw: Mapping[str, Any]) -> str:
+    """`{model: {path: org/name, revision: v1}, lora: {...}}` -> `org/name@v1+...`; the inner mapping alone, too."""
+    if "path" in raw:
+        return _path_of(document, path, raw)
+    if "model" not in raw:
+        fail(
+            document, path,
+            f"expected a directory or a Hub id as text (org/name@revision), or {{model: {{path, revision}}}}, found "
+            f"the mapping {shown(raw)}",
+        )  # fmt: skip
+    for key in raw:
+        if key not in _REFERENCE_KEYS:
+            fail(document, (*path, key), f" is not known{did_you_mean(key, _REFERENCE_KEYS)}")
+    name = _path_of(document, (*path, "model"), raw["model"])
+    return name if raw.get("lora") is None else f"{name}+{_path_of(document, (*path, 'lora'), raw['lora'])}"
+
+
+def _path_of(document: Document, path: Key, raw: Any) -> str:
+    if not isinstance(raw, dict):
+        return reference_of(document, path, raw)
+    for key in raw:
+        if key not in _PATH_KEYS:
+            fail(document, (*path, key), f" is not known{did_you_mean(key, _PATH_KEYS)}")
+    if "path" not in raw:
+        fail(document, path, f"expected {{path: org/name, revision: ...}}, found {shown(raw)}")
+    name = reference_of(document, (*path, "path"), raw["path"])
+    return name if raw.get("revision") is None else f"{name}@{raw['revision']}"
