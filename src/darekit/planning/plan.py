@@ -307,7 +307,7 @@ def make_plan(
     rows, owner = rows_of(alignment.sizes, base, models), vocabulary.owner if vocabulary else None
     choice = choose_tokenizer(recipe, base, models, rows, owner)
     travel = travel_of(recipe, base, models, choice, vocabulary.files if vocabulary else None)
-    notes += [*config_notes(base, models, travel.config), *travel.notes]
+    notes += [*config_notes(base, models, travel.config, restacked=bool(recipe.slices)), *travel.notes]
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
         rates, settings, depths, travel, draft.statistics, roles, counters, vocabulary,
