@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints import sample_digest
+from darekit.checkpoints.tokenizers import files_digest
 from darekit.errors import DarekitError, DataError, PlanError
 from darekit.evaluation.examples import Examples
 from darekit.evaluation.judges import Judge, check_judge, identity_of, judge_of
@@ -336,7 +337,7 @@ def _kind(plan: Plan) -> Any:
     """Plans of one kind fill the same live model: equal shapes, config and tokenizer."""
     companions = companions_of(plan)
     shapes = tuple((place.name, place.shape, place.dtype) for shard in plan.shards for place in shard.placements)
-    return shapes, companions.config, companions.files
+    return shapes, companions.config, files_digest(companions.files), sorted(companions.files)
 
 
 def _scores(name: str, judge: Judge, live: LiveModel) -> dict[str, dict[str, Any]]:
