@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from darekit.analysis.interference import TOGETHER
 from darekit.cli import tables
 from darekit.cli.display import count_of, print_table, say_note
+from darekit.planning.rates import MOST, PAYS_FIRST
 from darekit.wording import distinct_labels, label
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def _facts(one: Inspection, kinds: Sequence[Kind[TensorReport]], everything: Kin
         return
     most = math.floor(one.recommended * 1000) / 1000
     yield "drop", f"up to p = {most:g} by a rule of thumb; keep embeddings, norms and biases dense"
+    yield "cost", PAYS_FIRST if one.recommended == MOST else ""
     yield "moved most", _moved_most(kinds, one.median_r)
     yield "unchanged", _unchanged(kinds, everything)
     yield "next", f"dare recommend {shlex.join([one.base, one.model])}"
@@ -255,10 +257,13 @@ def _facts_together(
     low, high = (tables.small(pick(one.median_r for one in found.models)) for pick in (min, max))
     yield "base", f"their median tensors moved by r = {low} to {high}; 0.001 to 0.1 is usual"
     least = min(found.models, key=lambda one: one.recommended)
+    alike = all(one.recommended == least.recommended for one in found.models)
     yield (
         "drop",
-        f"at most {_floored(least.recommended)} of {label(least.model)}, more of the others, by a rule of thumb",
-    )
+        f"at most {_floored(least.recommended)} of "
+        + ("each" if alike else f"{label(least.model)}, more of the others") + ", by a rule of thumb",
+    )  # fmt: skip
+    yield "cost", PAYS_FIRST if least.recommended == MOST else ""
     pairs: dict[str, list[int]] = {}
     for at, relation in enumerate(together.total.pairs):
         pairs.setdefault(_standing(relation), []).append(at)
