@@ -226,11 +226,11 @@ def _show_comparison(found: Comparison, *, tensors: bool) -> None:
     else:
         _print_kinds(together, pairs, [*kinds, everything])
     print()
-    chance = 2 ** (1 - len(names))
     tables.print_small(
         "conflict: elements that some models raise and others lower. cancelled: what a plain sum loses of the deltas' "
-        f"size. Independent deltas of equal size have {100 * (1 - chance):.0f} % and "
-        f"{100 * (1 - len(names) ** -0.5):.0f} %. equal signs: of the elements that both moved; chance gives 50 %. "
+        "size. Independent deltas of equal size that move the same elements have "
+        f"{100 * together.total.chance_conflict:.0f} % and {100 * together.total.chance_cancelled:.0f} %. equal signs: "
+        "of the elements that both moved; chance gives 50 %. "
         f"Bars of r go from 0 to the largest in their row, those of cosines to at least {TOGETHER:g}."
         + ("" if tensors else " Every tensor: --tensors.")
     )
