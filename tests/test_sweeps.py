@@ -12,6 +12,7 @@ import darekit as dk
 from darekit.errors import DarekitError, OutputError, RecipeError
 from darekit.sweeps.grid import cells_of, essence
 from darekit.sweeps.reading import read_sweep
+from darekit.sweeps.reports import short_tables
 from darekit.sweeps.store import CELLS
 from darekit.sweeps.summaries import figure_of, summarise
 
@@ -50,6 +51,11 @@ def fails(live):
     if said(live) != said(live) or live.model.model.embed_tokens.weight.double().sum() != FIRST:
         raise ValueError("not this one")
     return 1.0
+
+def lost(live):
+    from darekit.evaluation.scores import Score
+
+    return {"lost": Score(said(live), None, False)}
 
 def never(live):
     return float("nan")
@@ -350,6 +356,32 @@ def test_settings_are_chosen_on_validation_and_reported_on_test(real, place):
     assert "Chosen by all/total on validation" in (place.path / "out" / "tables.md").read_text()
     assert summary.single.at == {"method": "DARE", "sparsify.drop_rate": 0}  # at lambda 3 it is no model of ours
     assert figure_of(result.sweep, summary, "test").panels[0].levels  # the base is there to compare with
+
+
+@llama
+def test_judges_that_point_two_ways_are_said_first_and_all_shown(real, place):
+    """Exact match and a perplexity have no mean: which counts is the user's to say."""
+    judges = {name: {"python": f"{place.path / 'judges.py'}:{name}"} for name in ("total", "lost")}
+    told = []
+    result = dk.sweep(place.sweep(validation=judges, test=judges), place.path / "out", plots=False, say=told.append)
+    (line,) = [line for line in told if "choose:" in line]
+    assert "settings are compared by total/total alone" in line
+    assert "total/total (higher is better), lost/lost (lower is better)" in line
+    summary = summarise(result.sweep, result.finished)
+    assert summary.unlike == line and summary.abilities == ("total/total", "lost/lost") and "mean" not in summary.scores
+    chosen, total, lost = short_tables(result.sweep, summary)
+    heads = [f"{score}, {split}" for split in ("validation", "test") for score in summary.abilities]
+    assert list(chosen.header) == ["", "setting", *heads]
+    assert [total.title, lost.title] == ["total/total on test", "lost/lost on test"]
+    page = (place.path / "out/tables.md").read_text()
+    assert 0 < page.index("settings are compared by total/total alone") < page.index("## Chosen by")
+    again = []  # who chooses hears nothing of it
+    asked = place.sweep(validation=judges, test=judges, choose="lost/lost")
+    chosen = dk.sweep(asked, place.path / "out", plots=False, overwrite=True, say=again.append)
+    assert not any("choose:" in line for line in again)
+    found = summarise(chosen.sweep, chosen.finished)
+    assert (found.unlike, found.score, found.higher) == ("", "lost/lost", False)
+    assert found.abilities == ("lost/lost", "total/total")
 
 
 @llama

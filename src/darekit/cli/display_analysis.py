@@ -91,6 +91,9 @@ def show_sweep(result: SweepResult, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(data_of(result, summary)))
         return
+    if summary.unlike:  # before any number that it is about
+        tables.print_headline("note", f"{summary.unlike}.", "yellow")
+        print()
     for table in short_tables(result.sweep, summary):
         _show(table)
     said = {f"{note}." for note in result.notes}  # when the sweep began

@@ -30,13 +30,19 @@ class Table:
 
 def tables_of(sweep: Sweep, summary: Summary) -> tuple[Table, ...]:
     """What validation chose; the chosen score over the x axis, for each split; every setting with every score."""
-    return tuple(table for table in (_chosen(sweep, summary), *_crossed(sweep, summary), _all(sweep, summary)) if table)
+    crossed = (table for score in _compared(summary) for table in _crossed(sweep, summary, score))
+    return tuple(table for table in (_chosen(sweep, summary), *crossed, _all(sweep, summary)) if table)
+
+
+def _compared(summary: Summary) -> tuple[str, ...]:
+    """The scores that have a table over the x axis: one, or where judges have no mean and none was chosen, all."""
+    return summary.abilities if summary.unlike else (summary.score,)
 
 
 def short_tables(sweep: Sweep, summary: Summary) -> tuple[Table, ...]:
     """Those that a terminal shows: the choice, and the test split (else validation)."""
-    crossed = list(_crossed(sweep, summary))
-    return tuple(table for table in (_chosen(sweep, summary), *(crossed[-1:] or [_all(sweep, summary)])) if table)
+    crossed = [table for score in _compared(summary) for table in list(_crossed(sweep, summary, score))[-1:]]
+    return tuple(table for table in (_chosen(sweep, summary), *(crossed or [_all(sweep, summary)])) if table)
 
 
 def _splits(sweep: Sweep) -> list[str]:
@@ -51,22 +57,25 @@ def _score(row: Row, split: str, score: str) -> str:
 def _chosen(sweep: Sweep, summary: Summary) -> Table | None:
     if summary.chosen is None:
         return None
-    splits = _splits(sweep)
+    shown_scores = [
+        (split, score) for split in _splits(sweep) for score in summary.abilities
+        if any(score in row.scores.get(split, {}) for row in summary.rows)
+    ]  # fmt: skip
     rows = [row for row in summary.by_name if row is not summary.chosen]
     lines = [("chosen", summary.chosen), *(("best of its kind", row) for row in rows)]
     lines += [("best single model", summary.single)] if summary.single else []
     lines += [("nothing fine-tuned", row) for row in summary.rows if row.kind == "base"][:1]
     return Table(
         f"Chosen by {summary.score} on validation",
-        ("", "setting", *(f"{summary.score}, {split}" for split in splits)),
-        tuple((what, row.title, *(_score(row, split, summary.score) for split in splits)) for what, row in lines),
+        ("", "setting", *(f"{score}, {split}" for split, score in shown_scores)),
+        tuple((what, row.title, *(_score(row, split, score) for split, score in shown_scores)) for what, row in lines),
         2,
     )
 
 
-def _crossed(sweep: Sweep, summary: Summary) -> Iterator[Table]:
+def _crossed(sweep: Sweep, summary: Summary, score: str) -> Iterator[Table]:
     x, _ = roles_of(sweep)
-    if x is None or not summary.score:  # nothing came of any cell
+    if x is None or not score:  # nothing came of any cell
         return
     rest = [axis for axis in sweep.axes if axis is not x]
     for split in _splits(sweep):
@@ -85,18 +94,17 @@ def _crossed(sweep: Sweep, summary: Summary) -> Iterator[Table]:
                 lone.append((place, row))
         labels = [point.label for point in x.points]
         rows = [
-            (*(place or ("",)), *(_score(found[one], split, summary.score) if one in found else "" for one in labels))
+            (*(place or ("",)), *(_score(found[one], split, score) if one in found else "" for one in labels))
             for place, found in groups.items()
         ]
         # What the x axis does not concern stands in the first column.
         rows += [
-            (*(place or (row.title,)), _score(row, split, summary.score), *[""] * (len(labels) - 1))
-            for place, row in lone
+            (*(place or (row.title,)), _score(row, split, score), *[""] * (len(labels) - 1)) for place, row in lone
         ]
         header = (*([title_of(axis.name) for axis in rest] or [""]),
                   *(f"{title_of(x.name)} {shown_label(one)}" if i == 0 else shown_label(one)
                     for i, one in enumerate(labels)))  # fmt: skip
-        yield Table(f"{summary.score} on {split}", header, tuple(rows), max(1, len(rest)))
+        yield Table(f"{score} on {split}", header, tuple(rows), max(1, len(rest)))
 
 
 def _all(sweep: Sweep, summary: Summary) -> Table:
@@ -159,7 +167,7 @@ def data_of(result: SweepResult, summary: Summary) -> dict[str, Any]:
         "best_single_model": row_data(summary.single) if summary.single else None,
         "rows": [row_data(row) for row in summary.rows],
         "failed": [{"cell": one.cell.title, "error": one.outcome.error} for one in result.failed],
-        "notes": list(result.notes),
+        "notes": [*([summary.unlike] if summary.unlike else []), *result.notes],
         "seconds": round(result.seconds, 3),
     }
 
@@ -168,6 +176,8 @@ def write_reports(result: SweepResult, *, plots: bool) -> None:
     """Write tables.md, summary.json and, with matplotlib, the plots."""
     summary = summarise(result.sweep, result.finished)
     parts = [f"# {result.sweep.layout.title or result.sweep.name}"]
+    if summary.unlike:
+        parts.append(f"**Note: {summary.unlike}.**")
     for table in tables_of(result.sweep, summary):
         parts += [f"## {table.title}", markdown(table)]
     parts += ["\n\n".join(words_of(result, summary))]

@@ -34,6 +34,7 @@ from darekit.sweeps.grid import cells_of, essence
 from darekit.sweeps.reading import found_in, read_sweep
 from darekit.sweeps.records import record_of, refuse_other, write_record
 from darekit.sweeps.store import FAILED, OK, Finished, Outcome, Store, SweepResult, digest_of, open_store
+from darekit.sweeps.summaries import unlike_of
 
 FORMAT = 1  # of what a digest stands for
 
@@ -140,11 +141,18 @@ def sweep(
         shared = max(1, default_threads() // jobs)
         origins = tuple(dict.fromkeys(one for unit in todo for one in origins_of(unit.recipe)))
         workplace = _Workplace(found, search, device, dtype, threads or shared, origins)
+        heard: list[Finished] = []
+        warned: str | None = None
         if progress and todo:
             progress(0, len(todo))
         for done, (unit, outcome) in enumerate(_evaluated(workplace, todo, min(jobs, len(todo))), 1):
             outcomes[unit.digest] = outcome
             _keep(store, unit, outcome)
+            if warned is None:  # said as soon as it is known: the other cells may take hours
+                heard.append(Finished(unit.cells[0], outcome, unit.digest))
+                warned = unlike_of(found, heard)
+                if warned:
+                    tell(warned)
             if outcome.error:
                 tell(f"{unit.cells[0].title} failed: {outcome.error}")
             if progress:

@@ -62,6 +62,7 @@ class Summary:
         rows: one for each setting.
         score: what settings are chosen by.
         higher: whether more of it is better.
+        unlike: what must be said first: there is no mean, and nobody chose a score; empty otherwise.
         directions: score -> whether more is better (None: neither).
         chosen: what validation chooses; None without validation, or where every setting failed.
         by_name: the same for each combination of the named axes, where there are several.
@@ -71,6 +72,7 @@ class Summary:
     rows: tuple[Row, ...]
     score: str
     higher: bool
+    unlike: str
     directions: Mapping[str, bool | None]
     chosen: Row | None
     by_name: tuple[Row, ...]
@@ -80,6 +82,13 @@ class Summary:
     def scores(self) -> tuple[str, ...]:
         """Names of all scores, in order."""
         return tuple(self.directions)
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """What a headline shows: the score that settings are chosen by, then each judge's first."""
+        firsts = {_judge(name): name for name in reversed(self.scores) if name != MEAN}
+        found = dict.fromkeys((self.score, *(name for name in self.scores if name in firsts.values())))
+        return tuple(name for name in found if name)
 
 
 def summarise(sweep: Sweep, finished: Sequence[Finished]) -> Summary:
@@ -106,9 +115,33 @@ def summarise(sweep: Sweep, finished: Sequence[Finished]) -> Summary:
         by_name = [best for group in groups.values() if (best := _best(group, split, score, higher))]
     singles = [row for row in rows if row.kind != "base" and row.alone]
     return Summary(
-        tuple(rows), score, higher, directions, chosen, tuple(by_name) if len(by_name) > 1 else (),
+        tuple(rows), score, higher, unlike(sweep, directions), directions, chosen,
+        tuple(by_name) if len(by_name) > 1 else (),
         _best(singles, split, score, higher),
     )  # fmt: skip
+
+
+def unlike(sweep: Sweep, directions: Mapping[str, bool | None]) -> str:
+    """Judges whose first scores do not point one way have no mean: by what is compared then, and what to write."""
+    firsts: dict[str, str] = {}
+    for name in directions:
+        firsts.setdefault(_judge(name), name)
+    if sweep.choose or MEAN in directions or len(firsts) < 2:
+        return ""
+    by, *others = firsts.values()
+    ways = {True: "higher is better", False: "lower is better", None: "neither way is better"}
+    listed = ", ".join(f"{name} ({ways[directions[name]]})" for name in (by, *others))
+    return (
+        f"settings are compared by {by} alone, the first judge's: there is no mean of {listed}. Write which score "
+        f"counts: choose: {others[0]}, for example, or choose: {by} to leave it so"
+    )
+
+
+def unlike_of(sweep: Sweep, finished: Sequence[Finished]) -> str | None:
+    """`unlike` of the cells that are there, as soon as every judge has spoken in one; None before."""
+    directions = _directions(sweep, finished)
+    judges = {name for named in sweep.judges.values() for name in named}
+    return unlike(sweep, directions) if judges <= {_judge(name) for name in directions} else None
 
 
 def _directions(sweep: Sweep, finished: Sequence[Finished]) -> dict[str, bool | None]:
