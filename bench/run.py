@@ -35,13 +35,25 @@ class Case:
     """A row of the table. The I/O floor reads the inputs as often as the method must."""
 
     title: str
-    each: dict[str, float]  # parameters of each model
-    shared: dict[str, float] = field(default_factory=dict)
+    each: dict[str, float] = field(default_factory=dict)  # parameters of each model
+    shared: dict[str, object] = field(default_factory=dict)
     models: tuple[str, ...] = family.MODELS
     passes: int = 1
     method: str | None = None  # the case's name, where None
     keys: dict[str, str] = field(default_factory=dict)  # more of the recipe
     family: str = "family"  # the folder of the models
+    base: bool = True
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("base", *self.models) if self.base else self.models
+
+
+BY_LAYER = [
+    {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+    {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+    {"value": 0.5},
+]
 
 
 CASES = {
@@ -55,7 +67,10 @@ CASES = {
         keys={"tokenizer_source": "union"},
         family="union",
     ),
-    "slerp": Case("slerp of two models, read twice", {}, {"t": 0.3}, family.MODELS[:1], passes=2),
+    "slerp": Case("slerp of two models, gradients", shared={"t": BY_LAYER}, models=family.MODELS[:1], passes=2),
+    "model_stock": Case("Model Stock, base and 3", passes=2),
+    "karcher": Case("Karcher mean of 3", passes=2, base=False),
+    "sce": Case("SCE, 0.1 of base and 3", shared={"select_topk": 0.1}, passes=3),
 }
 
 
@@ -63,8 +78,9 @@ def recipe(folder: Path, name: str) -> Path:
     """A mergekit recipe, which both tools read."""
     case = CASES[name]
     models = [{"model": str(folder / model), "parameters": case.each} for model in case.models]
-    data = {"base_model": str(folder / "base"), "merge_method": case.method or name, "models": models, **case.keys}
-    data |= {"dtype": "bfloat16", "parameters": case.shared}
+    data: dict[str, object] = {"merge_method": case.method or name, "models": models, "dtype": "bfloat16", **case.keys}
+    data |= {"base_model": str(folder / "base")} if case.base else {}
+    data |= {"parameters": case.shared} if case.shared else {}
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(data))  # JSON is YAML
     return path
@@ -126,8 +142,7 @@ def run(scratch: Path, pairs: int, threads: int, program: str | None, runs: int,
         if case.family == "union":
             family.build_union(folder, scratch / "family")
         path = recipe(folder, name)
-        names = ("base", *case.models)
-        files = [path for model in names for path in sorted((folder / model).glob("*.safetensors"))]
+        files = [path for model in case.inputs for path in sorted((folder / model).glob("*.safetensors"))]
         merge(path, folder / "out")  # compiles the kernels, if need be
         engines, wholes, synced, floors, memory, moved = [], [], [], [], 0.0, 0.0
         for _ in range(pairs):

@@ -13,7 +13,9 @@ from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError
 from darekit.planning.extras import Extras, Parts, leave_out_extras, settle_extras
 from darekit.planning.fusing import fit_parts
+from darekit.planning.hints import causes
 from darekit.planning.naming import Roles, View, buffers_of, views_of
+from darekit.planning.prefixes import fit_prefixes
 from darekit.planning.ties import has_own_head, settle_ties
 from darekit.planning.vocabulary import rows_told, sizes_for_config, tokens_axis
 from darekit.wording import label
@@ -108,6 +110,7 @@ def align(
     naming = views[0]
     if isinstance(heads, Checkpoint):
         naming = next(view for view in views if view.checkpoint is heads)
+    fit_prefixes(views, notes)
     tied = has_own_head(views) if verbatim else settle_ties(views, notes)
     fit_parts(views, notes)
     taken: dict[str, TensorInfo] = {}
@@ -231,8 +234,7 @@ def _compare_names(views: Sequence[View], alone: frozenset[str]) -> None:
             problems.append(f"{view.ref} lacks {_some(missing)} of {reference.ref}")
         if extra:
             problems.append(f"{view.ref} has {_some(extra)} that {reference.ref} lacks")
-        if missing and extra:
-            problems += _prefix_hint(missing, extra)
+        problems += causes(view, reference, missing, extra)
         others = [other for other in views[1:] if other is not view]
         if (missing or extra) and all(map(parts.may_be_absent, (*missing, *extra))):
             if extra and any(map(parts.is_own, extra)):
@@ -253,15 +255,6 @@ def _way_out(view: View, reference: View, others: Sequence[View]) -> str:
         f"To go on, save {view.ref} again with the class of the others{f' ({kind})' if kind else ''}, or leave it out; "
         "with `heads: MODEL` (--heads) the output has exactly the parts of that model"
     )
-
-
-def _prefix_hint(missing: Sequence[str], extra: Sequence[str]) -> list[str]:
-    """The commonest cause: the same tensors saved with and without the wrapper's prefix."""
-    for ours, theirs in ((missing, extra), (extra, missing)):
-        prefix = ours[0].split(".")[0] + "."
-        if {name.removeprefix(prefix) for name in ours} & set(theirs):
-            return [f"Names differ by the prefix {prefix!r}: save both with the same class (AutoModelForCausalLM)"]
-    return []
 
 
 def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str, tuple[int, int]]:
