@@ -18,7 +18,8 @@ tiny = pytest.importorskip("tiny")
 
 TASKS = {
     "BertForMaskedLM": "masked", "RobertaForMaskedLM": "masked", "AlbertForMaskedLM": "masked",
-    "DistilBertForMaskedLM": "masked", "ElectraForMaskedLM": "masked", "BertLMHeadModel": "masked",
+    "DistilBertForMaskedLM": "masked", "ElectraForMaskedLM": "masked", "GteForMaskedLM": "masked",
+    "BertLMHeadModel": "masked",
     "BertForSequenceClassification": "classifier", "LlamaForSequenceClassification": "regressor",
     "BartForSequenceClassification": "classifier", "T5ForConditionalGeneration": "encoder-decoder",
     "BartForConditionalGeneration": "encoder-decoder", "MBartForConditionalGeneration": "encoder-decoder",
