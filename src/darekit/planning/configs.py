@@ -54,14 +54,18 @@ OF_THETA = frozenset(
 OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "layer_types", "max_window_layers")
 
 
-def config_notes(base: Checkpoint | None, models: Sequence[Checkpoint], giver: Checkpoint) -> Iterator[str]:
+def config_notes(
+    base: Checkpoint | None, models: Sequence[Checkpoint], giver: Checkpoint, *, restacked: bool = False
+) -> Iterator[str]:
     """Where configs differ in what changes the function: name, values, whose they are.
 
-    `giver`: whose config.json the output's is made of.
+    `giver`: whose config.json the output's is made of. `restacked`: the recipe chooses layers, so what configs say of
+    them is not compared.
     """
     inputs = [one for one in (*([base] if base is not None else []), *models) if one.config is not None]
     said = [(one, functional(one)) for one in inputs]
     names = dict.fromkeys(key for _, found in said for key in found)
+    names = dict.fromkeys(key for key in names if not (restacked and key.rpartition(".")[2] in OF_LAYERS))
     differing = {}
     for name in names:
         values: dict[str, list[str]] = {}

@@ -311,7 +311,8 @@ def make_plan(
     choice = choose_tokenizer(recipe, base, models, rows, owner)
     travel = travel_of(recipe, base, models, choice, vocabulary.files if vocabulary else None)
     template = choose_template(recipe.chat_template, (base, *models) if base else models, travel.tokenizer, vocabulary)
-    notes += [*config_notes(base, models, travel.config), *travel.notes, *template.notes]
+    notes += config_notes(base, models, travel.config, restacked=bool(recipe.slices))
+    notes += [*travel.notes, *template.notes]
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
         rates, settings, depths, travel, draft.statistics, roles, counters, vocabulary,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from darekit.architectures.templates import CHAT_TEMPLATES, ChatTemplate
 from darekit.checkpoints import Checkpoint
@@ -76,18 +77,20 @@ def _unfitting(name: str, named: ChatTemplate, source: Checkpoint, vocabulary: O
             f"{'that is no token' if len(missing) == 1 else 'these are no tokens'}: the model will not see where turns "
             "begin and end. Take the tokens of a model that has them (tokenizer_source: union, or that model)"
         ]
-    known = [
-        ids_of(source.config).get("eos_token_id"),
-        ids_of(read_json(source.companions, GENERATION)).get("eos_token_id"),
-    ]
-    stops = {at for one in known for at in (one if isinstance(one, list) else [one])}
-    if named.end is None or stops == {None} or tokens[named.end] in stops:
+    stops = {at for config in (source.config, read_json(source.companions, GENERATION)) for at in _stops(config)}
+    if named.end is None or not stops or tokens[named.end] in stops:
         return []
     return [
-        f"the chat template {name} ends turns with {named.end} ({tokens[named.end]}), which is not among the ids that stop "
-        f"generation ({', '.join(str(at) for at in sorted(stops - {None}))}, those of {label(source.ref)}): pass it as "
+        f"the chat template {name} ends turns with {named.end} ({tokens[named.end]}), which is not among the ids that "
+        f"stop generation ({', '.join(map(str, sorted(stops)))}, those of {label(source.ref)}): pass it as "
         "eos_token_id when you generate, or take the tokenizer of a model that ends turns with it (tokenizer_source)"
     ]
+
+
+def _stops(config: Mapping[str, Any] | None) -> list[int]:
+    """The ids at which a config ends a text."""
+    found = ids_of(config).get("eos_token_id")
+    return [at for at in (found if isinstance(found, list) else [found]) if isinstance(at, int)]
 
 
 def _added(source: Checkpoint, vocabulary: OutputVocabulary | None) -> Mapping[str, int] | None:
