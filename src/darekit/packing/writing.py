@@ -479,8 +479,9 @@ class Writer:
         aligned = self.plan.alignment.tensors
         kept = {info.stored_name for one in aligned if (info := one.models[0]) is not None}
         base_only = {one.name for one in aligned if one.models[0] is None and not one.copied}
-        copies = set(self.plan.alignment.copies[1])
-        other = sorted((set(self.model.tensors) - kept - copies) | base_only)
+        alignment = self.plan.alignment
+        known = {*kept, *alignment.copies[1], *alignment.buffers[1]}
+        other = sorted((set(self.model.tensors) - known) | base_only)
         if self.terms.lossless and other:
             raise PlanError(
                 f"a lossless pack needs the same tensors in base and model; they differ in {', '.join(other[:4])}"

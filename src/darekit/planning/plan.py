@@ -191,14 +191,14 @@ class Plan:
             DataError: it is not; `outcome`: what became of the run.
         """
         wrong: dict[str, list[str]] = {}
-        for k, model in enumerate(self.models):
-            for name, info in model.tensors.items():
-                if name in self.moved:  # what was read is not what is stored
+        for tensor in self.alignment.tensors:
+            for k, (model, info) in enumerate(zip(self.models, tensor.models, strict=True)):
+                wanted = None if info is None else traits_of(info.source).result
+                if wanted is None or tensor.name in self.moved:  # what was read is not what is stored
                     continue
-                wanted = traits_of(info.source).result
-                found = records.get(name, {}).get("models", {}).get(str(k))
-                if wanted is not None and found is not None and found != wanted:
-                    wrong.setdefault(model.ref, []).append(name)
+                found = records.get(tensor.name, {}).get("models", {}).get(str(k))
+                if found is not None and found != wanted:
+                    wrong.setdefault(model.ref, []).append(tensor.name)
         if wrong:
             told = [
                 f"{ref}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
