@@ -292,6 +292,8 @@ NAMINGS = {
     "both": "module._orig_mod.{}".format,
     "inside": checkpointed,
     "adapters": adapted,
+    "an attribute": "model.{}".format,
+    "a wrapped attribute": "module.student.{}".format,
 }
 
 
