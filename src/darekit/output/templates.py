@@ -26,7 +26,7 @@ def asked_template(asked: str, models: Sequence[tuple[str, Companions]], added: 
         return _commonest(models)
     named = CHAT_TEMPLATES.get(asked)
     if named is None:
-        return TemplateChoice(asked, "the recipe", True)
+        return TemplateChoice(asked, "the recipe")
     missing = [] if added is None else [token for token in named.tokens if token not in added]
     warnings: tuple[str, ...] = ()
     if missing:
@@ -35,7 +35,7 @@ def asked_template(asked: str, models: Sequence[tuple[str, Companions]], added: 
             f"{'that is no token' if len(missing) == 1 else 'these are no tokens'}: the model will not see where turns "
             "begin and end. Take the tokens of a model that has them (tokenizer_source: union, or that model)",
         )
-    return TemplateChoice(named.text, asked, True, warnings=warnings)
+    return TemplateChoice(named.text, asked, warnings=warnings)
 
 
 def _commonest(models: Sequence[tuple[str, Companions]]) -> TemplateChoice:
@@ -49,4 +49,4 @@ def _commonest(models: Sequence[tuple[str, Companions]]) -> TemplateChoice:
     note = None
     if len(counts) > 1:
         note = f"chat_template: auto takes that of {name}, which {best} of {len(found)} models have"
-    return TemplateChoice(template, name, True, note)
+    return TemplateChoice(template, name, note)
