@@ -16,8 +16,8 @@ from darekit.dtypes import DTYPES
 from darekit.errors import OutputError
 from darekit.output.card import agreed_license, front_matter, model_card, public_name
 from darekit.output.companions import write_companions
-from darekit.output.config import merged_config
-from darekit.output.tokenizer import (
+from darekit.planning.config import merged_config
+from darekit.planning.files import (
     TemplateChoice,
     chat_template,
     choose_chat_template,

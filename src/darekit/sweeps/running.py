@@ -22,8 +22,8 @@ from darekit.evaluation.judges import Judge, check_judge, identity_of, judge_of
 from darekit.inputs.statistics import open_statistics
 from darekit.live.models import LiveModel, build
 from darekit.machine import default_threads
-from darekit.output.companions import companions_of
 from darekit.planning import checks
+from darekit.planning.companions import companions_of
 from darekit.planning.opening import open_models, open_plan
 from darekit.planning.plan import Plan
 from darekit.recipe import Recipe

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from darekit.architectures.templates import CHAT_TEMPLATES
 from darekit.checkpoints.companions import Companions
 from darekit.checkpoints.tokenizers import chat_template
-from darekit.output.tokenizer import TemplateChoice
+from darekit.planning.files import TemplateChoice
 
 AUTO = "auto"
 
