@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from darekit.checkpoints import OutputTensor, Shard, index_json, lay_out
+from darekit.checkpoints import OutputTensor, Shard, index_json, lay_out, open_checkpoint
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 1536, 4096, 16, 38400  # 0.57e9 parameters
 SHARD_SIZE = 300_000_000
@@ -63,6 +63,56 @@ def build(folder: Path, scale: int = 1) -> None:
     for number, shard in enumerate(shards):
         write_shard(folder, shard, np.random.default_rng(number))
     done.touch()
+
+
+def build_union(folder: Path, source: Path) -> None:
+    """The family of `source` with tokenizers, and 100 new tokens: a third of them in each model, at the same ids.
+
+    Weights are those of `source`, with new rows behind embedding and head.
+    """
+    if (folder / "complete").exists():
+        return
+    for name in ("base", *MODELS):
+        rng = np.random.default_rng(len(name))
+        new = [f"<{name}{i}>" for i in range({"base": 0, MODELS[0]: 34}.get(name, 33))]
+        rows = VOCABULARY + len(new)
+        checkpoint = open_checkpoint(source / name)
+        layout = [
+            OutputTensor(info.name, info.dtype, (rows, *info.shape[1:]) if VOCABULARY in info.shape else info.shape)
+            for info in checkpoint.tensors.values()
+        ]
+        shards = lay_out(layout, SHARD_SIZE)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(config(1) | {"vocab_size": rows}, indent=1))
+        (folder / name / "model.safetensors.index.json").write_text(index_json(shards))
+        (folder / name / "tokenizer.json").write_text(json.dumps(tokenizer(new)))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(settings))
+        for shard in shards:
+            with (folder / name / shard.filename).open("wb") as file:
+                file.write(shard.header)
+                for place in shard.placements:
+                    raw = np.empty(checkpoint.tensors[place.name].nbytes, np.uint8)
+                    checkpoint.tensors[place.name].source.read_into(raw, 0)
+                    file.write(raw.tobytes())
+                    extra = rng.standard_normal((place.nbytes - raw.size) // 2, np.float32) * np.float32(0.02)
+                    file.write(round_bf16(extra).tobytes())
+        checkpoint.close()
+    (folder / "complete").touch()
+
+
+def tokenizer(new: list[str]) -> dict[str, object]:
+    """A tokenizer.json of words with these added tokens."""
+    vocabulary = {word: i for i, word in enumerate(("<unk>", "<s>", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))))}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    added = [(0, "<unk>"), (1, "<s>"), (2, "</s>"), *((VOCABULARY + i, token) for i, token in enumerate(new))]
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary, "merges": [],
+    }  # fmt: skip
+    parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    entries = [{"id": i, "content": token, **flags} for i, token in added]
+    return {"version": "1.0", **parts, "added_tokens": entries, "model": model}
 
 
 def write_shard(folder: Path, shard: Shard, rng: np.random.Generator) -> None:

@@ -35,27 +35,53 @@ class Case:
     """A row of the table. The I/O floor reads the inputs as often as the method must."""
 
     title: str
-    each: dict[str, float]  # parameters of each model
-    shared: dict[str, float] = field(default_factory=dict)
+    each: dict[str, float] = field(default_factory=dict)  # parameters of each model
+    shared: dict[str, object] = field(default_factory=dict)
     models: tuple[str, ...] = family.MODELS
     passes: int = 1
+    method: str | None = None  # the case's name, where None
+    keys: dict[str, str] = field(default_factory=dict)  # more of the recipe
+    family: str = "family"  # the folder of the models
+    base: bool = True
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("base", *self.models) if self.base else self.models
+
+
+BY_LAYER = [
+    {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+    {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+    {"value": 0.5},
+]
 
 
 CASES = {
     "dare_linear": Case("DARE p = 0.9, linear", {"weight": 1.0, "density": 0.1}),
     "dare_ties": Case("DARE p = 0.9, TIES without trim", {"weight": 1.0, "density": 0.1}),
     "ties": Case("TIES, keep 0.2", {"weight": 1.0, "density": 0.2}),
-    "slerp": Case("slerp of two models, read twice", {}, {"t": 0.3}, family.MODELS[:1], passes=2),
+    "union": Case(
+        "DARE p = 0.9, linear, union of tokenizers (100 new tokens)",
+        {"weight": 1.0, "density": 0.1},
+        method="dare_linear",
+        keys={"tokenizer_source": "union"},
+        family="union",
+    ),
+    "slerp": Case("slerp of two models, gradients", shared={"t": BY_LAYER}, models=family.MODELS[:1], passes=2),
+    "model_stock": Case("Model Stock, base and 3", passes=2),
+    "karcher": Case("Karcher mean of 3", passes=2, base=False),
+    "sce": Case("SCE, 0.1 of base and 3", shared={"select_topk": 0.1}, passes=3),
 }
 
 
-def recipe(folder: Path, method: str) -> Path:
+def recipe(folder: Path, name: str) -> Path:
     """A mergekit recipe, which both tools read."""
-    case = CASES[method]
-    models = [{"model": str(folder / name), "parameters": case.each} for name in case.models]
-    data = {"base_model": str(folder / "base"), "merge_method": method, "models": models, "dtype": "bfloat16"}
-    data["parameters"] = case.shared
-    path = folder / f"{method}.yaml"
+    case = CASES[name]
+    models = [{"model": str(folder / model), "parameters": case.each} for model in case.models]
+    data: dict[str, object] = {"merge_method": case.method or name, "models": models, "dtype": "bfloat16", **case.keys}
+    data |= {"base_model": str(folder / "base")} if case.base else {}
+    data |= {"parameters": case.shared} if case.shared else {}
+    path = folder / f"{name}.yaml"
     path.write_text(json.dumps(data))  # JSON is YAML
     return path
 
@@ -105,14 +131,18 @@ def mergekit(program: str, path: Path, out: Path) -> tuple[float, float]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def run(folder: Path, pairs: int, threads: int, program: str | None, runs: int) -> list[list[str]]:
+def run(scratch: Path, pairs: int, threads: int, program: str | None, runs: int, only: list[str]) -> list[list[str]]:
     # Installed code has its bytecode beside it; with this variable a checkout is compiled anew in every run.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     rows = []
-    for method, case in CASES.items():
-        path = recipe(folder, method)
-        names = ("base", *case.models)
-        files = [path for name in names for path in sorted((folder / name).glob("*.safetensors"))]
+    for name, case in CASES.items():
+        if only and name not in only:
+            continue
+        folder = scratch / case.family
+        if case.family == "union":
+            family.build_union(folder, scratch / "family")
+        path = recipe(folder, name)
+        files = [path for model in case.inputs for path in sorted((folder / model).glob("*.safetensors"))]
         merge(path, folder / "out")  # compiles the kernels, if need be
         engines, wholes, synced, floors, memory, moved = [], [], [], [], 0.0, 0.0
         for _ in range(pairs):
@@ -181,6 +211,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--mergekit-runs", type=int, default=2)
+    parser.add_argument(
+        "--only", nargs="*", default=[], choices=[*CASES], help="these cases alone, and nothing written"
+    )
     parser.add_argument("--large", action="store_true", help="also the memory of a family four times larger")
     parser.add_argument("--write", action="store_true", help="put the table into docs/speed.md")
     arguments = parser.parse_args()
@@ -188,7 +221,18 @@ def main() -> None:
     print("building the family (once) ...", file=sys.stderr)
     family.build(folder)
     program = os.environ.get("MERGEKIT")
-    text = table(run(folder, arguments.pairs, arguments.threads, program, arguments.mergekit_runs), bool(program))
+    rows = run(
+        arguments.scratch.resolve(),
+        arguments.pairs,
+        arguments.threads,
+        program,
+        arguments.mergekit_runs,
+        arguments.only,
+    )
+    text = table(rows, bool(program))
+    if arguments.only:
+        print(text)
+        return
     path = folder / "dare_linear.yaml"
     warm_whole = min(merge(path, folder / "out")[0] for _ in range(3))
     help_seconds = min(timed([str(DARE), "--help"])[0] for _ in range(5))

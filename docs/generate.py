@@ -32,6 +32,7 @@ from darekit.methods import (
     Number,
     Parameter,
 )
+from darekit.methods.surveyed import passes_before
 from darekit.recipe.mergekit import LATER_METHODS, PRODUCTS
 
 HERE = Path(__file__).resolve().parent
@@ -44,9 +45,10 @@ merge method's under `parameters:`, and those marked "per model" also under one 
 a list of `{filter, value}`: the first filter that matches the tensor's name decides ([recipes](recipes.md)).
 
 The formulas are plain numpy functions: [sparsifiers.py](../src/darekit/methods/sparsifiers.py),
-[merging.py](../src/darekit/methods/merging.py), [spherical.py](../src/darekit/methods/spherical.py) and
-[informed.py](../src/darekit/methods/informed.py). The fast kernels equal them bit for bit, which the tests check for
-every pair. Here `d` is a delta, `p` the drop rate, `w_k` a model's weight."""
+[merging.py](../src/darekit/methods/merging.py), [spherical.py](../src/darekit/methods/spherical.py),
+[surveyed.py](../src/darekit/methods/surveyed.py) and [informed.py](../src/darekit/methods/informed.py). The fast
+kernels equal them bit for bit, which the tests check for every pair. Here `d` is a delta, `p` the drop rate, `w_k` a
+model's weight."""
 
 MODEL_HEAD = "Every model can have these, unless its method takes no weights."
 
@@ -73,6 +75,8 @@ def methods_page() -> str:
                 lines += [f"The choice is {what}. It looks at one {found.scope} at a time.", ""]
             if title == "Merge methods" and found.products:
                 lines += [_measured(found), ""]
+            elif title == "Merge methods" and not found.weighted:
+                lines += [_surveyed(found), ""]
             lines += [*_parameters(found.parameters.values()), ""]
     lines += ["## Of each model", "", MODEL_HEAD, "", *_parameters((WEIGHT, SEED)), ""]
     lines += ["## Names of products", "", NAMES_HEAD, "", "| name | sparsifier | merge method | normalize |"]
@@ -84,7 +88,7 @@ def methods_page() -> str:
         for name, product in PRODUCTS.items()
     ]
     later = ", ".join(f"`{name}`" for name in LATER_METHODS)
-    lines += ["", f"Known, and refused by name until a later version: {later}.", ""]
+    lines += ["", *([f"Known, and refused by name until a later version: {later}.", ""] if later else [])]
     return "\n".join(lines)
 
 
@@ -92,6 +96,14 @@ def _measured(method: MergeMethod) -> str:
     return (
         f"{_takes(method)} Every tensor is read twice: its coefficients are measured first, and go into the lock file."
     )
+
+
+def _surveyed(method: MergeMethod) -> str:
+    times = passes_before(method.survey)
+    if not times:
+        return _takes(method)
+    often = {1: "twice", 2: "three times"}[times]
+    return f"{_takes(method)} Every tensor is read {often}: what is measured first goes into the lock file."
 
 
 def _takes(method: MergeMethod) -> str:

@@ -33,7 +33,7 @@ PAGE = FILE.parents[3] / "docs" / "which-models.md"
 SECONDS = 60  # for one build; the slowest takes 9
 
 # Config keys that count something, by what they count.
-TOKENS = re.compile(r"(^|_)(vocab_size|n_vocab|n_words)$")
+TOKENS = re.compile(r"(^|_)(vocab_size|n_vocab|n_words)(_per_layer_input)?$")
 TYPES = re.compile(r"^type_vocab_size$")
 POSITIONS = re.compile(
     r"^(max(_[a-z0-9]+)*_positions?(_embeddings)?|n_positions|n_ctx|seq_length|max_seq(uence)?_len(gth)?|context_length)$"

@@ -124,9 +124,12 @@ def test_transformers_loads_it_without_a_word(tmp_path):
                 parameter.add_(1e-3 * torch.randn(parameter.shape))
         model.save_pretrained(tmp_path / f"m{i}")
         models.append(model)
-    # BertForMaskedLM has no pooler, the classifiers have: that is no head, and is said to differ
-    with pytest.raises(HomologyError, match="pooler"):
-        dk.merge(families.recipe(tmp_path, k=2, heads=str(tmp_path / "m1")), tmp_path / "out")
+    # BertForMaskedLM has no pooler, the classifiers have: theirs goes with the head
+    dk.merge(families.recipe(tmp_path, k=2, heads=str(tmp_path / "m1")), tmp_path / "on-base")
+    stored = families.load(tmp_path / "m1")
+    found = families.load(tmp_path / "on-base")
+    assert found.keys() == stored.keys()
+    assert np.array_equal(found["bert.pooler.dense.weight"], stored["bert.pooler.dense.weight"])
     merged = {"models": [str(tmp_path / "m0"), str(tmp_path / "m1")], "merge_method": "linear"}
     dk.merge({**merged, "heads": str(tmp_path / "m1")}, tmp_path / "out")
     found, info = transformers.AutoModelForSequenceClassification.from_pretrained(

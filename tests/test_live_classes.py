@@ -2,9 +2,12 @@
 """Live models of transformers' own classes: what is in memory is what `from_pretrained` loads, bit for bit."""
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import darekit as dk
-from darekit.live.models import build
+from darekit.errors import HomologyError
+from darekit.live import loading
+from darekit.live.models import build, open_live
 from darekit.planning.opening import open_plan
 from darekit.recipe import read_recipe
 
@@ -52,3 +55,66 @@ def test_every_class_is_in_memory_what_transformers_loads(name, tmp_path):
         live.put(plan)
         same(live.model, merged)
         assert places == {name: tensor.data_ptr() for name, tensor in live.model.state_dict().items()}
+
+
+def test_conversions_come_a_few_at_a_time(tmp_path, monkeypatch):
+    cls = tiny.family(tmp_path, "Qwen3MoeForCausalLM")
+    waiting = []
+    monkeypatch.setattr(loading, "ROOM", 1)
+    bunches = loading._bunches
+    monkeypatch.setattr(loading, "_bunches", lambda *given: (waiting.append(len(b)) or b for b in bunches(*given)))
+    with open_live(tiny.recipe(tmp_path, sparsify={"method": "dare", "drop_rate": 0.0}, k=1), device="cpu") as live:
+        same(live.model, cls.from_pretrained(tmp_path / "m1"))
+    assert waiting == [1, 1, 1, 1]  # two layers, and two fused tensors in each
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "kept"),
+    [
+        ("DeepseekV3ForCausalLM", "bfloat16", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("T5ForConditionalGeneration", "float16", "encoder.block.0.layer.1.DenseReluDense.wo.weight"),
+    ],
+)
+def test_what_transformers_keeps_in_float32_stays_so(name, dtype, kept, tmp_path):
+    cls = tiny.family(tmp_path, name, k=0)
+    with open_live(tmp_path / "base", device="cpu", dtype=dtype) as live:
+        same(live.model, cls.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype)))
+        assert live.model.state_dict()[kept].dtype == torch.float32
+
+
+def test_a_trained_head_beside_a_tied_config_is_one_of_its_own(tmp_path):
+    cls = tiny.family(tmp_path, "Qwen3ForCausalLM", k=1, tie_word_embeddings=True)
+    path = tmp_path / "m1" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 3
+    save_file(tensors, path, metadata={"format": "pt"})
+    with open_live(tmp_path / "m1", device="cpu") as live:
+        same(live.model, cls.from_pretrained(tmp_path / "m1"))
+        assert not torch.equal(live.model.lm_head.weight, live.model.model.embed_tokens.weight)
+
+
+def test_a_conversion_that_does_not_fit_says_which(tmp_path):
+    tiny.family(tmp_path, "Qwen3MoeForCausalLM", k=1)
+    path = tmp_path / "m1" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    tensors[name] = tensors[name][:8].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    says = r"cannot make model\.layers\.1\.mlp\.experts\.gate_up_proj of"
+    with pytest.raises(HomologyError, match=says), open_live(tmp_path / "m1", device="cpu"):
+        pass
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_packs_change_every_class_in_place(name, tmp_path):
+    cls = tiny.family(tmp_path, name, k=1)
+    dk.pack(tmp_path / "base", tmp_path / "m1", tmp_path / "pack.safetensors", drop_rate=0.5, seed=1, force=True)
+    dk.unpack(tmp_path / "base", tmp_path / "pack.safetensors", tmp_path / "out")
+    model, base = (cls.from_pretrained(tmp_path / "base") for _ in range(2))
+    with dk.Switcher(model, tmp_path / "base") as switcher:
+        switcher.switch(tmp_path / "pack.safetensors")
+        same(model, cls.from_pretrained(tmp_path / "out"))
+    same(model, base)
+    with dk.open_pack(tmp_path / "pack.safetensors") as pack:
+        pack.apply_(model)
+    same(model, cls.from_pretrained(tmp_path / "out"))

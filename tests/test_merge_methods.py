@@ -199,6 +199,14 @@ def test_every_method_is_its_formula(case, with_base, dtype):
         np.testing.assert_allclose(found.astype(np.float64), expected, rtol=CLOSE[dtype], atol=2 * CLOSE[dtype] * scale)
 
 
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_tensors_without_elements(case):
+    method, parameters = case
+    for shape, dtype in (((0,), "F32"), ((5, 0), "BF16"), ((0, 5), "F32"), ((0, 5), "F64"), ((3, 0, 2), "F32")):
+        base, models = family(np.random.default_rng(0), shape, dtype, MODELS.get(method, 3))
+        assert merged(method, parameters, base, models).shape == shape
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_threads_tiles_and_spans_change_no_bit(case, dtype, monkeypatch):
@@ -473,7 +481,7 @@ def test_nan_is_listed_and_where_allowed_the_bases_element(parameters):
     assert found[3, 4] == base[3, 4] and np.isfinite(found).all()
 
 
-def test_the_lock_counts_columns(monkeypatch):
+def test_the_lock_tells_what_was_measured(monkeypatch):
     base, models = family(np.random.default_rng(11), (5, 7), "F32", 2)
     records = {}
     run = execution.run
@@ -489,3 +497,11 @@ def test_the_lock_counts_columns(monkeypatch):
         assert records["w"]["measured"][line] == many
     merged("nuslerp", {}, base, models)
     assert len(records["w"]["measured"]["coefficients"]) == 2
+    merged("sce", {"select_topk": 0.1, "floor": 0}, base, models)
+    deltas = np.array(models) - base
+    lowest = sorted(deltas.var(axis=0).reshape(-1))[-3]
+    assert records["w"]["measured"]["threshold"] == pytest.approx(lowest, rel=1e-4)
+    assert sum(records["w"]["measured"]["weights"]) == pytest.approx(1)
+    assert records["w"]["kept"] == {"0": 3, "1": 3}
+    merged("arcee_fusion", {}, base, models[:1])
+    assert records["w"]["measured"].keys() == {"threshold"}

@@ -274,7 +274,7 @@ def test_seed():
 def test_words_of_other_methods():
     """mergekit's are ignored there, and so here, with a note; ours are refused."""
     for method, own, shared, said in (
-        ("dare_ties", {"epsilon": 0.1, "density": 0.5}, {}, "models.0.parameters.epsilon has no effect with dare_ties"),
+        ("dare_ties", {"epsilon": 0.1, "density": 0.5}, {}, "has no effect with dare_ties"),
         ("della", {"density": 0.5}, {"gamma": 0.1}, "parameters.gamma has no effect with della"),
         ("task_arithmetic", {"density": 0.5}, {}, "models.0.parameters.density has no effect with task_arithmetic"),
         ("linear", {}, {"density": 0.5}, "parameters.density has no effect with linear"),

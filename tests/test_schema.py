@@ -357,6 +357,8 @@ def single(parameter, *, low=None):
     if isinstance(kind, Choice):
         return st.sampled_from(kind.of)
     low = max(kind.low, -1e6) if low is None else low
+    if kind.whole:
+        return st.integers(int(low), int(min(kind.high, 1e6)))
     numbers = st.floats(low, min(kind.high, 1e6), allow_subnormal=False)
     ends = [end for end in (low, kind.high, 1) if abs(end) <= 1e6 and low <= end <= kind.high]
     return (

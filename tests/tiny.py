@@ -115,7 +115,7 @@ SIZES = {
     "BartForConditionalGeneration": PAIR,
     "MBartForConditionalGeneration": PAIR,
     "PegasusForConditionalGeneration": PAIR,
-    "BartForSequenceClassification": {**PAIR, "num_labels": 2},
+    "BartForSequenceClassification": {**PAIR, "num_labels": 3},
     # images, sound, and text beside them
     "ViTForImageClassification": PICTURES,
     "ResNetForImageClassification": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3},

@@ -199,6 +199,7 @@ def drop(
     seed: int | None = None,
     vocab: Literal["strict", "base", "pad"] = "strict",
     heads: Literal["base", "model"] | None = None,
+    base_extras: Literal["keep", "leave_out"] = "keep",
     parameters: Mapping[str, Any] | None = None,
     **options: Unpack[RunOptions],
 ) -> Report:
@@ -216,6 +217,7 @@ def drop(
         seed: the mask's effective seed, used as it is.
         vocab: what to do with vocabularies that differ: strict, base or pad.
         heads: `base` or `model`: whose heads the output has, as they are; None: they are sparsified like the rest.
+        base_extras: what becomes of parts that only the base has (token prediction, a pooler): keep or leave_out.
         parameters: further parameters of the sparsifier (window, gamma, q, tau).
         **options: how to run: threads, shard_size, overwrite, resume, force, allow_nonfinite, tile, progress, say
             (see `RunOptions`).
@@ -247,7 +249,7 @@ def drop(
     chosen = options_of(options)
     recipe = drop_recipe(
         str(base), str(model), drop_rate=drop_rate, method=method, rescale=rescale, on=on, keep_dense=keep_dense,
-        seed=seed, vocab=vocab, heads=heads, parameters=parameters,
+        seed=seed, vocab=vocab, heads=heads, base_extras=base_extras, parameters=parameters,
     )  # fmt: skip
     return run(recipe, Path(out), chosen, search=())
 

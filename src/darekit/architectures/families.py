@@ -292,6 +292,10 @@ class Facts:
         """
         return self._relative(self.canonical(name))
 
+    def key(self, name: str) -> str:
+        """The same as `relative`, of one stored name of many."""
+        return self._relative(self.canonicals((name,))[name])
+
     def without_prefix(self, name: str) -> str:
         """A name in memory without the prefix of the base model.
 
@@ -586,6 +590,15 @@ class Facts:
             return False
         return _begins(name, self.other_heads) or _matches(name, HEADS)
 
+    def has_head(self, name: str) -> bool:
+        """Whether it belongs to a head that this very class has.
+
+        >>> bert = facts_of({"architectures": ["BertForSequenceClassification"]})
+        >>> [bert.has_head(n) for n in ("classifier.bias", "cls.predictions.bias")]
+        [True, False]
+        """
+        return self.is_exact and _begins(self._pattern(name), self.heads)
+
     def is_optional(self, name: str) -> bool:
         """Whether it is a part of the base model that some classes of the family are built without (poolers).
 
@@ -664,7 +677,9 @@ class Facts:
             words = len(shape) == 2 and _matches(name, _EMBEDDINGS) and not _matches(name, (*_NOT_WORDS, *HEADS))
             return 0 if words or name.endswith((*_OUTPUTS, *_OUTPUT_BIASES)) else None
         for axis, key in counted.items():
-            if key in self.token_keys and axis < len(shape):
+            # Gemma 3n counts the tokens of a second table by a key of its own, and resizes both.
+            words = key in self.token_keys or key.rpartition(".")[2].startswith("vocab_size")
+            if words and axis < len(shape):
                 return axis
         return None
 

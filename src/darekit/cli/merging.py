@@ -12,6 +12,7 @@ import typer
 
 from darekit.cli.options import (
     AllowNonfinite,
+    BaseExtras,
     DryRun,
     Force,
     HeadsOf,
@@ -108,6 +109,9 @@ def drop(
     heads: Annotated[
         HeadsOf | None, typer.Option(help="Copy the heads (classifiers, lm_head) from one of the two.")
     ] = None,
+    base_extras: Annotated[
+        BaseExtras, typer.Option(help="Parts that only BASE has (token prediction, a pooler): keep or leave out.")
+    ] = BaseExtras.KEEP,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
@@ -136,7 +140,7 @@ def drop(
         found = drop_recipe(
             base, model, drop_rate=rate, method=method, rescale=rescale.value if rescale else None,
             on=on.value, keep_dense=keep_dense or (), seed=seed, vocab=vocab.value,
-            heads=heads.value if heads else None, parameters=extra,
+            heads=heads.value if heads else None, base_extras=base_extras.value, parameters=extra,
         )  # fmt: skip
         _run(
             found, out, (), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,

@@ -74,6 +74,13 @@ class HeadsOf(StrEnum):
     MODEL = "model"
 
 
+class BaseExtras(StrEnum):
+    """Words for --base-extras."""
+
+    KEEP = "keep"
+    LEAVE_OUT = "leave_out"
+
+
 class Vocab(StrEnum):
     """Words for --vocab."""
 

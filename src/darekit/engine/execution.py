@@ -258,6 +258,7 @@ class Job:
         self._kept: Counter[tuple[int, int]] = Counter()
         self._products: dict[int, Doubles] = {}
         self._coefficients: dict[int, Doubles] = {}
+        self._facts: dict[str, Any] = {}
 
     def add(
         self,
@@ -265,6 +266,7 @@ class Job:
         digests: Mapping[int, TensorDigest],
         kept: Counter[tuple[int, int]],
         coefficients: Mapping[int, Doubles],
+        facts: Mapping[str, Any],
     ) -> None:
         """Take what one span found out."""
         with self._lock:
@@ -272,6 +274,7 @@ class Job:
                 self._leaves.setdefault(key, {})[begin] = digest.finish()
             self._kept.update(kept)
             self._coefficients.update(coefficients)
+            self._facts.update(facts)
 
     def add_products(self, begin: int, products: Doubles) -> None:
         """Take what one span measured."""
@@ -309,6 +312,7 @@ class Job:
                 for owner in owners
             },
             **({"measured": _measured(told(self._coefficients), self._lines)} if self._coefficients else {}),
+            **({"measured": self._facts} if self._facts else {}),
         }
 
 
@@ -366,6 +370,7 @@ class Worker:
             job.add_products(begin, measure(StepRun(step, self, digests, kept), begin, end, stop))
             return
         coefficients: dict[int, Doubles] = {}
+        facts: dict[str, Any] = {}
         for step in job.steps:
             run = StepRun(step, self, digests, kept)
             if step.kind == "copy":
@@ -381,9 +386,10 @@ class Worker:
                 settle_run(run, stop)
                 run.merge(0, step.count, stop)
             coefficients |= run.coefficients
+            facts |= run.surveyor.facts if run.surveyor is not None else {}
         if len(job.spans) == 1:
             self._digest_rest(job, digests)
-        job.add(begin, digests, kept, coefficients)
+        job.add(begin, digests, kept, coefficients, facts)
 
     def _digest_rest(self, job: Job, digests: dict[int, TensorDigest]) -> None:
         """Rows that no step wanted (a vocabulary cut to the base's) still belong to the input's digest."""

@@ -121,7 +121,7 @@ def measure(run: StepRun, begin: int, end: int, stop: threading.Event) -> Double
 
 def _is_fast(step: Step) -> bool:
     inputs = (*step.models, *([step.base] if step.base else []))
-    return step.base is not None and not any(step.chains) and all(
+    return not any(step.chains) and all(
         entry.dtype.name == "BF16" and entry.count >= step.begin + step.count for entry in inputs
     )  # fmt: skip
 
@@ -129,9 +129,8 @@ def _is_fast(step: Step) -> bool:
 def _add_bf16(run: StepRun, rows: Rows, found: Products, start: int, count: int) -> bool:
     """Several tiles through the one kernel; False where a value is NaN or Inf, and nothing was added then."""
     step, many = run.step, len(run.step.models)
-    assert step.base is not None
     base_raw, raws, _ = run.hands.scratch.raw_only(many, count)
-    if rows.base or rows.deltas:
+    if step.base is not None and (rows.base or rows.deltas):
         run.read(step.base, step.begin + start, count, base_raw)
     for k, model in enumerate(step.models):
         run.read(model, step.begin + start, count, raws[k].view(np.uint8))

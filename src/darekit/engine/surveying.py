@@ -17,17 +17,39 @@ import numpy.typing as npt
 
 from darekit.dtypes import Floats
 from darekit.engine.contracts import Stage, Tile
-from darekit.engine.measuring import Products, add_leaves
+from darekit.engine.measuring import Doubles, Products, add_leaves
 from darekit.engine.selection import Select, ShareOf
 from darekit.engine.steps import Step
+from darekit.kernels import cpu
 from darekit.methods import MERGE_METHODS
-from darekit.methods.surveyed import Survey, index_of
+from darekit.methods.surveyed import DIVISOR_TINY, Survey, agreeing_mean, index_of, passes_before, variance
 
 Mask = npt.NDArray[np.bool_]
 
 
+def _variance(deltas: Floats) -> Floats:
+    found = np.empty(deltas.shape[1], np.float32)
+    cpu.variance(deltas, found)
+    return found
+
+
+def _agreeing_mean(deltas: Floats, weights: Doubles) -> Floats:
+    found = np.empty(deltas.shape[1], np.float32)
+    cpu.agreeing_mean(deltas, weights.astype(np.float32), np.float32(DIVISOR_TINY), found)
+    return found
+
+
+# Fast twins of parts of surveys, to the bit, on float32.
+TWINS: dict[Callable[..., Any], Callable[..., Any]] = {variance: _variance, agreeing_mean: _agreeing_mean}
+
+
 class Highest(ShareOf):
     """A number of elements with the highest scores, which follows from how many have one at all."""
+
+    @property
+    def lowest(self) -> float | None:
+        """The lowest score that survives; None where none does."""
+        return float(np.uint32(self.low).view(np.float32)) if self.keep else None
 
     def tell(self, scores: Tile, start: int) -> Mask:
         """(n,) scores, which are overwritten -> whether each survives."""
@@ -73,6 +95,11 @@ class AtLeast(Stage):
             found = np.array([select.low for select in self._selects], np.uint32).view(np.float32)
             self._low = np.float32(self._threshold(*found.tolist()))
 
+    @property
+    def lowest(self) -> float | None:
+        """The threshold."""
+        return float(self._low)
+
     def tell(self, scores: Tile, start: int) -> Mask:
         """(n,) scores -> whether each survives."""
         survives: Mask = scores >= self._low
@@ -90,8 +117,8 @@ class Surveyor:
     def __init__(self, step: Step, survey: Survey) -> None:
         self.step = step
         bound = partial(_bound, parameters=step.parameters)
-        self._scores, self._squares, self._merge = bound(survey.scores), bound(survey.squares), bound(survey.merge)
-        self._lines = survey.lines
+        self._scores, self._squares, self._lines = bound(survey.scores), bound(survey.squares), survey.lines
+        self._weights, self._merge = bound(survey.weights), bound(survey.merge)
         self._known = np.full(-(-step.count // max(1, step.row)) if survey.lines else 0, np.nan)
         self._survivors: Highest | AtLeast | None = None
         if survey.threshold is not None:
@@ -100,13 +127,13 @@ class Surveyor:
             keeps = bound(survey.keeps)
             if keeps(step.count) is not None:
                 self._survivors = Highest(step.count, keeps)
-        self._sums: npt.NDArray[np.float64] | None = None if survey.squares else np.zeros(0)
+        self._found: tuple[Doubles, ...] | None = None if survey.squares and step.count else ()
         self._parts: list[Products] = []
 
     @property
     def ready(self) -> bool:
         """False: wants a(nother) measuring pass."""
-        return self._selected and self._sums is not None
+        return self._selected and self._found is not None
 
     @property
     def sampling(self) -> bool:
@@ -147,13 +174,24 @@ class Surveyor:
             assert self._survivors is not None
             self._survivors.settle()
         else:
-            self._sums = np.array([add_leaves(part.finish())[0] for part in self._parts])
+            sums = np.array([add_leaves(part.finish())[0] for part in self._parts])
+            self._found = (self._weights(sums, self.step.count),)
 
     def merge(self, base: Floats, deltas: Floats, start: int) -> tuple[Floats, int]:
         """One tile, (n,) and (K, n), whose deltas are overwritten -> merged (n,), and how many elements survive."""
         kept = self._drop(base, deltas, start)
-        merged: Floats = self._merge(deltas, self._sums, self.step.count)
+        merged: Floats = self._merge(deltas, *(self._found or ()))
         return merged, kept
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was found out, JSON-able: the lowest score that survives, and what the merge knows of each model."""
+        found: dict[str, Any] = {}
+        if self._survivors is not None and self._survivors.lowest is not None:
+            found["threshold"] = self._survivors.lowest
+        for weights in self._found or ():
+            found["weights"] = weights.tolist()
+        return found
 
     def _scored(self, base: Floats, deltas: Floats, start: int) -> Tile:
         if self._lines is None:
@@ -172,7 +210,7 @@ class Surveyor:
         if self._survivors is None:
             return int(deltas.shape[1])
         mask = self._survivors.tell(self._scored(base, deltas, start), start)
-        deltas *= mask
+        cpu.keep_where(deltas, mask)
         return int(np.count_nonzero(mask))
 
 
@@ -194,6 +232,11 @@ class WholeSurveyor:
     def settle(self) -> None:
         """Nothing to settle."""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The definition does not tell."""
+        return {}
+
     def merge(self, base: Floats, deltas: Floats, start: int) -> tuple[Floats, int]:
         """The tensor, (n,) and (K, n) -> merged (n,), and how many elements survive."""
         shape = (-1, max(1, self.step.row))
@@ -212,16 +255,15 @@ def surveyor_of(step: Step) -> Surveyor | WholeSurveyor | None:
 
 def passes_of(step: Step) -> int:
     """How often all of a step is read before it is merged (samples not counted)."""
-    survey = MERGE_METHODS[step.method].survey
-    if step.kind != "merge" or survey is None or step.wide:
-        return 0
-    return (survey.scores is not None) + (survey.squares is not None)
+    return 0 if step.kind != "merge" or step.wide else passes_before(MERGE_METHODS[step.method].survey)
 
 
 def _bound(part: Callable[..., Any] | None, parameters: Mapping[str, Any]) -> Any:
-    """A part of a survey with those of the method's parameters that it takes."""
+    """A part of a survey, or its fast twin, with those of the method's parameters that it takes."""
     if part is None:
         return None
+    if part in TWINS:
+        return TWINS[part]
     return partial(
         part, **{name: parameters[name] for name in inspect.signature(part).parameters if name in parameters}
     )

@@ -190,7 +190,8 @@ class StepRun:
             for chain, delta in zip(self.chains, scratch.deltas, strict=True):
                 for stage in chain:
                     stage.apply(delta, start)
-            scratch.deltas[~np.isfinite(scratch.deltas)] = 0
+            if self.bad_at is not None:
+                scratch.deltas[~np.isfinite(scratch.deltas)] = 0
             surveyor.measure(scratch.base, scratch.deltas, start)
         surveyor.settle()
 

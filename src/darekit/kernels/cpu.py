@@ -205,6 +205,67 @@ def elect_few(deltas, weights, normalize, out):
 
 
 @kernel
+def variance(deltas, out):
+    """(K, n) float32 -> `out`, (n,) float32: the variance over the models, in float64, on blocks that stay in L1."""
+    many = np.float64(deltas.shape[0])
+    mean, squares = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
+    for begin in range(0, out.size, BLOCK):
+        count = min(BLOCK, out.size - begin)
+        found = out[begin : begin + count]
+        for i in range(count):
+            mean[i] = np.float64(0)
+            squares[i] = np.float64(0)
+        for k in range(deltas.shape[0]):
+            delta = deltas[k, begin : begin + count]
+            for i in range(count):
+                mean[i] += np.float64(delta[i])
+        for i in range(count):
+            mean[i] = mean[i] / many
+        for k in range(deltas.shape[0]):
+            delta = deltas[k, begin : begin + count]
+            for i in range(count):
+                away = np.float64(delta[i]) - mean[i]
+                squares[i] += away * away
+        for i in range(count):
+            found[i] = np.float32(squares[i] / many)
+
+
+@kernel
+def agreeing_mean(deltas, weights, least, out):
+    """(K, n) float32, (K,) float32 -> `out`, (n,) float32: the weighted mean of the deltas that have the sign of the
+    plain sum of all; a sum of weights below `least` counts as it."""
+    elected, agreeing = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    for begin in range(0, out.size, BLOCK):
+        count = min(BLOCK, out.size - begin)
+        merged = out[begin : begin + count]
+        for i in range(count):
+            elected[i] = np.float32(0)
+            agreeing[i] = np.float32(0)
+            merged[i] = np.float32(0)
+        for k in range(weights.size):
+            delta = deltas[k, begin : begin + count]
+            for i in range(count):
+                elected[i] += delta[i]
+        for k in range(weights.size):
+            weight, delta = weights[k], deltas[k, begin : begin + count]
+            for i in range(count):
+                agrees = (delta[i] != np.float32(0)) & ((delta[i] > np.float32(0)) == (elected[i] >= np.float32(0)))
+                merged[i] += np.float32(weight * delta[i]) if agrees else np.float32(0)
+                agreeing[i] += weight if agrees else np.float32(0)
+        for i in range(count):
+            merged[i] = merged[i] / (agreeing[i] if agreeing[i] > least else least)
+
+
+@kernel
+def keep_where(deltas, mask):
+    """(K, n) float32 in place: 0 where `mask`, (n,) bool, is not set."""
+    for k in range(deltas.shape[0]):
+        bits = deltas[k].view(np.uint32)
+        for i in range(mask.size):
+            bits[i] &= np.uint32(np.uint32(0) - np.uint32(mask[i]))
+
+
+@kernel
 def count_coarse(delta, bins):
     """(n,) float32 -> bins[upper 16 bits of |delta|] += 1."""
     bits = delta.view(np.uint32)

@@ -41,7 +41,8 @@ class Survey:
         quantiles: which parts of the tensor have lower scores than the scores that `threshold` takes; it gives the
             lowest that survives.
         squares: deltas, 0 where an element does not survive -> rows (R, ...) whose squares are added up.
-        merge: those deltas, the R sums (float64) and how many elements there are -> the merged delta.
+        weights: the R sums, (R,) float64, and how many elements there are -> (K,) float64, what `merge` must know.
+        merge: those deltas, and `weights` where there are any -> the merged delta.
     """
 
     merge: Callable[..., Floats]
@@ -51,6 +52,12 @@ class Survey:
     quantiles: tuple[float, ...] = ()
     threshold: Callable[..., float] | None = None
     squares: Callable[..., Floats] | None = None
+    weights: Callable[..., Doubles] | None = None
+
+
+def passes_before(survey: Survey | None) -> int:
+    """How often all of a tensor is seen before it is merged (samples not counted)."""
+    return 0 if survey is None else (survey.scores is not None) + (survey.squares is not None)
 
 
 def index_of(quantile: float, count: int) -> int:
@@ -97,11 +104,10 @@ def agreeing_mean(deltas: Floats, weights: Doubles) -> Floats:
     return merged / np.maximum(total, number(DIVISOR_TINY))
 
 
-def _by_energy(deltas: Floats, sums: Doubles, count: int, *, floor: float) -> Floats:
+def _by_energy(sums: Doubles, count: int, *, floor: float) -> Doubles:
     means = sums / max(1, count)
     total = float(means.sum())
-    even = total < floor or total == 0
-    return agreeing_mean(deltas, np.full(len(means), 1 / len(means)) if even else means / total)
+    return np.full(len(means), 1 / len(means)) if total < floor or total == 0 else means / total
 
 
 def sce(
@@ -133,12 +139,10 @@ def sce(
         mask[np.argsort(-scores, kind="stable")[:keep]] = True
         deltas = deltas * mask.reshape(deltas.shape[1:])
     sums = np.square(deltas.astype(np.float64)).reshape(len(deltas), -1).sum(axis=1)
-    return _by_energy(deltas, sums, scores.size, floor=floor)
+    return agreeing_mean(deltas, _by_energy(sums, scores.size, floor=floor))
 
 
-SCE = Survey(
-    scores=variance, keeps=_kept_share, squares=_themselves, merge=_by_energy
-)  # fmt: skip
+SCE = Survey(scores=variance, keeps=_kept_share, squares=_themselves, weights=_by_energy, merge=agreeing_mean)
 
 # --- arcee_fusion
 
@@ -171,7 +175,7 @@ def outlying(first: float, median: float, third: float) -> float:
     return float(np.float32(median) + np.float32(1.5) * (np.float32(third) - np.float32(first)))
 
 
-def _only(deltas: Floats, sums: Doubles, count: int) -> Floats:
+def _only(deltas: Floats) -> Floats:
     (delta,) = deltas
     return np.asarray(delta)
 
@@ -203,9 +207,13 @@ def _shared_and_unique(deltas: Floats, *, epsilon: float) -> Floats:
     return np.concatenate([changed & (many > 1), changed & (many == 1)]).astype(np.float32)
 
 
-def _amplified(deltas: Floats, sums: Doubles, count: int, *, r: float, alpha: float, epsilon: float) -> Floats:
+def _factors(sums: Doubles, count: int, *, r: float, alpha: float, epsilon: float) -> Doubles:
     shared, unique = sums.reshape(2, -1)
-    factors = 1 + r * np.minimum(shared / np.maximum(unique, max(epsilon, EPSILON_TINY)), alpha)
+    factors: Doubles = 1 + r * np.minimum(shared / np.maximum(unique, max(epsilon, EPSILON_TINY)), alpha)
+    return factors
+
+
+def _amplified(deltas: Floats, factors: Doubles, *, epsilon: float) -> Floats:
     changed, many = changes(deltas, epsilon)
     number = deltas.dtype.type
     total, alone = np.zeros(deltas.shape[1:], deltas.dtype), np.zeros(deltas.shape[1:], deltas.dtype)
@@ -230,7 +238,7 @@ def ramplus_tl(
     """
     squares = _shared_and_unique(deltas, epsilon=epsilon)
     sums = squares.astype(np.float64).reshape(len(squares), -1).sum(axis=1)
-    return _amplified(deltas, sums, deltas[0].size, r=r, alpha=alpha, epsilon=epsilon)
+    return _amplified(deltas, _factors(sums, deltas[0].size, r=r, alpha=alpha, epsilon=epsilon), epsilon=epsilon)
 
 
-RAMPLUS_TL = Survey(squares=_shared_and_unique, merge=_amplified)
+RAMPLUS_TL = Survey(squares=_shared_and_unique, weights=_factors, merge=_amplified)

@@ -53,7 +53,7 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Unpac
         with open_pack(pack, base=checkpoint) as found:
             model = found.checkpoint()
             recipe = read_recipe({"models": [{"model": str(pack)}], "merge_method": "linear"})
-            plan = make_plan(recipe, None, [model], shard_size=settings.shard_size)
+            plan = make_plan(recipe, None, [model], shard_size=settings.shard_size, verbatim=True)
             # Bits are copied, NaN and all: there is nothing to merge.
             steps = tuple(replace(step, kind="copy") for step in plan.steps)
             plan = replace(plan, steps=steps)

@@ -204,7 +204,8 @@ def pack(
         raise PlanError("a pack needs either a drop rate or lossless" + (", not both" if lossless else ""))
     recipe = single.drop_recipe(
         str(base), str(model), drop_rate=drop_rate or 0.0, rescale=rescale, keep_dense=keep_dense, seed=seed,
-        vocab="strict" if lossless else vocab, parameters={} if tau is None else {"tau": tau},
+        vocab="strict" if lossless else vocab, base_extras="leave_out" if lossless else "keep",
+        parameters={} if tau is None else {"tau": tau},
     )  # fmt: skip
     said: list[str] = []
 
@@ -213,10 +214,9 @@ def pack(
         if say:
             say(line)
 
-    with open_plan(recipe) as plan:
+    with open_plan(recipe, verbatim=lossless) as plan:
         _refuse_out(out, plan, overwrite)
-        if not lossless:
-            _refuse_other_names(plan)
+        _refuse_other_names(plan, lossless=lossless)
         for line in plan.notes:
             note(line)
         if not lossless and packed_seed(plan.models[0]) is not None:
@@ -243,11 +243,25 @@ def pack(
     )  # fmt: skip
 
 
-def _refuse_other_names(plan: Plan) -> None:
-    """A pack draws its masks by the names of its base, a merge by those that a model is stored under."""
+def _refuse_other_names(plan: Plan, *, lossless: bool) -> None:
+    """A pack holds tensors of its base, under their names; and it draws its masks by these names, a merge by those that
+    a model is stored under."""
+    assert plan.base is not None
     for tensor in plan.alignment.tensors:
         info = tensor.models[0]
-        if info is not None and info.stored is not None and info.stored != tensor.name:
+        stored = plan.base.tensors.get(tensor.name)
+        if stored is None and tensor.base is not None and tensor.base.name == tensor.name:
+            raise PlanError(
+                f"{plan.models[0].ref} has {tensor.name} of its own, which {plan.base.ref} ties to another tensor and "
+                "does not store: a pack holds tensors of its base alone. Write the base out untied (drop the model "
+                "with -p 1), and pack on that, or keep the whole model"
+            )
+        if stored is None:
+            raise PlanError(
+                f"{plan.base.ref} stores {tensor.name} as {tensor.base.name if tensor.base else 'nothing'}: write it "
+                "out under its own names first (merge it alone with `merge_method: linear`), and pack on that"
+            )
+        if not lossless and info is not None and info.stored is not None and info.stored != tensor.name:
             raise PlanError(
                 f"{plan.models[0].ref}: {tensor.name} is stored as {info.stored}, so a pack would drop other elements "
                 "than a merge does; write the model out first (merge it alone with `merge_method: linear`), and pack it"
@@ -460,9 +474,12 @@ class Writer:
 
     def _refuse_other_tensors(self) -> None:
         """A lossless pack is the whole model, and nothing but it."""
-        names = {aligned.name for aligned in self.plan.alignment.tensors}
-        if self.terms.lossless and names != set(self.model.tensors):
-            other = sorted(names ^ set(self.model.tensors))
+        aligned = self.plan.alignment.tensors
+        kept = {info.stored_name for one in aligned if (info := one.models[0]) is not None}
+        base_only = {one.name for one in aligned if one.models[0] is None and not one.copied}
+        copies = set(self.plan.alignment.copies[1])
+        other = sorted((set(self.model.tensors) - kept - copies) | base_only)
+        if self.terms.lossless and other:
             raise PlanError(
                 f"a lossless pack needs the same tensors in base and model; they differ in {', '.join(other[:4])}"
             )

@@ -11,9 +11,12 @@ from darekit.architectures.families import HEADS
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError
+from darekit.planning.extras import Extras, Parts, leave_out_extras, settle_extras
 from darekit.planning.fusing import fit_parts
+from darekit.planning.hints import causes
 from darekit.planning.naming import Roles, View, buffers_of, views_of
-from darekit.planning.ties import settle_ties
+from darekit.planning.prefixes import fit_prefixes
+from darekit.planning.ties import has_own_head, settle_ties
 from darekit.planning.vocabulary import rows_told, sizes_for_config, tokens_axis
 from darekit.wording import label
 
@@ -71,7 +74,15 @@ class Alignment:
 Heads = Checkpoint | Literal["merged", "common"]
 
 
-def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, heads: Heads = "merged") -> Alignment:
+def align(
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    vocab: str,
+    *,
+    heads: Heads = "merged",
+    verbatim: bool = False,
+    extras: Extras = "keep",
+) -> Alignment:
     """Headers of all checkpoints -> which tensors correspond, or an error that lists what does not.
 
     Names are compared as the loader knows them, and written as the base has them (as the checkpoint that gives the
@@ -83,6 +94,9 @@ def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, 
         vocab: what to do with vocabularies that differ: strict, base or pad.
         heads: `merged`: as all other tensors; `common`: those that are not everywhere alike are left out, with a note;
             one of the checkpoints: its heads are the output's, and nobody compares those of the others.
+        verbatim: where all checkpoints store the same names, every tensor that is stored is one of the output: copies
+            and buffers stay what they are.
+        extras: what becomes of parts that only the base has, and that a class may do without: keep or leave_out.
 
     Raises:
         HomologyError: missing, extra or differently shaped tensors; vocabularies that differ under `vocab: strict`;
@@ -90,19 +104,26 @@ def align(base: Checkpoint | None, models: Sequence[Checkpoint], vocab: str, *, 
     """
     checkpoints = [*([base] if base else []), *models]
     notes: list[str] = []
-    views = views_of(checkpoints, notes)
+    verbatim = verbatim and all(one.tensors.keys() == checkpoints[0].tensors.keys() for one in checkpoints)
+    views = views_of(checkpoints, notes, verbatim=verbatim)
     roles = Roles(views[0].facts)
     naming = views[0]
     if isinstance(heads, Checkpoint):
         naming = next(view for view in views if view.checkpoint is heads)
-    tied = settle_ties(views, notes)
+    fit_prefixes(views, notes)
+    tied = has_own_head(views) if verbatim else settle_ties(views, notes)
     fit_parts(views, notes)
     taken: dict[str, TensorInfo] = {}
     if isinstance(heads, Checkpoint):
         taken = _take_heads(naming, views, notes)
     elif heads == "common":
         _leave_out_heads(views, roles, notes)
-    _compare_names(views, notes)
+        leave_out_extras(views, notes)
+    alone: frozenset[str] = frozenset()
+    if base is not None:
+        more, alone = settle_extras(views, giver=naming if taken else None, extras=extras, notes=notes)
+        taken |= more
+    _compare_names(views, alone)
     rows = _compare_shapes(views, vocab, roles)
     tensors = []
 
@@ -200,23 +221,26 @@ def _compare_head_rows(giver: View, tensors: Sequence[AlignedTensor]) -> None:
             )
 
 
-def _compare_names(views: Sequence[View], notes: list[str]) -> None:
-    reference = views[0]
+def _compare_names(views: Sequence[View], alone: frozenset[str]) -> None:
+    """`alone`: keys that the first may have alone."""
+    reference, parts = views[0], Parts(views)
     problems = []
     for view in views[1:]:
         if view.tensors.keys() == reference.tensors.keys():
             continue
-        missing = [info.name for key, info in reference.tensors.items() if key not in view.tensors]
+        missing = [info.name for key, info in reference.tensors.items() if key not in view.tensors and key not in alone]
         extra = [info.name for key, info in view.tensors.items() if key not in reference.tensors]
         if missing:
             problems.append(f"{view.ref} lacks {_some(missing)} of {reference.ref}")
         if extra:
             problems.append(f"{view.ref} has {_some(extra)} that {reference.ref} lacks")
-        if missing and extra:
-            problems += _prefix_hint(missing, extra)
-        heads = [*map(reference.facts.is_head, missing), *map(view.facts.is_head, extra)]
-        if (missing or extra) and all(heads):
-            problems.append(HEADS_HINT)
+        problems += causes(view, reference, missing, extra)
+        others = [other for other in views[1:] if other is not view]
+        if (missing or extra) and all(map(parts.may_be_absent, (*missing, *extra))):
+            if extra and any(map(parts.is_own, extra)):
+                problems.append(HEADS_HINT)
+            else:
+                problems.append(_way_out(view, reference, others))
     if problems:
         raise HomologyError(
             "The models do not have the same tensors, so as stored they were not fine-tuned from one base:\n  "
@@ -224,13 +248,13 @@ def _compare_names(views: Sequence[View], notes: list[str]) -> None:
         )
 
 
-def _prefix_hint(missing: Sequence[str], extra: Sequence[str]) -> list[str]:
-    """The commonest cause: the same tensors saved with and without the wrapper's prefix."""
-    for ours, theirs in ((missing, extra), (extra, missing)):
-        prefix = ours[0].split(".")[0] + "."
-        if {name.removeprefix(prefix) for name in ours} & set(theirs):
-            return [f"Names differ by the prefix {prefix!r}: save both with the same class (AutoModelForCausalLM)"]
-    return []
+def _way_out(view: View, reference: View, others: Sequence[View]) -> str:
+    """What to do about a model that lacks what the others have."""
+    kind = next((one.facts.class_name for one in (*others, reference) if one.facts.is_exact), None)
+    return (
+        f"To go on, save {view.ref} again with the class of the others{f' ({kind})' if kind else ''}, or leave it out; "
+        "with `heads: MODEL` (--heads) the output has exactly the parts of that model"
+    )
 
 
 def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str, tuple[int, int]]:
@@ -279,9 +303,9 @@ def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str
 
 
 def _some(names: Sequence[str], sep: str = ", ") -> str:
-    shown = sep.join(names[:4])
-    return (
-        f"{len(names)} tensors ({shown}{', ...' if len(names) > 4 else ''})"
-        if sep == ", "
-        else shown + (f"; ... {len(names) - 4} more" if len(names) > 4 else "")
-    )
+    shown, more = sep.join(names[:4]), len(names) - 4
+    if len(names) == 1:
+        return shown
+    if sep == ", ":
+        return f"{len(names)} tensors ({shown}{', ...' if more > 0 else ''})"
+    return shown + (f"; ... {more} more" if more > 0 else "")

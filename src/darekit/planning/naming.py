@@ -75,8 +75,10 @@ class Roles:
         return role
 
 
-def views_of(checkpoints: Sequence[Checkpoint], notes: list[str]) -> list[View]:
+def views_of(checkpoints: Sequence[Checkpoint], notes: list[str], *, verbatim: bool = False) -> list[View]:
     """All checkpoints under the names that the loader knows; what was done to names is noted.
+
+    `verbatim`: under the names that are stored, and all of them.
 
     Raises:
         HomologyError: two tensors of one checkpoint, of different values, have one name for the loader.
@@ -88,6 +90,9 @@ def views_of(checkpoints: Sequence[Checkpoint], notes: list[str]) -> list[View]:
         found = facts if facts.is_known else fallback
         shared.append(next((one for one in shared if one == found), found))
         own[i] = shared[-1]
+    if verbatim:
+        stored = {name: name for name in checkpoints[0].tensors}
+        return [View(one, facts, dict(one.tensors), stored) for one, facts in zip(checkpoints, own, strict=True)]
     prefixes = tuple(dict.fromkeys(facts.prefix for facts in own if facts.prefix))
     views: list[View] = []
     for checkpoint, facts in zip(checkpoints, own, strict=True):

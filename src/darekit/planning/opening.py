@@ -51,11 +51,17 @@ def only_on_base(ref: str | Path) -> tuple[str, str | Path] | None:
 
 @contextmanager
 def open_plan(
-    recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE, above: Sequence[str] = ()
+    recipe: Recipe,
+    *,
+    search: Sequence[Path] = (),
+    shard_size: int = SHARD_SIZE,
+    verbatim: bool = False,
+    above: Sequence[str] = (),
 ) -> Iterator[Plan]:
     """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving.
 
-    `above`: the recipes that this one is a model of.
+    `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names. `above`:
+    the recipes that this one is a model of.
     """
     openers = (opener_of(recipe, above, _open_recipe), *OPENERS)
     names = [entry.model for entry in recipe.models]
@@ -75,7 +81,14 @@ def open_plan(
                     others[name] = opened.enter_context(closing(model))
             bases = _bases_of(recipe, base, models, search, openers, opened)
             plan = make_plan(
-                recipe, base, models, statistics=statistics, others=others, bases=bases, shard_size=shard_size
+                recipe,
+                base,
+                models,
+                statistics=statistics,
+                others=others,
+                bases=bases,
+                shard_size=shard_size,
+                verbatim=verbatim,
             )
         yield plan
 

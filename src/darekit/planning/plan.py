@@ -243,8 +243,11 @@ def make_plan(
     others: Mapping[str, Checkpoint] | None = None,
     bases: Mapping[str, Checkpoint] | None = None,
     shard_size: int = SHARD_SIZE,
+    verbatim: bool = False,
 ) -> Plan:
     """Recipe x open checkpoints (x open statistics, one of each model; x others that tokens or slices name) -> plan.
+
+    `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names.
 
     Raises:
         HomologyError: the checkpoints do not belong together, or statistics are another model's.
@@ -260,7 +263,9 @@ def make_plan(
         base, models, alignment, depths, towers = stack.base, stack.models, stack.alignment, stack.depths, stack.towers
         config, stacking = config_of(base or models[0], towers)
     else:
-        alignment = align(base, models, vocab, heads=_heads_of(recipe, base, models))
+        alignment = align(
+            base, models, vocab, heads=_heads_of(recipe, base, models), extras=recipe.base_extras, verbatim=verbatim
+        )
         depths = depths_of(tensor.name for tensor in alignment.tensors)
     alignment, vocabulary = with_vocabulary(recipe, alignment, base, models, others or {})
     facts = facts_of(next((c.config for c in (base, *models) if c and c.config), None))

@@ -324,7 +324,7 @@ class _Stacking:
     def _aligned(self, part: _Part) -> Alignment:
         views = {member: self._view(member, names, part) for member, names in part.names.items()}
         base = views.pop(None, None)
-        return align(base, list(views.values()), self._vocab)
+        return align(base, list(views.values()), self._vocab, extras=self._recipe.base_extras)
 
     def _view(self, member: Member, names: Mapping[str, str], part: _Part) -> Checkpoint:
         if member is None:

@@ -59,6 +59,27 @@ def settle_ties(views: Sequence[View], notes: list[str]) -> bool | None:
     return verdict
 
 
+def has_own_head(views: Sequence[View]) -> bool | None:
+    """Of tensors under their stored names: False where an output embedding differs from what the config ties it to.
+
+    None where it does not, or where a config that says so would untie what is not stored.
+    """
+    view = views[0]
+    names = {view.facts.key(name): name for name in view.tensors}
+    for target, source in view.facts.possible_ties(names, {}) if view.facts.is_known else ():
+        found = names[target], names.get(source)
+        if (
+            found[1] is None
+            or not view.facts.is_output_embedding(target)
+            or not view.facts.is_held(target, stored=True)
+        ):
+            continue
+        if not all(are_equal(one.tensors[found[0]], one.tensors[found[1]]) for one in views):
+            rest = {key for key, of in view.facts.untied_with_output() if of in names}
+            return False if rest <= names.keys() else None
+    return None
+
+
 def _possible(views: Sequence[View]) -> list[Possible]:
     """All ties whose target any view stores."""
     keys: Collection[str] = views[0].tensors.keys()

@@ -15,7 +15,7 @@ from darekit.architectures.families import facts_of
 from darekit.checkpoints import Checkpoint, TensorInfo
 from darekit.checkpoints.companions import Companions
 from darekit.checkpoints.places import ELSEWHERE, Rows
-from darekit.checkpoints.tokenizers import Tokenizer
+from darekit.checkpoints.tokenizers import Tokenizer, files_digest
 from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError, PlanError
 from darekit.inputs.rows import FILL, MEAN, ZERO, RowTable, gathered
@@ -145,9 +145,13 @@ class _Matching:
     # Who has which tokens
 
     def _members(self) -> list[Member]:
-        found: list[tuple[str, Checkpoint, Tokenizer | None]] = [
-            (name, checkpoint, self._tokenizer(checkpoint)) for name, checkpoint in self.named
-        ]
+        known: dict[str | None, Tokenizer | None] = {}  # equal files are read once
+        found: list[tuple[str, Checkpoint, Tokenizer | None]] = []
+        for name, checkpoint in self.named:
+            digest = files_digest(checkpoint.companions)
+            if digest not in known:
+                known[digest] = self._tokenizer(checkpoint)
+            found.append((name, checkpoint, known[digest]))
         first = next((tokenizer for _, _, tokenizer in found if tokenizer is not None), None)
         if first is None:
             return []

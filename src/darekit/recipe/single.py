@@ -24,6 +24,7 @@ def drop_recipe(
     seed: int | None = None,
     vocab: str = "strict",
     heads: str | None = None,
+    base_extras: str = "keep",
     parameters: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe that `drop` runs.
@@ -49,6 +50,7 @@ def drop_recipe(
         "sparsify": sparsify | dict(parameters or {}),
         "merge_method": "linear" if on == "weights" else "task_arithmetic",
         "vocab": vocab,
+        "base_extras": base_extras,
         # Cut to the base's rows, the model no longer knows the tokens that its tokenizer has added.
         "tokenizer_source": "base" if vocab == "base" else model,
     }

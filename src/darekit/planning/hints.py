@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why checkpoints have other tensors, and what to do: read off names and configs, the likeliest cause first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from darekit.planning.naming import View
+from darekit.wording import label
+
+# What PEFT calls its own tensors, beside the weights of the model that it wraps.
+_ADAPTED = ("lora_A", "lora_B", "lora_embedding", "lora_magnitude", "modules_to_save", "original_module", "ia3_")
+
+_PARTS = ("_config", "encoder", "decoder")  # keys of a config whose value is a part's config
+
+
+def causes(view: View, reference: View, missing: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """Lines for an error: why `view` lacks some tensors (names) of the reference and has others."""
+    return [*_causes(view, reference, missing, extra)][:1]
+
+
+def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence[str]) -> Iterator[str]:
+    for one, names in ((view, extra), (reference, missing)):
+        adapted = next((name for name in names if any(word in name for word in _ADAPTED)), None)
+        if adapted:
+            yield (
+                f"{one.ref} holds an adapter that is not merged into its weights ({adapted}): call "
+                "`merge_and_unload()` of PEFT's model, and save what it returns"
+            )
+    if not (missing and extra):
+        return
+    fused = _is_fused(view, missing, extra), _is_fused(reference, extra, missing)
+    if any(fused):
+        whole, single = (view, reference) if fused[0] else (reference, view)
+        yield (
+            f"{label(whole.ref)} has its experts fused, {label(single.ref)} one by one, and their shapes do not fit "
+            f"each other. Load the one that differs with {_class_of(whole)} and save it again with `save_pretrained("
+            "..., save_original_format=True)`, as the Hub has it"
+        )
+    if any(map(_is_composite, (view, reference))):
+        yield (
+            "One of them is a model of several parts (text, images, ...), and they are saved under the names of "
+            f"different classes or formats. Load both with {_class_of(reference)}, the class of "
+            f"{label(reference.ref)}, and save them again with `save_pretrained(..., save_original_format=True)`"
+        )
+    for ours, theirs in ((missing, extra), (extra, missing)):
+        prefix = ours[0].split(".")[0] + "."
+        if {name.removeprefix(prefix) for name in ours} & set(theirs):
+            yield f"Names differ by the prefix {prefix!r}: save both with the same class ({_class_of(reference)})"
+
+
+def _is_fused(view: View, parts: Sequence[str], wholes: Sequence[str]) -> bool:
+    """Whether the other side has, one by one, what this one has as a whole."""
+    there = {view.facts.key(name) for name in wholes}
+    found = (view.facts.conversion(name) for name in parts)
+    return any(one is not None and view.facts.without_prefix(one.target) in there for one in found)
+
+
+def _is_composite(view: View) -> bool:
+    config = view.checkpoint.config or {}
+    return sum(isinstance(value, dict) and key.endswith(_PARTS) for key, value in config.items()) > 1
+
+
+def _class_of(view: View) -> str:
+    names = (view.checkpoint.config or {}).get("architectures")
+    named = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else view.facts.class_name
+    return named or "the class that they were trained with"
