@@ -243,17 +243,22 @@ class _Stacking:
                 after.add(member, new, name, end)
                 self._note_base(member, new, checkpoint)
         if not together:
-            self._untie([checkpoint for checkpoint, _ in first.values()], last, after, end)
+            self._untie([checkpoint for checkpoint, _ in first.values()], last, before, after, end)
         yield before
         if not together:
             yield after
 
     def _untie(
-        self, first: Sequence[Checkpoint], last: Mapping[Member, tuple[Checkpoint, Range]], after: _Part, end: int
+        self,
+        first: Sequence[Checkpoint],
+        last: Mapping[Member, tuple[Checkpoint, Range]],
+        before: _Part,
+        after: _Part,
+        end: int,
     ) -> None:
         """Output embeddings of models that do not give the input embedding."""
         for tie in output_ties(first, [checkpoint for checkpoint, _ in last.values()]):
-            for names in after.names.values():
+            for names in (*before.names.values(), *after.names.values()):
                 names.pop(tie.target, None)
             if tie.tied:
                 self._tell(f"{tie.target} is tied to the embedding, which is that of {label(first[0].ref)}")
