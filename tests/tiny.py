@@ -180,3 +180,17 @@ def recipe(directory, k=2, **more):
         "sparsify": {"method": "dare", "drop_rate": 0.5, "seed": 3},
         **more,
     }
+
+
+def tokenizer(*directories, size=60):
+    """A tokenizer by words: <unk> 0, <s> 1, </s> 2, and w3, w4, ..."""
+    import tokenizers
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    for directory in directories:
+        fast.save_pretrained(directory)

@@ -43,7 +43,10 @@ class Part:
 
     def of(self, arrays: Mapping[str, Any]) -> Any:
         """The view."""
-        array = arrays[self.name]
+        return self.within(arrays[self.name])
+
+    def within(self, array: Any) -> Any:
+        """The view, in this array (of the tensor's shape)."""
         for step in self.steps:
             array = step.of(array)
         return array

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from darekit.checkpoints import companions
@@ -96,9 +96,18 @@ class Tokenizer:
     @cached_property
     def digest(self) -> str:
         """Of all that it says: equal for files that say the same in another order or layout."""
-        added = sorted((token.content, sorted(token.flags)) for token in self.added)
         templates = {name: template.rstrip() for name, template in self.templates.items()}
-        return _digest([self.tokens_digest, added, dict(self.roles), templates, dict(self.parts)])
+        return _digest([self.tokens_digest, self._flags, dict(self.roles), templates, dict(self.parts)])
+
+    @cached_property
+    def _flags(self) -> str:
+        return _digest(sorted((token.content, sorted(token.flags)) for token in self.added))
+
+    def summary(self) -> Summary:
+        """What is left without the tokens themselves."""
+        return Summary(
+            self.form, self.size, self.tokens_digest, self._flags, self.roles, self.templates, self.parts, self.fault
+        )
 
     def keeps(self, tokens: Sequence[str]) -> bool:
         """Whether each of these is an added token here, so that no text that holds it splits it."""
@@ -109,6 +118,20 @@ class Tokenizer:
         """The added tokens that a chat template writes, longest first."""
         found = [token.content for token in self.added if len(token.content) > 1 and token.content in template]
         return sorted(found, key=lambda content: (-len(content), content))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A tokenizer without its tokens: small, and all that it takes to say whether two are the same."""
+
+    form: str
+    size: int
+    tokens: str
+    flags: str
+    roles: Mapping[str, str]
+    templates: Mapping[str, str] = field(repr=False)
+    parts: Mapping[str, str] = field(repr=False)
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,26 +160,46 @@ def difference(one: Tokenizer, other: Tokenizer) -> Difference:
     A role or a part of which one of them says nothing is no difference: what holds then stands in a class of
     transformers.
     """
-    if one.digest == other.digest:
+    return _difference(one.summary(), other.summary(), lambda: tokens_apart(one, other))
+
+
+def compare(one: Companions, other: Companions) -> Difference:
+    """In what the tokenizers among two models' files differ, read in a form that both have; those without a tokenizer
+    differ in nothing. Files of equal bytes are not even parsed, and what was parsed once is remembered in short."""
+    if files_digest(one) == files_digest(other):
         return Difference()
-    tokens: set[str] = set()
-    if one.tokens_digest != other.tokens_digest:
-        tokens = {token for token, _ in one.vocabulary.items() ^ other.vocabulary.items()}
-        tokens |= {a.content for a in one.added} ^ {b.content for b in other.added}
+    forms = [form for form in forms_of(one) if form in forms_of(other)]
+    form = forms[0] if forms else None
+    a, b = summary_of(one, form), summary_of(other, form)
+    if a is None or b is None:
+        return Difference()
+
+    def apart() -> tuple[str, ...]:
+        first, second = read_tokenizer(one, form), read_tokenizer(other, form)
+        return tokens_apart(first, second) if first and second else ()
+
+    return _difference(a, b, apart)
+
+
+def tokens_apart(one: Tokenizer, other: Tokenizer) -> tuple[str, ...]:
+    """Tokens that only one of two tokenizers has, that have other ids, or that only one never cuts; lowest id first."""
+    tokens = {token for token, _ in one.vocabulary.items() ^ other.vocabulary.items()}
+    tokens |= {token.content for token in one.added} ^ {token.content for token in other.added}
     ids = {**other.vocabulary, **one.vocabulary}
+    return tuple(sorted(tokens, key=lambda token: (ids.get(token, -1), token)))
+
+
+def _difference(one: Summary, other: Summary, apart: Callable[[], tuple[str, ...]]) -> Difference:
+    tokens = () if one.tokens == other.tokens else apart()
     roles = {
-        role: (one.roles.get(role), other.roles.get(role))
+        role: (one.roles[role], other.roles[role])
         for role in ROLES
         if role in one.roles and role in other.roles and one.roles[role] != other.roles[role]
     }
-    shared = one.parts.keys() & other.parts.keys()
-    parts = [name for name in one.parts if name in shared and one.parts[name] != other.parts[name]]
-    if {a.content: a.flags for a in one.added if a.content not in tokens} != {
-        b.content: b.flags for b in other.added if b.content not in tokens
-    } and one.form == other.form:
+    parts = [name for name in one.parts if other.parts.get(name, one.parts[name]) != one.parts[name]]
+    if one.tokens == other.tokens and one.flags != other.flags and one.form == other.form:
         parts.append("flags of added tokens")
-    ordered = sorted(tokens, key=lambda token: (ids.get(token, -1), token))
-    return Difference(tuple(ordered), roles, tuple(parts), not same_templates(one.templates, other.templates))
+    return Difference(tokens, roles, tuple(parts), not same_templates(one.templates, other.templates))
 
 
 def same_templates(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
@@ -188,6 +231,31 @@ def read_tokenizer(beside: Companions, form: str | None = None) -> Tokenizer | N
     vocabulary = {**read.vocabulary, **{token.content: token.id for token in added}}
     parts = dict(read.parts) | {key: str(config[key]) for key in BEHAVIOUR if isinstance(config.get(key), bool)}
     return Tokenizer(chosen, vocabulary, added, _roles(beside, config), chat_templates(beside), parts, fault)
+
+
+class _Files:
+    """The files of a tokenizer, as a key: equal where their bytes are."""
+
+    def __init__(self, beside: Companions, digest: str) -> None:
+        self.beside, self.digest = beside, digest
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Files) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+def summary_of(beside: Companions, form: str | None = None) -> Summary | None:
+    """What `read_tokenizer` finds, without the tokens; remembered for files of the same bytes."""
+    digest = files_digest(beside)
+    return None if digest is None else _summary(_Files(beside, digest), form)
+
+
+@lru_cache(maxsize=16)
+def _summary(files: _Files, form: str | None) -> Summary | None:
+    found = read_tokenizer(files.beside, form)
+    return found.summary() if found else None
 
 
 def files_digest(beside: Companions) -> str | None:

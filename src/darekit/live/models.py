@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from darekit.architectures.families import facts_of
+from darekit.architectures.layout import Part, Unplaced, places_of
 from darekit.errors import DataError, Unsupported
 from darekit.live.loading import Destinations, destinations, put, refuse_misfits, settle, state_of
 from darekit.live.skeletons import skeleton
@@ -100,11 +102,28 @@ class LiveModel:
         found: dict[str, Any] = {}
         seen = set()
         shapes = {name: () for name in names}
-        for name, target in destinations(self.model, shapes, rehearse=False).direct.items():
-            if state[target].data_ptr() not in seen:
-                found[name] = state[target]
-                seen.add(state[target].data_ptr())
+        direct = destinations(self.model, shapes, rehearse=False).direct
+        for name in shapes:
+            if name in direct and (tensor := state[direct[name]]).data_ptr() not in seen:
+                found[name] = tensor
+                seen.add(tensor.data_ptr())
         return found
+
+    def parts(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[Any, Part], ...]]:
+        """Names in the checkpoint -> the live tensors that hold them, and the way to what is theirs: also of experts
+        that are stored one by one and fused in memory. What is permuted there is left out; ties as in `tensors`."""
+        state = state_of(self.model)
+        whole = self.tensors(shapes)
+        found: dict[str, tuple[tuple[Any, Part], ...]] = {name: ((t, Part("")),) for name, t in whole.items()}
+        config = {"architectures": [type(self.model).__name__], "model_type": self.model.config.model_type}
+        places = places_of(shapes, {name: tuple(t.shape) for name, t in state.items()}, facts_of(config))
+        taken = {id(tensor) for tensor in whole.values()}
+        for name, place in places.items():
+            if name not in found and not isinstance(place, Unplaced):
+                parts = tuple((state[part.name], part) for part in place)
+                if not any(id(tensor) in taken for tensor, _ in parts):
+                    found[name] = parts
+        return {name: found[name] for name in shapes if name in found}
 
 
 @contextmanager

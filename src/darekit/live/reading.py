@@ -11,7 +11,8 @@ from darekit.live.models import LiveModel
 from darekit.live.tasks import FUNCTION, OTHER, SEQ2SEQ, rows_of
 
 SAMPLE = (3, 4, 5, 6)  # tokens that any vocabulary has
-FORESIGHT = 0.02  # of the logits' spread: what is more comes of no rounding, not even in bfloat16
+FORESIGHT = 1e-3  # of the logits' spread: of tiny untrained encoders 5e-3 or more, of decoders' rounding 1e-6
+ROUNDING = 16  # times the format's own precision, where that is more
 
 
 def refuse_unreadable(live: LiveModel, rows: Sequence[Row]) -> None:
@@ -46,7 +47,8 @@ def refuse_foresight(live: LiveModel) -> None:
     texts = (torch.tensor([[*SAMPLE[:-1], last]], device=live.device) for last in (SAMPLE[-1], SAMPLE[-1] + 1))
     with torch.no_grad():
         one, other = (live.run({"input_ids": ids}).logits[0, :-1].float() for ids in texts)
-    if float((one - other).abs().max()) > FORESIGHT * float(one.std()):
+    limit = max(FORESIGHT, ROUNDING * torch.finfo(live.model.dtype).eps)
+    if float((one - other).abs().max()) > limit * float(one.std()):
         raise DataError(
             f"{type(live.model).__name__} predicts a token from what comes after it as well, so a loss or a perplexity "
             f"of text would say nothing; use {FUNCTION}"

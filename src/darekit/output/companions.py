@@ -13,10 +13,7 @@ from typing import Any
 
 from darekit.checkpoints.companions import CARD, CONFIG, Companions, Content
 from darekit.errors import OutputError
-from darekit.planning.files import (
-    TemplateChoice,
-    write_chat_template,
-)
+from darekit.planning.templates import TemplateChoice, write_chat_template
 
 RECIPE_NAME = "darekit_recipe.yaml"
 
@@ -32,7 +29,8 @@ def write_companions(
 ) -> list[str]:
     """Config, tokenizer and other `files`, recipe, and the card last.
 
-    `card` makes the card's text; it is called here, so that whatever it raises becomes a warning.
+    `card` makes the card's text; it is called here, so that whatever it raises becomes a warning. A
+    `chat_template` takes the place of the one that is among the files.
 
     Returns:
         One warning for each courtesy that failed.
@@ -55,7 +53,7 @@ def write_companions(
         _try(warnings, what, _whole, directory / name, partial(_copy, content))
     if chat_template is not None:
         warnings.extend(chat_template.warnings)
-        if chat_template.borrowed and chat_template.template is not None:
+        if chat_template.template is not None:
             _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template.template)
     texts = ((RECIPE_NAME, RECIPE_NAME, lambda: recipe_text), ("the model card", CARD, card))
     for what, name, text in texts:
@@ -81,7 +79,7 @@ def _whole(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _copy(content: Content, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         target.write_bytes(content)
     else:

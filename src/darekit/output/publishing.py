@@ -24,7 +24,7 @@ from darekit.output.card import agreed_license, model_card
 from darekit.output.companions import write_companions
 from darekit.output.lock import LOCK_NAME, identity, is_output_of, make_lock, times_of
 from darekit.output.staging import Stage, open_stage
-from darekit.planning.companions import companions_of
+from darekit.planning.beside import companions_of
 from darekit.planning.plan import Plan
 from darekit.wording import brief, size_of
 

@@ -19,7 +19,7 @@ from darekit.engine.nested import Workshop, sources_of
 from darekit.engine.steps import Step
 from darekit.errors import RecipeError
 from darekit.inputs.kinds import Opener, Opening
-from darekit.planning.companions import companions_of
+from darekit.planning.beside import companions_of
 from darekit.planning.plan import Plan
 from darekit.recipe import Recipe, read_recipe
 
@@ -77,7 +77,7 @@ def result_of(plan: Plan, ref: str) -> Checkpoint:
     beside = companions_of(plan)
     files: Companions = dict(beside.files)
     template = beside.chat_template
-    if template is not None and template.borrowed and template.template is not None:
+    if template is not None and template.template is not None:
         files = {**files, "chat_template.jinja": template.template.encode("utf-8")}
     return Checkpoint(
         ref=ref,

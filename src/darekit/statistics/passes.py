@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from darekit.architectures.layout import Part
 from darekit.errors import DataError, Unsupported
 from darekit.live.batches import asked_of, masks_of, padded, without_padding
 from darekit.live.data import Tokens
@@ -21,6 +22,9 @@ EMPIRICAL, SAMPLED, EXACT = "empirical", "sampled", "exact"
 LABELS = (EMPIRICAL, SAMPLED, EXACT)
 
 BLOCK = 1024  # rows and columns of a Gram that are mirrored at once
+
+
+_Goal = tuple[str, slice | None, Part]  # a sum, its rows where they are not all, and what goes into it of a gradient
 
 
 class Pass(Protocol):
@@ -68,13 +72,16 @@ class FisherPass:
 
     Args:
         live: the model.
-        names: name in the checkpoint -> tensor of the model.
+        parts: name in the checkpoint -> the live tensors that hold it, one after another along its first axis, and the
+            way to what is its own of each.
         labels: empirical: targets are the data's. sampled: drawn from the model's own predictions (of a causal model
             at each position, given the data before it). exact: the expectation over a head's labels.
         seed: of the draws; each example has its own, so that neither order nor interruption matters.
     """
 
-    def __init__(self, live: LiveModel, names: Mapping[str, Any], *, labels: str, seed: int) -> None:
+    def __init__(
+        self, live: LiveModel, parts: Mapping[str, Sequence[tuple[Any, Part]]], *, labels: str, seed: int
+    ) -> None:
         import torch
 
         if live.task not in (CAUSAL, SEQ2SEQ, CLASSIFIER, REGRESSOR):
@@ -85,7 +92,11 @@ class FisherPass:
                 "position: use empirical or sampled"
             )
         self.live, self.labels, self.seed, self.spoilt = live, labels, seed, False
-        self.wanted = {name: tensor for name, tensor in names.items() if isinstance(tensor, torch.nn.Parameter)}
+        self.wanted = {
+            name: places
+            for name, places in parts.items()
+            if all(isinstance(tensor, torch.nn.Parameter) for tensor, _ in places)
+        }
         if not self.wanted:
             raise Unsupported("none of the model's parameters has a name from its checkpoint")
         self.sums: dict[str, Any] = {}
@@ -95,7 +106,11 @@ class FisherPass:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter of the checkpoint's."""
-        return {name: tuple(tensor.shape) for name, tensor in self.wanted.items()}
+        found = {}
+        for name, places in self.wanted.items():
+            shapes = [tuple(part.within(tensor).shape) for tensor, part in places]
+            found[name] = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return found
 
     def explore(self, example: Tokens) -> None:
         """Everything is known."""
@@ -106,14 +121,23 @@ class FisherPass:
 
         self.close()
         self.sums = {}  # the old ones go before the new ones come
+        shapes = self.shapes()
         self.sums = {
-            name: torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
-            for name, tensor in self.wanted.items()
+            name: torch.zeros(shapes[name], dtype=torch.float32, device=places[0][0].device)
+            for name, places in self.wanted.items()
             if name in names
         }
-        self._hooks = [self._follow(name, self.wanted[name]) for name in self.sums]
+        goals: dict[int, tuple[Any, list[_Goal]]] = {}  # of each tensor: the sums that want it, or a part of it
+        for name in self.sums:
+            begin = 0
+            for tensor, part in self.wanted[name]:
+                rows = None
+                if len(self.wanted[name]) > 1:
+                    rows = slice(begin, begin := begin + part.within(tensor).shape[0])
+                goals.setdefault(id(tensor), (tensor, []))[1].append((name, rows, part))
+        self._hooks = [self._follow(tensor, wanted) for tensor, wanted in goals.values()]
 
-    def _follow(self, name: str, tensor: Any) -> Any:
+    def _follow(self, tensor: Any, goals: Sequence[_Goal]) -> Any:
         """Have each complete gradient of a tensor squared, added and forgotten."""
         tensor.requires_grad_(True)
 
@@ -121,7 +145,9 @@ class FisherPass:
             import torch
 
             gradient = parameter.grad.to(torch.float32)
-            self.sums[name].addcmul_(gradient, gradient, value=self.factor)
+            for name, rows, part in goals:
+                own, total = part.within(gradient), self.sums[name]
+                (total if rows is None else total[rows]).addcmul_(own, own, value=self.factor)
             self._bad |= ~torch.isfinite(gradient.sum())
             parameter.grad = None
 
@@ -218,7 +244,7 @@ class FisherPass:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for tensor in self.wanted.values():
+        for tensor, _ in (place for places in self.wanted.values() for place in places):
             tensor.requires_grad_(False)
             tensor.grad = None
 

@@ -176,11 +176,13 @@ def make_statistics(
                 refuse_foresight(live)
         batch = 1 if kind == FISHER else batch_size
         facts = _facts(kind, plan, live, rows, str(data), labels=labels, seed=seed, length=length)
-        names = live.tensors(place.name for shard in plan.shards for place in shard.placements)
+        shapes = {place.name: tuple(place.shape) for shard in plan.shards for place in shard.placements}
         with one_thread(live.device), padding_known(live):
-            accumulation: Pass = FisherPass(live, names, labels=labels, seed=seed) if kind == FISHER else GramPass(
-                live, names
-            )  # fmt: skip
+            accumulation: Pass = (
+                FisherPass(live, live.parts(shapes), labels=labels, seed=seed)
+                if kind == FISHER
+                else GramPass(live, live.tensors(shapes))
+            )
             run = _Run(Stage(out), accumulation, live.device, facts, examples, batch, tell, progress)
             try:
                 document = run.make(memory, resume=resume)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints import sample_digest
+from darekit.checkpoints.tokenizers import files_digest
 from darekit.errors import DarekitError, DataError, PlanError
 from darekit.evaluation.examples import Examples
 from darekit.evaluation.judges import Judge, check_judge, identity_of, judge_of
@@ -23,10 +24,11 @@ from darekit.inputs.statistics import open_statistics
 from darekit.live.models import LiveModel, build
 from darekit.machine import default_threads
 from darekit.planning import checks
-from darekit.planning.companions import companions_of
+from darekit.planning.beside import companions_of
 from darekit.planning.opening import open_models, open_plan
 from darekit.planning.plan import Plan
 from darekit.recipe import Recipe
+from darekit.recipe.origins import Origin, origins_of, require, used_by
 from darekit.recipe.stages import stored_names
 from darekit.sweeps.data import SPLITS, Cell, Sweep
 from darekit.sweeps.grid import cells_of, essence
@@ -137,7 +139,8 @@ def sweep(
                 outcomes[unit.digest] = store.known[unit.digest]
                 _keep(store, unit, outcomes[unit.digest])
         shared = max(1, default_threads() // jobs)
-        workplace = _Workplace(found, search, device, dtype, threads or shared)
+        origins = tuple(dict.fromkeys(one for unit in todo for one in origins_of(unit.recipe)))
+        workplace = _Workplace(found, search, device, dtype, threads or shared, origins)
         if progress and todo:
             progress(0, len(todo))
         for done, (unit, outcome) in enumerate(_evaluated(workplace, todo, min(jobs, len(todo))), 1):
@@ -230,7 +233,11 @@ def _units(
         names = stored_names(recipe)
         names += [entry.stats for entry in recipe.models if entry.stats]
         asked = {split: {n: one for n, one in named.items() if n in cell.judges} for split, named in judges.items()}
-        digest = digest_of(FORMAT, recipe.to_data(), [inputs[name] for name in names], asked, dtype)
+        # Nothing of methods where all are built in, whose digests are of old.
+        code = [one.identity() for one in origins_of(recipe)]
+        digest = digest_of(
+            FORMAT, recipe.to_data(), [inputs[name] for name in names], asked, dtype, *([code] if code else [])
+        )
         units.setdefault(digest, _Unit(digest, recipe, cell.judges)).cells.append(cell)
     return [*units.values()]
 
@@ -288,6 +295,7 @@ class _Workplace:
     device: str | None
     dtype: str | None
     threads: int
+    origins: tuple[Origin, ...]  # of methods that are not built in
 
 
 class _Evaluator:
@@ -306,6 +314,7 @@ class _Evaluator:
         scores: dict[str, dict[str, dict[str, Any]]] = {}
         error = None
         try:
+            require(one for one in self.workplace.origins if one.name in used_by(recipe))
             with open_plan(recipe, search=self.workplace.search) as plan:
                 # A sweep is meant to pass the points where a merge refuses, and to show what happens there.
                 checks.check(plan, force=True, say=warnings.append)
@@ -339,7 +348,7 @@ def _kind(plan: Plan) -> Any:
     """Plans of one kind fill the same live model: equal shapes, config and tokenizer."""
     companions = companions_of(plan)
     shapes = tuple((place.name, place.shape, place.dtype) for shard in plan.shards for place in shard.placements)
-    return shapes, companions.config, companions.files
+    return shapes, companions.config, files_digest(companions.files), sorted(companions.files)
 
 
 def _scores(name: str, judge: Judge, live: LiveModel) -> dict[str, dict[str, Any]]:
