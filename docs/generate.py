@@ -48,7 +48,7 @@ The formulas are plain numpy functions: [sparsifiers.py](../src/darekit/methods/
 [merging.py](../src/darekit/methods/merging.py), [spherical.py](../src/darekit/methods/spherical.py),
 [surveyed.py](../src/darekit/methods/surveyed.py) and [informed.py](../src/darekit/methods/informed.py). The fast
 kernels equal them bit for bit, which the tests check for every pair. Here `d` is a delta, `p` the drop rate, `w_k` a
-model's weight."""
+model's weight. A method that is missing can be [your own](own-methods.md)."""
 
 MODEL_HEAD = "Every model can have these, unless its method takes no weights."
 

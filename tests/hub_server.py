@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 TOKEN = "hf_test"
 
@@ -109,7 +110,7 @@ class Hub:
                 return self.missing("EntryNotFound", self.path)
 
             def do_GET(self):
-                if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/?]+))?(?:\?.*)?", self.path):
+                if match := re.fullmatch(r"/api/models/([^/]+/[^/?]+)(?:/revision/([^/?]+))?(?:\?.*)?", self.path):
                     files = hub.repositories.get(match[1])
                     if files is None:
                         return self.missing("RepoNotFound", "Repository not found")
@@ -124,12 +125,12 @@ class Hub:
                         for name, content in files.items()
                     ])  # fmt: skip
                 if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path):
-                    files = hub.repositories.get(match[1])
+                    files, name = hub.repositories.get(match[1]), unquote(match[3])
                     if files is None:
                         return self.missing("RepoNotFound", "Repository not found")
-                    if match[3] not in files:
+                    if name not in files:
                         return self.missing("EntryNotFound", "Entry not found")
-                    content = files[match[3]]
+                    content = files[name]
                     headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": hub.commit(match[1])}
                     wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
                     if wanted and int(wanted[1]):

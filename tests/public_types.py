@@ -89,3 +89,19 @@ def looking() -> None:
     reveal_type(dk.sweep("sweep.yaml", "out").failed)  # R: tuple[Finished, ...]
     reveal_type(dk.make_statistics("gram", "a", "rows.jsonl", "out").mean)  # R: float | None
     dk.merg("recipe.yaml", "out")  # E: attr-defined
+
+
+def registering() -> None:
+    @dk.register.merge_method
+    def first(deltas: object, weights: object) -> object:
+        return deltas
+
+    @dk.register.merge_method(scope="row", models=(2, None), needs_base=False)
+    def second(deltas: object) -> object:
+        return deltas
+
+    reveal_type(first)  # R: def (deltas: object, weights: object) -> object
+    reveal_type(second)  # R: def (deltas: object) -> object
+    dk.register.merge_method(scope="layer")  # E: call-overload
+    dk.register.sparsifier(unbiased=True)
+    reveal_type(dk.testing.checks("first", power=2))  # R: tuple[Check, ...]

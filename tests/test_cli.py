@@ -397,3 +397,12 @@ def test_python_m_works_like_the_command():
     for module in ("darekit", "darekit.cli"):
         done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60)
         assert done.stdout.strip() == dk.__version__
+
+
+def test_resuming_what_is_complete_says_that_nothing_was_written(dare, llamas, tmp_path):
+    arguments = ("drop", llamas.path / "base", llamas.path / "m0", tmp_path / "out", "-p", "0.5")
+    assert dare(*arguments).out.startswith(f"Wrote {tmp_path / 'out'}: ")
+    done = dare(*arguments, "--resume")
+    assert done.code == 0
+    assert done.out.startswith(f"{tmp_path / 'out'} is complete: 21 tensors, 23.7 k parameters;")
+    assert "0 B" not in done.out and "/s" not in done.out

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every sparsifier before every merge method, tiled and threaded, equals the formulas bit for bit."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 import darekit as dk
 import oracle
+from darekit import testing
 from darekit.dtypes import FLOAT_DTYPES
 from darekit.engine import execution, tiles
 from darekit.engine.selection import Select
@@ -27,23 +30,23 @@ SPARSIFY = {
     "breadcrumbs": ("breadcrumbs", {"drop_rate": 0.6, "gamma": 0.1}),
 }
 METHODS = {
-    "linear": ({}, {}),
-    "task_arithmetic": ({"lambda": 0.5}, {"lambda_": 0.5}),
-    "ties": ({"keep": 0.3, "lambda": 1.2}, {"keep": 0.3, "lambda_": 1.2}),
-    "ties_sum": ({"normalize": False}, {"normalize": False}),
-    "slerp": ({"t": 0.3}, {"own": {"t": 0.3}}),
-    "nearswap": ({"t": 1e-4}, {"own": {"t": 1e-4}}),
-    "sce": ({"select_topk": 0.3}, {"own": {"select_topk": 0.3, "floor": 1e-6}}),
+    "linear": {},
+    "task_arithmetic": {"lambda": 0.5},
+    "ties": {"keep": 0.3, "lambda": 1.2},
+    "ties_sum": {"normalize": False},
+    "slerp": {"t": 0.3},
+    "nearswap": {"t": 1e-4},
+    "sce": {"select_topk": 0.3},
 }
 # A method without a row above is held to its formula with its defaults.
 SPARSIFY |= {
     n: (n, {"drop_rate": 0.7}) for n in SPARSIFIERS if all(row is None or row[0] != n for row in SPARSIFY.values())
 }
-METHODS |= {n: ({}, {}) for n in MERGE_METHODS if n not in METHODS}
+METHODS |= {n: {} for n in MERGE_METHODS if n not in METHODS}
 
 
 def statistics_of(method, base):
-    """What a method must know of three models beside their weights: name -> array, one dict of each; None: nothing."""
+    """What a method must know of three models beside their weights: name -> array, one dict of each."""
     rng = np.random.default_rng(99)
     match MERGE_METHODS[method].statistics:
         case "fisher":
@@ -55,7 +58,6 @@ def statistics_of(method, base):
                  for n, size in sizes.items()}
                 for _ in SEEDS
             ]  # fmt: skip
-    return None
 
 
 SEEDS = (11, 22, 33)
@@ -90,32 +92,37 @@ def test_the_typed_functions_are_the_table():
         assert getattr(dk, name)(**required) == dk.merge_method(name, **defaults | required)
 
 
+def subject_of(method, parameters, sparsify=None):
+    """What `darekit.testing` checks."""
+    needed = MERGE_METHODS[method].statistics
+    return testing.Subject(sparsify, (method, parameters), partial(statistics_of, method) if needed else None)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sparsify", SPARSIFY)
 def test_every_combination_equals_the_formulas(sparsify, method):
-    rng = np.random.default_rng(0)
-    ours, theirs = METHODS[method]
-    for dtype in ("BF16", "F32"):
-        base, models = {}, [{}, {}, {}]
-        for shape in SHAPES:
-            b, ms = oracle.family(rng, shape, dtype)
-            base[f"t{shape}"] = b
-            for model, array in zip(models, ms, strict=True):
-                model[f"t{shape}"] = array
-        name = method.removesuffix("_sum")
-        entry, k = MERGE_METHODS[name], int(min(3, MERGE_METHODS[name].models[1]))
-        statistics = statistics_of(name, base)
-        merged = dk.merge_tensors(
-            base, models[:k], sparsify=spec_of(SPARSIFY[sparsify]), method=dk.merge_method(name, **ours),
-            weights=WEIGHTS[:k] if entry.weighted else None, seeds=SEEDS[:k], statistics=statistics, threads=2,
-        )  # fmt: skip
-        for key, b in base.items():
-            expected = oracle.merge(
-                key, b, [m[key] for m in models[:k]], seeds=SEEDS[:k], sparsify=SPARSIFY[sparsify],
-                method=name, weights=WEIGHTS[:k], **theirs,
-                statistics=[s[key] for s in statistics] if statistics and key in statistics[0] else None,
-            )  # fmt: skip
-            same_bits(merged[key], expected)
+    testing.equals_formula(subject_of(method.removesuffix("_sum"), METHODS[method], SPARSIFY[sparsify]))
+
+
+BUILT_IN = [
+    *(testing.Subject(sparsify=row) for row in SPARSIFY.values() if row),
+    *(subject_of(method.removesuffix("_sum"), parameters) for method, parameters in METHODS.items()),
+]
+
+
+def checks():
+    """Those of a method's first row always, of its others in `make check`."""
+    seen = set()
+    for one in BUILT_IN:
+        found = testing.checks_of(one)
+        marks = [pytest.mark.check] if found[0].method in seen else []
+        seen.add(found[0].method)
+        yield from (pytest.param(check, marks=marks, id=f"{check}-{len(seen)}") for check in found)
+
+
+@pytest.mark.parametrize("check", [*checks()])
+def test_what_every_method_must_do(check):
+    check()
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -157,6 +164,24 @@ def test_the_fast_lane_and_the_general_way_give_the_same_bits(monkeypatch):
                 patch.setattr(tiles, "fuse", lambda step, chains: None)
                 general = dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)["w"]
             same_bits(dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)["w"], general)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_fast_lane_without_a_base_and_for_one_model(large, monkeypatch):
+    """Sums of models, and a model that is copied: zeros of both signs, and values whose difference is no BF16."""
+    rng = np.random.default_rng(15)
+    base, models = oracle.family(rng, (700, 1001), "BF16")
+    models[0][0, :100], models[1][0, :100], base[1, :50] = -0.0, -0.0, -0.0
+    if large:
+        models[0][3, 5] = 2.0**127
+    for method, weights in ((dk.linear(), WEIGHTS), (dk.linear(normalize=False), WEIGHTS), (dk.karcher(), None)):
+        arguments = {"method": method, "weights": weights}
+        fast = dk.merge_tensors(None, [{"w": m} for m in models], **arguments)["w"]
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "fuse", lambda step, chains: None)
+            same_bits(dk.merge_tensors(None, [{"w": m} for m in models], **arguments)["w"], fast)
+    for method in (dk.slerp(1.0), dk.linear(), dk.task_arithmetic()):
+        same_bits(dk.merge_tensors({"w": base}, [{"w": models[0]}], method=method)["w"], models[0])
 
 
 def test_more_models_than_the_fast_lane_takes():

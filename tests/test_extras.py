@@ -116,7 +116,7 @@ def test_a_layer_that_the_fine_tunes_lack_is_an_error(tmp_path):
         kept = own if name == "base" else {n: a for n, a in own.items() if "layers.1" not in n}
         save(tmp_path, name, kept, "LlamaForCausalLM", "llama")
     for keys in ({}, {"base_extras": "leave_out"}):
-        with pytest.raises(HomologyError, match=r"lacks 1 tensors \(model.layers.1"):
+        with pytest.raises(HomologyError, match=r"lacks model\.layers\.1"):
             dk.merge(mean(tmp_path, **keys), tmp_path / "out")
 
 
@@ -243,3 +243,35 @@ def test_the_key():
     assert found.base_extras == "leave_out" and dk.read_recipe(found.to_data()) == found
     with pytest.raises(RecipeError, match="base_extras must be one of keep, leave_out, found 'leave'"):
         dk.read_recipe(recipe | {"base_extras": "leave"})
+
+
+@pytest.mark.parametrize("kind", [("clip_vision_model", "CLIPVisionModel", "clip"), ("of-my-own", "New", "of-my-own")])
+def test_a_part_that_stands_in_another_family(tmp_path, kind):
+    rng = np.random.default_rng(7)
+    own = arrays(rng, *body("", "encoder.layers"), "pre_layrnorm.weight", "post_layernorm.weight")
+    save(tmp_path, "base", own, kind[1], kind[0])
+    models = []
+    for k in range(2):
+        kept = {f"vision_model.{n}": a for n, a in near(rng, own).items()}
+        models.append(kept | arrays(rng, "classifier.weight", rows=2))
+        save(tmp_path, f"m{k}", models[-1], "CLIPForImageClassification", kind[2])
+    dk.merge(mean(tmp_path, heads=str(tmp_path / "m0")), tmp_path / "out")
+    found = families.load(tmp_path / "out")
+    assert set(found) == set(models[0])
+    check_mean(found, models, [f"vision_model.{n}" for n in own])
+    assert np.array_equal(found["classifier.weight"], models[0]["classifier.weight"])
+
+
+def test_bare_fine_tunes_of_an_unknown_family(tmp_path):
+    rng = np.random.default_rng(8)
+    own = arrays(rng, *body("", "encoder.layers"), "norm.weight")
+    base = {f"new.{n}": a for n, a in own.items()} | arrays(rng, "lm_head.weight")
+    save(tmp_path, "base", base, "NewForMaskedLM", "of-my-own")
+    models = [near(rng, own) for _ in range(2)]
+    for k, model in enumerate(models):
+        save(tmp_path, f"m{k}", model, "NewModel", "of-my-own")
+    dk.merge(mean(tmp_path), tmp_path / "out")
+    found = families.load(tmp_path / "out")
+    assert set(found) == set(base) and np.array_equal(found["lm_head.weight"], base["lm_head.weight"])
+    for name in own:
+        assert np.allclose(found[f"new.{name}"], (models[0][name] + models[1][name]) / 2, atol=1e-6)

@@ -205,6 +205,48 @@ def test_copies_in_packs(tmp_path):
             families.same(found, families.load(tmp_path / "dropped"))
 
 
+def test_masks_of_other_lengths_in_a_lossless_pack(tmp_path):
+    config = of("GPTNeoXForCausalLM")
+    base, (model,) = saved(tmp_path, config, {"gpt_neox.embed_in.weight": (TOKENS, H)}, k=1)
+    name = "gpt_neox.layers.0.attention.bias"
+    for who, tensors, n in (("base", base, 3), ("m0", model, 5)):
+        families.save(tmp_path / who, tensors | {name: np.ones((1, 1, n, n), np.uint8)}, config)
+    dk.pack(tmp_path / "base", tmp_path / "m0", tmp_path / "m.safetensors", lossless=True)
+    dk.unpack(tmp_path / "base", tmp_path / "m.safetensors", tmp_path / "out")
+    families.same(families.load(tmp_path / "out"), model | {name: np.ones((1, 1, 3, 3), np.uint8)})
+
+
+@pytest.mark.parametrize("who", ["base", "m0"])
+def test_other_names_in_packs(tmp_path, who):
+    """Masks are drawn by the base's names, so that a pack and `dare drop` agree."""
+    config = of("BertForMaskedLM")
+    base, (model,) = saved(tmp_path, config, BERT, k=1)
+    tensors = base if who == "base" else model
+    families.save(tmp_path / who, {gamma_beta(n): a for n, a in tensors.items()}, config)
+    names = {n: gamma_beta(n) if who == "base" else n for n in base}
+    for options in ({"lossless": True}, {"drop_rate": 0.5, "seed": 3}):
+        bits = {} if "lossless" in options else {"bits": 32}
+        dk.pack(tmp_path / "base", tmp_path / "m0", tmp_path / "m.safetensors", overwrite=True, **options, **bits)
+        dk.unpack(tmp_path / "base", tmp_path / "m.safetensors", tmp_path / "out", overwrite=True)
+        found = families.load(tmp_path / "out")
+        if "lossless" in options:
+            families.same(found, {names[n]: a for n, a in model.items()})
+        else:
+            dk.drop(tmp_path / "base", tmp_path / "m0", tmp_path / "dropped", **options)
+            families.same(found, families.load(tmp_path / "dropped"))
+
+
+def test_a_wrapped_base_is_written_out_before_it_is_packed_on(tmp_path):
+    config = of("BertForMaskedLM")
+    base, _ = saved(tmp_path, config, BERT, k=1)
+    families.save(tmp_path / "base", {f"module.{n}": a for n, a in base.items()}, config)
+    for options in ({"lossless": True}, {"drop_rate": 0.5}):
+        with pytest.raises(PlanError, match=r"base stores bert\S+ as module.bert\S+: write it out"):
+            dk.pack(tmp_path / "base", tmp_path / "m0", tmp_path / "m.safetensors", **options)
+    dk.merge({"models": [str(tmp_path / "base")], "merge_method": "linear"}, tmp_path / "plain")
+    families.same(families.load(tmp_path / "plain"), base)
+
+
 def test_an_own_head_in_packs(tmp_path):
     config = of("Qwen3ForCausalLM", tie_word_embeddings=True)
     base, (model,) = saved(tmp_path, config, QWEN, k=1)
@@ -226,6 +268,13 @@ def test_equality_reads_all_bytes():
     infos = [TensorInfo("x", "U8", raw.shape, ArrayBytes(raw)) for raw in (long, long.copy(), other)]
     assert are_equal(infos[0], infos[1]) and not are_equal(infos[0], infos[2])
     assert not are_equal(infos[0], TensorInfo("x", "I8", long.shape, ArrayBytes(long)))
+
+
+def test_arrays_of_a_tied_base_and_untied_models():
+    base = made(QWEN)
+    own = families.tuned(np.random.default_rng(1), base) | {"lm_head.weight": np.ones((TOKENS, H), np.float32)}
+    found = dk.merge_tensors(base, [own], method="linear")
+    families.same(found, own)
 
 
 # --- names
@@ -250,6 +299,8 @@ NAMINGS = {
     "both": "module._orig_mod.{}".format,
     "inside": checkpointed,
     "adapters": adapted,
+    "an attribute": "model.{}".format,
+    "a wrapped attribute": "module.student.{}".format,
 }
 
 
@@ -331,6 +382,30 @@ def test_two_tensors_of_one_name(tmp_path):
     families.save(tmp_path / "m0", models[0] | {f"module.{name}": base[name]}, config)
     with pytest.raises(HomologyError, match=rf"m0 stores {name} and module.{name}, which are one tensor"):
         merged(tmp_path, k=1)
+
+
+def test_an_adapter_that_is_not_merged_is_the_cause(tmp_path):
+    config = of("LlamaForCausalLM")
+    base, (model,) = saved(tmp_path, config, QWEN, k=1)
+    at = "base_model.model.model.layers.0.self_attn.q_proj"
+    wrapped = {f"base_model.model.{n}": a for n, a in model.items() if "q_proj" not in n}
+    wrapped |= {f"{at}.base_layer.weight": base["model.layers.0.self_attn.q_proj.weight"]}
+    wrapped |= {f"{at}.lora_A.default.weight": np.zeros((2, H)), f"{at}.lora_B.default.weight": np.zeros((H, 2))}
+    families.save(tmp_path / "m0", wrapped, config)
+    with pytest.raises(HomologyError, match=r"adapter that is not merged .*lora_A.*merge_and_unload"):
+        merged(tmp_path, k=1)
+
+
+def test_the_language_model_of_a_model_with_vision_is_another_model(tmp_path):
+    hub = {"language_model.model.embed_tokens.weight": (TOKENS, H), "multi_modal_projector.w": (H, H),
+           "language_model.model.layers.0.mlp.up_proj.weight": (H, H)}  # fmt: skip
+    config = of("Gemma3ForConditionalGeneration", text_config={}, vision_config={})
+    _base, (model,) = saved(tmp_path, config, hub, k=1)
+    text = {n.removeprefix("language_model."): a for n, a in model.items() if n.startswith("language_model.")}
+    families.save(tmp_path / "m0", text, of("Gemma3ForCausalLM"))
+    with pytest.raises(HomologyError, match=r"several parts .*Gemma3ForConditionalGeneration") as error:
+        merged(tmp_path, k=1)
+    assert "AutoModelForCausalLM" not in str(error.value)
 
 
 # --- experts

@@ -12,20 +12,14 @@ import yaml
 
 from darekit.architectures.families import facts_of
 from darekit.checkpoints.companions import companions_in
+from darekit.checkpoints.tokenizers import chat_template
 from darekit.dtypes import DTYPES
 from darekit.errors import OutputError
 from darekit.output.card import agreed_license, front_matter, model_card, public_name
 from darekit.output.companions import write_companions
-from darekit.output.config import merged_config
-from darekit.output.tokenizer import (
-    TemplateChoice,
-    chat_template,
-    choose_chat_template,
-    companion_files,
-    model_files,
-    tokenizer_files,
-    write_chat_template,
-)
+from darekit.output.config import merged_config, with_ids
+from darekit.output.tokenizer import write_chat_template
+from darekit.planning.companions import companion_files, model_files, tokenizer_files
 
 BF16, F32 = DTYPES["BF16"], DTYPES["F32"]
 TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
@@ -109,6 +103,23 @@ def test_the_vocabulary_lands_where_it_lives(config, expected):
     assert merged == expected
 
 
+def test_ids_are_those_of_the_tokenizer():
+    config = {"model_type": "x", "eos_token_id": 1, "pad_token_id": 0, "hidden_size": 8, "tokenizer_class": "A",
+              "text_config": {"eos_token_id": 1, "head_dim": 4}, "vision_config": {"image_token_id": 7}}  # fmt: skip
+    source = {"model_type": "x", "eos_token_id": [1, 44], "hidden_size": 9, "image_token_index": 5,
+              "text_config": {"eos_token_id": 44, "bos_token_id": 3, "head_dim": 5}}  # fmt: skip
+    assert with_ids(config, source) == {
+        "model_type": "x", "eos_token_id": [1, 44], "hidden_size": 8, "image_token_index": 5,
+        "text_config": {"eos_token_id": 44, "bos_token_id": 3, "head_dim": 4}, "vision_config": {"image_token_id": 7},
+    }  # fmt: skip
+    bare = {"model_type": "x_text", "eos_token_id": 44, "bos_token_id": 3}
+    told = with_ids(config, bare)
+    assert (told["eos_token_id"], told["text_config"]["eos_token_id"], told["bos_token_id"]) == (44, 44, 3)
+    assert with_ids(bare, config)["eos_token_id"] == 1
+    assert told["pad_token_id"] == 0, "another kind of config says nothing by silence"
+    assert with_ids(config, None) == config
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "llava", "gemma3", "of_ones_own"])
 def test_ties_are_written_and_read(tied, kind):
@@ -164,7 +175,7 @@ def test_companions_are_found_and_nothing_else(tmp_path):
         "README.md",
         "training_args.bin",
         "modeling_own.py",
-        "vocab.json/x",
+        "logs/x",
     ]:
         put(tmp_path, name, "{}")
     put(tmp_path, "config.json", {"model_type": "llama"})
@@ -220,31 +231,14 @@ def test_chat_template_order(tmp_path):
     assert chat_template(companions_in(tmp_path)) == "jinja"
 
 
-def test_whose_chat_template(tmp_path):
-    bare = companions_in(put(tmp_path / "bare", "tokenizer_config.json", {}))
-    one = companions_in(put(tmp_path / "one", "chat_template.jinja", "A\n"))
-    same = companions_in(put(tmp_path / "same", "tokenizer_config.json", {"chat_template": "A"}))
-    other = companions_in(put(tmp_path / "other", "chat_template.jinja", "B"))
-    assert choose_chat_template(other, [("one", one)]) == TemplateChoice("B", "base")
-    assert choose_chat_template(bare, [("bare", bare)]) == TemplateChoice()
-    for base in (bare, {}):
-        choice = choose_chat_template(base, [("bare", bare), ("one", one), ("same", same)])
-        assert (choice.template, choice.source, choice.borrowed, choice.warnings) == ("A\n", "one", True, ())
-        assert choice.note == "the base has no chat template: took the one of one, same"
-    choice = choose_chat_template(bare, [("one", one), ("other", other), ("same", same)])
-    assert (choice.template, choice.source, choice.borrowed) == (None, None, False)
-    assert "(one, same; other)" in choice.warnings[0]
-
-
 def test_a_written_template_is_loaded_by_transformers(tmp_path, tokenizer_directory):
     transformers = pytest.importorskip("transformers")
-    choice = TemplateChoice(TEMPLATE, "wizard", True, "said")
     assert (
         write_companions(
             tmp_path,
             config={"model_type": "llama"},
             files=companion_files(companions_in(tokenizer_directory)),
-            chat_template=choice,
+            chat_template=TEMPLATE,
             recipe_text="",
             card=lambda: "",
         )
@@ -366,15 +360,14 @@ def test_a_failing_courtesy_is_a_warning(tmp_path):
     warnings = write_companions(
         tmp_path,
         config={},
-        files={"tokenizer.json": tmp_path / "nowhere" / "tokenizer.json", "no/such/folder": b"x"},
-        chat_template=TemplateChoice("T", "x", True, warnings=("choose",)),
+        files={"tokenizer.json": tmp_path / "nowhere" / "tokenizer.json", "config.json/x": b"x"},
+        chat_template="T",
         recipe_text="\ud800",  # cannot be encoded
         card=card,
     )
     assert [warning.split(":")[0] for warning in warnings] == [
         f"could not copy {tmp_path / 'nowhere' / 'tokenizer.json'}",
-        "could not write no/such/folder",
-        "choose",
+        "could not write config.json/x",
         "could not write the chat template",
         "could not write darekit_recipe.yaml",
         "could not write the model card",

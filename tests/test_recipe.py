@@ -72,7 +72,7 @@ def test_native_form(read):
         parameters={"lambda": 1.0, "keep": 0.2},
         dtype="BF16",
         vocab="strict",
-        tokenizer_source="base",
+        tokenizer_source=None,
     )
     assert recipe.text == dedent(NATIVE)
     assert recipe.notes == ()
@@ -717,7 +717,7 @@ def recipes(draw) -> Recipe:
         stats = draw(st.text("ab/.", min_size=1)) if MERGE_METHODS[method].statistics else None
         entries.append(ModelEntry(name, draw(some(own | weights)) | seed, stats))
     tokens = draw(st.none() | all_tokens(names))
-    source = draw(st.sampled_from(["base", *names])) if tokens is None else tokens.source.removeprefix("model:")
+    source = draw(st.sampled_from([None, "base", *names])) if tokens is None else tokens.source.removeprefix("model:")
     return Recipe(
         base_model="the base",
         models=tuple(entries),

@@ -52,7 +52,10 @@ def by_numpy(axis, arrays, wanted, means):
         if owner == ZERO:
             rows.append(np.zeros_like(arrays[0].take(0, axis)))
         elif owner == MEAN:
-            rows.append(np.mean([arrays[k].take(r, axis).astype(np.float64) for k, r in means[i]], axis=0))
+            total = np.zeros_like(arrays[0].take(0, axis))
+            for k, r in means[i]:  # float32, one after another
+                total = total + arrays[k].take(r, axis)
+            rows.append(total / np.float32(len(means[i])))
         else:
             rows.append(arrays[owner].take(row, axis))
     return np.stack(rows, axis).astype(np.float32)

@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from darekit.checkpoints.companions import companions_in
-from darekit.checkpoints.tokenizers import difference, files_digest, forms_of, read_tokenizer
+from darekit.checkpoints.tokenizers import compare, difference, files_digest, forms_of, read_tokenizer
 from darekit.checkpoints.vocabularies import pieces_of
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "hello", "world", "wor", "ld", "lo"]
@@ -157,6 +157,7 @@ def test_differences_are_named(tmp_path):
     fast(tmp_path / "plain", [*WORDS, *chat], WORDS[:4])
     base, model, plain = of(tmp_path / "base"), of(tmp_path / "chat"), of(tmp_path / "plain")
     told = difference(base, model)
+    assert told == compare(companions_in(tmp_path / "base"), companions_in(tmp_path / "chat"))
     assert told.tokens == tuple(chat) and told.template and told.roles == {"eos_token": ("</s>", "<|im_end|>")}
     assert model.tokens_in(model.template) == ["<|im_end|>"]
     assert model.keeps(chat) and not base.keeps(chat) and not plain.keeps(chat), "a plain entry is cut before it is met"

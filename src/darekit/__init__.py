@@ -59,6 +59,8 @@ _LAZY = {
     "DarekitError": "errors",
 }
 
+_MODULES = ("register", "testing")
+
 __all__ = [
     "DarekitError",
     "Switcher",
@@ -105,6 +107,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from darekit import register as register
+    from darekit import testing as testing
     from darekit.analysis.inspection import inspect
     from darekit.analysis.similarities import similarity
     from darekit.api import drop, merge, plan
@@ -152,10 +156,12 @@ if TYPE_CHECKING:
 else:  # a type checker that saw this would believe every misspelt name
 
     def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"darekit.{name}")
         if name in _LAZY:
             return getattr(importlib.import_module(f"darekit.{_LAZY[name]}"), name)
         raise AttributeError(f"module 'darekit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -9,6 +9,7 @@ DarekitError            everything below; the command line prints its message an
 |     '- HoldsPack      it is a pack, given where a checkpoint is expected
 |- HomologyError        the checkpoints do not belong together: names, shapes, vocabulary, wrong base
 |- PlanError            a parameter is impossible for these tensors
+|- MethodError          somebody's own method: cannot be registered or loaded, or failed
 |- DataError            values: NaN, Inf, overflow of the output dtype, integer tensors that differ
 '- OutputError          the output: exists, in use, disk full, cannot be resumed
 ```
@@ -59,6 +60,10 @@ class HomologyError(DarekitError):
 
 class PlanError(DarekitError):
     """A parameter that is impossible for the tensors at hand."""
+
+
+class MethodError(DarekitError):
+    """A method of somebody's own that cannot be registered or loaded, or that failed: the message names it."""
 
 
 class DataError(DarekitError):

@@ -32,6 +32,7 @@ def merge_tensors(
     statistics: Sequence[Mapping[str, Any] | str | Path] | None = None,
     dtype: str | None = None,
     threads: int | None = None,
+    tile: int | None = None,
     allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Merge dicts of numpy arrays or torch tensors (read in place where they lie on the CPU) into a new dict.
@@ -50,6 +51,7 @@ def merge_tensors(
             dict are used as they are, divided by their numbers of tokens or not.
         dtype: output format (`bfloat16`, ...); each tensor's own if not given.
         threads: worker threads.
+        tile: elements of a tensor that are worked on at once; 65,536 if not given.
         allow_nonfinite: take the base's element where an input has NaN or Inf.
 
     Returns:
@@ -119,13 +121,19 @@ def merge_tensors(
         merged, sinks = {}, []
         for shard in plan.shards:  # shard_size=1: one tensor each
             (place,) = shard.placements
-            array, raw = _empty(template[place.name], DTYPES[place.dtype], place.shape)
+            like = next(tensors[place.name] for tensors in (template, *models) if place.name in tensors)
+            array, raw = _empty(like, DTYPES[place.dtype], place.shape)
             merged[place.name] = array
             sinks.append(_ArraySink(raw, place.offset))
         execution.run(
-            plan.steps, sinks, names=[c.ref for c in opened], threads=threads, allow_nonfinite=allow_nonfinite
+            plan.steps,
+            sinks,
+            names=[c.ref for c in opened],
+            threads=threads,
+            tile=tile,
+            allow_nonfinite=allow_nonfinite,
         )
-        return {name: merged[name] for name in template if name in merged}
+        return {name: merged[name] for name in (*template, *merged) if name in merged}
     finally:
         for closing in known:
             closing.close()

@@ -154,11 +154,14 @@ def sample_digest(checkpoint: Checkpoint) -> bytes:
     if checkpoint.origin is not None:
         return sample_digest(checkpoint.origin)
     digest = hashlib.blake2b(digest_size=16)
+    heads: dict[tuple[str, tuple[int, ...]], bytes] = {}
     for name in sorted(checkpoint.tensors):
         info = checkpoint.tensors[name]
-        shape = ",".join(map(str, info.shape))
-        head = name.encode(), info.dtype.encode("ascii"), shape.encode("ascii")
-        digest.update(b"\0".join((*head, _content_of(info))))
+        head = heads.get((info.dtype, info.shape))
+        if head is None:
+            shape = ",".join(map(str, info.shape))
+            head = heads[info.dtype, info.shape] = f"\0{info.dtype}\0{shape}\0".encode("ascii")
+        digest.update(name.encode() + head + _content_of(info))
     return digest.digest()
 
 

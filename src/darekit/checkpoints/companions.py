@@ -77,8 +77,8 @@ LOOKED_AT = 20_000  # entries of a directory: it may be anybody's home
 
 WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx",
-    "*.onnx_data*", "*.onnx.data", "*.tflite", "*.ot", "*.mlmodel", "*.npz", "*.pkl", "*.pickle", "*.joblib",
-    "*.distcp", "*.nemo", "*.engine", "*.pte", "*.zip", "*.tar", "*.gz",
+    "*.onnx_data*", "*.onnx.data", "*.tflite", "*.ot", "*.mlmodel", "weights*.npz", "*.pkl", "*.pickle", "*.joblib",
+    "*.distcp", "*.nemo", "*.engine", "*.pte",
 )  # fmt: skip
 # Tables of weights, traces of training, documents of the source model, and files that make of an output what it is not.
 NOT_COMPANIONS = (

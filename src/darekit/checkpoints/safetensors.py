@@ -86,8 +86,8 @@ def read_header(file: InputFile) -> tuple[dict[str, str], tuple[Placement, ...]]
     header = parse_object(text, f"the header of {where}", strict=True)
     metadata = header.pop(METADATA, {})
     _check_metadata(metadata, where)
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-    placements = [_read_entry(name, entry, 8 + length, where, shapes) for name, entry in header.items()]
+    known: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}
+    placements = [_read_entry(name, entry, 8 + length, where, known) for name, entry in header.items()]
     placements.sort(key=lambda place: (place.offset, place.nbytes))  # an empty tensor before its full neighbour
     _check_cover(placements, 8 + length, file)
     return metadata, tuple(placements)
@@ -202,13 +202,21 @@ def _at(where: str, name: str) -> str:
 
 
 def _read_entry(
-    name: str, entry: Any, start: int, where: str, shapes: dict[tuple[int, ...], tuple[int, ...]]
+    name: str,
+    entry: Any,
+    start: int,
+    where: str,
+    known: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...], int]],
 ) -> Placement:
-    """One entry of a header, checked. Names and `shapes` that are equal become one object: there may be very many."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise CheckpointError(f"{_at(where, name)}: the name is not Unicode text") from None
+    """One entry of a header, checked. `known`: formats and shapes that were measured, with their bytes.
+
+    There may be very many entries: equal names, formats and shapes become one object.
+    """
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+            raise CheckpointError(f"{_at(where, name)}: the name is not Unicode text") from None
     if not isinstance(entry, dict) or entry.keys() != ENTRY_KEYS:
         raise CheckpointError(
             f"{_at(where, name)}: found {shorten(entry)}, expected an object with dtype, shape and data_offsets"
@@ -220,7 +228,13 @@ def _read_entry(
             f"{_at(where, name)}: number format {shorten(dtype)} is not supported; darekit reads "
             f"{', '.join(DTYPES)}{told}"
         )
-    nbytes = _measure(dtype, shape, where, name)
+    # True and 1.0 are equal to 1, and no sizes: what was measured counts for whole numbers alone.
+    plain = isinstance(shape, list) and set(map(type, shape)) <= {int}
+    found = known.get((dtype, tuple(shape))) if plain else None
+    if found is None:
+        nbytes = _measure(dtype, shape, where, name)
+        found = known[dtype, tuple(shape)] = DTYPES[dtype].name, tuple(shape), nbytes
+    format, sizes, nbytes = found
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):
         raise CheckpointError(
             f"{_at(where, name)}: data_offsets {shorten(offsets)} are not two whole numbers, 0 or more"
@@ -233,8 +247,7 @@ def _read_entry(
             f"{_at(where, name)}: shape {shape} of {dtype} needs {nbytes:,} bytes, data_offsets [{begin}, {end}] hold "
             f"{end - begin:,}"
         )
-    found = tuple(shape)
-    return Placement(sys.intern(name), DTYPES[dtype].name, shapes.setdefault(found, found), start + begin, nbytes)
+    return Placement(sys.intern(name), format, sizes, start + begin, nbytes)
 
 
 def _measure(dtype: str, shape: Any, where: str, name: str) -> int:

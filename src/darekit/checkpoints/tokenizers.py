@@ -12,13 +12,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from darekit.checkpoints import companions
 from darekit.checkpoints.checkpoint import Checkpoint
 from darekit.checkpoints.companions import Companions, content_of
 from darekit.checkpoints.vocabularies import Json, pieces_of, ranks_of, tekken_of, vocabulary_of_lines
+from darekit.machine import without_collector
 
 CONFIG = "tokenizer_config.json"
 LEGACY = "special_tokens_map.json"
@@ -96,9 +97,18 @@ class Tokenizer:
     @cached_property
     def digest(self) -> str:
         """Of all that it says: equal for files that say the same in another order or layout."""
-        added = sorted((token.content, sorted(token.flags)) for token in self.added)
         templates = {name: template.rstrip() for name, template in self.templates.items()}
-        return _digest([self.tokens_digest, added, dict(self.roles), templates, dict(self.parts)])
+        return _digest([self.tokens_digest, self._flags, dict(self.roles), templates, dict(self.parts)])
+
+    @cached_property
+    def _flags(self) -> str:
+        return _digest(sorted((token.content, sorted(token.flags)) for token in self.added))
+
+    def summary(self) -> Summary:
+        """What is left without the tokens themselves."""
+        return Summary(
+            self.form, self.size, self.tokens_digest, self._flags, self.roles, self.templates, self.parts, self.fault
+        )
 
     def keeps(self, tokens: Sequence[str]) -> bool:
         """Whether each of these is an added token here, so that no text that holds it splits it."""
@@ -109,6 +119,20 @@ class Tokenizer:
         """The added tokens that a chat template writes, longest first."""
         found = [token.content for token in self.added if len(token.content) > 1 and token.content in template]
         return sorted(found, key=lambda content: (-len(content), content))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A tokenizer without its tokens: small, and all that it takes to say whether two are the same."""
+
+    form: str
+    size: int
+    tokens: str
+    flags: str
+    roles: Mapping[str, str]
+    templates: Mapping[str, str] = field(repr=False)
+    parts: Mapping[str, str] = field(repr=False)
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,26 +161,60 @@ def difference(one: Tokenizer, other: Tokenizer) -> Difference:
     A role or a part of which one of them says nothing is no difference: what holds then stands in a class of
     transformers.
     """
-    if one.digest == other.digest:
+    return _difference(one.summary(), other.summary(), lambda: tokens_apart(one, other))
+
+
+def compare(one: Companions, other: Companions) -> Difference:
+    """In what the tokenizers among two models' files differ, read in a form that both have; those without a tokenizer
+    differ in nothing. Vocabularies of equal bytes are not even parsed, and what was found is remembered."""
+    first, second = files_digest(one), files_digest(other)
+    if first is None or second is None or first == second:
         return Difference()
-    tokens: set[str] = set()
-    if one.tokens_digest != other.tokens_digest:
-        tokens = {token for token, _ in one.vocabulary.items() ^ other.vocabulary.items()}
-        tokens |= {a.content for a in one.added} ^ {b.content for b in other.added}
+    return _compared(_Files(one, first), _Files(other, second))
+
+
+@lru_cache(maxsize=64)
+def _compared(one: _Files, other: _Files) -> Difference:
+    if _core_digest(one.beside) == _core_digest(other.beside):  # saved again, perhaps with another template
+        return _difference(_shell(one.beside), _shell(other.beside), tuple)
+    forms = [form for form in forms_of(one.beside) if form in forms_of(other.beside)]
+    form = forms[0] if forms else None
+    a, b = read_tokenizer(one.beside, form), read_tokenizer(other.beside, form)
+    return Difference() if a is None or b is None else difference(a, b)
+
+
+def _core_digest(beside: Companions) -> str:
+    """Of the bytes that make a vocabulary, and of the tokens that tokenizer_config.json adds to it."""
+    core = [name for name in companions.matching(beside, companions.TOKENIZER) if name not in (CONFIG, LEGACY)]
+    added = read_json(beside, CONFIG).get("added_tokens_decoder")
+    return _digest([files_digest({name: beside[name] for name in core}), added])
+
+
+def _shell(beside: Companions) -> Summary:
+    """All but the vocabulary."""
+    config = read_json(beside, CONFIG)
+    return Summary("", 0, "", "", _roles(beside, config), chat_templates(beside), _behaviour(config))
+
+
+def tokens_apart(one: Tokenizer, other: Tokenizer) -> tuple[str, ...]:
+    """Tokens that only one of two tokenizers has, that have other ids, or that only one never cuts; lowest id first."""
+    tokens = {token for token, _ in one.vocabulary.items() ^ other.vocabulary.items()}
+    tokens |= {token.content for token in one.added} ^ {token.content for token in other.added}
     ids = {**other.vocabulary, **one.vocabulary}
+    return tuple(sorted(tokens, key=lambda token: (ids.get(token, -1), token)))
+
+
+def _difference(one: Summary, other: Summary, apart: Callable[[], tuple[str, ...]]) -> Difference:
+    tokens = () if one.tokens == other.tokens else apart()
     roles = {
-        role: (one.roles.get(role), other.roles.get(role))
+        role: (one.roles[role], other.roles[role])
         for role in ROLES
         if role in one.roles and role in other.roles and one.roles[role] != other.roles[role]
     }
-    shared = one.parts.keys() & other.parts.keys()
-    parts = [name for name in one.parts if name in shared and one.parts[name] != other.parts[name]]
-    if {a.content: a.flags for a in one.added if a.content not in tokens} != {
-        b.content: b.flags for b in other.added if b.content not in tokens
-    } and one.form == other.form:
+    parts = [name for name in one.parts if other.parts.get(name, one.parts[name]) != one.parts[name]]
+    if one.tokens == other.tokens and one.flags != other.flags and one.form == other.form:
         parts.append("flags of added tokens")
-    ordered = sorted(tokens, key=lambda token: (ids.get(token, -1), token))
-    return Difference(tuple(ordered), roles, tuple(parts), not same_templates(one.templates, other.templates))
+    return Difference(tokens, roles, tuple(parts), not same_templates(one.templates, other.templates))
 
 
 def same_templates(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
@@ -179,15 +237,41 @@ def read_tokenizer(beside: Companions, form: str | None = None) -> Tokenizer | N
         return None
     chosen = form if form in forms else forms[0]
     try:
-        read = FORMS[chosen][1](beside)
+        with without_collector():
+            read = FORMS[chosen][1](beside)
         fault = None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RecursionError) as error:
         read, fault = _Read({}, {"files": files_digest(beside) or ""}), f"{type(error).__name__}: {error}"
     config = read_json(beside, CONFIG)
     added = _added_tokens(beside, config, read)
     vocabulary = {**read.vocabulary, **{token.content: token.id for token in added}}
-    parts = dict(read.parts) | {key: str(config[key]) for key in BEHAVIOUR if isinstance(config.get(key), bool)}
+    parts = dict(read.parts) | _behaviour(config)
     return Tokenizer(chosen, vocabulary, added, _roles(beside, config), chat_templates(beside), parts, fault)
+
+
+class _Files:
+    """The files of a tokenizer, as a key: equal where their bytes are."""
+
+    def __init__(self, beside: Companions, digest: str) -> None:
+        self.beside, self.digest = beside, digest
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Files) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+def summary_of(beside: Companions, form: str | None = None) -> Summary | None:
+    """What `read_tokenizer` finds, without the tokens; remembered for files of the same bytes."""
+    digest = files_digest(beside)
+    return None if digest is None else _summary(_Files(beside, digest), form)
+
+
+@lru_cache(maxsize=16)
+def _summary(files: _Files, form: str | None) -> Summary | None:
+    found = read_tokenizer(files.beside, form)
+    return found.summary() if found else None
 
 
 def files_digest(beside: Companions) -> str | None:
@@ -262,7 +346,7 @@ def _fast(beside: Companions) -> _Read:
     parts = {name: _digest(_said(document.get(name))) for name in PARTS}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()]
     scores = [score for _, score in found] if isinstance(found, list) else []
-    parts["merges"] = _digest(merges)
+    parts["merges"] = _digest("\n".join(merges))
     # Files of old versions name no type, and spell out no default.
     rest = {key: value for key, value in model.items() if key not in ("vocab", "merges", "type")}
     parts["model"] = _digest([_said(rest), scores])
@@ -345,6 +429,15 @@ def _roles(beside: Companions, config: Mapping[str, Any]) -> dict[str, str]:
     # Where the config lists added tokens it was written after the map had gone out of use.
     legacy = {} if "added_tokens_decoder" in config else read_json(beside, LEGACY)
     return dict(_named({**legacy, **{k: v for k, v in config.items() if v is not None}}))
+
+
+def special_tokens(beside: Companions) -> dict[str, str]:
+    """Special tokens by role, as far as the files of a tokenizer name them."""
+    return _roles(beside, read_json(beside, CONFIG))
+
+
+def _behaviour(config: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(config[key]) for key in BEHAVIOUR if isinstance(config.get(key), bool)}
 
 
 def _named(entries: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -117,10 +117,11 @@ def show_report(report: Report, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_data()))
         return
-    print(
-        f"Wrote {report.output}: {size_of(report.bytes_written)}, {counted(report.tensors, 'tensor')}, "
-        f"{count_of(report.parameters)} parameters"
-    )
+    holds = f"{counted(report.tensors, 'tensor')}, {count_of(report.parameters)} parameters"
+    if not report.bytes_read and not report.bytes_written:
+        print(f"{report.output} is complete: {holds}; no tensor was left to write")
+        return
+    print(f"Wrote {report.output}: {size_of(report.bytes_written)}, {holds}")
     shares = {model: f"{100 * kept / max(1, report.parameters):.3g} %" for model, kept in report.kept.items()}
     if len(shares) == 1:
         ((model, kept),) = report.kept.items()
@@ -301,6 +302,7 @@ def methods_data() -> dict[str, list[dict[str, Any]]]:
         summary, _, source = text.partition("Source: ")
         return {
             "name": entry.name,
+            **({} if entry.foreign is None else {"from": _whose(entry.foreign)}),
             "summary": " ".join(summary.split()),
             "source": " ".join(source.split()),
             "parameters": [
@@ -312,6 +314,13 @@ def methods_data() -> dict[str, list[dict[str, Any]]]:
         "sparsifiers": [described(entry) for entry in SPARSIFIERS.values()],
         "merge_methods": [described(entry) for entry in MERGE_METHODS.values()],
     }
+
+
+def _whose(foreign: Any) -> str:
+    """The package that brought a method, or the module that registered it."""
+    from darekit.methods.installed import distribution_of
+
+    return distribution_of(foreign) or str(foreign.module)
 
 
 def _first_clause(text: str) -> str:
@@ -338,8 +347,10 @@ def show_methods(name: str | None, *, as_json: bool) -> None:
                 print(tables.wrapped(entry["summary"], "  ", "  ") + "\n")
                 tables.print_facts([
                     *((p["name"], f"{p['help']} ({_default(p['default'])})") for p in entry["parameters"]),
-                    ("source", entry["source"]),
+                    *([("source", entry["source"])] if entry["source"] else []),
                 ])  # fmt: skip
+                if "from" in entry:
+                    print(f"\n  from: {entry['from']}")
         return
     width = max(len(one["name"]) for entries in data.values() for one in entries) + tables.SPACE
     for title, entries in data.items():
@@ -350,6 +361,8 @@ def show_methods(name: str | None, *, as_json: bool) -> None:
             words = ", ".join(parameter["name"] for parameter in entry["parameters"])
             if words:
                 print(tables.wrapped(f"parameters: {words}", " " * len(first), " " * len(first)))
+            if "from" in entry:
+                print(tables.wrapped(f"from: {entry['from']}", " " * len(first), " " * len(first)))
         print()
     print(tables.wrapped("Any sparsifier goes before any merge method. More about one of them: dare methods NAME"))
 

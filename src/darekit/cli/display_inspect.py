@@ -79,7 +79,8 @@ def _show_inspection(one: Inspection, *, tensors: bool) -> None:
         [
             (
                 tables.shorten(kind.name, tables.LONGEST), count_of(kind.parameters), tables.small(_r(kind)),
-                "dense" if tables.is_one_term(kind.name) else f"{kind.median(lambda tensor: tensor.p_max):.3f}",
+                "dense" if tables.is_one_term(kind.name)
+                else tables.floored(kind.median(lambda tensor: tensor.p_max), 3),
                 tables.share(kind.mean(lambda tensor: tensor.zeros)), *_shares(kind),
             )
             for kind in rows
@@ -185,8 +186,8 @@ def _deltas(reports: Sequence[TensorReport], head: Sequence[str] = ("tensor", "s
              *(f"|d| {name}" for name in PERCENT_COLUMNS))  # fmt: skip
     rows = [
         (
-            *(report.name, "x".join(map(str, report.shape)))[: len(head)], f"{report.r:.4f}", f"{report.p_max:.4f}",
-            tables.share(report.zeros), *map(tables.share, report.shares.values()),
+            *(report.name, "x".join(map(str, report.shape)))[: len(head)], f"{report.r:.4f}",
+            tables.floored(report.p_max, 4), tables.share(report.zeros), *map(tables.share, report.shares.values()),
             *(f"{report.deciles[i]:.1e}" for i in (1, 5, 9, 10)),
         )
         for report in reports

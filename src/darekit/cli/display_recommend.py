@@ -114,7 +114,7 @@ def _cells(kind: tables.Kind[TensorAdvice], calibrated: bool) -> Iterator[str]:
     yield display.count_of(kind.parameters)
     yield tables.small(kind.median(lambda tensor: tensor.r))
     for value in (lambda tensor: tensor.p_max, lambda tensor: tensor.drop_rate):
-        yield f"{kind.median(value):.4f}"
+        yield tables.floored(kind.median(value), 4)
     yield f"{kind.median(lambda tensor: tensor.rho):.3f}"
     if calibrated:
         for seen in (kind.mean(lambda tensor: tensor.kappa), kind.mean(lambda tensor: tensor.noise_to_signal)):

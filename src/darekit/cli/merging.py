@@ -150,11 +150,14 @@ def methods(
 ) -> None:
     """List the sparsifiers and merge methods, or explain one."""
     from darekit.cli import display
-    from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SPARSIFIERS
+    from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SPARSIFIERS, installed
 
     name = MERGE_ALIASES.get(name, name) if name else None
-    if name is not None and name not in {**SPARSIFIERS, **MERGE_METHODS}:
-        raise typer.BadParameter(_unknown(name, [*SPARSIFIERS, *MERGE_METHODS]), param_hint="NAME")
+    if name is None:
+        for line in installed.load_all():
+            display.say_note(f"not listed: {line}")
+    elif name not in {**SPARSIFIERS, **MERGE_METHODS}:
+        _load(name, [*SPARSIFIERS, *MERGE_METHODS], "NAME")
     display.show_methods(name, as_json=as_json)
 
 
@@ -178,11 +181,23 @@ def _check_method(method: str) -> None:
         from darekit.methods import SPARSIFIERS
 
         if method not in SPARSIFIERS:
-            raise typer.BadParameter(_unknown(method, SPARSIFIERS), param_hint="--method")
+            _load(method, SPARSIFIERS, "--method")
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
-    return f"{name!r} is not a method; expected one of {', '.join(known)}"
+def _load(name: str, known: Iterable[str], where: str) -> None:
+    """A method that is not known may come with an installed package."""
+    from darekit.methods import MERGE_METHODS, SPARSIFIERS, installed
+
+    before = [*known]
+    with errors_told():
+        problems = installed.load(name) if name not in {**SPARSIFIERS, **MERGE_METHODS} else []
+    tables = {**SPARSIFIERS, **MERGE_METHODS} if where == "NAME" else SPARSIFIERS
+    if name not in tables:
+        told = "".join(f"; not loaded: {line}" for line in problems)
+        listed = [*before, *(one for one in tables if one not in before)]
+        raise typer.BadParameter(
+            f"{name!r} is not a method; expected one of {', '.join(listed)}{told}", param_hint=where
+        )
 
 
 def _run(recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, **options: Any) -> None:

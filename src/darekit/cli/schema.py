@@ -28,16 +28,19 @@ def schema(
 ) -> None:
     """Print a JSON Schema of recipes or sweep files, so that editors can complete and check them."""
     with errors_told():
+        from darekit.cli.display import say_note
+        from darekit.methods import installed
+
+        for line in installed.load_all():  # what the reader accepts, an editor must not mark
+            say_note(f"not in the schema: {line}")
         found = _schema_of(kind)
         text = json.dumps(found, indent=1)
         if out is None:
             print(text)
         else:
-            from darekit.cli.display import say_note
-
             _write(out, text, found["title"])
             line = f"# yaml-language-server: $schema={out.name}"
-            say_note(f"wrote {out}; in the same folder, begin a {kind.value} file with the line: {line}")
+            print(f"Wrote {out}; in the same folder, begin a {kind.value} file with the line: {line}")
 
 
 def _schema_of(kind: Kind) -> dict[str, Any]:

@@ -295,6 +295,15 @@ def table_of(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1
     return table
 
 
+def floored(fraction: float | None, digits: int) -> str:
+    """A drop rate that may be used as it is written: never above what it was, but for a float's own rounding.
+
+    >>> floored(0.95796, 3), floored(0.9, 4), floored(None, 3)
+    ('0.957', '0.9000', '')
+    """
+    return "" if fraction is None else f"{math.floor(fraction * 10**digits + 1e-9) / 10**digits:.{digits}f}"
+
+
 def with_bars(
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -316,7 +325,9 @@ def with_bars(
         return table_of(heads, rows, words), 0
     bars = [bar(course, layers, top or max(course.values(), default=0.0), room) for course in courses]
     table = table_of(
-        [*heads, what + layers_title(layers)], [[*row, one] for row, one in zip(rows, bars, strict=True)], words
+        [*heads, title or what + layers_title(layers)],
+        [[*row, one] for row, one in zip(rows, bars, strict=True)],
+        words,
     )
     table.columns[-1].justify = "left"
     return table, room

@@ -12,8 +12,9 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
@@ -28,7 +29,7 @@ from darekit.engine.stages import build, tile_of
 from darekit.engine.steps import Step, is_measured, vectors_of
 from darekit.engine.tiles import BASE, OUT, TILE, ScratchPool, Sink, StepRun, Tally
 from darekit.engine.trimming import settle_model_trim
-from darekit.errors import DataError
+from darekit.errors import DataError, MethodError
 from darekit.machine import default_threads
 from darekit.methods import MERGE_METHODS
 
@@ -128,13 +129,15 @@ def execute(
             if span is None:
                 return
             job, begin, end = span
-            worker.run(job, begin, end, stop)
+            with _told(job.name):
+                worker.run(job, begin, end, stop)
             if stop.is_set():  # somebody failed: this span may be cut short
                 return
             if not job.end():
                 continue
             if job.measuring:
-                job.settle()
+                with _told(job.name):
+                    job.settle()
                 queue.put(job)
                 continue
             record = job.record()
@@ -168,6 +171,15 @@ def execute(
     if tally.failed:
         raise DataError(_explain(tally, names))
     return Execution(time.perf_counter() - began, tally.bytes_read, tally.bytes_written, records)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What goes wrong in somebody's own method is told with the tensor's name."""
+    try:
+        yield
+    except MethodError as error:
+        raise MethodError(f"{name}: {error}") from error
 
 
 def _by_tensor(steps: Sequence[Step]) -> list[list[Step]]:

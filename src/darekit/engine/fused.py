@@ -26,6 +26,8 @@ from darekit.methods.merging import total_weight
 
 TILES = 4  # raw bytes of so many tiles of all inputs still fit a third-level cache
 
+LARGE = np.uint16(0x7F00)  # BF16's bits of 2^127
+
 FEW = 8  # models; for each number of them the kernel is compiled anew, with its loops over models unrolled
 
 
@@ -54,6 +56,7 @@ class FusedStep:
     divisor: np.float32
     scale: np.float32
     base_weight: np.float32
+    verbatim: bool
 
     def in_place(self, start: int, count: int) -> bool:
         """Whether all masks of the elements from `start` on are where the elements are: the kernel knows no other."""
@@ -64,8 +67,10 @@ class FusedStep:
     ) -> npt.NDArray[np.int64] | None:
         """(2n,) uint8 base, (K, n) uint16 models -> (2n,) uint8 `out`, and how many elements of each model survive.
 
-        None where NaN or Inf came up anywhere; then nothing has happened.
+        None where NaN or Inf came up anywhere; then nothing has happened. Without a base its elements are 0.
         """
+        if self.verbatim:
+            return self._copy(base_raw, raws, out)
         kept = np.zeros(len(self.weights), np.int64)
         bounds = np.zeros((len(self.weights), 4), np.int64)
         for k, select in enumerate(self.selects):
@@ -84,11 +89,20 @@ class FusedStep:
                 select.lows, select.highs = int(bounds[k, 1]), int(bounds[k, 3])
         return kept
 
+    @staticmethod
+    def _copy(base_raw: Bytes, raws: npt.NDArray[np.uint16], out: Bytes) -> npt.NDArray[np.int64] | None:
+        """The one model's own bytes; None where a value is no number, or so large that the difference might be Inf."""
+        for values in (base_raw.view(np.uint16), raws[0]):
+            if np.any((values & np.uint16(0x7FFF)) >= LARGE):
+                return None
+        out.view(np.uint16)[...] = raws[0]
+        return np.array([raws.shape[1]])
+
 
 def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
     """The step's constants, if the one kernel can do all of it; `chains`: each model's stages."""
     inputs = (*step.models, *([step.base] if step.base else []))
-    if step.kind != "merge" or step.base is None or step.on_weights or step.verbatim or step.wide:
+    if step.kind != "merge" or (step.base is not None and step.on_weights) or step.wide:
         return None
     if len(chains) > FEW:
         return None
@@ -117,6 +131,7 @@ def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
         divisor=np.float32(total_weight(weights) if normalize and kernel == "sum" else 1.0),
         scale=np.float32(step.factor),
         base_weight=np.float32(step.base_weight),
+        verbatim=step.verbatim,
     )
 
 

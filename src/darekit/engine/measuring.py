@@ -121,7 +121,7 @@ def measure(run: StepRun, begin: int, end: int, stop: threading.Event) -> Double
 
 def _is_fast(step: Step) -> bool:
     inputs = (*step.models, *([step.base] if step.base else []))
-    return not any(step.chains) and all(
+    return not step.wide and not any(step.chains) and all(
         entry.dtype.name == "BF16" and entry.count >= step.begin + step.count for entry in inputs
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from darekit.checkpoints import Places, Source, TensorInfo, traits_of
+from darekit.checkpoints import FileRange, Places, Source, TensorInfo, traits_of
 from darekit.dtypes import DType, dtype_named
 from darekit.methods import MERGE_METHODS, SUM
 from darekit.methods.spherical import Vectors
@@ -41,7 +41,8 @@ class Input:
     @staticmethod
     def of(info: TensorInfo) -> Input:
         """A checkpoint's tensor as an input."""
-        return Input(info.source, dtype_named(info.dtype), info.count, traits_of(info.source).cost)
+        cost = 1.0 if type(info.source) is FileRange else traits_of(info.source).cost  # nearly always the former
+        return Input(info.source, dtype_named(info.dtype), info.count, cost)
 
 
 @dataclass(frozen=True, slots=True)

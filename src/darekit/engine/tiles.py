@@ -270,11 +270,13 @@ class StepRun:
         """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf, and where rows
         with their masks come from another place."""
         step = self.step
-        assert step.base is not None
         kept = None
         if fused.in_place(step.begin + start, count):
             base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
-            self.read(step.base, step.begin + start, count, base_raw)
+            if step.base is None:
+                base_raw[...] = 0
+            else:
+                self.read(step.base, step.begin + start, count, base_raw)
             for k, model in enumerate(step.models):
                 self.read(model, step.begin + start, count, raws[k].view(np.uint8))
             if not self.hands.broken.is_set():
@@ -283,7 +285,8 @@ class StepRun:
             for at in range(start, start + count, self.tile):
                 self._merge(at, min(self.tile, start + count - at))
             return
-        self.digests[BASE].update(base_raw)
+        if step.base is not None:
+            self.digests[BASE].update(base_raw)
         for k, owner in enumerate(step.owners):
             self.digests[owner].update(raws[k].view(np.uint8))
             self.kept[owner, 0] += int(kept[k])
@@ -521,11 +524,13 @@ def combiner(step: Step) -> Combine:
             return merged
 
         return add_up
-    function = MERGE_METHODS[step.method].function
-    more = (weights,) if MERGE_METHODS[step.method].weighted else ()
+    entry = MERGE_METHODS[step.method]
+    function, row = entry.function, step.row if len(step.shape) > 1 else step.count
+    more = (weights,) if entry.weighted else ()
 
     def define(deltas: Floats, merged: Floats, start: int) -> Floats:
-        result: Floats = function(deltas, *more, **step.parameters)
-        return result
+        given = deltas.reshape(len(deltas), -1, row) if entry.shaped else deltas
+        result: Floats = function(given, *more, **step.parameters)
+        return result.reshape(-1)
 
     return define

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from darekit.code import sources_of
 from darekit.errors import CheckpointError, DarekitError, DataError, RecipeError
 from darekit.evaluation.scores import Score, scores_of
-from darekit.evaluation.sources import sources_of
 from darekit.live.models import LiveModel
 from darekit.live.skeletons import quiet_transformers
 

@@ -193,14 +193,15 @@ class RowSource:
         return values
 
     def _mean(self, outer: int, row: int, column: int, count: int) -> Floats:
-        """(count,) float64: the mean of the rows that a row of the view stands for."""
-        total = np.zeros(count, np.float64)
+        """(count,) float32 (of F64 float64): the mean of the rows that a row of the view stands for, in their order."""
+        number = np.float64 if self._dtype.name == "F64" else np.float32
+        total: Floats = np.zeros(count, number)
         listed = self.table.means[row]
         for k, other in listed:
             info = self.inputs[k]
             assert info is not None
             total += self._values(info, (outer * info.shape[self.axis] + other) * self._inner + column, count)
-        return total / len(listed)
+        return total / number(len(listed))
 
     @property
     def _fill(self) -> Floats:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from darekit.methods import informed, merging, sparsifiers, spherical, surveyed
+from darekit.methods.foreign import Foreign
 from darekit.methods.parameters import Choice, Number, Parameter, Switch, parameters_of
 from darekit.methods.spherical import Vectors
 from darekit.methods.surveyed import Survey
@@ -25,7 +26,8 @@ class Sparsifier:
     element keeps its expectation. `kernel`: how the engine does it tile by tile: a random `drop`; a drop by the `rank`
     in a row; or it can `select` by magnitude: then `selects` gives, from the parameters and a tensor's size, how many
     of the largest are dropped and how many are kept. None: through the function alone. `prepare`: parameters, elements
-    and name of one tensor -> the parameters that the engine gets, or a PlanError.
+    and name of one tensor -> the parameters that the engine gets, or a PlanError. `foreign`: whose it is, where it is
+    not built in (`darekit.methods.registry`).
     """
 
     function: Callable[..., Any]
@@ -35,11 +37,12 @@ class Sparsifier:
     kernel: Literal["drop", "rank", "select"] | None = None
     selects: Callable[[Mapping[str, Any], int], tuple[int, int]] | None = None
     prepare: Callable[[Mapping[str, Any], int, str], dict[str, Any]] | None = None
+    foreign: Foreign | None = None
 
     @property
     def name(self) -> str:
         """The word in recipes."""
-        return self.function.__name__
+        return self.function.__name__ if self.foreign is None else self.foreign.name
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -67,6 +70,7 @@ class MergeMethod:
     base their sum less one is the base's own.
 
     `survey`: what the function must know of all of a tensor first, part by part (`darekit.methods.surveyed`).
+    `shaped`: the function gets deltas as (K, rows, columns), not as (K, n). `foreign`: as of a sparsifier.
     """
 
     function: Callable[..., Any]
@@ -86,11 +90,13 @@ class MergeMethod:
     weight_word: str = "weight"
     sums_models: bool = False
     survey: Survey | None = None
+    shaped: bool = False
+    foreign: Foreign | None = None
 
     @property
     def name(self) -> str:
         """The word in recipes."""
-        return self.function.__name__
+        return self.function.__name__ if self.foreign is None else self.foreign.name
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -115,7 +121,13 @@ class MergeMethod:
     @cached_property
     def own_parameters(self) -> dict[str, Parameter]:
         """The function's parameters."""
-        return parameters_of(self.function)
+        found = parameters_of(self.function)
+        if self.foreign is None:
+            return found
+        return {  # whoever wrote it need not know that `per_model` means nothing here
+            name: replace(one, kind=replace(one.kind, per_model=False)) if isinstance(one.kind, Number) else one
+            for name, one in found.items()
+        }
 
     @cached_property
     def weighted(self) -> bool:

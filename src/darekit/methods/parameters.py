@@ -13,11 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from darekit.errors import MethodError
+
 
 @dataclass(frozen=True, slots=True)
 class Number:
     """A number in [low, high], without a fraction where `whole`; may be given per tensor, and per model where
-    `per_model`."""
+    `per_model`.
+
+    Attributes:
+        help: what it means, in a line.
+        low: the least value.
+        high: the largest value.
+        per_model: whether a model may have its own; a merge method's parameters are one for all models.
+        whole: whether it has no fraction.
+    """
 
     help: str
     low: float = float("-inf")
@@ -28,7 +38,12 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of a few words."""
+    """One of a few words.
+
+    Attributes:
+        help: what it means, in a line.
+        of: the words.
+    """
 
     help: str
     of: tuple[str, ...]
@@ -36,7 +51,11 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """True or false."""
+    """True or false.
+
+    Attributes:
+        help: what it means, in a line.
+    """
 
     help: str
 
@@ -81,8 +100,33 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
     for argument in inspect.signature(function).parameters.values():
         if argument.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
-        kind = next(item for item in hints[argument.name].__metadata__ if isinstance(item, Kind))
+        kind = kind_of(hints.get(argument.name))
+        if kind is None:
+            raise MethodError(
+                f"{function.__name__}: its parameter {argument.name} must say what it takes, as {argument.name}: "
+                'Annotated[float, Number("what it does", 0, 1)], or with a Choice or a Switch, or plainly as float, '
+                f"int, bool or Literal[...]; found {argument}"
+            )
         default = None if argument.default is inspect.Parameter.empty else argument.default
         name = argument.name.removesuffix("_")  # `lambda_`: the field's word is Python's too
         found[name] = Parameter(name, kind, default)
     return found
+
+
+def kind_of(hint: Any) -> Kind | None:
+    """An argument's annotation -> what it takes; None where the annotation does not say."""
+    for item in getattr(hint, "__metadata__", ()):
+        if isinstance(item, Kind):
+            return item
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    if hint is float:
+        return Number("a number")
+    if hint is int:
+        return Number("a whole number", whole=True)
+    if hint is bool:
+        return Switch("true or false")
+    words = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    if words and all(isinstance(word, str) for word in words):
+        return Choice(f"one of {', '.join(words)}", words)
+    return None

@@ -95,13 +95,15 @@ def public_name(model: str) -> str:
 
     >>> public_name("org/name@main"), public_name("/home/me/models/wizard"), public_name("./wizard/model.safetensors")
     ('org/name', 'wizard', 'wizard')
+    >>> public_name("step@1000"), public_name("./runs/step@1000")
+    ('step@1000', 'step@1000')
     >>> public_name("/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123abc")
     'org/name'
     """
     cached = re.search(r"(?:^|[/\\])models--([^/\\]+?)--([^/\\]+)", model)
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?", model, re.ASCII) and not Path(model).exists():
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", model, re.ASCII) and not Path(model).exists():
         return model.split("@")[0]
     parts = [part for part in re.split(r"[/\\]", model) if part not in ("", ".", "..", "~")]
     if len(parts) > 1 and parts[-1].endswith((".safetensors", ".bin")):

@@ -13,22 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from darekit.checkpoints import Checkpoint
-from darekit.checkpoints.companions import CARD, CONFIG, TOKENIZER, Companions, Content, matching
-from darekit.checkpoints.tokenizers import Tokenizer
+from darekit.checkpoints.companions import CARD, CONFIG, Companions, Content
 from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.errors import OutputError
-from darekit.output.config import merged_config
-from darekit.output.templates import asked_template
-from darekit.output.tokenizer import (
-    TemplateChoice,
-    choose_chat_template,
-    model_files,
-    tokenizer_files,
-    write_chat_template,
-)
-from darekit.planning.plan import Plan, heads_giver
-from darekit.wording import label
+from darekit.output.config import merged_config, with_ids
+from darekit.output.tokenizer import write_chat_template
+from darekit.planning.plan import Plan
 
 RECIPE_NAME = "darekit_recipe.yaml"
 
@@ -38,13 +28,14 @@ def write_companions(
     *,
     config: Mapping[str, Any] | None,
     files: Companions,
-    chat_template: TemplateChoice | None = None,
+    chat_template: str | None = None,
     recipe_text: str,
     card: Callable[[], str],
 ) -> list[str]:
     """Config, tokenizer and other `files`, recipe, and the card last.
 
-    `card` makes the card's text; it is called here, so that whatever it raises becomes a warning.
+    `card` makes the card's text; it is called here, so that whatever it raises becomes a warning. A
+    `chat_template` takes the place of the one that is among the files.
 
     Returns:
         One warning for each courtesy that failed.
@@ -66,9 +57,7 @@ def write_companions(
         what = f"could not write {name}" if isinstance(content, bytes) else f"could not copy {content}"
         _try(warnings, what, _whole, directory / name, partial(_copy, content))
     if chat_template is not None:
-        warnings.extend(chat_template.warnings)
-        if chat_template.borrowed and chat_template.template is not None:
-            _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template.template)
+        _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template)
     texts = ((RECIPE_NAME, RECIPE_NAME, lambda: recipe_text), ("the model card", CARD, card))
     for what, name, text in texts:
         _try(warnings, f"could not write {what}", _whole, directory / name, partial(_write, text))
@@ -93,7 +82,7 @@ def _whole(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _copy(content: Content, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         target.write_bytes(content)
     else:
@@ -117,53 +106,25 @@ def main_dtype(plan: Plan) -> DType:
 
 @dataclass(frozen=True)
 class OutputCompanions:
-    """What lies beside an output's weights: config.json (None: no input has one), copied files, the chat template."""
+    """What lies beside an output's weights: config.json (None: no input has one), copied files, and a chat template
+    where the recipe asks for one."""
 
     config: dict[str, Any] | None
     files: Companions
-    chat_template: TemplateChoice | None
+    chat_template: str | None = None
 
 
 def companions_of(plan: Plan) -> OutputCompanions:
-    """Config of the base (of the model, where there is only one and the tokenizer is its own too), and the rest."""
-    recipe = plan.recipe
-    donor = plan.base or plan.models[0]
-    tokenizer: Checkpoint = donor
-    if plan.vocabulary is not None:
-        tokenizer = plan.vocabulary.owner
-    elif recipe.tokenizer_source != "base":
-        tokenizer = next(
-            m for m, e in zip(plan.models, recipe.models, strict=True) if e.model == recipe.tokenizer_source
-        )
-        if len(plan.models) == 1 and tokenizer.config is not None:
-            donor = tokenizer
-        if not tokenizer_files(tokenizer.companions):
-            tokenizer = donor  # weights alone: the base's is better than none
-    giver = heads_giver(recipe, plan.base, plan.models)
-    if giver is not None and giver.config is not None:  # class, number of labels and their names go with the head
-        donor = giver
+    """What the plan found to travel, and config.json made true to the output's weights and to its tokenizer."""
+    travel = plan.travel
     config = None
-    if donor.config is not None:
+    if travel.config.config is not None:
         config = merged_config(
-            plan.config or donor.config,
+            plan.config or travel.config.config,
             dtype=main_dtype(plan),
             sizes=plan.alignment.sizes,
             tied=plan.alignment.tied,
         )
-    beside = tokenizer.companions
-    if plan.vocabulary is not None and plan.vocabulary.files is not None:
-        others = {name: content for name, content in beside.items() if not matching({name: content}, TOKENIZER)}
-        beside = {**others, **plan.vocabulary.files}
-    files = tokenizer_files(beside)
-    files |= {name: content for name, content in model_files(donor.companions).items() if name not in files}
-    named = [(label(model.ref), model.companions) for model in plan.models]
-    if recipe.chat_template is None:
-        return OutputCompanions(config, files, choose_chat_template(tokenizer.companions, named))
-    if plan.base is not None:
-        named.insert(0, (label(plan.base.ref), plan.base.companions))
-    added = None
-    if plan.vocabulary is not None:
-        added = [token.content for token in plan.vocabulary.joined.added]
-    elif (found := Tokenizer.of(tokenizer)) is not None:
-        added = [token.content for token in found.added]
-    return OutputCompanions(config, files, asked_template(recipe.chat_template, named, added))
+        if travel.tokenizer is not travel.config:
+            config = with_ids(config, travel.tokenizer.config)
+    return OutputCompanions(config, travel.files, plan.template)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from darekit.dtypes import DType
 
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 writes the first and reads both, 4 writes the second
+
+# What only a tokenizer gives a meaning: eos_token_id, image_token_index, ...
+ID_KEYS = re.compile(r".+_token_(id|ids|index|indices)|tokenizer_class")
 
 CODERS = ("encoder", "decoder")  # nested configs not named `*_config`
 
@@ -39,6 +43,34 @@ def merged_config(
     if tied is not None:
         _tie(merged, text, tied)
     return merged
+
+
+def with_ids(config: Mapping[str, Any], source: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A config whose ids of special tokens are those of another model, in each part that both have; what that one does
+    not say is left to the loader's default.
+
+    >>> with_ids({"eos_token_id": 1, "pad_token_id": 0, "hidden_size": 8}, {"eos_token_id": [1, 44], "hidden_size": 9})
+    {'eos_token_id': [1, 44], 'hidden_size': 8}
+    """
+    if source is None:
+        return dict(config)
+    if config.get("model_type") != source.get("model_type"):  # a whole model's and its language model's, maybe
+        theirs = next((source[key] for key in TEXTS if isinstance(source.get(key), dict)), source)
+        ids = {key: value for key, value in {**theirs, **source}.items() if ID_KEYS.fullmatch(key)}
+        parts = {key: config[key] for key in TEXTS if isinstance(config.get(key), dict)}
+        inner = {at: {key: ids.get(key, value) for key, value in part.items()} for at, part in parts.items()}
+        held = {key for part in parts.values() for key in part} - config.keys()
+        return {**config, **inner, **{key: value for key, value in ids.items() if key not in held}}
+    changed = {}
+    for key, value in config.items():
+        if ID_KEYS.fullmatch(key):
+            if key in source:
+                changed[key] = source[key]
+        elif _is_part(key, value) and isinstance(source.get(key), dict):
+            changed[key] = with_ids(value, source[key])
+        else:
+            changed[key] = value
+    return changed | {key: value for key, value in source.items() if ID_KEYS.fullmatch(key) and key not in config}
 
 
 def _tie(merged: dict[str, Any], text: str | None, tied: bool) -> None:
@@ -79,8 +111,12 @@ def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             changed[key] = name
         elif key in DTYPE_KEYS and isinstance(value, dict):  # one format for each part of a composite model
             changed[key] = dict.fromkeys(value, name)
-        elif isinstance(value, dict) and (key.endswith("_config") or key in CODERS):
+        elif _is_part(key, value):
             changed[key] = _with_dtype(value, name)
         else:
             changed[key] = value
     return changed
+
+
+def _is_part(key: str, value: object) -> bool:
+    return isinstance(value, dict) and (key.endswith("_config") or key in CODERS)

@@ -18,6 +18,7 @@ from darekit.engine.steps import ENGINE_FORMAT
 from darekit.inputs.statistics import Statistics
 from darekit.methods import MERGE_METHODS
 from darekit.planning.plan import Plan
+from darekit.recipe.origins import origins_of
 from darekit.recipe.values import is_scalar
 
 
@@ -77,6 +78,7 @@ def identity(plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
             for k, (checkpoint, digest) in enumerate(zip(plan.checkpoints, plan.sample_digests, strict=True))
         },
         **{f"statistics {k} ({entry.ref})": entry.fingerprint() for k, entry in enumerate(plan.statistics)},
+        **{f"code of the {origin.kind} {origin.name}": origin.identity() for origin in origins_of(plan.recipe)},
         **{
             f"file {k} ({file.path.name})": {"bytes": file.size, "sample": _sample_of(file)}
             for k, file in enumerate(plan.files)
@@ -129,6 +131,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
         "format": "darekit-lock-1",
         "version": __version__,
         "recipe": plan.recipe.to_data(),
+        **_methods(plan),
         "groups": MEANING,
         "effective_seeds": list(plan.seeds),
         "inputs": [{**told, "content_digest": content(keys[i], i)} for i, told in enumerate(_inputs(plan))],
@@ -143,6 +146,12 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
         **_tokens(plan),
         **({"measured": dict(sorted(measured.items()))} if measured else {}),
     }
+
+
+def _methods(plan: Plan) -> dict[str, Any]:
+    """Whose code ran, where it was not darekit's own."""
+    origins = origins_of(plan.recipe)
+    return {"methods": [origin.to_data() for origin in origins]} if origins else {}
 
 
 def _tokens(plan: Plan) -> dict[str, Any]:
@@ -181,6 +190,7 @@ def is_output_of(plan: Plan, out: Path) -> bool:
     wanted = {
         "format": "darekit-lock-1",
         "recipe": plan.recipe.to_data(),
+        "methods": _methods(plan).get("methods"),
         "groups": MEANING,
         "effective_seeds": list(plan.seeds),
         "inputs": _inputs(plan),

@@ -95,7 +95,7 @@ def job_for(aligned: AlignedTensor, rate: float, terms: Terms, *, thorough: bool
     base, tuned = aligned.base, aligned.models[0]
     assert base is not None
     tensor = PackedTensor(aligned.name, base.dtype, base.shape, "same")
-    if terms.lossless or (whole and tuned is not None and tuned.dtype == base.dtype):
+    if tuned is not None and (terms.lossless or (whole and tuned.dtype == base.dtype)):
         return _exact_job(aligned, tensor, thorough)
     terms = replace(terms, dense_bits=64) if whole else terms
     if tuned is None:

@@ -7,6 +7,7 @@ Everything is read, drawn and encoded once, but for tensors of which only then s
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +27,8 @@ from darekit.errors import CheckpointError, OutputError, PlanError
 from darekit.inputs.opening import packed_seed
 from darekit.machine import peak_rss
 from darekit.output.card import agreed_license, public_name
+from darekit.output.config import with_ids
 from darekit.output.publishing import Progress
-from darekit.output.tokenizer import companion_files
 from darekit.packing.jobs import WORTH, Job, Terms, job_for, without_same_rows
 from darekit.packing.spans import BUFFERS, Piece, Spool, make_span
 from darekit.packs.format import (
@@ -35,6 +36,7 @@ from darekit.packs.format import (
     FILE_ROLE,
     GROUP_LIMIT,
     NO_DIGEST,
+    PATH,
     CompanionFile,
     Counts,
     Document,
@@ -51,6 +53,7 @@ from darekit.packs.lane import READ_LEAVES
 from darekit.packs.workers import run_all
 from darekit.planning import checks
 from darekit.planning.alignment import AlignedTensor
+from darekit.planning.companions import some
 from darekit.planning.opening import open_plan
 from darekit.planning.plan import Plan
 from darekit.recipe import single
@@ -217,7 +220,7 @@ def pack(
     with open_plan(recipe, verbatim=lossless) as plan:
         _refuse_out(out, plan, overwrite)
         _refuse_other_names(plan, lossless=lossless)
-        for line in plan.notes:
+        for line in (*plan.notes, *_unnameable(plan)):
             note(line)
         if not lossless and packed_seed(plan.models[0]) is not None:
             note(f"{model} is a pack: most of its delta has already been dropped, and this drops more of what is left")
@@ -342,8 +345,7 @@ class Writer:
         self, jobs: Sequence[Job], hidden: Path, pieces: Sequence[Piece], spool: InputFile
     ) -> tuple[int, Document, float]:
         """All of the file; returns its size, what stands in it, and the seconds that the disk took to have it."""
-        # Cut to the base's rows, the model does not know the tokens that its own tokenizer and config speak of.
-        contents = dict(_companions(self.base if self.settings.get("vocab") == "base" else self.model))
+        contents = dict(_companions(self.plan))
         files = tuple(
             CompanionFile(name, not _is_same_file(self.base, name, raw), xxhash.xxh3_128_hexdigest(raw))
             for name, raw in contents.items()
@@ -477,8 +479,9 @@ class Writer:
         aligned = self.plan.alignment.tensors
         kept = {info.stored_name for one in aligned if (info := one.models[0]) is not None}
         base_only = {one.name for one in aligned if one.models[0] is None and not one.copied}
-        copies = set(self.plan.alignment.copies[1])
-        other = sorted((set(self.model.tensors) - kept - copies) | base_only)
+        alignment = self.plan.alignment
+        known = {*kept, *alignment.copies[1], *alignment.buffers[1]}
+        other = sorted((set(self.model.tensors) - known) | base_only)
         if self.terms.lossless and other:
             raise PlanError(
                 f"a lossless pack needs the same tensors in base and model; they differ in {', '.join(other[:4])}"
@@ -585,11 +588,28 @@ def _parts_of(changed: _Changed) -> Iterator[OutputTensor]:
         yield OutputTensor(f"{role}:{tensor.name}", dtype, content.shape)
 
 
-def _companions(model: Checkpoint) -> Iterator[tuple[str, bytes]]:
-    """Name -> content of the small files that make the result an ordinary model directory."""
-    for name, content in (matching(model.companions, (CONFIG,)) | companion_files(model.companions)).items():
-        with contextlib.suppress(OSError):
-            yield name, content_of(content)
+def _companions(plan: Plan) -> Iterator[tuple[str, bytes]]:
+    """Name -> content of the small files that make the result an ordinary model directory; what `dare drop` copies."""
+    travel = plan.travel
+    config = matching(travel.config.companions, (CONFIG,))
+    if travel.config.config is not None and travel.tokenizer is not travel.config:
+        right = with_ids(travel.config.config, travel.tokenizer.config)
+        if right != travel.config.config:
+            config = {CONFIG: (json.dumps(right, indent=2, ensure_ascii=False) + "\n").encode()}
+    for name, content in {**config, **travel.files}.items():
+        if PATH.fullmatch(name):
+            with contextlib.suppress(OSError):
+                yield name, content_of(content)
+
+
+def _unnameable(plan: Plan) -> Iterator[str]:
+    """Companions whose names are none in a pack."""
+    names = [name for name in plan.travel.files if not PATH.fullmatch(name)]
+    if names:
+        yield (
+            f"not packed: {some(names)}. Names in a pack are made of letters, digits, dots and dashes; copy what you "
+            "need of them beside the unpacked weights"
+        )
 
 
 def _is_same_file(base: Checkpoint, name: str, raw: bytes) -> bool:

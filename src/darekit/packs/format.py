@@ -44,6 +44,8 @@ ENCODINGS = ("exact", "delta", *INTEGER_BITS)
 RESCALES = ("paper", "none")
 ROLES = ("values", "scales", "leaves", "rows", "frames", "sizes")
 FILE_ROLE = "file"
+# Names of companions become paths: plain names, in folders of plain names.
+PATH = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]*/){0,3}[A-Za-z0-9_-][A-Za-z0-9._-]*")
 GROUP_LIMIT = 1 << 16
 ROLE_DTYPES = {
     "scales": ("BF16",), "leaves": ("I8", "U16", "U32"), "rows": ("U8",), "frames": ("U8",), "sizes": ("U16", "U32"),
@@ -432,8 +434,7 @@ def _read_document(data: Mapping[str, Any], where: str) -> Document:
         if not isinstance(entry, dict):
             raise CheckpointError(f"{at}: files hold {shorten(entry)}, expected objects")
         name = take(entry, "name", str, at)
-        # The names become paths: nothing but plain names and the one folder that tokenizers have.
-        if not re.fullmatch(r"(additional_chat_templates/)?[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        if not PATH.fullmatch(name):
             raise CheckpointError(f"{at}: {shorten(name)} is not a plain file name")
         _check_digest(entry.get("digest"), f"{at}, file {name}: digest")
         files.append(CompanionFile(name, take(entry, "stored", bool, at), entry["digest"]))

@@ -18,7 +18,7 @@ import xxhash
 
 from darekit import kernels
 from darekit.checkpoints import Checkpoint, InputFile, Source, TensorInfo, sample_digest
-from darekit.checkpoints.companions import CONFIG, Companions, Content, content_of
+from darekit.checkpoints.companions import ALL, CONFIG, Companions, Content, content_of, matching, travels
 from darekit.checkpoints.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats
 from darekit.errors import CheckpointError, DarekitError, HomologyError, PlanError
@@ -392,6 +392,7 @@ class Pack:
         if not files:
             return {}, base.config
         found: dict[str, Content] = {}
+        sizes: dict[str, int] = {}
         config = None
         for file in files:
             content = found[file.name] = self._file(file.name, base)
@@ -399,9 +400,13 @@ class Pack:
             if _digest_of(raw) != file.digest:
                 where = self.path if file.stored else base.ref
                 raise CheckpointError(f"{file.name} of {where} is not the file that was packed")
+            sizes[file.name] = len(raw)
             if file.name == CONFIG:
                 config = json.loads(raw)
-        return found, config
+        # A stranger's pack brings no files that would not travel beside a stranger's weights.
+        listed = matching(found, ALL)
+        further, _ = travels({name: size for name, size in sizes.items() if name not in listed})
+        return {name: content for name, content in found.items() if name in listed or name in further}, config
 
     def _file(self, name: str, base: Checkpoint) -> Content:
         if name in self._source.files:

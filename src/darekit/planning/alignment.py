@@ -62,6 +62,7 @@ class Alignment:
         sizes: what it must say of vocabularies: key, with dots -> rows.
         notes: what the user should know.
         copies: per checkpoint, stored name of a tied copy -> name of the output tensor that it is.
+        buffers: per checkpoint, stored names of what every loader makes itself.
     """
 
     tensors: tuple[AlignedTensor, ...]
@@ -69,6 +70,7 @@ class Alignment:
     sizes: Mapping[str, int]
     notes: tuple[str, ...]
     copies: tuple[Mapping[str, str], ...] = field(default=())
+    buffers: tuple[frozenset[str], ...] = field(default=())
 
 
 Heads = Checkpoint | Literal["merged", "common"]
@@ -94,8 +96,8 @@ def align(
         vocab: what to do with vocabularies that differ: strict, base or pad.
         heads: `merged`: as all other tensors; `common`: those that are not everywhere alike are left out, with a note;
             one of the checkpoints: its heads are the output's, and nobody compares those of the others.
-        verbatim: where all checkpoints store the same names, every tensor that is stored is one of the output: copies
-            and buffers stay what they are.
+        verbatim: where all checkpoints store the same names and shapes, every tensor that is stored is one of the
+            output: copies and buffers stay what they are.
         extras: what becomes of parts that only the base has, and that a class may do without: keep or leave_out.
 
     Raises:
@@ -104,7 +106,7 @@ def align(
     """
     checkpoints = [*([base] if base else []), *models]
     notes: list[str] = []
-    verbatim = verbatim and all(one.tensors.keys() == checkpoints[0].tensors.keys() for one in checkpoints)
+    verbatim = verbatim and all(_is_like(one, checkpoints[0]) for one in checkpoints[1:])
     views = views_of(checkpoints, notes, verbatim=verbatim)
     roles = Roles(views[0].facts)
     naming = views[0]
@@ -128,7 +130,7 @@ def align(
     tensors = []
 
     def add(key: str, info: TensorInfo, found: Sequence[TensorInfo | None], **more: bool) -> None:
-        role, shape, axis = roles.of(info.name, info.shape), info.shape, rows.get(key)
+        role, shape, axis = roles.of(views[0].name_of(key, info), info.shape), info.shape, rows.get(key)
         if axis is not None:
             shape = (*shape[: axis[0]], axis[1], *shape[axis[0] + 1 :])
         own, others = (found[0], found[1:]) if base else (None, found)
@@ -151,7 +153,13 @@ def align(
         _compare_head_rows(naming, tensors)
     sizes = sizes_for_config(views[0].facts, {views[0].name_of(key): found for key, found in rows.items()})
     copies = tuple({name: naming.name_of(key) for name, key in view.copies.items()} for view in views)
-    return Alignment(tuple(tensors), tied, sizes, tuple(notes), copies)
+    buffers = tuple(frozenset(info.name for info in view.buffers.values()) for view in views)
+    return Alignment(tuple(tensors), tied, sizes, tuple(notes), copies, buffers)
+
+
+def _is_like(one: Checkpoint, other: Checkpoint) -> bool:
+    shapes = {name: info.shape for name, info in other.tensors.items()}
+    return {name: info.shape for name, info in one.tensors.items()} == shapes
 
 
 def _sort(tensors: list[AlignedTensor], reference: Checkpoint) -> None:
@@ -167,7 +175,7 @@ def _take_heads(giver: View, views: Sequence[View], notes: list[str]) -> dict[st
     others = []
     for view in views:
         roles = Roles(view.facts)
-        own = {key: info for key, info in view.tensors.items() if roles.of(info.name, info.shape).is_head}
+        own = {key: info for key, info in view.tensors.items() if roles.of(view.name_of(key), info.shape).is_head}
         for key in own:
             del view.tensors[key]
         if view is giver:
@@ -192,7 +200,7 @@ def _leave_out_heads(views: Sequence[View], roles: Roles, notes: list[str]) -> N
         key: info
         for view in views
         for key, info in view.tensors.items()
-        if roles.of(info.name, info.shape).is_head
+        if roles.of(view.name_of(key), info.shape).is_head
     }  # fmt: skip
     unlike = []
     for key, info in heads.items():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -67,12 +68,20 @@ def wide_on_purpose(tensors: Sequence[AlignedTensor], dtype: str, facts: Facts) 
 
 def _narrow_inputs(tensors: Sequence[AlignedTensor]) -> list[bool]:
     """Of the base and each model, whether most elements of its float tensors have 16 bits or fewer."""
-    sizes: list[Counter[bool]] = [Counter() for _ in range(1 + len(tensors[0].models))]
+    # Counted by format and shape first: these are few, tensors may be very many.
+    kinds: list[Counter[tuple[str, tuple[int, ...]]]] = [Counter() for _ in range(1 + len(tensors[0].models))]
     for tensor in tensors:
-        for size, info in zip(sizes, (tensor.base, *tensor.models), strict=True):
-            if info is not None and DTYPES[info.dtype].kind == "float":
-                size[_is_wide(info.dtype)] += info.count
-    return [size[False] > size[True] for size in sizes]
+        for kind, info in zip(kinds, (tensor.base, *tensor.models), strict=True):
+            if info is not None:
+                kind[info.dtype, info.shape] += 1
+    found = []
+    for kind in kinds:
+        size: Counter[bool] = Counter()
+        for (dtype, shape), many in kind.items():
+            if DTYPES[dtype].kind == "float":
+                size[_is_wide(dtype)] += many * math.prod(shape)
+        found.append(size[False] > size[True])
+    return found
 
 
 def _is_wide(dtype: str) -> bool:

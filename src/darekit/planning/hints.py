@@ -27,7 +27,8 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
                 f"{one.ref} holds an adapter that is not merged into its weights ({adapted}): call "
                 "`merge_and_unload()` of PEFT's model, and save what it returns"
             )
-    if not (missing and extra):
+    composite = [*map(_is_composite, (view, reference))]
+    if not (missing and extra) and len({*composite}) == 1:
         return
     fused = _is_fused(view, missing, extra), _is_fused(reference, extra, missing)
     if any(fused):
@@ -37,13 +38,13 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
             f"each other. Load the one that differs with {_class_of(whole)} and save it again with `save_pretrained("
             "..., save_original_format=True)`, as the Hub has it"
         )
-    if any(map(_is_composite, (view, reference))):
+    if any(composite):
         yield (
             "One of them is a model of several parts (text, images, ...), and they are saved under the names of "
             f"different classes or formats. Load both with {_class_of(reference)}, the class of "
             f"{label(reference.ref)}, and save them again with `save_pretrained(..., save_original_format=True)`"
         )
-    for ours, theirs in ((missing, extra), (extra, missing)):
+    for ours, theirs in ((missing, extra), (extra, missing)) if missing and extra else ():
         prefix = ours[0].split(".")[0] + "."
         if {name.removeprefix(prefix) for name in ours} & set(theirs):
             yield f"Names differ by the prefix {prefix!r}: save both with the same class ({_class_of(reference)})"

@@ -29,6 +29,8 @@ from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.planning.alignment import AlignedTensor, Alignment, Heads, align
 from darekit.planning.buffers import Role, counters_of, roles_of
+from darekit.planning.companions import Travel, heads_giver, travel_of
+from darekit.planning.configs import config_notes
 from darekit.planning.draft import Draft
 from darekit.planning.formats import outputs_of
 from darekit.planning.notes import notes_of, rate_notes, wide_notes
@@ -37,6 +39,8 @@ from darekit.planning.restacking import config_of
 from darekit.planning.settings import Settings, settings_of
 from darekit.planning.stack import Tower, stacked
 from darekit.planning.steps import steps_of
+from darekit.planning.templates import choose_template
+from darekit.planning.tokenizers import choose_tokenizer, named_source, rows_of
 from darekit.planning.tokens import OutputVocabulary, with_vocabulary
 from darekit.recipe import Recipe
 from darekit.wording import brief, size_of
@@ -90,6 +94,7 @@ class Plan:
         rates: of each model, what `drop_rate: auto` came to: tensor -> drop rate.
         settings: by tensor, what holds for it and for each model in it: weights, drop rates, the method's parameters.
         depths: which layer each tensor is in.
+        travel: what goes beside the weights, and from where.
         statistics: one per model, where the method uses them.
         vocabulary: the output's tokens, where the recipe says which; None: rows are matched by number.
         others: checkpoints that give tokens or rows and are none of the models.
@@ -97,6 +102,7 @@ class Plan:
         counters: name -> whose value each counter gets: a model's index, or -1, the base.
         towers: where each layer comes from, of stacks that slices made.
         config: of such a stack, before number format and vocabulary; None: as that of the model that gives it.
+        template: the chat template that the recipe asks for; None: the one that comes with the tokenizer.
     """
 
     recipe: Recipe
@@ -112,6 +118,7 @@ class Plan:
     rates: tuple[Mapping[str, float], ...]
     settings: Mapping[str, Settings]
     depths: Depths
+    travel: Travel
     statistics: tuple[Statistics, ...] = ()
     roles: Mapping[str, Role] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
@@ -119,6 +126,7 @@ class Plan:
     others: tuple[Checkpoint, ...] = ()
     towers: tuple[Tower, ...] = ()
     config: Mapping[str, Any] | None = None
+    template: str | None = None
 
     def __repr__(self) -> str:
         sparsify = f"{self.recipe.sparsify.method} + " if self.recipe.sparsify else ""
@@ -183,14 +191,14 @@ class Plan:
             DataError: it is not; `outcome`: what became of the run.
         """
         wrong: dict[str, list[str]] = {}
-        for k, model in enumerate(self.models):
-            for name, info in model.tensors.items():
-                if name in self.moved:  # what was read is not what is stored
+        for tensor in self.alignment.tensors:
+            for k, (model, info) in enumerate(zip(self.models, tensor.models, strict=True)):
+                wanted = None if info is None else traits_of(info.source).result
+                if wanted is None or tensor.name in self.moved:  # what was read is not what is stored
                     continue
-                wanted = traits_of(info.source).result
-                found = records.get(name, {}).get("models", {}).get(str(k))
-                if wanted is not None and found is not None and found != wanted:
-                    wrong.setdefault(model.ref, []).append(name)
+                found = records.get(tensor.name, {}).get("models", {}).get(str(k))
+                if found is not None and found != wanted:
+                    wrong.setdefault(model.ref, []).append(tensor.name)
         if wrong:
             told = [
                 f"{ref}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
@@ -254,6 +262,7 @@ def make_plan(
         PlanError: a parameter is impossible for a tensor.
         RecipeError: a parameter has no value for a tensor.
     """
+    named_source(recipe, base, models)  # the clearest error of those that a missing tokenizer would cause
     towers: tuple[Tower, ...] = ()
     vocab = "pad" if recipe.tokens else recipe.vocab
     config: Mapping[str, Any] | None = None
@@ -298,10 +307,16 @@ def make_plan(
     notes += rate_notes(models, rates)
     notes += wide_notes(recipe, outputs)
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
+    rows, owner = rows_of(alignment.sizes, base, models), vocabulary.owner if vocabulary else None
+    choice = choose_tokenizer(recipe, base, models, rows, owner)
+    travel = travel_of(recipe, base, models, choice, vocabulary.files if vocabulary else None)
+    template = choose_template(recipe.chat_template, (base, *models) if base else models, travel.tokenizer, vocabulary)
+    notes += config_notes(base, models, travel.config, restacked=bool(recipe.slices))
+    notes += [*travel.notes, *template.notes]
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
-        rates, settings, depths, draft.statistics, roles, counters, vocabulary, tuple((others or {}).values()),
-        towers, config,
+        rates, settings, depths, travel, draft.statistics, roles, counters, vocabulary,
+        tuple((others or {}).values()), towers, config, template.template,
     )  # fmt: skip
 
 
@@ -335,15 +350,6 @@ def _refuse_many_keeps(draft: Draft) -> None:
 def _heads_of(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Heads:
     giver = heads_giver(recipe, base, models)
     return "merged" if giver is None else giver
-
-
-def heads_giver(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Checkpoint | None:
-    """The checkpoint that `heads` names; None: heads are merged like all tensors."""
-    if recipe.heads is None:
-        return None
-    if recipe.heads == "base" and base is not None:
-        return base
-    return next(model for model, entry in zip(models, recipe.models, strict=True) if entry.model == recipe.heads)
 
 
 def _seeds(recipe: Recipe, digests: Sequence[bytes]) -> tuple[int | None, ...]:

@@ -143,7 +143,8 @@ class Recipe:
         dtype: output format by its safetensors name; None keeps the base's.
         keep_float32: whether tensors that are F32 in a 16-bit model stay so under a 16-bit `dtype`.
         vocab: what to do with vocabularies that differ: strict refuses, base cuts, pad keeps.
-        tokenizer_source: `base`, or the model whose tokenizer the output gets.
+        tokenizer_source: `base`, or the model whose tokenizer the output gets; None: the models', where they agree on
+            one, else the base's.
         heads: whose heads the output has: `base`, or a model as written; None: heads are merged.
         tokens: which tokens the output has, where rows are matched by token; None: by number, as `vocab` says.
         chat_template: of the output: `auto`, a name, or a template's text; None: the one that comes with the tokenizer.
@@ -160,7 +161,7 @@ class Recipe:
     parameters: Mapping[str, Value]
     dtype: str | None = None
     vocab: Literal["strict", "base", "pad"] = "strict"
-    tokenizer_source: str = "base"
+    tokenizer_source: str | None = None
     heads: str | None = None
     tokens: Tokens | None = None
     chat_template: str | None = None
@@ -190,7 +191,8 @@ class Recipe:
         if self.dtype is not None:
             data["dtype"] = DTYPES[self.dtype].torch_name
         if self.tokens is None:
-            data |= {"vocab": self.vocab, "tokenizer_source": self.tokenizer_source}
+            data["vocab"] = self.vocab
+            data |= {} if self.tokenizer_source is None else {"tokenizer_source": self.tokenizer_source}
         else:
             data["tokenizer"] = self.tokens.to_data()
         data |= {} if self.heads is None else {"heads": self.heads}

@@ -310,8 +310,10 @@ def _check_number(document: Document, recipe: Recipe) -> None:
         if recipe.slices and base and not count:  # the base's own layers
             continue
         if not low <= count <= high or (method.base_row and method.needs_base and base is None):
-            wanted = f"{_MODELS[low]} {'besides base_model' if method.needs_base else ''}".rstrip()
+            many = _MODELS.get(low, f"{low} models")
+            wanted = f"{many} {'besides base_model' if method.needs_base else ''}".rstrip()
             wanted = f"exactly {wanted}" if low == high else f"at least {wanted}"
+            wanted += f", at most {high}" if low < high < float("inf") else ""
             either = " (or two models, of which the first is the base then)" if method.base_row and high == 1 else ""
             besides = f" besides {base}" if base else " and no base_model" if method.needs_base else ""
             fail(

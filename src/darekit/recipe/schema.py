@@ -231,10 +231,10 @@ def _top() -> dict[str, Schema]:
         | {
             "description": (
                 "Which tokens the output has: union, base, or those of a model. Without `vocab`, rows of embeddings "
-                "and heads are matched by token; with `vocab` they are matched by number, and only files are copied."
+                "and heads are matched by token; with `vocab` they are matched by number, and only files are copied. "
+                "Left out: the tokenizer that all models share, else the base's, and rows by number."
             ),
             "type": ["string", "null"],
-            "default": "base",
         },
         "tokenizer": _tokenizer(),
         "chat_template": {

@@ -51,8 +51,6 @@ def drop_recipe(
         "merge_method": "linear" if on == "weights" else "task_arithmetic",
         "vocab": vocab,
         "base_extras": base_extras,
-        # Cut to the base's rows, the model no longer knows the tokens that its tokenizer has added.
-        "tokenizer_source": "base" if vocab == "base" else model,
     }
     try:
         return read_recipe(recipe)

@@ -36,8 +36,8 @@ class TokensReader:
     def __init__(self, document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> None:
         self.document, self.base, self.models, self.search = document, base, models, search
 
-    def read(self) -> tuple[str, Tokens | None]:
-        """Whose tokenizer the output gets, and which tokens, where rows are matched by token.
+    def read(self) -> tuple[str | None, Tokens | None]:
+        """Whose tokenizer the output gets, where the recipe says it, and which tokens, where rows are matched by token.
 
         Raises:
             RecipeError: words that do not mean anything, or that contradict each other.
@@ -54,7 +54,7 @@ class TokensReader:
             tokens = self._tokenizer(data["tokenizer"])
             return self._short(tokens.source), tokens
         if not given:
-            return "base", None
+            return None, None
         source = self._source(("tokenizer_source",), data["tokenizer_source"])
         if "vocab" not in data:
             return self._short(source), Tokens(source)

@@ -3,12 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from darekit.errors import RecipeError
-from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SEED, SPARSIFIERS, TAU, WEIGHT, MergeMethod, Number, Parameter
+from darekit.methods import (
+    MERGE_ALIASES,
+    MERGE_METHODS,
+    SEED,
+    SPARSIFIERS,
+    TAU,
+    WEIGHT,
+    MergeMethod,
+    Number,
+    Parameter,
+    installed,
+)
 from darekit.recipe import mergekit
 from darekit.recipe.documents import Document, Key, fail, shown, suggest
 from darekit.recipe.ignored import why_ignored, without
@@ -198,6 +209,7 @@ def _words_of(document: Document) -> Words:
 def _read_method(document: Document) -> str:
     raw = document.data["merge_method"]
     method = str(raw)
+    problems = _look_for(method, (*MERGE_METHODS, *MERGE_ALIASES, *mergekit.PRODUCTS))
     known = (*MERGE_METHODS, *MERGE_ALIASES, *mergekit.PRODUCTS)
     if method in known:
         return MERGE_ALIASES.get(method, method)
@@ -206,20 +218,28 @@ def _read_method(document: Document) -> str:
     hint = suggest(method, known, "known")
     if method in SPARSIFIERS:
         hint = f": {method} is a sparsifier, write `sparsify: {{method: {method}, ...}}`; here: {', '.join(known)}"
-    fail(document, ("merge_method",), f"unknown method {shown(raw)}{hint}")
+    fail(document, ("merge_method",), f"unknown method {shown(raw)}{hint}{problems}")
+
+
+def _look_for(method: str, known: Iterable[str]) -> str:
+    """Ask installed packages for a method that is not known; what could not be loaded, for the error."""
+    return "" if method in known else "".join(f"\n  not loaded: {line}" for line in installed.load(method))
 
 
 def _read_sparsifier(document: Document, block: Mapping[str, Any]) -> str:
     if "method" not in block:
         fail(document, ("sparsify",), f" has no method; add method: one of {', '.join(SPARSIFIERS)}")
     method = str(block["method"])
+    problems = _look_for(method, (*SPARSIFIERS, *MERGE_METHODS))
     if method in SPARSIFIERS:
         return method
     hint = suggest(method, list(SPARSIFIERS), "known")
+    if method in MERGE_METHODS:
+        hint = f": {method} is a merge method, write `merge_method: {method}`; here: {', '.join(SPARSIFIERS)}"
     if method in mergekit.PRODUCTS:
         product = mergekit.PRODUCTS[method]
         hint = f"; write method: {product.sparsifier} here and merge_method: {product.merge}"
-    fail(document, ("sparsify", "method"), f"unknown method {shown(block['method'])}{hint}")
+    fail(document, ("sparsify", "method"), f"unknown method {shown(block['method'])}{hint}{problems}")
 
 
 def _unknown_parameters(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints import sample_digest
+from darekit.checkpoints.tokenizers import files_digest
 from darekit.errors import DarekitError, DataError, PlanError
 from darekit.evaluation.examples import Examples
 from darekit.evaluation.judges import Judge, check_judge, identity_of, judge_of
@@ -27,6 +28,7 @@ from darekit.planning import checks
 from darekit.planning.opening import open_models, open_plan
 from darekit.planning.plan import Plan
 from darekit.recipe import Recipe
+from darekit.recipe.origins import Origin, origins_of, require, used_by
 from darekit.sweeps.data import SPLITS, Cell, Sweep
 from darekit.sweeps.grid import cells_of, essence
 from darekit.sweeps.reading import found_in, read_sweep
@@ -136,7 +138,8 @@ def sweep(
                 outcomes[unit.digest] = store.known[unit.digest]
                 _keep(store, unit, outcomes[unit.digest])
         shared = max(1, default_threads() // jobs)
-        workplace = _Workplace(found, search, device, dtype, threads or shared)
+        origins = tuple(dict.fromkeys(one for unit in todo for one in origins_of(unit.recipe)))
+        workplace = _Workplace(found, search, device, dtype, threads or shared, origins)
         if progress and todo:
             progress(0, len(todo))
         for done, (unit, outcome) in enumerate(_evaluated(workplace, todo, min(jobs, len(todo))), 1):
@@ -229,7 +232,11 @@ def _units(
         names = [*(entry.model for entry in recipe.models), *([recipe.base_model] if recipe.base_model else [])]
         names += [entry.stats for entry in recipe.models if entry.stats]
         asked = {split: {n: one for n, one in named.items() if n in cell.judges} for split, named in judges.items()}
-        digest = digest_of(FORMAT, recipe.to_data(), [inputs[name] for name in names], asked, dtype)
+        # Nothing of methods where all are built in, whose digests are of old.
+        code = [one.identity() for one in origins_of(recipe)]
+        digest = digest_of(
+            FORMAT, recipe.to_data(), [inputs[name] for name in names], asked, dtype, *([code] if code else [])
+        )
         units.setdefault(digest, _Unit(digest, recipe, cell.judges)).cells.append(cell)
     return [*units.values()]
 
@@ -285,6 +292,7 @@ class _Workplace:
     device: str | None
     dtype: str | None
     threads: int
+    origins: tuple[Origin, ...]  # of methods that are not built in
 
 
 class _Evaluator:
@@ -303,6 +311,7 @@ class _Evaluator:
         scores: dict[str, dict[str, dict[str, Any]]] = {}
         error = None
         try:
+            require(one for one in self.workplace.origins if one.name in used_by(recipe))
             with open_plan(recipe, search=self.workplace.search) as plan:
                 # A sweep is meant to pass the points where a merge refuses, and to show what happens there.
                 checks.check(plan, force=True, say=warnings.append)
@@ -336,7 +345,7 @@ def _kind(plan: Plan) -> Any:
     """Plans of one kind fill the same live model: equal shapes, config and tokenizer."""
     companions = companions_of(plan)
     shapes = tuple((place.name, place.shape, place.dtype) for shard in plan.shards for place in shard.placements)
-    return shapes, companions.config, companions.files
+    return shapes, companions.config, files_digest(companions.files), sorted(companions.files)
 
 
 def _scores(name: str, judge: Judge, live: LiveModel) -> dict[str, dict[str, Any]]:

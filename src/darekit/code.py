@@ -1,17 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Python files of its own folder a Python file consists of: what a judge's scores depend on, and no library."""
+"""Whose code it was: what people's own functions (judges, methods) consist of, and a digest of it.
+
+Only the files of their own folder count, and no library.
+"""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import hashlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType
+from typing import Any
+
+
+def digest_of_code(function: Callable[..., Any]) -> str:
+    """32 hexadecimal digits of the text of a function's file and of the modules of its own folder that it imports; of a
+    function without a file (typed into a session) of its own text, or of its compiled code."""
+    function = inspect.unwrap(function)
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        path = Path(inspect.getsourcefile(function) or "")
+        files = sources_of(path) if path.is_file() else []
+    except (TypeError, OSError):
+        files = []
+    for file in files:
+        digest.update(os.path.relpath(file, path.parent).encode() + b"\0" + file.read_bytes() + b"\0")
+    if not files:
+        digest.update(_own_text(function))
+    return digest.hexdigest()
+
+
+def _own_text(function: Callable[..., Any]) -> bytes:
+    try:
+        return inspect.getsource(function).encode()
+    except (TypeError, OSError):
+        code = getattr(function, "__code__", None)
+        return repr(function).encode() if code is None else _compiled(code)
+
+
+def _compiled(code: CodeType) -> bytes:
+    inner = [one for one in code.co_consts if isinstance(one, CodeType)]
+    constants = [one for one in code.co_consts if not isinstance(one, CodeType)]
+    return code.co_code + repr((constants, code.co_names)).encode() + b"".join(map(_compiled, inner))
 
 
 def sources_of(path: Path) -> list[Path]:
     """A Python file, and the modules that it imports from its own folder (of a package: from anywhere in it), and
     what those import there, in order of names. Imports within functions count; names made while running do not."""
     top = _top(path)
+    if top.name in ("site-packages", "dist-packages"):  # a module that is installed alone: beside it are libraries
+        return [path]
     found, waiting = {path}, [path]
     while waiting:
         for one in _imported(waiting.pop(), top):
