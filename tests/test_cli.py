@@ -330,6 +330,8 @@ def test_inspecting_a_model_with_itself_and_with_nan(dare, llamas, tmp_path):
 def test_methods_lists_the_table_on_one_screen_and_explains_one_by_name(dare):
     text = dare("methods").out
     assert len(text.splitlines()) <= 40
+    rows = [line for line in text.splitlines() if line.startswith("  ")]
+    assert len(rows) == len(SPARSIFIERS) + len(MERGE_METHODS) and "average is another name for linear" in text
     data = dare("methods", "--json").data
     for key, table in (("sparsifiers", SPARSIFIERS), ("merge_methods", MERGE_METHODS)):
         assert [entry["name"] for entry in data[key]] == list(table)

@@ -370,17 +370,23 @@ def show_methods(name: str | None, *, as_json: bool) -> None:
         return
     width = max(len(one["name"]) for entries in data.values() for one in entries) + tables.SPACE
     for title, entries in data.items():
-        print(f"{title.replace('_', ' ').capitalize()}\n")
+        print(f"{title.replace('_', ' ').capitalize()} (and their parameters)\n")
         for entry in entries:
             first = f"  {entry['name']:{width}}"
-            print(tables.wrapped(_first_clause(entry["summary"]), " " * len(first), first))
             words = ", ".join(parameter["name"] for parameter in entry["parameters"])
-            if words:
-                print(tables.wrapped(f"parameters: {words}", " " * len(first), " " * len(first)))
-            if "from" in entry:
-                print(tables.wrapped(f"from: {entry['from']}", " " * len(first), " " * len(first)))
+            text = _first_clause(entry["summary"]) + (f" ({words})" if words else "")
+            text += f"; from {entry['from']}" if "from" in entry else ""
+            print(tables.wrapped(text, " " * len(first), first))
         print()
-    print(tables.wrapped("Any sparsifier goes before any merge method. More about one of them: dare methods NAME"))
+    print(tables.wrapped(
+        f"Any sparsifier goes before any merge method. {_other_names()}More about one of them: dare methods NAME"
+    ))  # fmt: skip
+
+
+def _other_names() -> str:
+    from darekit.methods import MERGE_ALIASES
+
+    return "".join(f"{alias} is another name for {name}. " for alias, name in MERGE_ALIASES.items())
 
 
 def _default(value: Any) -> str:
