@@ -13,7 +13,7 @@ from typing import Any
 
 from darekit.checkpoints.companions import CARD, CONFIG, Companions, Content
 from darekit.errors import OutputError
-from darekit.planning.templates import TemplateChoice, write_chat_template
+from darekit.output.tokenizer import write_chat_template
 
 RECIPE_NAME = "darekit_recipe.yaml"
 
@@ -23,7 +23,7 @@ def write_companions(
     *,
     config: Mapping[str, Any] | None,
     files: Companions,
-    chat_template: TemplateChoice | None = None,
+    chat_template: str | None = None,
     recipe_text: str,
     card: Callable[[], str],
 ) -> list[str]:
@@ -52,9 +52,7 @@ def write_companions(
         what = f"could not write {name}" if isinstance(content, bytes) else f"could not copy {content}"
         _try(warnings, what, _whole, directory / name, partial(_copy, content))
     if chat_template is not None:
-        warnings.extend(chat_template.warnings)
-        if chat_template.template is not None:
-            _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template.template)
+        _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template)
     texts = ((RECIPE_NAME, RECIPE_NAME, lambda: recipe_text), ("the model card", CARD, card))
     for what, name, text in texts:
         _try(warnings, f"could not write {what}", _whole, directory / name, partial(_write, text))

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from darekit.checkpoints.companions import Companions
-from darekit.checkpoints.tokenizers import Tokenizer
 from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.planning.merged import merged_config, with_ids
 from darekit.planning.plan import Plan
-from darekit.planning.templates import TemplateChoice, asked_template
-from darekit.wording import label
 
 
 def main_dtype(plan: Plan) -> DType:
@@ -33,7 +30,7 @@ class OutputCompanions:
 
     config: dict[str, Any] | None
     files: Companions
-    chat_template: TemplateChoice | None = None
+    chat_template: str | None = None
 
 
 def companions_of(plan: Plan) -> OutputCompanions:
@@ -49,17 +46,4 @@ def companions_of(plan: Plan) -> OutputCompanions:
         )
         if travel.tokenizer is not travel.config:
             config = with_ids(config, travel.tokenizer.config)
-    return OutputCompanions(config, travel.files, _template_of(plan))
-
-
-def _template_of(plan: Plan) -> TemplateChoice | None:
-    """The chat template that the recipe asks for; None: the one that is among the tokenizer's files."""
-    if plan.recipe.chat_template is None:
-        return None
-    named = [(label(one.ref), one.companions) for one in plan.checkpoints]
-    added = None
-    if plan.vocabulary is not None:
-        added = [token.content for token in plan.vocabulary.joined.added]
-    elif (found := Tokenizer.of(plan.travel.tokenizer)) is not None:
-        added = [token.content for token in found.added]
-    return asked_template(plan.recipe.chat_template, named, added)
+    return OutputCompanions(config, travel.files, plan.template)

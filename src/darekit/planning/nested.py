@@ -76,9 +76,8 @@ def result_of(plan: Plan, ref: str) -> Checkpoint:
     }
     beside = companions_of(plan)
     files: Companions = dict(beside.files)
-    template = beside.chat_template
-    if template is not None and template.template is not None:
-        files = {**files, "chat_template.jinja": template.template.encode("utf-8")}
+    if beside.chat_template is not None:
+        files = {**files, "chat_template.jinja": beside.chat_template.encode("utf-8")}
     return Checkpoint(
         ref=ref,
         directory=None,
