@@ -187,7 +187,7 @@ def _yaml_problem(error: yaml.MarkedYAMLError, name: str) -> str:
     where = f"{name} line {mark.line + 1}" if mark else name
     problem = error.problem or str(error)
     if "single document" in (error.context or "") or "another document" in problem:
-        return f"{where}: a second document starts here (`---`); a recipe is one document: split the file"
+        return f"{where}: a second document starts here (`---`); this file is one document: split it"
     hint = "; YAML indents with spaces, never with tabs" if r"'\t'" in problem else ""
     return f"{where}: not YAML: {problem}{hint}"
 
