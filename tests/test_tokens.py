@@ -2,6 +2,8 @@
 """Merges whose rows are matched by token: which tokens there are, where rows come from, and what their masks are."""
 
 import json
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -331,6 +333,12 @@ def test_rows_that_stay_keep_the_fast_lane(tmp_path):
         outs.append(families.load(tmp_path / "out"))
     families.same(outs[0], outs[1])
     families.same(outs[0], outs[2])
+    script = (
+        "import sys, json, darekit as dk; dk.merge(json.loads(sys.argv[1]), sys.argv[2]); print('numba' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, json.dumps(recipe), str(tmp_path / "other")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["False"]  # no tile needs the general way, whose kernels numba loads
     for name in (EMBED, HEAD):
         wide = base[name].astype(np.float32)
         change = np.zeros_like(wide)
