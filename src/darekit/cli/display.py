@@ -227,7 +227,8 @@ def show_plan(
         )  # fmt: skip
     print_table(tables.table_of(("model", "mean drop rate", "kept", "elements", "r", "rho"), rows))
     if judgements:
-        tables.print_small("r: ||delta|| / ||base|| in a sample. rho: how far dropping is predicted to move a layer's "
+        tables.print_small("r: ||delta|| / ||base|| in a sample. kept: what is not dropped, with the deltas "
+                           "that are exactly 0. rho: how far dropping is predicted to move a layer's "
                            "output, relative to it; above 0.5 a merge is refused.")  # fmt: skip
     _show_layers(plan)
     _show_rates(plan)

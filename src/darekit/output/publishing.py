@@ -46,7 +46,7 @@ class Report:
         peak_rss_bytes: largest resident memory of the process.
         tensors: of the output.
         parameters: elements of the output.
-        kept: model -> elements of its delta that were not dropped.
+        kept: model -> elements of its delta that were not dropped, those that are exactly 0 among them.
         notes: notes and warnings given during the run.
     """
 
