@@ -146,6 +146,10 @@ def _explain_top(key: str) -> str:
     shared = {name for entry in MERGE_METHODS.values() for name in entry.parameters}
     if key in shared | {WEIGHT.name, mergekit.DENSITY.name, mergekit.INT8_MASK.name}:
         return "is not a top-level key; write it under `parameters:`"
+    if key in ("experts", "shared_experts", "gate_mode", "experts_per_token"):
+        return "belongs to mergekit-moe, which makes a mixture of experts of models; darekit merges models of one form"
+    if key == "genome":
+        return "belongs to mergekit-evolve, which searches for parameters; here: `dare sweep`"
     if key == "stats":
         return "is not a top-level key; each model has its own: `- {model: name, stats: name.safetensors}`"
     if key in SPARSIFY_KEYS or any(key in entry.parameters for entry in SPARSIFIERS.values()):
@@ -252,8 +256,17 @@ def _unknown_parameters(
             yield Unknown((*path, name), _explain(name, value, path, allowed, words), inside=True)
             continue
         entries = enumerate(value) if isinstance(value, list) else [(None, value)]
+        reached = True
         for i, entry in entries:
             if isinstance(entry, dict):
+                if not reached and i is not None and words.sparsify is None:
+                    yield Unknown(
+                        (*path, name, i),
+                        "is never reached: the entry before it matches every tensor; put that one last",
+                        inside=True,
+                    )
+                    continue
+                reached = reached and entry.get("filter", "*") not in (None, "*", "")
                 here = (*path, name) if i is None else (*path, name, i)
                 for key in entry:
                     if key not in _FILTER_KEYS:
