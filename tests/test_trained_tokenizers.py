@@ -11,6 +11,7 @@ import darekit as dk
 import families
 from darekit.architectures.templates import CHAT_TEMPLATES
 from darekit.errors import PlanError
+from darekit.live.models import open_live
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -88,10 +89,12 @@ def test_a_union_tokenises_as_its_base_and_knows_all_added_tokens(tmp_path, kind
     one, _ = save(tmp_path / "m0", kind, ["<|im_start|>", "<|im_end|>"], rng, base)
     two, _ = save(tmp_path / "m1", kind, ["<|tool|>", "<|im_start|>"], rng, base)
     recipe = families.recipe(tmp_path, k=2, tokenizer_source="union", chat_template="chatml")
-    dk.merge(recipe, tmp_path / "out")
+    said = dk.merge(recipe, tmp_path / "out").notes
     new = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     n = len(old)
     assert len(new) == n + 3
+    stops = [note for note in said if note.startswith("the chat template chatml ends turns")]
+    assert len(stops) == 1 and f"<|im_end|> ({n + 1}), which is not among the ids that stop generation (2," in stops[0]
     for text in TEXTS[:4]:
         assert new(text).input_ids == old(text).input_ids
         assert new.decode(new(text).input_ids) == old.decode(old(text).input_ids)
@@ -171,9 +174,8 @@ def test_templates_of_a_recipe(tmp_path):
         dk.merge(families.recipe(tmp_path, chat_template=asked), tmp_path / "out", overwrite=True)
         found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
         assert found.rstrip() == expected.rstrip()
-    said = []
-    dk.merge(families.recipe(tmp_path, chat_template="chatml"), tmp_path / "out", overwrite=True, say=said.append)
-    assert any("WARNING: the chat template chatml writes <|im_start|>, <|im_end|>" in note for note in said)
+    with dk.plan(families.recipe(tmp_path, chat_template="chatml")) as plan:
+        assert any("WARNING: the chat template chatml writes <|im_start|>, <|im_end|>" in note for note in plan.notes)
 
 
 def test_a_sentencepiece_model_alone(tmp_path):
@@ -197,3 +199,19 @@ def test_a_sentencepiece_model_alone(tmp_path):
     families.save(tmp_path / "m0", {k: np.vstack([v, v[:1]]) if len(v) == rows else v for k, v in base.items()})
     with pytest.raises(PlanError, match=r"AutoTokenizer.from_pretrained\(.*base.*\).save_pretrained"):
         dk.merge(recipe, tmp_path / "out", overwrite=True)
+
+
+def test_a_union_in_memory_is_the_one_on_disk(tmp_path):
+    """A live model has the rows, the tokenizer and the template that the merged folder has."""
+    rng = np.random.default_rng(4)
+    base, _ = save(tmp_path / "base", "BPE", [], rng)
+    for i in range(2):
+        save(tmp_path / f"m{i}", "BPE", [f"<x{i}>"], rng, base)
+    recipe = families.recipe(tmp_path, k=2, tokenizer_source="union", chat_template="alpaca")
+    dk.merge(recipe, tmp_path / "out")
+    found = families.load(tmp_path / "out")["model.embed_tokens.weight"]
+    with open_live(recipe, device="cpu") as live:
+        rows = live.model.get_input_embeddings().weight.detach().numpy()
+        np.testing.assert_array_equal(rows, found)
+        assert live.tokenizer("<x1>", add_special_tokens=False).input_ids == [len(found) - 1]
+        assert live.tokenizer.chat_template == CHAT_TEMPLATES["alpaca"].text

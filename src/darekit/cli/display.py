@@ -179,6 +179,7 @@ def show_statistics(report: StatisticsReport, *, as_json: bool) -> None:
 
 def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None) -> dict[str, Any]:
     """A plan in JSON-able form."""
+    from darekit.cli.display_layers import layers_data
     from darekit.engine.tiles import TILE
     from darekit.machine import default_threads
     from darekit.planning.notes import gradient_rows
@@ -201,7 +202,8 @@ def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str],
             }
             for summary, rates in zip(plan.summaries, plan.rates, strict=True)
         ],
-        "gradients": [asdict(row) for row in gradient_rows(plan.recipe, plan.depths)],
+        **({"layers": layers_data(plan)} if plan.towers else {}),
+        "gradients": [asdict(row) for row in gradient_rows(plan.recipe, plan.depths, plan.towers)],
         "keep_dense": dense_tensors(plan),
         "checks": [judgement.to_data() for judgement in judgements],
         "notes": list(notes),
@@ -253,8 +255,9 @@ def show_plan(
         tables.print_small("r: ||delta|| / ||base|| in a sample. kept: what is not dropped, with the deltas "
                            "that are exactly 0. rho: how far dropping is predicted to move a layer's "
                            "output, relative to it; above 0.5 a merge is refused.")  # fmt: skip
+    _show_layers(plan)
     _show_rates(plan)
-    _show_gradients(data["gradients"])
+    _show_gradients(data["gradients"], bars=bool(plan.towers))
     if data["keep_dense"]:
         print()
     # Of the groups that `recommend` and `drop_rate: auto` keep dense, a model need not have all.
@@ -300,17 +303,30 @@ def _rate(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _show_gradients(gradients: Sequence[Mapping[str, Any]]) -> None:
+def _show_layers(plan: Plan) -> None:
+    """Where the layers of a stack come from."""
+    from darekit.cli.display_layers import rows_of
+
+    for tower in plan.towers:
+        print()
+        heads = (tower.name, "model", "its layers", "where they lie in it")
+        print_table(tables.table_of(heads, rows_of(tower), len(heads)))
+
+
+def _show_gradients(gradients: Sequence[Mapping[str, Any]], *, bars: bool) -> None:
     """What each gradient comes to along the layers: all of them, or some at equal distances."""
+    from darekit.cli.display_layers import spark
+
     if not gradients:
         return
     rows = []
     for one in gradients:
         last = len(one["values"]) - 1
         shown = sorted({round(i * last / (GRADIENT_LAYERS - 1)) for i in range(GRADIENT_LAYERS)})
-        values = "  ".join(f"{i}: {one['values'][i]:.4g}" for i in shown)
-        rows.append((one["parameter"], one["model"] or "all", one["filter"], one["stack"], values))
-    heads = ("gradient", "model", "filter", "layers", "layer: value")
+        values = "  ".join(f"{one['first'] + i}: {one['values'][i]:.4g}" for i in shown)
+        along = (spark(one["values"]),) if bars else ()
+        rows.append((one["parameter"], one["model"] or "all", one["filter"], one["stack"], *along, values))
+    heads = ("gradient", "model", "filter", "layers", *(("along them",) if bars else ()), "layer: value")
     print()
     print_table(tables.table_of(heads, rows, len(heads)))
 

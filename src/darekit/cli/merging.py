@@ -45,6 +45,10 @@ def merge(
         bool,
         typer.Option("--lenient", help="Warn of unknown keys and settings without effect, as mergekit ignores them."),
     ] = False,
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of a recipe of several documents, the one to write; default: the last."),
+    ] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -59,7 +63,7 @@ def merge(
         from darekit.api import search_path
         from darekit.recipe import read_recipe
 
-        found = read_recipe(recipe, settings=overrides, seed=seed, lenient=lenient)
+        found = read_recipe(recipe, settings=overrides, seed=seed, lenient=lenient, stage=stage)
         _run(
             found, out, search_path(recipe), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,
             overwrite=overwrite, resume=resume, force=force, allow_nonfinite=allow_nonfinite,

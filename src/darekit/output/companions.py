@@ -6,22 +6,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints.companions import CARD, CONFIG, Companions, Content
-from darekit.checkpoints.tokenizers import Tokenizer
-from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.errors import OutputError
-from darekit.output.config import merged_config, with_ids
-from darekit.output.templates import asked_template
-from darekit.output.tokenizer import TemplateChoice, write_chat_template
-from darekit.planning.plan import Plan
-from darekit.wording import label
+from darekit.output.tokenizer import write_chat_template
 
 RECIPE_NAME = "darekit_recipe.yaml"
 
@@ -31,7 +23,7 @@ def write_companions(
     *,
     config: Mapping[str, Any] | None,
     files: Companions,
-    chat_template: TemplateChoice | None = None,
+    chat_template: str | None = None,
     recipe_text: str,
     card: Callable[[], str],
 ) -> list[str]:
@@ -60,9 +52,7 @@ def write_companions(
         what = f"could not write {name}" if isinstance(content, bytes) else f"could not copy {content}"
         _try(warnings, what, _whole, directory / name, partial(_copy, content))
     if chat_template is not None:
-        warnings.extend(chat_template.warnings)
-        if chat_template.template is not None:
-            _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template.template)
+        _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template)
     texts = ((RECIPE_NAME, RECIPE_NAME, lambda: recipe_text), ("the model card", CARD, card))
     for what, name, text in texts:
         _try(warnings, f"could not write {what}", _whole, directory / name, partial(_write, text))
@@ -97,52 +87,3 @@ def _copy(content: Content, target: Path) -> None:
 
 def _write(text: Callable[[], str], path: Path) -> None:
     path.write_text(text(), encoding="utf-8")
-
-
-def main_dtype(plan: Plan) -> DType:
-    """The format of most of the output's float bytes: what config.json must say."""
-    sizes: Counter[str] = Counter()
-    for shard in plan.shards:
-        for place in shard.placements:
-            if dtype_named(place.dtype).kind == "float":
-                sizes[place.dtype] += max(1, place.nbytes)
-    return DTYPES[sizes.most_common(1)[0][0]] if sizes else DTYPES["F32"]
-
-
-@dataclass(frozen=True)
-class OutputCompanions:
-    """What lies beside an output's weights: config.json (None: no input has one), copied files, and a chat template
-    where the recipe asks for one."""
-
-    config: dict[str, Any] | None
-    files: Companions
-    chat_template: TemplateChoice | None = None
-
-
-def companions_of(plan: Plan) -> OutputCompanions:
-    """What the plan found to travel, and config.json made true to the output's weights and to its tokenizer."""
-    travel = plan.travel
-    config = None
-    if travel.config.config is not None:
-        config = merged_config(
-            plan.config or travel.config.config,
-            dtype=main_dtype(plan),
-            sizes=plan.alignment.sizes,
-            tied=plan.alignment.tied,
-        )
-        if travel.tokenizer is not travel.config:
-            config = with_ids(config, travel.tokenizer.config)
-    return OutputCompanions(config, travel.files, _template_of(plan))
-
-
-def _template_of(plan: Plan) -> TemplateChoice | None:
-    """The chat template that the recipe asks for; None: the one that is among the tokenizer's files."""
-    if plan.recipe.chat_template is None:
-        return None
-    named = [(label(one.ref), one.companions) for one in plan.checkpoints]
-    added = None
-    if plan.vocabulary is not None:
-        added = [token.content for token in plan.vocabulary.joined.added]
-    elif (found := Tokenizer.of(plan.travel.tokenizer)) is not None:
-        added = [token.content for token in found.added]
-    return asked_template(plan.recipe.chat_template, named, added)

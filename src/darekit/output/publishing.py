@@ -21,9 +21,10 @@ from darekit.engine import execution
 from darekit.errors import CheckpointError, DataError, OutputError
 from darekit.machine import peak_rss
 from darekit.output.card import agreed_license, model_card
-from darekit.output.companions import companions_of, write_companions
+from darekit.output.companions import write_companions
 from darekit.output.lock import LOCK_NAME, identity, is_output_of, make_lock, times_of
 from darekit.output.staging import Stage, open_stage
+from darekit.planning.beside import companions_of
 from darekit.planning.plan import Plan
 from darekit.wording import brief, size_of
 
@@ -234,7 +235,7 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
             title=title,
         )
 
-    warnings = write_companions(
+    return write_companions(
         directory,
         config=found.config,
         files=found.files,
@@ -242,4 +243,3 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
         recipe_text=recipe.text,
         card=card,
     )
-    return ([found.chat_template.note] if found.chat_template and found.chat_template.note else []) + warnings

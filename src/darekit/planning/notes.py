@@ -14,6 +14,7 @@ from darekit.checkpoints import Checkpoint, OutputTensor
 from darekit.dtypes import DTYPES
 from darekit.inputs.opening import packed_seed
 from darekit.methods import SPARSIFIERS
+from darekit.planning.alignment import AlignedTensor
 from darekit.planning.draft import Draft
 from darekit.planning.rates import MOST
 from darekit.planning.stack import Tower
@@ -52,7 +53,7 @@ def notes_of(draft: Draft) -> Iterator[str]:
         (
             (settings.rate, tensor.name)
             for tensor, _, settings in draft.merged()
-            if settings.rate >= EMBEDDING_WARNING_RATE and tensor.group == "embeddings"
+            if settings.rate >= EMBEDDING_WARNING_RATE and _is_looked_up(tensor)
         ),
         default=(0.0, ""),
     )
@@ -62,6 +63,11 @@ def notes_of(draft: Draft) -> Iterator[str]:
             "[embeddings, norms] preserves more. It makes a merge no larger, but a pack 2.5 to 3.8 times, for at most "
             "one point of ability on a model of 135M parameters"
         )
+
+
+def _is_looked_up(tensor: AlignedTensor) -> bool:
+    """Whether it is a table of which rows are used one at a time; a vision model's positions are added as a whole."""
+    return tensor.group == "embeddings" and len(tensor.shape) == 2
 
 
 def rate_notes(models: Sequence[Checkpoint], rates: Sequence[Mapping[str, float]]) -> Iterator[str]:
@@ -114,31 +120,37 @@ def _idle(draft: Draft) -> Iterator[str]:
 @dataclass(frozen=True, slots=True)
 class GradientRow:
     """One gradient of a recipe, and what it comes to. `model`: "" for one that holds for all; `filter`: "*" for all
-    tensors; `stack`: whose layers (`model.layers`); `values`: one per layer, in order; `slice`: which slice's layers,
-    None for all of the stack's."""
+    tensors; `stack`: whose layers (`model.layers`); `values`: one per layer, in order; `first`: of these layers, the
+    first."""
 
     parameter: str
     model: str
     filter: str
     stack: str
     values: tuple[float, ...]
-    slice: int | None = None
+    first: int = 0
 
 
 def gradient_rows(recipe: Recipe, depths: Depths, towers: Sequence[Tower] = ()) -> list[GradientRow]:
     """Every gradient of a recipe along every stack of layers, and in stacks of slices along every slice."""
-    runs: list[tuple[str, int | None, int]] = [
-        (stack, None, layers) for stack, layers in depths.stacks.items() if stack not in {t.name for t in towers}
+    stacked = {tower.name for tower in towers}
+    runs: list[tuple[str, int | None, int, int]] = [
+        (stack, None, 0, layers) for stack, layers in depths.stacks.items() if stack not in stacked
     ]
-    runs += [(tower.name, i, len(list(run))) for tower in towers for i, run in groupby(tower.slices)]
+    for tower in towers:
+        first = 0
+        for at, run in groupby(tower.slices):
+            many = len(list(run))
+            runs.append((tower.name, at, first, many))
+            first += many
     return [
         GradientRow(
-            name, whose, pattern, stack, tuple(gradient.at(Place("", (), depth)) for depth in along(layers)), at
+            name, whose, pattern, stack, tuple(gradient.at(Place("", (), depth)) for depth in along(layers)), first
         )
         for whose, parameters in _scopes(recipe)
         for name, value in parameters.items()
         for pattern, own, gradient in gradients_of(value)
-        for stack, at, layers in runs
+        for stack, at, first, layers in runs
         if own is None or at is None or own == at
     ]
 

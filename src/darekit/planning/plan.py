@@ -39,6 +39,7 @@ from darekit.planning.restacking import config_of
 from darekit.planning.settings import Settings, settings_of
 from darekit.planning.stack import Tower, stacked
 from darekit.planning.steps import steps_of
+from darekit.planning.templates import choose_template
 from darekit.planning.tokenizers import choose_tokenizer, named_source, rows_of
 from darekit.planning.tokens import OutputVocabulary, with_vocabulary
 from darekit.recipe import Recipe
@@ -101,6 +102,7 @@ class Plan:
         counters: name -> whose value each counter gets: a model's index, or -1, the base.
         towers: where each layer comes from, of stacks that slices made.
         config: of such a stack, before number format and vocabulary; None: as that of the model that gives it.
+        template: the chat template that the recipe asks for; None: the one that comes with the tokenizer.
     """
 
     recipe: Recipe
@@ -124,6 +126,7 @@ class Plan:
     others: tuple[Checkpoint, ...] = ()
     towers: tuple[Tower, ...] = ()
     config: Mapping[str, Any] | None = None
+    template: str | None = None
 
     def __repr__(self) -> str:
         sparsify = f"{self.recipe.sparsify.method} + " if self.recipe.sparsify else ""
@@ -307,11 +310,13 @@ def make_plan(
     rows, owner = rows_of(alignment.sizes, base, models), vocabulary.owner if vocabulary else None
     choice = choose_tokenizer(recipe, base, models, rows, owner)
     travel = travel_of(recipe, base, models, choice, vocabulary.files if vocabulary else None)
-    notes += [*config_notes(base, models, travel.config, restacked=bool(recipe.slices)), *travel.notes]
+    template = choose_template(recipe.chat_template, (base, *models) if base else models, travel.tokenizer, vocabulary)
+    notes += config_notes(base, models, travel.config, restacked=bool(recipe.slices))
+    notes += [*travel.notes, *template.notes]
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
         rates, settings, depths, travel, draft.statistics, roles, counters, vocabulary,
-        tuple((others or {}).values()), towers, config,
+        tuple((others or {}).values()), towers, config, template.template,
     )  # fmt: skip
 
 

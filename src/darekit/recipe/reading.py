@@ -14,10 +14,21 @@ from darekit.dtypes import DTYPES, FLOAT_DTYPES, dtype_from_torch_name
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.recipe import mergekit
 from darekit.recipe.data import ModelEntry, Recipe, Slice, Sparsify
-from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, override, shown, suggest
+from darekit.recipe.documents import (
+    Document,
+    Key,
+    did_you_mean,
+    fail,
+    open_data,
+    open_documents,
+    override,
+    shown,
+    suggest,
+)
 from darekit.recipe.entries import gather
 from darekit.recipe.names import find_model, same_model
 from darekit.recipe.parameters import block_at, read_seed
+from darekit.recipe.stages import read_stage, stages_of
 from darekit.recipe.tokens import TokensReader, read_chat_template
 from darekit.recipe.values import AUTO, BySlice, Value, is_glob, scalars_of
 from darekit.recipe.words import AUTOMATIC, Words, check_names
@@ -29,6 +40,7 @@ def read_recipe(
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
     lenient: bool = False,
+    stage: str | None = None,
 ) -> Recipe:
     """Read a recipe strictly from a YAML file or from data, translate it into native words, and check every name.
 
@@ -37,6 +49,7 @@ def read_recipe(
         settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`; an empty value removes a key.
         seed: replaces `sparsify.seed`.
         lenient: warn of keys that are not known and of settings without effect, instead of refusing the recipe.
+        stage: of a recipe of several stages (documents with a `name:`), which one; the last if not given.
 
     Returns:
         The recipe, inert: no model is opened.
@@ -57,11 +70,22 @@ def read_recipe(
         Traceback (most recent call last):
         darekit.errors.RecipeError: ...
     """
-    document = open_data(source) if isinstance(source, Mapping) else open_file(Path(source))
-    document = override(document, settings or {}, seed)
+    search = (Path(source).resolve().parent,) if isinstance(source, str | Path) else ()
+    named, last = stages_of([open_data(source)] if isinstance(source, Mapping) else open_documents(Path(source)))
+    chosen = last if stage is None else named.get(stage)
+
+    def read(document: Document) -> Recipe:
+        if document is chosen:
+            document = override(document, settings or {}, seed)
+        return _read(document, search, lenient=lenient)
+
+    return read_stage(named, last, stage, read)
+
+
+def _read(document: Document, search: Sequence[Path], *, lenient: bool) -> Recipe:
+    """One document, which knows no other."""
     document = _spell_out(document)
     document, words, ignored = check_names(document, lenient=lenient)
-    search = (Path(source).resolve().parent,) if isinstance(source, str | Path) else ()
     found = gather(document, words, search)
     notes, shared = [*ignored, *found.notes], found.shared
     models = [(entry.path, entry.name, entry.own) for entry in found.entries]
@@ -299,6 +323,17 @@ def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key]) -> No
         _check_density(document, (*path, "parameters", "density"), entry.parameters)
 
 
+def _to_stack(recipe: Recipe, count: int) -> str:
+    """What to write where several models are to be stacked."""
+    if recipe.merge_method != "passthrough" or count < 2:
+        return ""
+    if recipe.slices:
+        return "; a slice is merged by the recipe's one method: to stack layers, each source is a slice of its own"
+    return (
+        "; to stack their layers, make each a slice: `slices: [{sources: [{model: name, layer_range: [0, 8]}]}, ...]`"
+    )
+
+
 def _check_number(document: Document, recipe: Recipe) -> None:
     """As many models as the method takes, in every slice, and the parameters that it must have."""
     method = MERGE_METHODS[recipe.merge_method]
@@ -318,7 +353,7 @@ def _check_number(document: Document, recipe: Recipe) -> None:
             besides = f" besides {base}" if base else " and no base_model" if method.needs_base else ""
             fail(
                 document, ("slices", i) if recipe.slices else ("models",),
-                f"{recipe.merge_method} takes {wanted}{either}, found {count}{besides}",
+                f"{recipe.merge_method} takes {wanted}{either}, found {count}{besides}{_to_stack(recipe, count)}",
             )  # fmt: skip
     for parameter in method.parameters.values():
         if parameter.default is None and parameter.name not in recipe.parameters:
