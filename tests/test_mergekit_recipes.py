@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from darekit.errors import RecipeError
 from darekit.recipe import Filtered, Filters, Gradient, Recipe, Sparsify, read_recipe
-from darekit.recipe.mergekit import LATER_METHODS, PRODUCTS, complement
+from darekit.recipe.mergekit import PRODUCTS, complement
 
 DARE_TIES = """\
     models:
@@ -305,11 +305,6 @@ def test_a_sparsify_block_with_a_product(method):
                 "sparsify": {"method": "dare", "drop_rate": 0.9},
             }
         )
-
-
-@pytest.mark.parametrize("method", LATER_METHODS)
-def test_later_methods(method):
-    assert f"{method} comes in a later version" in refused(method, {})
 
 
 def test_near_misses():

@@ -122,7 +122,7 @@ class Unknown:
 
 def _ignored(one: Unknown, words: Words) -> str | None:
     """The note for a key that mergekit's recipes may have there without effect."""
-    if words.sparsify is not None:
+    if words.sparsify is not None or words.method not in mergekit.METHODS:
         return None
     entry = words.merge_method or MERGE_METHODS[mergekit.PRODUCTS[words.method].merge]
     return why_ignored(one.path, words.method, entry, inside=one.inside)
@@ -217,8 +217,6 @@ def _read_method(document: Document) -> str:
     known = (*MERGE_METHODS, *MERGE_ALIASES, *mergekit.PRODUCTS)
     if method in known:
         return MERGE_ALIASES.get(method, method)
-    if method in mergekit.LATER_METHODS:
-        fail(document, ("merge_method",), f"{method} comes in a later version of darekit; now: {', '.join(known)}")
     hint = suggest(method, known, "known")
     if method in SPARSIFIERS:
         hint = f": {method} is a sparsifier, write `sparsify: {{method: {method}, ...}}`; here: {', '.join(known)}"
