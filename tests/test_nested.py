@@ -150,11 +150,19 @@ def test_one_is_written_by_its_name(tmp_path, dare):
     assert missing.code and "no stage is named 'b'; known: a" in missing.err
 
 
+def test_the_one_without_a_name_is_written_wherever_it_stands(tmp_path):
+    stage, final = "name: a\nmodels: [m0, m1]\nmerge_method: linear\n", "models: [a, m1]\nmerge_method: linear\n"
+    for name, documents in (("behind", (stage, final)), ("before", (final, stage))):
+        (tmp_path / f"{name}.yaml").write_text("---\n".join(documents))
+        dk.merge(tmp_path / f"{name}.yaml", tmp_path / name, force=True, threads=1)
+    families.same(families.load(tmp_path / "behind"), families.load(tmp_path / "before"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("models: [m0]\nmerge_method: linear\n---\nmodels: [m1]\nmerge_method: linear\n",
-         "document 1 of 2 has no name"),
+         "documents 1 and 2 of 2 have no name"),
         ("name: a\nmodels: [m0]\nmerge_method: linear\n---\nname: a\nmodels: [m1]\nmerge_method: linear\n",
          "line 5: name 'a' is the name of an earlier document"),
         ("name: a\nmodels: [b]\nmerge_method: linear\n---\nname: b\nmodels: [a]\nmerge_method: linear\n",

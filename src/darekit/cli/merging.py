@@ -47,7 +47,10 @@ def merge(
     ] = False,
     stage: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Of a recipe of several documents, the one to write; default: the last."),
+        typer.Option(
+            metavar="NAME",
+            help="Of a recipe of several documents, the one to write; default: the one without a name, or the last.",
+        ),
     ] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,

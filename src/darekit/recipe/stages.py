@@ -16,28 +16,33 @@ STAGES = "stages"
 
 
 def stages_of(documents: Sequence[Document]) -> tuple[dict[str, Document], Document]:
-    """The documents of a file, or the only one with its `stages:` -> the named ones, and the last.
+    """The documents of a file, or the only one with its `stages:` -> the named ones, and the one that is meant.
+
+    That is the one without a name, wherever it stands, as in mergekit-multi; the last where all have names.
 
     Raises:
-        RecipeError: two of one name; a document without a name before the last.
+        RecipeError: two of one name; two without any.
     """
     if len(documents) == 1:
         (document,) = documents
         return _from_data(document)
     named: dict[str, Document] = {}
+    nameless = [i for i, document in enumerate(documents) if document.data.get("name") is None]
+    if len(nameless) > 1:
+        raise RecipeError(
+            f"{documents[0].name}: documents {nameless[0] + 1} and {nameless[1] + 1} of {len(documents)} have no name; "
+            "only the one that is written can do without: give the other a `name:`"
+        )
+    meant = nameless[0] if nameless else len(documents) - 1
     for i, document in enumerate(documents):
         name = document.data.get("name")
-        if name is None and i < len(documents) - 1:
-            raise RecipeError(
-                f"{document.name}: document {i + 1} of {len(documents)} has no name, so nothing can use it: give it a "
-                "`name:`, or put it last"
-            )
         if name is not None and str(name) in named:
             fail(document, ("name",), f" {shown(name)} is the name of an earlier document, too")
         rest = replace(document, data={key: value for key, value in document.data.items() if key != "name"})
         if name is not None:
             named[str(name)] = rest
-        last = rest
+        if i == meant:
+            last = rest
     return named, last
 
 
