@@ -19,6 +19,7 @@ Every message says what was found, what was expected, where, and what to do abou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -35,7 +36,14 @@ class DarekitError(Exception):
 
 
 class RecipeError(DarekitError):
-    """A recipe that cannot mean anything: the message names file, line and key."""
+    """A recipe that cannot mean anything: the message names file, line and key.
+
+    `keys`: the paths of the keys that are wrong; none where it is not a key that is.
+    """
+
+    def __init__(self, message: str, keys: Sequence[tuple[str | int, ...]] = ()) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
 
 
 class CheckpointError(DarekitError):

@@ -57,11 +57,24 @@ def read_recipe(
         Traceback (most recent call last):
         darekit.errors.RecipeError: ...
     """
+    return read_document(open_recipe(source, settings, seed), search_path(source), lenient=lenient)
+
+
+def open_recipe(source: str | Path | Mapping[str, Any], settings: Mapping[str, Any] | None, seed: int | None) -> Document:
+    """A YAML file or data, with overrides -> its document, whose keys nobody has looked at yet; errors as above."""
     document = open_data(source) if isinstance(source, Mapping) else open_file(Path(source))
-    document = override(document, settings or {}, seed)
+    return override(document, settings or {}, seed)
+
+
+def search_path(source: object) -> tuple[Path, ...]:
+    """Where a recipe's relative paths are looked up after the working directory: the recipe's own folder."""
+    return (Path(source).resolve().parent,) if isinstance(source, str | Path) else ()
+
+
+def read_document(document: Document, search: Sequence[Path], *, lenient: bool = False) -> Recipe:
+    """A document -> the recipe; errors as `read_recipe`. `search`: where relative names are looked up."""
     document = _spell_out(document)
     document, words, ignored = check_names(document, lenient=lenient)
-    search = (Path(source).resolve().parent,) if isinstance(source, str | Path) else ()
     found = gather(document, words, search)
     notes, shared = [*ignored, *found.notes], found.shared
     models = [(entry.path, entry.name, entry.own) for entry in found.entries]
