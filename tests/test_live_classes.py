@@ -5,9 +5,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import darekit as dk
+from darekit.architectures.families import facts_of
+from darekit.architectures.layout import Unplaced, places_of
 from darekit.errors import HomologyError
 from darekit.live import loading
 from darekit.live.models import build, open_live
+from darekit.packs import weights
 from darekit.planning.opening import open_plan
 from darekit.recipe import read_recipe
 
@@ -20,6 +23,7 @@ FAST = (
     "ViTForImageClassification",  # renamed, no text
     "Gemma3ForConditionalGeneration",  # another prefix, tied
     "T5ForConditionalGeneration",  # tied three times
+    "GteForMaskedLM",  # cut in memory
 )
 CLASSES = [name if name in FAST else pytest.param(name, marks=pytest.mark.check) for name in tiny.SIZES]
 
@@ -103,6 +107,23 @@ def test_a_conversion_that_does_not_fit_says_which(tmp_path):
     says = r"cannot make model\.layers\.1\.mlp\.experts\.gate_up_proj of"
     with pytest.raises(HomologyError, match=says), open_live(tmp_path / "m1", device="cpu"):
         pass
+
+
+def test_what_is_permuted_in_memory_is_no_part_of_it():
+    name = "vision_tower.encoder.blocks.0.wqkv.bias"
+    facts = facts_of({"architectures": ["Kimi_K25ForConditionalGeneration"]})
+    target = facts.conversion(name).target
+    live = {target.replace("q_proj", part): (8,) for part in ("q_proj", "k_proj", "v_proj")}
+    (found,) = places_of({name: (24,)}, live, facts).values()
+    assert isinstance(found, Unplaced) and "PermuteForRope" in found.why
+
+
+def test_a_pack_of_what_is_permuted_is_refused(tmp_path, monkeypatch):
+    cls = tiny.family(tmp_path, "Qwen3MoeForCausalLM", k=1)
+    model = cls.from_pretrained(tmp_path / "base")
+    monkeypatch.setattr(weights, "places_of", lambda stored, *_: dict.fromkeys(stored, Unplaced("it is turned round")))
+    with pytest.raises(HomologyError, match="cannot be changed in place in this model: it is turned round"):
+        dk.Switcher(model, tmp_path / "base")
 
 
 @pytest.mark.parametrize("name", CLASSES)

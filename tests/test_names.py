@@ -270,6 +270,13 @@ def test_equality_reads_all_bytes():
     assert not are_equal(infos[0], TensorInfo("x", "I8", long.shape, ArrayBytes(long)))
 
 
+def test_arrays_of_a_tied_base_and_untied_models():
+    base = made(QWEN)
+    own = families.tuned(np.random.default_rng(1), base) | {"lm_head.weight": np.ones((TOKENS, H), np.float32)}
+    found = dk.merge_tensors(base, [own], method="linear")
+    families.same(found, own)
+
+
 # --- names
 
 
@@ -292,6 +299,8 @@ NAMINGS = {
     "both": "module._orig_mod.{}".format,
     "inside": checkpointed,
     "adapters": adapted,
+    "an attribute": "model.{}".format,
+    "a wrapped attribute": "module.student.{}".format,
 }
 
 

@@ -18,7 +18,7 @@ from darekit.errors import OutputError
 from darekit.output.card import agreed_license, front_matter, model_card, public_name
 from darekit.output.companions import write_companions
 from darekit.output.config import merged_config, with_ids
-from darekit.output.tokenizer import TemplateChoice, write_chat_template
+from darekit.output.tokenizer import write_chat_template
 from darekit.planning.companions import companion_files, model_files, tokenizer_files
 
 BF16, F32 = DTYPES["BF16"], DTYPES["F32"]
@@ -238,7 +238,7 @@ def test_a_written_template_is_loaded_by_transformers(tmp_path, tokenizer_direct
             tmp_path,
             config={"model_type": "llama"},
             files=companion_files(companions_in(tokenizer_directory)),
-            chat_template=TemplateChoice(TEMPLATE, "wizard", "said"),
+            chat_template=TEMPLATE,
             recipe_text="",
             card=lambda: "",
         )
@@ -361,14 +361,13 @@ def test_a_failing_courtesy_is_a_warning(tmp_path):
         tmp_path,
         config={},
         files={"tokenizer.json": tmp_path / "nowhere" / "tokenizer.json", "config.json/x": b"x"},
-        chat_template=TemplateChoice("T", "x", warnings=("choose",)),
+        chat_template="T",
         recipe_text="\ud800",  # cannot be encoded
         card=card,
     )
     assert [warning.split(":")[0] for warning in warnings] == [
         f"could not copy {tmp_path / 'nowhere' / 'tokenizer.json'}",
         "could not write config.json/x",
-        "choose",
         "could not write the chat template",
         "could not write darekit_recipe.yaml",
         "could not write the model card",

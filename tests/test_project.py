@@ -33,7 +33,8 @@ def test_all_is_exactly_what_shows():
     tree = ast.parse(Path(darekit.__file__).read_text(encoding="utf-8"))
     (typed,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     imported = [alias.asname or alias.name for node in typed.body for alias in node.names]
-    assert sorted(imported) == sorted(darekit._LAZY) == darekit.__all__
+    assert sorted(set(imported) - set(darekit._MODULES)) == sorted(darekit._LAZY) == darekit.__all__
+    assert set(darekit._MODULES) <= set(imported)
     for name in darekit.__all__:
         assert not name.startswith("_")
         assert getattr(darekit, name).__module__.startswith("darekit"), name

@@ -18,7 +18,8 @@ tiny = pytest.importorskip("tiny")
 
 TASKS = {
     "BertForMaskedLM": "masked", "RobertaForMaskedLM": "masked", "AlbertForMaskedLM": "masked",
-    "DistilBertForMaskedLM": "masked", "ElectraForMaskedLM": "masked", "BertLMHeadModel": "masked",
+    "DistilBertForMaskedLM": "masked", "ElectraForMaskedLM": "masked", "GteForMaskedLM": "masked",
+    "BertLMHeadModel": "masked",
     "BertForSequenceClassification": "classifier", "LlamaForSequenceClassification": "regressor",
     "BartForSequenceClassification": "classifier", "T5ForConditionalGeneration": "encoder-decoder",
     "BartForConditionalGeneration": "encoder-decoder", "MBartForConditionalGeneration": "encoder-decoder",
@@ -177,7 +178,7 @@ REFUSED = [
     ("T5ForConditionalGeneration", {"text": "w3 w4 w5"}, "is an encoder-decoder: it needs"),
     ("BertModel", {"text": "w3 w4 w5"}, "is a model without a head"),
     ("ViTForImageClassification", {"text": "w3", "label": 1}, "is a model of images"),
-    ("WhisperForConditionalGeneration", {"prompt": "w3", "completion": "w4"}, "is a model of sound"),
+    ("WhisperForConditionalGeneration", {"prompt": "w3", "completion": "w4"}, "is an encoder-decoder of speech"),
     ("LlamaForSequenceClassification", {"text": "w3 w4"}, "is a regressor: it needs"),
 ]
 

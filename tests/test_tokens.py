@@ -166,6 +166,18 @@ def test_a_models_tokens(three):
     np.testing.assert_allclose(found[EMBED][11:], [m1[EMBED][11], x], rtol=0, atol=1e-7)
 
 
+def test_ids_of_special_tokens_are_the_owners(three):
+    path, *_ = three
+    for name, ids in (("base", 2), ("m0", 2), ("m1", [2, 11])):
+        config = json.loads((path / name / "config.json").read_text())
+        (path / name / "config.json").write_text(json.dumps(config | {"eos_token_id": ids, "pad_token_id": 0}))
+        (path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    for source, ids in (("union", 2), ("base", 2), (str(path / "m1"), [2, 11])):
+        _, _, config, _ = merged(path, tokenizer_source=source)
+        generation = json.loads((path / "out" / "generation_config.json").read_text())
+        assert config["eos_token_id"] == generation["eos_token_id"] == ids and config["pad_token_id"] == 0
+
+
 def test_without_a_base_the_first_model_comes_first(tmp_path):
     rng = np.random.default_rng(1)
     m0 = model(tmp_path / "m0", rng, added=["<x>"])

@@ -88,10 +88,12 @@ def test_a_union_tokenises_as_its_base_and_knows_all_added_tokens(tmp_path, kind
     one, _ = save(tmp_path / "m0", kind, ["<|im_start|>", "<|im_end|>"], rng, base)
     two, _ = save(tmp_path / "m1", kind, ["<|tool|>", "<|im_start|>"], rng, base)
     recipe = families.recipe(tmp_path, k=2, tokenizer_source="union", chat_template="chatml")
-    dk.merge(recipe, tmp_path / "out")
+    said = dk.merge(recipe, tmp_path / "out").notes
     new = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     n = len(old)
     assert len(new) == n + 3
+    stops = [note for note in said if note.startswith("the chat template chatml ends turns")]
+    assert len(stops) == 1 and f"<|im_end|> ({n + 1}), which is not among the ids that stop generation (2," in stops[0]
     for text in TEXTS[:4]:
         assert new(text).input_ids == old(text).input_ids
         assert new.decode(new(text).input_ids) == old.decode(old(text).input_ids)
@@ -171,9 +173,8 @@ def test_templates_of_a_recipe(tmp_path):
         dk.merge(families.recipe(tmp_path, chat_template=asked), tmp_path / "out", overwrite=True)
         found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
         assert found.rstrip() == expected.rstrip()
-    said = []
-    dk.merge(families.recipe(tmp_path, chat_template="chatml"), tmp_path / "out", overwrite=True, say=said.append)
-    assert any("WARNING: the chat template chatml writes <|im_start|>, <|im_end|>" in note for note in said)
+    with dk.plan(families.recipe(tmp_path, chat_template="chatml")) as plan:
+        assert any("WARNING: the chat template chatml writes <|im_start|>, <|im_end|>" in note for note in plan.notes)
 
 
 def test_a_sentencepiece_model_alone(tmp_path):

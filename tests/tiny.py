@@ -109,6 +109,7 @@ SIZES = {
     "DistilBertForMaskedLM": {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2},
     "ElectraForMaskedLM": {**ENCODER, "embedding_size": 16},
     "DebertaV2ForTokenClassification": ENCODER,
+    "GteForMaskedLM": ENCODER,  # stores queries, keys and values as one
     "XLNetLMHeadModel": {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48},
     "T5ForConditionalGeneration": T5,
     "MT5ForConditionalGeneration": {**T5, "tie_word_embeddings": False},

@@ -121,7 +121,8 @@ def merge_tensors(
         merged, sinks = {}, []
         for shard in plan.shards:  # shard_size=1: one tensor each
             (place,) = shard.placements
-            array, raw = _empty(template[place.name], DTYPES[place.dtype], place.shape)
+            like = next(tensors[place.name] for tensors in (template, *models) if place.name in tensors)
+            array, raw = _empty(like, DTYPES[place.dtype], place.shape)
             merged[place.name] = array
             sinks.append(_ArraySink(raw, place.offset))
         execution.run(
@@ -132,7 +133,7 @@ def merge_tensors(
             tile=tile,
             allow_nonfinite=allow_nonfinite,
         )
-        return {name: merged[name] for name in template if name in merged}
+        return {name: merged[name] for name in (*template, *merged) if name in merged}
     finally:
         for closing in known:
             closing.close()

@@ -296,6 +296,19 @@ class Facts:
         """The same as `relative`, of one stored name of many."""
         return self._relative(self.canonicals((name,))[name])
 
+    def has_part(self, key: str) -> bool:
+        """Whether a name without the prefix of the base model begins like one of the family's.
+
+        >>> bert = facts_of({"architectures": ["BertForMaskedLM"]})
+        >>> bert.has_part("pooler.dense.bias"), bert.has_part("classifier.bias"), bert.has_part("model.bert.x")
+        (True, True, False)
+        """
+        return key.partition(".")[0] in self._firsts
+
+    @cached_property
+    def _firsts(self) -> frozenset[str]:
+        return frozenset(name.partition(".")[0] for name in (*self.parts, *self.heads, *self.other_heads))
+
     def without_prefix(self, name: str) -> str:
         """A name in memory without the prefix of the base model.
 

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template's text, and the tokens that it writes: each must be one token, or a model never sees its turns."""
+    """A template's text, and the tokens that it writes: each must be one token, or a model never sees its turns.
+
+    `end`: the one of them that ends an answer; None: the tokenizer's own end.
+    """
 
     text: str
     tokens: tuple[str, ...] = ()
+    end: str | None = None
 
 
 _CHATML = """\
@@ -84,8 +88,8 @@ _EXAONE = """\
 
 CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     "alpaca": ChatTemplate(_ALPACA),
-    "chatml": ChatTemplate(_CHATML, ("<|im_start|>", "<|im_end|>")),
-    "exaone": ChatTemplate(_EXAONE, ("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]")),
-    "llama3": ChatTemplate(_LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "chatml": ChatTemplate(_CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+    "exaone": ChatTemplate(_EXAONE, ("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"), "[|endofturn|]"),
+    "llama3": ChatTemplate(_LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
     "mistral": ChatTemplate(_MISTRAL),
 }

@@ -19,6 +19,7 @@ from darekit.checkpoints import companions
 from darekit.checkpoints.checkpoint import Checkpoint
 from darekit.checkpoints.companions import Companions, content_of
 from darekit.checkpoints.vocabularies import Json, pieces_of, ranks_of, tekken_of, vocabulary_of_lines
+from darekit.machine import without_collector
 
 CONFIG = "tokenizer_config.json"
 LEGACY = "special_tokens_map.json"
@@ -165,20 +166,34 @@ def difference(one: Tokenizer, other: Tokenizer) -> Difference:
 
 def compare(one: Companions, other: Companions) -> Difference:
     """In what the tokenizers among two models' files differ, read in a form that both have; those without a tokenizer
-    differ in nothing. Files of equal bytes are not even parsed, and what was parsed once is remembered in short."""
-    if files_digest(one) == files_digest(other):
+    differ in nothing. Vocabularies of equal bytes are not even parsed, and what was found is remembered."""
+    first, second = files_digest(one), files_digest(other)
+    if first is None or second is None or first == second:
         return Difference()
-    forms = [form for form in forms_of(one) if form in forms_of(other)]
+    return _compared(_Files(one, first), _Files(other, second))
+
+
+@lru_cache(maxsize=64)
+def _compared(one: _Files, other: _Files) -> Difference:
+    if _core_digest(one.beside) == _core_digest(other.beside):  # saved again, perhaps with another template
+        return _difference(_shell(one.beside), _shell(other.beside), tuple)
+    forms = [form for form in forms_of(one.beside) if form in forms_of(other.beside)]
     form = forms[0] if forms else None
-    a, b = summary_of(one, form), summary_of(other, form)
-    if a is None or b is None:
-        return Difference()
+    a, b = read_tokenizer(one.beside, form), read_tokenizer(other.beside, form)
+    return Difference() if a is None or b is None else difference(a, b)
 
-    def apart() -> tuple[str, ...]:
-        first, second = read_tokenizer(one, form), read_tokenizer(other, form)
-        return tokens_apart(first, second) if first and second else ()
 
-    return _difference(a, b, apart)
+def _core_digest(beside: Companions) -> str:
+    """Of the bytes that make a vocabulary, and of the tokens that tokenizer_config.json adds to it."""
+    core = [name for name in companions.matching(beside, companions.TOKENIZER) if name not in (CONFIG, LEGACY)]
+    added = read_json(beside, CONFIG).get("added_tokens_decoder")
+    return _digest([files_digest({name: beside[name] for name in core}), added])
+
+
+def _shell(beside: Companions) -> Summary:
+    """All but the vocabulary."""
+    config = read_json(beside, CONFIG)
+    return Summary("", 0, "", "", _roles(beside, config), chat_templates(beside), _behaviour(config))
 
 
 def tokens_apart(one: Tokenizer, other: Tokenizer) -> tuple[str, ...]:
@@ -222,14 +237,15 @@ def read_tokenizer(beside: Companions, form: str | None = None) -> Tokenizer | N
         return None
     chosen = form if form in forms else forms[0]
     try:
-        read = FORMS[chosen][1](beside)
+        with without_collector():
+            read = FORMS[chosen][1](beside)
         fault = None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RecursionError) as error:
         read, fault = _Read({}, {"files": files_digest(beside) or ""}), f"{type(error).__name__}: {error}"
     config = read_json(beside, CONFIG)
     added = _added_tokens(beside, config, read)
     vocabulary = {**read.vocabulary, **{token.content: token.id for token in added}}
-    parts = dict(read.parts) | {key: str(config[key]) for key in BEHAVIOUR if isinstance(config.get(key), bool)}
+    parts = dict(read.parts) | _behaviour(config)
     return Tokenizer(chosen, vocabulary, added, _roles(beside, config), chat_templates(beside), parts, fault)
 
 
@@ -330,7 +346,7 @@ def _fast(beside: Companions) -> _Read:
     parts = {name: _digest(_said(document.get(name))) for name in PARTS}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()]
     scores = [score for _, score in found] if isinstance(found, list) else []
-    parts["merges"] = _digest(merges)
+    parts["merges"] = _digest("\n".join(merges))
     # Files of old versions name no type, and spell out no default.
     rest = {key: value for key, value in model.items() if key not in ("vocab", "merges", "type")}
     parts["model"] = _digest([_said(rest), scores])
@@ -413,6 +429,15 @@ def _roles(beside: Companions, config: Mapping[str, Any]) -> dict[str, str]:
     # Where the config lists added tokens it was written after the map had gone out of use.
     legacy = {} if "added_tokens_decoder" in config else read_json(beside, LEGACY)
     return dict(_named({**legacy, **{k: v for k, v in config.items() if v is not None}}))
+
+
+def special_tokens(beside: Companions) -> dict[str, str]:
+    """Special tokens by role, as far as the files of a tokenizer name them."""
+    return _roles(beside, read_json(beside, CONFIG))
+
+
+def _behaviour(config: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(config[key]) for key in BEHAVIOUR if isinstance(config.get(key), bool)}
 
 
 def _named(entries: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

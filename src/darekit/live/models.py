@@ -90,9 +90,9 @@ class LiveModel:
             if type(error).__module__.startswith("darekit") or memory_is_out(error):
                 raise
             said = next((line for line in str(error).splitlines() if line.strip()), "no further details")
+            who, given = type(self.model).__name__, ", ".join(inputs)
             raise DataError(
-                f"{self.kind}, and cannot be run on {', '.join(inputs)} alone ({type(error).__name__}: {said[:200]}); "
-                f"use {FUNCTION}"
+                f"{who} cannot be run on {given} alone ({said[:200]}). What can judge it is {FUNCTION}"
             ) from error
 
     def tensors(self, names: Iterable[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from darekit.errors import DataError
 from darekit.live.data import Row
@@ -21,14 +22,14 @@ def refuse_unreadable(live: LiveModel, rows: Sequence[Row]) -> None:
     Raises:
         DataError: either.
     """
-    if getattr(live.model, "main_input_name", "input_ids") != "input_ids" and live.task != "causal":
+    if live.task == OTHER and getattr(live.model, "main_input_name", "input_ids") != "input_ids":
         raise DataError(f"{live.kind}, so it cannot read rows of text")
     if live.task == SEQ2SEQ:
         bare = next((row for row in rows if row.completion is None), None)
         if bare is not None:
             raise DataError(f"{bare.place} has no completion, but {live.kind}: {rows_of(live.model)}")
     elif live.task == OTHER and getattr(live.model.config, "is_encoder_decoder", False):
-        raise DataError(f"{live.kind} with an encoder and a decoder: {rows_of(live.model)}")
+        raise DataError(f"{live.kind}, so rows of text do not say what its decoder begins with")
 
 
 def refuse_foresight(live: LiveModel) -> None:
@@ -46,10 +47,13 @@ def refuse_foresight(live: LiveModel) -> None:
         return
     texts = (torch.tensor([[*SAMPLE[:-1], last]], device=live.device) for last in (SAMPLE[-1], SAMPLE[-1] + 1))
     with torch.no_grad():
-        one, other = (live.run({"input_ids": ids}).logits[0, :-1].float() for ids in texts)
+        outputs: list[Any] = [getattr(live.run({"input_ids": ids}), "logits", None) for ids in texts]
+    if any(logits is None for logits in outputs):
+        raise DataError(f"{type(live.model).__name__} gives no logits of text. What can judge it is {FUNCTION}")
+    one, other = (logits[0, :-1].float() for logits in outputs)
     limit = max(FORESIGHT, ROUNDING * torch.finfo(live.model.dtype).eps)
     if float((one - other).abs().max()) > limit * float(one.std()):
         raise DataError(
             f"{type(live.model).__name__} predicts a token from what comes after it as well, so a loss or a perplexity "
-            f"of text would say nothing; use {FUNCTION}"
+            f"of text would say nothing. What can judge it is {FUNCTION}"
         )

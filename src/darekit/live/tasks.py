@@ -17,8 +17,8 @@ FUNCTION = "a function of your own, which gets the live model (--judge FILE.py:F
 _INPUTS: Mapping[str, str] = {
     "pixel_values": "images",
     "pixel_values_videos": "videos",
-    "input_values": "sound",
-    "input_features": "sound",
+    "input_values": "speech and other sound",
+    "input_features": "speech and other sound",
     "past_values": "series of numbers",
 }
 
@@ -80,6 +80,8 @@ def kind_of(model: Any) -> str:
             what = "is a masked language model"
         case "classifier" | "regressor" as task:
             what = f"is a {task}"
+        case _ if getattr(model.config, "is_encoder_decoder", False):
+            what = f"is an encoder-decoder of {_INPUTS.get(first, 'another kind than text to text')}"
         case _ if first != "input_ids":
             what = f"is a model of {_INPUTS.get(first, first)}"
         case _ if _is_bare(name):
@@ -101,7 +103,7 @@ def rows_of(model: Any) -> str:
 
     >>> from transformers import BertConfig, BertModel
     >>> rows_of(BertModel(BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1)))[:46]
-    'no rows can judge it; use a function of your o'
+    'no rows can judge it, but a function of your o'
     """
     match task_of(model):
         case "causal":
@@ -113,7 +115,7 @@ def rows_of(model: Any) -> str:
         case "masked":
             return (
                 "it sees every token that it would have to predict, so that a loss or a perplexity of text would say "
-                f"nothing; use {FUNCTION}, or judge a classifier that was made of it by {LABELS}"
+                f"nothing. What can judge it is {FUNCTION}; of a classifier that was made of it, {LABELS}"
             )
         case _:
-            return f"no rows can judge it; use {FUNCTION}"
+            return f"no rows can judge it, but {FUNCTION}"

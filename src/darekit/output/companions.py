@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints.companions import CARD, CONFIG, Companions, Content
-from darekit.checkpoints.tokenizers import Tokenizer
 from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.errors import OutputError
 from darekit.output.config import merged_config, with_ids
-from darekit.output.templates import asked_template
-from darekit.output.tokenizer import TemplateChoice, write_chat_template
+from darekit.output.tokenizer import write_chat_template
 from darekit.planning.plan import Plan
-from darekit.wording import label
 
 RECIPE_NAME = "darekit_recipe.yaml"
 
@@ -31,7 +28,7 @@ def write_companions(
     *,
     config: Mapping[str, Any] | None,
     files: Companions,
-    chat_template: TemplateChoice | None = None,
+    chat_template: str | None = None,
     recipe_text: str,
     card: Callable[[], str],
 ) -> list[str]:
@@ -60,9 +57,7 @@ def write_companions(
         what = f"could not write {name}" if isinstance(content, bytes) else f"could not copy {content}"
         _try(warnings, what, _whole, directory / name, partial(_copy, content))
     if chat_template is not None:
-        warnings.extend(chat_template.warnings)
-        if chat_template.template is not None:
-            _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template.template)
+        _try(warnings, "could not write the chat template", write_chat_template, directory, chat_template)
     texts = ((RECIPE_NAME, RECIPE_NAME, lambda: recipe_text), ("the model card", CARD, card))
     for what, name, text in texts:
         _try(warnings, f"could not write {what}", _whole, directory / name, partial(_write, text))
@@ -116,7 +111,7 @@ class OutputCompanions:
 
     config: dict[str, Any] | None
     files: Companions
-    chat_template: TemplateChoice | None = None
+    chat_template: str | None = None
 
 
 def companions_of(plan: Plan) -> OutputCompanions:
@@ -132,17 +127,4 @@ def companions_of(plan: Plan) -> OutputCompanions:
         )
         if travel.tokenizer is not travel.config:
             config = with_ids(config, travel.tokenizer.config)
-    return OutputCompanions(config, travel.files, _template_of(plan))
-
-
-def _template_of(plan: Plan) -> TemplateChoice | None:
-    """The chat template that the recipe asks for; None: the one that is among the tokenizer's files."""
-    if plan.recipe.chat_template is None:
-        return None
-    named = [(label(one.ref), one.companions) for one in plan.checkpoints]
-    added = None
-    if plan.vocabulary is not None:
-        added = [token.content for token in plan.vocabulary.joined.added]
-    elif (found := Tokenizer.of(plan.travel.tokenizer)) is not None:
-        added = [token.content for token in found.added]
-    return asked_template(plan.recipe.chat_template, named, added)
+    return OutputCompanions(config, travel.files, plan.template)

@@ -234,7 +234,7 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
             title=title,
         )
 
-    warnings = write_companions(
+    return write_companions(
         directory,
         config=found.config,
         files=found.files,
@@ -242,4 +242,3 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
         recipe_text=recipe.text,
         card=card,
     )
-    return ([found.chat_template.note] if found.chat_template and found.chat_template.note else []) + warnings

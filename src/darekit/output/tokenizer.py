@@ -4,25 +4,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-
-
-@dataclass(frozen=True)
-class TemplateChoice:
-    """The chat template that a recipe asks for.
-
-    Attributes:
-        template: its text; None where there is none.
-        source: whose it is: a model's name, that of the template, or "the recipe".
-        note: what was decided, where that is not what one would expect.
-        warnings: what the user should decide.
-    """
-
-    template: str | None = None
-    source: str | None = None
-    note: str | None = None
-    warnings: tuple[str, ...] = ()
 
 
 def write_chat_template(directory: Path, template: str) -> None:

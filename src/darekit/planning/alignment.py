@@ -130,7 +130,7 @@ def align(
     tensors = []
 
     def add(key: str, info: TensorInfo, found: Sequence[TensorInfo | None], **more: bool) -> None:
-        role, shape, axis = roles.of(info.name, info.shape), info.shape, rows.get(key)
+        role, shape, axis = roles.of(views[0].name_of(key, info), info.shape), info.shape, rows.get(key)
         if axis is not None:
             shape = (*shape[: axis[0]], axis[1], *shape[axis[0] + 1 :])
         own, others = (found[0], found[1:]) if base else (None, found)
@@ -175,7 +175,7 @@ def _take_heads(giver: View, views: Sequence[View], notes: list[str]) -> dict[st
     others = []
     for view in views:
         roles = Roles(view.facts)
-        own = {key: info for key, info in view.tensors.items() if roles.of(info.name, info.shape).is_head}
+        own = {key: info for key, info in view.tensors.items() if roles.of(view.name_of(key), info.shape).is_head}
         for key in own:
             del view.tensors[key]
         if view is giver:
@@ -200,7 +200,7 @@ def _leave_out_heads(views: Sequence[View], roles: Roles, notes: list[str]) -> N
         key: info
         for view in views
         for key, info in view.tensors.items()
-        if roles.of(info.name, info.shape).is_head
+        if roles.of(view.name_of(key), info.shape).is_head
     }  # fmt: skip
     unlike = []
     for key, info in heads.items():

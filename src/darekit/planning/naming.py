@@ -8,7 +8,7 @@ the stored model, and masks are drawn by the name that is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,6 +33,7 @@ class View:
         facts: what is known of it, or of the first checkpoint that something is known of.
         tensors: key -> tensor.
         keys: stored name -> key.
+        word: what was taken off the beginning of all names, beside what wrappers are known to put there.
         buffers: key -> tensor that every loader makes itself.
         names: key -> the name to write where it is not the stored one.
         copies: stored name of a tied copy -> the key of the tensor that it is.
@@ -42,6 +43,7 @@ class View:
     facts: Facts
     tensors: dict[str, TensorInfo]
     keys: Mapping[str, str]
+    word: str = ""
     buffers: dict[str, TensorInfo] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
@@ -106,8 +108,8 @@ def _same_names(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _view(checkpoint: Checkpoint, facts: Facts, prefixes: Sequence[str], like: View | None, notes: list[str]) -> View:
-    keys = like.keys if like else _keys(facts, checkpoint.tensors, prefixes)
-    view = View(checkpoint, facts, {}, keys)
+    keys, word = (like.keys, like.word) if like else _keys(facts, checkpoint.tensors, prefixes)
+    view = View(checkpoint, facts, {}, keys, word)
     rebuilt: dict[tuple[str, tuple[int, ...]], bool] = {}
     for name, info in checkpoint.tensors.items():
         key, at = keys[name], (facts.pattern(name), info.shape)
@@ -125,8 +127,23 @@ def _view(checkpoint: Checkpoint, facts: Facts, prefixes: Sequence[str], like: V
     return view
 
 
-def _keys(facts: Facts, names: Iterable[str], prefixes: Sequence[str]) -> dict[str, str]:
-    """Stored name -> key. A prefix that only other checkpoints' classes have counts before a part of the base model."""
+def _keys(facts: Facts, names: Collection[str], prefixes: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Stored name -> key; and what was before all names, to make them so. Training frameworks keep the model as an
+    attribute (`model.`), and save it with that attribute's name: taken off where more names are the family's then."""
+    plain = _plain_keys(facts, names, prefixes)
+    word = next((unwrapped(name).partition(".")[0] for name in names), "") + "."
+    if not facts.is_known or not all(unwrapped(name).startswith(word) for name in names):
+        return plain, ""
+    short = {name: unwrapped(name).removeprefix(word) for name in names}
+    keys = _plain_keys(facts, short.values(), prefixes)
+    stripped = {name: keys[bare] for name, bare in short.items()}
+    if sum(map(facts.has_part, stripped.values())) > sum(map(facts.has_part, plain.values())):
+        return stripped, word
+    return plain, ""
+
+
+def _plain_keys(facts: Facts, names: Iterable[str], prefixes: Sequence[str]) -> dict[str, str]:
+    """A prefix that only other checkpoints' classes have counts before a part of the base model."""
     found = facts.canonicals(names)
     for prefix in prefixes:
         begin = f"{prefix}."
@@ -149,19 +166,19 @@ def _refuse_unequal(view: View, key: str, info: TensorInfo) -> None:
 
 
 def _unwrap(view: View, notes: list[str]) -> None:
-    """What wrappers put into names is not written."""
+    """What wrappers and frameworks put into names is not written."""
     found: dict[str, int] = {}
     wrapped: dict[str, tuple[str, ...]] = {}
     for key, info in (*view.tensors.items(), *view.buffers.items()):
         pattern = view.facts.pattern(info.name)
         if pattern not in wrapped:
-            wrapped[pattern] = wrappers_in(info.name)
+            wrapped[pattern] = (*wrappers_in(info.name), *([view.word] if view.word else ()))
         if wrapped[pattern]:
-            view.names[key] = unwrapped(info.name)
-            for word in wrapped[pattern]:
-                found[word] = found.get(word, 0) + 1
+            view.names[key] = unwrapped(info.name).removeprefix(view.word)
+            for one in wrapped[pattern]:
+                found[one] = found.get(one, 0) + 1
     if found:
-        words = ", ".join(f"{word!r} in {count} names" for word, count in found.items())
+        words = ", ".join(f"{one!r} in {count} names" for one, count in found.items())
         notes.append(f"{label(view.ref)} was saved with what a training wrapper puts into names ({words}): left out")
 
 

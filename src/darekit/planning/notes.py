@@ -13,6 +13,7 @@ from darekit.architectures.groups import ONE_TERM, is_kept_dense
 from darekit.checkpoints import Checkpoint, OutputTensor
 from darekit.dtypes import DTYPES
 from darekit.inputs.opening import packed_seed
+from darekit.planning.alignment import AlignedTensor
 from darekit.planning.draft import Draft
 from darekit.planning.rates import MOST
 from darekit.planning.stack import Tower
@@ -49,7 +50,7 @@ def notes_of(draft: Draft) -> Iterator[str]:
         (
             (settings.rate, tensor.name)
             for tensor, _, settings in draft.merged()
-            if settings.rate >= EMBEDDING_WARNING_RATE and tensor.group == "embeddings"
+            if settings.rate >= EMBEDDING_WARNING_RATE and _is_looked_up(tensor)
         ),
         default=(0.0, ""),
     )
@@ -58,6 +59,11 @@ def notes_of(draft: Draft) -> Iterator[str]:
             f"{name} is dropped at p = {rate:g}: noise does not average out for one-hot inputs; "
             "keep_dense: [embeddings, norms] usually costs little and preserves more"
         )
+
+
+def _is_looked_up(tensor: AlignedTensor) -> bool:
+    """Whether it is a table of which rows are used one at a time; a vision model's positions are added as a whole."""
+    return tensor.group == "embeddings" and len(tensor.shape) == 2
 
 
 def rate_notes(models: Sequence[Checkpoint], rates: Sequence[Mapping[str, float]]) -> Iterator[str]:

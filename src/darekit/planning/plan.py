@@ -40,6 +40,7 @@ from darekit.planning.restacking import config_of
 from darekit.planning.settings import Settings, settings_of
 from darekit.planning.stack import Tower, stacked
 from darekit.planning.steps import steps_of
+from darekit.planning.templates import TemplateChoice, choose_template
 from darekit.planning.tokenizers import choose_tokenizer, named_source, rows_of
 from darekit.planning.tokens import OutputVocabulary, with_vocabulary
 from darekit.recipe import Recipe
@@ -102,6 +103,7 @@ class Plan:
         counters: name -> whose value each counter gets: a model's index, or -1, the base.
         towers: where each layer comes from, of stacks that slices made.
         config: of such a stack, before number format and vocabulary; None: as that of the model that gives it.
+        template: the chat template that the recipe asks for; None: the one that comes with the tokenizer.
     """
 
     recipe: Recipe
@@ -125,6 +127,7 @@ class Plan:
     others: tuple[Checkpoint, ...] = ()
     towers: tuple[Tower, ...] = ()
     config: Mapping[str, Any] | None = None
+    template: str | None = None
 
     def __repr__(self) -> str:
         sparsify = f"{self.recipe.sparsify.method} + " if self.recipe.sparsify else ""
@@ -282,9 +285,10 @@ def make_plan(
         problems.attempt(lambda: _check_statistics(settled, models, own_digests, statistics, vocabulary))
     settings = problems.attempt(lambda: settings_of(settled, alignment.tensors, depths, roles)) or {}
     outputs = problems.attempt(lambda: outputs_of(alignment.tensors, recipe.dtype, facts, keep=recipe.keep_float32))
-    travel = problems.attempt(lambda: _travel_of(settled, base, models, alignment, vocabulary)) if matched else None
+    beside = problems.attempt(lambda: _beside(settled, base, models, alignment, vocabulary)) if matched else None
     problems.stop()
-    assert outputs is not None and travel is not None
+    assert outputs is not None and beside is not None
+    travel, template = beside
     recipe = settled
     seeds = _seeds(recipe, own_digests)
     counters = counters_of(alignment.tensors, roles, _idle(settings.values(), len(models)))
@@ -298,11 +302,12 @@ def make_plan(
     notes += rate_notes(models, rates)
     notes += wide_notes(recipe, outputs)
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
-    notes += [*config_notes(base, models, travel.config, restacked=bool(recipe.slices)), *travel.notes]
+    notes += config_notes(base, models, travel.config, restacked=bool(recipe.slices))
+    notes += [*travel.notes, *template.notes]
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
         rates, settings, depths, travel, draft.statistics, roles, counters, vocabulary,
-        tuple((others or {}).values()), given.towers, given.config,
+        tuple((others or {}).values()), given.towers, given.config, template.template,
     )  # fmt: skip
 
 
@@ -355,16 +360,19 @@ def _check_statistics(
     check_statistics(recipe, models, digests, statistics)
 
 
-def _travel_of(
+def _beside(
     recipe: Recipe,
     base: Checkpoint | None,
     models: Sequence[Checkpoint],
     alignment: Alignment,
     vocabulary: OutputVocabulary | None,
-) -> Travel:
+) -> tuple[Travel, TemplateChoice]:
+    """What goes beside the weights, and the chat template."""
     rows, owner = rows_of(alignment.sizes, base, models), vocabulary.owner if vocabulary else None
     choice = choose_tokenizer(recipe, base, models, rows, owner)
-    return travel_of(recipe, base, models, choice, vocabulary.files if vocabulary else None)
+    travel = travel_of(recipe, base, models, choice, vocabulary.files if vocabulary else None)
+    inputs = (base, *models) if base else models
+    return travel, choose_template(recipe.chat_template, inputs, travel.tokenizer, vocabulary)
 
 
 def _idle(settings: Iterable[Settings], models: int) -> list[bool]:

@@ -13,7 +13,15 @@ from typing import Any
 
 from darekit.architectures.families import TEXTS, VOCAB_KEYS
 from darekit.checkpoints import Checkpoint
-from darekit.checkpoints.tokenizers import Difference, compare, read_json, summary_of
+from darekit.checkpoints.tokenizers import (
+    Difference,
+    chat_templates,
+    compare,
+    forms_of,
+    read_json,
+    special_tokens,
+    summary_of,
+)
 from darekit.errors import PlanError
 from darekit.recipe import Recipe
 from darekit.wording import label
@@ -75,7 +83,7 @@ def rows_of(sizes: Mapping[str, int], base: Checkpoint | None, models: Sequence[
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether a tokenizer lies beside a checkpoint's weights."""
-    return summary_of(checkpoint.companions) is not None
+    return bool(forms_of(checkpoint.companions))
 
 
 def ids_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -235,13 +243,11 @@ def _difference(one: Checkpoint, other: Checkpoint) -> Difference:
 
 def _lacks(base: Checkpoint, lead: Checkpoint) -> Iterator[str]:
     """What a checkpoint has beside the tokenizer that the base has not."""
-    ours, theirs = summary_of(base.companions), summary_of(lead.companions)
-    if ours and theirs:
-        if theirs.templates and not ours.templates:
-            yield "it has no chat template"
-        missing = [role for role in theirs.roles if role not in ours.roles and role not in QUIET_ROLES]
-        if missing:
-            yield f"it names no {_and(missing)}"
+    if _template(lead) and not _template(base):
+        yield "it has no chat template"
+    ours, theirs = special_tokens(base.companions), special_tokens(lead.companions)
+    if missing := [role for role in theirs if role not in ours and role not in QUIET_ROLES]:
+        yield f"it names no {_and(missing)}"
     if GENERATION in lead.companions and GENERATION not in base.companions:
         yield f"it has no {GENERATION}"
 
@@ -259,8 +265,7 @@ def _completeness(checkpoint: Checkpoint) -> tuple[bool, bool]:
 
 
 def _template(checkpoint: Checkpoint) -> bool:
-    found = summary_of(checkpoint.companions)
-    return found is not None and bool(found.templates)
+    return bool(chat_templates(checkpoint.companions))
 
 
 def _generation(checkpoint: Checkpoint) -> dict[str, Any]:

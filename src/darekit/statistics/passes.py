@@ -16,7 +16,7 @@ from darekit.errors import DataError, Unsupported
 from darekit.live.batches import asked_of, masks_of, padded, without_padding
 from darekit.live.data import Tokens
 from darekit.live.models import LiveModel
-from darekit.live.tasks import CAUSAL, CLASSIFIER, REGRESSOR, SEQ2SEQ, rows_of
+from darekit.live.tasks import CAUSAL, CLASSIFIER, REGRESSOR, SEQ2SEQ
 
 EMPIRICAL, SAMPLED, EXACT = "empirical", "sampled", "exact"
 LABELS = (EMPIRICAL, SAMPLED, EXACT)
@@ -85,7 +85,10 @@ class FisherPass:
         import torch
 
         if live.task not in (CAUSAL, SEQ2SEQ, CLASSIFIER, REGRESSOR):
-            raise Unsupported(f"a Fisher needs the log-likelihood of each row, but {live.kind}: {rows_of(live.model)}")
+            raise Unsupported(
+                f"a Fisher needs the log-likelihood of each row, but {live.kind}, and has none of text; Gram matrices "
+                "(`dare stats gram`) need none"
+            )
         if labels == EXACT and live.task in (CAUSAL, SEQ2SEQ):
             raise Unsupported(
                 "exact sums over all labels, and for a model that writes text these are its whole vocabulary at every "
