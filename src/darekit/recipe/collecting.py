@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def read_collecting(
         try:
             found = read_document(document, search_path(source), lenient=lenient)
         except RecipeError as error:
-            if any(map(lambda key: _follows(key, str(error), gone), error.keys or ((),))) and gone:
+            if any(_follows(key, str(error), gone) for key in error.keys or ((),)):
                 break
             errors.append(error)
             if not error.keys or not all(_is_removable(document, key) for key in error.keys):
@@ -55,10 +56,11 @@ def read_collecting(
 
 
 def _follows(key: Key, message: str, gone: Sequence[Key]) -> bool:
-    """Whether an error may come from nothing but a key that was taken away: it is about what was around that key, or
-    it names it."""
+    """Whether an error may come from nothing but a key that was taken away: it is about what was around that key, or it
+    names it, or what it may be a misspelling of."""
+    words = re.findall(r"\w+", message)
     return any(
-        one[: len(key)] == key or (key[-1] != one[-1] and re.search(rf"\b{re.escape(str(one[-1]))}\b", message))
+        one[: len(key)] == key or (key[-1:] != one[-1:] and get_close_matches(str(one[-1]), words, 1, 0.75))
         for one in gone
     )
 

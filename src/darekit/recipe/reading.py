@@ -60,7 +60,9 @@ def read_recipe(
     return read_document(open_recipe(source, settings, seed), search_path(source), lenient=lenient)
 
 
-def open_recipe(source: str | Path | Mapping[str, Any], settings: Mapping[str, Any] | None, seed: int | None) -> Document:
+def open_recipe(
+    source: str | Path | Mapping[str, Any], settings: Mapping[str, Any] | None, seed: int | None
+) -> Document:
     """A YAML file or data, with overrides -> its document, whose keys nobody has looked at yet; errors as above."""
     document = open_data(source) if isinstance(source, Mapping) else open_file(Path(source))
     return override(document, settings or {}, seed)
@@ -75,6 +77,14 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
     """A document -> the recipe; errors as `read_recipe`. `search`: where relative names are looked up."""
     document = _spell_out(document)
     document, words, ignored = check_names(document, lenient=lenient)
+    # First what depends on nothing else, so that whoever collects errors meets all of it.
+    plain: dict[str, Any] = dict(
+        dtype=_read_dtype(document),
+        vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),
+        keep_float32=_read_switch(document, "keep_float32", default=True),
+        base_extras=_read_choice(document, ("base_extras",), ("keep", "leave_out")),
+        chat_template=read_chat_template(document),
+    )
     found = gather(document, words, search)
     notes, shared = [*ignored, *found.notes], found.shared
     models = [(entry.path, entry.name, entry.own) for entry in found.entries]
@@ -107,16 +117,12 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
         sparsify=sparsify,
         merge_method=merge,
         parameters=shared,
-        dtype=_read_dtype(document),
-        vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),  # type: ignore[arg-type]
         tokenizer_source=tokenizer_source,
         tokens=tokens,
-        chat_template=read_chat_template(document),
         heads=_read_heads(document, found.base, found.names, search),
-        keep_float32=_read_switch(document, "keep_float32", default=True),
-        base_extras=_read_choice(document, ("base_extras",), ("keep", "leave_out")),  # type: ignore[arg-type]
         slices=found.slices,
         text=document.text,
+        **plain,
     )
     _check_whole(document, recipe, [path for path, _, _ in models])
     return replace(recipe, notes=(*notes, *_notes(recipe, seeded, search)))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dare check`: all problems at once, from headers alone."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+
+import families
+
+GOOD = {
+    "base_model": "base", "models": ["m0", "m1"], "merge_method": "dare_ties",
+    "parameters": {"density": 0.5, "weight": 0.5},
+}  # fmt: skip
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    """The working directory: base, m0, m1, m2; `.write(recipe)` makes recipe.yaml."""
+    base, models = families.family(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def write(recipe):
+        text = recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False)
+        (tmp_path / "recipe.yaml").write_text(text)
+        return "recipe.yaml"
+
+    return SimpleNamespace(path=tmp_path, base=base, models=models, write=write)
+
+
+def messages(done):
+    return [one["message"] for one in done.data["problems"]]
+
+
+def test_what_fits_is_told_as_the_dry_run_tells_it(family, dare):
+    name = family.write(GOOD)
+    dry, found = dare("merge", name, "out", "--dry-run", "--json"), dare("check", name, "--json")
+    assert found.code == 0 and found.data["ok"] and found.data["problems"] == []
+    same = ("tensors", "parameters", "bytes_in", "bytes_out", "peak_memory_bytes", "shards", "models")
+    assert {key: found.data[key] for key in same} == {key: dry.data[key] for key in same}
+    assert found.data["bytes_out"] == found.data["shards"][0]["bytes"]
+    shown = dare("check", name)
+    assert shown.code == 0 and "no problems found" in shown.out and "BF16" in shown.out
+
+
+def test_every_line_of_a_recipe_that_is_wrong_is_told(family, dare):
+    name = family.write(
+        "base_model: base\n"
+        "models:\n"
+        "  - {model: m0, parameters: {weight: heavy, densty: 0.5}}\n"
+        "  - {model: m1, parameters: {weight: lots, density: 7}}\n"
+        "merge_method: dare_ties\n"
+        "dtype: bfloat17\n"
+        "vocab: whatever\n"
+        "keep_float32: maybe\n"
+    )
+    done = dare("check", name, "--json")
+    told = "\n".join(messages(done))
+    assert done.code == 1 and not done.data["ok"]
+    for line in (3, 4, 6, 7, 8):
+        assert f"line {line}" in told
+    for word in ("densty", "'heavy'", "'lots'", "bfloat17", "'whatever'", "'maybe'"):
+        assert word in told
+    assert {one["error"] for one in done.data["problems"]} == {"RecipeError"}
+    assert not any("drops nothing" in one for one in messages(done)), "that density was misspelt is told already"
+
+
+def test_a_key_that_is_gone_causes_no_problem_of_its_own(family, dare):
+    done = dare("check", family.write(GOOD | {"merge_method": "dare_tise"}), "--json")
+    assert len(messages(done)) == 1 and "dare_tise" in messages(done)[0]
+    done = dare("check", family.write({**GOOD, "merge_method": "slerp", "models": ["m0"], "parameters": {"t": "x"}}),
+                "--json")  # fmt: skip
+    assert len(messages(done)) == 1 and "'x'" in messages(done)[0]
+
+
+def test_what_is_not_a_recipe_is_one_problem(family, dare):
+    for text in ("", "- 1\n", "a: [\n"):
+        assert len(messages(dare("check", family.write(text), "--json"))) == 1
+    assert "no such file" in messages(dare("check", "nothing.yaml", "--json"))[0]
+
+
+def test_every_input_that_does_not_open_is_told_and_the_others_are_compared(family, dare):
+    short = dict(family.models[1])
+    short.pop("model.norm.weight")
+    families.save(family.path / "short", short)
+    (family.path / "broken").mkdir()
+    (family.path / "broken" / "model.safetensors").write_bytes(b"\x05")
+    done = dare("check", family.write(GOOD | {"models": ["m0", "gone", "broken", "short"]}), "--json")
+    told = messages(done)
+    assert done.code == 1 and len(told) == 3
+    assert "'gone'" in told[0] and "1 bytes" in told[1] and "short lacks model.norm.weight" in told[2]
+
+
+def test_each_model_has_its_own_misfit(family, dare):
+    short, wide = dict(family.models[0]), dict(family.models[1])
+    short.pop("model.norm.weight")
+    wide["model.norm.weight"] = np.concatenate([wide["model.norm.weight"]] * 2)
+    families.save(family.path / "short", short)
+    families.save(family.path / "wide", wide)
+    done = dare("check", family.write(GOOD | {"models": ["short", "wide", "m2"]}), "--json")
+    told = messages(done)
+    assert len(told) == 2 and {one["error"] for one in done.data["problems"]} == {"HomologyError"}
+    assert "short lacks model.norm.weight" in told[0] and "[64] in wide" in told[1]
+
+
+def test_problems_of_different_kinds_come_together(family, dare):
+    """A value that no tensor has, a tokenizer that its source lacks: neither hides the other."""
+    tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}
+    (family.path / "m0" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = {
+        "base_model": "base", "models": ["m0"], "merge_method": "slerp", "tokenizer_source": "base",
+        "parameters": {"t": [{"filter": "mlp", "value": 0.5}]},
+    }  # fmt: skip
+    done = dare("check", family.write(recipe), "--json")
+    assert done.code == 1
+    assert [one["error"] for one in done.data["problems"]] == ["PlanError", "RecipeError"], messages(done)
+
+
+def test_the_place_of_the_output(family, dare, monkeypatch):
+    name = family.write(GOOD)
+    assert dare("check", name, "out").code == 0 and not os.path.lexists("out")
+    done = dare("check", name, "m0", "--json")
+    assert done.code == 1 and "not empty" in messages(done)[0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    done = dare("check", name, "out", "--json")
+    assert done.code == 1 and "49.5 kB" in messages(done)[0] and "1 kB" in messages(done)[0]
+
+
+def test_settings_and_lenient_as_in_merge(family, dare):
+    name = family.write(GOOD | {"nonsense": 1})
+    assert dare("check", name).code == 1
+    assert dare("check", name, "--lenient").code == 0
+    assert dare("check", name, "--lenient", "--set", "merge_method=nothing").code == 1
+
+
+def test_no_weights_are_read(family, dare):
+    """Values that are no numbers at all: the check is the same, since it is for the dry run to look at them."""
+    for name in ("m0", "m1"):
+        path = family.path / name / "model.safetensors"
+        raw = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(raw[:8], "little")
+        raw[start:] = b"\xff" * (len(raw) - start)
+        path.write_bytes(raw)
+    done = dare("check", family.write(GOOD))
+    assert done.code == 0 and "not looked at" in done.out and "NaN" in done.out
