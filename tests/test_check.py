@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import families
+from hub_server import dare as from_hub
 
 GOOD = {
     "base_model": "base", "models": ["m0", "m1"], "merge_method": "dare_ties",
@@ -147,3 +148,80 @@ def test_no_weights_are_read(family, dare):
         path.write_bytes(raw)
     done = dare("check", family.write(GOOD))
     assert done.code == 0 and "not looked at" in done.out and "NaN" in done.out
+
+
+# --- models on the Hub
+
+
+def upload(hub, name, directory):
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    hub.repositories[f"org/{name}"] = files
+    return sum(map(len, files.values()))
+
+
+@pytest.fixture
+def hubbed(tmp_path, hub):
+    """base and m0 on the Hub alone, in three shards, and large enough that headers are a small part; m1 is here."""
+    rng = np.random.default_rng(0)
+    base = families.llama(rng, vocab=20_000)
+    config = families.config(vocab=20_000)
+    size = 0
+    for name in ("base", "m0", "m1"):
+        families.save(tmp_path / name, base, config, shards=3)
+        if name != "m1":
+            size += upload(hub, name, tmp_path / name)
+            shutil.rmtree(tmp_path / name)
+    recipe = GOOD | {"base_model": "org/base", "models": ["org/m0", "m1"]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return SimpleNamespace(path=tmp_path, size=size, base=base)
+
+
+def test_models_on_the_hub_are_checked_by_their_headers(hubbed, hub):
+    done = from_hub(hub, hubbed.path, "check", "recipe.yaml", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    weights = {
+        name: sum(len(data) for file, data in files.items() if file.endswith(".safetensors"))
+        for name, files in hub.repositories.items()
+    }
+    assert found["downloads"] == weights
+    assert found["tensors"] == len(hubbed.base)
+    assert found["bytes_in"] == 3 * sum(array.nbytes for array in hubbed.base.values())
+    assert hub.sent < hubbed.size / 3 and hub.sent < 1e6
+    assert not list(hubbed.path.rglob("*.safetensors")) or not list((hubbed.path / "hf").rglob("*.safetensors"))
+
+
+def test_what_is_wrong_on_the_hub_is_told_of_each_model(hubbed, hub):
+    files = hub.repositories["org/m0"]
+    hub.repositories["org/short"] = {"model.safetensors": files["model-00001-of-00003.safetensors"]}
+    hub.repositories["org/cut"] = {"model.safetensors": files["model-00001-of-00003.safetensors"][:-10]}
+    hub.repositories["org/pickled"] = {"config.json": b"{}", "pytorch_model.bin": b"x" * 100}
+    recipe = GOOD | {"base_model": "org/base", "models": ["org/short", "org/cut", "org/pickled", "org/nobody"]}
+    (hubbed.path / "bad.yaml").write_text(yaml.safe_dump(recipe))
+    done = from_hub(hub, hubbed.path, "check", "bad.yaml", "--json")
+    assert done.returncode == 1
+    told = [one["message"] for one in json.loads(done.stdout)["problems"]]
+    assert len(told) == 4, told
+    assert told[0].startswith("org/cut/model.safetensors is truncated")
+    assert "org/pickled has its weights in pytorch_model.bin" in told[1] and "hf download org/pickled" in told[1]
+    assert "org/nobody is not on the Hub" in told[2]
+    assert "org/short lacks" in told[3]
+
+
+@pytest.mark.check
+def test_what_takes_values_is_not_looked_at_on_the_hub(hubbed, hub):
+    recipe = {"base_model": "org/base", "models": ["org/m0"], "merge_method": "task_arithmetic",
+              "sparsify": {"method": "dare", "drop_rate": "auto"}}  # fmt: skip
+    (hubbed.path / "auto.yaml").write_text(yaml.safe_dump(recipe))
+    done = from_hub(hub, hubbed.path, "check", "auto.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "drop_rate: auto is not known" in " ".join(done.stdout.split())
+
+
+@pytest.mark.check
+def test_a_model_in_the_cache_is_read_from_there(hubbed, hub):
+    recipe = {"models": ["org/m0", "org/base"], "merge_method": "linear"}
+    (hubbed.path / "linear.yaml").write_text(yaml.safe_dump(recipe))
+    assert from_hub(hub, hubbed.path, "merge", "linear.yaml", "out").returncode == 0
+    done = from_hub(hub, hubbed.path, "check", "linear.yaml", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["downloads"] == {}

@@ -44,4 +44,4 @@ def check(
             if findings.plan is None or problems:
                 display_check.show_problems(str(recipe), problems, as_json=as_json)
                 raise typer.Exit(1)
-            display_check.show_fit(str(recipe), findings.plan, findings.unread, threads, as_json=as_json)
+            display_check.show_fit(str(recipe), findings, threads, as_json=as_json)

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from darekit.errors import DarekitError, HomologyError
-from darekit.inputs.kinds import Opener
-from darekit.inputs.opening import OPENERS
+from darekit.inputs.headers import Headers
 from darekit.planning.alignment import Heads, align
 from darekit.planning.opening import Inputs, open_inputs
 from darekit.planning.plan import SHARD_SIZE, Plan
@@ -28,18 +28,18 @@ class Findings:
         unread: what was not looked at, since it takes values.
         plan: None where there are problems; its files are open.
         inputs: what has opened.
+        downloads: bytes of weights that are not on this machine, by model on the Hub.
     """
 
     problems: tuple[DarekitError, ...]
     unread: tuple[str, ...]
     plan: Plan | None
     inputs: Inputs
+    downloads: Mapping[str, int]
 
 
 @contextmanager
-def check_recipe(
-    recipe: Recipe, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS, shard_size: int = SHARD_SIZE
-) -> Iterator[Findings]:
+def check_recipe(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE) -> Iterator[Findings]:
     """Open the recipe's checkpoints (headers only) and plan, and collect what is wrong; files are closed on leaving.
 
     The steps are those of `open_plan`. What does not open is left out of the comparisons that follow, and where models
@@ -47,20 +47,24 @@ def check_recipe(
     """
     problems = Collected()
     with ExitStack() as opened:
-        inputs = opened.enter_context(open_inputs(recipe, search=search, openers=openers, problems=problems))
+        headers = Headers(Path(opened.enter_context(TemporaryDirectory(prefix="darekit-"))))
+        inputs = opened.enter_context(open_inputs(recipe, search=search, openers=headers.openers, problems=problems))
         plan = None
         if problems.found:
             _compare(recipe, inputs, problems)
         else:
             plan = _plan(recipe, inputs, problems, shard_size)
-        yield Findings(tuple(problems.found), _unread(recipe), plan, inputs)
+        yield Findings(tuple(problems.found), _unread(recipe, headers), plan, inputs, headers.missing)
 
 
-def _unread(recipe: Recipe) -> tuple[str, ...]:
+def _unread(recipe: Recipe, headers: Headers) -> tuple[str, ...]:
     """What only values tell, which `dare merge --dry-run` and the merge look at."""
     found = ["NaN and Inf in the weights"]
     if recipe.base_model is not None:
         found.insert(0, "whether the models are fine-tunes of the base, by a sample of their values")
+    for ref, names in headers.asked.items():
+        some = f"{len(names)} tensors of {ref}, such as {min(names)}" if len(names) > 1 else f"{min(names)} of {ref}"
+        found.append(f"values of {some}: copies are taken to be what the config says, drop_rate: auto is not known")
     return tuple(found)
 
 
