@@ -219,6 +219,16 @@ def test_what_takes_values_is_not_looked_at_on_the_hub(hubbed, hub):
 
 
 @pytest.mark.check
+def test_recipes_within_recipes_are_checked_by_headers_too(hubbed, hub):
+    (hubbed.path / "inner.yaml").write_text(yaml.safe_dump({"models": ["org/m0", "m1"], "merge_method": "linear"}))
+    outer = {"base_model": "org/base", "models": ["inner.yaml"], "merge_method": "task_arithmetic"}
+    (hubbed.path / "outer.yaml").write_text(yaml.safe_dump(outer))
+    done = from_hub(hub, hubbed.path, "check", "outer.yaml", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(json.loads(done.stdout)["downloads"]) == {"org/m0", "org/base"} and hub.sent < 1e6
+
+
+@pytest.mark.check
 def test_a_model_in_the_cache_is_read_from_there(hubbed, hub):
     recipe = {"models": ["org/m0", "org/base"], "merge_method": "linear"}
     (hubbed.path / "linear.yaml").write_text(yaml.safe_dump(recipe))

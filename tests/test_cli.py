@@ -285,6 +285,24 @@ def test_verdicts(dare, tmp_path, r, verdict, words):
     assert text.startswith(f"{verdict}: ") and words in " ".join(text.split()) and "heads" in text
 
 
+def test_inspect_recommend_and_the_recipe_say_one_number_and_what_it_costs(dare, tmp_path):
+    """r = 0.003: the rule alone would allow 0.9998."""
+    base = families.llama(np.random.default_rng(0), np.float32)
+    families.save(tmp_path / "base", base)
+    for k in range(2):
+        scaled(tmp_path / f"m{k}", base, 0.003)
+    names = (tmp_path / "base", tmp_path / "m0")
+    for command, more in (("inspect", ()), ("inspect", (tmp_path / "m1",)), ("recommend", ())):
+        text = " ".join(dare(command, *names, *more).out.split())
+        assert "0.999," in text and "general language pays before the ability does" in text
+        assert "99.9 %" not in text and "p = 0.9998" not in text
+        data = dare(command, *names, *more, "--json").data
+        assert {one["drop_rate"] for one in data.get("models", [data])} == {0.99}
+    advice = dare("recommend", *names).out
+    assert "p = 0.99." in advice and "99 % of the delta can be dropped" in dare("inspect", *names).out
+    assert "p = 0.99 is advised" in " ".join(dare("recommend", *names, "-p", 0.5).out.split())
+
+
 def test_the_numbers_of_inspect_are_those_of_numpy(dare, tmp_path):
     rng = np.random.default_rng(0)
     base = families.llama(rng, np.float32)
@@ -330,6 +348,8 @@ def test_inspecting_a_model_with_itself_and_with_nan(dare, llamas, tmp_path):
 def test_methods_lists_the_table_on_one_screen_and_explains_one_by_name(dare):
     text = dare("methods").out
     assert len(text.splitlines()) <= 40
+    rows = [line for line in text.splitlines() if line.startswith("  ")]
+    assert len(rows) == len(SPARSIFIERS) + len(MERGE_METHODS) and "average is another name for linear" in text
     data = dare("methods", "--json").data
     for key, table in (("sparsifiers", SPARSIFIERS), ("merge_methods", MERGE_METHODS)):
         assert [entry["name"] for entry in data[key]] == list(table)

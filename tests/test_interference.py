@@ -90,7 +90,28 @@ def test_closed_forms(tmp_path):
     found = dk.inspect(independent / "base", *(independent / f"m{k}" for k in range(3))).interference
     assert found.total.conflict == pytest.approx(1 - 2**-2, abs=0.01)
     assert found.total.cancelled == pytest.approx(1 - 3**-0.5, abs=0.01)
+    assert found.total.chance_conflict == pytest.approx(0.75, abs=1e-3)
     assert "75 % and 42 %" in found.words[-1] and "nearly independent" in found.words[0]
+
+
+def test_chance_counts_elements_that_a_model_left_alone_out(tmp_path):
+    rng = np.random.default_rng(7)
+    shapes = {n: d.shape for n, d in random_deltas(1)[0].items()}
+    moved = [{n: rng.random(shape) < 0.5 for n, shape in shapes.items()} for _ in range(3)]
+    family(tmp_path, [{n: m * 1e-3 * rng.standard_normal(m.shape) for n, m in one.items()} for one in moved])
+    found = dk.inspect(tmp_path / "base", *(tmp_path / f"m{k}" for k in range(3))).interference
+    # By hand: each element's probability, given who moved it.
+    movers = np.concatenate([sum(one[n].astype(int) for one in moved).ravel() for n in shapes])
+    by_hand = np.where(movers, 1 - 0.5 ** (movers - 1.0), 0).mean()
+    assert found.total.chance_conflict == pytest.approx(by_hand, abs=2e-3)
+    assert found.total.conflict == pytest.approx(
+        found.total.chance_conflict, abs=0.01
+    )  # 3/8 x 0.5 + 1/8 x 0.75, not 0.75
+    assert found.total.cancelled == pytest.approx(found.total.chance_cancelled, abs=0.01)
+    assert "28 % and 25 %" in found.words[-1]
+    for tensor in found.tensors:
+        m = sum(one[tensor.name].astype(int) for one in moved)
+        assert tensor.chance_cancelled == pytest.approx(1 - np.sqrt(m).sum() / m.sum(), abs=2e-3)
 
 
 def test_vocabularies_that_differ_are_compared_on_common_rows(tmp_path):

@@ -394,7 +394,7 @@ def test_not_a_file(tmp_path):
             "line 2: not YAML: found character '\\t' that cannot start any token; YAML indents with spaces",
         ),
         ("a: [1\nb: 2\n", "line 2: not YAML"),
-        ("models: [a]\n---\nmodels: [b]\n", "line 2: a second document starts here"),
+        ("models: [a]\n---\nmodels: [b]\n", "document 1 of 2 has no name"),
         ("models: [a]\nmerge_method: ties\nmodels: [b]\n", "line 3: models is given twice (first on line 1)"),
         ("models:\n - model: a\n   model: b\n", "line 3: models.0.model is given twice (first on line 2)"),
         ("? [a, b]\n: 1\n", "line 1: expected a word as a key"),

@@ -154,7 +154,7 @@ def test_the_number_is_the_median_over_what_may_be_dropped(llamas, dare):
         assert tensor["p_max"] == pytest.approx(0.01 / (0.01 + r * r), rel=1e-4)
         assert 0 <= tensor["p_max"] - tensor["drop_rate"] < 1e-4 and tensor["rho"] <= 0.1
     pairs = [(tensor["p_max"], tensor["parameters"]) for tensor in data["tensors"]]
-    assert data["drop_rate"] == weighted_median(pairs)
+    assert data["drop_rate"] == min(0.99, weighted_median(pairs))
     assert data["tau"] == 0.1 and "preferred direction" in data["assumed"] and "tau = 0.1" in data["assumed"]
     assert {d["reason"] for d in data["dense"]} >= {"each output is one row of it: no sum in which noise averages out"}
 

@@ -136,6 +136,16 @@ def test_identity():
     assert not RowTable(np.array([2, 2]), np.array([1, 0])).is_identity(2, 2)
 
 
+def test_places_of_rows_without_a_delta():
+    """Where the base has the same row, any mask does: it is the one at hand, and only in deltas."""
+    places = Places(np.array([0, 3, 2, -1, -1]), 4, 1, 2, np.array([False, True, False, True, False]))
+    assert not places.stay(2, 2) and not places.stay(6, 2)
+    rest = places.of_deltas()
+    assert rest.stay(0, 8) and rest.rows.tolist() == [0, 1, 2, 3, -1]
+    assert list(rest.runs(8, 2)) == [(0, 2, 18)]  # behind all of both
+    assert Places(np.array([1, 0]), 2).of_deltas().rows.tolist() == [1, 0]
+
+
 def test_places_known_answer():
     """Frozen: masks of rows that a model has are those of its stored rows; others lie behind all of them."""
     places = Places(np.array([2, 3, 0, -1, -1]), stored=4, inner=3)

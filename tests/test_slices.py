@@ -282,3 +282,74 @@ def test_layers_that_are_not_there(deep):
         open_plan(read_recipe(data), search=[deep]),
     ):
         pass
+
+
+def test_a_dry_run_shows_the_stack(deep, tmp_path, dare):
+    slices = [
+        {"sources": [source("base", 0, 4), source("m0", 0, 4)]},
+        {"sources": [source("m0", 3, 6), source("base", 3, 6)], "parameters": {"t": [1, 0]}},
+    ]
+    data = {"slices": slices, "merge_method": "slerp", "base_model": "base", "parameters": {"t": [0, 0.5, 1]}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(data))
+    shown = dare("merge", tmp_path / "recipe.yaml", tmp_path / "out", "--dry-run", "--force").out
+    assert re.search(r"^0-3 +base \(base\) +0-3 of 6 +████·· *$", shown, re.M)
+    assert re.search(r"^4-6 +base \(base\) +3-5 of 6 +···███ *$", shown, re.M)
+    assert re.search(r"model\.layers +█▄ +4: 1  5: 0\.5  6: 0", shown)
+    found = dare("merge", tmp_path / "recipe.yaml", tmp_path / "out", "--dry-run", "--force", "--json").data
+    (tower,) = found["layers"]
+    assert tower["stack"] == "model.layers" and len(tower["layers"]) == 7
+    assert tower["layers"][4] == [
+        {"model": "base", "layer": 3, "base": True}, {"model": "m0", "layer": 3, "base": False},
+    ]  # fmt: skip
+
+
+def test_words_that_are_ignored_are_on_the_page():
+    from pathlib import Path
+
+    from darekit.recipe import ignored
+
+    page = (Path(__file__).parent.parent / "docs" / "mergekit.md").read_text()
+    for word in (*ignored.PARAMETERS, *ignored.OPTIONS, *ignored.SLICE_WORDS, *ignored.SOURCE_WORDS):
+        assert f"`{word}`" in page, word
+
+
+@pytest.mark.parametrize(
+    ("data", "note"),
+    [
+        ({"int8_mask": True}, "int8_mask is ignored, as mergekit does"),
+        ({"normalize": False}, "normalize is ignored, as mergekit does: it would have an effect under `parameters:`"),
+        ({"random_seed": 3}, "random_seed is ignored"),
+        ({"models": [{"model": "a", "revision": "v1"}, "b"]}, "`model: org/name@revision`"),
+        (
+            {"parameters": {"t": 0.5, "select_topk": 1}},
+            "parameters.t (a parameter of nearswap and slerp) has no effect",
+        ),
+    ],
+)
+def test_ignored_with_a_note(data, note):
+    recipe = read_recipe({"models": ["a", "b"], "merge_method": "linear", **data})
+    assert any(note in one for one in recipe.notes), recipe.notes
+    with pytest.raises(RecipeError):
+        read_recipe({"models": ["a", "b"], "merge_method": "linear", "base_model": "x",
+                     "sparsify": {"method": "dare", "drop_rate": 0.5}, **data})  # fmt: skip
+
+
+def test_lenient():
+    data = {"models": ["a"], "base_model": "b", "merge_method": "dare_ties", "parameters": {"densty": 0.5}, "dype": "x"}
+    with pytest.raises(RecipeError, match="2 keys are not allowed"):
+        read_recipe(data)
+    recipe = read_recipe(data, lenient=True)
+    assert any("dype is not known; did you mean 'dtype'?" in note and "ignored" in note for note in recipe.notes)
+    assert any("dare_ties with density 1 for every model drops nothing: it is ties" in note for note in recipe.notes)
+    ties = {"models": ["a"], "base_model": "b", "merge_method": "ties", "parameters": {"density": 0.5, "rescale": True}}
+    found = read_recipe(ties, lenient=True)
+    assert found.sparsify is not None and found.sparsify.parameters["rescale"] == "l1"
+
+
+def test_slerp_with_a_third_model(deep, tmp_path):
+    """As older versions ran it: from the first to the second; the base gives config and tokenizer."""
+    data = {"base_model": "base", "models": ["m0", "m1"], "merge_method": "slerp", "parameters": {"t": 0.25}}
+    report = dk.merge(data, tmp_path / "out", **OPTIONS)
+    assert any("base is neither of the two models" in note for note in report.notes)
+    dk.merge({**data, "base_model": "m0", "models": ["m1"]}, tmp_path / "two", **OPTIONS)
+    families.same(families.load(tmp_path / "out"), families.load(tmp_path / "two"))

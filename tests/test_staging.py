@@ -156,7 +156,7 @@ def test_garbage_in_the_journal_is_redone(tmp_path):
 
 @pytest.mark.parametrize(
     "header",
-    [b"", b"{}\n", b"garbage\n", b'{"format": 2, "identity": {}}\n', b'{"format": "2", "identity": {}, "times": {}}\n'],
+    [b"", b"{}\n", b"garbage\n", b'{"format": 3, "identity": {}}\n', b'{"format": "3", "identity": {}, "times": {}}\n'],
 )
 def test_an_unreadable_header_means_starting_anew(tmp_path, header):
     stage = leave(tmp_path / "out")

@@ -11,6 +11,7 @@ import darekit as dk
 import families
 from darekit.architectures.templates import CHAT_TEMPLATES
 from darekit.errors import PlanError
+from darekit.live.models import open_live
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -198,3 +199,19 @@ def test_a_sentencepiece_model_alone(tmp_path):
     families.save(tmp_path / "m0", {k: np.vstack([v, v[:1]]) if len(v) == rows else v for k, v in base.items()})
     with pytest.raises(PlanError, match=r"AutoTokenizer.from_pretrained\(.*base.*\).save_pretrained"):
         dk.merge(recipe, tmp_path / "out", overwrite=True)
+
+
+def test_a_union_in_memory_is_the_one_on_disk(tmp_path):
+    """A live model has the rows, the tokenizer and the template that the merged folder has."""
+    rng = np.random.default_rng(4)
+    base, _ = save(tmp_path / "base", "BPE", [], rng)
+    for i in range(2):
+        save(tmp_path / f"m{i}", "BPE", [f"<x{i}>"], rng, base)
+    recipe = families.recipe(tmp_path, k=2, tokenizer_source="union", chat_template="alpaca")
+    dk.merge(recipe, tmp_path / "out")
+    found = families.load(tmp_path / "out")["model.embed_tokens.weight"]
+    with open_live(recipe, device="cpu") as live:
+        rows = live.model.get_input_embeddings().weight.detach().numpy()
+        np.testing.assert_array_equal(rows, found)
+        assert live.tokenizer("<x1>", add_special_tokens=False).input_ids == [len(found) - 1]
+        assert live.tokenizer.chat_template == CHAT_TEMPLATES["alpaca"].text

@@ -81,6 +81,7 @@ def merge(
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
     lenient: bool = False,
+    stage: str | None = None,
     **options: Unpack[RunOptions],
 ) -> Report:
     """Merge models as a recipe says, from disk to disk, into a new model directory.
@@ -93,6 +94,7 @@ def merge(
         seed: replaces the recipe's seed.
         settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`; for a `Recipe`, use `read_recipe`.
         lenient: warn of unknown keys and of settings without effect, instead of refusing the recipe.
+        stage: of a recipe of several stages, which one; the last if not given.
         **options: how to run: threads, shard_size, overwrite, resume, force, allow_nonfinite, tile, progress, say
             (see `RunOptions`).
 
@@ -119,7 +121,11 @@ def merge(
         ()
     """
     chosen = options_of(options)
-    found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed, lenient=lenient)
+    found = (
+        recipe
+        if isinstance(recipe, Recipe)
+        else read_recipe(recipe, settings=settings, seed=seed, lenient=lenient, stage=stage)
+    )
     return run(found, Path(out), chosen, search=search_path(recipe))
 
 
@@ -129,6 +135,7 @@ def plan(
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
     lenient: bool = False,
+    stage: str | None = None,
     shard_size: int = SHARD_SIZE,
 ) -> Plan:
     """Plan a merge from headers alone, without running it: its steps, files, bytes, notes.
@@ -141,6 +148,7 @@ def plan(
         seed: replaces the recipe's seed.
         settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`.
         lenient: warn of unknown keys and of settings without effect, instead of refusing the recipe.
+        stage: of a recipe of several stages, which one; the last if not given.
         shard_size: largest output file in bytes.
 
     Returns:
@@ -169,7 +177,11 @@ def plan(
     """
     from darekit.planning.opening import open_plan
 
-    found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings=settings, seed=seed, lenient=lenient)
+    found = (
+        recipe
+        if isinstance(recipe, Recipe)
+        else read_recipe(recipe, settings=settings, seed=seed, lenient=lenient, stage=stage)
+    )
     with open_plan(found, search=search_path(recipe), shard_size=shard_size) as made:
         return made
 

@@ -26,6 +26,7 @@ from darekit.kernels import cpu
 from darekit.planning.alignment import AlignedTensor, align
 from darekit.planning.homology import R_LARGE, R_STOP, RULE_OF_THUMB, TAU, p_max, weighted_median
 from darekit.planning.opening import open_models
+from darekit.planning.rates import MOST
 from darekit.recipe.names import find_model
 from darekit.wording import brief, label
 
@@ -106,7 +107,7 @@ class Inspection:
         tensors: the reports of all float tensors.
         total: the same over all of them.
         median_r: median of the tensors' r, weighted by their parameters.
-        recommended: the drop rate that it allows.
+        recommended: the drop rate that is advised: the median p_max, at most 0.99.
         verdict: ok, large or wrong_base.
         words: the verdict in a sentence.
         histogram: of |delta| over all tensors.
@@ -422,7 +423,7 @@ def _judged(
     base: str, model: str, reports: Sequence[TensorReport], total: TensorReport, histogram: Histogram
 ) -> Inspection:
     median = weighted_median((report.r, report.parameters) for report in reports)
-    recommended = weighted_median((report.p_max, report.parameters) for report in reports)
+    recommended = min(MOST, weighted_median((report.p_max, report.parameters) for report in reports))
     shown = f"{math.floor(recommended * 1000) / 10:g} %"
     if median > R_STOP:
         verdict, words = "wrong_base", (

@@ -16,10 +16,7 @@ from darekit.wording import brief, label
 
 TOGETHER = 0.1  # cosine from which two deltas are said to pull one way; far above what chance makes of large tensors
 
-CHANCE = 0.5  # share of equal signs of two independent deltas; K: signs conflict in 1 - 2^(1-K), and of normal ones of
-
-
-# equal size a sum cancels 1 - 1 / sqrt(K), as |sum| grows with sqrt(K) and the sum of sizes with K
+CHANCE = 0.5  # share of equal signs of two independent deltas
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,10 @@ class TensorInterference:
         conflict: share of elements that some models raise and others lower.
         cancelled: 1 - sum |sum of deltas| / sum of |deltas|: how much of the models' changes a plain sum would lose.
         group: embeddings, norms, biases or heads; None: another matrix.
+        chance_conflict: what `conflict` would be if signs were independent, given which elements each model moved: of
+            an element that m models moved, 1 - 2^(1-m). A delta of exactly 0 takes no side.
+        chance_cancelled: what `cancelled` would be of independent normal deltas of equal size, given the same: where m
+            models moved an element, |sum| grows with sqrt(m) and the sum of sizes with m.
     """
 
     name: str
@@ -61,6 +62,8 @@ class TensorInterference:
     conflict: float
     cancelled: float
     group: str | None = None
+    chance_conflict: float = 0.0
+    chance_cancelled: float = 0.0
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -103,6 +106,8 @@ class Interference:
             ],
             "conflict": self.total.conflict,
             "cancelled": self.total.cancelled,
+            "chance_conflict": self.total.chance_conflict,
+            "chance_cancelled": self.total.chance_cancelled,
             "words": list(self.words),
             "tensors": [tensor.to_data() for tensor in self.tensors],
         }
@@ -122,6 +127,7 @@ class PairCounts:
         self.opposite = np.zeros(len(self.pairs), np.int64)
         self.counts = np.zeros(len(self.pairs), np.int64)
         self.conflicts = self.count = 0
+        self.movers = np.zeros(models + 1, np.int64)  # at m: elements that m models moved
         self.sums = np.zeros(2)  # sum |sum_k d_k|, sum_k sum |d_k|
 
     def take(self, deltas: Sequence[npt.NDArray[np.float32]]) -> None:
@@ -137,17 +143,20 @@ class PairCounts:
             self.counts[at] += n
         n = max(delta.size for delta in deltas)
         raised, lowered, total = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n)
+        movers = np.zeros(n, np.uint16)
         for one, u, d in zip(wide, up, down, strict=True):
             raised[: u.size] |= u
             lowered[: d.size] |= d
+            movers[: u.size] += u | d
             total[: one.size] += one
         self.conflicts += int(np.count_nonzero(raised & lowered))
         self.count += n
+        self.movers += np.bincount(movers, minlength=self.movers.size)
         self.sums += np.abs(total).sum(), sum(float(np.abs(one).sum()) for one in wide)
 
     def add(self, other: PairCounts) -> None:
         """Add another tensor's."""
-        for name in ("dots", "same", "opposite", "counts", "conflicts", "count", "sums"):
+        for name in ("dots", "same", "opposite", "counts", "conflicts", "count", "movers", "sums"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def report(self, name: str, shape: tuple[int, ...]) -> TensorInterference:
@@ -167,8 +176,21 @@ class PairCounts:
         net, gross = (float(one) for one in self.sums)
         return TensorInterference(
             name, shape, self.count, tuple(relations), self.conflicts / max(1, self.count),
-            max(0.0, 1 - net / gross) if gross else 0.0,
+            max(0.0, 1 - net / gross) if gross else 0.0, None, *_chances(self.movers),
         )  # fmt: skip
+
+
+def _chances(movers: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """(K + 1,) int64: elements that 0, 1, ..., K models moved -> conflict and cancelled of independent deltas.
+
+    >>> three = np.array([0, 0, 0, 10])
+    >>> [round(one, 3) for one in _chances(three)]
+    [0.75, 0.423]
+    """
+    many = np.arange(1, movers.size)
+    moved = int(movers[1:] @ many)
+    conflict = float(movers[1:] @ (1 - 0.5 ** (many - 1))) / max(1, int(movers.sum()))
+    return conflict, 1 - float(movers[1:] @ np.sqrt(many)) / moved if moved else 0.0
 
 
 def judged(
@@ -185,11 +207,10 @@ def judged(
         _words(label(models[i]), label(models[j]), relation)
         for (i, j), relation in zip(pairs, total.pairs, strict=True)
     ]
-    count = len(models)
     words.append(
         f"Together: signs conflict in {_percent(total.conflict)} of the elements, and a plain sum would cancel "
-        f"{_percent(total.cancelled)} of the deltas' size ({count} independent ones of equal size: "
-        f"{_percent(1 - 2 ** (1 - count))} and {_percent(1 - count**-0.5)})"
+        f"{_percent(total.cancelled)} of the deltas' size (independent ones of equal size that "
+        f"move the same elements: {_percent(total.chance_conflict)} and {_percent(total.chance_cancelled)})"
     )
     return Interference(tuple(models), tuple(pairs), tuple(tensors), total, means, tuple(words))
 

@@ -50,7 +50,7 @@ def is_before(name: str) -> bool:
     >>> is_before("model.embed_tokens.weight"), is_before("lm_head.weight"), is_before("transformer.ln_f.weight")
     (True, False, False)
     """
-    return bool(_BEFORE.search(name))
+    return bool(_BEFORE.search(name)) and "embed_out" not in name  # GPT-NeoX's head
 
 
 def part_named(name: str) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,9 +21,8 @@ class HeaderFile(InputFile):
         super().__init__(path)
         self.size = size
 
-    def changed(self) -> bool:
-        """Never: what was fetched is of one commit."""
-        return False
+    def _differs(self, status: os.stat_result) -> bool:
+        return False  # what was fetched is of one commit
 
 
 @dataclass(frozen=True)

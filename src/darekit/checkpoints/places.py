@@ -27,6 +27,8 @@ class Places:
         stored: length of the stored tensor's axis.
         outer: elements of the axes before it, in all.
         inner: elements of the axes behind it, in all.
+        alike: (n,) bool, which rows of the view are the base's own there, so that their delta is 0 under any mask;
+            None: nobody knows.
 
     Examples:
         >>> swapped = Places(np.array([1, 0, ELSEWHERE]), stored=2, inner=4)
@@ -38,6 +40,15 @@ class Places:
     stored: int
     outer: int = 1
     inner: int = 1
+    alike: npt.NDArray[np.bool_] | None = None
+
+    def of_deltas(self) -> Places:
+        """The same, where only deltas to the base are dropped: rows without one take the mask that is at hand, so that
+        the fast lane, whose kernel knows one place for all models, can have them."""
+        if self.alike is None or self.outer != 1:
+            return self
+        here = np.arange(self.rows.size)
+        return Places(np.where(self.alike, here, self.rows), max(self.stored, here.size), self.outer, self.inner)
 
     @cached_property
     def _ends(self) -> Rows:

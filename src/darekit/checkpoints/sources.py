@@ -57,6 +57,7 @@ class Traits:
         grain: elements that are decoded at once: a range that is not made of whole grains costs more than its bytes.
         delta: the float32 delta, where the source knows one.
         cost: bytes read for each byte given.
+        ordered: ranges must be read from the tensor's first on: going back begins anew.
         places: where the elements are in the stored tensor, whose mask they have; None: where they are here.
     """
 
@@ -68,6 +69,7 @@ class Traits:
     delta: Delta | None = None
     cost: float = 1.0
     places: Places | None = None
+    ordered: bool = False
 
 
 PLAIN = Traits()

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli.options import Json, Lenient, Seed, Settings, ShardSize, Threads, bytes_of, errors_told, overrides_of
+from darekit.cli.options import (
+    Json,
+    Lenient,
+    Seed,
+    Settings,
+    ShardSize,
+    Stage,
+    Threads,
+    bytes_of,
+    errors_told,
+    overrides_of,
+)
 
 
 def check(
@@ -21,6 +32,7 @@ def check(
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
     lenient: Lenient = False,
+    stage: Stage = None,
     as_json: Json = False,
 ) -> None:
     """Say all that is wrong with RECIPE and its models, from headers alone; exit with 1 where anything is."""
@@ -33,7 +45,7 @@ def check(
         from darekit.recipe.collecting import read_collecting
         from darekit.recipe.reading import search_path
 
-        found, errors = read_collecting(recipe, settings=overrides, seed=seed, lenient=lenient)
+        found, errors = read_collecting(recipe, settings=overrides, seed=seed, lenient=lenient, stage=stage)
         if found is None:
             display_check.show_problems(str(recipe), errors, as_json=as_json)
             raise typer.Exit(1)

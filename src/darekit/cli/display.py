@@ -154,6 +154,7 @@ def show_statistics(report: StatisticsReport, *, as_json: bool) -> None:
 
 def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None) -> dict[str, Any]:
     """A plan in JSON-able form."""
+    from darekit.cli.display_layers import layers_data
     from darekit.engine.tiles import TILE
     from darekit.machine import default_threads
     from darekit.planning.notes import gradient_rows
@@ -176,7 +177,8 @@ def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str],
             }
             for summary, rates in zip(plan.summaries, plan.rates, strict=True)
         ],
-        "gradients": [asdict(row) for row in gradient_rows(plan.recipe, plan.depths)],
+        **({"layers": layers_data(plan)} if plan.towers else {}),
+        "gradients": [asdict(row) for row in gradient_rows(plan.recipe, plan.depths, plan.towers)],
         "keep_dense": dense_tensors(plan),
         "checks": [judgement.to_data() for judgement in judgements],
         "notes": list(notes),
@@ -225,10 +227,12 @@ def show_plan(
         )  # fmt: skip
     print_table(tables.table_of(("model", "mean drop rate", "kept", "elements", "r", "rho"), rows))
     if judgements:
-        tables.print_small("r: ||delta|| / ||base|| in a sample. rho: how far dropping is predicted to move a layer's "
+        tables.print_small("r: ||delta|| / ||base|| in a sample. kept: what is not dropped, with the deltas "
+                           "that are exactly 0. rho: how far dropping is predicted to move a layer's "
                            "output, relative to it; above 0.5 a merge is refused.")  # fmt: skip
+    _show_layers(plan)
     _show_rates(plan)
-    _show_gradients(data["gradients"])
+    _show_gradients(data["gradients"], bars=bool(plan.towers))
     if data["keep_dense"]:
         print()
     for pattern, names in data["keep_dense"].items():
@@ -270,17 +274,30 @@ def _rate(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _show_gradients(gradients: Sequence[Mapping[str, Any]]) -> None:
+def _show_layers(plan: Plan) -> None:
+    """Where the layers of a stack come from."""
+    from darekit.cli.display_layers import rows_of
+
+    for tower in plan.towers:
+        print()
+        heads = (tower.name, "model", "its layers", "where they lie in it")
+        print_table(tables.table_of(heads, rows_of(tower), len(heads)))
+
+
+def _show_gradients(gradients: Sequence[Mapping[str, Any]], *, bars: bool) -> None:
     """What each gradient comes to along the layers: all of them, or some at equal distances."""
+    from darekit.cli.display_layers import spark
+
     if not gradients:
         return
     rows = []
     for one in gradients:
         last = len(one["values"]) - 1
         shown = sorted({round(i * last / (GRADIENT_LAYERS - 1)) for i in range(GRADIENT_LAYERS)})
-        values = "  ".join(f"{i}: {one['values'][i]:.4g}" for i in shown)
-        rows.append((one["parameter"], one["model"] or "all", one["filter"], one["stack"], values))
-    heads = ("gradient", "model", "filter", "layers", "layer: value")
+        values = "  ".join(f"{one['first'] + i}: {one['values'][i]:.4g}" for i in shown)
+        along = (spark(one["values"]),) if bars else ()
+        rows.append((one["parameter"], one["model"] or "all", one["filter"], one["stack"], *along, values))
+    heads = ("gradient", "model", "filter", "layers", *(("along them",) if bars else ()), "layer: value")
     print()
     print_table(tables.table_of(heads, rows, len(heads)))
 
@@ -354,17 +371,23 @@ def show_methods(name: str | None, *, as_json: bool) -> None:
         return
     width = max(len(one["name"]) for entries in data.values() for one in entries) + tables.SPACE
     for title, entries in data.items():
-        print(f"{title.replace('_', ' ').capitalize()}\n")
+        print(f"{title.replace('_', ' ').capitalize()} (and their parameters)\n")
         for entry in entries:
             first = f"  {entry['name']:{width}}"
-            print(tables.wrapped(_first_clause(entry["summary"]), " " * len(first), first))
             words = ", ".join(parameter["name"] for parameter in entry["parameters"])
-            if words:
-                print(tables.wrapped(f"parameters: {words}", " " * len(first), " " * len(first)))
-            if "from" in entry:
-                print(tables.wrapped(f"from: {entry['from']}", " " * len(first), " " * len(first)))
+            text = _first_clause(entry["summary"]) + (f" ({words})" if words else "")
+            text += f"; from {entry['from']}" if "from" in entry else ""
+            print(tables.wrapped(text, " " * len(first), first))
         print()
-    print(tables.wrapped("Any sparsifier goes before any merge method. More about one of them: dare methods NAME"))
+    print(tables.wrapped(
+        f"Any sparsifier goes before any merge method. {_other_names()}More about one of them: dare methods NAME"
+    ))  # fmt: skip
+
+
+def _other_names() -> str:
+    from darekit.methods import MERGE_ALIASES
+
+    return "".join(f"{alias} is another name for {name}. " for alias, name in MERGE_ALIASES.items())
 
 
 def _default(value: Any) -> str:

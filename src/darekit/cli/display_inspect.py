@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from darekit.analysis.interference import TOGETHER
 from darekit.cli import tables
 from darekit.cli.display import count_of, print_table, say_note
+from darekit.planning.rates import MOST, PAYS_FIRST
 from darekit.wording import distinct_labels, label
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def _facts(one: Inspection, kinds: Sequence[Kind[TensorReport]], everything: Kin
         return
     most = math.floor(one.recommended * 1000) / 1000
     yield "drop", f"up to p = {most:g} by a rule of thumb; keep embeddings, norms and biases dense"
+    yield "cost", PAYS_FIRST if one.recommended == MOST else ""
     yield "moved most", _moved_most(kinds, one.median_r)
     yield "unchanged", _unchanged(kinds, everything)
     yield "next", f"dare recommend {shlex.join([one.base, one.model])}"
@@ -224,11 +226,11 @@ def _show_comparison(found: Comparison, *, tensors: bool) -> None:
     else:
         _print_kinds(together, pairs, [*kinds, everything])
     print()
-    chance = 2 ** (1 - len(names))
     tables.print_small(
         "conflict: elements that some models raise and others lower. cancelled: what a plain sum loses of the deltas' "
-        f"size. Independent deltas of equal size have {100 * (1 - chance):.0f} % and "
-        f"{100 * (1 - len(names) ** -0.5):.0f} %. equal signs: of the elements that both moved; chance gives 50 %. "
+        "size. Independent deltas of equal size that move the same elements have "
+        f"{100 * together.total.chance_conflict:.0f} % and {100 * together.total.chance_cancelled:.0f} %. equal signs: "
+        "of the elements that both moved; chance gives 50 %. "
         f"Bars of r go from 0 to the largest in their row, those of cosines to at least {TOGETHER:g}."
         + ("" if tensors else " Every tensor: --tensors.")
     )
@@ -255,10 +257,13 @@ def _facts_together(
     low, high = (tables.small(pick(one.median_r for one in found.models)) for pick in (min, max))
     yield "base", f"their median tensors moved by r = {low} to {high}; 0.001 to 0.1 is usual"
     least = min(found.models, key=lambda one: one.recommended)
+    alike = all(one.recommended == least.recommended for one in found.models)
     yield (
         "drop",
-        f"at most {_floored(least.recommended)} of {label(least.model)}, more of the others, by a rule of thumb",
-    )
+        f"at most {_floored(least.recommended)} of "
+        + ("each" if alike else f"{label(least.model)}, more of the others") + ", by a rule of thumb",
+    )  # fmt: skip
+    yield "cost", PAYS_FIRST if least.recommended == MOST else ""
     pairs: dict[str, list[int]] = {}
     for at, relation in enumerate(together.total.pairs):
         pairs.setdefault(_standing(relation), []).append(at)

@@ -72,8 +72,8 @@ def _headline(found: Recommendation) -> str:
     far = f" {label(found.model)} is far from {label(found.base)}." if found.verdict == "large" else ""
     if found.asked is not None:
         return (
-            f"p = {found.asked:g} is predicted to move a layer's output by {median:.3g} of itself; the median tensor "
-            f"stays within {found.tau:g} up to p = {found.drop_rate:.4g}.{far}"
+            f"p = {found.asked:g} is predicted to move a layer's output by {median:.3g} of itself; at most "
+            f"p = {_rate(found)} is advised for the median tensor (tau = {found.tau:g}).{far}"
         )
     if found.budget is not None:
         return (
@@ -83,8 +83,15 @@ def _headline(found: Recommendation) -> str:
     dropped = 100 * (1 - found.kept / max(1, found.parameters))
     return (
         f"{math.floor(10 * dropped) / 10:.1f} % of {label(found.model)}'s delta can be dropped, the median tensor at "
-        f"p = {found.drop_rate:.4g}.{far}"
+        f"p = {_rate(found)}.{far}"
     )
+
+
+def _rate(found: Recommendation) -> str:
+    """As the recipe would say it: rounded down."""
+    from darekit.planning.rates import rounded_down
+
+    return f"{rounded_down(found.drop_rate):g}"
 
 
 def _facts(found: Recommendation) -> Iterator[tuple[str, str]]:

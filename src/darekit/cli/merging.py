@@ -25,6 +25,7 @@ from darekit.cli.options import (
     Seed,
     Settings,
     ShardSize,
+    Stage,
     Threads,
     Vocab,
     bytes_of,
@@ -42,6 +43,7 @@ def merge(
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
     lenient: Lenient = False,
+    stage: Stage = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -56,7 +58,7 @@ def merge(
         from darekit.api import search_path
         from darekit.recipe import read_recipe
 
-        found = read_recipe(recipe, settings=overrides, seed=seed, lenient=lenient)
+        found = read_recipe(recipe, settings=overrides, seed=seed, lenient=lenient, stage=stage)
         _run(
             found, out, search_path(recipe), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,
             overwrite=overwrite, resume=resume, force=force, allow_nonfinite=allow_nonfinite,

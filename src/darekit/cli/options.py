@@ -27,6 +27,10 @@ Lenient = Annotated[
     bool,
     typer.Option("--lenient", help="Warn of unknown keys and settings without effect, as mergekit ignores them."),
 ]
+Stage = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Of a recipe of several documents, the one to write; default: the last."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new output is complete.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Force = Annotated[bool, typer.Option("--force", help="Continue even if the base looks wrong or too much is dropped.")]

@@ -21,6 +21,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import xxhash
 
+from darekit.checkpoints import traits_of
 from darekit.checkpoints.digests import LEAF, TensorDigest, tensor_digest
 from darekit.engine import tiles
 from darekit.engine.costs import HEAVY, matrix_memory
@@ -169,7 +170,7 @@ def execute(
     if progress:
         progress(tally.bytes_read)
     if tally.failed:
-        raise DataError(_explain(tally, names))
+        raise DataError(explain(tally, names))
     return Execution(time.perf_counter() - began, tally.bytes_read, tally.bytes_written, records)
 
 
@@ -256,7 +257,7 @@ class Job:
         self.name = steps[0].name
         self.cost = sum(step.count * (1 + len(step.models)) for step in steps)
         count = sum(step.count for step in steps)
-        span = _span_of(steps[0], tile) if len(steps) == 1 else None
+        span = span_of(steps[0], tile) if len(steps) == 1 else None
         self.divisible = span is not None
         self.spans = [(0, count)]
         if span is not None and count > span:
@@ -327,13 +328,15 @@ class Job:
         }
 
 
-def _span_of(step: Step, tile: int) -> int | None:
+def span_of(step: Step, tile: int) -> int | None:
     """How many elements of a step one thread takes at a time; None: one thread must do all of it."""
     size = tile_of(step, tile)
     if MERGE_METHODS[step.method].rows or (size != tile and size >= step.count) or (size == tile and SPAN % tile):
         return None
     inputs = (*step.models, *([step.base] if step.base else []))
     if any(entry.count != step.count for entry in inputs):  # one thread then digests what is cut off as well
+        return None
+    if any(traits_of(entry.source).ordered for entry in inputs):
         return None
     stages = [build(spec, step) for chain in step.chains for spec in chain]
     if (
@@ -388,27 +391,17 @@ class Worker:
                 run.merge(begin, end, stop)
             elif matrix_memory(step) > HEAVY:  # its algebra runs on all processors anyway
                 with self.one_at_a_time:
-                    self._run_whole(run, stop)
+                    settle_run(run, stop)
+                    run.merge(0, step.count, stop)
                     self.scratch = ScratchPool()
             else:
-                self._run_whole(run, stop)
+                settle_run(run, stop)
+                run.merge(0, step.count, stop)
             coefficients |= run.coefficients
             facts |= run.surveyor.facts if run.surveyor is not None else {}
         if len(job.spans) == 1:
             self._digest_rest(job, digests)
         job.add(begin, digests, kept, coefficients, facts)
-
-    @staticmethod
-    def _run_whole(run: StepRun, stop: threading.Event) -> None:
-        run.settle(stop)
-        if vectors_of(run.step) == "column":
-            run.by_column, found = ByColumn.of(run.step, measure_columns(run, stop))
-            run.coefficients[0] = found
-        elif is_measured(run.step):
-            step, found = settled(run.step, measure(run, 0, run.step.count, stop))
-            run.become(step)
-            run.coefficients[0] = found[None]
-        run.merge(0, run.step.count, stop)
 
     def _digest_rest(self, job: Job, digests: dict[int, TensorDigest]) -> None:
         """Rows that no step wanted (a vocabulary cut to the base's) still belong to the input's digest."""
@@ -423,7 +416,20 @@ class Worker:
                 digests[key].update(part)
 
 
-def _explain(tally: Tally, names: Sequence[str]) -> str:
+def settle_run(run: StepRun, stop: threading.Event) -> None:
+    """Whatever must be known of all of a step before its tiles are merged."""
+    run.settle(stop)
+    if vectors_of(run.step) == "column":
+        run.by_column, found = ByColumn.of(run.step, measure_columns(run, stop))
+        run.coefficients[0] = found
+    elif is_measured(run.step):
+        step, found = settled(run.step, measure(run, 0, run.step.count, stop))
+        run.become(step)
+        run.coefficients[0] = found[None]
+
+
+def explain(tally: Tally, names: Sequence[str]) -> str:
+    """Why nothing may be published. `names`: of the models, in order."""
     lines = []
     if tally.nonfinite:
         lines.append("NaN or Inf in the input, so there is no result:")

@@ -247,13 +247,17 @@ class StepRun:
             select.settle()
         return True
 
-    def merge(self, begin: int, end: int, stop: threading.Event) -> None:
-        """The tiles of elements begin .. end, from disk to disk."""
+    def begin(self) -> None:
+        """The pass that merges starts."""
         for chain in self.chains:
             for stage in chain:
                 stage.begin()
         if self.surveyor is not None:
             self.surveyor.begin()
+
+    def merge(self, begin: int, end: int, stop: threading.Event) -> None:
+        """The tiles of elements begin .. end, from disk to disk."""
+        self.begin()
         if self.fused is not None and begin % BLOCK == 0 and self.tile % BLOCK == 0:
             size = TILES * self.tile
             for start in range(begin, end, size):
@@ -264,7 +268,7 @@ class StepRun:
         for start in range(begin, end, self.tile):
             if stop.is_set():
                 return
-            self._merge(start, min(self.tile, end - start))
+            self.merge_tile(start, min(self.tile, end - start))
 
     def _absorb(self, fused: FusedStep, start: int, count: int) -> None:
         """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf, and where rows
@@ -283,7 +287,7 @@ class StepRun:
                 kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
         if kept is None:
             for at in range(start, start + count, self.tile):
-                self._merge(at, min(self.tile, start + count - at))
+                self.merge_tile(at, min(self.tile, start + count - at))
             return
         if step.base is not None:
             self.digests[BASE].update(base_raw)
@@ -292,7 +296,8 @@ class StepRun:
             self.kept[owner, 0] += int(kept[k])
         self._write(out, start, 0)
 
-    def _merge(self, start: int, count: int) -> None:
+    def merge_tile(self, start: int, count: int) -> None:
+        """One tile, whose turn it is where stages need their tiles in order."""
         step = self.step
         scratch = self.load(start, count, final=True)
         if self.hands.broken.is_set():

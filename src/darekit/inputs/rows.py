@@ -14,6 +14,7 @@ from functools import cached_property
 from threading import Lock
 
 import numpy as np
+import numpy.typing as npt
 
 from darekit import kernels
 from darekit.checkpoints import Places, TensorInfo, Traits, traits_of
@@ -53,7 +54,13 @@ class RowTable:
         )
 
 
-def gathered(own: int, table: RowTable, inputs: Sequence[TensorInfo | None], axis: int) -> TensorInfo:
+def gathered(
+    own: int,
+    table: RowTable,
+    inputs: Sequence[TensorInfo | None],
+    axis: int,
+    alike: npt.NDArray[np.bool_] | None = None,
+) -> TensorInfo:
     """Tensor number `own` of `inputs` with its rows as in a table; its name and number format stay.
 
     Args:
@@ -61,6 +68,7 @@ def gathered(own: int, table: RowTable, inputs: Sequence[TensorInfo | None], axi
         table: where each row comes from.
         inputs: the tensors that the table names; None: is not named.
         axis: the one that is gathered; all others must be alike.
+        alike: (n,) bool, which rows are the base's own in its view, to the bit; None: nobody knows.
 
     Raises:
         HomologyError: an input has another shape besides that axis.
@@ -77,7 +85,7 @@ def gathered(own: int, table: RowTable, inputs: Sequence[TensorInfo | None], axi
                 "models that give each other rows must have the same hidden size"
             )
     shape = (*info.shape[:axis], int(table.rows.size), *info.shape[axis + 1 :])
-    source = RowSource(own, table, tuple(inputs), axis)
+    source = RowSource(own, table, tuple(inputs), axis, alike)
     return replace(info, shape=shape, source=source)
 
 
@@ -89,6 +97,7 @@ class RowSource:
     table: RowTable
     inputs: tuple[TensorInfo | None, ...]
     axis: int
+    alike: npt.NDArray[np.bool_] | None = None
     _lock: Lock = field(default_factory=Lock, repr=False)
 
     @property
@@ -126,7 +135,7 @@ class RowSource:
             seed=traits_of(self._info.source).seed,
             grain=max((traits.grain for traits in found), default=1),
             cost=max((traits.cost for traits in found), default=1.0),
-            places=Places(rows, self._info.shape[self.axis], self._outer, self._inner),
+            places=Places(rows, self._info.shape[self.axis], self._outer, self._inner, self.alike),
         )
 
     @cached_property

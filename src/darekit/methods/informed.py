@@ -42,8 +42,8 @@ def fisher(
         bool, Switch("divide each model's Fisher by its norm over the whole model, so that models count alike")
     ] = False,
 ) -> Deltas:
-    """Mean of the models in which each element counts by how sharply it decides the model's predictions: by its
-    diagonal Fisher F_k, the mean over examples of the squared gradient of the example's log-likelihood.
+    """Mean of the models, each element weighted by its Fisher: by how sharply it decides the model's predictions. The
+    diagonal Fisher F_k is the mean over examples of the squared gradient of the example's log-likelihood.
 
     Source: Fisher merging (arXiv 2111.09832), section 3: theta = sum w_k F_k theta_k / sum w_k F_k, with
     w_k (F_k + minimal) / (||F_k|| + minimal) for w_k F_k as in DARE's experiments (arXiv 2311.03099).
@@ -81,8 +81,8 @@ def regmean(
     ] = 1e-6,
     normalize: Annotated[bool, Switch("divide each Gram by its tokens, so that models count alike")] = True,
 ) -> Deltas:
-    """For each linear layer the weights whose outputs are nearest to those of all models on their own inputs (least
-    squares), from the Gram matrices G_k of the inputs. What is no linear layer, or has no Gram, is averaged.
+    """Least squares per linear layer: the weights whose outputs are nearest to those of all models on their own
+    inputs, from the Gram matrices G_k of the inputs. What is no linear layer, or has no Gram, is averaged.
 
     Source: RegMean (arXiv 2212.09849), section 3: W = (sum w_k W_k G_k) (sum w_k G_k)^-1 for W stored
     [out, in], G_k = X_k^T X_k over the tokens, its off-diagonal entries first reduced.

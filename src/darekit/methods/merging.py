@@ -80,7 +80,7 @@ def ties(
     *,
     normalize: Annotated[bool, Switch("disjoint mean; false: the plain sum of those that agree")] = True,
 ) -> Deltas:
-    """Elect a sign per element, then take the weighted mean of the deltas that agree with it (after the trim).
+    """Elect a sign per element, average what agrees: the weighted mean of the deltas with that sign, after the trim.
 
     Source: TIES-Merging (arXiv 2306.01708), section 4: s = sgn(sum w_k d_k); mean of {d_k : sgn d_k = s}. A zero
     is in no one's favour; a sum of exactly 0 elects +, as PEFT and mergekit do (the authors take the majority sign
@@ -107,7 +107,7 @@ def nearswap(
     *,
     t: Annotated[float, Number("how far an element may move from the base's towards the model's", 0, per_model=False)],
 ) -> Deltas:
-    """Take one model's elements where they are within t of the base's, and go t towards it where they are not.
+    """Take over the elements of one model that are near the base's: within t; go t towards the others.
 
     Source: NearSwap (alchemonaut/QuartetAnemoi-70B-t0.0001) and mergekit (arXiv 2403.13257):
     d min(1, t / max(|d|, 1e-6)).

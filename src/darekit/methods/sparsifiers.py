@@ -103,7 +103,7 @@ def _rescaled(delta: Delta, mask: npt.NDArray[np.bool_], drop_rate: float, resca
 
 
 def dare(delta: Delta, draws: Draws, *, drop_rate: DropRate, rescale: Rescale = "paper", q: Divisor = 0.0) -> Delta:
-    """Drop at random, rescale the survivors by 1/(1-p), so that every element keeps its expectation.
+    """Drop at random and rescale the survivors by 1/(1-p): every element keeps its expectation.
 
     Source: DARE (arXiv 2311.03099), section 3.2: d~ = (1 - m) * d, m ~ Bernoulli(p); d^ = d~ / (1 - p). With q
     DAREx (arXiv 2410.09344): d^ = d~ / q.
@@ -190,7 +190,7 @@ def breadcrumbs(
     gamma: Annotated[float, Number("fraction of the largest magnitudes that is dropped too", 0, 1)] = 0.01,
     rescale: Rescale = "none",
 ) -> Delta:
-    """Drop the int(gamma n) largest magnitudes and then the smallest, until n - int(p n) are left.
+    """Drop the largest magnitudes, then the smallest: int(gamma n) of the former, until n - int(p n) are left.
 
     Source: Model Breadcrumbs (arXiv 2312.06795), section 3: mask both tails of |d| per layer. Of equal magnitudes
     the lower index survives, at either end.

@@ -63,7 +63,7 @@ def slerp(
 
 
 def nuslerp(products: Products, weights: Weights) -> Coefficients:
-    """Along the arc between two models, or, with a base, between their deltas, as far as their weights say: the second
+    """Along the arc between two models: with a base, between their deltas; as far as their weights say: the second
     one's share of their sum, halfway where that vanishes. Norms may differ: the result's lies between them.
 
     Source: Shoemake (SIGGRAPH 1985), section 3.3, as mergekit (arXiv 2403.13257) has it in NuSLERP: with
@@ -105,7 +105,7 @@ def multislerp(
         float, Number("added to every norm; a mean direction that is shorter is none", 0, per_model=False)
     ] = 1e-8,
 ) -> Coefficients:
-    """In the mean direction of the models, or of their deltas where there is a base, with their mean norm. Where the
+    """In the mean direction of the models: of their deltas where there is a base; with their mean norm. Where the
     directions cancel, the weighted sum itself; a single model is taken as it is, whatever its weight.
 
     Source: mergekit (arXiv 2403.13257), Multi-SLERP: with unit tensors u_k and M = sum w_k u_k, from M / |M| along the
@@ -131,8 +131,8 @@ def karcher(
     max_iter: Annotated[float, Number("steps towards the mean, at most", 0, per_model=False, whole=True)] = 10,
     tol: Annotated[float, Number("length of a step that is none: the mean is found", 0, 1, per_model=False)] = 1e-5,
 ) -> Coefficients:
-    """The point of the sphere that is nearest to the directions of the base, if there is one, and all models, with
-    their mean norm. The base is one of the models, whether it is listed or not.
+    """The mean of the models on the sphere: the point nearest to the directions of the base, if there is one, and
+    all models, with their mean norm. The base is one of the models, whether it is listed or not.
 
     Source: Karcher, Riemannian center of mass (CPAM 1977), of models as in arXiv 2603.04972 and mergekit: from
     the normalised mean m of the unit tensors u_k, m <- cos |v| m + sin |v| v / |v| with v the mean of

@@ -125,7 +125,7 @@ def sce(
         ),
     ] = 1e-6,
 ) -> Floats:
-    """Merge only the elements in which the models differ most, by their variance; each model counts by the mean square
+    """Merge only where the models differ most: the elements of largest variance; each model counts by the mean square
     of its delta there; of each element, those deltas count that have the sign of the sum of all.
 
     Source: SCE of FuseChat (arXiv 2408.07990): select, calculate, erase. As in mergekit, models count
@@ -231,7 +231,7 @@ def ramplus_tl(
     alpha: Annotated[float, Number("largest ratio of shared to unique elements that counts", 0, per_model=False)] = 0.2,
     epsilon: Epsilon = 1e-5,
 ) -> Floats:
-    """`ram` in which a model's own part is amplified, the more of its changes it shares with others in this tensor.
+    """`ram` with each model's own part amplified: the more, the more changes it shares with others in this tensor.
 
     Source: RAM+ (arXiv 2601.13572), per tensor as in mergekit: unique parts times
     1 + r min(shared_k / unique_k, alpha), where these are the numbers of model k's shared and unique elements.

@@ -6,19 +6,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints.companions import CARD, CONFIG, Companions, Content
-from darekit.dtypes import DTYPES, DType, dtype_named
 from darekit.errors import OutputError
-from darekit.output.config import merged_config, with_ids
 from darekit.output.tokenizer import write_chat_template
-from darekit.planning.plan import Plan
 
 RECIPE_NAME = "darekit_recipe.yaml"
 
@@ -92,39 +87,3 @@ def _copy(content: Content, target: Path) -> None:
 
 def _write(text: Callable[[], str], path: Path) -> None:
     path.write_text(text(), encoding="utf-8")
-
-
-def main_dtype(plan: Plan) -> DType:
-    """The format of most of the output's float bytes: what config.json must say."""
-    sizes: Counter[str] = Counter()
-    for shard in plan.shards:
-        for place in shard.placements:
-            if dtype_named(place.dtype).kind == "float":
-                sizes[place.dtype] += max(1, place.nbytes)
-    return DTYPES[sizes.most_common(1)[0][0]] if sizes else DTYPES["F32"]
-
-
-@dataclass(frozen=True)
-class OutputCompanions:
-    """What lies beside an output's weights: config.json (None: no input has one), copied files, and a chat template
-    where the recipe asks for one."""
-
-    config: dict[str, Any] | None
-    files: Companions
-    chat_template: str | None = None
-
-
-def companions_of(plan: Plan) -> OutputCompanions:
-    """What the plan found to travel, and config.json made true to the output's weights and to its tokenizer."""
-    travel = plan.travel
-    config = None
-    if travel.config.config is not None:
-        config = merged_config(
-            plan.config or travel.config.config,
-            dtype=main_dtype(plan),
-            sizes=plan.alignment.sizes,
-            tied=plan.alignment.tied,
-        )
-        if travel.tokenizer is not travel.config:
-            config = with_ids(config, travel.tokenizer.config)
-    return OutputCompanions(config, travel.files, plan.template)

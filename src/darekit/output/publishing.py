@@ -21,9 +21,10 @@ from darekit.engine import execution
 from darekit.errors import CheckpointError, DataError, OutputError
 from darekit.machine import peak_rss
 from darekit.output.card import agreed_license, model_card
-from darekit.output.companions import companions_of, write_companions
+from darekit.output.companions import write_companions
 from darekit.output.lock import LOCK_NAME, identity, is_output_of, make_lock, times_of
 from darekit.output.staging import Stage, open_stage
+from darekit.planning.beside import companions_of
 from darekit.planning.plan import Plan
 from darekit.wording import brief, size_of
 
@@ -45,7 +46,7 @@ class Report:
         peak_rss_bytes: largest resident memory of the process.
         tensors: of the output.
         parameters: elements of the output.
-        kept: model -> elements of its delta that were not dropped.
+        kept: model -> elements of its delta that were not dropped, those that are exactly 0 among them.
         notes: notes and warnings given during the run.
     """
 

@@ -43,7 +43,7 @@ NOT_OURS = (INSIDE, "lost+found")  # entries of an OUT that is nevertheless empt
 
 # Of the journal's first line, and of what `darekit.output.lock.identity` puts there; raised whenever either changes. A
 # run begun under another number is not resumed.
-FORMAT = 2
+FORMAT = 3
 
 LAST = ("model.safetensors.index.json", "config.json")  # what makes a directory loadable, in order of appearance
 

@@ -27,7 +27,6 @@ from darekit.errors import CheckpointError, OutputError, PlanError
 from darekit.inputs.opening import packed_seed
 from darekit.machine import peak_rss
 from darekit.output.card import agreed_license, public_name
-from darekit.output.config import with_ids
 from darekit.output.publishing import Progress
 from darekit.packing.jobs import WORTH, Job, Terms, job_for, without_same_rows
 from darekit.packing.spans import BUFFERS, Piece, Spool, make_span
@@ -54,6 +53,7 @@ from darekit.packs.workers import run_all
 from darekit.planning import checks
 from darekit.planning.alignment import AlignedTensor
 from darekit.planning.companions import some
+from darekit.planning.merged import with_ids
 from darekit.planning.opening import open_plan
 from darekit.planning.plan import Plan
 from darekit.recipe import single

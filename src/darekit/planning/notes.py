@@ -116,31 +116,37 @@ def _idle(draft: Draft) -> Iterator[str]:
 @dataclass(frozen=True, slots=True)
 class GradientRow:
     """One gradient of a recipe, and what it comes to. `model`: "" for one that holds for all; `filter`: "*" for all
-    tensors; `stack`: whose layers (`model.layers`); `values`: one per layer, in order; `slice`: which slice's layers,
-    None for all of the stack's."""
+    tensors; `stack`: whose layers (`model.layers`); `values`: one per layer, in order; `first`: of these layers, the
+    first."""
 
     parameter: str
     model: str
     filter: str
     stack: str
     values: tuple[float, ...]
-    slice: int | None = None
+    first: int = 0
 
 
 def gradient_rows(recipe: Recipe, depths: Depths, towers: Sequence[Tower] = ()) -> list[GradientRow]:
     """Every gradient of a recipe along every stack of layers, and in stacks of slices along every slice."""
-    runs: list[tuple[str, int | None, int]] = [
-        (stack, None, layers) for stack, layers in depths.stacks.items() if stack not in {t.name for t in towers}
+    stacked = {tower.name for tower in towers}
+    runs: list[tuple[str, int | None, int, int]] = [
+        (stack, None, 0, layers) for stack, layers in depths.stacks.items() if stack not in stacked
     ]
-    runs += [(tower.name, i, len(list(run))) for tower in towers for i, run in groupby(tower.slices)]
+    for tower in towers:
+        first = 0
+        for at, run in groupby(tower.slices):
+            many = len(list(run))
+            runs.append((tower.name, at, first, many))
+            first += many
     return [
         GradientRow(
-            name, whose, pattern, stack, tuple(gradient.at(Place("", (), depth)) for depth in along(layers)), at
+            name, whose, pattern, stack, tuple(gradient.at(Place("", (), depth)) for depth in along(layers)), first
         )
         for whose, parameters in _scopes(recipe)
         for name, value in parameters.items()
         for pattern, own, gradient in gradients_of(value)
-        for stack, at, layers in runs
+        for stack, at, first, layers in runs
         if own is None or at is None or own == at
     ]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ from darekit.inputs import opening
 from darekit.inputs.kinds import Opener
 from darekit.inputs.opening import OPENERS
 from darekit.machine import without_collector
+from darekit.planning.nested import opener_of, result_of
 from darekit.planning.plan import SHARD_SIZE, Plan, make_plan
 from darekit.planning.problems import Problems
 from darekit.recipe import Recipe
@@ -32,17 +34,22 @@ Closable = TypeVar("Closable", bound=_Closes)
 
 @contextmanager
 def open_models(
-    base: str | Path | None, models: Sequence[str | Path], *, search: Sequence[Path] = ()
+    base: str | Path | None,
+    models: Sequence[str | Path],
+    *,
+    search: Sequence[Path] = (),
+    openers: Sequence[Opener] | None = None,
 ) -> Iterator[tuple[Checkpoint | None, tuple[Checkpoint, ...]]]:
     """Open a base, where there is one, and models (headers only); the files are closed on leaving."""
+    openers = (opener_of(None, (), _open_recipe), *OPENERS) if openers is None else openers
     with ExitStack() as opened:
         origin = None
         if base is not None:
-            origin = opened.enter_context(closing(opening.open_base(base, search=search, openers=OPENERS)))
+            origin = opened.enter_context(closing(opening.open_base(base, search=search, openers=openers)))
         yield (
             origin,
             tuple(
-                opened.enter_context(closing(opening.open_model(model, origin, search=search, openers=OPENERS)))
+                opened.enter_context(closing(opening.open_model(model, origin, search=search, openers=openers)))
                 for model in models
             ),
         )
@@ -133,14 +140,37 @@ def _there(found: Mapping[str, Checkpoint | None]) -> dict[str, Checkpoint]:
 
 @contextmanager
 def open_plan(
-    recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int = SHARD_SIZE, verbatim: bool = False
+    recipe: Recipe,
+    *,
+    search: Sequence[Path] = (),
+    shard_size: int = SHARD_SIZE,
+    verbatim: bool = False,
+    above: Sequence[str] = (),
+    openers: Sequence[Opener] = OPENERS,
 ) -> Iterator[Plan]:
     """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving.
 
-    `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names.
+    `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names. `above`:
+    the recipes that this one is a model of. `openers`: the kinds of input, besides recipes.
     """
+    kinds = (open_nested(recipe, openers, above), *openers)
     with ExitStack() as opened:
         with without_collector():
-            inputs = opened.enter_context(open_inputs(recipe, search=search, problems=Problems()))
+            inputs = opened.enter_context(open_inputs(recipe, search=search, openers=kinds, problems=Problems()))
             plan = inputs.plan(recipe, shard_size=shard_size, verbatim=verbatim)
         yield plan
+
+
+def open_nested(recipe: Recipe, openers: Sequence[Opener], above: Sequence[str] = ()) -> Opener:
+    """What opens recipes that stand for models of this one; `openers`: what opens all else, in these too."""
+    return opener_of(recipe, above, partial(_open_recipe, openers=openers))
+
+
+def _open_recipe(
+    recipe: Recipe, ref: str, search: Sequence[Path], above: Sequence[str], openers: Sequence[Opener] = OPENERS
+) -> Checkpoint:
+    """A recipe's result; closing it closes the files of its plan."""
+    with open_plan(recipe, search=search, above=above, openers=openers) as plan:
+        found = result_of(plan, ref)
+    plan.__enter__()  # its files, again: they stay open as long as the result is
+    return found

@@ -60,7 +60,7 @@ class ModelSummary:
         ref: the model, as written.
         seed: effective seed of its mask; None where nothing is drawn.
         parameters: its float elements.
-        kept: expected number of surviving elements.
+        kept: expected number of elements that are not dropped, deltas of exactly 0 among them.
     """
 
     ref: str

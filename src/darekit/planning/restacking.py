@@ -56,10 +56,24 @@ def _unexplained(tower: Tower, part: str, otherwise: Mapping[str, Any]) -> list[
     if all(len(classes) == 1 for classes in by_kind.values()):
         return []
     moved = [i for i, origins in enumerate(tower.layers) if origins[0].index != i]
-    if not moved:
+    if not moved or _begins_alike(tower):
         return []
     first = tower.layers[moved[0]][0]
     return [
         f"layers of {first.checkpoint.ref} have different tensors, and nothing known in config.json says which layer "
         f"has which, so none can be moved (layer {moved[0]} would be its layer {first.index})"
     ]
+
+
+def _begins_alike(tower: Tower) -> bool:
+    """Whether only a few first layers are special, and the output begins with layers of these kinds, too (RWKV's first
+    layer has a norm more)."""
+    found = [origins[0] for origins in tower.layers]
+    known: dict[int, Any] = {}
+    for one in found:
+        if known.setdefault(one.index, one.tensors) != one.tensors:
+            return False
+    rest = found[-1].tensors
+    special = max((i for i, tensors in known.items() if tensors != rest), default=-1) + 1
+    alike = all(one.tensors == known.get(i) for i, one in enumerate(found[:special]))
+    return alike and all(one.tensors == rest for one in found[special:])

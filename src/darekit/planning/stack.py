@@ -243,17 +243,22 @@ class _Stacking:
                 after.add(member, new, name, end)
                 self._note_base(member, new, checkpoint)
         if not together:
-            self._untie([checkpoint for checkpoint, _ in first.values()], last, after, end)
+            self._untie([checkpoint for checkpoint, _ in first.values()], last, before, after, end)
         yield before
         if not together:
             yield after
 
     def _untie(
-        self, first: Sequence[Checkpoint], last: Mapping[Member, tuple[Checkpoint, Range]], after: _Part, end: int
+        self,
+        first: Sequence[Checkpoint],
+        last: Mapping[Member, tuple[Checkpoint, Range]],
+        before: _Part,
+        after: _Part,
+        end: int,
     ) -> None:
         """Output embeddings of models that do not give the input embedding."""
         for tie in output_ties(first, [checkpoint for checkpoint, _ in last.values()]):
-            for names in after.names.values():
+            for names in (*before.names.values(), *after.names.values()):
                 names.pop(tie.target, None)
             if tie.tied:
                 self._tell(f"{tie.target} is tied to the embedding, which is that of {label(first[0].ref)}")
@@ -324,7 +329,7 @@ class _Stacking:
     def _aligned(self, part: _Part) -> Alignment:
         views = {member: self._view(member, names, part) for member, names in part.names.items()}
         base = views.pop(None, None)
-        return align(base, list(views.values()), self._vocab)
+        return align(base, list(views.values()), self._vocab, extras=self._recipe.base_extras)
 
     def _view(self, member: Member, names: Mapping[str, str], part: _Part) -> Checkpoint:
         if member is None:

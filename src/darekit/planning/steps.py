@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from darekit.checkpoints import Placement, Places, traits_of
+from darekit.checkpoints import Placement, Places, TensorInfo, traits_of
 from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step
 from darekit.errors import PlanError
@@ -91,11 +91,13 @@ def _merge_of(
         if informed is None:
             method, parameters = AVERAGE, {"normalize": True}
     # What a view calls otherwise keeps the mask of the tensor that is stored.
-    streams = {
-        k: (info.stored or "", traits_of(info.source).places)
-        for k, info in enumerate(tensor.models)
-        if info is not None
-    }
+    on_deltas = base is not None and not merges_weights(draft.recipe, settings.merge)
+
+    def places_of(info: TensorInfo) -> Places | None:
+        places = traits_of(info.source).places
+        return places.of_deltas() if places is not None and on_deltas else places
+
+    streams = {k: (info.stored or "", places_of(info)) for k, info in enumerate(tensor.models) if info is not None}
     return _Merge(
         draft, tensor.name, make, base, inputs, models, streams, settings.scale, method, parameters, informed
     )  # fmt: skip

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from darekit.architectures.families import facts_of
 from darekit.checkpoints import Checkpoint, TensorInfo
@@ -376,13 +377,25 @@ class _Rules:
             assert table is not None
             if table.is_identity(k, info.shape[axis]):
                 return info
-            return gathered(k, table, inputs, axis)
+            return gathered(k, table, inputs, axis, self._alike(tables, k, inputs))
 
         models = tuple(view(info, model) for info, model in zip(tensor.models, self.matching.models, strict=True))
         base = None if tensor.base is None or self.matching.base is None else view(tensor.base, self.matching.base)
         shape = (*tensor.shape[:axis], self.count, *tensor.shape[axis + 1 :])
         assert lengths
         return replace(tensor, shape=shape, base=base, models=models)
+
+    def _alike(
+        self, tables: Sequence[RowTable | None], k: int, inputs: Sequence[TensorInfo | None]
+    ) -> npt.NDArray[np.bool_] | None:
+        """(rows,) bool: which rows of a member's view are the base's to the bit."""
+        first, own, base, info = tables[0], tables[k], inputs[0], inputs[k]
+        if self.matching.base is None or first is None or own is None or base is None or info is None:
+            return None
+        if base.dtype != info.dtype:  # rows of a third format round to other values
+            return None
+        found: npt.NDArray[np.bool_] = (first.owners == own.owners) & (first.rows == own.rows) & (own.owners >= 0)
+        return found
 
     def _refuse_unmovable(self, tensor: AlignedTensor, axis: int) -> None:
         """Tensors of one model that count tokens must count the same ones, or nobody knows where new ones go."""

@@ -13,7 +13,7 @@ from darekit.errors import RecipeError
 from darekit.recipe.data import Recipe
 from darekit.recipe.documents import Document, Key
 from darekit.recipe.ignored import without
-from darekit.recipe.reading import open_recipe, read_document, search_path
+from darekit.recipe.reading import read_document, read_with
 
 MOST = 100  # errors that are looked for
 
@@ -24,24 +24,35 @@ def read_collecting(
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
     lenient: bool = False,
+    stage: str | None = None,
 ) -> tuple[Recipe | None, list[RecipeError]]:
     """As `read_recipe`, but every error is found and none raised.
 
     A key that is refused is taken away, and the rest is read again: what is wrong elsewhere comes out then. What is
-    missing only because a key was taken away is no error.
+    missing only because a key was taken away is no error. A stage that is wrong is the last that is looked at.
 
     Returns:
         the recipe, None where there are errors; and the errors, in the order in which reading meets them.
     """
-    try:
-        document = open_recipe(source, settings, seed)
-    except RecipeError as error:
-        return None, [error]
     errors: list[RecipeError] = []
+
+    def reader(document: Document, search: Sequence[Path]) -> Recipe:
+        found = _collect(document, search, lenient, errors)
+        if found is None:
+            raise errors[0]
+        return found
+
+    try:
+        return read_with(reader, source, settings, seed, stage), []
+    except RecipeError as error:
+        return None, errors or [error]
+
+
+def _collect(document: Document, search: Sequence[Path], lenient: bool, errors: list[RecipeError]) -> Recipe | None:
     gone: list[Key] = []
     while len(errors) < MOST:
         try:
-            found = read_document(document, search_path(source), lenient=lenient)
+            found = read_document(document, search, lenient=lenient)
         except RecipeError as error:
             if any(_follows(key, str(error), gone) for key in error.keys or ((),)):
                 break
@@ -51,8 +62,8 @@ def read_collecting(
             document = without(document, error.keys)
             gone += error.keys
         else:
-            return (None if errors else found), errors
-    return None, errors
+            return None if gone else found
+    return None
 
 
 def _follows(key: Key, message: str, gone: Sequence[Key]) -> bool:

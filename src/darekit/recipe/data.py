@@ -149,6 +149,7 @@ class Recipe:
         tokens: which tokens the output has, where rows are matched by token; None: by number, as `vocab` says.
         chat_template: of the output: `auto`, a name, or a template's text; None: the one that comes with the tokenizer.
         base_extras: what becomes of tensors that only the base has: keep or leave_out.
+        stages: recipes that are models of this one, by the names that it calls them.
         slices: the output's layers from the first to the last, module by module; empty: all layers of all models.
         notes: notes and warnings for the user.
         text: the file's own text.
@@ -168,12 +169,14 @@ class Recipe:
     keep_float32: bool = True
     base_extras: Literal["keep", "leave_out"] = "keep"
     slices: tuple[Slice, ...] = ()
+    stages: tuple[tuple[str, Recipe], ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
     text: str = field(default="", compare=False, repr=False)
 
     def to_data(self) -> dict[str, Any]:
         """The recipe as JSON-able data in native form: `read_recipe` of it gives an equal recipe."""
-        data: dict[str, Any] = {} if self.base_model is None else {"base_model": self.base_model}
+        data: dict[str, Any] = {"stages": {name: one.to_data() for name, one in self.stages}} if self.stages else {}
+        data |= {} if self.base_model is None else {"base_model": self.base_model}
         if self.slices:
             data |= _layers_data(self)
         else:

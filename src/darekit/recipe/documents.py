@@ -59,7 +59,21 @@ def shown(value: Any) -> str:
 
 
 def open_file(path: Path, kind: str = "recipe") -> Document:
-    """A YAML file -> its document; `kind` is what errors call it."""
+    """A YAML file of one document -> that; `kind` is what errors call it."""
+    name, text = _read(path, kind)
+    data, places = _parse(text, name, kind)
+    return _normalize(Document(name, data, places, text))
+
+
+def open_documents(path: Path) -> list[Document]:
+    """A file of one recipe or of several, one document each. Documents without content are none."""
+    name, text = _read(path, "recipe")
+    found = _parse_all(text, name, "recipe")
+    return [_normalize(Document(name, data, places, text)) for data, places in found]
+
+
+def _read(path: Path, kind: str) -> tuple[str, str]:
+    """Name and text of a file."""
     name = str(path)
     if "\n" in name:
         raise RecipeError(
@@ -82,8 +96,7 @@ def open_file(path: Path, kind: str = "recipe") -> Document:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise RecipeError(f"{name} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save it as UTF-8") from None
-    data, places = _parse(text, name, kind)
-    return _normalize(Document(name, data, places, text))
+    return name, text
 
 
 def _similar_files(path: Path) -> str:
@@ -134,18 +147,29 @@ _LEAST = {"recipe": "`models:` and `merge_method:`", "sweep": "`recipe:`, `axes:
 
 
 def _parse(text: str, name: str, kind: str) -> tuple[dict[str, Any], dict[Key, str]]:
+    return _parse_all(text, name, kind, single=True)[0]
+
+
+def _parse_all(text: str, name: str, kind: str, *, single: bool = False) -> list[tuple[dict[str, Any], dict[Key, str]]]:
+    """Every document with content, and the places of its keys."""
+    found = []
     try:
         loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        if node is None:
+        every = [loader.get_single_node()] if single else []
+        while not single and loader.check_node():
+            every.append(loader.get_node())
+        nodes = [node for node in every if node is not None and not _is_empty(node)]
+        if not nodes:
             raise RecipeError(f"{name} is empty; a {kind} needs at least {_LEAST[kind]}")
-        if not isinstance(node, yaml.MappingNode):
-            raise RecipeError(
-                f"{name} line {node.start_mark.line + 1}: expected a mapping (`key: value` lines) at the top, found a "
-                f"{'list' if isinstance(node, yaml.SequenceNode) else 'single value'}"
-            )
-        walker = _Walker(loader, name)
-        return cast(dict[str, Any], walker.build(node, ())), walker.places
+        for node in nodes:
+            if not isinstance(node, yaml.MappingNode):
+                raise RecipeError(
+                    f"{name} line {node.start_mark.line + 1}: expected a mapping (`key: value` lines) at the top, "
+                    f"found a {'list' if isinstance(node, yaml.SequenceNode) else 'single value'}"
+                )
+            walker = _Walker(loader, name)
+            found.append((cast(dict[str, Any], walker.build(node, ())), walker.places))
+        return found
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_yaml_problem(error, name)) from None
     except yaml.YAMLError as error:
@@ -154,12 +178,16 @@ def _parse(text: str, name: str, kind: str) -> tuple[dict[str, Any], dict[Key, s
         raise RecipeError(f"{name}: nested deeper than {_DEEPEST} levels") from None
 
 
+def _is_empty(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null" and not node.value
+
+
 def _yaml_problem(error: yaml.MarkedYAMLError, name: str) -> str:
     mark = error.problem_mark or error.context_mark
     where = f"{name} line {mark.line + 1}" if mark else name
     problem = error.problem or str(error)
     if "single document" in (error.context or "") or "another document" in problem:
-        return f"{where}: a second document starts here (`---`); a recipe is one document: split the file"
+        return f"{where}: a second document starts here (`---`); this file is one document: split it"
     hint = "; YAML indents with spaces, never with tabs" if r"'\t'" in problem else ""
     return f"{where}: not YAML: {problem}{hint}"
 

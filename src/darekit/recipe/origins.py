@@ -45,8 +45,9 @@ class Origin:
 
 
 def used_by(recipe: Recipe) -> tuple[str, ...]:
-    """The names of the recipe's methods: its sparsifier, where it has one, and its merge method."""
-    return (*([recipe.sparsify.method] if recipe.sparsify else []), recipe.merge_method)
+    """The names of the recipe's methods: its sparsifier, where it has one, and its merge method; those of stages."""
+    own = (*([recipe.sparsify.method] if recipe.sparsify else []), recipe.merge_method)
+    return tuple(dict.fromkeys((*own, *(name for _, stage in recipe.stages for name in used_by(stage)))))
 
 
 def origins_of(recipe: Recipe) -> tuple[Origin, ...]:

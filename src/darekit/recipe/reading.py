@@ -4,7 +4,7 @@ mergekit's words -> native ones; what belongs together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +14,21 @@ from darekit.dtypes import DTYPES, FLOAT_DTYPES, dtype_from_torch_name
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.recipe import mergekit
 from darekit.recipe.data import ModelEntry, Recipe, Slice, Sparsify
-from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, override, shown, suggest
+from darekit.recipe.documents import (
+    Document,
+    Key,
+    did_you_mean,
+    fail,
+    open_data,
+    open_documents,
+    override,
+    shown,
+    suggest,
+)
 from darekit.recipe.entries import gather
 from darekit.recipe.names import find_model, same_model
 from darekit.recipe.parameters import block_at, read_seed
+from darekit.recipe.stages import read_stage, stages_of
 from darekit.recipe.tokens import TokensReader, read_chat_template
 from darekit.recipe.values import AUTO, BySlice, Value, is_glob, scalars_of
 from darekit.recipe.words import AUTOMATIC, Words, check_names
@@ -29,6 +40,7 @@ def read_recipe(
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
     lenient: bool = False,
+    stage: str | None = None,
 ) -> Recipe:
     """Read a recipe strictly from a YAML file or from data, translate it into native words, and check every name.
 
@@ -37,6 +49,7 @@ def read_recipe(
         settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`; an empty value removes a key.
         seed: replaces `sparsify.seed`.
         lenient: warn of keys that are not known and of settings without effect, instead of refusing the recipe.
+        stage: of a recipe of several stages (documents with a `name:`), which one; the last if not given.
 
     Returns:
         The recipe, inert: no model is opened.
@@ -57,15 +70,29 @@ def read_recipe(
         Traceback (most recent call last):
         darekit.errors.RecipeError: ...
     """
-    return read_document(open_recipe(source, settings, seed), search_path(source), lenient=lenient)
+    return read_with(
+        lambda document, search: read_document(document, search, lenient=lenient), source, settings, seed, stage
+    )
 
 
-def open_recipe(
-    source: str | Path | Mapping[str, Any], settings: Mapping[str, Any] | None, seed: int | None
-) -> Document:
-    """A YAML file or data, with overrides -> its document, whose keys nobody has looked at yet; errors as above."""
-    document = open_data(source) if isinstance(source, Mapping) else open_file(Path(source))
-    return override(document, settings or {}, seed)
+def read_with(
+    reader: Callable[[Document, Sequence[Path]], Recipe],
+    source: str | Path | Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
+    seed: int | None,
+    stage: str | None,
+) -> Recipe:
+    """As `read_recipe`; `reader`: reads one document, given where relative names are looked up."""
+    search = search_path(source)
+    named, last = stages_of([open_data(source)] if isinstance(source, Mapping) else open_documents(Path(source)))
+    chosen = last if stage is None else named.get(stage)
+
+    def read(document: Document) -> Recipe:
+        if document is chosen:
+            document = override(document, settings or {}, seed)
+        return reader(document, search)
+
+    return read_stage(named, last, stage, read)
 
 
 def search_path(source: object) -> tuple[Path, ...]:
@@ -74,7 +101,7 @@ def search_path(source: object) -> tuple[Path, ...]:
 
 
 def read_document(document: Document, search: Sequence[Path], *, lenient: bool = False) -> Recipe:
-    """A document -> the recipe; errors as `read_recipe`. `search`: where relative names are looked up."""
+    """One document, which knows no other; errors as `read_recipe`. `search`: where relative names are looked up."""
     document = _spell_out(document)
     document, words, ignored = check_names(document, lenient=lenient)
     # First what depends on nothing else, so that whoever collects errors meets all of it.

@@ -212,6 +212,7 @@ def _top() -> dict[str, Schema]:
     """Top-level keys; those that say what is merged, and `sparsify`, are placeholders."""
     known: dict[str, Schema] = {
         "base_model": _NAME | {"description": "The checkpoint that all models were fine-tuned from."},
+        "stages": {"description": "Recipes that are models of this one, by name.", "type": "object"},
         "models": {},
         "slices": {},
         "modules": {},

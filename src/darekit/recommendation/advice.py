@@ -22,7 +22,7 @@ from darekit.methods.sparsifiers import noise_gain
 from darekit.planning.checks import check
 from darekit.planning.homology import RULE_OF_THUMB, TAU, p_max, weighted_median
 from darekit.planning.opening import open_plan
-from darekit.planning.rates import MOST, rate_within, rounded_down, spend
+from darekit.planning.rates import MOST, PAYS_FIRST, rate_within, rounded_down, spend
 from darekit.recipe import Filtered, Filters, Recipe, Value
 from darekit.recipe.single import drop_recipe
 from darekit.wording import brief, label
@@ -111,7 +111,7 @@ class Recommendation:
         base: as written.
         model: as written.
         tau: the relative perturbation that a layer's output may have.
-        drop_rate: median of the tensors' p_max, weighted by their parameters.
+        drop_rate: median of the tensors' p_max, weighted by their parameters, at most 0.99.
         tensors: those that may be dropped.
         dense: those that stay as they are.
         verdict: ok, large or wrong_base, as of `inspect`.
@@ -296,7 +296,7 @@ def recommend(
             )  # fmt: skip
         recipe = _recipe(whole, tensors, search.best)
     return Recommendation(
-        base, model, tau, weighted_median((tensor.p_max, tensor.parameters) for tensor in tensors), tensors, dense,
+        base, model, tau, min(MOST, weighted_median((t.p_max, t.parameters) for t in tensors)), tensors, dense,
         found.verdict, _words(found.verdict, found.words, base, model), _assumed(calibration, tau), drop_rate, budget,
         recipe, calibration, search, tuple(_notes(tensors, calibration, budget, drop_rate)),
     )  # fmt: skip
@@ -408,7 +408,7 @@ def _notes(
     if budget is None and drop_rate is None and any(tensor.p_max > MOST for tensor in tensors):
         yield (
             f"no tensor is dropped above {MOST:g}, although tau would allow it: small models, and the paper's 7B and "
-            "13B ones, lost their abilities there"
+            f"13B ones, lost their abilities there; {PAYS_FIRST}"
         )
     if calibration is not None:
         unseen = [tensor.name for tensor in tensors if tensor.kappa is None]

@@ -23,12 +23,13 @@ from darekit.evaluation.judges import Judge, check_judge, identity_of, judge_of
 from darekit.inputs.statistics import open_statistics
 from darekit.live.models import LiveModel, build
 from darekit.machine import default_threads
-from darekit.output.companions import companions_of
 from darekit.planning import checks
+from darekit.planning.beside import companions_of
 from darekit.planning.opening import open_models, open_plan
 from darekit.planning.plan import Plan
 from darekit.recipe import Recipe
 from darekit.recipe.origins import Origin, origins_of, require, used_by
+from darekit.recipe.stages import stored_names
 from darekit.sweeps.data import SPLITS, Cell, Sweep
 from darekit.sweeps.grid import cells_of, essence
 from darekit.sweeps.reading import found_in, read_sweep
@@ -229,7 +230,7 @@ def _units(
     units: dict[str, _Unit] = {}
     for cell in cells:
         recipe = essence(cell.recipe)
-        names = [*(entry.model for entry in recipe.models), *([recipe.base_model] if recipe.base_model else [])]
+        names = stored_names(recipe)
         names += [entry.stats for entry in recipe.models if entry.stats]
         asked = {split: {n: one for n, one in named.items() if n in cell.judges} for split, named in judges.items()}
         # Nothing of methods where all are built in, whose digests are of old.
@@ -249,12 +250,14 @@ def _inputs(recipes: Sequence[Recipe], search: Sequence[Path]) -> dict[str, str]
         for stats in (entry.stats for entry in recipe.models if entry.stats and entry.stats not in found):
             with closing(open_statistics(stats, search=search)) as statistics:
                 found[stats] = statistics.fingerprint()
-        missing = [e.model for e in recipe.models if e.model not in found]
-        if not missing and (recipe.base_model is None or recipe.base_model in found):
+        stored = stored_names(recipe)
+        missing = [name for name in dict.fromkeys(stored) if name not in found and name != recipe.base_model]
+        origin = recipe.base_model if recipe.base_model in stored else None
+        if not missing and (origin is None or origin in found):
             continue
-        with open_models(recipe.base_model, missing, search=search) as (base, models):
-            if base is not None and recipe.base_model is not None:
-                found[recipe.base_model] = sample_digest(base).hex()
+        with open_models(origin, missing, search=search) as (base, models):
+            if base is not None and origin is not None:
+                found[origin] = sample_digest(base).hex()
             found |= {name: sample_digest(model).hex() for name, model in zip(missing, models, strict=True)}
     return found
 
