@@ -121,6 +121,15 @@ def test_problems_of_different_kinds_come_together(family, dare):
     assert [one["error"] for one in done.data["problems"]] == ["PlanError", "RecipeError"], messages(done)
 
 
+def test_every_range_of_layers_that_a_model_lacks_is_told(family, dare):
+    def cut(model, *layers):
+        return {"sources": [{"model": model, "layer_range": list(layers)}]}
+
+    recipe = {"merge_method": "passthrough", "slices": [cut("m0", 0, 2), cut("m1", 1, 4), cut("m2", 7, 9)]}
+    done = dare("check", family.write(recipe), "--json")
+    assert ["[1, 4]" in messages(done)[0], "[7, 9]" in messages(done)[1], len(messages(done))] == [True, True, 2]
+
+
 def test_the_place_of_the_output(family, dare, monkeypatch):
     name = family.write(GOOD)
     assert dare("check", name, "out").code == 0 and not os.path.lexists("out")

@@ -268,7 +268,7 @@ def make_plan(
     problems = problems or Problems()
     # The clearest error of those that a missing tokenizer would cause.
     problems.attempt(lambda: named_source(recipe, base, models))
-    given = problems.need(lambda: _together(recipe, base, models, bases or {}, verbatim=verbatim))
+    given = problems.need(lambda: _together(recipe, base, models, bases or {}, problems, verbatim=verbatim))
     base, models, depths = given.base, given.models, given.depths
     matched = problems.attempt(lambda: with_vocabulary(recipe, given.alignment, base, models, others or {}))
     alignment, vocabulary = matched or (given.alignment, None)
@@ -329,12 +329,13 @@ def _together(
     base: Checkpoint | None,
     models: Sequence[Checkpoint],
     bases: Mapping[str, Checkpoint],
+    problems: Problems,
     *,
     verbatim: bool,
 ) -> _Together:
     vocab = "pad" if recipe.tokens else recipe.vocab
     if recipe.slices:
-        stack = stacked(recipe, base, models, bases, vocab)
+        stack = stacked(recipe, base, models, bases, vocab, problems)
         config, notes = config_of(stack.base or stack.models[0], stack.towers)
         return _Together(stack.base, stack.models, stack.alignment, stack.depths, stack.towers, config, notes)
     heads = _heads_of(recipe, base, models)
