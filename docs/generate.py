@@ -33,7 +33,7 @@ from darekit.methods import (
     Parameter,
 )
 from darekit.methods.surveyed import passes_before
-from darekit.recipe.mergekit import LATER_METHODS, PRODUCTS
+from darekit.recipe.mergekit import PRODUCTS
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE  # where the pages go
@@ -87,9 +87,7 @@ def methods_page() -> str:
         else f"| `{name}` | `{product.sparsifier}` | `{product.merge}` | {str(product.normalize).lower()} |"
         for name, product in PRODUCTS.items()
     ]
-    later = ", ".join(f"`{name}`" for name in LATER_METHODS)
-    lines += ["", *([f"Known, and refused by name until a later version: {later}.", ""] if later else [])]
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def _measured(method: MergeMethod) -> str:

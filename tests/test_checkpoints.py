@@ -254,7 +254,8 @@ class TestRefused:
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(Unsupported, match=f"{name} is not read"):
             open_checkpoint(tmp_path / name)
-        with pytest.raises(CheckpointError, match=name):
+        way_on = r"gguf_file=NAME.*save_pretrained" if name == "m.gguf" else ""
+        with pytest.raises(CheckpointError, match=f"{name}.*{way_on}"):
             open_checkpoint(tmp_path)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from darekit.errors import RecipeError
 from darekit.recipe import Filtered, Filters, Gradient, Recipe, Sparsify, read_recipe
-from darekit.recipe.mergekit import LATER_METHODS, PRODUCTS, complement
+from darekit.recipe.mergekit import PRODUCTS, complement
 
 DARE_TIES = """\
     models:
@@ -307,11 +307,6 @@ def test_a_sparsify_block_with_a_product(method):
         )
 
 
-@pytest.mark.parametrize("method", LATER_METHODS)
-def test_later_methods(method):
-    assert f"{method} comes in a later version" in refused(method, {})
-
-
 def test_near_misses():
     assert "unknown method 'dare-ties'; did you mean 'dare_ties'?" in refused("dare-ties", {})
     assert "did you mean 'breadcrumbs_ties'?" in refused("breadcrumb_ties", {})
@@ -364,8 +359,8 @@ def test_slerp_by_filters_as_on_the_hub():
     )
     found = recipe.parameters["t"]
     assert [(e.filter, e.value) for e in found.entries] == [("self_attn", 0.3), ("mlp", 0.7), ("*", 0.5)]
-    with pytest.raises(RecipeError, match="is never reached"):
-        read_recipe(recipe.to_data() | {"parameters": {"t": [{"value": 0.5}, {"filter": "mlp", "value": 1}]}})
+    late = read_recipe(recipe.to_data() | {"parameters": {"t": [{"value": 0.5}, {"filter": "mlp", "value": 1}]}})
+    assert late.parameters["t"] == filters_of(("*", 0.5))
 
 
 @pytest.mark.parametrize(
@@ -390,3 +385,58 @@ def test_slerp_by_filters_as_on_the_hub():
 def test_slerp_refuses(data, message):
     with pytest.raises(RecipeError, match=message):
         read_recipe({"merge_method": "slerp", "parameters": {"t": 0.5}} | data)
+
+
+def test_forms_that_mergekit_reads(tmp_path: Path):
+    """Filters that match every name, a key given twice alike, and keys that hold nothing but anchors."""
+    lines = [
+        "defaults: &own {density: 0.5, weight: -0.25}",
+        "x-note: {by: me}",
+        "base_model: b",
+        "models:",
+        "- {model: m0, parameters: *own}",
+        "- model: m1",
+        "  parameters: {<<: *own, weight: [{filter: mlp, value: 1}, {filter: '', value: [0.5, 1e-1]}]}",
+        "- {model: m2, parameters: {weight: [{filter: null, value: 0.5}]}}",
+        "merge_method: ties",
+        "dtype: bfloat16",
+        "dtype: bfloat16",
+    ]
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(lines))
+    recipe = read_recipe(path)
+    assert recipe.models[0].parameters == {"weight": -0.25, "keep": 0.5}
+    assert recipe.models[1].parameters == {
+        "weight": filters_of(("mlp", 1.0), ("*", Gradient((0.5, 0.1)))),
+        "keep": 0.5,
+    }
+    assert recipe.models[2].parameters == {"weight": filters_of(("*", 0.5))}
+    assert [note.split()[0] for note in recipe.notes][:2] == ["defaults", "x-note"]
+    lines[-1] = "dtype: float16"
+    path.write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match="line 11: dtype is given twice"):
+        read_recipe(path)
+
+
+def test_filters_behind_one_for_all_are_left_out_with_a_warning():
+    late = [{"filter": "norm", "value": 1}, {"value": 0.5}, {"filter": "q", "value": 0.1}, {"filter": "k", "value": 2}]
+    recipe = make("linear", {"weight": late}, {"weight": 0.5})
+    assert recipe.models[0].parameters == {"weight": filters_of(("norm", 1.0), ("*", 0.5))}
+    assert [note.split(" is ")[0] for note in recipe.notes] == [
+        "WARNING: models.0.parameters.weight.2",
+        "WARNING: models.0.parameters.weight.3",
+    ]
+
+
+def test_recipes_of_mergekits_other_tools_are_named(tmp_path: Path):
+    path = tmp_path / "moe.yaml"
+    path.write_text("base_model: b\ngate_mode: hidden\nexperts: [{source_model: a, positive_prompts: [x]}]\n")
+    with pytest.raises(RecipeError, match="experts belongs to mergekit-moe"):
+        read_recipe(path)
+
+
+def test_passthrough_of_several_models_names_slices():
+    assert "make each a slice" in refused("passthrough", {}, {})
+    sources = [{"model": name, "layer_range": [0, 4]} for name in ("m0", "m1")]
+    with pytest.raises(RecipeError, match="each source is a slice of its own"):
+        read_recipe({"slices": [{"sources": sources}], "merge_method": "passthrough"})

@@ -390,6 +390,11 @@ class TestNames:
         families.same(families.load("out"), here[1][0])
         assert any("is the base and also one of the models" in note for note in report.notes)
 
+    def test_a_revision_of_a_directory(self, here):
+        stored("org/name", w=np.zeros(2, np.float32))
+        assert open_checkpoint("org/name@main").directory == Path("org/name")
+        assert "org/name is here, and a directory has no revisions: name it without @v1" in refusal("org/name@v1")
+
     @pytest.mark.parametrize("name", ["m0+lora", "org/name+org/lora", "org/name@v1+org/lora"])
     def test_a_plus_that_names_an_adapter(self, name, here):
         assert "LoRA adapter" in refusal(name) and "merge_and_unload" in refusal(name)

@@ -45,7 +45,8 @@ def sizes(directory, dtype="BF16", *, shapes=SHAPES, seed=0, spread=2e-3):
 
 
 def pack(directory, name="m.safetensors", **options):
-    options = {"drop_rate": 0.9, "seed": 7, "force": True, "threads": 2} | options
+    drawn = {} if options.get("lossless") else {"seed": 7}
+    options = {"drop_rate": 0.9, **drawn, "force": True, "threads": 2} | options
     return dk.pack(directory / "base", directory / "m0", directory / name, **options)
 
 

@@ -115,6 +115,16 @@ def auto(llamas, **more):
     return families.recipe(llamas.path, k=2, sparsify={"method": "dare", "drop_rate": "auto", "tau": 0.1, **more})
 
 
+@pytest.mark.parametrize(
+    ("method", "rate", "told"),
+    [("dare", 0.9, True), ("drop_only", 0.9, True), ("magnitude", 0.9, False), ("dare", 0.8, False)],
+)
+def test_noise_in_embeddings_is_told_of_where_something_is_drawn(llamas, method, rate, told):
+    sparsify = {"method": method, "drop_rate": rate}
+    with open_plan(read_recipe(families.recipe(llamas.path, k=2, sparsify=sparsify))) as plan:
+        assert any("one-hot inputs" in note and "2.5 to 3.8 times" in note for note in plan.notes) is told
+
+
 def test_auto_follows_the_sampled_size_of_each_delta(llamas):
     with open_plan(read_recipe(auto(llamas))) as plan:
         for k in range(2):

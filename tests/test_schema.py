@@ -208,7 +208,7 @@ START = "base_model: b\nmodels: [a]\n"
         f"{START}merge_method: ties\nparameters: {{keep: []}}\n",
         f"{START}merge_method: ties\nparameters: {{keep: [{{filter: a}}]}}\n",
         f"{START}merge_method: ties\nparameters: {{keep: [{{filter: a, value: 2}}]}}\n",
-        f"{START}merge_method: ties\nparameters: {{keep: [{{filter: '', value: 1}}]}}\n",
+        f"{START}merge_method: linear\nsparsify: {{method: dare, drop_rate: [{{filter: '', value: 1}}]}}\n",
         f"{START}merge_method: ties\nparameters: {{keep: [{{filter: '=', value: 1}}]}}\n",
         f"{START}merge_method: ties\nparameters: {{keep: [{{fliter: a, value: 1}}]}}\n",
         f"{START}merge_method: ties\nparameters: {{trim: all}}\n",

@@ -90,6 +90,27 @@ def test_several_models_first_say_who_fights_and_where(deep, dare, monkeypatch, 
     assert f"{data['interference']['pairs'][1]['cosine']:.3f}" in flat
 
 
+def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
+    from darekit.cli import display
+
+    monkeypatch.setattr(display, "LINES_EVERY", 0.0)
+    with display.progress_bar("sweeping", quiet=False, unit="evaluations") as progress:
+        for done in (0, 1, 1, 3, 4):  # nothing of the beginning, of the end, and of what was said
+            progress(done, 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(", about ")[0] for line in lines] == [f"sweeping: {n} of 4 evaluations" for n in (1, 3)]
+    monkeypatch.setattr(display, "LINES_EVERY", 30.0)
+    with display.progress_bar("merging", quiet=False) as progress:
+        progress(1, 2)
+    assert capsys.readouterr().err == ""  # what is short says nothing
+
+
+def test_groups_that_are_kept_dense_as_a_rule_need_not_be_there(llamas, dare, tmp_path):
+    assert dare("recommend", llamas.path / "base", llamas.path / "m0", "--out", tmp_path / "r.yaml").code == 0
+    shown = dare("merge", tmp_path / "r.yaml", tmp_path / "out", "--dry-run")
+    assert "keep_dense norms: " in shown.out and "biases" not in shown.out + shown.err
+
+
 def test_many_pairs_are_counted_and_not_listed(llamas, dare, tmp_path):
     rng = np.random.default_rng(3)
     for k in range(5):

@@ -217,9 +217,17 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
     for candidate in tried:
         if _exists(candidate):
             return Location(candidate, _commit_of(candidate))
+    plain = str(ref).removesuffix("@main")
+    if isinstance(ref, str) and plain != ref:  # the revision that a name without one means
+        for candidate in places_of(plain, search):
+            if _exists(candidate):
+                return Location(candidate, _commit_of(candidate))
     tail = "looked for " + ", ".join(str(candidate.absolute()) for candidate in tried)
     near = _near_misses(tried)
-    if near:
+    bare, at, revision = str(ref).partition("@")
+    if isinstance(ref, str) and at and any(_exists(candidate) for candidate in places_of(bare or ".", search)):
+        tail += f"; {bare} is here, and a directory has no revisions: name it without @{revision} if it is the one"
+    elif near:
         tail += f"; did you mean {' or '.join(near)}?"
     if isinstance(ref, str) and _names_adapter(ref):
         model, _, adapter = ref.rpartition("+")

@@ -315,7 +315,9 @@ def _settings(path: Path) -> dict[str, Any]:
 # What training leaves behind
 
 FOREIGN = {
-    ".gguf": "GGUF files hold weights quantised for llama.cpp; give the original checkpoint in safetensors",
+    ".gguf": "GGUF files hold weights for llama.cpp, mostly quantised; give the original checkpoint in safetensors, or "
+    "where there is none, dequantise it: load model and tokenizer with transformers (and the package gguf), "
+    "from_pretrained(FOLDER, gguf_file=NAME), and save both with `save_pretrained`",
     ".pt": "it may hold any Python object; save the model with `save_pretrained` and give that directory",
     ".pth": "it may hold any Python object; save the model with `save_pretrained` and give that directory",
     ".ckpt": "it holds a training state; save the model with `save_pretrained` and give that directory",

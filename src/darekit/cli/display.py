@@ -7,11 +7,14 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from darekit.architectures.groups import ONE_TERM
 from darekit.cli import tables
 from darekit.wording import size_of
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 KINDS = {"fisher": "diagonal Fisher", "gram": "Gram matrices"}
 GLOBS = 4  # names of tensors that are shown for an entry of keep_dense
+LINES_EVERY = 30.0  # seconds between lines where there is no terminal
 GRADIENT_LAYERS = 9  # layers of a gradient that are shown
 
 
@@ -60,9 +64,30 @@ def time_of(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def _progress_lines(label: str, unit: str | None) -> Callable[[int, int], None]:
+    """Where there is no terminal: a line at most every half minute, so what is short says nothing."""
+    began = time.monotonic()
+    last, most = began, 0
+    lock = Lock()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last, most
+        with lock:
+            now = time.monotonic()
+            if now - last < LINES_EVERY or done <= most or done >= total:
+                return
+            last, most = now, done
+        part = f"{size_of(done)} of {size_of(total)}" if unit is None else f"{done} of {total} {unit}"
+        left = time_of((now - began) / done * (total - done))
+        print(f"{label}: {part}, about {left} left", file=sys.stderr, flush=True)
+
+    return advance
+
+
 @contextmanager
 def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error with the time left and bytes and rate, or a count of `unit`; none without a terminal."""
+    """A bar on standard error with the time left and bytes and rate, or a count of `unit`; without a terminal a line
+    now and then."""
     if quiet:
         yield None
         return
@@ -70,7 +95,7 @@ def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterato
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield None
+        yield _progress_lines(label, unit)
         return
     from rich.progress import (
         BarColumn,
@@ -235,7 +260,11 @@ def show_plan(
     _show_gradients(data["gradients"], bars=bool(plan.towers))
     if data["keep_dense"]:
         print()
+    # Of the groups that `recommend` and `drop_rate: auto` keep dense, a model need not have all.
+    standing = plan.recipe.sparsify is not None and plan.recipe.sparsify.keep_dense == ONE_TERM
     for pattern, names in data["keep_dense"].items():
+        if standing and not names:
+            continue
         globs = tables.globs_of(names)
         more = f" and {len(globs) - GLOBS} more" if len(globs) > GLOBS else ""
         shown = ", ".join(globs[:GLOBS]) + more if names else "matches nothing"

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def pack(
         drop_rate: fraction of the delta that is dropped, in [0, 1], or "auto": each tensor's own, from a sample of its
             delta; required unless `lossless`.
         tau: the noise that `auto` allows, relative to a layer's output.
-        lossless: store the exact model instead, bit for bit; bits, group, rescale and keep_dense are ignored.
+        lossless: store the exact model instead, bit for bit; nothing is drawn or rounded, so a seed, bits, dense_bits,
+            group, rescale and keep_dense are refused.
         bits: per kept element: 64, 32 or 16 (exact if the model's format has no more), 8, 4, 2 or 1.
         dense_bits: the same for tensors that are not dropped; `bits` if not given, at least 4.
         group: kept elements that share a scale, where bits are 8 or fewer.
@@ -185,6 +187,8 @@ def pack(
     from darekit.machine import default_threads
 
     out = Path(out)
+    if lossless:
+        _refuse_idle(seed=seed, bits=bits, dense_bits=dense_bits, group=group, rescale=rescale, keep_dense=keep_dense)
     dense_bits = max(bits, 4) if dense_bits is None else dense_bits
     if bits not in BITS or dense_bits not in BITS:
         raise PlanError(f"{bits if bits not in BITS else dense_bits} bits: expected one of {', '.join(map(str, BITS))}")
@@ -244,6 +248,18 @@ def pack(
         sum(tensor.kind == "same" for tensor in tensors), sum(tensor.count for tensor in tensors),
         sum(tensor.kept for tensor in tensors), written.document.seed, peak_rss(), tuple(said), lossless,
     )  # fmt: skip
+
+
+def _refuse_idle(**given: Any) -> None:
+    """A lossless pack draws and rounds nothing: what says how is a mistake."""
+    defaults = {name: one.default for name, one in signature(pack).parameters.items()}
+    idle = [name for name, value in given.items() if value != defaults[name] and value not in ((), [])]
+    if idle:
+        found = ", ".join(f"{name} = {given[name]!r}" for name in idle)
+        raise PlanError(
+            f"a lossless pack stores the exact model: nothing is drawn or rounded, so {found} would do nothing; leave "
+            f"{'it' if len(idle) == 1 else 'them'} out, or give a drop rate instead of lossless"
+        )
 
 
 def _refuse_other_names(plan: Plan, *, lossless: bool) -> None:

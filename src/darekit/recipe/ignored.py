@@ -31,6 +31,9 @@ OPTIONS = (
     "pipeline_tag", "author", "version",
 )  # fmt: skip
 
+# Top-level keys under which recipes keep what YAML's anchors repeat; so is any that begins with x-, _ or a point.
+ANCHORS = ("anchors", "common", "defaults", "definitions", "variables")
+
 # Beside `sources:`, and beside `model:`.
 SLICE_WORDS = ("residual_weight", "merge_method", "dtype", "out_dtype", "tokenizer_source", "name")
 SOURCE_WORDS = ("revision", "name", "dtype", "base_model", "merge_method", "tokenizer_source")
@@ -46,6 +49,11 @@ def why_ignored(path: Key, method: str, entry: MergeMethod, *, inside: bool) -> 
         inside: whether it stands in a block of parameters, not beside one.
     """
     word, place = str(path[-1]), ".".join(map(str, path))
+    if isinstance(path[-1], int):  # an entry of a list of filters behind one for all tensors
+        return (
+            f"WARNING: {place} is never reached, as in mergekit: an entry before it matches every tensor; put that one "
+            "last"
+        )
     if inside and word in PARAMETERS:
         if word in entry.parameters:
             return (
@@ -64,6 +72,8 @@ def why_ignored(path: Key, method: str, entry: MergeMethod, *, inside: bool) -> 
     if word == "revision" and len(path) > 1:
         return f"{place} is ignored, as mergekit does: a revision is written as `model: org/name@revision`"
     around = next((part for part in reversed(path[:-1]) if isinstance(part, str)), None)
+    if len(path) == 1 and (word.startswith(("x-", "_", ".")) or word in ANCHORS):
+        return f"{place} is ignored, as mergekit does: what it holds counts where its anchors are used"
     words = {"sources": SOURCE_WORDS, "models": SOURCE_WORDS, "slices": SLICE_WORDS}.get(around or "", OPTIONS)
     return f"{place} is ignored, as mergekit does" if word in words else None
 
@@ -71,14 +81,21 @@ def why_ignored(path: Key, method: str, entry: MergeMethod, *, inside: bool) -> 
 def without(document: Document, paths: Iterable[Key]) -> Document:
     """The same without these keys."""
     data: Any = document.data
-    for path in paths:
+    for path in sorted(paths, key=_from_behind, reverse=True):
         data = _removed(data, path)
     return replace(document, data=data)
+
+
+def _from_behind(path: Key) -> tuple[int, ...]:
+    """Orders paths so that an entry of a list comes after those before it: what is removed first moves none of them."""
+    return tuple(part for part in path if isinstance(part, int))
 
 
 def _removed(data: Any, path: Key) -> Any:
     key, *rest = path
     if isinstance(data, list):
+        if not rest:
+            return [one for i, one in enumerate(data) if i != key]
         return [_removed(one, tuple(rest)) if i == key else one for i, one in enumerate(data)]
     if rest:
         return {name: _removed(one, tuple(rest)) if name == key else one for name, one in data.items()}

@@ -42,12 +42,11 @@ PRODUCTS: dict[str, Product] = {
     "della_linear": Product("della", "task_arithmetic", normalize=False),
 }
 
-_METHODS = (
-    "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "sce", "model_stock", "nearswap", "arcee_fusion",
-    "ram", "ramplus_tl",
+# Every method of mergekit's, by its names.
+METHODS = (
+    "linear", "task_arithmetic", "ties", *PRODUCTS, "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "sce",
+    "model_stock", "nearswap", "arcee_fusion", "ram", "ramplus_tl",
 )  # fmt: skip
-
-LATER_METHODS: tuple[str, ...] = tuple(name for name in _METHODS if name not in MERGE_METHODS)
 
 DENSITY = Parameter("density", Number("fraction that is kept: 1 - drop_rate, or ties' keep", 0, 1), 1.0)
 EPSILON = Parameter("epsilon", Number("half of della's window", 0, 0.5), 0.15)

@@ -81,6 +81,11 @@ def _read_number(document: Document, path: Key, parameter: Parameter, raw: Any) 
     return number
 
 
+def _as_mergekit(document: Document) -> bool:
+    """Whether values mean what they mean in mergekit: a recipe without a `sparsify:` block may be one of its."""
+    return "merge_method" in document.data and "sparsify" not in document.data
+
+
 def _number_of_text(document: Document, path: Key, raw: str) -> float:
     if _EXPONENT.fullmatch(raw):
         return float(raw)
@@ -114,6 +119,8 @@ def _read_per_tensor(document: Document, path: Key, parameter: Parameter, raw: A
         if value is None:
             fail(document, here, f"{_PER_TENSOR}, found {shown(entry)} without a value")
         pattern = entry.get("filter", "*")
+        if pattern is None or (pattern == "" and _as_mergekit(document)):
+            pattern = "*"  # nothing is part of every name
         if not isinstance(pattern, str) or not pattern.removeprefix("="):
             fail(
                 document,

@@ -345,6 +345,17 @@ def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key]) -> No
         _check_density(document, (*path, "parameters", "density"), entry.parameters)
 
 
+def _to_stack(recipe: Recipe, count: int) -> str:
+    """What to write where several models are to be stacked."""
+    if recipe.merge_method != "passthrough" or count < 2:
+        return ""
+    if recipe.slices:
+        return "; a slice is merged by the recipe's one method: to stack layers, each source is a slice of its own"
+    return (
+        "; to stack their layers, make each a slice: `slices: [{sources: [{model: name, layer_range: [0, 8]}]}, ...]`"
+    )
+
+
 def _check_number(document: Document, recipe: Recipe) -> None:
     """As many models as the method takes, in every slice, and the parameters that it must have."""
     method = MERGE_METHODS[recipe.merge_method]
@@ -364,7 +375,7 @@ def _check_number(document: Document, recipe: Recipe) -> None:
             besides = f" besides {base}" if base else " and no base_model" if method.needs_base else ""
             fail(
                 document, ("slices", i) if recipe.slices else ("models",),
-                f"{recipe.merge_method} takes {wanted}{either}, found {count}{besides}",
+                f"{recipe.merge_method} takes {wanted}{either}, found {count}{besides}{_to_stack(recipe, count)}",
             )  # fmt: skip
     for parameter in method.parameters.values():
         if parameter.default is None and parameter.name not in recipe.parameters:

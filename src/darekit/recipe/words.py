@@ -122,7 +122,7 @@ class Unknown:
 
 def _ignored(one: Unknown, words: Words) -> str | None:
     """The note for a key that mergekit's recipes may have there without effect."""
-    if words.sparsify is not None:
+    if words.sparsify is not None or words.method not in mergekit.METHODS:
         return None
     entry = words.merge_method or MERGE_METHODS[mergekit.PRODUCTS[words.method].merge]
     return why_ignored(one.path, words.method, entry, inside=one.inside)
@@ -149,6 +149,10 @@ def _explain_top(key: str) -> str:
     shared = {name for entry in MERGE_METHODS.values() for name in entry.parameters}
     if key in shared | {WEIGHT.name, mergekit.DENSITY.name, mergekit.INT8_MASK.name}:
         return "is not a top-level key; write it under `parameters:`"
+    if key in ("experts", "shared_experts", "gate_mode", "experts_per_token"):
+        return "belongs to mergekit-moe, which makes a mixture of experts of models; darekit merges models of one form"
+    if key == "genome":
+        return "belongs to mergekit-evolve, which searches for parameters; here: `dare sweep`"
     if key == "stats":
         return "is not a top-level key; each model has its own: `- {model: name, stats: name.safetensors}`"
     if key in SPARSIFY_KEYS or any(key in entry.parameters for entry in SPARSIFIERS.values()):
@@ -216,8 +220,6 @@ def _read_method(document: Document) -> str:
     known = (*MERGE_METHODS, *MERGE_ALIASES, *mergekit.PRODUCTS)
     if method in known:
         return MERGE_ALIASES.get(method, method)
-    if method in mergekit.LATER_METHODS:
-        fail(document, ("merge_method",), f"{method} comes in a later version of darekit; now: {', '.join(known)}")
     hint = suggest(method, known, "known")
     if method in SPARSIFIERS:
         hint = f": {method} is a sparsifier, write `sparsify: {{method: {method}, ...}}`; here: {', '.join(known)}"
@@ -257,8 +259,17 @@ def _unknown_parameters(
             yield Unknown((*path, name), _explain(name, value, path, allowed, words), inside=True)
             continue
         entries = enumerate(value) if isinstance(value, list) else [(None, value)]
+        reached = True
         for i, entry in entries:
             if isinstance(entry, dict):
+                if not reached and i is not None and words.sparsify is None:
+                    yield Unknown(
+                        (*path, name, i),
+                        "is never reached: the entry before it matches every tensor; put that one last",
+                        inside=True,
+                    )
+                    continue
+                reached = reached and entry.get("filter", "*") not in (None, "*", "")
                 here = (*path, name) if i is None else (*path, name, i)
                 for key in entry:
                     if key not in _FILTER_KEYS:
