@@ -30,10 +30,11 @@ def dare(hub, folder, *arguments, token=TOKEN):
 
 
 class Hub:
-    """A server at `url`; `repositories`: org/name -> name of a file -> content."""
+    """A server at `url`; `repositories`: org/name -> name of a file -> content; `sent`: bytes of all answers."""
 
     def __init__(self):
         self.repositories, self.private, self.messages, self.validated = {}, {}, [], []
+        self.sent = 0
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -61,6 +62,7 @@ class Hub:
                     self.send_header(key.replace("_", "-"), value)
                 self.end_headers()
                 if self.command != "HEAD":
+                    hub.sent += len(data)
                     self.wfile.write(data)
 
             def body(self):
@@ -133,8 +135,10 @@ class Hub:
                     content = files[name]
                     headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": hub.commit(match[1])}
                     wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-                    if wanted and int(wanted[1]):
-                        return self.answer(206, content[int(wanted[1]) :], **headers)
+                    if wanted:
+                        begin, end = int(wanted[1]), int(wanted[2] or len(content) - 1) + 1
+                        told = f"bytes {begin}-{min(end, len(content)) - 1}/{len(content)}"
+                        return self.answer(206, content[begin:end], Content_Range=told, **headers)
                     return self.answer(200, content, **headers)
                 return self.missing("EntryNotFound", self.path)
 

@@ -99,7 +99,7 @@ def test_help_lists_commands_in_the_order_in_which_a_user_meets_them(dare):
     listed = listed[listed.index("Merge and drop") :]
     assert listed == [
         "Merge and drop", "merge", "drop",
-        "Before you merge", "inspect", "recommend", "similarity", "methods", "schema",
+        "Before you merge", "check", "inspect", "recommend", "similarity", "methods", "schema",
         "Packs", "pack", "unpack", "verify", "info", "export", "push", "pull",
         "Statistics and evaluation", "stats", "eval", "sweep",
         "See it work", "demo",

@@ -6,7 +6,8 @@ DarekitError            everything below; the command line prints its message an
 |- RecipeError          the recipe's text: unknown key, contradiction, value out of range
 |- CheckpointError      one checkpoint cannot be read: not found, malformed, changed while it was read
 |  '- Unsupported       it can be read, but not merged as it is: quantised, an adapter, pickled
-|     '- HoldsPack      it is a pack, given where a checkpoint is expected
+|     |- HoldsPack      it is a pack, given where a checkpoint is expected
+|     '- NotFetched     values were asked of a model of which only the headers are here
 |- HomologyError        the checkpoints do not belong together: names, shapes, vocabulary, wrong base
 |- PlanError            a parameter is impossible for these tensors
 |- MethodError          somebody's own method: cannot be registered or loaded, or failed
@@ -19,6 +20,7 @@ Every message says what was found, what was expected, where, and what to do abou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -35,7 +37,14 @@ class DarekitError(Exception):
 
 
 class RecipeError(DarekitError):
-    """A recipe that cannot mean anything: the message names file, line and key."""
+    """A recipe that cannot mean anything: the message names file, line and key.
+
+    `keys`: the paths of the keys that are wrong; none where it is not a key that is.
+    """
+
+    def __init__(self, message: str, keys: Sequence[tuple[str | int, ...]] = ()) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
 
 
 class CheckpointError(DarekitError):
@@ -52,6 +61,10 @@ class HoldsPack(Unsupported):
     def __init__(self, message: str, path: Path) -> None:
         super().__init__(message)
         self.path = path
+
+
+class NotFetched(Unsupported):
+    """Values of a model of which only the headers were fetched."""
 
 
 class HomologyError(DarekitError):

@@ -23,10 +23,12 @@ from darekit.checkpoints.refusals import (
     quantisation_in,
     refuse_quantised,
     refuse_quantised_names,
+    some,
 )
 from darekit.checkpoints.weights import INDEX, SINGLE, read_index
 from darekit.errors import CheckpointError, OutputError, Unsupported
 
+TIMEOUT = 30  # seconds that a server may be silent
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>.+))?", re.ASCII)
 HUB_FILE = re.compile(
     r"(?P<repository>\w[\w.-]*/\w[\w.-]*)/(?P<name>\w[\w.-]*\.safetensors)(?:@(?P<revision>.+))?", re.ASCII
@@ -74,6 +76,18 @@ def fetch_snapshot(ref: str, *, cache: Path | None = None) -> Snapshot:
         CheckpointError: there is no such model, no access, no network, or no disk space.
         Unsupported: an adapter or a quantised model, refused before its weights are fetched.
     """
+    found = fetch_small(ref, cache=cache)
+    directory, commit, repository = found.directory, found.revision, ref.partition("@")[0]
+    for patterns in _wanted(directory):
+        # With config.json among them a pattern is never without a match, of which huggingface_hub would warn.
+        _fetch(ref, repository, commit, cache, (companions.CONFIG, *patterns), partial=False)
+        if any(any(directory.glob(pattern)) for pattern in patterns):
+            break
+    return found
+
+
+def fetch_small(ref: str, *, cache: Path | None = None) -> Snapshot:
+    """Hub id -> a local directory with all but its weights; errors as `fetch_snapshot`."""
     match = HUB_ID.fullmatch(ref)
     if match is None:
         raise CheckpointError(f"{ref!r} is not a Hub id; expected org/name or org/name@revision")
@@ -87,12 +101,66 @@ def fetch_snapshot(ref: str, *, cache: Path | None = None) -> Snapshot:
             raise Unsupported(about_adapter(directory))
     elif said := quantisation_in(read_object(config_path, strict=False)):
         _refuse_quantised(ref, repository, directory, said)
-    for patterns in _wanted(directory):
-        # With config.json among them a pattern is never without a match, of which huggingface_hub would warn.
-        _fetch(ref, repository, commit, cache, (companions.CONFIG, *patterns), partial=False)
-        if any(any(directory.glob(pattern)) for pattern in patterns):
-            break
     return Snapshot(directory, commit, left)
+
+
+def weights_on_hub(ref: str, snapshot: Snapshot) -> dict[str, int]:
+    """Names of the files of weights that `fetch_snapshot` would fetch -> their bytes.
+
+    Raises:
+        CheckpointError: there are none, or the Hub does not say.
+    """
+    import huggingface_hub
+
+    repository = ref.partition("@")[0]
+    try:
+        api = huggingface_hub.HfApi()
+        siblings = api.model_info(repository, revision=snapshot.revision, files_metadata=True).siblings
+    except Exception as error:  # as in _fetch
+        raise CheckpointError(
+            f"{ref} is not in the local cache, or only in part, and the Hub does not say what it has ({_name(error)}). "
+            f"With a network run `hf download {repository}`; or give a local directory"
+        ) from error
+    sizes = {one.rfilename: one.size or 0 for one in siblings or ()}
+    for patterns in _wanted(snapshot.directory):
+        found = {name: size for name, size in sizes.items() if any(_is_match(name, pattern) for pattern in patterns)}
+        if found:
+            return found
+    raise CheckpointError(
+        f"{ref} holds no weights: expected {SINGLE['safetensors']}, or shards with {INDEX['safetensors']}; found "
+        f"{some(sorted(sizes)) if sizes else 'an empty repository'}"
+    )
+
+
+def is_cached(snapshot: Snapshot) -> bool:
+    """Whether all of a model's weights are in the local cache, as far as what is there can tell."""
+    wanted = _wanted(snapshot.directory)
+    if len(wanted) == 1:  # an index names them
+        return all((snapshot.directory / name).exists() for name in wanted[0])
+    return any(any(snapshot.directory.glob(pattern)) for patterns in wanted for pattern in patterns)
+
+
+def fetch_start(ref: str, snapshot: Snapshot, name: str, begin: int, end: int) -> bytes:
+    """Bytes [begin, end) of a file on the Hub, or as many as it has.
+
+    Raises:
+        CheckpointError: no network, no access, or a server that gives whole files only.
+    """
+    import huggingface_hub
+
+    utils: Any = huggingface_hub.utils
+    url = huggingface_hub.hf_hub_url(ref.partition("@")[0], name, revision=snapshot.revision)
+    try:
+        response = utils.get_session().get(
+            url, headers={**utils.build_hf_headers(), "range": f"bytes={begin}-{end - 1}"}, timeout=TIMEOUT
+        )
+        utils.hf_raise_for_status(response)
+    except Exception as error:  # as in _fetch
+        raise CheckpointError(
+            f"{ref}: the header of {name} could not be fetched from the Hub ({_name(error)}). Run again"
+        ) from error
+    data: bytes = response.content
+    return data[: end - begin] if response.status_code == 206 else data[begin:end]
 
 
 def _further(repository: str, revision: str | None) -> tuple[tuple[str, ...], Mapping[str, str]]:

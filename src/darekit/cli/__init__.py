@@ -23,6 +23,7 @@ PANELS = {
         "drop": ("merging", "drop"),
     },
     "Before you merge": {
+        "check": ("check", "check"),
         "inspect": ("analysis", "inspect"),
         "recommend": ("recommend", "recommend"),
         "similarity": ("analysis", "similarity"),

@@ -17,17 +17,21 @@ from darekit.cli.options import (
     Force,
     HeadsOf,
     Json,
+    Lenient,
     Overwrite,
     RescaleName,
     Resume,
     Scope,
     Seed,
+    Settings,
     ShardSize,
+    Stage,
     Threads,
     Vocab,
     bytes_of,
     drop_rate_of,
     errors_told,
+    overrides_of,
 )
 
 
@@ -35,23 +39,11 @@ def merge(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     seed: Seed = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe: parameters.lambda=0.5."),
-    ] = None,
+    settings: Settings = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
-    lenient: Annotated[
-        bool,
-        typer.Option("--lenient", help="Warn of unknown keys and settings without effect, as mergekit ignores them."),
-    ] = False,
-    stage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Of a recipe of several documents, the one to write; default: the one without a name, or the last.",
-        ),
-    ] = None,
+    lenient: Lenient = False,
+    stage: Stage = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -61,7 +53,7 @@ def merge(
 ) -> None:
     """Merge models as RECIPE says and write the model directory OUT."""
     limit = bytes_of(shard_size)
-    overrides = _overrides(settings or [])
+    overrides = overrides_of(settings or [])
     with errors_told(resumes=True):
         from darekit.api import search_path
         from darekit.recipe import read_recipe
@@ -223,13 +215,3 @@ def _run(recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, *
     with display.progress_bar("merging", quiet=as_json) as progress:
         report = api.run(recipe, out, api.Options(progress=progress, say=display.say_note, **options), search=search)
     display.show_report(report, as_json=as_json)
-
-
-def _overrides(settings: list[str]) -> dict[str, str]:
-    overrides = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise typer.BadParameter(f"{setting!r} is not KEY=VALUE, as in parameters.lambda=0.5", param_hint="--set")
-        overrides[key.strip()] = value.strip()
-    return overrides

@@ -19,6 +19,20 @@ Threads = Annotated[
     typer.Option(min=1, max=256, metavar="N", help="Worker threads; default: one per processor, at most 8."),
 ]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file: 5GB, 500MB, 2GiB.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe: parameters.lambda=0.5."),
+]
+Lenient = Annotated[
+    bool,
+    typer.Option("--lenient", help="Warn of unknown keys and settings without effect, as mergekit ignores them."),
+]
+Stage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Of several documents, the one to write; default: the one without a name, or the last."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new output is complete.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Force = Annotated[bool, typer.Option("--force", help="Continue even if the base looks wrong or too much is dropped.")]
@@ -147,6 +161,17 @@ def bytes_of(text: str, option: str = "--shard-size") -> int:
     if stripped.isdigit() and size < 1000:
         raise typer.BadParameter(f"{text!r} would mean bytes; write 5GB, 500MB or 2GiB", param_hint=option)
     return size
+
+
+def overrides_of(settings: Sequence[str]) -> dict[str, str]:
+    """`--set KEY=VALUE`, repeated -> value by key."""
+    overrides = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{setting!r} is not KEY=VALUE, as in parameters.lambda=0.5", param_hint="--set")
+        overrides[key.strip()] = value.strip()
+    return overrides
 
 
 @contextmanager

@@ -252,6 +252,15 @@ def open_stage(
     return Stage(place, lock, guard, finished, notes)
 
 
+def refuse_taken(out: Path) -> None:
+    """Look at OUT before there is anything to write.
+
+    Raises:
+        OutputError: OUT exists and may not be replaced.
+    """
+    _check_out(_locate(out), Guard(False, ()))
+
+
 # Where
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from darekit.architectures.families import Facts
 from darekit.checkpoints import TensorInfo
 from darekit.dtypes import dtype_named
+from darekit.errors import NotFetched
 from darekit.methods import MergeMethod
 from darekit.planning.alignment import AlignedTensor
 
@@ -110,6 +111,9 @@ def counters_of(tensors: Iterable[AlignedTensor], roles: Mapping[str, Role], idl
 def _value_of(info: TensorInfo) -> int:
     """The sum of a counter's elements, which are few."""
     raw = np.empty(info.nbytes, np.uint8)
-    if raw.size:
-        info.source.read_into(raw, 0)
+    try:
+        if raw.size:
+            info.source.read_into(raw, 0)
+    except NotFetched:
+        return 0
     return sum(int(value) for value in raw.view(dtype_named(info.dtype).numpy))

@@ -3,22 +3,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from darekit.checkpoints import Checkpoint
+from darekit.errors import CheckpointError
 from darekit.inputs import opening
 from darekit.inputs.kinds import Opener
 from darekit.inputs.opening import OPENERS
 from darekit.machine import without_collector
 from darekit.planning.nested import opener_of, result_of
 from darekit.planning.plan import SHARD_SIZE, Plan, make_plan
+from darekit.planning.problems import Problems
 from darekit.recipe import Recipe
 
 if TYPE_CHECKING:
     from darekit.inputs.statistics import Statistics
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+Closable = TypeVar("Closable", bound=_Closes)
 
 
 @contextmanager
@@ -49,6 +60,84 @@ def only_on_base(ref: str | Path) -> tuple[str, str | Path] | None:
     return opening.only_on_base(ref, openers=OPENERS)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, open. None: it does not open, where problems are collected.
+
+    Attributes:
+        base: the base, None without one.
+        models: the models, in order.
+        statistics: of the models that have some.
+        others: checkpoints that give tokens and are no models, by name.
+        bases: the bases that slices name, by name.
+    """
+
+    base: Checkpoint | None
+    models: tuple[Checkpoint | None, ...]
+    statistics: tuple[Statistics | None, ...]
+    others: Mapping[str, Checkpoint]
+    bases: Mapping[str, Checkpoint]
+
+    def plan(self, recipe: Recipe, *, shard_size: int, verbatim: bool, problems: Problems | None = None) -> Plan:
+        """The plan, where everything has opened; errors as `make_plan`."""
+        return make_plan(
+            recipe, self.base, [one for one in self.models if one is not None],
+            statistics=[one for one in self.statistics if one is not None], others=self.others, bases=self.bases,
+            shard_size=shard_size, verbatim=verbatim, problems=problems,
+        )  # fmt: skip
+
+
+@contextmanager
+def open_inputs(
+    recipe: Recipe, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS, problems: Problems
+) -> Iterator[Inputs]:
+    """Open what a recipe names (headers only); the files are closed on leaving."""
+    with ExitStack() as opened:
+
+        def enter(opening: Callable[[], Closable]) -> Closable | None:
+            return problems.attempt(lambda: opened.enter_context(closing(opening())))
+
+        def enter_base(name: str) -> Checkpoint | None:
+            return enter(lambda: opening.open_base(name, search=search, openers=openers))
+
+        def enter_model(name: str) -> Checkpoint | None:
+            if base is None and recipe.base_model is not None and _needs_base(name, search, openers):
+                return None  # the base has not opened, and that was told
+            return enter(lambda: opening.open_model(name, base, search=search, openers=openers))
+
+        base = None if recipe.base_model is None else enter_base(recipe.base_model)
+        names = [entry.model for entry in recipe.models]
+
+        def enter_statistics(name: str) -> Statistics | None:
+            from darekit.inputs.statistics import open_statistics
+
+            return enter(lambda: open_statistics(name, search=search))
+
+        models = [enter_model(name) for name in names]
+        statistics = [enter_statistics(entry.stats) for entry in recipe.models if entry.stats is not None]
+        others = {}
+        for name in recipe.tokens.models if recipe.tokens else ():
+            if name not in names and not (name == "base" and recipe.base_model is not None):
+                others[name] = enter_model(name)
+        known = dict(zip(names, models, strict=True))
+        known |= {} if recipe.base_model is None else {recipe.base_model: base}
+        bases = {}
+        for name in dict.fromkeys(one.base[0] for one in recipe.slices if one.base):
+            bases[name] = known[name] if name in known else enter_base(name)
+        yield Inputs(base, tuple(models), tuple(statistics), _there(others), _there(bases))
+
+
+def _needs_base(ref: str, search: Sequence[Path], openers: Sequence[Opener]) -> bool:
+    try:
+        return opening.only_on_base(ref, search=search, openers=openers) is not None
+    except CheckpointError:  # told when it is opened
+        return False
+
+
+def _there(found: Mapping[str, Checkpoint | None]) -> dict[str, Checkpoint]:
+    return {name: one for name, one in found.items() if one is not None}
+
+
 @contextmanager
 def open_plan(
     recipe: Recipe,
@@ -57,64 +146,31 @@ def open_plan(
     shard_size: int = SHARD_SIZE,
     verbatim: bool = False,
     above: Sequence[str] = (),
+    openers: Sequence[Opener] = OPENERS,
 ) -> Iterator[Plan]:
     """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving.
 
     `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names. `above`:
-    the recipes that this one is a model of.
+    the recipes that this one is a model of. `openers`: the kinds of input, besides recipes.
     """
-    openers = (opener_of(recipe, above, _open_recipe), *OPENERS)
-    names = [entry.model for entry in recipe.models]
+    kinds = (open_nested(recipe, openers, above), *openers)
     with ExitStack() as opened:
         with without_collector():
-            base, models = opened.enter_context(open_models(recipe.base_model, names, search=search, openers=openers))
-            statistics: list[Statistics] = []
-            for entry in recipe.models:
-                if entry.stats is not None:
-                    from darekit.inputs.statistics import open_statistics
-
-                    statistics.append(opened.enter_context(closing(open_statistics(entry.stats, search=search))))
-            others = {}
-            for name in recipe.tokens.models if recipe.tokens else ():
-                if name not in names and not (name == "base" and base is not None):
-                    model = opening.open_model(name, base, search=search, openers=openers)
-                    others[name] = opened.enter_context(closing(model))
-            bases = _bases_of(recipe, base, models, search, openers, opened)
-            plan = make_plan(
-                recipe,
-                base,
-                models,
-                statistics=statistics,
-                others=others,
-                bases=bases,
-                shard_size=shard_size,
-                verbatim=verbatim,
-            )
+            inputs = opened.enter_context(open_inputs(recipe, search=search, openers=kinds, problems=Problems()))
+            plan = inputs.plan(recipe, shard_size=shard_size, verbatim=verbatim)
         yield plan
 
 
-def _open_recipe(recipe: Recipe, ref: str, search: Sequence[Path], above: Sequence[str]) -> Checkpoint:
+def open_nested(recipe: Recipe, openers: Sequence[Opener], above: Sequence[str] = ()) -> Opener:
+    """What opens recipes that stand for models of this one; `openers`: what opens all else, in these too."""
+    return opener_of(recipe, above, partial(_open_recipe, openers=openers))
+
+
+def _open_recipe(
+    recipe: Recipe, ref: str, search: Sequence[Path], above: Sequence[str], openers: Sequence[Opener] = OPENERS
+) -> Checkpoint:
     """A recipe's result; closing it closes the files of its plan."""
-    with open_plan(recipe, search=search, above=above) as plan:
+    with open_plan(recipe, search=search, above=above, openers=openers) as plan:
         found = result_of(plan, ref)
     plan.__enter__()  # its files, again: they stay open as long as the result is
-    return found
-
-
-def _bases_of(
-    recipe: Recipe,
-    base: Checkpoint | None,
-    models: Sequence[Checkpoint],
-    search: Sequence[Path],
-    openers: Sequence[Opener],
-    opened: ExitStack,
-) -> dict[str, Checkpoint]:
-    """The bases that slices name, open, by name: the recipe's own, its models, or others."""
-    known: dict[str, Checkpoint] = {entry.model: model for entry, model in zip(recipe.models, models, strict=True)}
-    known |= {} if recipe.base_model is None or base is None else {recipe.base_model: base}
-    found = {}
-    for name in dict.fromkeys(one.base[0] for one in recipe.slices if one.base):
-        found[name] = known.get(name) or opened.enter_context(
-            closing(opening.open_base(name, search=search, openers=openers))
-        )
     return found

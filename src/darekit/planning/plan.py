@@ -34,12 +34,13 @@ from darekit.planning.configs import config_notes
 from darekit.planning.draft import Draft
 from darekit.planning.formats import outputs_of
 from darekit.planning.notes import notes_of, rate_notes, wide_notes
+from darekit.planning.problems import Problems
 from darekit.planning.rates import settle
 from darekit.planning.restacking import config_of
 from darekit.planning.settings import Settings, settings_of
 from darekit.planning.stack import Tower, stacked
 from darekit.planning.steps import steps_of
-from darekit.planning.templates import choose_template
+from darekit.planning.templates import TemplateChoice, choose_template
 from darekit.planning.tokenizers import choose_tokenizer, named_source, rows_of
 from darekit.planning.tokens import OutputVocabulary, with_vocabulary
 from darekit.recipe import Recipe
@@ -252,72 +253,127 @@ def make_plan(
     bases: Mapping[str, Checkpoint] | None = None,
     shard_size: int = SHARD_SIZE,
     verbatim: bool = False,
+    problems: Problems | None = None,
 ) -> Plan:
     """Recipe x open checkpoints (x open statistics, one of each model; x others that tokens or slices name) -> plan.
 
     `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names.
+    `problems`: what becomes of errors; the first is raised if not given.
 
     Raises:
         HomologyError: the checkpoints do not belong together, or statistics are another model's.
         PlanError: a parameter is impossible for a tensor.
         RecipeError: a parameter has no value for a tensor.
     """
-    named_source(recipe, base, models)  # the clearest error of those that a missing tokenizer would cause
-    towers: tuple[Tower, ...] = ()
-    vocab = "pad" if recipe.tokens else recipe.vocab
-    config: Mapping[str, Any] | None = None
-    stacking: list[str] = []
-    if recipe.slices:
-        stack = stacked(recipe, base, models, bases or {}, vocab)
-        base, models, alignment, depths, towers = stack.base, stack.models, stack.alignment, stack.depths, stack.towers
-        config, stacking = config_of(base or models[0], towers)
-    else:
-        alignment = align(
-            base, models, vocab, heads=_heads_of(recipe, base, models), extras=recipe.base_extras, verbatim=verbatim
-        )
-        depths = depths_of(tensor.name for tensor in alignment.tensors)
-    alignment, vocabulary = with_vocabulary(recipe, alignment, base, models, others or {})
+    problems = problems or Problems()
+    # The clearest error of those that a missing tokenizer would cause.
+    problems.attempt(lambda: named_source(recipe, base, models))
+    given = problems.need(lambda: _together(recipe, base, models, bases or {}, problems, verbatim=verbatim))
+    base, models, depths = given.base, given.models, given.depths
+    matched = problems.attempt(lambda: with_vocabulary(recipe, given.alignment, base, models, others or {}))
+    alignment, vocabulary = matched or (given.alignment, None)
     facts = facts_of(next((c.config for c in (base, *models) if c and c.config), None))
     roles = roles_of(alignment.tensors, facts)
-    recipe, rates = settle(recipe, [t for t in alignment.tensors if t.name not in roles], depths)
+    weights = [t for t in alignment.tensors if t.name not in roles]
+    settled, rates = problems.need(lambda: settle(recipe, weights, depths))
     digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
     own_digests = digests[1:] if base else digests
     informed = MERGE_METHODS[recipe.merge_method].statistics is not None
     if informed:
-        from darekit.planning.statistics import check_statistics, statistics_notes
+        from darekit.planning.statistics import statistics_notes
 
-        if vocabulary is not None and vocabulary.tensors:
-            raise PlanError(
-                f"{recipe.merge_method} reads statistics of rows as the models have them, but here tokens are moved "
-                f"({', '.join(sorted(vocabulary.tensors))}): give the models one vocabulary first, with a merge_method "
-                "without statistics"
-            )
-        check_statistics(recipe, models, own_digests, statistics)
-    settings = settings_of(recipe, alignment.tensors, depths, roles)
+        problems.attempt(lambda: _check_statistics(settled, models, own_digests, statistics, vocabulary))
+    settings = problems.attempt(lambda: settings_of(settled, alignment.tensors, depths, roles)) or {}
+    outputs = problems.attempt(lambda: outputs_of(alignment.tensors, recipe.dtype, facts, keep=recipe.keep_float32))
+    beside = problems.attempt(lambda: _beside(settled, base, models, alignment, vocabulary)) if matched else None
+    problems.stop()
+    assert outputs is not None and beside is not None
+    travel, template = beside
+    recipe = settled
     seeds = _seeds(recipe, own_digests)
     counters = counters_of(alignment.tensors, roles, _idle(settings.values(), len(models)))
     draft = Draft(recipe, tuple(models), alignment, depths, settings, seeds, tuple(statistics), roles, counters)
     _refuse_many_keeps(draft)
-    outputs = outputs_of(alignment.tensors, recipe.dtype, facts, keep=recipe.keep_float32)
     shards = lay_out(outputs, shard_size)
     places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
     steps = [step for tensor in alignment.tensors for step in steps_of(draft, tensor, *places[tensor.name])]
     opened = (note for checkpoint in ((base, *models) if base else models) for note in checkpoint.notes)
-    notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *stacking, *notes_of(draft)]
+    notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *given.notes, *notes_of(draft)]
     notes += rate_notes(models, rates)
     notes += wide_notes(recipe, outputs)
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
-    rows, owner = rows_of(alignment.sizes, base, models), vocabulary.owner if vocabulary else None
-    choice = choose_tokenizer(recipe, base, models, rows, owner)
-    travel = travel_of(recipe, base, models, choice, vocabulary.files if vocabulary else None)
-    template = choose_template(recipe.chat_template, (base, *models) if base else models, travel.tokenizer, vocabulary)
     notes += config_notes(base, models, travel.config, restacked=bool(recipe.slices))
     notes += [*travel.notes, *template.notes]
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
         rates, settings, depths, travel, draft.statistics, roles, counters, vocabulary,
-        tuple((others or {}).values()), towers, config, template.template,
+        tuple((others or {}).values()), given.towers, given.config, template.template,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Checkpoints whose tensors correspond, and the stacks that slices made of them."""
+
+    base: Checkpoint | None
+    models: tuple[Checkpoint, ...]
+    alignment: Alignment
+    depths: Depths
+    towers: tuple[Tower, ...] = ()
+    config: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
+
+
+def _together(
+    recipe: Recipe,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    bases: Mapping[str, Checkpoint],
+    problems: Problems,
+    *,
+    verbatim: bool,
+) -> _Together:
+    vocab = "pad" if recipe.tokens else recipe.vocab
+    if recipe.slices:
+        stack = stacked(recipe, base, models, bases, vocab, problems)
+        config, notes = config_of(stack.base or stack.models[0], stack.towers)
+        return _Together(stack.base, stack.models, stack.alignment, stack.depths, stack.towers, config, notes)
+    heads = _heads_of(recipe, base, models)
+    alignment = align(base, models, vocab, heads=heads, extras=recipe.base_extras, verbatim=verbatim)
+    return _Together(base, tuple(models), alignment, depths_of(tensor.name for tensor in alignment.tensors))
+
+
+def _check_statistics(
+    recipe: Recipe,
+    models: Sequence[Checkpoint],
+    digests: Sequence[bytes],
+    statistics: Sequence[Statistics],
+    vocabulary: OutputVocabulary | None,
+) -> None:
+    from darekit.planning.statistics import check_statistics
+
+    if vocabulary is not None and vocabulary.tensors:
+        raise PlanError(
+            f"{recipe.merge_method} reads statistics of rows as the models have them, but here tokens are moved "
+            f"({', '.join(sorted(vocabulary.tensors))}): give the models one vocabulary first, with a merge_method "
+            "without statistics"
+        )
+    check_statistics(recipe, models, digests, statistics)
+
+
+def _beside(
+    recipe: Recipe,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    alignment: Alignment,
+    vocabulary: OutputVocabulary | None,
+) -> tuple[Travel, TemplateChoice]:
+    """What goes beside the weights, and the chat template."""
+    rows, owner = rows_of(alignment.sizes, base, models), vocabulary.owner if vocabulary else None
+    choice = choose_tokenizer(recipe, base, models, rows, owner)
+    travel = travel_of(recipe, base, models, choice, vocabulary.files if vocabulary else None)
+    inputs = (base, *models) if base else models
+    return travel, choose_template(recipe.chat_template, inputs, travel.tokenizer, vocabulary)
 
 
 def _idle(settings: Iterable[Settings], models: int) -> list[bool]:

@@ -20,8 +20,9 @@ import numpy as np
 
 from darekit.architectures.depth import Depths
 from darekit.architectures.groups import is_kept_dense
+from darekit.errors import NotFetched
 from darekit.planning.alignment import AlignedTensor
-from darekit.planning.homology import TAU, p_max, sample_norms
+from darekit.planning.homology import TAU, Norms, p_max, sample_norms
 from darekit.planning.settings import place_in, place_of
 from darekit.recipe import AUTO, Filtered, Filters, Recipe, resolve
 from darekit.recipe.values import scalars_of
@@ -102,6 +103,14 @@ def spend(sizes: Sequence[int], costs: Sequence[float], kept: float) -> list[flo
     return [round(1.0 - float(k), 12) for k in np.clip(keep, 0.0, 1.0)]
 
 
+def _sampled(tensors: Sequence[AlignedTensor], model: int) -> list[Norms]:
+    """Samples of one model's tensors; none where its values are not here: nothing is dropped in such a plan."""
+    try:
+        return sample_norms(tensors, model, lambda tensor: (0.0, 0.0))
+    except NotFetched:
+        return []
+
+
 def settle(
     recipe: Recipe, tensors: Sequence[AlignedTensor], depths: Depths
 ) -> tuple[Recipe, tuple[Mapping[str, float], ...]]:
@@ -134,8 +143,7 @@ def settle(
         ]
         tolerances = (entry.parameters.get("tau"), sparsify.parameters.get("tau"), TAU)
         rates = {
-            norms.name: rate_within(norms.r, resolve(tolerances, own[norms.name]))
-            for norms in sample_norms(automatic, k, lambda tensor: (0.0, 0.0))
+            norms.name: rate_within(norms.r, resolve(tolerances, own[norms.name])) for norms in _sampled(automatic, k)
         }
         found.append(rates)
         if AUTO not in given.values():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 
 from darekit.architectures.depth import Depths, along, depths_of
@@ -18,6 +19,7 @@ from darekit.checkpoints import Checkpoint, natural_key
 from darekit.errors import PlanError
 from darekit.inputs.slices import Layered, kind_of, layered, renamed
 from darekit.planning.alignment import AlignedTensor, Alignment, align
+from darekit.planning.problems import Problems
 from darekit.planning.stackties import output_ties, untied_config
 from darekit.recipe import Recipe
 from darekit.recipe.data import DEFAULT, Range, Slice
@@ -92,6 +94,7 @@ def stacked(
     models: Sequence[Checkpoint],
     bases: Mapping[str, Checkpoint],
     vocab: str = "strict",
+    problems: Problems | None = None,
 ) -> Stack:
     """The recipe's slices, put together.
 
@@ -101,12 +104,13 @@ def stacked(
         models: its models, in order.
         bases: the bases that slices name, by name.
         vocab: what to do with vocabularies that differ, as `align` takes it.
+        problems: what becomes of errors; the first is raised if not given.
 
     Raises:
         PlanError: layers that a model does not have, or a model whose layers are not known.
         HomologyError: models whose tensors do not correspond.
     """
-    return _Stacking(recipe, base, models, bases, vocab).stack()
+    return _Stacking(recipe, base, models, bases, vocab, problems or Problems()).stack()
 
 
 class _Stacking:
@@ -119,8 +123,9 @@ class _Stacking:
         models: Sequence[Checkpoint],
         bases: Mapping[str, Checkpoint],
         vocab: str,
+        problems: Problems,
     ) -> None:
-        self._vocab = vocab
+        self._vocab, self._problems = vocab, problems
         self._recipe, self._base, self._models, self._bases = recipe, base, tuple(models), bases
         self._layered: dict[tuple[int, str], Layered] = {}
         self._given: dict[str, Checkpoint] = {}  # name in the output of what a base gives -> that base
@@ -168,6 +173,9 @@ class _Stacking:
             self._layered[key] = layered(checkpoint, self._own(checkpoint, module))
         return self._layered[key]
 
+    def _layers_of(self, checkpoint: Checkpoint, module: str, layers: Range) -> range:
+        return self._of(checkpoint, module).range(*layers)
+
     # --- the parts
 
     def _whole(self, module: str, slices: Sequence[Slice], at: int) -> _Part:
@@ -188,9 +196,13 @@ class _Stacking:
         parts: list[_Part] = []
         origins: list[tuple[Origin, ...]] = []
         numbers: list[int] = []
+        asked = [member for one in slices for member in self._members(one).values()]
+        for checkpoint, wanted in asked:
+            self._problems.attempt(partial(self._layers_of, checkpoint, module, wanted))
+        self._problems.stop()
         for i, one in enumerate(slices, at):
             members = self._members(one)
-            ranges = {k: self._of(checkpoint, module).range(*layers) for k, (checkpoint, layers) in members.items()}
+            ranges = {k: self._layers_of(checkpoint, module, layers) for k, (checkpoint, layers) in members.items()}
             many = len(next(iter(ranges.values())))
             if any(len(layers) != many for layers in ranges.values()):
                 told = ", ".join(f"{len(layers)} of {members[k][0].ref}" for k, layers in ranges.items())

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from darekit.checkpoints import Checkpoint, TensorInfo
+from darekit.checkpoints.headers import has_values
 from darekit.engine.steps import Input, Step
 from darekit.errors import HomologyError, PlanError
 from darekit.inputs.statistics import FISHER, Statistics
@@ -83,6 +84,8 @@ def check_statistics(
                 f"{entry.ref} holds {entry.kind} statistics, but {recipe.merge_method} needs {wanted}: run `dare stats "
                 f"{wanted} {model.ref} --data FILE --out NAME.{wanted}.safetensors`"
             )
+        if not has_values(model):
+            continue  # its digest takes values
         if entry.model_digest is not None and entry.model_digest != digest.hex():
             right = next((m.ref for m, d in zip(models, digests, strict=True) if d.hex() == entry.model_digest), None)
             mixed = f": it matches {right}; are the files swapped?" if right else ""

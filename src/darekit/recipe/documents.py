@@ -41,7 +41,7 @@ def fail(document: Document, path: Key, message: str) -> NoReturn:
     """Raise with file, line and key; a message that starts with a space goes on from the key's name."""
     dotted = ".".join(map(str, path))
     joint = "" if not dotted or message.startswith(" ") else ": "
-    raise RecipeError(f"{_where(document, path)}: {dotted}{joint}{message}")
+    raise RecipeError(f"{_where(document, path)}: {dotted}{joint}{message}", [path])
 
 
 def _where(document: Document, path: Key) -> str:

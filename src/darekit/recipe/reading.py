@@ -4,7 +4,7 @@ mergekit's words -> native ones; what belongs together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -70,22 +70,48 @@ def read_recipe(
         Traceback (most recent call last):
         darekit.errors.RecipeError: ...
     """
-    search = (Path(source).resolve().parent,) if isinstance(source, str | Path) else ()
+    return read_with(
+        lambda document, search: read_document(document, search, lenient=lenient), source, settings, seed, stage
+    )
+
+
+def read_with(
+    reader: Callable[[Document, Sequence[Path]], Recipe],
+    source: str | Path | Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
+    seed: int | None,
+    stage: str | None,
+) -> Recipe:
+    """As `read_recipe`; `reader`: reads one document, given where relative names are looked up."""
+    search = search_path(source)
     named, last = stages_of([open_data(source)] if isinstance(source, Mapping) else open_documents(Path(source)))
     chosen = last if stage is None else named.get(stage)
 
     def read(document: Document) -> Recipe:
         if document is chosen:
             document = override(document, settings or {}, seed)
-        return _read(document, search, lenient=lenient)
+        return reader(document, search)
 
     return read_stage(named, last, stage, read)
 
 
-def _read(document: Document, search: Sequence[Path], *, lenient: bool) -> Recipe:
-    """One document, which knows no other."""
+def search_path(source: object) -> tuple[Path, ...]:
+    """Where a recipe's relative paths are looked up after the working directory: the recipe's own folder."""
+    return (Path(source).resolve().parent,) if isinstance(source, str | Path) else ()
+
+
+def read_document(document: Document, search: Sequence[Path], *, lenient: bool = False) -> Recipe:
+    """One document, which knows no other; errors as `read_recipe`. `search`: where relative names are looked up."""
     document = _spell_out(document)
     document, words, ignored = check_names(document, lenient=lenient)
+    # First what depends on nothing else, so that whoever collects errors meets all of it.
+    plain: dict[str, Any] = dict(
+        dtype=_read_dtype(document),
+        vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),
+        keep_float32=_read_switch(document, "keep_float32", default=True),
+        base_extras=_read_choice(document, ("base_extras",), ("keep", "leave_out")),
+        chat_template=read_chat_template(document),
+    )
     found = gather(document, words, search)
     notes, shared = [*ignored, *found.notes], found.shared
     models = [(entry.path, entry.name, entry.own) for entry in found.entries]
@@ -118,16 +144,12 @@ def _read(document: Document, search: Sequence[Path], *, lenient: bool) -> Recip
         sparsify=sparsify,
         merge_method=merge,
         parameters=shared,
-        dtype=_read_dtype(document),
-        vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),  # type: ignore[arg-type]
         tokenizer_source=tokenizer_source,
         tokens=tokens,
-        chat_template=read_chat_template(document),
         heads=_read_heads(document, found.base, found.names, search),
-        keep_float32=_read_switch(document, "keep_float32", default=True),
-        base_extras=_read_choice(document, ("base_extras",), ("keep", "leave_out")),  # type: ignore[arg-type]
         slices=found.slices,
         text=document.text,
+        **plain,
     )
     _check_whole(document, recipe, [path for path, _, _ in models])
     return replace(recipe, notes=(*notes, *_notes(recipe, seeded, search)))

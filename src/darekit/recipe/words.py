@@ -137,7 +137,10 @@ def _raise_unknown(document: Document, unknown: Sequence[Unknown]) -> None:
             f"{'.'.join(map(str, one.path))} {one.why}"
             for one in unknown
         )
-        raise RecipeError(f"{document.name}: {len(unknown)} keys are not allowed where they are{listed}")
+        raise RecipeError(
+            f"{document.name}: {len(unknown)} keys are not allowed where they are{listed}",
+            [one.path for one in unknown],
+        )
 
 
 def _explain_top(key: str) -> str:
