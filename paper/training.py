@@ -40,7 +40,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from darekit.demo import training as demo
 from darekit.demo.family import build_model, build_tokenizer, calm, load_model, load_tokenizer
 from darekit.demo.settings import Course, Settings
-from darekit.live.models import quiet_transformers
+from darekit.live.skeletons import quiet_transformers
 
 TRAINING_FILE = "training.json"
 UNFINISHED = ".unfinished-"
