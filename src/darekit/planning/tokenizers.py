@@ -173,6 +173,8 @@ def _agreed(base: Checkpoint | None, models: Sequence[Checkpoint], rows: int | N
             "and ids of special tokens; `vocab: pad` keeps all rows"
         )
         return TokenizerChoice(base, tuple(notes))
+    if not size and rows_of({}, None, [lead]) != rows:  # tokens that nobody can count, for another number of rows
+        return TokenizerChoice(base, tuple(notes))
     if len(models) > 1 or len(owners) < len(tuned):
         notes.append(
             f"the output has the tokenizer of {_whose(owners)}, with its chat template, generation settings and ids "
