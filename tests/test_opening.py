@@ -390,6 +390,11 @@ class TestNames:
         families.same(families.load("out"), here[1][0])
         assert any("is the base and also one of the models" in note for note in report.notes)
 
+    def test_a_base_among_the_models_of_a_mean(self, here):
+        models = [{"model": "base", "parameters": {"weight": 0.3}}, {"model": "m0", "parameters": {"weight": 0.7}}]
+        notes = dk.merge({"base_model": "base", "models": models, "merge_method": "linear"}, "out", threads=1).notes
+        assert not any("is identical to" in note for note in notes)
+
     def test_a_revision_of_a_directory(self, here):
         stored("org/name", w=np.zeros(2, np.float32))
         assert open_checkpoint("org/name@main").directory == Path("org/name")
@@ -428,7 +433,7 @@ class TestNames:
         Path("link").symlink_to("base")
         assert not same_model("base", "link") and not same_model("base", "m0")
         assert not same_model("org/name", "./org/name") and same_model("org/name", "org/name/")
-        assert not same_model("org/name", "org/name@v1")
+        assert not same_model("org/name", "org/name@v1") and same_model("org/name", "org/name@main")
         Path("org/name").mkdir(parents=True)
         assert same_model("org/name", "./org/name")
         assert same_model("x", str(Path("m0/x").absolute()), [Path("m0")]) is False

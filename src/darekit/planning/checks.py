@@ -29,6 +29,8 @@ def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None 
         return []
     judgements = []
     for k, model in enumerate(plan.models):
+        if model.ref == plan.base.ref:  # listed on purpose, by a method that counts it among the models
+            continue
         norms = sample_norms(weights, k, partial(plan.rate_of, k))
         judgements.append(judge(model.ref, plan.base.ref, norms))
     stops = [j.stop for j in judgements if j.stop]

@@ -34,6 +34,8 @@ def _place(name: str, search: Sequence[Path]) -> str:
             place = os.path.abspath(folder / path)  # noqa: PTH100 (pathlib's keeps `..`)
             if os.path.lexists(place):
                 return place
+    if name.endswith("@main"):  # what a name without a revision means
+        return _place(name.removesuffix("@main"), search)
     plain = os.path.normpath(path)
     # org/name is on the Hub, ./org/name is a path that is not there.
     return os.path.abspath(plain) if path.startswith((".", os.sep)) else plain  # noqa: PTH100
