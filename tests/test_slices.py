@@ -10,7 +10,7 @@ import pytest
 import darekit as dk
 import families
 from darekit import masks
-from darekit.errors import PlanError, RecipeError
+from darekit.errors import HomologyError, PlanError, RecipeError
 from darekit.planning.opening import open_plan
 from darekit.recipe import Filtered, Filters, Gradient, Place, read_recipe
 from darekit.recipe.values import BySlice, by_slice, chained, mapped, scalars_of
@@ -46,6 +46,19 @@ def merged(deep, tmp_path, slices, method="passthrough", *, base=None, **keys):
 @pytest.fixture(autouse=True)
 def _here(deep, monkeypatch):
     monkeypatch.chdir(deep)
+
+
+def test_layers_of_other_places_are_no_children_of_the_base(deep, tmp_path):
+    """No --force is needed where a stack sets other layers of a model on those of the base; where it sets the same
+    ones, a model of another base is refused as ever."""
+    data = {"merge_method": "slerp", "base_model": "base", "parameters": {"t": 0.5}}
+    crossed = [source("base", 0, 3), source("m0", 3, 6)]
+    dk.merge({**data, "slices": [{"sources": crossed}]}, tmp_path / "out")
+    rng = np.random.default_rng(6)
+    families.save(deep / "foreign", families.llama(rng, np.float32, layers=LAYERS), families.config(layers=LAYERS))
+    foreign = [{"sources": [source("base", 0, 3), source("foreign", 0, 3)]}]
+    with pytest.raises(HomologyError, match="does not look like the base"):
+        dk.merge({**data, "slices": foreign}, tmp_path / "refused")
 
 
 def layers_of(tensors):

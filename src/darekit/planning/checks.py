@@ -7,9 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from darekit.architectures.depth import layer_of
 from darekit.errors import HomologyError
 
 if TYPE_CHECKING:
+    from darekit.planning.alignment import AlignedTensor
     from darekit.planning.homology import Judgement
     from darekit.planning.plan import Plan
 
@@ -31,7 +33,10 @@ def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None 
     for k, model in enumerate(plan.models):
         if model.ref == plan.base.ref:  # listed on purpose, by a method that counts it among the models
             continue
-        norms = sample_norms(weights, k, partial(plan.rate_of, k))
+        own = [tensor for tensor in weights if _comparable(tensor, k)] if plan.towers else weights
+        if not own:
+            continue
+        norms = sample_norms(own, k, partial(plan.rate_of, k))
         judgements.append(judge(model.ref, plan.base.ref, norms))
     stops = [j.stop for j in judgements if j.stop]
     if stops and not force:
@@ -40,3 +45,12 @@ def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None 
         if say and (judgement.stop or judgement.warning):
             say(judgement.stop or judgement.warning or "")
     return judgements
+
+
+def _comparable(tensor: AlignedTensor, k: int) -> bool:
+    """Whether a stack takes a tensor from the same layer of the base and of a model: others are no fine-tunes of it."""
+    base, model = tensor.base, tensor.models[k]
+    if base is None or model is None:
+        return True
+    found = [layer_of(info.stored_name) for info in (base, model)]
+    return len({None if layer is None else layer.index for layer in found}) == 1
