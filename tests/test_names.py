@@ -584,3 +584,12 @@ def test_vocabularies_of_every_family(tmp_path, name):
         written = config_of(tmp_path)
         assert written.get("text_config", written)["vocab_size"] == rows
         assert "vocab_size" in config or "vocab_size" not in written
+
+
+def test_a_first_word_that_is_the_familys_own_stays(tmp_path):
+    """Llama 4's causal class has its base model under no prefix that the loader knows, but its names begin with one."""
+    config = of("Llama4ForCausalLM", model_type="llama4_text", tie_word_embeddings=True)
+    base, _models = saved(tmp_path, config, QWEN, k=2)
+    found, report = merged(tmp_path)
+    assert set(found) == set(base) and all(name.startswith("model.") for name in base)
+    assert not any("wrapper" in note for note in report.notes)

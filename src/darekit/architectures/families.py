@@ -305,6 +305,14 @@ class Facts:
         """
         return key.partition(".")[0] in self._firsts
 
+    def begins_with(self, word: str) -> bool:
+        """Whether names of the family begin with this word, though it is not the prefix of a base model.
+
+        >>> facts_of({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}).begins_with("model.")
+        True
+        """
+        return any(name.startswith(word) for name in (*self.layers, *self.inputs) if not self.prefix)
+
     @cached_property
     def _firsts(self) -> frozenset[str]:
         return frozenset(name.partition(".")[0] for name in (*self.parts, *self.heads, *self.other_heads))

@@ -83,6 +83,19 @@ def groups_of(view: View, keys: Sequence[str], wholes: Sequence[str]) -> dict[st
         stacked = conversion.operations[0].name == "MergeModulelist"
         group = found.setdefault(whole, Group(stacked, len(conversion.sources)))
         group.parts[*map(int, place.groups()), conversion.sources.index(conversion.source)] = key
+    return found | _chunks_of(view, {*keys}, wholes)
+
+
+def _chunks_of(view: View, keys: set[str], wholes: Sequence[str]) -> dict[str, Group]:
+    """Wholes that the loader cuts into equal parts along their first axis."""
+    found = {}
+    for whole in wholes:
+        conversion = view.facts.conversion(view.facts.in_memory(whole))
+        if conversion is None or [operation.name for operation in conversion.operations] != ["Chunk"]:
+            continue
+        parts = [whole.replace(conversion.source, target) for target in conversion.targets]
+        if conversion.operations[0].parameters.get("dim") == 0 and keys.issuperset(parts):
+            found[whole] = Group(False, len(parts), {(i,): key for i, key in enumerate(parts)})
     return found
 
 

@@ -132,7 +132,7 @@ def _keys(facts: Facts, names: Collection[str], prefixes: Sequence[str]) -> tupl
     attribute (`model.`), and save it with that attribute's name: taken off where more names are the family's then."""
     plain = _plain_keys(facts, names, prefixes)
     word = next((unwrapped(name).partition(".")[0] for name in names), "") + "."
-    if not facts.is_known or not all(unwrapped(name).startswith(word) for name in names):
+    if not facts.is_known or facts.begins_with(word) or not all(unwrapped(name).startswith(word) for name in names):
         return plain, ""
     short = {name: unwrapped(name).removeprefix(word) for name in names}
     keys = _plain_keys(facts, short.values(), prefixes)

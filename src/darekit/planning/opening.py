@@ -89,7 +89,7 @@ class Inputs:
 
 @contextmanager
 def open_inputs(
-    recipe: Recipe, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS, problems: Problems
+    recipe: Recipe, *, search: Sequence[Path] = (), openers: Sequence[Opener], problems: Problems
 ) -> Iterator[Inputs]:
     """Open what a recipe names (headers only); the files are closed on leaving."""
     with ExitStack() as opened:
@@ -146,13 +146,14 @@ def open_plan(
     shard_size: int = SHARD_SIZE,
     verbatim: bool = False,
     above: Sequence[str] = (),
-    openers: Sequence[Opener] = OPENERS,
+    openers: Sequence[Opener] | None = None,
 ) -> Iterator[Plan]:
     """Open the recipe's checkpoints (headers only) and plan; the files are closed on leaving.
 
     `verbatim`: tied copies and buffers are tensors like others, where all checkpoints store the same names. `above`:
-    the recipes that this one is a model of. `openers`: the kinds of input, besides recipes.
+    the recipes that this one is a model of. `openers`: the kinds of input, besides recipes; None: all there are.
     """
+    openers = OPENERS if openers is None else openers
     kinds = (open_nested(recipe, openers, above), *openers)
     with ExitStack() as opened:
         with without_collector():
@@ -167,7 +168,7 @@ def open_nested(recipe: Recipe, openers: Sequence[Opener], above: Sequence[str] 
 
 
 def _open_recipe(
-    recipe: Recipe, ref: str, search: Sequence[Path], above: Sequence[str], openers: Sequence[Opener] = OPENERS
+    recipe: Recipe, ref: str, search: Sequence[Path], above: Sequence[str], openers: Sequence[Opener] | None = None
 ) -> Checkpoint:
     """A recipe's result; closing it closes the files of its plan."""
     with open_plan(recipe, search=search, above=above, openers=openers) as plan:
