@@ -79,6 +79,20 @@ def test_no_sparsifier_drops_statistics(resnets, method):
     assert not np.array_equal(found[WEIGHT], models[0][WEIGHT])
 
 
+def test_infinite_bounds_are_constants(resnets):
+    """Bounds of +-Inf that all have are no fault; one that a model has alone is."""
+    path, base, models = resnets
+    bounds = np.float32([-np.inf] * 32 + [np.inf] * 32)
+    for name, own in (("base", base), ("m0", models[0]), ("m1", models[1])):
+        families.save(path / name, own | {MEAN: bounds}, RESNET)
+    found = merged(path, sparsify={"method": "dare", "drop_rate": 0.5})
+    assert np.array_equal(found[MEAN], bounds)
+    assert np.allclose(found[VAR], mean(models[:2], VAR), rtol=1e-6)
+    families.save(path / "m1", models[1] | {MEAN: -bounds}, RESNET)
+    with pytest.raises(DataError, match="NaN or Inf"):
+        merged(path)
+
+
 def test_they_go_as_far_as_the_merge_goes(resnets):
     path, base, models = resnets
     found = merged(path, parameters={"lambda": 0.25, "normalize": False})

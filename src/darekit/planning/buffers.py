@@ -10,6 +10,7 @@ that is dropped and rescaled makes them negative. Counters become the largest.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,12 +21,15 @@ from darekit.dtypes import dtype_named
 from darekit.errors import NotFetched
 from darekit.methods import MergeMethod
 from darekit.planning.alignment import AlignedTensor
+from darekit.planning.equality import are_equal, read_whole
 
 Role = Literal["statistic", "counter"]
 
 BASE = -1  # who gives a counter, where models have their index
 
 WHOLE = 1 - 1e-6  # how far is all the way: what is left of the base would be lost in rounding
+
+SMALL = 1 << 16  # bytes: a constant is no larger
 
 _BY_NAME = {"running_mean", "running_var", "num_batches_tracked"}
 
@@ -50,6 +54,28 @@ def roles_of(tensors: Iterable[AlignedTensor], facts: Facts) -> dict[str, Role]:
         elif name.rpartition(".")[2] in words and facts.is_buffer(name) and _is_plain(tensor, facts):
             roles[name] = "statistic"
     return roles
+
+
+def with_constants(tensors: Sequence[AlignedTensor], roles: Mapping[str, Role]) -> tuple[AlignedTensor, ...]:
+    """Statistics that are constants (bounds of +-Inf that no training moves) become copies of the base's: they have no
+    average, and are no fault of the input. They hold NaN or Inf, and the same bytes in the base and every model."""
+    return tuple(
+        replace(tensor, models=(None,) * len(tensor.models), copied=True) if _is_constant(tensor, roles) else tensor
+        for tensor in tensors
+    )
+
+
+def _is_constant(tensor: AlignedTensor, roles: Mapping[str, Role]) -> bool:
+    base = tensor.base
+    if roles.get(tensor.name) != "statistic" or base is None or base.nbytes > SMALL:
+        return False
+    if any(model is None or not are_equal(base, model) for model in tensor.models):
+        return False
+    try:
+        values = read_whole(base).view(dtype_named(base.dtype).numpy)
+    except NotFetched:
+        return False
+    return not np.isfinite(values.astype(np.float64)).all()
 
 
 def _is_plain(tensor: AlignedTensor, facts: Facts) -> bool:

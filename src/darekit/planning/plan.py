@@ -8,7 +8,7 @@ holds no model.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from darekit.architectures.depth import Depths, depths_of
@@ -28,7 +28,7 @@ from darekit.errors import DataError, PlanError
 from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.planning.alignment import AlignedTensor, Alignment, Heads, align
-from darekit.planning.buffers import Role, counters_of, roles_of
+from darekit.planning.buffers import Role, counters_of, roles_of, with_constants
 from darekit.planning.companions import Travel, heads_giver, travel_of
 from darekit.planning.configs import config_notes
 from darekit.planning.draft import Draft
@@ -274,6 +274,9 @@ def make_plan(
     alignment, vocabulary = matched or (given.alignment, None)
     facts = facts_of(next((c.config for c in (base, *models) if c and c.config), None))
     roles = roles_of(alignment.tensors, facts)
+    if (tensors := with_constants(alignment.tensors, roles)) != alignment.tensors:
+        alignment = replace(alignment, tensors=tensors)
+        roles = roles_of(tensors, facts)
     weights = [t for t in alignment.tensors if t.name not in roles]
     settled, rates = problems.need(lambda: settle(recipe, weights, depths))
     digests = tuple(sample_digest(checkpoint) for checkpoint in ((base, *models) if base else models))
