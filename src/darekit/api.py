@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 from darekit.errors import PlanError
 from darekit.planning.checks import check
 from darekit.recipe import Recipe, read_recipe
+from darekit.recipe.reading import search_path
 from darekit.recipe.single import drop_recipe
 
 if TYPE_CHECKING:
@@ -269,11 +270,6 @@ def options_of(given: RunOptions | WriteOptions) -> Options:
         if name in ("threads", "shard_size", "tile") and value is not None and (type(value) is not int or value < 1):
             raise TypeError(f"{name} must be a whole number above 0 (shard_size: bytes), found {value!r}")
     return Options(**given)
-
-
-def search_path(recipe: object) -> tuple[Path, ...]:
-    """Where a recipe's relative paths are looked up after the working directory: the recipe's own folder."""
-    return (Path(recipe).resolve().parent,) if isinstance(recipe, str | Path) else ()
 
 
 def run(recipe: Recipe, out: Path, options: Options, *, search: Sequence[Path] = ()) -> Report:

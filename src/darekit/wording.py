@@ -42,3 +42,12 @@ def distinct_labels(refs: Sequence[str]) -> list[str]:
     """
     short = [label(ref) for ref in refs]
     return [ref if short.count(one) > 1 else one for ref, one in zip(refs, short, strict=True)]
+
+
+def and_(names: Sequence[str]) -> str:
+    """Names as a sentence lists them; at least one.
+
+    >>> and_(["base", "m0", "m1"])
+    'base, m0 and m1'
+    """
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

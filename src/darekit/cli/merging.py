@@ -55,8 +55,8 @@ def merge(
     limit = bytes_of(shard_size)
     overrides = overrides_of(settings or [])
     with errors_told(resumes=True):
-        from darekit.api import search_path
         from darekit.recipe import read_recipe
+        from darekit.recipe.reading import search_path
 
         found = read_recipe(recipe, settings=overrides, seed=seed, lenient=lenient, stage=stage)
         _run(

@@ -14,7 +14,7 @@ from typing import Any
 
 from darekit.architectures.families import TEXTS
 from darekit.checkpoints import Checkpoint
-from darekit.wording import label
+from darekit.wording import and_, label
 
 SHOWN = 6  # keys that are named
 CODERS = ("encoder", "decoder")  # nested configs not named `*_config`
@@ -76,7 +76,7 @@ def config_notes(
             differing[name] = values
     if differing:
         told = [
-            f"{name} is {', '.join(f'{value} in {_and(whose)}' for value, whose in values.items())}"
+            f"{name} is {', '.join(f'{value} in {and_(whose)}' for value, whose in values.items())}"
             for name, values in list(differing.items())[:SHOWN]
         ]
         more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
@@ -187,7 +187,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
     return SAME.get(str(value), str(value))
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

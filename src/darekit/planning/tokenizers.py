@@ -24,7 +24,7 @@ from darekit.checkpoints.tokenizers import (
 )
 from darekit.errors import PlanError
 from darekit.recipe import Recipe
-from darekit.wording import label
+from darekit.wording import and_, label
 
 GENERATION = "generation_config.json"
 IDS = ("eos_token_id", "bos_token_id")  # those that decide where a text begins and ends
@@ -119,7 +119,7 @@ def named_source(recipe: Recipe, base: Checkpoint | None, models: Sequence[Check
     if owners and not has_tokenizer(source):
         raise PlanError(
             f"tokenizer_source: {recipe.tokenizer_source} has no tokenizer files beside its weights; expected a "
-            f"checkpoint with a tokenizer, which {_and(_names(owners, base))} {'has' if len(owners) == 1 else 'have'}. "
+            f"checkpoint with a tokenizer, which {and_(_names(owners, base))} {'has' if len(owners) == 1 else 'have'}. "
             "Name one of them, or leave tokenizer_source out"
         )
     return source
@@ -135,7 +135,7 @@ def _matched(recipe: Recipe, owner: Checkpoint, inputs: Sequence[Checkpoint]) ->
         source,
         (
             f"the output has no chat template, as {label(source.ref)} has none, whose tokenizer it has; "
-            f"{_and([label(one.ref) for one in others])} {'has' if len(others) == 1 else 'have'} one: "
+            f"{and_([label(one.ref) for one in others])} {'has' if len(others) == 1 else 'have'} one: "
             "`chat_template: auto` takes that of most models",
         ),
     )
@@ -155,7 +155,7 @@ def _agreed(base: Checkpoint | None, models: Sequence[Checkpoint], rows: int | N
         if one.parts:
             notes.append(
                 f"the tokenizers of {label(lead.ref)} and {label(model.ref)} have the same tokens, and differ in "
-                f"{_and(one.parts)}: the output has that of {label(lead.ref)}"
+                f"{and_(one.parts)}: the output has that of {label(lead.ref)}"
             )
     if base is None or not has_tokenizer(base):
         if base is not None:
@@ -249,7 +249,7 @@ def _lacks(base: Checkpoint, lead: Checkpoint) -> Iterator[str]:
         yield "it has no chat template"
     ours, theirs = special_tokens(base.companions), special_tokens(lead.companions)
     if missing := [role for role in theirs if role not in ours and role not in QUIET_ROLES]:
-        yield f"it names no {_and(missing)}"
+        yield f"it names no {and_(missing)}"
     if GENERATION in lead.companions and GENERATION not in base.companions:
         yield f"it has no {GENERATION}"
 
@@ -307,16 +307,12 @@ def _told(found: Difference, lacks: Sequence[str]) -> str:
 
 def _without(tuned: Sequence[Checkpoint], owners: Sequence[Checkpoint]) -> str:
     bare = [label(one.ref) for one in tuned if not any(one is owner for owner in owners)]
-    return f"{_and(bare)} {'has' if len(bare) == 1 else 'have'} no tokenizer files"
+    return f"{and_(bare)} {'has' if len(bare) == 1 else 'have'} no tokenizer files"
 
 
 def _whose(owners: Sequence[Checkpoint]) -> str:
-    return _and([label(one.ref) for one in owners])
+    return and_([label(one.ref) for one in owners])
 
 
 def _names(checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> list[str]:
     return ["base" if one is base else label(one.ref) for one in checkpoints]
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
