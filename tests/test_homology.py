@@ -8,7 +8,8 @@ import pytest
 import darekit as dk
 import families
 from darekit.errors import DataError, HomologyError
-from darekit.planning import alignment, homology
+from darekit.planning import homology
+from darekit.planning.matching import alignment
 
 BF16 = ml_dtypes.bfloat16
 

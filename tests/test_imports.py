@@ -259,7 +259,7 @@ def method_names(source):
 @pytest.mark.parametrize("part", ["engine", "planning"])
 def test_methods_are_known_by_their_entries_in_the_table(part):
     """What the engine must know of a method is a field of its entry, so that a new one touches the table alone."""
-    found = {path.name: method_names(path.read_text()) for path in (PACKAGE / part).glob("*.py")}
+    found = {path.name: method_names(path.read_text()) for path in (PACKAGE / part).rglob("*.py")}
     assert len(found) > 5 and not {name: many for name, many in found.items() if many}
 
 

@@ -18,7 +18,7 @@ from darekit.architectures.groups import MEANING, group_of
 from darekit.checkpoints import TensorInfo
 from darekit.checkpoints.sources import ArrayBytes, Joined, Part
 from darekit.errors import HomologyError, PlanError
-from darekit.planning.equality import BLOCK, are_equal
+from darekit.planning.matching.equality import BLOCK, are_equal
 
 H = 8
 TOKENS = 12

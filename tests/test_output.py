@@ -18,8 +18,8 @@ from darekit.errors import OutputError
 from darekit.output.card import agreed_license, front_matter, model_card, public_name
 from darekit.output.companions import write_companions
 from darekit.output.tokenizer import write_chat_template
-from darekit.planning.companions import companion_files, model_files, tokenizer_files
-from darekit.planning.merged import merged_config, with_ids
+from darekit.planning.travel.companions import companion_files, model_files, tokenizer_files
+from darekit.planning.travel.merged import merged_config, with_ids
 
 BF16, F32 = DTYPES["BF16"], DTYPES["F32"]
 TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"

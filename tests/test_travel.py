@@ -10,7 +10,7 @@ import pytest
 import darekit
 import families
 from darekit.checkpoints.companions import travels
-from darekit.planning.configs import OF_THETA, THETA
+from darekit.planning.travel.configs import OF_THETA, THETA
 from hub_server import dare as from_hub
 from test_tokenizers import LLAMA, WORDS, fast, put, sentencepiece
 

@@ -23,8 +23,8 @@ from darekit.dtypes import dtype_named
 from darekit.errors import DataError, PlanError
 from darekit.inputs.opening import packed_seed
 from darekit.kernels import cpu
-from darekit.planning.alignment import AlignedTensor, align
 from darekit.planning.homology import R_LARGE, R_STOP, RULE_OF_THUMB, TAU, p_max, weighted_median
+from darekit.planning.matching.alignment import AlignedTensor, align
 from darekit.planning.opening import open_models
 from darekit.planning.rates import MOST
 from darekit.recipe.names import find_model

@@ -13,7 +13,7 @@ from darekit.wording import label
 
 if TYPE_CHECKING:
     from darekit.planning.plan import Plan
-    from darekit.planning.stack import Origin, Tower
+    from darekit.planning.stacks.stack import Origin, Tower
 
 WIDTH = 24  # characters of a whole model, or of a gradient
 LEVELS = " ▁▂▃▄▅▆▇█"

@@ -14,8 +14,8 @@ from darekit.checkpoints import companions
 from darekit.errors import CheckpointError, DarekitError, PlanError, Unsupported
 from darekit.live.loading import state_of
 from darekit.output.companions import write_companions
-from darekit.planning.beside import companions_of
 from darekit.planning.plan import Plan
+from darekit.planning.travel.beside import companions_of
 
 # Where a config names no class: the auto classes that are asked, in order.
 _AUTO = (

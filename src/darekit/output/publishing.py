@@ -24,8 +24,8 @@ from darekit.output.card import agreed_license, model_card
 from darekit.output.companions import write_companions
 from darekit.output.lock import LOCK_NAME, identity, is_output_of, make_lock, times_of
 from darekit.output.staging import Stage, open_stage
-from darekit.planning.beside import companions_of
 from darekit.planning.plan import Plan
+from darekit.planning.travel.beside import companions_of
 from darekit.wording import brief, size_of
 
 INDEX_NAME = "model.safetensors.index.json"

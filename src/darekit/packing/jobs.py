@@ -18,7 +18,7 @@ from darekit.kernels.packs import mark_changed
 from darekit.packs.format import Counts, PackedTensor, full_counts
 from darekit.packs.frames import can_shrink, compress_values
 from darekit.packs.leaves import Mask, encode, take
-from darekit.planning.alignment import AlignedTensor
+from darekit.planning.matching.alignment import AlignedTensor
 
 Flags = npt.NDArray[np.bool_]
 

@@ -52,11 +52,11 @@ from darekit.packs.format import (
 from darekit.packs.lane import READ_LEAVES
 from darekit.packs.workers import run_all
 from darekit.planning import checks
-from darekit.planning.alignment import AlignedTensor
-from darekit.planning.companions import some
-from darekit.planning.merged import with_ids
+from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.opening import open_plan
 from darekit.planning.plan import Plan
+from darekit.planning.travel.companions import some
+from darekit.planning.travel.merged import with_ids
 from darekit.recipe import single
 from darekit.wording import brief, size_of
 

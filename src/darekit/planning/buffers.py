@@ -20,8 +20,8 @@ from darekit.checkpoints import TensorInfo
 from darekit.dtypes import dtype_named
 from darekit.errors import NotFetched
 from darekit.methods import MergeMethod
-from darekit.planning.alignment import AlignedTensor
-from darekit.planning.equality import are_equal, read_whole
+from darekit.planning.matching.alignment import AlignedTensor
+from darekit.planning.matching.equality import are_equal, read_whole
 
 Role = Literal["statistic", "counter"]
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from darekit.errors import DarekitError, HomologyError
 from darekit.inputs.headers import Headers
-from darekit.planning.alignment import Heads, align
+from darekit.planning.matching.alignment import Heads, align
 from darekit.planning.opening import Inputs, open_inputs, open_nested
 from darekit.planning.plan import SHARD_SIZE, Plan
 from darekit.planning.problems import Collected

@@ -11,8 +11,8 @@ from darekit.architectures.depth import layer_of
 from darekit.errors import HomologyError
 
 if TYPE_CHECKING:
-    from darekit.planning.alignment import AlignedTensor
     from darekit.planning.homology import Judgement
+    from darekit.planning.matching.alignment import AlignedTensor
     from darekit.planning.plan import Plan
 
 

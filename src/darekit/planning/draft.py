@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from darekit.architectures.depth import Depths
 from darekit.checkpoints import Checkpoint
-from darekit.planning.alignment import AlignedTensor, Alignment
 from darekit.planning.buffers import Role
+from darekit.planning.matching.alignment import AlignedTensor, Alignment
 from darekit.planning.settings import ModelSettings, Settings
 from darekit.recipe import Recipe
 

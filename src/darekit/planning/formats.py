@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from darekit.architectures.families import Facts, pattern_of
 from darekit.checkpoints import OutputTensor
 from darekit.dtypes import DTYPES
-from darekit.planning.alignment import AlignedTensor
+from darekit.planning.matching.alignment import AlignedTensor
 
 NARROW = 2  # bytes: up to here a format is one to which weights are rounded for training and inference
 

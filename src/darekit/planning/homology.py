@@ -18,7 +18,7 @@ import numpy.typing as npt
 from darekit.checkpoints import TensorInfo, traits_of
 from darekit.dtypes import Floats, dtype_named, widen
 from darekit.errors import DataError
-from darekit.planning.alignment import AlignedTensor
+from darekit.planning.matching.alignment import AlignedTensor
 from darekit.wording import label
 
 TAU = 0.2  # rho up to which abilities stayed in every small model that was measured

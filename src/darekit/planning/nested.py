@@ -19,8 +19,8 @@ from darekit.engine.nested import Workshop, sources_of
 from darekit.engine.steps import Step
 from darekit.errors import RecipeError
 from darekit.inputs.kinds import Opener, Opening
-from darekit.planning.beside import companions_of
 from darekit.planning.plan import Plan
+from darekit.planning.travel.beside import companions_of
 from darekit.recipe import Recipe, read_recipe
 
 SUFFIXES = (".yaml", ".yml")

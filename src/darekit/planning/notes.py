@@ -14,10 +14,10 @@ from darekit.checkpoints import Checkpoint, OutputTensor
 from darekit.dtypes import DTYPES
 from darekit.inputs.opening import packed_seed
 from darekit.methods import SPARSIFIERS
-from darekit.planning.alignment import AlignedTensor
 from darekit.planning.draft import Draft
+from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.rates import MOST
-from darekit.planning.stack import Tower
+from darekit.planning.stacks.stack import Tower
 from darekit.recipe import Place, Recipe, Value, is_exact
 from darekit.recipe.values import filters_of, gradients_of
 from darekit.wording import label

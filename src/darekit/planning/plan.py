@@ -27,22 +27,22 @@ from darekit.engine.steps import Step
 from darekit.errors import DataError, PlanError
 from darekit.masks import effective_seeds
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
-from darekit.planning.alignment import AlignedTensor, Alignment, Heads, align
 from darekit.planning.buffers import Role, counters_of, roles_of, with_constants
-from darekit.planning.companions import Travel, heads_giver, travel_of
-from darekit.planning.configs import config_notes
 from darekit.planning.draft import Draft
 from darekit.planning.formats import outputs_of
+from darekit.planning.matching.alignment import AlignedTensor, Alignment, Heads, align
 from darekit.planning.notes import notes_of, rate_notes, wide_notes
 from darekit.planning.problems import Problems
 from darekit.planning.rates import settle
-from darekit.planning.restacking import config_of
 from darekit.planning.settings import Settings, settings_of
-from darekit.planning.stack import Tower, stacked
+from darekit.planning.stacks.config import config_of
+from darekit.planning.stacks.stack import Tower, stacked
 from darekit.planning.steps import steps_of
-from darekit.planning.templates import TemplateChoice, choose_template
-from darekit.planning.tokenizers import choose_tokenizer, named_source, rows_of
 from darekit.planning.tokens import OutputVocabulary, with_vocabulary
+from darekit.planning.travel.companions import Travel, heads_giver, travel_of
+from darekit.planning.travel.configs import config_notes
+from darekit.planning.travel.templates import TemplateChoice, choose_template
+from darekit.planning.travel.tokenizers import choose_tokenizer, named_source, rows_of
 from darekit.recipe import Recipe
 from darekit.wording import brief, size_of
 

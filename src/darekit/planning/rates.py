@@ -21,8 +21,8 @@ import numpy as np
 from darekit.architectures.depth import Depths
 from darekit.architectures.groups import is_kept_dense
 from darekit.errors import NotFetched
-from darekit.planning.alignment import AlignedTensor
 from darekit.planning.homology import TAU, Norms, p_max, sample_norms
+from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.settings import place_in, place_of
 from darekit.recipe import AUTO, Filtered, Filters, Recipe, resolve
 from darekit.recipe.values import scalars_of

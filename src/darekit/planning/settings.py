@@ -18,8 +18,8 @@ from darekit.dtypes import dtype_named
 from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, WEIGHT
 from darekit.methods.sparsifiers import noise_gain
-from darekit.planning.alignment import AlignedTensor
 from darekit.planning.buffers import Role, reach
+from darekit.planning.matching.alignment import AlignedTensor
 from darekit.recipe import Place, Recipe, Value, resolve
 from darekit.recipe.values import is_scalar, reachable
 

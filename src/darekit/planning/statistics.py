@@ -12,7 +12,7 @@ from darekit.engine.steps import Input, Step
 from darekit.errors import HomologyError, PlanError
 from darekit.inputs.statistics import FISHER, Statistics
 from darekit.methods import MERGE_METHODS
-from darekit.planning.alignment import AlignedTensor
+from darekit.planning.matching.alignment import AlignedTensor
 from darekit.recipe import Recipe
 
 

@@ -15,9 +15,9 @@ from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step
 from darekit.errors import PlanError
 from darekit.methods import AVERAGE, MERGE_METHODS, SPARSIFIERS, SUM
 from darekit.methods.sparsifiers import kept_count
-from darekit.planning.alignment import AlignedTensor
 from darekit.planning.buffers import WHOLE
 from darekit.planning.draft import Draft
+from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.settings import ModelSettings, Settings, is_float, merges_weights
 
 

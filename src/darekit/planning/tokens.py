@@ -20,8 +20,8 @@ from darekit.checkpoints.tokenizers import Tokenizer, files_digest
 from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError, PlanError
 from darekit.inputs.rows import FILL, MEAN, ZERO, RowTable, gathered
-from darekit.planning.alignment import AlignedTensor, Alignment
-from darekit.planning.vocabulary import sizes_for_config
+from darekit.planning.matching.alignment import AlignedTensor, Alignment
+from darekit.planning.matching.vocabulary import sizes_for_config
 from darekit.recipe import Recipe
 from darekit.recipe.data import TokenRow, Tokens
 from darekit.tokens.documents import rewritten

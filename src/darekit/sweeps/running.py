@@ -24,9 +24,9 @@ from darekit.inputs.statistics import open_statistics
 from darekit.live.models import LiveModel, build
 from darekit.machine import default_threads
 from darekit.planning import checks
-from darekit.planning.beside import companions_of
 from darekit.planning.opening import open_models, open_plan
 from darekit.planning.plan import Plan
+from darekit.planning.travel.beside import companions_of
 from darekit.recipe import Recipe
 from darekit.recipe.origins import Origin, origins_of, require, used_by
 from darekit.recipe.stages import stored_names

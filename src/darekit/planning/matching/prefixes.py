@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from darekit.checkpoints import TensorInfo
-from darekit.planning.naming import View
+from darekit.planning.matching.naming import View
 from darekit.wording import label
 
 MOST = 0.75  # of a bare model's tensors: what else it has (a pooler) the other may lack

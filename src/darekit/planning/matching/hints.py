@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from darekit.planning.naming import View
+from darekit.planning.matching.naming import View
 from darekit.wording import label
 
 # What PEFT calls its own tensors, beside the weights of the model that it wraps.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from darekit.architectures.families import VOCAB_KEYS, Facts
 from darekit.checkpoints import TensorInfo
-from darekit.planning.naming import Roles, View
+from darekit.planning.matching.naming import Roles, View
 from darekit.wording import label
 
 

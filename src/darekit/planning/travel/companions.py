@@ -10,7 +10,7 @@ from darekit.checkpoints import Checkpoint, companions
 from darekit.checkpoints.companions import Companions, Content, content_of
 from darekit.checkpoints.tokenizers import CONFIG as TOKENIZER_CONFIG
 from darekit.checkpoints.tokenizers import read_json
-from darekit.planning.tokenizers import TokenizerChoice
+from darekit.planning.travel.tokenizers import TokenizerChoice
 from darekit.recipe import Recipe
 from darekit.wording import label
 

@@ -11,13 +11,13 @@ from darekit.architectures.families import HEADS
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError
-from darekit.planning.extras import Extras, Parts, leave_out_extras, settle_extras
-from darekit.planning.fusing import fit_parts
-from darekit.planning.hints import causes
-from darekit.planning.naming import Roles, View, buffers_of, views_of
-from darekit.planning.prefixes import fit_prefixes
-from darekit.planning.ties import has_own_head, settle_ties
-from darekit.planning.vocabulary import rows_told, sizes_for_config, tokens_axis
+from darekit.planning.matching.extras import Extras, Parts, leave_out_extras, settle_extras
+from darekit.planning.matching.fusing import fit_parts
+from darekit.planning.matching.hints import causes
+from darekit.planning.matching.naming import Roles, View, buffers_of, views_of
+from darekit.planning.matching.prefixes import fit_prefixes
+from darekit.planning.matching.ties import has_own_head, settle_ties
+from darekit.planning.matching.vocabulary import rows_told, sizes_for_config, tokens_axis
 from darekit.wording import label
 
 HEADS_HINT = (

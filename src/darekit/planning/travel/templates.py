@@ -11,8 +11,8 @@ from typing import Any
 from darekit.architectures.templates import CHAT_TEMPLATES, ChatTemplate
 from darekit.checkpoints import Checkpoint
 from darekit.checkpoints.tokenizers import Tokenizer, chat_template, read_json
-from darekit.planning.tokenizers import GENERATION, ids_of
 from darekit.planning.tokens import OutputVocabulary
+from darekit.planning.travel.tokenizers import GENERATION, ids_of
 from darekit.recipe.tokens import AUTO_TEMPLATE
 from darekit.wording import label
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from darekit.checkpoints.companions import Companions
 from darekit.dtypes import DTYPES, DType, dtype_named
-from darekit.planning.merged import merged_config, with_ids
 from darekit.planning.plan import Plan
+from darekit.planning.travel.merged import merged_config, with_ids
 
 
 def main_dtype(plan: Plan) -> DType:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from darekit.architectures.families import Conversion
 from darekit.checkpoints import TensorInfo
 from darekit.checkpoints.sources import Joined, Part
-from darekit.planning.naming import View
+from darekit.planning.matching.naming import View
 from darekit.wording import label
 
 # Operations after which the parts follow one another in the whole, and the axes that they work along.

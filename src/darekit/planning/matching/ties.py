@@ -12,8 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from darekit.planning.equality import are_equal
-from darekit.planning.naming import View
+from darekit.planning.matching.equality import are_equal
+from darekit.planning.matching.naming import View
 from darekit.wording import label
 
 Status = Literal["own", "copy", "tied", "none"]

@@ -18,7 +18,7 @@ from darekit.architectures.groups import Role, role_of
 from darekit.checkpoints import Checkpoint, TensorInfo
 from darekit.dtypes import dtype_named
 from darekit.errors import HomologyError, NotFetched
-from darekit.planning.equality import are_equal, read_whole
+from darekit.planning.matching.equality import are_equal, read_whole
 from darekit.wording import label
 
 POSITIONS = "position_ids"

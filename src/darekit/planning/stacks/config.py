@@ -10,7 +10,7 @@ from darekit.architectures.parts import part_named
 from darekit.architectures.stacking import Source, restacked, told_apart
 from darekit.checkpoints import Checkpoint
 from darekit.errors import PlanError
-from darekit.planning.stack import Origin, Tower
+from darekit.planning.stacks.stack import Origin, Tower
 
 
 def config_of(donor: Checkpoint, towers: Sequence[Tower]) -> tuple[Mapping[str, Any] | None, list[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from darekit.architectures.families import TEXTS, facts_of
 from darekit.checkpoints import Checkpoint
-from darekit.planning.equality import are_equal
+from darekit.planning.matching.equality import are_equal
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from darekit.architectures.depth import layer_of
 from darekit.architectures.families import Facts
 from darekit.checkpoints import TensorInfo
-from darekit.planning.naming import View
+from darekit.planning.matching.naming import View
 from darekit.wording import label
 
 Extras = Literal["keep", "leave_out"]

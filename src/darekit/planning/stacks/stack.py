@@ -18,9 +18,9 @@ from darekit.architectures.parts import part_of
 from darekit.checkpoints import Checkpoint, natural_key
 from darekit.errors import PlanError
 from darekit.inputs.slices import Layered, kind_of, layered, renamed
-from darekit.planning.alignment import AlignedTensor, Alignment, align
+from darekit.planning.matching.alignment import AlignedTensor, Alignment, align
 from darekit.planning.problems import Problems
-from darekit.planning.stackties import output_ties, untied_config
+from darekit.planning.stacks.ties import output_ties, untied_config
 from darekit.recipe import Recipe
 from darekit.recipe.data import DEFAULT, Range, Slice
 from darekit.recipe.layout import WHOLE
