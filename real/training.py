@@ -11,11 +11,12 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -186,9 +187,7 @@ def batches(tokenizer: Any, ability: str, course: Course) -> Iterator[dict[str, 
     from darekit.live.data import IGNORED, Row, tokenize
 
     source = lessons.examples(ability, "training", course.seed)
-    while rows := [
-        Row(lessons.chat(tokenizer, one), completion=one.answer) for one in islice(source, course.batch)
-    ]:
+    while rows := [Row(lessons.chat(tokenizer, one), completion=one.answer) for one in islice(source, course.batch)]:
         tokens = tokenize(tokenizer, rows, max_length=MAX_LENGTH)
         longest = max(len(row.ids) for row in tokens)
         ids = torch.zeros((len(tokens), longest), dtype=torch.int64)
@@ -203,8 +202,8 @@ def batches(tokenizer: Any, ability: str, course: Course) -> Iterator[dict[str, 
 
 
 def faster_precision(model: Any, device: Any) -> str:
-    """`bfloat16` or `float32`, whichever multiplies faster here: with AVX512_BF16 or AMX bfloat16 is three times as fast,
-    without them many times slower."""
+    """`bfloat16` or `float32`, whichever multiplies faster here: with AVX512_BF16 or AMX bfloat16 is three times as
+    fast, without them many times slower."""
     import torch
 
     if device.type != "cpu":
@@ -245,25 +244,43 @@ def _publish(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def course_of(name: str) -> tuple[str, Course]:
+    """A model's name -> its ability and course.
+
+    >>> course_of("json-seed1")
+    ('json', Course(steps=120, batch=12, rate=6e-05, seed=1))
+    """
+    ability, _, seed = name.partition("-seed")
+    return ability, replace(COURSES[ability], seed=int(seed or 0))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train some abilities, one after the other: what `python -m real` does in processes of its own."""
+    """Train some models, one after the other: what `python -m real` does in processes of their own."""
     import argparse
 
     parser = argparse.ArgumentParser(description="Fine-tune the base on abilities.")
     parser.add_argument("work", type=Path)
-    parser.add_argument("abilities", nargs="+", choices=lessons.ABILITIES)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("names", nargs="+", help="numbers, json, topics; numbers-seed1 is trained with another seed")
     given = parser.parse_args(arguments)
-    for ability in given.abilities:
-        course = COURSES[ability]
-        course = Course(course.steps, course.batch, course.rate, given.seed)
-        out = given.work / (ability if given.seed == 0 else f"{ability}-seed{given.seed}")
-        if not is_trained(given.work / "base", out, ability, course):
-            train(given.work / "base", out, ability, course, progress=_print)
+    for name in given.names:
+        ability, course = course_of(name)
+        if not is_trained(given.work / "base", given.work / name, ability, course):
+            train(given.work / "base", given.work / name, ability, course, progress=_printer())
 
 
-def _print(done: int, steps: int, loss: float) -> None:
-    print(json.dumps({"step": done, "of": steps, "loss": round(loss, 4)}), flush=True)  # noqa: T201
+def _printer() -> Progress:
+    """A line of JSON for each step, with the seconds that are left."""
+    began, first = time.perf_counter(), 0
+
+    def tell(done: int, steps: int, loss: float) -> None:
+        nonlocal first
+        first = first or done
+        left = (time.perf_counter() - began) / (done - first + 1) * (steps - done)
+        line = {"step": done, "of": steps, "loss": round(loss, 4), "left": round(left)}
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+
+    return tell
 
 
 if __name__ == "__main__":
