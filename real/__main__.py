@@ -21,7 +21,8 @@ STAGES = ("drop", "packs", "merges")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Base, data, trainings, steps, page."""
     given = _parser().parse_args(arguments)
-    say = _speaker(time.perf_counter())
+    began = time.perf_counter()
+    say = _speaker(began)
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, {"TRANSFORMERS_VERBOSITY": "error"}.get(name, "1"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,21 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = given.work.resolve()
     base = make_base(work / "base", model=given.model, say=say)
     lessons.write_data(work / "data", AutoTokenizer.from_pretrained(base), dict(size.rows), size.abilities)
-    names = [*size.abilities, *([f"{size.abilities[0]}-seed{steps.AGAIN_SEED}"] if size.again else [])]
+    todo, names = steps.steps_of(size), steps.models_of(size)
     untrained = [one for one in names if not training.is_trained(base, work / one, *training.course_of(one))]
     pace = measuring.measure(work, size.abilities, batch=size.batch)
-    todo = steps.steps_of(size)
     say("\n" + measuring.budget(todo, untrained, size, pace, jobs=given.jobs))
     if given.budget:
         return 0
-    train(work, untrained, jobs=given.jobs, say=say)
-    run = Run(work, size, pace, given.jobs, say, given.device)
-    try:
-        run.all(todo)
-    finally:
-        results = page.results_of(run, names)
-        page.write_page(results, given.page, runs=work / "runs")
-        say(f"written: {given.page / 'README.md'}")
+    first = [one for one in untrained if one in size.abilities]
+    later = [one for one in untrained if one not in first]
+    train(work, first, jobs=given.jobs, say=say)
+    ends = None if given.minutes is None else began + 60 * given.minutes
+    run = Run(work, size, pace, given.jobs, say, given.device, ends)
+    run.all([step for step in todo if not {*step.needs} & {*later}])
+    if ends is None or time.perf_counter() < ends:
+        train(work, later, jobs=given.jobs, say=say)
+        run.all([step for step in todo if {*step.needs} & {*later}])
+    where = given.page or (work / "page" if given.quick else PAGE)
+    page.write_page(page.results_of(run, names), where)
+    say(f"written: {where / 'README.md'}")
     for line in run.failed:
         say(f"failed: {line}")
     return 1 if run.failed else 0
@@ -67,7 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--work", type=Path, default=WORK, help="where models and results are kept (default: real/work)"
     )
-    parser.add_argument("--page", type=Path, default=PAGE, help="where the page is written (default: docs/real)")
+    parser.add_argument(
+        "--page", type=Path, help="where the page is written; default: docs/real, with --quick WORK/page"
+    )
+    parser.add_argument("--minutes", type=float, help="begin nothing that would not end within so many")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes at once (default: 2)")
     parser.add_argument("--device", help="cpu, cuda or mps; default: the fastest available")
     parser.add_argument("--budget", action="store_true", help="measure, show what a run would take, and stop")
@@ -157,4 +164,7 @@ def _speaker(began: float) -> Callable[[str], None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")

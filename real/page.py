@@ -67,11 +67,12 @@ def results_of(run: Run, models: Sequence[str]) -> dict[str, Any]:
         "steps": run.results,
         "seconds": {name: round(value, 1) for name, value in run.seconds.items()},
         "failed": sorted(run.failed),
+        "left_out": [*run.left_out],
     }  # fmt: skip
 
 
-def write_page(results: Results, page: Path, *, runs: Path | None = None) -> None:
-    """Write everything into `page`; `runs`: where the sweeps' own tables are."""
+def write_page(results: Results, page: Path) -> None:
+    """Write everything into `page`."""
     page.mkdir(parents=True, exist_ok=True)
     (page / RESULTS).write_text(_lines(results))
     kept = json.loads((page / RESULTS).read_text())
@@ -447,6 +448,8 @@ def _run(results: Results, page: Path) -> Iterator[str]:
             f"Judging: `dare` {speed['dare']:.1f} rows a second, a plain loop of transformers in batches on the same {_threads(speed)} "
             f"{speed['plain']:.1f}: {speed['ratio']:.2f}x. Replacing all weights between two cells takes {speed['replace_seconds']:.2f} s."
         )
+    if results["left_out"]:
+        yield "Left out, because this run had so much time and no more: " + "; ".join(results["left_out"]) + "."
     if results["failed"]:
         yield "Failed: " + "; ".join(results["failed"]) + "."
 

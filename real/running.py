@@ -36,6 +36,8 @@ class Run:
         results: a step's name -> what it gave, condensed.
         seconds: a step's name -> how long it took when it was run.
         failed: a line for each step that ended with an error.
+        ends: when (by `time.perf_counter`) nothing more may run; what does not fit before it is left out.
+        left_out: titles of these.
     """
 
     work: Path
@@ -44,9 +46,11 @@ class Run:
     jobs: int
     say: Say
     device: str | None = None
+    ends: float | None = None
     results: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def all(self, steps: Sequence[Step]) -> None:
         """Run what is not there yet, and say how long the rest takes."""
@@ -57,21 +61,26 @@ class Run:
             left = sum(planned[later.name] for later in steps[number - 1 :])
             self.say(f"{number}/{len(steps)} {step.title}; about {shown(slower * left)} left")
             began = time.perf_counter()
-            if self.step(step):
+            late = self.ends is not None and began + slower * planned[step.name] > self.ends
+            if self.step(step, late=late):
                 spent, foreseen = spent + time.perf_counter() - began, foreseen + planned[step.name]
                 slower = spent / foreseen if spent > 60 else 1.0
 
-    def step(self, step: Step) -> bool:
-        """Run one, or find it; whether it ran."""
+    def step(self, step: Step, *, late: bool = False) -> bool:
+        """Run one, or find it; whether it ran. `late`: there is no time to run it."""
         try:
             document = None if step.file is None else step.file(self.results)
         except KeyError as error:  # it reads what a failed step did not give
-            self.failed.append(f"{step.title}: not run, {error.args[0]} is missing")
+            missing = f"{step.title}: not run, {error.args[0]} is missing"
+            (self.left_out if self.left_out else self.failed).append(missing)
             return False
         key = self._key(step, document)
         kept = self.work / "results" / f"{_flat(step.name)}.json"
         if (found := _read(kept)) and found["key"] == key and self._is_there(step):
             self.results[step.name], self.seconds[step.name] = found["result"], found["seconds"]
+            return False
+        if late:
+            self.left_out.append(step.title)
             return False
         if document is not None:
             path = self.work / "steps" / f"{step.name}.yaml"

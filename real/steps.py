@@ -96,6 +96,11 @@ def steps_of(size: Size) -> list[Step]:
     return [*found, *_similarities(size), *(_again(size) if size.again else ())]
 
 
+def models_of(size: Size) -> list[str]:
+    """The models that are fine-tuned, in order."""
+    return [*size.abilities, *([f"{size.abilities[0]}-seed{AGAIN_SEED}"] if size.again else [])]
+
+
 def sweep(name: str, title: str, file: Callable[[Results], Document], cells: Any, needs: Sequence[str]) -> Step:
     """A step that is a sweep."""
     words = ("sweep", f"steps/{name}.yaml", f"runs/{name}", "--overwrite")

@@ -43,7 +43,7 @@ class Course:
 COURSES: Mapping[str, Course] = {
     "numbers": Course(120, 16, 6e-5),
     "json": Course(120, 12, 6e-5),
-    "topics": Course(160, 16, 5e-5),
+    "topics": Course(100, 14, 6e-5),
 }
 BETAS, EPSILON, CLIP, WARM_UP = (0.9, 0.99), 1e-8, 1.0, 0.1
 

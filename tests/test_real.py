@@ -333,7 +333,7 @@ def results_of(size):
     }  # fmt: skip
     course = {"course": {"steps": 1, "batch": 2, "rate": 1e-3}, "precision": "float32", "seconds": 3.0}
     return {
-        "settings": settings, "steps": found, "seconds": dict.fromkeys(found, 1.0), "failed": [],
+        "settings": settings, "steps": found, "seconds": dict.fromkeys(found, 1.0), "failed": [], "left_out": [],
         "trainings": {one: course for one in size.abilities},
     }  # fmt: skip
 
@@ -371,7 +371,7 @@ def test_what_is_chosen_is_the_best_on_validation():
         return {"kind": "grid", "at": at, "scores": scores}
 
     rows = [
-        row("average", 0, 0.5), row("average", 0.9, 0.9), row("TIES, lambda 1", 0, 0.3), 
+        row("average", 0, 0.5), row("average", 0.9, 0.9), row("TIES, lambda 1", 0, 0.3),
         row("TIES, lambda 1", 0.9, 0.4),
         row("task arithmetic, lambda 0.5", 0, 0.6), row("task arithmetic, lambda 0.5", 0.5, 0.2),
         row("task arithmetic, lambda 0.5", 0.9, 0.4), row("task arithmetic, lambda 1", 0, 0.1),
