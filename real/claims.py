@@ -68,13 +68,12 @@ def dropped(results: Results, model: str, method: str, rate: float, judge: str |
     Raises:
         KeyError: there is no such cell.
     """
-    step = "drop" if method == "DARE" else "others"
-    for row in rows_of(results, step, "grid", "undropped"):
-        at = row["at"]
-        if (at.get("model"), at.get("method", method), at.get(DROP_RATE)) == (model, method, rate):
-            return cell_of(row, judge or model)
-    if rate == 0 and step == "others":
-        return dropped(results, model, "DARE", 0, judge)
+    names = ("masks", "drop") if method == "DARE" else ("others",)  # where there are more masks first
+    for step in names if rate else ("drop",):
+        for row in rows_of(results, step, "grid", "undropped") if step in results["steps"] else ():
+            at = row["at"]
+            if (at["model"], at["method"], at[DROP_RATE]) == (model, method if rate else "DARE", rate):
+                return cell_of(row, judge or model)
     raise KeyError(f"{model}, {method}, p = {rate:g}")
 
 

@@ -60,6 +60,7 @@ def results_of(run: Run, models: Sequence[str]) -> dict[str, Any]:
         "settings": {
             "base": made["source"], "abilities": [*size.abilities], "rows": dict(size.rows), "counts": counts,
             "seeds": [*size.seeds], "other_seeds": [*size.other_seeds], "rates": [*size.rates],
+            "headline": [*size.headline],
             "other_rates": [*size.other_rates], "dtype": run.pace.dtype, "jobs": run.jobs, "machine": machine(),
             "torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__,
         },
@@ -173,10 +174,13 @@ def _headline(results: Results, page: Path) -> Iterator[str]:
     settings = results["settings"]
     models = claims.abilities(results)
     yield main_table(results)
-    seeds = len(settings["seeds"])
+    many = {rate: dropped(results, models[0], "DARE", rate).runs for rate in settings["rates"]}
+    more = [rate_word(rate) for rate, runs in many.items() if runs > 1]
+    masks = (
+        f"DARE at {' and '.join(more)}: mean of {max(many.values())} masks; one mask elsewhere" if more else "One mask"
+    )
     yield (
-        f"{settings['rows']['test']} rows of each test. DARE: mean of {seeds} mask{'s' if seeds > 1 else ''}, the others of "
-        f"{len(settings['other_seeds'])}; embeddings and norms are kept dense but for the column that says so. **Bold**: within two standard errors of the "
+        f"{settings['rows']['test']} rows of each test. {masks}; embeddings and norms are kept dense but for the column that says so. **Bold**: within two standard errors of the "
         "fine-tuned model (" + ", ".join(f"{one} {claims.tolerance(results, one):.1f}" for one in models) + " points)."
     )
     if (page / "drop.png").is_file():

@@ -29,27 +29,28 @@ class Size:
     Attributes:
         abilities: the models, in the order of the merges.
         rows: rows of each split, and of prose.
-        seeds: of the masks of DARE's curve.
-        other_seeds: of the other curves and of the merges.
-        rates, other_rates: drop rates of DARE's curve and of the others.
+        seeds: of the masks at the headline's cells.
+        other_seeds: of all other cells.
+        rates, headline, other_rates: drop rates of DARE's curve, those of the headline, those of other methods.
         batch: rows at once.
     """
 
     abilities: tuple[str, ...] = ABILITIES
-    rows: Mapping[str, int] = field(default_factory=lambda: {"validation": 100, "test": 200, PROSE: 32})
+    rows: Mapping[str, int] = field(default_factory=lambda: {"validation": 60, "test": 200, PROSE: 32})
     seeds: tuple[int, ...] = (1, 2, 3)
     other_seeds: tuple[int, ...] = (1,)
     rates: tuple[float, ...] = (0.5, 0.9, 0.95, 0.99, 0.999)
-    other_rates: tuple[float, ...] = (0.5, 0.9, 0.99)
+    headline: tuple[float, ...] = (0.9, 0.99)
+    other_rates: tuple[float, ...] = (0.9, 0.99)
     batch: int = 32
     again: bool = True  # the headline again: another training seed, other threads
 
 
 STANDARD = Size()
-FULL = replace(STANDARD, other_seeds=(1, 2, 3), other_rates=STANDARD.rates)
+FULL = replace(STANDARD, other_seeds=(1, 2, 3), headline=STANDARD.rates, other_rates=STANDARD.rates)
 QUICK = Size(
     abilities=ABILITIES[:1], rows={"validation": 50, "test": 100, PROSE: 16}, seeds=(1,), rates=(0.5, 0.9, 0.99),
-    other_rates=(0.9,), again=False,
+    headline=(), other_rates=(0.9,), again=False,
 )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ class Step:
 def steps_of(size: Size) -> list[Step]:
     """All steps, in order: the headline first, what can be missed last."""
     first, *others = size.abilities
-    found = [*_looks(size), _drops(size), _others(size), *_packs(size, first)]
+    found = [*_looks(size), _drops(size), _others(size), *_headline(size), *_packs(size, first)]
     if others:
         found += _merges(size)
     found.append(_speed(size))
@@ -101,9 +102,12 @@ def models_of(size: Size) -> list[str]:
     return [*size.abilities, *([f"{size.abilities[0]}-seed{AGAIN_SEED}"] if size.again else [])]
 
 
-def sweep(name: str, title: str, file: Callable[[Results], Document], cells: Any, needs: Sequence[str]) -> Step:
-    """A step that is a sweep."""
-    words = ("sweep", f"steps/{name}.yaml", f"runs/{name}", "--overwrite")
+def sweep(
+    name: str, title: str, file: Callable[[Results], Document], cells: Any, needs: Sequence[str], out: str = ""
+) -> Step:
+    """A step that is a sweep. Those with one `out` judge what they have in common once: --overwrite replaces the tables
+    of the one before, and keeps its cells."""
+    words = ("sweep", f"steps/{name}.yaml", f"runs/{out or name}", "--overwrite")
     return Step(name, title, words, file, tuple(cells), 15.0, device=True, needs=tuple(needs))
 
 
@@ -152,11 +156,10 @@ def curve(size: Size, methods: Mapping[str, Document], rates: Sequence[float], s
 
 def _drops(size: Size) -> Step:
     def file(_: Results) -> Document:
-        return curve(size, {"DARE": {}}, size.rates, size.seeds)
+        return curve(size, {"DARE": {}}, size.rates, size.other_seeds)
 
-    each = 2 + len(size.rates) * len(size.seeds)  # nothing dropped, and the base
-    cells = [(each, (one, PROSE)) for one in size.abilities]
-    return sweep("drop", "DARE: drop rates", file, cells, size.abilities)
+    each = 2 + len(size.rates) * len(size.other_seeds)  # nothing dropped, and the base
+    return sweep("drop", "DARE: drop rates", file, _each(size, each), size.abilities, "curves")
 
 
 def _others(size: Size) -> Step:
@@ -170,9 +173,25 @@ def _others(size: Size) -> Step:
     def file(_: Results) -> Document:
         return curve(size, methods, size.other_rates, size.other_seeds)
 
-    each = 2 + len(size.other_rates) * (2 * len(size.other_seeds) + 2)
-    cells = [(each, (one, PROSE)) for one in size.abilities]
-    return sweep("others", "other ways to drop", file, cells, size.abilities)
+    each = len(size.other_rates) * (2 * len(size.other_seeds) + 2)
+    return sweep("others", "other ways to drop", file, _each(size, each), size.abilities, "curves")
+
+
+def _headline(size: Size) -> Iterator[Step]:
+    """More masks, where the headline is."""
+    more = len({*size.seeds} - {*size.other_seeds})
+
+    def file(_: Results) -> Document:
+        return curve(size, {"DARE": {}}, size.headline, size.seeds)
+
+    if more and size.headline:
+        cells = _each(size, more * len(size.headline))
+        yield sweep("masks", "DARE: more masks", file, cells, size.abilities, "curves")
+
+
+def _each(size: Size, count: int) -> list[tuple[int, tuple[str, ...]]]:
+    """So many cells of each model, judged by its own ability and prose."""
+    return [(count, (one, PROSE)) for one in size.abilities]
 
 
 def _similarities(size: Size) -> Iterator[Step]:
@@ -294,10 +313,10 @@ def _grid_step(size: Size, name: str, models: Sequence[str]) -> Step:
 
     each = len(grid) * (1 + (len(rates) - 1) * len(size.other_seeds)) + len(models) + 1
     title = f"merges of {', '.join(models)}: settings on validation"
-    return sweep(f"{name}-grid", title, file, [(each, _halved(size, models))], models)
+    return sweep(f"{name}-grid", title, file, [(each, _validated(models))], models)
 
 
-def _halved(size: Size, models: Sequence[str]) -> tuple[str, ...]:
+def _validated(models: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{one}/validation" for one in models)
 
 
@@ -356,9 +375,9 @@ def _merges(size: Size) -> Iterator[Step]:
             points[" / ".join(f"{value:g}" for value in values)] = own
         return _weighted(merged(size, three, {"weights": points}, "validation"))
 
-    count = len(WEIGHTS) ** len(three)
+    count = len(WEIGHTS) ** len(three)  # the models alone and the base are judged by then
     title = "weights of a TIES merge, on validation"
-    yield sweep("weights-grid", title, weights, [(count + len(three) + 1, _halved(size, three))], three)
+    yield sweep("weights-grid", title, weights, [(count, _validated(three))], three, "three-grid")
 
     def test(results: Results) -> Document:
         rows = [row for row in results["weights-grid"]["rows"] if row["kind"] == "grid" and row["scores"]]
@@ -367,9 +386,8 @@ def _merges(size: Size) -> Iterator[Step]:
         points = {f"p = {rate:g}": own | {DROP_RATE: rate} for rate in MERGE_RATES}
         return _weighted(merged(size, three, {"merge": points}, "test"))
 
-    each = 1 + (len(MERGE_RATES) - 1) * len(size.other_seeds) + len(three) + 1
-    cells = [(each, (*three, PROSE))]
-    yield sweep("weights-test", "the chosen weights, on test", test, cells, three)
+    cells = [(1 + (len(MERGE_RATES) - 1) * len(size.other_seeds), (*three, PROSE))]
+    yield sweep("weights-test", "the chosen weights, on test", test, cells, three, "three-test")
 
 
 def _weighted(document: Document) -> Document:
