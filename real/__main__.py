@@ -94,7 +94,7 @@ def _require() -> None:
 
 
 def train(work: Path, names: Sequence[str], *, jobs: int, say: Callable[[str], None]) -> None:
-    """Fine-tune what is missing, `jobs` at a time, each in a process of its own with one thread.
+    """Fine-tune what is missing, `jobs` at a time, each in a process of its own; with one thread, but for a single one.
 
     Raises:
         SystemExit: one failed; what was finished is kept, and the others go on from their last state.
@@ -102,6 +102,7 @@ def train(work: Path, names: Sequence[str], *, jobs: int, say: Callable[[str], N
     from real.measuring import shown
 
     waiting, running = [*names], {}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(jobs if len(names) == 1 else 1)}
     told = time.perf_counter()
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -110,7 +111,7 @@ def train(work: Path, names: Sequence[str], *, jobs: int, say: Callable[[str], N
             with log.open("w") as file:
                 running[name] = subprocess.Popen(
                     [sys.executable, "-m", "real.training", str(work), name], stdin=subprocess.DEVNULL, stdout=file,
-                    stderr=subprocess.STDOUT, cwd=HERE.parent,
+                    stderr=subprocess.STDOUT, cwd=HERE.parent, env=environment,
                 )  # fmt: skip
             say(f"fine-tuning {name}; steps are in {log}")
         time.sleep(1)

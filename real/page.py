@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,14 +22,16 @@ from real.steps import (
     DROP_RATE,
     PACKS,
     Size,
+    Step,
     pack_path,
+    steps_of,
 )
 from real.steps import MAGNITUDE as PRUNED
 
 if TYPE_CHECKING:
     from real.running import Run
 
-RESULTS, PAGE, TABLE = "results.json", "README.md", "table.md"
+RESULTS, PAGE = "results.json", "README.md"
 TASKS = {
     "numbers": "number -> words",
     "json": "sentence -> JSON with four fields",
@@ -61,6 +64,8 @@ def results_of(run: Run, models: Sequence[str]) -> dict[str, Any]:
             "base": made["source"], "abilities": [*size.abilities], "rows": dict(size.rows), "counts": counts,
             "seeds": [*size.seeds], "other_seeds": [*size.other_seeds], "rates": [*size.rates],
             "headline": [*size.headline],
+            "batch": size.batch,
+            "again": size.again,
             "other_rates": [*size.other_rates], "dtype": run.pace.dtype, "jobs": run.jobs, "machine": machine(),
             "torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__,
         },
@@ -81,8 +86,6 @@ def write_page(results: Results, page: Path) -> None:
         with suppress(KeyError, IndexError):  # not run
             draw(kept, page)
     (page / PAGE).write_text(render(kept, page))
-    with suppress(KeyError, IndexError):
-        (page / TABLE).write_text(main_table(kept) + "\n")
 
 
 def _lines(results: Results) -> str:
@@ -452,10 +455,32 @@ def _run(results: Results, page: Path) -> Iterator[str]:
             f"Judging: `dare` {speed['dare']:.1f} rows a second, a plain loop of transformers in batches on the same {_threads(speed)} "
             f"{speed['plain']:.1f}: {speed['ratio']:.2f}x. Replacing all weights between two cells takes {speed['replace_seconds']:.2f} s."
         )
+    shown_steps = [
+        step for step in steps_of(size_of(results)) if step.program == "dare" and step.name in results["steps"]
+    ]
+    lines = [shlex.join(["dare", *step.words]) for step in shown_steps if _is_shown(step, settings["abilities"][0])]
+    yield "The commands, in the folder `real/work` (those of the first model, where each has its own):"
+    yield "```console\n" + "\n".join(lines) + "\n```"
     if results["left_out"]:
         yield "Left out, because this run had so much time and no more: " + "; ".join(results["left_out"]) + "."
     if results["failed"]:
         yield "Failed: " + "; ".join(results["failed"]) + "."
+
+
+def _is_shown(step: Step, first: str) -> bool:
+    """One of a kind is enough."""
+    kind = step.words[0]
+    return kind in ("sweep", "similarity") or (first in step.needs and (kind != "pack" or "p = .9" in step.name))
+
+
+def size_of(results: Results) -> Size:
+    """What was measured."""
+    settings = results["settings"]
+    return Size(
+        tuple(settings["abilities"]), settings["rows"], tuple(settings["seeds"]), tuple(settings["other_seeds"]),
+        tuple(settings["rates"]), tuple(settings["headline"]), tuple(settings["other_rates"]), settings["batch"],
+        settings["again"],
+    )  # fmt: skip
 
 
 def _threads(speed: Mapping[str, Any]) -> str:
@@ -519,7 +544,7 @@ def draw_drops(results: Results, page: Path) -> None:
     models = claims.abilities(results)
     settings = results["settings"]
     with plotting.settings():
-        figure, axes = plotting.new_figure(1, 2, width=5.6, height=4.3)
+        figure, axes = plotting.new_figure(1, 2, width=5.6, height=4.0, extra=0.5)
         left, right = axes[0]
         for number, one in enumerate(models):
             look = plotting.line_style(number) | {"linestyle": "-"}
@@ -544,7 +569,7 @@ def draw_drops(results: Results, page: Path) -> None:
         right.axhline(claims.base(results, PROSE).mean, color=plotting.GREY, linestyle="-.", linewidth=1)
         right.annotate("base", (1.0, claims.base(results, PROSE).mean), color=plotting.GREY, va="bottom", fontsize=9)
         for method, style in ((MAGNITUDE, "--"), (DROP_ONLY, ":")):
-            left.plot([], [], color=plotting.GREY, linestyle=style, label=f"{method} (same colours)")
+            left.plot([], [], color=plotting.GREY, linestyle=style, label=f"{method}, in the same colours")
         for plot, label in ((left, "exact match on test, %"), (right, "perplexity of prose")):
             plot.set_xscale("log")
             plot.invert_xaxis()
@@ -556,7 +581,7 @@ def draw_drops(results: Results, page: Path) -> None:
             plot.set_xlabel("drop rate p")
             plot.set_ylabel(label)
         left.set_ylim(-3, 103)
-        left.legend(loc="lower left")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(models) + 2)
         plotting.save(figure, page / "drop")
         (page / "drop.svg").unlink(missing_ok=True)
 
