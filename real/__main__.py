@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from real.running import Run
 
     size = steps.QUICK if given.quick else steps.FULL if given.full else steps.STANDARD
+    if given.rows:
+        size = replace(size, rows=steps.rows_for(given.rows))
     work = given.work.resolve()
     base = make_base(work / "base", model=given.model, say=say)
     lessons.write_data(work / "data", AutoTokenizer.from_pretrained(base), dict(size.rows), size.abilities)
@@ -74,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--page", type=Path, help="where the page is written; default: docs/real, with --quick WORK/page"
     )
+    parser.add_argument("--rows", type=int, help="rows of each test; default: 200, with --quick 100")
     parser.add_argument("--minutes", type=float, help="begin nothing that would not end within so many")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes at once (default: 2)")
     parser.add_argument("--device", help="cpu, cuda or mps; default: the fastest available")

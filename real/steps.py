@@ -22,6 +22,15 @@ METHODS = ("DARE, all tensors", "DropOnly", "magnitude", "magnitude, rescaled")
 MERGES = ("average", "task arithmetic", "TIES")
 
 
+def rows_for(test: int) -> dict[str, int]:
+    """Rows of each split and of prose.
+
+    >>> rows_for(200)
+    {'validation': 80, 'test': 200, 'prose': 32}
+    """
+    return {"validation": max(1, round(0.4 * test)), "test": test, PROSE: max(1, round(0.16 * test))}
+
+
 @dataclass(frozen=True)
 class Size:
     """How much is measured.
@@ -36,7 +45,7 @@ class Size:
     """
 
     abilities: tuple[str, ...] = ABILITIES
-    rows: Mapping[str, int] = field(default_factory=lambda: {"validation": 60, "test": 200, PROSE: 32})
+    rows: Mapping[str, int] = field(default_factory=lambda: rows_for(200))
     seeds: tuple[int, ...] = (1, 2, 3)
     other_seeds: tuple[int, ...] = (1,)
     rates: tuple[float, ...] = (0.5, 0.9, 0.95, 0.99, 0.999)
@@ -49,7 +58,7 @@ class Size:
 STANDARD = Size()
 FULL = replace(STANDARD, other_seeds=(1, 2, 3), headline=STANDARD.rates, other_rates=STANDARD.rates)
 QUICK = Size(
-    abilities=ABILITIES[:1], rows={"validation": 50, "test": 100, PROSE: 16}, seeds=(1,), rates=(0.5, 0.9, 0.99),
+    abilities=ABILITIES[:1], rows=rows_for(100), seeds=(1,), rates=(0.5, 0.9, 0.99),
     headline=(), other_rates=(0.9,), again=False,
 )  # fmt: skip
 
