@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lessons.write_data(work / "data", AutoTokenizer.from_pretrained(base), dict(size.rows), size.abilities)
     todo, names = steps.steps_of(size), steps.models_of(size)
     untrained = [one for one in names if not training.is_trained(base, work / one, *training.course_of(one))]
-    pace = measuring.measure(work, size.abilities, batch=size.batch)
+    pace = measuring.pace_of(work, size.abilities, machine(), batch=size.batch)
     say("\n" + measuring.budget(todo, untrained, size, pace, jobs=given.jobs))
     if given.budget:
         return 0

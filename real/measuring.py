@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from real.training import COURSES
 
 ROWS = 12  # of each file, in each format
 TRAINING = 4.5  # a training step's row costs as much as so many that are judged: backwards, and its part of AdamW
+SLOWER = 3.5  # a step in float32, where bfloat16 is faster
 ALONE = 2.0  # seconds of a cell beside judging: its weights, its record
 
 
@@ -23,6 +26,18 @@ class Pace:
 
     dtype: str
     seconds: Mapping[str, float]
+
+
+def pace_of(work: Path, abilities: Sequence[str], machine: str, *, batch: int) -> Pace:
+    """Measured once on a machine, so that a run that goes on keeps its number format."""
+    path = work / "pace.json"
+    with suppress(OSError, ValueError, KeyError):
+        found = json.loads(path.read_text())
+        if found["machine"] == machine and {*abilities} < found["seconds"].keys():
+            return Pace(found["dtype"], found["seconds"])
+    pace = measure(work, abilities, batch=batch)
+    path.write_text(json.dumps({"machine": machine, "dtype": pace.dtype, "seconds": pace.seconds}) + "\n")
+    return pace
 
 
 def measure(work: Path, abilities: Sequence[str] = ABILITIES, *, batch: int = 32) -> Pace:
@@ -61,8 +76,10 @@ def seconds_of(step: Step, size: Size, pace: Pace) -> float:
         each = ALONE
         for judge in judges:
             name, _, split = judge.partition("/")
-            rows = size.rows[PROSE] if name == PROSE else size.rows[split or "test"]
-            each += rows * pace.seconds[name]
+            rows = size.rows[PROSE] if name == PROSE else size.rows["validation" if split == "validation" else "test"]
+            rows = min(rows, int(split)) if split.isdecimal() else rows
+            slower = SLOWER if step.dtype and step.dtype != pace.dtype else 1.0
+            each += slower * rows * pace.seconds[name]
         found += count * each
     return found
 
@@ -87,14 +104,16 @@ def shown(seconds: float) -> str:
 
 def budget(steps: Sequence[Step], untrained: Sequence[str], size: Size, pace: Pace, *, jobs: int) -> str:
     """The table that is printed first: what will be judged, and how long that takes in `jobs` processes."""
-    rows = [(f"fine-tuning {one}", "", training_seconds(one.partition("-")[0], pace)) for one in untrained]
+    rows = {f"fine-tuning {one}": (0, training_seconds(one.partition("-")[0], pace)) for one in untrained}
     for step in steps:
-        cells = sum(count for count, _ in step.cells)
-        rows.append((step.title, str(cells or ""), seconds_of(step, size, pace)))
-    width = max(len(title) for title, _, _ in rows)
-    lines = [f"  {title:<{width}}  {cells:>5}  {shown(seconds):>10}" for title, cells, seconds in rows]
+        packs = step.name.startswith(("pack-", "prune-"))
+        title = f"packs of {step.needs[0]}: making them" if packs else step.title
+        before, seconds = rows.get(title, (0, 0.0))
+        rows[title] = (before + sum(count for count, _ in step.cells), seconds + seconds_of(step, size, pace))
+    width = max(map(len, rows))
+    lines = [f"  {title:<{width}}  {cells or '':>5}  {shown(one):>10}" for title, (cells, one) in rows.items()]
     rate = ", ".join(f"{name} {1 / seconds:.0f}" for name, seconds in pace.seconds.items())
-    total = sum(seconds for _, _, seconds in rows)
+    total = sum(seconds for _, seconds in rows.values())
     return "\n".join([
         f"rows judged in a second, in {pace.dtype}: {rate}",
         f"  {'':<{width}}  cells     one core",

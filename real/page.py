@@ -21,9 +21,12 @@ from real.steps import (
     AGAIN_THREADS,
     DROP_RATE,
     PACKS,
+    ROUNDED,
+    SMALL,
     Size,
     Step,
     pack_path,
+    rounded,
     steps_of,
 )
 from real.steps import MAGNITUDE as PRUNED
@@ -305,6 +308,32 @@ def _weights(results: Results, models: Sequence[str]) -> Iterator[str]:
     )  # fmt: skip
 
 
+def _rounding(results: Results, page: Path) -> Iterator[str]:
+    models = claims.abilities(results)
+    judged = {
+        Path(one["model"]).stem: one["scores"]
+        for one in results["steps"]["rounding"]["evaluations"]
+        if not one.get("error")
+    }
+    rows = []
+    for name in rounded(size_of(results)):
+        scores = {
+            key.partition(".")[0]: value["value"]
+            for key, value in judged[name].items()
+            if key.endswith(("exact_match", "perplexity"))
+        }
+        output, _, rate = name.rpartition("-p")
+        rows.append((
+            output.replace("-", ", "), rate_word(float(rate)), *(f"{100 * scores[one]:.1f}" for one in models),
+            f"{100 * fmean(scores[one] for one in models):.1f}", f"{scores[PROSE]:.1f}",
+        ))  # fmt: skip
+    yield (
+        f"Task arithmetic of all models at lambda {SMALL:g}, where most changes are smaller than half a step of bfloat16: rounded to the "
+        f"nearest they vanish, unless DARE has made them larger first. The first {ROUNDED} rows of each test, judged in float32."
+    )
+    yield table(("output", "p", *models, "mean", "perplexity"), rows)
+
+
 def pack_entries(results: Results, model: str) -> list[tuple[str, float, float, float]]:
     """Title, bytes, exact match in percent and perplexity of every pack of a model.
 
@@ -526,6 +555,7 @@ SECTIONS = (
     ("The paper says, and here", _claims),
     ("Ways to drop", _curves),
     ("Merges", _merged),
+    ("Rounding", _rounding),
     ("Packs", _packs),
     ("What the deltas are like", _deltas),
     ("The headline again", _again),

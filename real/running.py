@@ -83,9 +83,11 @@ class Run:
             self.left_out.append(step.title)
             return False
         if document is not None:
-            path = self.work / "steps" / f"{step.name}.yaml"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(yaml.safe_dump(document, sort_keys=False, width=120))
+            files = {step.name: document} if step.words[0] == "sweep" else document
+            (self.work / "steps").mkdir(exist_ok=True)
+            for name, content in files.items():
+                path = self.work / "steps" / f"{name}.yaml"
+                path.write_text(yaml.safe_dump(content, sort_keys=False, width=120))
         if step.makes:
             (self.work / step.makes).parent.mkdir(parents=True, exist_ok=True)
             if step.makes.endswith(".yaml"):
@@ -93,7 +95,7 @@ class Run:
         words = [*step.words, *self._options(step)]
         self.say(f"$ {_line(step, words)}")
         began = time.perf_counter()
-        code, out, said = call(words, self.work, program=step.program, threads=_threads(step))
+        code, out, said = call(words, self.work, program=step.program, threads=self._threads(step))
         seconds = time.perf_counter() - began
         if code == 130:
             raise KeyboardInterrupt
@@ -111,7 +113,7 @@ class Run:
         """What depends on the machine."""
         found = []
         if step.device:
-            found += ["--dtype", self.pace.dtype, *(("--device", self.device) if self.device else ())]
+            found += ["--dtype", step.dtype or self.pace.dtype, *(("--device", self.device) if self.device else ())]
         if self._processes(step) > 1:
             found += ["--jobs", str(self.jobs)]
         return found
@@ -119,6 +121,12 @@ class Run:
     def _processes(self, step: Step) -> int:
         """Sweeps have processes; two threads are measured in one."""
         return self.jobs if step.words[0] == "sweep" and step.name != "again-threads" else 1
+
+    def _threads(self, step: Step) -> int:
+        """One in each process of a sweep; a command of one process has them all. Speed is measured with one."""
+        if step.name == "again-threads":
+            return AGAIN_THREADS
+        return 1 if self._processes(step) > 1 or step.words[0] == "sweep" or step.program != "dare" else self.jobs
 
     def _result(self, step: Step, out: str) -> Any:
         if step.words[0] == "sweep":
@@ -140,7 +148,14 @@ class Run:
             data.update(path.read_bytes())
         prints = [model and model["fingerprint"] for model in models]
         base = _read(self.work / "base" / "base.json")
-        parts = [step.words, document, prints, base, data.hexdigest(), self.pace.dtype if step.device else None]
+        parts = [
+            step.words,
+            document,
+            prints,
+            base,
+            data.hexdigest(),
+            (step.dtype or self.pace.dtype) if step.device else None,
+        ]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -168,10 +183,6 @@ def call(words: Sequence[str], folder: Path, *, program: str = "dare", threads: 
                 sys.stderr.flush()
         reader.join()
     return process.returncode, "".join(out), last or "it printed nothing"
-
-
-def _threads(step: Step) -> int:
-    return AGAIN_THREADS if step.name == "again-threads" else 1
 
 
 def _line(step: Step, words: Sequence[str]) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from darekit.recipe import Recipe
 from real.lessons import ABILITIES, PROSE
 
 Results = Mapping[str, Any]  # a step's name -> what it gave
@@ -71,12 +72,15 @@ class Step:
         name: of its result, and of its sweep file.
         title: for people.
         words: after the program.
-        file: makes the sweep file `steps/NAME.yaml` from the results so far.
-        cells: about how many models are judged, and by which judges each.
+        file: makes what it reads from the results so far: the sweep file `steps/NAME.yaml`, or the recipes of an
+            evaluation by name, each `steps/THEIRS.yaml`.
+        cells: about how many models are judged, and by which judges each: by their test, or `/validation`, or so many
+            of the rows.
         seconds: beside judging.
         program: `dare`, or a module of this package.
         makes: a file or folder that later steps read; what it holds is replaced.
         device: whether it takes --device and --dtype.
+        dtype: the number format that it must be judged in, whatever is faster.
         needs: abilities whose models it reads.
     """
 
@@ -89,6 +93,7 @@ class Step:
     program: str = "dare"
     makes: str | None = None
     device: bool = False
+    dtype: str | None = None
     needs: tuple[str, ...] = ()
 
 
@@ -99,6 +104,8 @@ def steps_of(size: Size) -> list[Step]:
     if others:
         found += _merges(size)
     found.append(_speed(size))
+    if others and any(one.name == "rounding" for one in fields(Recipe)):
+        found.append(_rounding(size))
     for one in others:
         found += _packs(size, one)
     if others:
@@ -404,6 +411,48 @@ def _weighted(document: Document) -> Document:
     element would not matter."""
     recipe = {"merge_method": "ties", "parameters": {"keep": 0.3, "lambda": 1.0, "normalize": False}}
     return document | {"recipe": document["recipe"] | recipe}
+
+
+# --- what rounding does to a merge at a small coefficient ---
+
+OUTPUTS: Mapping[str, Document] = {
+    "bfloat16": {},
+    "bfloat16, stochastic": {"rounding": "stochastic"},
+    "float32": {"dtype": "float32"},
+}
+SMALL, ROUNDED = 0.3, 60  # lambda; rows of each test
+
+
+def rounded(size: Size) -> dict[str, Document]:
+    """Recipe's name -> task arithmetic of all models at a small lambda, by output and drop rate."""
+    found = {}
+    for output, settings in OUTPUTS.items():
+        for rate in (0, 0.9):
+            name = "-".join([*output.replace(",", "").split(), f"p{rate:g}"])
+            found[name] = {
+                "base_model": "base",
+                "models": [{"model": one} for one in size.abilities],
+                **({"sparsify": {"method": "dare", "drop_rate": rate, "keep_dense": DENSE}} if rate else {}),
+                "merge_method": "task_arithmetic",
+                "parameters": {"lambda": SMALL},
+                **settings,
+            }
+    return found
+
+
+def _rounding(size: Size) -> Step:
+    """A merge in float32 must be judged in float32: in bfloat16 it would be rounded after all."""
+    recipes = rounded(size)
+    data = [word for one in (*size.abilities, PROSE) for word in ("--data", f"data/{one}.test.jsonl")]
+    words = (
+        "eval", *(f"steps/{name}.yaml" for name in recipes), *data, "--limit", f"{ROUNDED}", "--batch-size",
+        f"{size.batch}", "--out", "runs/rounding", "--json",
+    )  # fmt: skip
+    cells = ((len(recipes), (*(f"{one}/{ROUNDED}" for one in size.abilities), PROSE)),)
+    return Step(
+        "rounding", "what rounding does to a merge", words, lambda _: recipes, cells, 60.0, device=True,
+        dtype="float32", needs=size.abilities,
+    )  # fmt: skip
 
 
 # --- the headline again, and how fast ---
