@@ -15,12 +15,10 @@ from typing import Any
 
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.checkpoints.companions import Companions
-from darekit.engine.nested import Workshop, sources_of
 from darekit.engine.steps import Step
 from darekit.errors import RecipeError
 from darekit.inputs.kinds import Opener, Opening
 from darekit.planning.plan import Plan
-from darekit.planning.travel.beside import companions_of
 from darekit.recipe import Recipe, read_recipe
 
 SUFFIXES = (".yaml", ".yml")
@@ -67,6 +65,9 @@ def opener_of(recipe: Recipe | None, above: Sequence[str], open_recipe: OpenReci
 
 def result_of(plan: Plan, ref: str) -> Checkpoint:
     """A plan's result as a checkpoint. Closing it closes the plan's files; the plan must be open."""
+    from darekit.engine.nested import Workshop, sources_of
+    from darekit.planning.travel.beside import companions_of
+
     identities = {name: identity_of(plan, steps) for name, steps in _by_tensor(plan.steps).items()}
     workshop = Workshop(plan.steps, [model.ref for model in plan.models], ref)
     places = {place.name: place for shard in plan.shards for place in shard.placements}

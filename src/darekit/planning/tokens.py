@@ -87,15 +87,17 @@ class OutputVocabulary:
 
 def with_vocabulary(
     recipe: Recipe,
+    tokens: Tokens,
     alignment: Alignment,
     base: Checkpoint | None,
     models: Sequence[Checkpoint],
     others: Mapping[str, Checkpoint],
 ) -> tuple[Alignment, OutputVocabulary | None]:
-    """An alignment whose token rows are matched by token, where the recipe says so.
+    """An alignment whose token rows are matched by token.
 
     Args:
         recipe: what is to be done.
+        tokens: what it says of tokens.
         alignment: the tensors, in which vocabularies may still differ.
         base: the base, where there is one.
         models: the models, in recipe order.
@@ -105,9 +107,7 @@ def with_vocabulary(
         PlanError: a tokenizer is missing where it is needed, or a source of rows has no such row.
         HomologyError: rows are of other sizes.
     """
-    if recipe.tokens is None:
-        return alignment, None
-    return _Matching(recipe.tokens, recipe, alignment, base, models, others).run()
+    return _Matching(tokens, recipe, alignment, base, models, others).run()
 
 
 class _Matching:
