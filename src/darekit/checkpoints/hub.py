@@ -23,10 +23,10 @@ from darekit.checkpoints.refusals import (
     quantisation_in,
     refuse_quantised,
     refuse_quantised_names,
-    some,
 )
 from darekit.checkpoints.weights import INDEX, SINGLE, read_index
 from darekit.errors import CheckpointError, OutputError, Unsupported
+from darekit.wording import some
 
 TIMEOUT = 30  # seconds that a server may be silent
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>.+))?", re.ASCII)

@@ -12,6 +12,7 @@ from darekit.checkpoints.documents import read_object, shorten
 from darekit.checkpoints.files import InputFile
 from darekit.checkpoints.safetensors import read_placements
 from darekit.errors import CheckpointError, Unsupported
+from darekit.wording import some
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -432,8 +433,3 @@ def _names_in(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir())
     except OSError:
         return []
-
-
-def some(names: Sequence[str]) -> str:
-    """At most three of them, and how many there are besides."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

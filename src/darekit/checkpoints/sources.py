@@ -59,6 +59,7 @@ class Traits:
         cost: bytes read for each byte given.
         ordered: ranges must be read from the tensor's first on: going back begins anew.
         places: where the elements are in the stored tensor, whose mask they have; None: where they are here.
+        as_stored: the bytes are the stored tensor's, in its order, so their digest is its digest.
     """
 
     files: tuple[InputFile, ...] = ()
@@ -69,6 +70,7 @@ class Traits:
     delta: Delta | None = None
     cost: float = 1.0
     places: Places | None = None
+    as_stored: bool = True
     ordered: bool = False
 
 

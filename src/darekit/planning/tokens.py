@@ -26,7 +26,7 @@ from darekit.recipe import Recipe
 from darekit.recipe.data import TokenRow, Tokens
 from darekit.tokens.documents import rewritten
 from darekit.tokens.joining import Joined, Part, join
-from darekit.wording import label
+from darekit.wording import label, some
 
 BASE = "base"
 
@@ -300,27 +300,27 @@ class _Matching:
             added = [entry.token.content for entry in new if not entry.ordinary]
             ordinary = [entry.token.content for entry in new if entry.ordinary]
             if added:
-                self.notes.append(f"tokens added from {label(member.checkpoint.ref)}: {_some(added)}")
+                self.notes.append(f"tokens added from {label(member.checkpoint.ref)}: {some(added)}")
             if ordinary:
                 self.notes.append(
                     f"WARNING: {label(member.checkpoint.ref)} brings {len(ordinary):,} ordinary tokens "
-                    f"({_some(ordinary)}), not only added ones. Its merges are not imported, so these are matched as "
+                    f"({some(ordinary)}), not only added ones. Its merges are not imported, so these are matched as "
                     "whole words before any other token, and text that holds them is cut otherwise than in any of the "
                     "models. Models whose vocabularies differ so much seldom merge well: consider `tokenizer_source: "
                     "base`"
                 )
         named = [entry.token.content for entry in joined.new if entry.part is None]
         if named:
-            self.notes.append(f"tokens that the recipe adds: {_some(named)}")
+            self.notes.append(f"tokens that the recipe adds: {some(named)}")
         if joined.conflicts:
             told = [f"{token!r} of {label(members[k].checkpoint.ref)}" for token, k in joined.conflicts]
             self.notes.append(
-                f"added tokens that other models define with other flags keep the first ones': {_some(told)}"
+                f"added tokens that other models define with other flags keep the first ones': {some(told)}"
             )
         if joined.removed and joined.changed:
             self.notes.append(
                 f"{len(joined.removed)} tokens of {label(members[joined.owner].checkpoint.ref)} have no row in its "
-                f"embedding and are left out: {_some(joined.removed)}"
+                f"embedding and are left out: {some(joined.removed)}"
             )
 
 
@@ -490,7 +490,7 @@ class _Rules:
         if self.zeros:
             tokens = sorted(self.zeros, key=lambda token: self.joined.ids[token])
             yield (
-                f"WARNING: no model has rows for {_some(tokens)}: they are zeros, and the model must be trained before "
+                f"WARNING: no model has rows for {some(tokens)}: they are zeros, and the model must be trained before "
                 "these tokens mean anything; `tokenizer: {tokens: {TOKEN: {source: ...}}}` names rows to begin with"
             )
 
@@ -522,11 +522,6 @@ def _within(own: Rows, info: TensorInfo | None, axis: int) -> Rows:
     """Own rows that a tensor really has."""
     assert info is not None
     return np.where(own < info.shape[axis], own, ELSEWHERE)
-
-
-def _some(tokens: Sequence[str]) -> str:
-    shown = ", ".join(tokens[:6])
-    return f"{shown}, and {len(tokens) - 6:,} more" if len(tokens) > 6 else shown
 
 
 def _named(checkpoint: Checkpoint, name: str) -> TensorInfo | None:
