@@ -200,7 +200,7 @@ _PEFT_CLASSES = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
-_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 _OF_ADAPTER = re.compile(
     r".*(?:\.|_)(?:lora_(?:[AaBb]|down|up|mid|magnitude_vector|embedding_[AB])|alpha|dora_scale|hada_w\d_[ab]|"
     r"lokr_w\d(?:_[ab])?)(?:\..*)?"
@@ -233,11 +233,8 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
             f"    mlx_lm.fuse --model {base or 'BASE'} --adapter-path {directory} --save-path {merged}\n\n"
             f"and give {merged} instead (a quantised base must be dequantised in that step: see `mlx_lm.fuse --help`)"
         )
-    if config.get("peft_type") in _PROMPTS:
-        return (
-            f"{directory} is a prompt that PEFT trained (peft_type {config['peft_type']}), not a whole model: it "
-            "changes no weight of its base, so there is nothing to merge"
-        )
+    if config.get("peft_type") in PROMPTS:
+        return about_prompt(str(directory), str(config["peft_type"]))
     task = config.get("task_type")
     cls = _PEFT_CLASSES.get(task) if isinstance(task, str) else None
     if cls is None and (config or not names or _has_part(names, "lora_A")):
@@ -258,6 +255,14 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
     return (
         f"{directory} is a LoRA/PEFT adapter, not a whole model. Merge it into its base first, in Python:\n\n{lines}"
         f"\n\nand give {merged} instead"
+    )
+
+
+def about_prompt(where: str, kind: str) -> str:
+    """Why a prompt has no place in a merge."""
+    return (
+        f"{where} is a prompt that PEFT trained (peft_type {kind}), not a whole model: it changes no weight of its "
+        "base, so there is nothing to merge"
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from darekit.checkpoints import Checkpoint, open_checkpoint, traits_of
 from darekit.errors import HoldsPack
+from darekit.inputs.adapters.opening import ALONE, PAIR
 from darekit.inputs.kinds import Opener, Opening, found_by, open_by
 from darekit.packs.opening import find_pack
 
@@ -45,6 +46,8 @@ OPENERS = (
         "a pack", _find_pack, _open_pack, needs_base=True,
         instead="or write the whole model with `dare unpack BASE {ref} OUT`",
     ),
+    PAIR,
+    ALONE,
     Opener("a checkpoint", lambda opening: opening.ref, _open_stored),
 )  # fmt: skip
 
