@@ -59,6 +59,8 @@ class Traits:
         cost: bytes read for each byte given.
         ordered: ranges must be read from the tensor's first on: going back begins anew.
         places: where the elements are in the stored tensor, whose mask they have; None: where they are here.
+        rounding: from a sample, about the squared norm of what rounding to the codes of a quantised tensor has changed,
+            and that of the tensor itself. None: it is not quantised.
     """
 
     files: tuple[InputFile, ...] = ()
@@ -70,6 +72,7 @@ class Traits:
     cost: float = 1.0
     places: Places | None = None
     ordered: bool = False
+    rounding: Callable[[], tuple[float, float]] | None = None
 
 
 PLAIN = Traits()
