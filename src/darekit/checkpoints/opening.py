@@ -89,7 +89,7 @@ def open_checkpoint(
         view = decoded(tensors, config, str(location.path))
         if view is not None:
             tensors = {name: view.tensors[name] for name in natural_order(view.tensors)}
-            notes.append(view.note)
+            notes.extend(view.notes)
             companions = {name: content for name, content in companions.items() if name not in SETTINGS}
         # What is decoded has no codes any more; what config.json says was true of it.
         refuse_quantised(tensors, said if view is None else None, str(location.path))

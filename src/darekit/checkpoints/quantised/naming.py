@@ -60,6 +60,18 @@ def matches_in(tensors: Mapping[str, Header], where: str) -> list[Match]:
     return found
 
 
+def misnamed_in(tensors: Mapping[str, Header]) -> dict[str, str]:
+    """Stored name -> right one, of experts that were decoded and saved under the names of their codes: transformers 5
+    does so, and does not load them again."""
+    return {
+        name: right
+        for name, info in tensors.items()
+        if name.endswith(".experts.gate_up_proj_blocks") or name.endswith(".experts.down_proj_blocks")
+        if info.dtype in ("BF16", "F16", "F32") and len(info.shape) == 3
+        if (right := name.removesuffix("_blocks")) not in tensors
+    }
+
+
 def undecoded(tensors: Mapping[str, Header], where: str) -> dict[str, Header]:
     """Of headers alone: what no quantised weight that is read takes. Nothing where there is one, since what else would
     be wrong is told when the weights are here."""
