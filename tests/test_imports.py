@@ -65,9 +65,10 @@ FLOORS = (
     ("planning",),
     ("inputs",),
     ("engine", "packs"),
-    ("kernels", "recipe", "tokens"),
+    ("recipe", "tokens"),
     ("checkpoints",),
-    ("dtypes", "methods", "plotting"),
+    ("kernels",),
+    ("dtypes", "methods", "plotting", "quantised"),
     ("architectures", "code", "errors", "machine", "masks", "version", "wording"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}
@@ -161,7 +162,8 @@ def test_the_root_holds_few_modules():
     """What everybody imports, and what nobody looks for in a room."""
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "_version"}
     assert loose == {
-        "api", "code", "dtypes", "errors", "machine", "masks", "memory", "plotting", "register", "version", "wording",
+        "api", "code", "dtypes", "errors", "machine", "masks", "memory", "plotting", "quantised", "register", "version",
+            "wording",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from darekit.checkpoints import companions
 from darekit.checkpoints.documents import read_object
+from darekit.checkpoints.quantised.naming import undecoded
 from darekit.checkpoints.refusals import (
     ADAPTER_CONFIG,
     about_adapter,
@@ -206,7 +207,8 @@ def _refuse_quantised(ref: str, repository: str, directory: Path, said: str) -> 
         )
     except Exception:  # no such file, no network and all in the cache: the weights themselves will tell
         return
-    refuse_quantised(found.tensors, said, ref)
+    refuse_quantised_names(list(found.tensors), said, ref)
+    refuse_quantised(undecoded(found.tensors, ref), said, ref)
 
 
 def looks_like_hub_file(ref: str) -> bool:

@@ -24,12 +24,14 @@ def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None 
         DataError: integer tensors differ.
     """
     from darekit.planning.homology import check_integers, judge, sample_norms
+    from darekit.planning.rounding import rounding_of, told
 
     weights = [tensor for tensor in plan.alignment.tensors if tensor.name not in plan.roles]
     check_integers(weights, [model.ref for model in plan.models])
     if plan.base is None or (plan.recipe.sparsify is not None and plan.recipe.sparsify.on == "weights"):
         return []
     judgements = []
+    rounded = []
     for k, model in enumerate(plan.models):
         if model.ref == plan.base.ref:  # listed on purpose, by a method that counts it among the models
             continue
@@ -38,12 +40,17 @@ def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None 
             continue
         norms = sample_norms(own, k, partial(plan.rate_of, k))
         judgements.append(judge(model.ref, plan.base.ref, norms))
+        if (found := rounding_of(own, k, norms)) is not None:
+            rounded.append(told(model.ref, plan.base.ref, found))
     stops = [j.stop for j in judgements if j.stop]
     if stops and not force:
         raise HomologyError("\n".join(f"{stop}; use --force to continue anyway" for stop in stops))
     for judgement in judgements:
         if say and (judgement.stop or judgement.warning):
             say(judgement.stop or judgement.warning or "")
+    for line in rounded:
+        if say:
+            say(line)
     return judgements
 
 
