@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,36 @@ if TYPE_CHECKING:
 
 
 def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None = None) -> list[Judgement]:
-    """Numeric homology tests on a sample of the values; says warnings, raises on refusals.
+    """Numeric homology tests on a sample of the values; says warnings, raises on refusals. Of recipes that are models
+    too, though what is returned is about the plan's own models.
 
     Raises:
         HomologyError: a model does not look like its base's child, or too much is dropped (unless `force`).
         DataError: integer tensors differ.
     """
+    judgements = _judge(plan)
+    found = [("", one) for one in judgements]
+    found += [(f"{ref}: ", one) for ref, inner in _within(plan) for one in _judge(inner)]
+    stops = [f"{where}{one.stop}" for where, one in found if one.stop]
+    if stops and not force:
+        raise HomologyError("\n".join(f"{stop}; use --force to continue anyway" for stop in stops))
+    for where, one in found:
+        if say and (one.stop or one.warning):
+            say(f"{where}{one.stop or one.warning}")
+    return judgements
+
+
+def _within(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """The recipes that are models, and those that are models of these: what went wrong there is in the result."""
+    seen: set[int] = set()
+    for one in plan.within:
+        for ref, inner in ((one.ref, one.plan), *_within(one.plan)):
+            if id(inner) not in seen:
+                seen.add(id(inner))
+                yield ref, inner
+
+
+def _judge(plan: Plan) -> list[Judgement]:
     from darekit.planning.homology import check_integers, judge, sample_norms
 
     weights = [tensor for tensor in plan.alignment.tensors if tensor.name not in plan.roles]
@@ -38,12 +62,6 @@ def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None 
             continue
         norms = sample_norms(own, k, partial(plan.rate_of, k))
         judgements.append(judge(model.ref, plan.base.ref, norms))
-    stops = [j.stop for j in judgements if j.stop]
-    if stops and not force:
-        raise HomologyError("\n".join(f"{stop}; use --force to continue anyway" for stop in stops))
-    for judgement in judgements:
-        if say and (judgement.stop or judgement.warning):
-            say(judgement.stop or judgement.warning or "")
     return judgements
 
 

@@ -14,11 +14,13 @@ from functools import partial
 from itertools import groupby
 
 from darekit.architectures.depth import Depths, along, depths_of
+from darekit.architectures.families import facts_of
 from darekit.architectures.parts import part_of
 from darekit.checkpoints import Checkpoint, natural_key
 from darekit.errors import PlanError
 from darekit.inputs.slices import Layered, kind_of, layered, renamed
-from darekit.planning.matching.alignment import AlignedTensor, Alignment, align
+from darekit.planning.matching.alignment import AlignedTensor, Alignment, Heads, align
+from darekit.planning.matching.naming import Roles
 from darekit.planning.problems import Problems
 from darekit.planning.stacks.ties import output_ties, untied_config
 from darekit.recipe import Recipe
@@ -340,8 +342,23 @@ class _Stacking:
 
     def _aligned(self, part: _Part) -> Alignment:
         views = {member: self._view(member, names, part) for member, names in part.names.items()}
+        heads = self._heads_of(views)
         base = views.pop(None, None)
-        return align(base, list(views.values()), self._vocab, extras=self._recipe.base_extras)
+        return align(base, list(views.values()), self._vocab, heads=heads, extras=self._recipe.base_extras)
+
+    def _heads_of(self, views: Mapping[Member, Checkpoint]) -> Heads:
+        """Whose heads a part has: only what stands after the layers has some, and is made as the last slice is."""
+        if self._recipe.heads is None or not any(map(_has_head, views.values())):
+            return "merged"
+        names: list[Member] = [k for k, one in enumerate(self._recipe.models) if one.model == self._recipe.heads]
+        member = None if self._recipe.heads == "base" and self._base is not None else names[0]
+        if member not in views:
+            known = [label(view.ref) for view in views.values()]
+            raise PlanError(
+                f"heads: {self._recipe.heads} has no part in the last slice, which gives the output's head: its models "
+                f"are {', '.join(known)}. Name one of them, or add a source to that slice"
+            )
+        return views[member]
 
     def _view(self, member: Member, names: Mapping[str, str], part: _Part) -> Checkpoint:
         if member is None:
@@ -379,6 +396,11 @@ class _Stacking:
     def _tell(self, note: str) -> None:
         if note not in self._notes:
             self._notes.append(note)
+
+
+def _has_head(checkpoint: Checkpoint) -> bool:
+    roles = Roles(facts_of(checkpoint.config))
+    return any(roles.of(name, info.shape).is_head for name, info in checkpoint.tensors.items())
 
 
 _NOBODY: tuple[Checkpoint | None, Range] = (None, WHOLE)
