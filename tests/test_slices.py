@@ -417,3 +417,46 @@ def test_classifiers_of_unlike_heads_stack(tmp_path):
     assert np.array_equal(found["classifier.weight"], own["classifier.weight"])
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["id2label"] == {str(k): f"m1-{k}" for k in range(3)}
+
+
+# --- where an error is
+
+
+def test_layers_that_are_not_there_are_told_with_their_line(deep, tmp_path):
+    text = (
+        "merge_method: linear\nparameters: {weight: 1}\nslices:\n- sources:\n  - model: m0\n    layer_range: [0, 3]\n"
+        "  - model: m1\n    layer_range: [4, 7]\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(PlanError, match=r"r\.yaml line 8: layer_range \[4, 7\]: m1 has 6 layers"):
+        dk.merge(tmp_path / "r.yaml", tmp_path / "out")
+    (tmp_path / "r.yaml").write_text(text.replace("linear", "task_arithmetic") + "base_model: m1\n")
+    with pytest.raises(PlanError, match=r"r\.yaml line 8: layer_range \[4, 7\]: m1 has 6 layers"):
+        dk.merge(tmp_path / "r.yaml", tmp_path / "out")
+
+
+def test_no_layers_at_all_are_told_with_their_line(deep, tmp_path):
+    text = "merge_method: passthrough\nslices:\n- sources:\n  - {model: m0, layer_range: [2, 2]}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(PlanError, match=r"r\.yaml line 3: the slices have no layers at all: .* as \[0, 16\]"):
+        dk.merge(tmp_path / "r.yaml", tmp_path / "out")
+    with pytest.raises(PlanError, match=r"the slices have no layers at all"):  # a recipe from Python has no lines
+        dk.merge(read_recipe(tmp_path / "r.yaml").to_data(), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("keys", "of"),
+    [
+        ({"merge_method": "passthrough"}, None),
+        ({"merge_method": "slerp", "base_model": "base", "parameters": {"t": 0.5}}, None),
+        ({"merge_method": "task_arithmetic", "base_model": "base"}, "delta"),
+        ({"merge_method": "linear", "base_model": "base",
+          "sparsify": {"method": "dare", "drop_rate": 0.5, "on": "weights"}}, "weights"),
+    ],
+)  # fmt: skip
+def test_what_is_kept_is_told_as_what_it_is(deep, tmp_path, dare, keys, of):
+    report = dk.merge({"models": ["m0"], **keys}, tmp_path / "out", **OPTIONS)
+    assert report.kept_of == of
+    (tmp_path / "r.yaml").write_text(json.dumps({"models": ["m0"], **keys}))
+    said = dare("merge", tmp_path / "r.yaml", tmp_path / "told", "--force").out
+    assert (f"of m0's {of}" in said) if of else "  kept" not in said

@@ -175,8 +175,13 @@ class _Stacking:
             self._layered[key] = layered(checkpoint, self._own(checkpoint, module))
         return self._layered[key]
 
-    def _layers_of(self, checkpoint: Checkpoint, module: str, layers: Range) -> range:
-        return self._of(checkpoint, module).range(*layers)
+    def _layers_of(self, one: Slice, member: Member, checkpoint: Checkpoint, module: str, layers: Range) -> range:
+        found = self._of(checkpoint, module)
+        try:
+            return found.range(*layers)
+        except PlanError as error:
+            name = self._recipe.models[member].model if member is not None else one.base[0] if one.base else ""
+            raise PlanError(f"{one.where(name)}{error}") from None
 
     # --- the parts
 
@@ -198,17 +203,17 @@ class _Stacking:
         parts: list[_Part] = []
         origins: list[tuple[Origin, ...]] = []
         numbers: list[int] = []
-        asked = [member for one in slices for member in self._members(one).values()]
-        for checkpoint, wanted in asked:
-            self._problems.attempt(partial(self._layers_of, checkpoint, module, wanted))
+        for one in slices:
+            for member, (checkpoint, wanted) in self._members(one).items():
+                self._problems.attempt(partial(self._layers_of, one, member, checkpoint, module, wanted))
         self._problems.stop()
         for i, one in enumerate(slices, at):
             members = self._members(one)
-            ranges = {k: self._layers_of(checkpoint, module, layers) for k, (checkpoint, layers) in members.items()}
+            ranges = {k: self._layers_of(one, k, checkpoint, module, part) for k, (checkpoint, part) in members.items()}
             many = len(next(iter(ranges.values())))
             if any(len(layers) != many for layers in ranges.values()):
                 told = ", ".join(f"{len(layers)} of {members[k][0].ref}" for k, layers in ranges.items())
-                raise PlanError(f"the sources of slice {i} must have equally many layers, found {told}")
+                raise PlanError(f"{one.where('')}the sources of slice {i} must have equally many layers, found {told}")
             part = _Part({member: {} for member in members})
             for step, depth in enumerate(along(many)):
                 for member, layers in ranges.items():
@@ -221,7 +226,10 @@ class _Stacking:
             if many:
                 parts.append(part)
         if not origins:
-            raise PlanError("the slices have no layers at all")
+            raise PlanError(
+                f"{slices[0].where('')}the slices have no layers at all: every layer_range is empty; write the first "
+                "layer and the one after the last, as [0, 16]"
+            )
         parts += self._outside(module, slices, at, len(origins))
         some = next(iter(self._members(slices[0]).values()))[0]
         return parts, Tower(self._of(some, module).stack, tuple(origins), tuple(numbers))
