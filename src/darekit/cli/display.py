@@ -150,12 +150,12 @@ def show_report(report: Report, *, as_json: bool) -> None:
     shares = {model: f"{100 * kept / max(1, report.parameters):.3g} %" for model, kept in report.kept.items()}
     if len(shares) == 1:
         ((model, kept),) = report.kept.items()
-        told = f"{shares[model]} of {model}'s delta ({count_of(kept)} elements)"
+        told = f"{shares[model]} of {model}'s {report.kept_of} ({count_of(kept)} elements)"
     else:
         told = ", ".join(f"{share} of {model}" for model, share in shares.items())
     rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
     tables.print_facts([
-        ("kept", told),
+        *([("kept", told)] if report.kept_of else []),
         ("took", f"{time_of(report.seconds)} at {size_of(rate)}/s, {size_of(report.peak_rss_bytes)} of memory at most"),
     ])  # fmt: skip
 

@@ -43,6 +43,7 @@ from darekit.recipe import Recipe
 from darekit.wording import brief, size_of
 
 if TYPE_CHECKING:
+    from darekit.engine.nested import Workshop
     from darekit.inputs.statistics import Statistics
     from darekit.planning.stacks.stack import Tower
     from darekit.planning.tokens import OutputVocabulary
@@ -70,6 +71,15 @@ class ModelSummary:
     def drop_rate(self) -> float:
         """Over all of the model's float parameters."""
         return 1 - self.kept / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Within:
+    """A recipe that is a model of another: its name there, its plan, and what computes its tensors."""
+
+    ref: str
+    plan: Plan
+    workshop: Workshop
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,7 @@ class Plan:
         towers: where each layer comes from, of stacks that slices made.
         config: of such a stack, before number format and vocabulary; None: as that of the model that gives it.
         template: the chat template that the recipe asks for; None: the one that comes with the tokenizer.
+        within: the recipes that are models of this one.
     """
 
     recipe: Recipe
@@ -126,6 +137,7 @@ class Plan:
     towers: tuple[Tower, ...] = ()
     config: Mapping[str, Any] | None = None
     template: str | None = None
+    within: tuple[Within, ...] = ()
 
     def __repr__(self) -> str:
         sparsify = f"{self.recipe.sparsify.method} + " if self.recipe.sparsify else ""
@@ -340,7 +352,8 @@ def _together(
         from darekit.planning.stacks.stack import stacked
 
         stack = stacked(recipe, base, models, bases, vocab, problems)
-        config, notes = config_of(stack.base or stack.models[0], stack.towers)
+        donor = heads_giver(recipe, stack.base, stack.models) or stack.base or stack.models[0]
+        config, notes = config_of(donor, stack.towers)
         return _Together(stack.base, stack.models, stack.alignment, stack.depths, stack.towers, config, notes)
     heads = _heads_of(recipe, base, models)
     alignment = align(base, models, vocab, heads=heads, extras=recipe.base_extras, verbatim=verbatim)

@@ -26,7 +26,7 @@ from darekit.recipe import Recipe
 from darekit.recipe.data import TokenRow, Tokens
 from darekit.tokens.documents import rewritten
 from darekit.tokens.joining import Joined, Part, join
-from darekit.wording import label, some
+from darekit.wording import and_, label, some
 
 BASE = "base"
 
@@ -339,7 +339,7 @@ class _Rules:
         self.has_token[[*self.token_at]] = True
         self.others = [*matching.others.values()]
         self.own = [self._own_rows(member) for member in members]
-        self.zeros: set[str] = set()
+        self.zeros: dict[str, list[str]] = {}  # token -> tensors in which nobody has a row for it
         self.tables: dict[str, list[RowTable | None]] = {}
 
     def _own_rows(self, member: Member) -> Rows:
@@ -438,7 +438,9 @@ class _Rules:
             self.joined.ids[token]: row for token, row in self.matching.tokens.rows.items() if row.kind != "default"
         }
         sources = {at: self._given(self.token_at[at], row, tensor, axis, inputs) for at, row in given.items()}
-        self.zeros.update(self.token_at[int(i)] for i in np.flatnonzero(none & self.has_token) if int(i) not in given)
+        for i in np.flatnonzero(none & self.has_token):
+            if int(i) not in given:
+                self.zeros.setdefault(self.token_at[int(i)], []).append(tensor.name)
         tables: list[RowTable | None] = [None] * len(self.members)
         for j, k in enumerate(present):
             owners, of = np.where(has[j], k, chosen), np.where(has[j], own[j], rows)
@@ -489,9 +491,13 @@ class _Rules:
         """Warnings of rows that nobody has."""
         if self.zeros:
             tokens = sorted(self.zeros, key=lambda token: self.joined.ids[token])
+            tensors = dict.fromkeys(name for token in tokens for name in self.zeros[token])
+            # In a stack not every model has a part in every tensor.
+            where = f" that gives {and_([*tensors])}" if len(tensors) < len(self.matching.axes) else ""
             yield (
-                f"WARNING: no model has rows for {some(tokens)}: they are zeros, and the model must be trained before "
-                "these tokens mean anything; `tokenizer: {tokens: {TOKEN: {source: ...}}}` names rows to begin with"
+                f"WARNING: no model{where} has rows for {some(tokens)}: they are zeros, and the model must be trained "
+                "before these tokens mean anything; `tokenizer: {tokens: {TOKEN: {source: ...}}}` names rows to begin "
+                "with"
             )
 
     def provenance(self) -> Iterator[dict[str, Any]]:
