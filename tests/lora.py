@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +51,12 @@ def make(root, adapter, name="LlamaForCausalLM", *, seed=0, grow=0, base="base",
     if grow:
         model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + grow, mean_resizing=False)
     settings = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **config})
-    trained = peft.get_peft_model(model, settings)
-    fill(trained, seed)
-    trained.save_pretrained(root / adapter)
-    merged = trained.merge_and_unload()
-    merged.save_pretrained(root / f"{adapter}-merged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of what is tested here
+        trained = peft.get_peft_model(model, settings)
+        fill(trained, seed)
+        trained.save_pretrained(root / adapter)
+        trained.merge_and_unload().save_pretrained(root / f"{adapter}-merged")
     return root / adapter
 
 

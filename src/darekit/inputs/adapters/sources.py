@@ -31,6 +31,15 @@ KEPT = 32 << 20  # bytes of factors that stay in memory, at least two tensors'
 
 
 @dataclass(frozen=True)
+class Put:
+    """Where a product lies in a tensor of (E, R, C) `matrices`: rows from `begin` on of one `matrix`."""
+
+    matrices: tuple[int, int, int]
+    matrix: int
+    begin: int
+
+
+@dataclass(frozen=True)
 class Term:
     """One product.
 
@@ -41,6 +50,8 @@ class Term:
         flipped: the factors themselves are stored transposed (mlx).
         experts: how many there are in each factor; 0: it is of one matrix.
         slow: in B, the expert is the slow index.
+        take: of its matrices one, and of that the rows from .. to: the rest of it is another tensor's.
+        put: where it lies in the tensor; None: it is all of it.
     """
 
     a: TensorInfo | None
@@ -50,6 +61,8 @@ class Term:
     flipped: bool = False
     experts: int = 0
     slow: bool = False
+    take: tuple[int, int, int] | None = None
+    put: Put | None = None
 
     @property
     def factors(self) -> tuple[TensorInfo, ...]:
@@ -71,12 +84,17 @@ class Term:
             found = products.experts(arrays[0], arrays[1], self.experts, slow=self.slow)
         else:
             found = products.linear(arrays[0], arrays[1])
-        return products.scaled(products.swapped(found) if self.swap else found, self.scale)
+        if self.swap:
+            found = products.swapped(found)
+        if self.take is not None:
+            found = products.taken(found, *self.take)
+        return products.scaled(found, self.scale)
 
     def told(self) -> list[object]:
         """What the identity says of it."""
         return [
-            self.scale.hex(), self.swap, self.flipped, self.experts, self.slow,
+            self.scale.hex(), self.swap, self.flipped, self.experts, self.slow, self.take,
+            None if self.put is None else [self.put.matrices, self.put.matrix, self.put.begin],
             [[one.dtype, list(one.shape), content_of(one).hex()] for one in self.factors],
         ]  # fmt: skip
 
@@ -300,7 +318,9 @@ class AdaptedSource:
 
     def _pair(self) -> Pair:
         def make() -> tuple[object, int]:
-            pair = products.joined([term.pair() for term in self.change.terms])
+            pairs = [(term.pair(), term.put) for term in self.change.terms]
+            puts = [(pair, put.matrix, put.begin) for pair, put in pairs if put is not None]
+            pair = products.put_together(puts, self.change.matrices) if puts else products.joined([p for p, _ in pairs])
             pair = np.ascontiguousarray(pair[0]), np.ascontiguousarray(pair[1])
             return pair, pair[0].nbytes + pair[1].nbytes
 
