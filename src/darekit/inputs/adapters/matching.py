@@ -118,11 +118,16 @@ class _Making:
     def _untie(self, target: str, source: str, stored: str | None, own: Change | None, other: Change | None) -> None:
         """The head gets a tensor of its own."""
         name = stored or target
+        which = "the head" if other is None else "the input embedding" if own is None else "both"
         if own is None and other is not None and other.whole is not None and source not in self.found.saved:
             own = Change(other.matrices, whole=other.whole)  # what both were before the embedding was trained
         if own is not None:
             self.found.changes[name] = own
         info = self.base.tensors[source]
+        grown = other is None and own is not None and own.whole is not None and own.whole.shape != info.shape
+        if grown and name not in self.found.saved:
+            assert own is not None
+            self.found.changes[source] = Change(own.matrices, whole=own.whole)
         if stored is None:
             self.added[name] = replace(info, name=name, stored=None)
         for key in self.names.facts.output_tie_keys or (() if self.names.facts.is_known else ("tie_word_embeddings",)):
@@ -136,7 +141,6 @@ class _Making:
                 self.added[memory] = replace(self.base.tensors[here], name=memory, stored=None)
                 if here in self.found.changes and not self.names.facts.is_output_embedding(memory):
                     self.found.changes[memory] = self.found.changes[here]
-        which = "the head" if other is None else "the input embedding" if own is None else "both"
         self.notes.append(
             f"{target} is {source} in the base, and the adapter changes {which}: the result has both tensors, and its "
             "config says that they are not tied"
