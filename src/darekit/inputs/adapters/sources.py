@@ -19,11 +19,11 @@ from darekit import kernels
 from darekit.checkpoints import Delta, TensorInfo, Traits, traits_of
 from darekit.checkpoints.checkpoint import content_of
 from darekit.checkpoints.sources import refuse_outside
-from darekit.dtypes import Bytes, DType, Floats, dtype_named
+from darekit.dtypes import Bytes, DType, Floats, dtype_named, widen
 from darekit.errors import DataError
 from darekit.inputs.adapters import products
 from darekit.inputs.adapters.products import Array, Pair
-from darekit.kernels.products import low_rank
+from darekit.kernels.products import add_low_rank_bf16, low_rank_into
 
 TAG = b"darekit-adapter-1\0"  # frozen: seeds depend on it, see `AdaptedSource.identity`
 
@@ -164,7 +164,7 @@ def values_of(info: TensorInfo) -> Array:
     if dtype.name == "F64":
         return raw.view(np.float64).astype(np.float32).reshape(info.shape)
     values: Array = np.empty(info.count, np.float32)
-    kernels.widen(raw, dtype, values)
+    widen(raw, dtype, values)  # numpy's: factors are small, and numba takes longer to come
     return values.reshape(info.shape)
 
 
@@ -280,7 +280,7 @@ class AdaptedSource:
         while done < part.size:
             matrix, at = divmod(start + done, size)
             count = min(size - at, part.size - done)
-            low_rank(left[matrix], right[matrix], at, part[done : done + count])
+            low_rank_into(left[matrix], right[matrix], at, part[done : done + count])
             done += count
 
     def values_into(self, part: Array, start: int) -> None:
@@ -400,6 +400,14 @@ class AdaptedSource:
         if self.change.is_sum and traits_of(self.base.source).values is None:
             raw = np.empty_like(out)
             self.base.source.read_into(raw, start * self._dtype.itemsize)
+            if self._dtype.name == "BF16" and self._in_one(start, count):
+                (left, right), size = self._pair(), self.change.matrices[1] * self.change.matrices[2]
+                matrix, at = divmod(start, size)
+                work: Array = np.empty((2, count), np.float32)
+                self._refuse(
+                    add_low_rank_bf16(raw.view(np.uint16), left[matrix], right[matrix], at, out.view(np.uint16), work)
+                )
+                return
             base: Floats = np.empty(count, number)
             kernels.widen(raw, self._dtype, base)
             product: Array = np.empty(count, np.float32)
@@ -411,6 +419,11 @@ class AdaptedSource:
         values: Array = np.empty(count, np.float32)
         self.values_into(values, start)
         self._refuse(kernels.round_to(values.astype(number, copy=False), self._dtype, out))
+
+    def _in_one(self, start: int, count: int) -> bool:
+        """Whether a range lies in one of the matrices."""
+        size = self.change.matrices[1] * self.change.matrices[2]
+        return start // size == (start + count - 1) // size
 
     def _refuse(self, overflowed: int) -> None:
         if overflowed:
@@ -430,4 +443,4 @@ def read_values(info: TensorInfo, part: npt.NDArray[np.float32], start: int) -> 
     if dtype.name == "F64":
         part[...] = raw.view(np.float64)
     else:
-        kernels.widen(raw, dtype, part)
+        widen(raw, dtype, part)
