@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,29 @@ def make(root, adapter, name="LlamaForCausalLM", *, seed=0, grow=0, base="base",
     if grow:
         model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + grow, mean_resizing=False)
     settings = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **config})
-    trained = peft.get_peft_model(model, settings)
-    fill(trained, seed)
-    trained.save_pretrained(root / adapter)
-    merged = trained.merge_and_unload()
-    merged.save_pretrained(root / f"{adapter}-merged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of what is tested here
+        trained = peft.get_peft_model(model, settings)
+        fill(trained, seed)
+        trained.save_pretrained(root / adapter)
+        np.save(root / f"{adapter}-says.npy", says(trained))
+        trained.merge_and_unload().save_pretrained(root / f"{adapter}-merged")
     return root / adapter
+
+
+def says(model):
+    """What a language model answers to a few tokens; None of another model."""
+    if "ForCausalLM" not in type(getattr(model, "base_model", model)).__name__ + str(model.config.architectures):
+        return np.empty(0)
+    with torch.no_grad():
+        return model.eval()(torch.arange(1, 13)[None]).logits.numpy()
+
+
+def same_answers(out, root, adapter="a"):
+    """Fail where a folder's model does not answer as the adapter did on its base, before PEFT merged them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    wanted = np.load(Path(root) / f"{adapter}-says.npy")
+    assert np.abs(says(model) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 def agree(found, wanted, within=1e-6):

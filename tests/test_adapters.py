@@ -24,6 +24,63 @@ FORMS = {
 }  # fmt: skip
 
 
+# What PEFT can do with an adapter on its base -> class, and the settings of LoRA.
+MORE = {
+    "gpt2": ("GPT2LMHeadModel", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "gpt2 dora": ("GPT2LMHeadModel", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
+    "gpt2 biases": ("GPT2LMHeadModel", {"target_modules": ["c_fc"], "lora_bias": True, "fan_in_fan_out": True}),
+    "bert": ("BertForMaskedLM", {"target_modules": ["query", "value", "dense"], "lora_bias": True}),
+    "bert all biases": ("BertForMaskedLM", {"target_modules": ["query"], "bias": "all"}),
+    "bert own biases": ("BertForMaskedLM", {"target_modules": ["query", "dense"], "bias": "lora_only"}),
+    "bert head": (
+        "BertForSequenceClassification", {"target_modules": ["query"], "task_type": "SEQ_CLS",
+        "modules_to_save": ["classifier", "pooler"]},
+    ),
+    "norms": ("LlamaForCausalLM", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm", "norm"]}),
+    "embeddings": ("LlamaForCausalLM", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "embeddings dora": ("LlamaForCausalLM", {"target_modules": ["embed_tokens", "v_proj"], "use_dora": True}),
+    "saved embeddings": (
+        "LlamaForCausalLM", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    ),
+    "tokens": ("LlamaForCausalLM", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 60]}),
+    "tokens by module": (
+        "LlamaForCausalLM", {"target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [4]}},
+    ),
+    "convolutions": ("ResNetForImageClassification", {"target_modules": ["convolution"]}),
+    "convolutions dora": ("ResNetForImageClassification", {"target_modules": ["convolution"], "use_dora": True}),
+    "1-d convolutions": (
+        "Wav2Vec2ForCTC", {"target_modules": r".*feature_extractor\.conv_layers\.\d\.conv|.*q_proj"}
+    ),
+    "mixtral": (
+        "MixtralForCausalLM", {"target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    "qwen3 moe": (
+        "Qwen3MoeForCausalLM", {"target_modules": ["v_proj", "gate"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    "qwen3 moe, one of two": (
+        "Qwen3MoeForCausalLM", {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
+    ),
+    "gpt-oss": (
+        "GptOssForCausalLM", {"target_modules": ["q_proj", "o_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    "parameters of linear layers": (
+        "LlamaForCausalLM", {"target_modules": [], "target_parameters": ["q_proj.weight", "down_proj.weight"]}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", MORE)
+def test_forms_of_other_models(form, tmp_path):
+    name, settings = MORE[form]
+    adapter = lora.make(tmp_path, "a", name, **settings)
+    lora.merge(tmp_path / "out", tmp_path / "base", adapter)
+    lora.agree(tmp_path / "out", tmp_path / "a-merged")
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_comes_to_what_peft_makes_of_it(form, tmp_path):
     adapter = lora.make(tmp_path, "a", **FORMS[form])
@@ -41,7 +98,7 @@ def test_the_kernel_has_the_bits_of_the_definition_in_any_range():
         assert np.allclose(whole.reshape(rows, width), left.astype(np.float64) @ right, atol=1e-4)
         for begin, end in {(0, whole.size), (whole.size // 3, whole.size // 2 + 1), (whole.size - 1, whole.size)}:
             out = np.full(end - begin, np.nan, np.float32)
-            products.low_rank(left, right, begin, out)
+            products.low_rank_into(left, right, begin, out)
             assert (out == whole[begin:end]).all(), (rows, rank, width, begin, end)
 
 

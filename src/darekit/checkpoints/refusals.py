@@ -18,6 +18,7 @@ from darekit.wording import some
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLED_ADAPTER = "adapter_model.bin"
+ADAPTER_WEIGHTS = (ADAPTER, "adapters.safetensors", PICKLED_ADAPTER)  # the first that is there is read
 MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.(?:safetensors|npz)")
 
 _WHOLE = ("pytorch_model", "diffusion_pytorch_model")  # how pickled files that hold a model begin: no training_args.bin
@@ -285,7 +286,8 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
     merged = f"{directory.name}-merged"
     if "peft_type" not in config and (_is_mlx(directory, config) or _has_part(names, "lora_a")):
         return (
-            f"{directory} is an adapter that mlx-lm trained, not a whole model. Fuse it into its base first:\n\n"
+            f"{directory} is an adapter that mlx-lm trained, not a whole model. In a recipe it is a model beside its "
+            f"base, or with it: BASE+{directory}. Elsewhere, fuse it into its base first:\n\n"
             f"    mlx_lm.fuse --model {base or 'BASE'} --adapter-path {directory} --save-path {merged}\n\n"
             f"and give {merged} instead (a quantised base must be dequantised in that step: see `mlx_lm.fuse --help`)"
         )
@@ -309,7 +311,8 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
     code.append(f"model.merge_and_unload().save_pretrained({merged!r})")
     lines = "\n".join(f"    {line}" for line in code)
     return (
-        f"{directory} is a LoRA/PEFT adapter, not a whole model. Merge it into its base first, in Python:\n\n{lines}"
+        f"{directory} is a LoRA/PEFT adapter, not a whole model. In a recipe it is a model beside its base, or "
+        f"with it: BASE+{directory}. Elsewhere, merge it into its base first, in Python:\n\n{lines}"
         f"\n\nand give {merged} instead"
     )
 

@@ -55,7 +55,8 @@ def _within(plan: Plan) -> Iterator[tuple[str, Plan]]:
 def _judge(plan: Plan) -> tuple[list[Judgement], list[str]]:
     """How each model looks beside the base, and what there is to say of quantised ones."""
     from darekit.planning.homology import check_integers, judge, sample_norms
-    from darekit.planning.rounding import rounding_of, told as told_of
+    from darekit.planning.rounding import rounding_of
+    from darekit.planning.rounding import told as told_of
 
     weights = [tensor for tensor in plan.alignment.tensors if tensor.name not in plan.roles]
     check_integers(weights, [model.ref for model in plan.models])

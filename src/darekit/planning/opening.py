@@ -55,7 +55,7 @@ def open_models(
         )
 
 
-def only_on_base(ref: str | Path) -> tuple[str, str | Path] | None:
+def only_on_base(ref: str | Path) -> tuple[Opener, str | Path] | None:
     """Of what is a model only on top of its base: its kind, and what was found under the name; None of all else."""
     return opening.only_on_base(ref, openers=OPENERS)
 

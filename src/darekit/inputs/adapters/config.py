@@ -44,7 +44,7 @@ class AdapterConfig:
         parameters: names of parameters that are adapted by themselves: experts in one tensor.
         tie: what is done to the input embedding is done to the output embedding.
         layout: of the experts in a factor B; None: it does not say.
-        marked: it says that Unsloth wrote it, whose older versions had another order of experts.
+        unsloth: it looks as if Unsloth wrote it, whose older versions had another order of experts.
         version: of PEFT, as (0, 18, 1); None: it does not say.
         task: what the model was trained for, in PEFT's words.
         model_class: of the model that was trained, where it is said.
@@ -68,7 +68,7 @@ class AdapterConfig:
     parameters: tuple[str, ...] = ()
     tie: bool = False
     layout: Layout | None = None
-    marked: bool = False
+    unsloth: bool = False
     version: tuple[int, ...] | None = None
     task: str | None = None
     model_class: str | None = None
@@ -206,8 +206,7 @@ def _of_peft(values: _Values) -> AdapterConfig:
         parameters=values.names("target_parameters"),
         tie=values.flag("ensure_weight_tying"),
         layout=_layout_in(values),
-        marked=any("unsloth" in str(data.get(key)).lower() for key in ("auto_mapping", "unsloth_version", "unsloth"))
-        or any("unsloth" in key.lower() for key in data),
+        unsloth="unsloth" in f"{[*data, mapping, data.get('base_model_name_or_path')]}".lower(),
         version=_version_in(values),
         task=values.text("task_type"),
         model_class=trained if isinstance(trained, str) else None,
@@ -230,12 +229,11 @@ def _layout_in(values: _Values) -> Layout | None:
     found = values.data.get("lora_B_layout")
     if found is None:
         return None
-    text = str(found).lower()
-    if "peft" in text or "fast" in text or "interleaved" in text:
+    if found == "rank_major":
         return "peft"
-    if "group" in text or "slow" in text:
+    if found == "grouped_by_expert":
         return "grouped"
-    values.wrong("lora_B_layout", "peft or grouped")
+    values.wrong("lora_B_layout", "rank_major or grouped_by_expert")
 
 
 def _version_in(values: _Values) -> tuple[int, ...] | None:

@@ -12,12 +12,10 @@ from darekit.checkpoints import FileRange, InputFile, TensorInfo, read_header
 from darekit.checkpoints.documents import read_object
 from darekit.checkpoints.opening import places_of
 from darekit.checkpoints.pytorch import read_pickled
-from darekit.checkpoints.refusals import ADAPTER, ADAPTER_CONFIG, PICKLED_ADAPTER, is_adapter
+from darekit.checkpoints.refusals import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER, is_adapter
 from darekit.errors import CheckpointError
 from darekit.inputs.adapters.config import AdapterConfig, read_config
 
-MLX = "adapters.safetensors"
-WEIGHTS = (ADAPTER, MLX, PICKLED_ADAPTER)  # the first that is there is read
 _WHOLE = re.compile(r"pytorch_model(?:-\d+-of-\d+)?\.bin|(?:model\.safetensors|pytorch_model\.bin)\.index\.json")
 
 
@@ -71,7 +69,9 @@ def open_adapter(place: Path, open_file: Callable[[Path], InputFile] = InputFile
         Unsupported: an adapter of a kind that has no place on a whole model.
     """
     folder = place if place.is_dir() else place.parent
-    weights = place if place.is_file() else next((folder / one for one in WEIGHTS if (folder / one).exists()), None)
+    weights = (
+        place if place.is_file() else next((folder / one for one in ADAPTER_WEIGHTS if (folder / one).exists()), None)
+    )
     settings = folder / ADAPTER_CONFIG
     if not settings.exists():
         raise CheckpointError(

@@ -8,13 +8,15 @@ names (`architectures.families`), as other models do.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Literal
 
 from darekit.architectures.families import WRAPPERS_BEFORE, Facts, facts_of, unwrapped
 from darekit.checkpoints import Checkpoint
+from darekit.inputs.adapters.experts import Fusing
 
 Part = Literal["A", "B", "B.bias", "embedding_A", "embedding_B", "magnitude", "rows", "whole"]
 
@@ -79,6 +81,9 @@ def key_of(name: str, form: str) -> Key | None:
     return Key(unwrapped(name.replace(".token_adapter.", ".")), "whole")
 
 
+_HEADS = ("lm_head.weight", "embed_out.weight")  # that are not stored where they are tied, in whichever family
+
+
 class Names:
     """A base's tensors, to be found by the names of parameters in memory."""
 
@@ -89,6 +94,7 @@ class Names:
         memory = self.facts.canonicals(base.tensors)
         for stored, name in memory.items():
             self._keys.setdefault(self.facts.without_prefix(name), stored)
+        self.fusing = Fusing(self.facts, base.tensors, self._keys)
 
     def find(self, parameters: Iterable[str]) -> dict[str, str]:
         """Of these parameters those that the base has -> the names that they are stored under.
@@ -102,6 +108,39 @@ class Names:
         if not found and not self.facts.is_known:
             found = self._by_ending(parameters)
         return found
+
+    def key_of(self, parameter: str) -> str:
+        """How the loader knows a parameter, without the base model's prefix."""
+        return self.keys_of([parameter])[parameter]
+
+    def stored(self, parameter: str) -> str | None:
+        """The name that a parameter is stored under; None: the base does not store it."""
+        return self.find([parameter]).get(parameter)
+
+    def ties(self, more: Iterable[str] = ()) -> list[tuple[str, str]]:
+        """What the base's config ties: the name in memory of a tensor (stored, a head, or one of `more`), and the
+        stored name of the one that it is."""
+        keys = [key for key in self.keys_of(more).values() if key not in self._keys]
+        return list(dict.fromkeys([*self._ties, *self._tied(keys)]))
+
+    @cached_property
+    def _ties(self) -> list[tuple[str, str]]:
+        return self._tied([*self._keys, *_HEADS])
+
+    def _tied(self, keys: Iterable[str]) -> list[tuple[str, str]]:
+        shapes = {key: self.base.tensors[stored].shape for key, stored in self._keys.items()}
+        return [
+            (self.facts.in_memory(target), self._keys[source])
+            for target, source in self.facts.possible_ties(list(keys), shapes)
+            if source in self._keys and self.facts.is_held(target, stored=target in self._keys)
+        ]
+
+    def tied_source(self, parameter: str) -> str | None:
+        """The stored name of the tensor that a parameter, which is not stored, is by the base's config."""
+        key = self.key_of(parameter)
+        if key in self._keys:
+            return None
+        return next((source for target, source in self.ties([parameter]) if self.key_of(target) == key), None)
 
     def keys_of(self, parameters: Iterable[str]) -> dict[str, str]:
         """Names of parameters -> how the loader knows them, without the base model's prefix."""
@@ -142,6 +181,3 @@ def grouped(names: Iterable[str], form: str) -> tuple[dict[Key, str], list[str]]
         else:
             found[key] = name
     return found, strange
-
-
-Pieces = Mapping[Key, str]

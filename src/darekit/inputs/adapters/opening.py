@@ -1,28 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters opened as models: `base+adapter`, or an adapter alone on the base of the recipe."""
+"""Adapters opened as models: `base+adapter`, an adapter alone on the base of the recipe or on the one that it names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from darekit.checkpoints import Checkpoint, TensorInfo
-from darekit.checkpoints.companions import Companions
-from darekit.checkpoints.hub import looks_like_hub_id
+from darekit.checkpoints import Checkpoint, InputFile
+from darekit.checkpoints.hub import fetch_adapter, looks_like_hub_id
 from darekit.checkpoints.opening import places_of
-from darekit.errors import CheckpointError
-from darekit.inputs.adapters.changes import match
+from darekit.errors import CheckpointError, PlanError
+from darekit.inputs.adapters.bases import about_base
 from darekit.inputs.adapters.files import AdapterFiles, find_adapter, open_adapter
-from darekit.inputs.adapters.sources import AdaptedSource, Shelf
-from darekit.inputs.kinds import Opener, Opening
+from darekit.inputs.adapters.views import adapted, is_adapted
+from darekit.inputs.kinds import Opener, Opening, open_by
 from darekit.recipe.names import same_model
-from darekit.wording import label
-
-
-def _find_pair(opening: Opening) -> str | None:
-    """The name, where it reads model+adapter and nothing of that whole name is here."""
-    return None if pair_of(opening) is None else str(opening.ref)
 
 
 def pair_of(opening: Opening) -> tuple[str, str] | None:
@@ -39,7 +32,7 @@ def pair_of(opening: Opening) -> tuple[str, str] | None:
         if find_adapter(right, opening.search) is not None:
             return left, right
     for left, right in pairs:
-        if looks_like_hub_id(right) and "@" not in left.rpartition("/")[2].partition("+")[0]:
+        if looks_like_hub_id(right) and "@" not in left.rpartition("+")[2]:  # a revision may have a plus
             return left, right
     return next(((left, right) for left, right in pairs if _is_here(opening, left)), None)
 
@@ -51,25 +44,37 @@ def _is_here(opening: Opening, ref: str) -> bool:
         return False
 
 
+def _find_pair(opening: Opening) -> str | None:
+    return None if pair_of(opening) is None else str(opening.ref)
+
+
 def _open_pair(opening: Opening) -> Checkpoint:
     pair = pair_of(opening)
     assert pair is not None
     left, right = pair
-    place = find_adapter(right, opening.search)
-    if place is None:
+    if find_adapter(right, opening.search) is None and not looks_like_hub_id(right):
         raise CheckpointError(
-            f"{opening.ref}: there is no adapter {right!r}: expected a folder with adapter_config.json and "
-            "adapter_model.safetensors"
+            f"{opening.ref}: there is no adapter {right!r}, expected a folder with adapter_config.json and weights, or "
+            f"org/name on the Hub; looked for {', '.join(map(str, places_of(right, opening.search)))}"
         )
     base = opening.base
     if base is not None and same_model(left, base.ref, opening.search):
-        return _adapted(base, place, str(opening.ref), owned=False)
+        return _put_on(opening, right, base)
     below = opening.open(left)
     try:
-        return _adapted(below, place, str(opening.ref), owned=True)
+        found = _put_on(opening, right, below)
     except BaseException:
         below.close()
         raise
+    return replace(found, files=(*found.files, *below.files))
+
+
+def _put_on(opening: Opening, right: str, base: Checkpoint) -> Checkpoint:
+    found = open_by(replace(opening, ref=right, base=base, together=True))
+    if not is_adapted(found):
+        found.close()
+        raise CheckpointError(f"{opening.ref}: {right} is a whole model, expected an adapter behind the plus")
+    return replace(found, ref=str(opening.ref))
 
 
 def _find_alone(opening: Opening) -> Path | None:
@@ -77,54 +82,61 @@ def _find_alone(opening: Opening) -> Path | None:
 
 
 def _open_alone(opening: Opening) -> Checkpoint:
-    assert opening.base is not None
-    return _adapted(opening.base, Path(opening.ref), str(opening.ref), owned=False)
+    return open_on(opening, Path(opening.ref))
 
 
-def _adapted(base: Checkpoint, place: Path, ref: str, *, owned: bool) -> Checkpoint:
-    """A base with an adapter on it; `owned`: closing the result closes the base."""
-    adapter = open_adapter(place)
-    try:
-        return adapted(base, adapter, ref, owned=owned)
-    except BaseException:
-        adapter.close()
-        raise
+def open_from_hub(opening: Opening) -> Checkpoint:
+    """An adapter on the Hub, on the base of the opening or the one that it names."""
+    return open_on(opening, fetch_adapter(str(opening.ref)))
 
 
-def adapted(base: Checkpoint, adapter: AdapterFiles, ref: str, *, owned: bool = False) -> Checkpoint:
-    """A base with an open adapter on it, as a checkpoint; `owned`: closing it closes the base too.
+def open_on(
+    opening: Opening,
+    place: Path,
+    open_file: Callable[[Path], InputFile] = InputFile,
+    finish: Callable[[AdapterFiles], AdapterFiles] = lambda adapter: adapter,
+) -> Checkpoint:
+    """The adapter that lies in a folder, on the base of the opening, or on the one that it names where there is none.
+
+    Args:
+        opening: how it was named.
+        place: where it lies.
+        open_file: how its weights are opened.
+        finish: what is done to it before it is put on the base.
 
     Raises:
-        CheckpointError, HomologyError: they do not belong together; see `changes.match`.
+        PlanError: there is no base, or another one than it names.
+        CheckpointError, HomologyError: it is damaged, or not of this base.
     """
-    matched = match(adapter.config, adapter.tensors, base, ref)
-    shelf = Shelf()
-
-    def changed() -> Iterator[tuple[str, TensorInfo]]:
-        for name, info in base.tensors.items():
-            change = matched.changes.get(name)
-            if change is None:
-                yield name, info
-                continue
-            shape = info.shape if change.whole is None else change.whole.shape
-            yield name, replace(info, shape=shape, source=AdaptedSource(info, shape, change, shelf))
-
-    companions: Companions = dict(base.companions)
-    return Checkpoint(
-        ref=ref,
-        directory=None,
-        tensors=dict(changed()),
-        config=base.config,
-        files=(*adapter.files, *(base.files if owned else ())),
-        revision=None,
-        companions=companions,
-        notes=tuple(f"{label(ref)}: {note}" for note in _notes(adapter, base)),
-    )
+    adapter = open_adapter(place, open_file)
+    own = None
+    try:
+        adapter = finish(adapter)
+        base = opening.base
+        if base is None:
+            own = base = _own_base(opening, adapter)
+        note = None if own or opening.together else about_base(adapter.config, base, opening)
+        found = adapted(base, adapter, str(opening.ref), notes=[note] if note else [])
+    except BaseException:
+        adapter.close()
+        if own is not None:
+            own.close()
+        raise
+    return replace(found, files=(*found.files, *own.files)) if own is not None else found
 
 
-def _notes(adapter: AdapterFiles, base: Checkpoint) -> Iterator[str]:
-    yield from ()
+def _own_base(opening: Opening, adapter: AdapterFiles) -> Checkpoint:
+    named, instead = adapter.config.base, f"name both as one model: BASE+{opening.ref}"
+    if named is None:
+        raise PlanError(f"{opening.ref} is an adapter, and its config names no base; {instead}")
+    try:
+        return opening.open(named)
+    except CheckpointError as error:
+        raise PlanError(
+            f"{opening.ref} is an adapter without a base here, and the one that it names cannot be opened; {instead}. "
+            f"{error}"
+        ) from error
 
 
 PAIR = Opener("a model with an adapter", _find_pair, _open_pair)
-ALONE = Opener("an adapter", _find_alone, _open_alone, needs_base=True, instead="or name both as one model, BASE+{ref}")
+ALONE = Opener("an adapter", _find_alone, _open_alone, needs_base=True, finds_base=True)

@@ -67,6 +67,27 @@ def joined(pairs: list[Pair]) -> Pair:
     return np.concatenate([one[0] for one in pairs], axis=2), np.concatenate([one[1] for one in pairs], axis=1)
 
 
+def taken(pair: Pair, matrix: int, begin: int, end: int) -> Pair:
+    """Some rows of one matrix, as a pair of one."""
+    return pair[0][matrix : matrix + 1, begin:end], pair[1][matrix : matrix + 1]
+
+
+def put_together(pairs: list[tuple[Pair, int, int]], matrices: tuple[int, int, int]) -> Pair:
+    """Products of one matrix each -> one of all `matrices` (E, R, C), 0 elsewhere. With each pair: of which matrix it
+    is, and of which row on. Ranks add up where several are of one matrix."""
+    many, rows, columns = matrices
+    begins = [0] * many
+    places = []
+    for (left, _), matrix, _ in pairs:
+        places.append(begins[matrix])
+        begins[matrix] += left.shape[2]
+    lefts, rights = np.zeros((many, rows, max(begins)), np.float32), np.zeros((many, max(begins), columns), np.float32)
+    for ((left, right), matrix, row), k in zip(pairs, places, strict=True):
+        lefts[matrix, row : row + left.shape[1], k : k + left.shape[2]] = left[0]
+        rights[matrix, k : k + right.shape[1]] = right[0]
+    return lefts, rights
+
+
 def scaled(pair: Pair, scale: float) -> Pair:
     """The product times a number, which goes into the left factor."""
     left = np.ascontiguousarray(pair[0] * np.float32(scale))

@@ -19,15 +19,24 @@ from darekit import kernels
 from darekit.checkpoints import Delta, TensorInfo, Traits, traits_of
 from darekit.checkpoints.checkpoint import content_of
 from darekit.checkpoints.sources import refuse_outside
-from darekit.dtypes import Bytes, DType, Floats, dtype_named
+from darekit.dtypes import Bytes, DType, Floats, dtype_named, widen
 from darekit.errors import DataError
 from darekit.inputs.adapters import products
 from darekit.inputs.adapters.products import Array, Pair
-from darekit.kernels.products import low_rank
+from darekit.kernels.products import add_low_rank_bf16, low_rank_into
 
 TAG = b"darekit-adapter-1\0"  # frozen: seeds depend on it, see `AdaptedSource.identity`
 
 KEPT = 32 << 20  # bytes of factors that stay in memory, at least two tensors'
+
+
+@dataclass(frozen=True)
+class Put:
+    """Where a product lies in a tensor of (E, R, C) `matrices`: rows from `begin` on of one `matrix`."""
+
+    matrices: tuple[int, int, int]
+    matrix: int
+    begin: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class Term:
         flipped: the factors themselves are stored transposed (mlx).
         experts: how many there are in each factor; 0: it is of one matrix.
         slow: in B, the expert is the slow index.
+        take: of its matrices one, and of that the rows from .. to: the rest of it is another tensor's.
+        put: where it lies in the tensor; None: it is all of it.
     """
 
     a: TensorInfo | None
@@ -50,6 +61,8 @@ class Term:
     flipped: bool = False
     experts: int = 0
     slow: bool = False
+    take: tuple[int, int, int] | None = None
+    put: Put | None = None
 
     @property
     def factors(self) -> tuple[TensorInfo, ...]:
@@ -71,12 +84,17 @@ class Term:
             found = products.experts(arrays[0], arrays[1], self.experts, slow=self.slow)
         else:
             found = products.linear(arrays[0], arrays[1])
-        return products.scaled(products.swapped(found) if self.swap else found, self.scale)
+        if self.swap:
+            found = products.swapped(found)
+        if self.take is not None:
+            found = products.taken(found, *self.take)
+        return products.scaled(found, self.scale)
 
     def told(self) -> list[object]:
         """What the identity says of it."""
         return [
-            self.scale.hex(), self.swap, self.flipped, self.experts, self.slow,
+            self.scale.hex(), self.swap, self.flipped, self.experts, self.slow, self.take,
+            None if self.put is None else [self.put.matrices, self.put.matrix, self.put.begin],
             [[one.dtype, list(one.shape), content_of(one).hex()] for one in self.factors],
         ]  # fmt: skip
 
@@ -146,7 +164,7 @@ def values_of(info: TensorInfo) -> Array:
     if dtype.name == "F64":
         return raw.view(np.float64).astype(np.float32).reshape(info.shape)
     values: Array = np.empty(info.count, np.float32)
-    kernels.widen(raw, dtype, values)
+    widen(raw, dtype, values)  # numpy's: factors are small, and numba takes longer to come
     return values.reshape(info.shape)
 
 
@@ -262,7 +280,7 @@ class AdaptedSource:
         while done < part.size:
             matrix, at = divmod(start + done, size)
             count = min(size - at, part.size - done)
-            low_rank(left[matrix], right[matrix], at, part[done : done + count])
+            low_rank_into(left[matrix], right[matrix], at, part[done : done + count])
             done += count
 
     def values_into(self, part: Array, start: int) -> None:
@@ -300,7 +318,9 @@ class AdaptedSource:
 
     def _pair(self) -> Pair:
         def make() -> tuple[object, int]:
-            pair = products.joined([term.pair() for term in self.change.terms])
+            pairs = [(term.pair(), term.put) for term in self.change.terms]
+            puts = [(pair, put.matrix, put.begin) for pair, put in pairs if put is not None]
+            pair = products.put_together(puts, self.change.matrices) if puts else products.joined([p for p, _ in pairs])
             pair = np.ascontiguousarray(pair[0]), np.ascontiguousarray(pair[1])
             return pair, pair[0].nbytes + pair[1].nbytes
 
@@ -380,6 +400,14 @@ class AdaptedSource:
         if self.change.is_sum and traits_of(self.base.source).values is None:
             raw = np.empty_like(out)
             self.base.source.read_into(raw, start * self._dtype.itemsize)
+            if self._dtype.name == "BF16" and self._in_one(start, count):
+                (left, right), size = self._pair(), self.change.matrices[1] * self.change.matrices[2]
+                matrix, at = divmod(start, size)
+                work: Array = np.empty((2, count), np.float32)
+                self._refuse(
+                    add_low_rank_bf16(raw.view(np.uint16), left[matrix], right[matrix], at, out.view(np.uint16), work)
+                )
+                return
             base: Floats = np.empty(count, number)
             kernels.widen(raw, self._dtype, base)
             product: Array = np.empty(count, np.float32)
@@ -391,6 +419,11 @@ class AdaptedSource:
         values: Array = np.empty(count, np.float32)
         self.values_into(values, start)
         self._refuse(kernels.round_to(values.astype(number, copy=False), self._dtype, out))
+
+    def _in_one(self, start: int, count: int) -> bool:
+        """Whether a range lies in one of the matrices."""
+        size = self.change.matrices[1] * self.change.matrices[2]
+        return start // size == (start + count - 1) // size
 
     def _refuse(self, overflowed: int) -> None:
         if overflowed:
@@ -410,4 +443,4 @@ def read_values(info: TensorInfo, part: npt.NDArray[np.float32], start: int) -> 
     if dtype.name == "F64":
         part[...] = raw.view(np.float64)
     else:
-        kernels.widen(raw, dtype, part)
+        widen(raw, dtype, part)
