@@ -8,7 +8,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,9 +26,9 @@ from darekit.masks import BLOCK
 from darekit.quantised import Singles
 
 TAG = b"darekit-dequantised-1\0"  # frozen: seeds depend on it, see `identity_of`
-TILE = 65536  # elements that are decoded at once: codes, and what they are worth, stay in the second cache
+TILES = 4 * 65536  # elements that are decoded in one call of a kernel, as many as the engine's fast lane asks for
 
-SAMPLED = 4  # places at which the error of rounding is sampled
+SAMPLED = 2  # places at which the error of rounding is sampled
 SAMPLED_ELEMENTS = 4096  # at each of them
 
 
@@ -147,7 +147,7 @@ class Scaled:
         done = start
         while done < end:
             # Matrices of their own have blocks of their own.
-            stop = min(end, done + TILE, (done // (self.rows * self.columns) + 1) * self.rows * self.columns)
+            stop = min(end, done + TILES, (done // (self.rows * self.columns) + 1) * self.rows * self.columns)
             part = raw[(done - start) * size : (stop - start) * size]
             arguments = self._arguments(done, stop - done)
             if dtype.name == "BF16" and part.ctypes.data % 2 == 0:
@@ -199,6 +199,10 @@ class Scaled:
 
     def rounding(self) -> tuple[float, float]:
         """From a sample: about the squared norm of what rounding to these codes has changed, and that of the tensor."""
+        return self._rounding
+
+    @cached_property
+    def _rounding(self) -> tuple[float, float]:
         widths, error, square = quantised.cells(self.table), 0.0, 0.0
         for start, count in sampled_at(self.stored.count, self.rows * self.columns):
             codes, table, zeros, scales, *rest = self._arguments(start, count)
@@ -251,7 +255,6 @@ class Flipped:
     scales: TensorInfo
     shape: tuple[int, int, int, int]
     shelf: Shelf
-    _local: threading.local = field(default_factory=threading.local, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -278,7 +281,7 @@ class Flipped:
         done, end = start, start + raw.nbytes // size
         while done < end:
             expert, begin = divmod(done, matrix)
-            stop = min(end, done + TILE, (expert + 1) * matrix)
+            stop = min(end, done + TILES, (expert + 1) * matrix)
             part = raw[(done - start) * size : (stop - start) * size]
             pairs, scales = self.shelf.get((id(self), expert), lambda expert=expert: self._read(expert))  # type: ignore[misc]
             direct = dtype.name == "BF16" and part.ctypes.data % 2 == 0
@@ -307,6 +310,10 @@ class Flipped:
 
     def rounding(self) -> tuple[float, float]:
         """From a sample: about the squared norm of what rounding to these codes has changed, and that of the tensor."""
+        return self._rounding
+
+    @cached_property
+    def _rounding(self) -> tuple[float, float]:
         _, _, g, b = self.shape
         widths, error, square = quantised.cells(quantised.E2M1), 0.0, 0.0
         rows = self.shape[0] * self.shape[1]
