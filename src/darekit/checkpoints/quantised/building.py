@@ -232,7 +232,7 @@ def _scaled(
     whole[: table.size] = table
     source = Scaled(
         stored, codes, whole if table.size < 256 else table, scales, zeros, layout.rows, layout.columns, layout.block,
-        factor, anything,
+        weight.making.shelf.desk, factor, anything,
     )  # fmt: skip
     return weight.made(stored, shape, source, form)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,20 @@ from darekit.dtypes import Bytes
 from darekit.kernels import quantised as kernels
 
 
+class Desk(threading.local):
+    """A thread's room for what it decodes: where memory is asked for anew for each tile, the system takes longer to
+    find pages for it than decoding takes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Bytes] = {}
+
+    def room(self, use: str, count: int) -> Bytes:
+        """(count,) uint8 for one use, with anything in it. The next call for the same use gives the same memory."""
+        if use not in self._kept or self._kept[use].size < count:
+            self._kept[use] = np.empty(count, np.uint8)
+        return self._kept[use][:count]
+
+
 class Codes(Protocol):
     """The codes of a tensor, in the order of its elements."""
 
@@ -22,8 +37,8 @@ class Codes(Protocol):
         """Of the bytes that they are packed in."""
         ...
 
-    def read(self, start: int, count: int) -> Bytes:
-        """(count,) uint8: codes of the elements from `start` on."""
+    def read(self, start: int, count: int, desk: Desk) -> Bytes:
+        """(count,) uint8: codes of the elements from `start` on, on the desk until the next call."""
         ...
 
 
@@ -33,9 +48,9 @@ class Whole:
 
     source: Source
 
-    def read(self, start: int, count: int) -> Bytes:
-        """(count,) uint8: codes of the elements from `start` on."""
-        found = np.empty(count, np.uint8)
+    def read(self, start: int, count: int, desk: Desk) -> Bytes:
+        """(count,) uint8: codes of the elements from `start` on, on the desk until the next call."""
+        found = desk.room("codes", count)
         self.source.read_into(found, start)
         return found
 
@@ -47,12 +62,12 @@ class Halves:
     source: Source
     high_first: bool
 
-    def read(self, start: int, count: int) -> Bytes:
-        """(count,) uint8: codes of the elements from `start` on."""
+    def read(self, start: int, count: int, desk: Desk) -> Bytes:
+        """(count,) uint8: codes of the elements from `start` on, on the desk until the next call."""
         first, last = start // 2, -(-(start + count) // 2)
-        raw = np.empty(last - first, np.uint8)
+        raw = desk.room("packed", last - first)
         self.source.read_into(raw, first)
-        found = np.empty(count, np.uint8)
+        found = desk.room("codes", count)
         kernels.nibbles(raw, self.high_first, start - 2 * first, found)
         return found
 
@@ -70,8 +85,8 @@ class Words:
         """Words of a row."""
         return -(-self.columns * self.bits // 32)
 
-    def read(self, start: int, count: int) -> Bytes:
-        """(count,) uint8: codes of the elements from `start` on."""
+    def read(self, start: int, count: int, desk: Desk) -> Bytes:
+        """(count,) uint8: codes of the elements from `start` on, on the desk until the next call."""
         first, last = start // self.columns, -(-(start + count) // self.columns)
         raw = np.empty((last - first) * self.row * 4, np.uint8)
         self.source.read_into(raw, first * self.row * 4)

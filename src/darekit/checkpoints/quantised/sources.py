@@ -7,16 +7,17 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from darekit import quantised
 from darekit.checkpoints.checkpoint import SAMPLE_BYTES, TensorInfo
-from darekit.checkpoints.quantised.codes import Codes
+from darekit.checkpoints.quantised.codes import Codes, Desk
 from darekit.checkpoints.quantised.scales import Grid, read_part, refuse_impossible, widened
 from darekit.checkpoints.sources import Source, Traits, refuse_outside, traits_of
 from darekit.dtypes import Bytes, DType, narrow
@@ -107,6 +108,7 @@ class Scaled:
         columns: of a row.
         block: rows and columns of elements that share a scale.
         factor: of all elements.
+        desk: where threads decode.
         anything: whether codes that are not 0 may have a scale of 0: bitsandbytes gives zeros any code.
     """
 
@@ -118,6 +120,7 @@ class Scaled:
     rows: int
     columns: int
     block: tuple[int, int]
+    desk: Desk
     factor: float = 1.0
     anything: bool = False
 
@@ -165,7 +168,7 @@ class Scaled:
         matrix, begin = divmod(start, self.rows * self.columns)
         (top, bottom), (left, right) = self._blocks(begin, count)
         lines = matrix * -(-self.rows // self.block[0])  # of blocks, before this matrix
-        codes = self.codes.read(start, count)
+        codes = self.codes.read(start, count, self.desk)
         scales = self.scales.read((lines + top, lines + bottom), (left, right))
         if self.zeros is None:
             zeros: Singles = np.zeros_like(scales)
@@ -215,27 +218,57 @@ class Scaled:
         return error, square
 
 
-class Shelf:
-    """Matrices that were read whole, because their elements lie in another order than they are asked for in.
-
-    One for each thread that reads, the last ones used: threads share a matrix where they read the same.
-    """
+class Matrix:
+    """A matrix with its columns as rows, and its scales; who makes it holds the lock."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pairs: Bytes = np.empty((0, 0), np.uint8)
+        self.scales: Singles = np.empty((0, 0), np.float32)
+        self.made = False
+        self.users = 0
+
+    def room(self, shape: tuple[int, int]) -> Bytes:
+        """For the pairs: what was there, if it is as large."""
+        if self.pairs.shape != shape:
+            self.pairs = np.empty(shape, np.uint8)
+        return self.pairs
+
+
+class Shelf:
+    """Matrices that were read whole, because their elements lie in another order than they are asked for in: as many as
+    threads read, the last ones. Threads share a matrix where they read the same."""
+
+    def __init__(self) -> None:
+        self.desk = Desk()
         self._lock = threading.Lock()
         self._threads: set[int] = set()
-        self._kept: OrderedDict[Any, tuple[Bytes, Singles]] = OrderedDict()
+        self._kept: OrderedDict[Any, Matrix] = OrderedDict()
 
-    def get(self, key: Any, make: Callable[[], tuple[Bytes, Singles]]) -> tuple[Bytes, Singles]:
-        """A matrix and its scales, made if it is not here."""
+    @contextmanager
+    def matrix(self, key: Any, make: Callable[[Matrix], None]) -> Iterator[Matrix]:
+        """A matrix, made if it is not here; it stays as long as it is used."""
         with self._lock:
             self._threads.add(threading.get_ident())
             if key not in self._kept:
-                while len(self._kept) >= len(self._threads):  # first, so that there is never one more
-                    self._kept.popitem(last=False)
-                self._kept[key] = make()
+                idle = [old for old, one in self._kept.items() if not one.users]
+                full = len(self._kept) >= len(self._threads)
+                # Its memory is used again: finding pages for a new one takes four times as long as making it.
+                found = self._kept.pop(idle[0]) if idle and full else Matrix()
+                found.made = False
+                self._kept[key] = found
+            found = self._kept[key]
+            found.users += 1
             self._kept.move_to_end(key)
-            return self._kept[key]
+        try:
+            with found.lock:
+                if not found.made:
+                    make(found)
+                    found.made = True
+            yield found
+        finally:
+            with self._lock:
+                found.users -= 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,24 +316,26 @@ class Flipped:
             expert, begin = divmod(done, matrix)
             stop = min(end, done + TILES, (expert + 1) * matrix)
             part = raw[(done - start) * size : (stop - start) * size]
-            pairs, scales = self.shelf.get((id(self), expert), lambda expert=expert: self._read(expert))  # type: ignore[misc]
             direct = dtype.name == "BF16" and part.ctypes.data % 2 == 0
             words = part.view(np.uint16) if direct else np.empty(stop - done, np.uint16)
-            kernels.flipped_bf16(pairs, quantised.E2M1, scales, 2 * b, begin, words, scratch)
+            with self.shelf.matrix((id(self), expert), partial(self._read, expert)) as found:
+                kernels.flipped_bf16(found.pairs, quantised.E2M1, found.scales, 2 * b, begin, words, scratch)
             if not direct:  # BF16 holds every product of these codes and powers of two, but for the smallest
                 rounded = np.empty(part.nbytes, np.uint8)
                 narrow((words.astype(np.uint32) << 16).view(np.float32), dtype, rounded)
                 part[...] = rounded
             done = stop
 
-    def _read(self, expert: int) -> tuple[Bytes, Singles]:
+    def _read(self, expert: int, matrix: Matrix) -> None:
         """One matrix, with its columns as rows: (g b, n) uint8, and (g, n) float32 scales."""
         _, n, g, b = self.shape
-        rows = np.empty((n, g * b), np.uint8)
-        self.blocks.read_into(rows.reshape(-1), expert * n * g * b)
-        pairs = np.empty((g * b, n), np.uint8)
-        kernels.flip(rows, pairs)
-        return pairs, np.ascontiguousarray(self._scales(expert * n, n).T)
+        rows, pairs = self.shelf.desk.room("rows", n * g * b), matrix.room((g * b, n))
+        self.blocks.read_into(rows, expert * n * g * b)
+        if n % 8 or g * b % 8:
+            np.copyto(pairs, rows.reshape(n, g * b).T)
+        else:
+            kernels.flip(rows.view("<u8").reshape(n, g * b // 8), pairs.view("<u8"))
+        matrix.scales = np.ascontiguousarray(self._scales(expert * n, n).T)
 
     def _scales(self, row: int, many: int) -> Singles:
         g = self.shape[2]
