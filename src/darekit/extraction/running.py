@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deltas become factors: a module at a time in each thread, rounded, measured, and put into a spool.
+
+A thread has BLAS to itself: how BLAS cuts a product depends on its threads, and with it the last bits. So the factors
+depend on no number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from darekit import kernels
+from darekit.dtypes import Bytes, DType, dtype_named
+from darekit.errors import DataError, OutputError
+from darekit.extraction import factors
+from darekit.extraction.deltas import Reader
+from darekit.extraction.factors import Factors, Matrix
+from darekit.extraction.modules import LeftOut, Saved, Target
+from darekit.extraction.plan import ExtractPlan, Terms
+from darekit.packs.workers import run_all
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module's factors, as they are stored.
+
+    Attributes:
+        target: the module.
+        rank: of its factors; 0: its delta is 0.
+        square: ||delta||^2.
+        lost: ||delta - B A||^2, of the rounded factors.
+        a, b: where they lie in the spool: first byte, and shape.
+    """
+
+    target: Target
+    rank: int
+    square: float
+    lost: float
+    a: tuple[int, tuple[int, int]]
+    b: tuple[int, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor that is no module's: ||delta||^2; None: the base does not have it."""
+
+    square: float | None
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What an extraction found, in the plan's order."""
+
+    modules: tuple[Module, ...]
+    saved: tuple[tuple[Saved, Whole], ...]
+    left_out: tuple[tuple[LeftOut, Whole], ...]
+
+
+class Spool:
+    """A file without a name: bytes are put at its end, and read from anywhere."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "factors"
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._path: Path | None = path
+        if os.name != "nt":  # there a file that is open cannot go
+            path.unlink()
+            self._path = None
+        self._file = os.fdopen(self._fd, "r+b", buffering=0)
+        self._lock = threading.Lock()
+        self._end = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is left of it."""
+        self._file.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+            self._path = None
+
+    def put(self, raw: Bytes) -> int:
+        """(n,) uint8 -> where they begin.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        with self._lock:
+            begin = self._end
+            view, done = raw.data, 0
+            try:
+                self._file.seek(begin)
+                while done < len(view):
+                    done += self._file.write(view[done:]) or 0
+            except OSError as error:
+                raise OutputError(f"factors cannot be written beside the output: {error.strerror or error}") from error
+            self._end += raw.size
+            return begin
+
+    def get(self, begin: int, raw: Bytes) -> None:
+        """(n,) uint8, filled with the bytes from `begin` on."""
+        with self._lock:
+            self._file.seek(begin)
+            done, view = 0, raw.data
+            while done < len(view):
+                done += self._file.readinto(view[done:]) or 0
+
+
+def run(plan: ExtractPlan, spool: Spool, *, progress: Callable[[int, int], None] | None = None) -> Extracted:
+    """All modules and tensors of a plan.
+
+    Raises:
+        DataError: NaN or Inf in an input, or a factor that its format cannot hold.
+    """
+    reader = Reader(plan.model.ref)
+    found, picked = Results(), plan.selection
+    jobs: list[Callable[[], int]] = [
+        *(_factorise(target, plan.terms, reader, spool, found) for target in sorted(picked.targets, key=_size)),
+        *(_measure(one, reader, found) for one in (*picked.saved, *picked.left_out)),
+    ]
+    total = sum(_elements(one) for one in (*picked.targets, *picked.saved, *picked.left_out))
+
+    def tell(done: int) -> None:
+        if progress:
+            progress(done, total)
+
+    with threadpool_limits(limits=1, user_api="blas"):
+        run_all(jobs, lambda job: job(), threads=plan.threads, tell=tell)
+    return Extracted(
+        tuple(found.modules[target.name] for target in picked.targets),
+        tuple((one, found.wholes[one.tensor.name]) for one in picked.saved),
+        tuple((one, found.wholes[one.tensor.name]) for one in picked.left_out),
+    )
+
+
+class Results:
+    """What threads found, by name."""
+
+    def __init__(self) -> None:
+        self.modules: dict[str, Module] = {}
+        self.wholes: dict[str, Whole] = {}
+
+
+def _size(target: Target) -> tuple[int, str]:
+    return -target.count, target.name
+
+
+def _elements(one: Target | Saved | LeftOut) -> int:
+    return one.count if isinstance(one, Target) else math.prod(one.tensor.shape)
+
+
+def _measure(one: Saved | LeftOut, reader: Reader, found: Results) -> Callable[[], int]:
+    def work() -> int:
+        known = one.tensor.base is not None and one.tensor.models[0] is not None
+        found.wholes[one.tensor.name] = Whole(reader.square(one.tensor) if known else None)
+        return _elements(one)
+
+    return work
+
+
+def _factorise(target: Target, terms: Terms, reader: Reader, spool: Spool, found: Results) -> Callable[[], int]:
+    def work() -> int:
+        try:
+            found.modules[target.name] = factorise(target, terms, reader, spool)
+        except np.linalg.LinAlgError as error:
+            raise DataError(
+                f"{target.name}: its singular values cannot be computed ({error}); with rank they are not needed"
+            ) from error
+        return target.count
+
+    return work
+
+
+def factorise(target: Target, terms: Terms, reader: Reader, spool: Spool) -> Module:
+    """One module: its matrices one after another; experts of one parameter get one rank, the largest of theirs."""
+    dtype = dtype_named(terms.dtype)
+    made: list[Factors] = []
+    square = lost = 0.0
+    for expert, blocks in enumerate(target.matrices):
+        stored = reader.matrix(blocks)
+        matrix = stored.T if target.transposed else stored
+        one = factors_of(matrix, terms, factors.key_of(f"{target.name}.{expert}"), dtype)
+        square += factors.square(stored)
+        lost += factors.residual(matrix, one) if one.rank else factors.square(stored)
+        made.append(one)
+        del stored, matrix
+    rank = max(one.rank for one in made)
+    out, inner = target.shape
+    many = len(made)
+    if target.parameter is None:
+        b, a = made[0].b, made[0].a
+    else:
+        # As PEFT has them: of A the experts are the slow index, of B the fast one.
+        b = np.zeros((out, rank, many), np.float32)
+        a = np.zeros((many, rank, inner), np.float32)
+        for expert, one in enumerate(made):
+            b[:, : one.rank, expert], a[expert, : one.rank] = one.b, one.a
+        b, a = b.reshape(out, rank * many), a.reshape(many * rank, inner)
+    return Module(
+        target, rank, square, lost,
+        (spool.put(_raw(a, dtype, target)), (a.shape[0], a.shape[1])),
+        (spool.put(_raw(b, dtype, target)), (b.shape[0], b.shape[1])),
+    )  # fmt: skip
+
+
+def factors_of(matrix: Matrix, terms: Terms, key: int, dtype: DType) -> Factors:
+    """(out, in) -> its factors under these terms, with the values that they have once they are stored."""
+    if not matrix.any():
+        return factors.of_rank(matrix, 1, key)
+    if terms.rank is not None:
+        return _rounded(factors.of_rank(matrix, terms.rank, key), dtype)
+    assert terms.share is not None
+    whole, values = factors.everything(matrix)
+    most = min(whole.rank, terms.max_rank or whole.rank)
+    rank = min(most, factors.rank_of_energy(values, terms.share))
+    # What is kept is what is stored: where rounding the factors costs the rest of the budget, the rank grows.
+    budget = (1 - terms.share) * factors.square(matrix)
+    found = _rounded(whole.cut(rank), dtype)
+    while rank < most and factors.residual(matrix, found) > budget:
+        rank = min(most, rank + max(1, rank // 16))
+        found = _rounded(whole.cut(rank), dtype)
+    return found
+
+
+def _rounded(found: Factors, dtype: DType) -> Factors:
+    if dtype.name == "F32":
+        return found
+    return Factors(*(_widened(_raw(one, dtype, None), dtype, one.shape) for one in (found.b, found.a)))
+
+
+def _widened(raw: Bytes, dtype: DType, shape: Sequence[int]) -> Matrix:
+    values = np.empty(math.prod(shape), np.float32)
+    kernels.widen(raw, dtype, values)
+    return values.reshape(*shape)
+
+
+def _raw(values: Matrix, dtype: DType, target: Target | None) -> Bytes:
+    flat = np.ascontiguousarray(values).reshape(-1)
+    if dtype.name == "F32":
+        return flat.view(np.uint8)
+    raw = np.empty(flat.size * dtype.itemsize, np.uint8)
+    if kernels.round_to(flat, dtype, raw):
+        where = f"{target.name}: " if target else ""
+        raise DataError(f"{where}a factor is too large for {dtype.torch_name}; use float32 or bfloat16")
+    return raw
+
+
