@@ -134,9 +134,7 @@ class Part:
     def traits(self) -> Traits:
         """The files, and what they cost to read; the rest is about all of the tensor that is stored."""
         whole = traits_of(self.whole)
-        return Traits(
-            files=whole.files, seed=whole.seed, grain=whole.grain, cost=whole.cost, ordered=whole.ordered
-        )
+        return Traits(files=whole.files, seed=whole.seed, grain=whole.grain, cost=whole.cost, ordered=whole.ordered)
 
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""

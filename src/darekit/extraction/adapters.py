@@ -33,6 +33,11 @@ TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+# PEFT takes layers of these names for experts that are stored one by one, wherever they are in a model with experts
+# (0.21, `transformers_weight_conversion`). By their weight's name it leaves them what they are.
+LIKE_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+OWN_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # for which PEFT expects the head in the file
 PAIRS = ("bart", "mbart", "t5", "mt5", "umt5", "longt5", "pegasus", "marian", "m2m_100", "blenderbot", "led")
 
 
@@ -69,22 +74,27 @@ def config_of(
         config: of the model.
         tied: whether its output embedding is its input embedding.
     """
-    layers = [one for one in modules if one.target.parameter is None]
-    parameters = [one for one in modules if one.target.parameter is not None]
+    experts = any(one.target.parameter is not None for one in modules)
+    known = {one.target.name: _parameter_of(one, experts=experts) for one in modules}
+    parameters = [name for name in known.values() if name is not None]
+    layers = [name for name, parameter in known.items() if parameter is None]
     rank = max((one.rank for one in modules), default=1)
-    owners = [one.target.name for one in modules]
+    called = {name: parameter or name for name, parameter in known.items()}
     less = {
-        _pattern(one.target.name, owners): one.rank
+        _pattern(called[one.target.name], called.values()): one.rank
         for one in sorted(modules, key=lambda one: natural_key(one.target.name)) if one.rank != rank
     }  # fmt: skip
     kept = sorted({one.module for one in saved if one.module is not None}, key=natural_key)
+    task = task_of(config)
+    if task in OWN_HEADS and not any(one.kind == "heads" for one in saved):
+        task = None
     embeddings = any(one.kind == "embeddings" for one in saved)
     found: dict[str, Any] = {
         "alpha_pattern": less,
         "auto_mapping": None,
         "base_model_name_or_path": base,
         "bias": "all" if any(one.module is None for one in saved) else "none",
-        "fan_in_fan_out": any(one.target.transposed for one in layers),
+        "fan_in_fan_out": any(one.target.transposed and one.target.parameter is None for one in modules),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -96,17 +106,25 @@ def config_of(
         "r": rank,
         "rank_pattern": dict(less),
         "revision": revision,
-        "target_modules": suffixes([one.target.name for one in layers], names),
-        "task_type": task_of(config),
+        "target_modules": suffixes(layers, names),
+        "task_type": task,
         "use_dora": False,
         "use_rslora": False,
     }
     if embeddings and tied:
         found["ensure_weight_tying"] = True
     if parameters:
-        found["target_parameters"] = sorted((one.target.name for one in parameters), key=natural_key)
+        found["target_parameters"] = sorted(parameters, key=natural_key)
         found["peft_version"] = LAYOUT_OF
     return dict(sorted(found.items()))
+
+
+def _parameter_of(one: Module, *, experts: bool) -> str | None:
+    """The parameter by which PEFT finds a module; None: by the module's own name."""
+    if one.target.parameter is not None:
+        return one.target.name
+    like = experts and one.target.name.rpartition(".")[2] in LIKE_EXPERTS
+    return f"{one.target.name}.weight" if like else None
 
 
 def _pattern(name: str, names: Collection[str]) -> str:
@@ -175,4 +193,3 @@ def write(
         file.close()
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return shard.size
-

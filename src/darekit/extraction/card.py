@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from darekit.checkpoints.opening import looks_like_hub_id
+from darekit.checkpoints.hub import looks_like_hub_id
 from darekit.extraction.plan import ExtractPlan
 from darekit.output.card import public_name
 from darekit.wording import size_of
@@ -23,7 +23,8 @@ def adapter_card(report: ExtractReport, plan: ExtractPlan, *, license: str | Non
     metadata |= {"base_model_relation": "adapter"} if metadata else {}
     metadata |= {"library_name": "peft", "tags": ["lora", "darekit"]} | ({"license": license} if license else {})
     terms = plan.terms
-    asked = f"rank {terms.rank}" if terms.rank else f"energy {terms.energy:g}" if terms.energy else f"error {terms.error:g}"
+    word = next(name for name in ("rank", "energy", "error") if getattr(terms, name) is not None)
+    asked = f"{word} {getattr(terms, word):g}"
     saved = sorted({one.kind for one in report.tensors if one.saved and not one.why})
     left = sorted({one.kind for one in report.tensors if not one.saved and one.norm})
     lines = [

@@ -50,6 +50,8 @@ class Reader:
         Raises:
             DataError: NaN or Inf.
         """
+        if dtype_named(tensor.dtype).kind != "float":
+            return 0.0
         count, total = _count(tensor), 0.0
         delta = np.empty(min(TILE, count), np.float32)
         with self._order(tensor):
@@ -84,7 +86,13 @@ class Reader:
         with self._order(tensor):
             for start in range(0, _count(tensor), TILE):
                 count = min(TILE, _count(tensor) - start)
-                values = np.empty(count, np.float64 if "F64" in (model.dtype, dtype.name) else np.float32)
+                if dtype.kind != "float":
+                    raw = np.empty(count * dtype.itemsize, np.uint8)
+                    model.source.read_into(raw, start * dtype.itemsize)
+                    yield raw
+                    continue
+                wide = "F64" in (model.dtype, dtype.name)
+                values: Floats = np.empty(count, np.float64 if wide else np.float32)
                 have = max(0, min(count, model.count - start))
                 _read(model, start, values[:have])
                 if have < count:

@@ -22,6 +22,7 @@ Doubles = npt.NDArray[np.float64]
 # Columns beyond the rank, and times that the matrix and its transpose are applied once more. On bench-size matrices
 # the error is 0.1 to 0.7 % above the optimum, whether the spectrum is flat or decays as i^-1.5.
 OVERSAMPLING, POWERS = 8, 2
+SMALL = 128  # rows or columns of matrices whose decomposition takes LAPACK no time
 
 # Singular values below this share of the largest are float32's own noise: an exactly low-rank delta keeps its rank.
 NOISE = 1e-6
@@ -54,12 +55,13 @@ def key_of(name: str) -> int:
 
 
 def is_whole(shape: tuple[int, int], rank: int) -> bool:
-    """Whether all singular values are computed for the first `rank` of them: it is as cheap where they are many.
+    """Whether all singular values are computed for the first `rank` of them: where these are many, and where there are
+    so few that nobody notices.
 
-    >>> is_whole((4096, 1536), 32), is_whole((64, 32), 16)
-    (False, True)
+    >>> is_whole((4096, 1536), 32), is_whole((4096, 1536), 800), is_whole((4096, 64), 4)
+    (False, True, True)
     """
-    return 2 * (rank + OVERSAMPLING) >= min(shape)
+    return 2 * (rank + OVERSAMPLING) >= min(shape) or min(shape) <= SMALL
 
 
 def of_rank(matrix: Matrix, rank: int, key: int) -> Factors:
@@ -174,7 +176,8 @@ def _orthonormal(columns: Matrix) -> Matrix:
     wide = columns.astype(np.float64)
     squares, vectors = np.linalg.eigh(wide.T @ wide)
     kept = squares > squares[-1] * NOISE**2
-    return columns @ (vectors[:, kept] / np.sqrt(squares[kept])).astype(np.float32)
+    turned: Matrix = columns @ (vectors[:, kept] / np.sqrt(squares[kept])).astype(np.float32)
+    return turned
 
 
 def _balanced(basis: Matrix, rest: Matrix, rank: int) -> Factors:

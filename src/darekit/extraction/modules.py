@@ -9,7 +9,7 @@ saved whole. Servers read modules by the names that checkpoints have, and expert
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,11 @@ CONV1D = {
 
 # Model types whose experts are stored [in, out] in memory, and say so to PEFT (`is_transposed`).
 EXPERTS_IN_OUT = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
+
+# Layers that PEFT refuses: their kernels take the weight, and never call the layer.
+REFUSED = {
+    model_type: ("conv1d", "out_proj") for model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+}
 
 # The parameters of a module of experts, in the order in which it has them: PEFT wraps the second around the first.
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
@@ -155,7 +160,9 @@ def select(
             found.targets.append(_fused(name, tensor, facts, config))
         elif last == "weight" and len(tensor.shape) == 2:
             parts = _parts(name, tensor, facts)
-            if parts is None:
+            if module.rpartition(".")[2] in REFUSED.get(facts.model_type or "", ()):
+                found.left_out.append(LeftOut(tensor, kind, "PEFT refuses adapters on this layer"))
+            elif parts is None:
                 why = "transformers makes another matrix of it in memory"
                 found.left_out.append(LeftOut(tensor, kind, why))
             else:
@@ -165,6 +172,8 @@ def select(
             found.left_out.append(LeftOut(tensor, kind, f"{what} is no matrix times its input"))
     for parameter, blocks in experts.items():
         _stack(found, parameter, blocks)
+    _complete(found, tensors)
+    _tie(found, tensors, facts)
     return found
 
 
@@ -229,14 +238,44 @@ def _save(
             found.saved.append(Saved(name, tensor, of, module))
             return
     if kind not in save:
-        why = "vLLM takes no modules that are saved whole" if for_vllm else f"{kind} are not among what is saved"
+        why = "vLLM takes no modules that are saved whole" if for_vllm else f"not saved unless asked for (save {kind})"
         found.left_out.append(LeftOut(tensor, kind, why))
-    elif kind == "biases":
-        found.saved.append(Saved(name, tensor, kind, None))
+    elif facts.conversion(tensor.name) is not None:
+        found.left_out.append(LeftOut(tensor, kind, "transformers makes another tensor of it in memory"))
     elif last in ("weight", "bias"):
-        found.saved.append(Saved(name, tensor, kind, module))
+        found.saved.append(Saved(name, tensor, kind, None if kind == "biases" else module))
     else:
         found.left_out.append(LeftOut(tensor, kind, "PEFT saves modules whole, and this parameter is no module's own"))
+
+
+def _complete(found: Selection, tensors: Mapping[str, AlignedTensor]) -> None:
+    """PEFT replaces a module as a whole, and refuses files that lack one of its tensors: buffers go along."""
+    names = {one.tensor.name for one in found.saved if one.module is not None}
+    kinds = {one.module: one.kind for one in found.saved if one.module is not None}
+    for name, tensor in tensors.items():
+        owner = next((module for module in _above(name) if module in kinds), None)
+        if owner is not None and tensor.name not in names:
+            found.saved.append(Saved(name, tensor, kinds[owner], owner))
+            found.left_out = [one for one in found.left_out if one.tensor.name != tensor.name]
+
+
+def _tie(found: Selection, tensors: Mapping[str, AlignedTensor], facts: Facts) -> None:
+    """What shares the values of a table that is saved whole (an output embedding) is replaced with it: PEFT looks for
+    each of them in the file."""
+    tables = {one.name for one in found.saved if one.kind == "embeddings"}
+    roots = {name: facts.tied_to(name) for name in facts.held if "#" not in name}
+    tied = {name: root for name, root in roots.items() if root is not None and root in tensors}
+    modules = {name.rpartition(".")[0] for name, root in tied.items() if root in tables}
+    for name, root in tied.items():
+        module = name.rpartition(".")[0]
+        if module in modules and name not in tensors:
+            found.saved.append(Saved(name, tensors[root], "embeddings", module))
+
+
+def _above(name: str) -> Iterator[str]:
+    """The modules that a tensor is in, the innermost first."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def _place_among_experts(name: str, tensor: AlignedTensor, facts: Facts) -> tuple[str, tuple[int, int]] | None:
@@ -262,9 +301,8 @@ def _stack(found: Selection, parameter: str, blocks: Mapping[tuple[int, int], Bl
     whole = len(blocks) == len(experts) * len(kinds) and experts == list(range(len(experts)))
     last = parameter.rpartition(".")[2]
     if not whole or last not in EXPERT_PARAMETERS or len({block.shape[1] for block in blocks.values()}) > 1:
-        found.left_out += [
-            LeftOut(block.tensor, "matrices", "its experts are not all there, or not alike") for block in blocks.values()
-        ]
+        why = "its experts are not all there, or not alike"
+        found.left_out += [LeftOut(block.tensor, "matrices", why) for block in blocks.values()]
         return
     matrices = tuple(tuple(blocks[expert, kind] for kind in kinds) for expert in experts)
     found.targets.append(Target(parameter, matrices, parameter=last))
@@ -308,9 +346,10 @@ def suffixes(names: Sequence[str], others: Collection[str]) -> list[str]:
     ['a.0.k', 'q']
     """
     wanted, words = set(names), sorted({name.rpartition(".")[2] for name in names})
+    others = {*others, *(module for name in (*names, *others) for module in _above(name))}
     found: list[str] = []
     for word in words:
         own = [name for name in names if name.rpartition(".")[2] == word]
         clear = all(name in wanted for name in others if name == word or name.endswith(f".{word}"))
-        found += [word] if clear else own
+        found += [word] if clear and not word.isdecimal() else own
     return sorted(found)

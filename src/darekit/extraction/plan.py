@@ -93,9 +93,9 @@ def terms_of(
         if value is not None and (type(value) is not int or value < 1):
             raise PlanError(f"{name} {value!r} is impossible; expected a whole number above 0")
     if energy is not None and not 0 < energy <= 1:
-        raise PlanError(f"energy {energy:g} is outside (0, 1]: it is the share of each delta's squared norm that is kept")
+        raise PlanError(f"energy {energy:g} is outside (0, 1]: the share of each delta's squared norm that is kept")
     if error is not None and not 0 <= error < 1:
-        raise PlanError(f"error {error:g} is outside [0, 1): it is what may be lost of each delta's norm")
+        raise PlanError(f"error {error:g} is outside [0, 1): what may be lost of each delta's norm")
     if max_rank is not None and rank is not None:
         raise PlanError("max_rank limits what energy or error ask for; with rank there is nothing to limit")
     if dtype not in DTYPE_NAMES:
@@ -294,4 +294,3 @@ def _seconds(terms: Terms, found: Selection, threads: int) -> float:
 
 def _bytes_of(shape: tuple[int, ...], dtype: str) -> int:
     return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
-

@@ -130,11 +130,12 @@ def run(plan: ExtractPlan, spool: Spool, *, progress: Callable[[int, int], None]
     """
     reader = Reader(plan.model.ref)
     found, picked = Results(), plan.selection
+    others: list[Saved | LeftOut] = [*picked.saved, *picked.left_out]
     jobs: list[Callable[[], int]] = [
         *(_factorise(target, plan.terms, reader, spool, found) for target in sorted(picked.targets, key=_size)),
-        *(_measure(one, reader, found) for one in (*picked.saved, *picked.left_out)),
+        *(_measure(one, reader, found) for one in others),
     ]
-    total = sum(_elements(one) for one in (*picked.targets, *picked.saved, *picked.left_out))
+    total = sum(target.count for target in picked.targets) + sum(map(_elements, others))
 
     def tell(done: int) -> None:
         if progress:
@@ -161,8 +162,8 @@ def _size(target: Target) -> tuple[int, str]:
     return -target.count, target.name
 
 
-def _elements(one: Target | Saved | LeftOut) -> int:
-    return one.count if isinstance(one, Target) else math.prod(one.tensor.shape)
+def _elements(one: Saved | LeftOut) -> int:
+    return math.prod(one.tensor.shape)
 
 
 def _measure(one: Saved | LeftOut, reader: Reader, found: Results) -> Callable[[], int]:
@@ -259,5 +260,3 @@ def _raw(values: Matrix, dtype: DType, target: Target | None) -> Bytes:
         where = f"{target.name}: " if target else ""
         raise DataError(f"{where}a factor is too large for {dtype.torch_name}; use float32 or bfloat16")
     return raw
-
-

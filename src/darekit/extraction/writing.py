@@ -296,8 +296,9 @@ def _write(
 ) -> dict[str, Any]:
     """Both files and the card -> the report's fields."""
     modules = [one for one in found.modules if one.rank]
-    changed = {one.module for one, whole in found.saved if whole.square != 0}
-    saved = [one for one, whole in found.saved if whole.square != 0 or (one.module and one.module in changed)]
+    # PEFT takes every module whose name ends as one that is saved: of a kind all are there, or none.
+    changed = {one.kind for one, whole in found.saved if one.module is not None and whole.square != 0}
+    saved = [one for one, whole in found.saved if (one.kind in changed if one.module else whole.square != 0)]
     if not modules:
         rest = "" if not saved else ": only tensors that are no matrices differ, and an adapter is made of matrices"
         raise PlanError(f"{plan.model.ref} has the weights of {plan.base.ref}{rest}; there is nothing to extract")
@@ -366,14 +367,14 @@ def _module_report(one: Module) -> ModuleReport:
 
 def _tensor_reports(found: Extracted, saved: Collection[Saved]) -> tuple[TensorReport, ...]:
     kept = {one.tensor.name for one in saved}
-    reports = [
-        TensorReport(
+    reports = {
+        one.tensor.name: TensorReport(
             one.tensor.name, one.kind, math.prod(one.tensor.shape), _norm(whole.square), True,
             "" if one.tensor.name in kept else "as the base has it",
         )
-        for one, whole in found.saved
-    ]  # fmt: skip
-    return (*reports, *(
+        for one, whole in reversed(found.saved)  # of one that others share, the first entry is its own
+    }  # fmt: skip
+    return (*reversed(reports.values()), *(
         TensorReport(one.tensor.name, one.kind, math.prod(one.tensor.shape), _norm(whole.square), False, one.why)
         for one, whole in found.left_out
     ))  # fmt: skip

@@ -72,7 +72,9 @@ def open_unrounded(
         return _open_recipe(replace(recipe, dtype="F32"), ref, search, above)
 
     if str(base).endswith(SUFFIXES):
-        raise PlanError(f"{base} is a recipe: a delta is taken from a stored checkpoint; merge it first, or swap the two")
+        raise PlanError(
+            f"{base} is a recipe: a delta is taken from a stored checkpoint; merge it first, or swap the two"
+        )
     with ExitStack() as opened:
         origin = opened.enter_context(closing(opening.open_base(base, search=search)))
         if isinstance(model, Recipe):
