@@ -110,7 +110,7 @@ def test_peft_merges_other_families_alike(made, name):
         assert one.error == pytest.approx(
             np.linalg.norm(delta - best(delta, RANK)) / np.linalg.norm(delta), rel=1e-3, abs=1e-5
         )
-    whole = [one for one in report.tensors if one.saved and not one.why]
+    whole = [one for one in report.tensors if one.saved and not one.why and one.norm]  # buffers stay what they are
     assert whole or name.startswith("T5")
     moved = {name for name in found if not np.array_equal(found[name], before[name])}
     counted = sum(after[name].size for name in moved)

@@ -15,7 +15,7 @@ from darekit import kernels
 from darekit.checkpoints import TensorInfo, traits_of
 from darekit.dtypes import Bytes, Floats, dtype_named
 from darekit.errors import DataError
-from darekit.extraction.factors import Matrix
+from darekit.extraction.factors import Matrix, square
 from darekit.extraction.modules import Block
 from darekit.planning.matching.alignment import AlignedTensor
 
@@ -58,7 +58,7 @@ class Reader:
             for start in range(0, count, TILE):
                 part = delta[: min(TILE, count - start)]
                 self._tile(part, tensor, start)
-                total += float(np.dot(part, part.astype(np.float64)))
+                total += square(part)
         return total
 
     def into(self, target: Matrix, tensor: AlignedTensor, begin: int) -> None:
