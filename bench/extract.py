@@ -19,10 +19,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import family
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+import family
 from darekit.extraction.factors import OVERSAMPLING, POWERS, flops
 
 PROGRAM = "from darekit.cli import main; main()"

@@ -161,11 +161,12 @@ def sample_digest(checkpoint: Checkpoint) -> bytes:
         if head is None:
             shape = ",".join(map(str, info.shape))
             head = heads[info.dtype, info.shape] = f"\0{info.dtype}\0{shape}\0".encode("ascii")
-        digest.update(name.encode() + head + _content_of(info))
+        digest.update(name.encode() + head + content_of(info))
     return digest.digest()
 
 
-def _content_of(info: TensorInfo) -> bytes:
+def content_of(info: TensorInfo) -> bytes:
+    """What a tensor's sample is: its first bytes, or `COMPUTED` and the identity of one that is computed."""
     if type(info.source) is FileRange:  # nearly always, and there may be very many
         return info.source.file.read(info.source.offset, min(SAMPLE_BYTES, info.nbytes))
     identity = traits_of(info.source).identity

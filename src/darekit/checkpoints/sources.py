@@ -56,6 +56,8 @@ class Traits:
         seed: of the mask by which elements were dropped before the tensor was stored; None: none were.
         grain: elements that are decoded at once: a range that is not made of whole grains costs more than its bytes.
         delta: the float32 delta, where the source knows one.
+        values: (n,) float32, filled with the elements from a number on as they are before they are rounded, where the
+            source knows them so.
         cost: bytes read for each byte given.
         ordered: ranges must be read from the tensor's first on: going back begins anew.
         places: where the elements are in the stored tensor, whose mask they have; None: where they are here.
@@ -67,6 +69,7 @@ class Traits:
     seed: int | None = None
     grain: int = 1
     delta: Delta | None = None
+    values: Callable[[npt.NDArray[np.float32], int], None] | None = None
     cost: float = 1.0
     places: Places | None = None
     ordered: bool = False

@@ -18,7 +18,7 @@ from darekit.dtypes import Bytes
 from darekit.engine.contracts import Stage
 from darekit.engine.selection import Select
 from darekit.engine.stages import RandomDrop
-from darekit.engine.steps import Step
+from darekit.engine.steps import Input, Step
 from darekit.kernels import cpu
 from darekit.masks import BLOCK, DROP_ALL
 from darekit.methods import MERGE_METHODS
@@ -111,7 +111,7 @@ def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
         return None
     if any(entry.dtype.name != "BF16" or entry.count < step.begin + step.count for entry in inputs):
         return None
-    if any(traits_of(model.source).delta is not None for model in step.models):  # which is no difference of BF16
+    if not step.verbatim and any(map(_is_finer, step.models)):  # whose delta is no difference of BF16
         return None
     if step.dtype.name != "BF16" or not all(map(_is_known, chains)):
         return None
@@ -133,6 +133,12 @@ def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
         base_weight=np.float32(step.base_weight),
         verbatim=step.verbatim,
     )
+
+
+def _is_finer(model: Input) -> bool:
+    """Whether a source knows more than its bytes say."""
+    traits = traits_of(model.source)
+    return traits.delta is not None or traits.values is not None
 
 
 def _is_known(chain: Sequence[Stage]) -> bool:

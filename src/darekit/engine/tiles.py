@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -135,7 +135,7 @@ class StepRun:
         self.tile = tile_of(step, hands.tile)
         self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
         self.become(step)
-        self.known = [_known_delta(step, model) for model in step.models]
+        self.known = [_known(step, model) for model in step.models]
         # Where each row has its own: first element -> coefficients, (rows, R).
         self.coefficients: dict[int, Doubles] = {}
         self.by_column: ByColumn | None = None
@@ -145,8 +145,10 @@ class StepRun:
         self.bad_at: npt.NDArray[np.bool_] | None = None
         self.taken: list[int | None] = []
         self.inputs = [*([(BASE, step.base)] if step.base else []), *zip(step.owners, step.models, strict=True)]
+        unread = {step.owners[k] for k, known in enumerate(self.known) if known is not None}
         for key, entry in self.inputs:
-            digests.setdefault(key, TensorDigest(entry.dtype.itemsize))
+            if key not in unread:
+                digests.setdefault(key, TensorDigest(entry.dtype.itemsize))
         self.relayed = len(self.inputs) == 1 and _is_relayed(step, self.inputs[0][1])
         # A relayed tensor has one digest, its input's and its output's.
         digests.setdefault(OUT, digests[self.inputs[0][0]] if self.relayed else TensorDigest(step.dtype.itemsize))
@@ -312,7 +314,7 @@ class StepRun:
             if not chain:
                 self.kept[step.owners[k], 0] += count
         out = scratch.out[: count * step.dtype.itemsize]
-        if step.verbatim and self.bad_at is None:
+        if step.verbatim and self.bad_at is None and self.known[0] is None:
             overflowed = self._verbatim(scratch, count, out)
         else:
             if is_per_row(step):
@@ -369,9 +371,11 @@ class StepRun:
         for k, model in enumerate(step.models):
             if only is not None and k not in only:  # type: ignore[operator]
                 continue
-            known, have = None if on_weights else self.known[k], max(0, min(count, model.count - at))
-            raw = self.read(model, at, count if final or known is None else 0, scratch.raw)
-            if final:
+            known, have = self.known[k], max(0, min(count, model.count - at))
+            if values and known is not None and known.values is None:
+                known = None
+            raw = self.read(model, at, count if known is None else 0, scratch.raw)
+            if final and known is None:
                 self.digests[step.owners[k]].update(raw)
             delta = scratch.deltas[k]
             if have < count:  # rows that this model does not have are the base's: a delta of 0
@@ -380,7 +384,12 @@ class StepRun:
             else:
                 here = origin
             if known is not None:
-                known.read_into(delta, at)
+                self.hands.tally.bytes_read += round(have * model.dtype.itemsize * model.cost)
+                if known.delta is not None and not on_weights:
+                    known.delta.read_into(delta, at)
+                elif known.values is not None:
+                    known.values(delta, at)
+                    delta -= here
                 if kernels.count_nonfinite(delta):
                     self._blame(k, raw, scratch, final)
                 continue
@@ -495,12 +504,26 @@ def _read(tally: Tally, entry: Input, start: int, count: int, buffer: Bytes) -> 
     return raw
 
 
-def _known_delta(step: Step, model: Input) -> Delta | None:
-    """The delta that a model's source knows, where it is one to this very base and of the step's precision."""
-    known = traits_of(model.source).delta
-    if known is None or step.base is None or step.on_weights or step.wide:
+@dataclass(frozen=True)
+class _Known:
+    """What a model's source knows before it is rounded: the delta to this very base, the values, or both."""
+
+    delta: Delta | None
+    values: Callable[[npt.NDArray[np.float32], int], None] | None
+
+
+def _known(step: Step, model: Input) -> _Known | None:
+    """What there is for a step of this precision; None: the source's bytes are all that is known."""
+    traits = traits_of(model.source)
+    as_stored = step.verbatim and step.dtype.name == model.dtype.name
+    if step.wide or as_stored or (traits.delta is None and traits.values is None):
         return None
-    return known if known.base == step.base.source else None
+    delta = traits.delta
+    if delta is not None and (step.base is None or step.on_weights or delta.base != step.base.source):
+        delta = None
+    if traits.values is None and step.count < math.prod(step.shape):  # other rows of it are read as bytes, and digested
+        delta = None
+    return None if delta is None and traits.values is None else _Known(delta, traits.values)
 
 
 def combiner(step: Step) -> Combine:

@@ -72,9 +72,7 @@ def open_unrounded(
         return _open_recipe(replace(recipe, dtype="F32"), ref, search, above)
 
     if str(base).endswith(SUFFIXES):
-        raise PlanError(
-            f"{base} is a recipe: a delta is taken from a stored checkpoint; merge it first, or swap the two"
-        )
+        raise PlanError(f"{base} is a recipe: a delta is taken from a stored checkpoint; merge it first")
     with ExitStack() as opened:
         origin = opened.enter_context(closing(opening.open_base(base, search=search)))
         if isinstance(model, Recipe):
@@ -85,7 +83,7 @@ def open_unrounded(
         yield origin, opened.enter_context(closing(found))
 
 
-def only_on_base(ref: str | Path) -> tuple[str, str | Path] | None:
+def only_on_base(ref: str | Path) -> tuple[Opener, str | Path] | None:
     """Of what is a model only on top of its base: its kind, and what was found under the name; None of all else."""
     return opening.only_on_base(ref, openers=OPENERS)
 
