@@ -113,7 +113,9 @@ def _asked(plan: ExtractPlan) -> str:
     most = f", with rank {terms.max_rank} at most" if terms.max_rank else ""
     if terms.energy is not None:
         return f"{100 * terms.energy:g} % of each squared delta{most}; ranks are known afterwards"
-    return f"all but {100 * (terms.error or 0):g} % of each delta's norm{most}; ranks are known afterwards"
+    if not terms.error:
+        return f"everything{most}; ranks are known afterwards"
+    return f"all but {100 * terms.error:g} % of each delta's norm{most}; ranks are known afterwards"
 
 
 def _error(modules: Sequence[ModuleReport]) -> float:

@@ -69,8 +69,8 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Write what MODEL adds to BASE as a LoRA adapter in OUT. A recipe is merged and extracted in one pass."""
-    amounts = {"--rank": rank, "--energy": energy, "--error": error}
-    if sum(value is not None for value in amounts.values()) != 1:
+    given = sum(value is not None for value in (rank, energy, error))
+    if given > 1 or (not given and not model.endswith((".yaml", ".yml"))):  # a recipe may say its rank itself
         raise typer.BadParameter("give one of --rank, --energy and --error", param_hint="--rank")
     if energy is not None and not 0 < energy <= 1:
         raise typer.BadParameter(f"{energy:g} is outside (0, 1]{_percent(energy)}", param_hint="--energy")
@@ -83,13 +83,13 @@ def extract(
         from darekit.cli import display, display_extract
         from darekit.extraction.plan import terms_of
         from darekit.extraction.writing import extract as extract_adapter
-        from darekit.extraction.writing import planned
+        from darekit.extraction.writing import planned, recipe_in
 
         word: Literal["vllm"] | None = None if server is None else "vllm"
         if dry_run:
             terms = terms_of(
                 rank=rank, energy=energy, error=error, max_rank=max_rank, dtype=dtype.value, save=kinds, server=word,
-                out_kind=out_kind.value,
+                out_kind=out_kind.value, recipe=recipe_in(model),
             )  # fmt: skip
             with planned(base, model, terms, vocab=vocab.value, threads=threads, force=force) as plan:
                 for line in plan.notes:

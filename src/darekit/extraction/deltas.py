@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 
 from darekit import kernels
-from darekit.checkpoints import TensorInfo, traits_of
+from darekit.checkpoints import FileRange, Source, TensorInfo, traits_of
 from darekit.dtypes import Bytes, Floats, dtype_named
 from darekit.errors import DataError
 from darekit.extraction.factors import Matrix, square
@@ -115,7 +115,7 @@ class Reader:
         target[have:] = 0  # rows that either lacks do not differ
         target = target[:have]
         known = traits_of(model.source).delta
-        if known is not None and known.base == base.source:
+        if known is not None and are_same(known.base, base.source):
             known.read_into(target, start)
             bad = kernels.count_nonfinite(target)
         elif "F64" in (base.dtype, model.dtype):
@@ -139,6 +139,16 @@ class Reader:
             f"NaN or Inf in {tensor.name} of {self._model} or its base, or a number too large for {tensor.dtype}; an "
             "adapter needs finite weights: repair the model, or leave it out"
         )
+
+
+def are_same(one: Source, other: Source) -> bool:
+    """Whether two sources are one tensor: a base that was opened twice has two files, which are one on the disk."""
+    if one == other:
+        return True
+    if not isinstance(one, FileRange) or not isinstance(other, FileRange):
+        return False
+    same = one.file.path == other.file.path or one.file.path.samefile(other.file.path)
+    return same and (one.offset, one.nbytes) == (other.offset, other.nbytes)
 
 
 def _count(tensor: AlignedTensor) -> int:

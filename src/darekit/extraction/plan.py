@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from darekit.dtypes import DTYPES
 from darekit.engine.costs import INTERPRETER_BYTES
 from darekit.errors import HomologyError, PlanError
 from darekit.extraction import factors
+from darekit.extraction.cores import adapters_in, is_thin
 from darekit.extraction.modules import SAVED, SAVES, Selection, Target, select
 from darekit.inputs.opening import packed_seed
 from darekit.machine import default_threads, free_host_memory
@@ -29,6 +30,7 @@ from darekit.recipe import Recipe
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of factors
 KINDS = ("peft",)  # of adapters that are written
 SERVERS = ("vllm",)
+THIN_BYTES = 32 << 20  # what a thread takes for factors of adapters, roughly
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 
 # How fast LAPACK is at a singular value decomposition, and the range finder at its products, for each flop, compared
@@ -48,6 +50,7 @@ class Terms:
         dtype: of the factors, by its safetensors name.
         save: the kinds of tensors that are saved whole.
         server: whose rules are kept; None: PEFT's alone.
+        in_cores: whether methods that are no sums merge adapters in core space, not as full matrices.
     """
 
     rank: int | None
@@ -57,6 +60,7 @@ class Terms:
     dtype: str
     save: tuple[str, ...]
     server: str | None
+    in_cores: bool = False
 
     @property
     def share(self) -> float | None:
@@ -75,13 +79,16 @@ class Terms:
 
 def terms_of(
     *, rank: int | None, energy: float | None, error: float | None, max_rank: int | None, dtype: str,
-    save: Collection[str] | None, server: str | None, out_kind: str,
+    save: Collection[str] | None, server: str | None, out_kind: str, recipe: Recipe | None = None,
 ) -> Terms:  # fmt: skip
-    """What the user asked for.
+    """What the user asked for; a recipe with `output: adapter` says it, where nobody else does.
 
     Raises:
         PlanError: no amount or several of them, or a value that is impossible.
     """
+    joins = recipe is not None and recipe.output == "adapter"
+    if recipe is not None and joins and rank is None and energy is None and error is None:
+        rank, error = recipe.rank, 0.0 if recipe.rank is None else None
     given = {"rank": rank, "energy": energy, "error": error}
     found = [name for name, value in given.items() if value is not None]
     if len(found) != 1:
@@ -117,8 +124,9 @@ def terms_of(
         if max(rank or 0, max_rank or 0) > most:
             raise PlanError(f"vLLM takes ranks up to {most}, found {max(rank or 0, max_rank or 0)}")
         save, max_rank = (), max_rank or (None if rank else most)
-    chosen = SAVED if save is None else tuple(word for word in SAVES if word in save)
-    return Terms(rank, energy, error, max_rank, DTYPE_NAMES[dtype], chosen, server)
+    usual = SAVES if joins else SAVED  # of adapters that are joined, nothing is lost
+    chosen = usual if save is None else tuple(word for word in SAVES if word in save)
+    return Terms(rank, energy, error, max_rank, DTYPE_NAMES[dtype], chosen, server, joins)
 
 
 @dataclass(frozen=True)
@@ -196,9 +204,11 @@ class ExtractPlan:
 @contextmanager
 def open_plan(
     base: str | Path, model: str | Path | Recipe, terms: Terms, *, vocab: str, threads: int | None, force: bool,
-    search: tuple[Path, ...] = (),
+    search: tuple[Path, ...] = (), recipe: Recipe | None = None,
 ) -> Iterator[ExtractPlan]:  # fmt: skip
     """Open base and model (headers, and a sample of values) and plan; the files are closed on leaving.
+
+    `recipe`: that of the model, where it is one.
 
     Raises:
         HomologyError: they do not correspond, or the base does not look like the model's (unless `force`).
@@ -210,6 +220,13 @@ def open_plan(
             "rows must be kept whole"
         )
     with open_unrounded(base, model, search=search) as (origin, tuned):
+        if adapters_in(origin):
+            raise PlanError(
+                f"{base} is a base with an adapter on it, and another adapter cannot be put on that: name the stored "
+                "checkpoint below it, so that one adapter holds both"
+            )
+        if terms.in_cores and recipe is not None:
+            _refuse_whole_models(recipe, origin, tuned)
         alignment, facts, config = _aligned(origin, tuned, vocab)
         found = select(alignment, facts, config, save=terms.save, for_vllm=terms.server == "vllm")
         if not found.targets:
@@ -223,10 +240,12 @@ def open_plan(
         notes = [*dict.fromkeys((*origin.notes, *tuned.notes)), *alignment.notes]
         notes += [judged.stop] if judged.stop else []
         notes += _notes(terms, found, tuned)
-        allowed, peak, crowded = _threads_and_memory(terms, found, threads or default_threads())
+        dense = [one for one in found.targets if not _has_factors(one, approximate=terms.in_cores)]
+        notes += _notes_on_factors(terms, found, dense, recipe)
+        allowed, peak, crowded = _threads_and_memory(terms, dense, threads or default_threads())
         notes += [crowded] if crowded else []
         yield ExtractPlan(
-            terms, origin, tuned, alignment, found, facts, config, allowed, peak, _seconds(terms, found, allowed),
+            terms, origin, tuned, alignment, found, facts, config, allowed, peak, _seconds(terms, dense, allowed),
             tuple(notes),
         )  # fmt: skip
 
@@ -261,9 +280,55 @@ def _notes(terms: Terms, found: Selection, model: Checkpoint) -> Iterator[str]:
         yield f"left out, {kind}: {names[0]}{more}: {why}"
 
 
-def _threads_and_memory(terms: Terms, found: Selection, threads: int) -> tuple[int, int, str | None]:
+def _refuse_whole_models(recipe: Recipe, base: Checkpoint, merged: Checkpoint) -> None:
+    """With `output: adapter` all models are adapters."""
+    owners = adapters_in(merged)
+    whole = [entry.model for k, entry in enumerate(recipe.models) if k not in owners]
+    if whole:
+        raise PlanError(
+            f"output: adapter joins adapters on {base.ref} by their factors, and {', '.join(whole)} "
+            f"{'is none' if len(whole) == 1 else 'are none'}. To extract an adapter from a merge of any models, remove "
+            "output, and run `dare extract BASE RECIPE OUT --rank N`"
+        )
+
+
+def _has_factors(target: Target, *, approximate: bool) -> bool:
+    """Whether a module's delta is known as a product, so that no full matrix is made."""
+    return all(
+        tensor.base is not None and tensor.models[0] is not None
+        and is_thin(tensor.models[0], tensor.base, approximate=approximate)
+        for tensor in target.tensors
+    )  # fmt: skip
+
+
+def _notes_on_factors(terms: Terms, found: Selection, dense: Sequence[Target], recipe: Recipe | None) -> Iterator[str]:
+    """Of merged adapters: what is exact, and what takes full matrices.
+
+    Raises:
+        PlanError: everything is to be kept of a full matrix.
+    """
+    thin = len(found.targets) - len(dense)
+    if thin and recipe is not None:
+        exact = not any(not _has_factors(one, approximate=False) for one in found.targets if one not in dense)
+        what = "their sum is exact" if exact else (
+            "they are merged in core space: not the elements of the deltas are dropped, trimmed or compared, but those "
+            "of small matrices that stand for them"
+        )  # fmt: skip
+        yield f"{thin} modules are merged by their factors, without a full matrix: {what}"
+    if not terms.in_cores or not dense:
+        return
+    named = f"{dense[0].name}{', ...' if dense[1:] else ''}: DoRA, or a method that takes whole models"
+    told = f"{len(dense)} modules have no factors ({named})"
+    if terms.rank is None and not terms.max_rank:
+        raise PlanError(f"{told}, so that their full rank would be kept: give a rank (rank: 16)")
+    yield f"{told}: their full matrices are decomposed"
+
+
+def _threads_and_memory(terms: Terms, dense: Sequence[Target], threads: int) -> tuple[int, int, str | None]:
     """Threads that memory allows, the peak in bytes, and what to say where it does not even allow one."""
-    needs = sorted((factors.memory(one.shape, terms.rank) for one in found.targets), reverse=True)
+    needs = sorted((factors.memory(one.shape, terms.rank) for one in dense), reverse=True)
+    if not needs:  # thin factors alone
+        return threads, INTERPRETER_BYTES + threads * THIN_BYTES, None
     threads = max(1, min(threads, len(needs)))
     free = free_host_memory()
     while threads > 1 and sum(needs[:threads]) > 0.8 * free:
@@ -276,7 +341,7 @@ def _threads_and_memory(terms: Terms, found: Selection, threads: int) -> tuple[i
     return threads, peak, crowded
 
 
-def _seconds(terms: Terms, found: Selection, threads: int) -> float:
+def _seconds(terms: Terms, dense: Sequence[Target], threads: int) -> float:
     """A guess: products at the pace that a small one has on this machine now."""
     sample = np.ones((768, 768), np.float32)
     paces = []
@@ -285,7 +350,7 @@ def _seconds(terms: Terms, found: Selection, threads: int) -> float:
         sample @ sample
         paces.append(2 * 768**3 / max(1e-9, time.perf_counter() - began))
     total = 0.0
-    for one in found.targets:
+    for one in dense:
         whole = terms.rank is None or factors.is_whole(one.shape, terms.rank)
         work = factors.svd_flops(one.shape) if whole else factors.flops(one.shape, terms.rank or 1)
         total += len(one.matrices) * work / (SVD_PACE if whole else RANGE_PACE)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -23,8 +23,9 @@ from darekit import kernels
 from darekit.dtypes import Bytes, DType, dtype_named
 from darekit.errors import DataError, OutputError
 from darekit.extraction import factors
+from darekit.extraction.cores import Cores
 from darekit.extraction.deltas import Reader
-from darekit.extraction.factors import Factors, Matrix
+from darekit.extraction.factors import Doubles, Factors, Matrix
 from darekit.extraction.modules import LeftOut, Saved, Target
 from darekit.extraction.plan import ExtractPlan, Terms
 from darekit.packs.workers import run_all
@@ -128,11 +129,11 @@ def run(plan: ExtractPlan, spool: Spool, *, progress: Callable[[int, int], None]
     Raises:
         DataError: NaN or Inf in an input, or a factor that its format cannot hold.
     """
-    reader = Reader(plan.model.ref)
+    reader, cores = Reader(plan.model.ref), Cores(approximate=plan.terms.in_cores)
     found, picked = Results(), plan.selection
     others: list[Saved | LeftOut] = [*picked.saved, *picked.left_out]
     jobs: list[Callable[[], int]] = [
-        *(_factorise(target, plan.terms, reader, spool, found) for target in sorted(picked.targets, key=_size)),
+        *(_factorise(target, plan, reader, cores, spool, found) for target in sorted(picked.targets, key=_size)),
         *(_measure(one, reader, found) for one in others),
     ]
     total = sum(target.count for target in picked.targets) + sum(map(_elements, others))
@@ -175,10 +176,12 @@ def _measure(one: Saved | LeftOut, reader: Reader, found: Results) -> Callable[[
     return work
 
 
-def _factorise(target: Target, terms: Terms, reader: Reader, spool: Spool, found: Results) -> Callable[[], int]:
+def _factorise(
+    target: Target, plan: ExtractPlan, reader: Reader, cores: Cores, spool: Spool, found: Results
+) -> Callable[[], int]:
     def work() -> int:
         try:
-            found.modules[target.name] = factorise(target, terms, reader, spool)
+            found.modules[target.name] = factorise(target, plan.terms, reader, cores, spool)
         except np.linalg.LinAlgError as error:
             raise DataError(
                 f"{target.name}: its singular values cannot be computed ({error}); with rank they are not needed"
@@ -188,19 +191,19 @@ def _factorise(target: Target, terms: Terms, reader: Reader, spool: Spool, found
     return work
 
 
-def factorise(target: Target, terms: Terms, reader: Reader, spool: Spool) -> Module:
+def factorise(target: Target, terms: Terms, reader: Reader, cores: Cores, spool: Spool) -> Module:
     """One module: its matrices one after another; experts of one parameter get one rank, the largest of theirs."""
     dtype = dtype_named(terms.dtype)
     made: list[Factors] = []
     square = lost = 0.0
-    for expert, blocks in enumerate(target.matrices):
-        stored = reader.matrix(blocks)
-        matrix = stored.T if target.transposed else stored
-        one = factors_of(matrix, terms, factors.key_of(f"{target.name}.{expert}"), dtype)
-        square += factors.square(stored)
-        lost += factors.residual(matrix, one) if one.rank else factors.square(stored)
+    for expert in range(len(target.matrices)):
+        delta = cores.of(target, expert) or Full.of(target, expert, reader)
+        one = factors_of(delta, terms, dtype)
+        own = delta.square()
+        square += own
+        lost += delta.residual(one) if one.rank else own
         made.append(one)
-        del stored, matrix
+        del delta
     rank = max(one.rank for one in made)
     out, inner = target.shape
     many = len(made)
@@ -220,20 +223,67 @@ def factorise(target: Target, terms: Terms, reader: Reader, spool: Spool) -> Mod
     )  # fmt: skip
 
 
-def factors_of(matrix: Matrix, terms: Terms, key: int, dtype: DType) -> Factors:
-    """(out, in) -> its factors under these terms, with the values that they have once they are stored."""
-    if not matrix.any():
-        return factors.of_rank(matrix, 1, key)
+class Delta(Protocol):
+    """A matrix that is to become factors, whether all of it is in memory or not."""
+
+    def of_rank(self, rank: int) -> Factors:
+        """Its factors of a rank, or of its own where that is less."""
+
+    def decomposed(self) -> tuple[Factors, Doubles]:
+        """Its factors of full rank, and its singular values."""
+
+    def square(self) -> float:
+        """The square of its norm."""
+
+    def residual(self, found: Factors) -> float:
+        """The square of what factors lack."""
+
+
+@dataclass(frozen=True)
+class Full:
+    """A whole matrix, (out, in) float32. `key`: of the random matrix that finds its range."""
+
+    matrix: Matrix
+    key: int
+
+    @staticmethod
+    def of(target: Target, expert: int, reader: Reader) -> Full:
+        """One of a module's matrices, read."""
+        stored = reader.matrix(target.matrices[expert])
+        return Full(stored.T if target.transposed else stored, factors.key_of(f"{target.name}.{expert}"))
+
+    def of_rank(self, rank: int) -> Factors:
+        """Its factors of a rank, or of its own where that is less."""
+        return factors.of_rank(self.matrix, rank, self.key)
+
+    def decomposed(self) -> tuple[Factors, Doubles]:
+        """Its factors of full rank, and its singular values."""
+        return factors.everything(self.matrix)
+
+    def square(self) -> float:
+        """The square of its norm."""
+        return factors.square(self.matrix)
+
+    def residual(self, found: Factors) -> float:
+        """The square of what factors lack."""
+        return factors.residual(self.matrix, found)
+
+
+def factors_of(delta: Delta, terms: Terms, dtype: DType) -> Factors:
+    """A delta -> its factors under these terms, with the values that they have once they are stored."""
+    square = delta.square()
+    if not square:
+        return delta.of_rank(1)
     if terms.rank is not None:
-        return _rounded(factors.of_rank(matrix, terms.rank, key), dtype)
+        return _rounded(delta.of_rank(terms.rank), dtype)
     assert terms.share is not None
-    whole, values = factors.everything(matrix)
+    whole, values = delta.decomposed()
     most = min(whole.rank, terms.max_rank or whole.rank)
     rank = min(most, factors.rank_of_energy(values, terms.share))
     # What is kept is what is stored: where rounding the factors costs the rest of the budget, the rank grows.
-    budget = (1 - terms.share) * factors.square(matrix)
+    budget = (1 - terms.share) * square
     found = _rounded(whole.cut(rank), dtype)
-    while rank < most and factors.residual(matrix, found) > budget:
+    while rank < most and delta.residual(found) > budget:
         rank = min(most, rank + max(1, rank // 16))
         found = _rounded(whole.cut(rank), dtype)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,12 @@ from darekit.extraction import adapters
 from darekit.extraction.card import adapter_card
 from darekit.extraction.deltas import Reader
 from darekit.extraction.modules import Saved
-from darekit.extraction.plan import VLLM_RANKS, ExtractPlan, open_plan, terms_of
+from darekit.extraction.plan import VLLM_RANKS, ExtractPlan, Terms, open_plan, terms_of
 from darekit.extraction.running import Extracted, Module, Spool, run
 from darekit.machine import peak_rss
 from darekit.output.card import agreed_license
 from darekit.output.staging import Stage, open_stage
+from darekit.planning.nested import SUFFIXES
 from darekit.recipe import Recipe, read_recipe
 from darekit.recipe.reading import search_path
 from darekit.wording import brief, size_of
@@ -171,7 +172,7 @@ class ExtractReport:
 
 
 def extract(
-    base: str | Path,
+    base: str | Path | None,
     model: str | Path | Mapping[str, Any] | Recipe,
     out: str | Path,
     *,
@@ -197,7 +198,7 @@ def extract(
     written.
 
     Args:
-        base: the checkpoint that the adapter is to be put on.
+        base: the checkpoint that the adapter is to be put on; None: that of the recipe.
         model: the fine-tuned model: a checkpoint, a pack, or a recipe (a file, its data, or a `Recipe`).
         out: the directory to write.
         rank: of every module.
@@ -236,18 +237,32 @@ def extract(
         >>> report.error <= 0.5, report.outside
         (True, 0.0)
     """
+    recipe = recipe_in(model)
     terms = terms_of(
         rank=rank, energy=energy, error=error, max_rank=max_rank, dtype=dtype, save=save, server=server,
-        out_kind=out_kind,
+        out_kind=out_kind, recipe=recipe,
     )  # fmt: skip
-    out, said = Path(out), list[str]()
+    return run_extraction(
+        base, model, Path(out), terms, vocab=vocab, threads=threads, overwrite=overwrite, force=force,
+        progress=progress, say=say,
+    )  # fmt: skip
+
+
+def run_extraction(
+    base: str | Path | None, model: str | Path | Mapping[str, Any] | Recipe, out: Path, terms: Terms, *,
+    vocab: str = "strict", threads: int | None = None, overwrite: bool = False, force: bool = False,
+    search: Sequence[Path] = (), progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> ExtractReport:  # fmt: skip
+    """As `extract`, of terms that were read; `search`: where relative names in a `Recipe` are looked up."""
+    said: list[str] = []
 
     def note(line: str) -> None:
         said.append(line)
         if say:
             say(line)
 
-    with planned(base, model, terms, vocab=vocab, threads=threads, force=force) as plan:
+    with planned(base, model, terms, vocab=vocab, threads=threads, force=force, search=search) as plan:
         for line in plan.notes:
             note(line)
         inputs = [file.path for one in (plan.base, plan.model) for file in one.read_files]
@@ -258,20 +273,34 @@ def extract(
                 report = _write(plan, found, spool, stage.path, out, note)
             stage.publish()
             seconds = time.perf_counter() - began
-    return ExtractReport(
-        **{**report, "seconds": seconds, "peak_rss_bytes": peak_rss(), "notes": tuple(said)},
-    )
+    return ExtractReport(**report, seconds=seconds, peak_rss_bytes=peak_rss(), notes=tuple(said))
+
+
+def recipe_in(model: str | Path | Mapping[str, Any] | Recipe) -> Recipe | None:
+    """The recipe that a model is; None where it is another kind of model."""
+    if isinstance(model, Recipe):
+        return model
+    if isinstance(model, Mapping) or (str(model).endswith(SUFFIXES) and Path(model).is_file()):
+        return read_recipe(model)
+    return None
 
 
 @contextmanager
 def planned(
-    base: str | Path, model: str | Path | Mapping[str, Any] | Recipe, terms: Any, *, vocab: str = "strict",
-    threads: int | None = None, force: bool = False,
+    base: str | Path | None, model: str | Path | Mapping[str, Any] | Recipe, terms: Terms, *, vocab: str = "strict",
+    threads: int | None = None, force: bool = False, search: Sequence[Path] = (),
 ) -> Iterator[ExtractPlan]:  # fmt: skip
     """The plan of an extraction: see `open_plan`; a recipe may be data."""
-    found = read_recipe(model) if isinstance(model, Mapping) else model
-    search = tuple(search_path(model)) if isinstance(model, Mapping | Recipe) else ()
-    with open_plan(base, found, terms, vocab=vocab, threads=threads, force=force, search=search) as plan:
+    recipe = recipe_in(model)
+    if base is None:
+        if recipe is None or recipe.base_model is None:
+            raise PlanError("the base is missing: only of a recipe with a base_model it is known")
+        base, search = recipe.base_model, (*search, *search_path(model))
+    found = recipe if isinstance(model, Mapping) else model
+    assert found is not None and not isinstance(found, Mapping)
+    with open_plan(
+        base, found, terms, vocab=vocab, threads=threads, force=force, search=tuple(search), recipe=recipe
+    ) as plan:
         yield plan
 
 
