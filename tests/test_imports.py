@@ -59,7 +59,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("recommendation", "sweeps", "testing"),
-    ("analysis", "demo", "evaluation", "packing", "statistics"),
+    ("analysis", "demo", "evaluation", "extraction", "packing", "statistics"),
     ("api", "live", "register"),
     ("memory", "output"),
     ("planning",),

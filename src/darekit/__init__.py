@@ -26,6 +26,7 @@ _LAZY = {
     "generate": "evaluation.generations",
     "pack": "packing.writing",
     "unpack": "packing.unpacking",
+    "extract": "extraction.writing",
     "open_pack": "packs.reading",
     "export": "packing.exporting",
     "push": "packing.sharing",
@@ -72,6 +73,7 @@ __all__ = [
     "drop_only",
     "evaluate",
     "export",
+    "extract",
     "fisher",
     "generate",
     "inspect",
@@ -115,6 +117,7 @@ if TYPE_CHECKING:
     from darekit.errors import DarekitError
     from darekit.evaluation.comparison import evaluate
     from darekit.evaluation.generations import generate
+    from darekit.extraction.writing import extract
     from darekit.memory import merge_tensors
     from darekit.packing.exporting import export
     from darekit.packing.sharing import pull, push

@@ -21,6 +21,7 @@ PANELS = {
     "Merge and drop": {
         "merge": ("merging", "merge"),
         "drop": ("merging", "drop"),
+        "extract": ("extract", "extract"),
     },
     "Before you merge": {
         "check": ("check", "check"),
