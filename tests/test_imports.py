@@ -58,7 +58,8 @@ def modules():
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("recommendation", "sweeps", "testing"),
+    ("recommendation", "search", "sweeps", "testing"),
+    ("trials",),
     ("analysis", "demo", "evaluation", "packing", "statistics"),
     ("api", "live", "register"),
     ("memory", "output"),
@@ -67,7 +68,7 @@ FLOORS = (
     ("engine", "packs"),
     ("kernels", "recipe", "tokens"),
     ("checkpoints",),
-    ("dtypes", "methods", "plotting"),
+    ("dtypes", "methods", "plotting", "pools"),
     ("architectures", "code", "errors", "machine", "masks", "version", "wording"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}
