@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from darekit.cli import tables
-from darekit.cli.display import LINES_EVERY, print_table, time_of
+from darekit.cli.display import LINES_EVERY, counted, print_table, time_of
 
 if TYPE_CHECKING:
     from darekit.search.baselines import Baseline
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from darekit.search.verdicts import SearchResult
 
 _PHASES = {"baselines": "judging what must be beaten", "search": "searching", "test": "asking the test data"}
-_UNITS = {"baselines": "baselines", "search": "candidates", "test": "models"}
+_UNITS = {"baselines": "baseline", "search": "candidate", "test": "model"}
 
 
 @contextmanager
@@ -51,13 +51,16 @@ class _Lines:
         self._said = self._began = time.monotonic()
         self._best: Line | None = None
         self._first = 0
+        self._phase = ""
 
     def __call__(self, status: Status) -> None:
         now = time.monotonic()
         line = status.fresh
         if line is None:
             self._began, self._first = now, status.done
-            self._tell(f"{_PHASES[status.phase]}: {status.total} {_UNITS[status.phase]}", now)
+            if status.phase != self._phase and status.total:
+                self._tell(f"{_PHASES[status.phase]}: {counted(status.total, _UNITS[status.phase])}", now)
+            self._phase = status.phase
             return
         if status.phase == "search":
             leads = status.best is not None and (self._best is None or status.best.key != self._best.key)
@@ -106,7 +109,7 @@ class _Screen:
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
             _PHASES[status.phase], ProgressBar(status.total or 1, status.done, width=30),
-            f"{status.done}/{status.total} {_UNITS[status.phase]}"
+            f"{status.done}/{counted(status.total, _UNITS[status.phase])}"
             f"{_left(passed, status.done - self._first, status.total - status.done)}",
         )  # fmt: skip
         facts = Table.grid(padding=(0, 2))
@@ -190,21 +193,23 @@ def show_result(result: SearchResult, *, as_json: bool) -> None:
 
 
 def _show_scores(summary: Mapping[str, Any]) -> None:
-    """Baselines, and what was chosen, by every goal and every judge's first score."""
+    """Baselines, and what was chosen: the goals on both splits, then every judge's first score on validation."""
     goals = [goal["score"] for goal in summary["question"]["goals"]]
     rows = [(one["name"], one["validation"], one["test"], one["error"]) for one in summary["baselines"]]
     best = summary["best"]
     if best is not None and best["trial"] is not None:
         rows.append((f"trial {best['trial']}", best["validation"], best["test"], None))
-    names = list(dict.fromkeys((*goals, *(name for _, scores, _, _ in rows for name in _firsts(scores)))))
-    splits = ["validation", *(["test"] if any(test for _, _, test, _ in rows) else [])]
-    heads = ["", *(f"{name}, {split}" for name in names for split in splits)]
+    tested = any(test for _, _, test, _ in rows)
+    places = [(goal, split) for goal in goals for split in (("validation", "test") if tested else ("validation",))]
+    firsts = dict.fromkeys(name for _, scores, _, _ in rows for name in _firsts(scores))
+    places += [(name, "validation") for name in firsts if name not in goals]
+    heads = [f"{name}, {split}" if name in goals else name for name, split in places]
     cells = []
     for title, validation, test, error in rows:
         found = {"validation": validation or {}, "test": test or {}}
-        values = [scored(found[split][name]) if name in found[split] else "" for name in names for split in splits]
+        values = [scored(found[split][name]) if name in found[split] else "" for name, split in places]
         cells.append((title, *(["failed", *values[1:]] if error else values)))
-    for part in tables.side_by_side(heads, cells):
+    for part in tables.side_by_side(["", *heads], cells):
         print_table(part)
         print()
 

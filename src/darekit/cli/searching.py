@@ -34,7 +34,7 @@ def search(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Search for the best recipe. If interrupted, run the same command again to continue; run it twice to share work."""
+    """Search for the best recipe. To continue after an interruption, or to share the work, run the same command."""
     seconds = None if time is None else seconds_of(time)
     place = out or source.with_suffix("")
     with errors_told():
@@ -55,9 +55,7 @@ def search(
             )  # fmt: skip
         display_search.show_result(result, as_json=as_json)
     if result.interrupted:
-        typer.echo(
-            f"dare: interrupted; {place} has all that was found: run the same command again to continue", err=True
-        )
+        typer.echo(f"dare: interrupted; {place} keeps all results: run the same command again to continue", err=True)
         raise typer.Exit(130)
 
 
