@@ -54,6 +54,7 @@ def _all(written: Recipe) -> Iterator[Baseline]:
     if count > 1 and not stacked:
         yield Baseline(PLAIN, "average", plain)
     if written.base_model is not None and count > 1 and not stacked:
-        for name, scale in (("task arithmetic, 1/K", 1 / count), ("task arithmetic", 1.0)):
-            yield Baseline(PLAIN, name, replace(plain, merge_method="task_arithmetic", parameters={"lambda": scale}))
+        summed = replace(plain, merge_method="task_arithmetic")  # lambda is 1 where nothing is said
+        yield Baseline(PLAIN, "task arithmetic, 1/K", replace(summed, parameters={"lambda": 1 / count}))
+        yield Baseline(PLAIN, "task arithmetic", summed)
     yield Baseline(WRITTEN, "as written", written)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,7 @@ def _path_of(document: Document, name: str) -> Key:
 def _check_candidates(document: Document, search: Search) -> None:
     """Each choice, and each range, makes a recipe. Whatever depends on the models is not known here."""
     plain = midpoint(search.knobs)
+    search = replace(search, weights_sum=None)  # the middle of all weights may be 0, which cannot be scaled
     for knob in search.knobs:
         path = _path_of(document, knob.name)
         for label in knob.choices or (None,):

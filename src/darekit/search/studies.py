@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from darekit.errors import OutputError, PlanError, Unsupported
 from darekit.search.asking import COMPLETE, STOPPED, Answer
 from darekit.search.data import TRIALS, Knob, Search
+from darekit.search.folders import JOURNAL
 from darekit.search.leases import FREE, ORPHAN, Leases
 from darekit.search.racing import Goal
 from darekit.search.space import combinations
+from darekit.trials.files import lock
 from darekit.trials.identities import digest_of
 
 NAME = "search"
@@ -77,8 +79,10 @@ class Study:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
+        place = self.search.storage or out / JOURNAL
         try:
-            where: Any = self.search.storage or JournalStorage(JournalFileBackend(str(out / "journal.log")))
+            path, lock_of_ours = out / JOURNAL, cast(Any, Lock(out / JOURNAL))
+            where: Any = self.search.storage or JournalStorage(JournalFileBackend(str(path), lock_of_ours))
             return optuna.create_study(
                 study_name=NAME if self.search.storage is None else f"{self.search.name}",
                 storage=where,
@@ -86,7 +90,6 @@ class Study:
                 load_if_exists=True,
             )
         except Exception as error:  # a database's, a file's
-            place = self.search.storage or out / "journal.log"
             raise OutputError(
                 f"{place} cannot be used: {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
@@ -191,6 +194,28 @@ class Study:
         done = [t for t in trials if t.state.is_finished() and not t.user_attrs.get(GIVEN_BACK)]
         running = [t for t in trials if t.state.name == "RUNNING" and t.number not in self._own]
         return Counts(len(done), len(running), sum(t.state.name == "WAITING" for t in trials))
+
+
+class Lock:
+    """Optuna's lock on its journal, held by the system and not by a file that is there: who is killed while he writes
+    lets go of it. (Its own is a symbolic link, which stays: another process waited for more than a minute.)"""
+
+    def __init__(self, journal: Path) -> None:
+        self._path = journal.with_name(f"{journal.name}.lock")
+        self._descriptor: int | None = None
+
+    def acquire(self) -> bool:
+        """Wait for the lock, and take it."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        lock(descriptor, wait=True)
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def lease_of(number: int) -> str:
