@@ -326,7 +326,7 @@ class _Work:
         told = False
         self.total = total
         while True:
-            orphans = self.study.take_orphans()
+            orphans = self.study.take_orphans(self._settle)
             for number in orphans:
                 self.say(f"trial {number} was left by a process that died; its candidate is given again")
             counts = self.study.counts()
@@ -379,12 +379,21 @@ class _Work:
                 answer = answers[first]
                 if first != at or digest not in todo:
                     self._keep(trial, answer, recipe, digest)
-                self.study.tell(trial, answer, self._violations(answer), digest)
+                self.study.tell(trial.number, answer, self._violations(answer), digest)
                 told.add(trial.number)
         finally:
             for trial in trials:
-                if trial.number not in told:
+                if trial.number not in told and not self._settle(trial.number):
                     self.study.give_back(trial)
+
+    def _settle(self, number: int) -> bool:
+        """Tell what is written down of a candidate that was judged, but not told -> whether there is something."""
+        line = next((one for one in self.folder.lines if one.kind == TRIAL and one.trial == number), None)
+        if line is None:
+            return False
+        answer = _again(line, self.folder)
+        self.study.tell(number, answer, self._violations(answer), line.digest)
+        return True
 
     def _candidate(self, params: Mapping[str, Any]) -> tuple[Recipe | None, str, str | None]:
         """Its recipe and digest; or why there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +27,9 @@ NAME = "search"
 LARGEST_GRID = 10_000
 GRACE = 60.0  # seconds within which a trial without a lease may be one that is only just beginning
 GIVEN_BACK, VIOLATIONS, DIGEST, STATE = "given back", "violations", "digest", "state"
+
+
+FINISHED = (ValueError, RuntimeError)  # what Optuna raises where another process was first
 
 
 def require_optuna(sampler: str = "tpe") -> None:
@@ -110,28 +113,27 @@ class Study:
         self._own.add(trial.number)
         return trial
 
-    def tell(self, trial: Any, answer: Answer, violations: Sequence[float] | None, digest: str) -> None:
+    def tell(self, number: int, answer: Answer, violations: Sequence[float] | None, digest: str) -> None:
         """What came of a candidate; its lease is given back."""
         from optuna.trial import TrialState
 
-        with quiet():
-            trial.set_user_attr(DIGEST, digest)
-            trial.set_user_attr(STATE, answer.state)
+        # By its number: it may be another process's, which died before it could tell.
+        storage = self._study._storage
+        with quiet(), suppress(*FINISHED):
+            trial = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+            storage.set_trial_user_attr(trial, DIGEST, digest)
+            storage.set_trial_user_attr(trial, STATE, answer.state)
             if violations is not None:
-                trial.set_user_attr(VIOLATIONS, list(violations))
-            values = _values(answer, self.goals)
+                storage.set_trial_user_attr(trial, VIOLATIONS, list(violations))
+            values, state = _values(answer, self.goals), TrialState.COMPLETE
             if values is None:
-                self._tell(trial, None, TrialState.FAIL)
-            elif answer.state == COMPLETE or len(self.goals) > 1:
-                # Optuna knows no stopped trials where there are several goals: what it has shown so far counts.
-                self._tell(trial, values, TrialState.COMPLETE)
-            else:
-                trial.report(values[0], step=round(1000 * answer.rungs[-1].share))
-                self._tell(trial, None, TrialState.PRUNED)
-        self._done(trial.number)
-
-    def _tell(self, trial: Any, values: Sequence[float] | None, state: Any) -> None:
-        self._study.tell(trial, values, state=state, skip_if_finished=True)
+                state = TrialState.FAIL
+            elif answer.state == STOPPED and len(self.goals) == 1:
+                storage.set_trial_intermediate_value(trial, round(1000 * answer.rungs[-1].share), values[0])
+                values, state = None, TrialState.PRUNED
+            # Optuna knows no stopped trials where there are several goals: what one has shown so far counts.
+            self._study.tell(number, values, state=state, skip_if_finished=True)
+        self._done(number)
 
     def give_back(self, trial: Any) -> None:
         """A candidate that was not judged to its end: it is failed, and queued again."""
@@ -142,8 +144,9 @@ class Study:
         self._own.discard(number)
         self.leases.release(lease_of(number))
 
-    def take_orphans(self) -> list[int]:
-        """Queue the candidates again whose processes are dead -> their numbers."""
+    def take_orphans(self, settle: Callable[[int], bool]) -> list[int]:
+        """Candidates whose processes are dead: `settle` tells what came of one, where that was still written down; the
+        others are queued again -> their numbers."""
         found = []
         with quiet():
             for trial in self._study.get_trials(deepcopy=False):
@@ -153,7 +156,7 @@ class Study:
                 young = trial.datetime_start and (datetime.now() - trial.datetime_start).total_seconds() < GRACE
                 if state == ORPHAN or (state == FREE and not young):
                     with self.leases.held(lease_of(trial.number)) as mine:
-                        if mine and self._requeue(trial.number, dict(trial.params)):
+                        if mine and not settle(trial.number) and self._requeue(trial.number, dict(trial.params)):
                             found.append(trial.number)
         return found
 
@@ -161,7 +164,7 @@ class Study:
         """Whether it was still running: of several processes that see an orphan, one queues it again."""
         from optuna.trial import TrialState
 
-        with quiet(), suppress(ValueError, RuntimeError):  # another process was first
+        with quiet(), suppress(*FINISHED):  # another process was first
             trial_id = self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
             if self._study._storage.get_trial(trial_id).state != TrialState.RUNNING:
                 return False
