@@ -58,7 +58,7 @@ def modules():
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("recommendation", "search", "sweeps", "testing"),
+    ("recommendation", "searches", "sweeps", "testing"),
     ("trials",),
     ("analysis", "demo", "evaluation", "packing", "statistics"),
     ("api", "live", "register"),

@@ -14,13 +14,13 @@ from darekit.errors import DarekitError, PlanError, RecipeError
 from darekit.evaluation.items import Items
 from darekit.evaluation.scores import Score, mean_loss, share
 from darekit.recipe.values import Gradient, Place, resolve
-from darekit.search.baselines import baselines_of
-from darekit.search.data import RUNGS, Limit
-from darekit.search.racing import Bound, Goal, Race, dominates, front_of, is_feasible
-from darekit.search.reading import read_search
-from darekit.search.sheets import Sheet, difference, from_bytes, to_bytes
-from darekit.search.space import Tensors, bind, candidate, combinations, dimension_data, midpoint
-from darekit.search.standings import hypervolume
+from darekit.searches.baselines import baselines_of
+from darekit.searches.data import RUNGS, Limit
+from darekit.searches.racing import Bound, Goal, Race, dominates, front_of, is_feasible
+from darekit.searches.reading import read_search
+from darekit.searches.sheets import Sheet, difference, from_bytes, to_bytes
+from darekit.searches.space import Tensors, bind, candidate, combinations, dimension_data, midpoint
+from darekit.searches.standings import hypervolume
 
 RECIPE = {
     "base_model": "base",
@@ -496,7 +496,7 @@ def test_the_hypervolume_is_the_share_of_a_box(points):
 
 
 def test_errors_of_missing_models_come_before_anything(tmp_path, monkeypatch):
-    from darekit.search.running import check_search
+    from darekit.searches.running import check_search
 
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')

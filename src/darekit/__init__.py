@@ -22,7 +22,7 @@ _LAZY = {
     "similarity": "analysis.similarities",
     "recommend": "recommendation.advice",
     "sweep": "sweeps.running",
-    "search": "search.running",
+    "search": "searches.running",
     "evaluate": "evaluation.comparison",
     "generate": "evaluation.generations",
     "pack": "packing.writing",
@@ -152,7 +152,7 @@ if TYPE_CHECKING:
         sparsifier,
     )
     from darekit.recommendation.advice import recommend
-    from darekit.search.running import search
+    from darekit.searches.running import search
     from darekit.statistics.running import make_statistics
     from darekit.sweeps.running import sweep
 

@@ -14,11 +14,11 @@ from darekit.cli import tables
 from darekit.cli.display import LINES_EVERY, counted, print_table, time_of
 
 if TYPE_CHECKING:
-    from darekit.search.baselines import Baseline
-    from darekit.search.data import Search
-    from darekit.search.folders import Line
-    from darekit.search.running import Status
-    from darekit.search.verdicts import SearchResult
+    from darekit.searches.baselines import Baseline
+    from darekit.searches.data import Search
+    from darekit.searches.folders import Line
+    from darekit.searches.running import Status
+    from darekit.searches.verdicts import SearchResult
 
 _PHASES = {"baselines": "judging what must be beaten", "search": "searching", "test": "asking the test data"}
 _UNITS = {"baselines": "baseline", "search": "candidate", "test": "model"}
@@ -227,7 +227,7 @@ def _number(value: Any) -> str:
 
 def show_space(search: Search, baselines: Sequence[Baseline], *, as_json: bool) -> None:
     """What a search would do."""
-    from darekit.search.space import dimension_data
+    from darekit.searches.space import dimension_data
 
     space = dimension_data(search.knobs)
     if as_json:

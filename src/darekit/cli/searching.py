@@ -39,9 +39,9 @@ def search(
     place = out or source.with_suffix("")
     with errors_told():
         from darekit.cli import display, display_search
-        from darekit.search.reading import read_search
-        from darekit.search.running import check_search
-        from darekit.search.running import search as run_search
+        from darekit.searches.reading import read_search
+        from darekit.searches.running import check_search
+        from darekit.searches.running import search as run_search
 
         found = read_search(source)
         if dry_run:

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from darekit.search.data import Limit
-from darekit.search.sheets import Difference, Sheet, difference
+from darekit.searches.data import Limit
+from darekit.searches.sheets import Difference, Sheet, difference
 
 CONFIDENCE = 1.6448536269514722  # standard errors: 95 %, one-sided
 

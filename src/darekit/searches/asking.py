@@ -17,8 +17,8 @@ from darekit.evaluation.items import Itemised, Items, sizes_of
 from darekit.evaluation.scores import Score
 from darekit.live.models import LiveModel
 from darekit.recipe import Recipe
-from darekit.search.racing import Race
-from darekit.search.sheets import Sheet
+from darekit.searches.racing import Race
+from darekit.searches.sheets import Sheet
 from darekit.trials.identities import digest_of
 from darekit.trials.judging import Specs, asked, judge_in, make_judges
 from darekit.trials.models import Bench, Place, reason_of

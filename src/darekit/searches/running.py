@@ -15,18 +15,18 @@ from darekit.errors import DataError, PlanError, RecipeError
 from darekit.pools.processes import Lost, Pool, open_processes
 from darekit.recipe import Recipe
 from darekit.recipe.essence import essence
-from darekit.search.asking import COMPLETE, FAILED, STOPPED, Answer, Asker, Rung, Task
-from darekit.search.baselines import BASE, PLAIN, SINGLE, Baseline, baselines_of
-from darekit.search.data import TRIALS, Search
-from darekit.search.folders import BASELINE, LEASES, TRIAL, Folder, Line, claim, line_of, remember
-from darekit.search.leases import HELD, Leases, wait_a_little
-from darekit.search.racing import Bound, is_feasible
-from darekit.search.reading import read_search
-from darekit.search.sheets import Sheet
-from darekit.search.space import Tensors, bind, candidate, dimension_data
-from darekit.search.standings import Standings, Unasked, bounds_of, goals_of, named_sheets
-from darekit.search.studies import Study, require_optuna
-from darekit.search.verdicts import SearchResult, write_summary
+from darekit.searches.asking import COMPLETE, FAILED, STOPPED, Answer, Asker, Rung, Task
+from darekit.searches.baselines import BASE, PLAIN, SINGLE, Baseline, baselines_of
+from darekit.searches.data import TRIALS, Search
+from darekit.searches.folders import BASELINE, LEASES, TRIAL, Folder, Line, claim, line_of, remember
+from darekit.searches.leases import HELD, Leases, wait_a_little
+from darekit.searches.racing import Bound, is_feasible
+from darekit.searches.reading import read_search
+from darekit.searches.sheets import Sheet
+from darekit.searches.space import Tensors, bind, candidate, dimension_data
+from darekit.searches.standings import Standings, Unasked, bounds_of, goals_of, named_sheets
+from darekit.searches.studies import Study, require_optuna
+from darekit.searches.verdicts import SearchResult, write_summary
 from darekit.trials.identities import judges_identity, samples_of, trial_digest
 from darekit.trials.judging import check_judges, make_judges, search_of
 from darekit.trials.models import Place, origins_in, shared_threads

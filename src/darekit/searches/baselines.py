@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from darekit.recipe import ModelEntry, Recipe
 from darekit.recipe.essence import essence, single
-from darekit.search.data import Search
+from darekit.searches.data import Search
 from darekit.trials.settings import recipe_with
 from darekit.wording import distinct_labels
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from darekit.errors import OutputError, PlanError, Unsupported
-from darekit.search.asking import COMPLETE, STOPPED, Answer
-from darekit.search.data import TRIALS, Knob, Search
-from darekit.search.folders import JOURNAL
-from darekit.search.leases import FREE, ORPHAN, Leases
-from darekit.search.racing import Goal
-from darekit.search.space import combinations
+from darekit.searches.asking import COMPLETE, STOPPED, Answer
+from darekit.searches.data import TRIALS, Knob, Search
+from darekit.searches.folders import JOURNAL
+from darekit.searches.leases import FREE, ORPHAN, Leases
+from darekit.searches.racing import Goal
+from darekit.searches.space import combinations
 from darekit.trials.files import lock
 from darekit.trials.identities import digest_of
 

@@ -19,7 +19,7 @@ from darekit.planning.plan import Plan
 from darekit.planning.rates import rate_within
 from darekit.recipe import Recipe
 from darekit.recipe.mergekit import weight_words
-from darekit.search.data import Knob, Numbers, Search
+from darekit.searches.data import Knob, Numbers, Search
 from darekit.trials.settings import data_of, is_fixed, recipe_with, value_in
 
 Params = Mapping[str, Any]  # dimension -> what the sampler chose: a number, or a choice's name

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from darekit.errors import OutputError
-from darekit.search.asking import COMPLETE, FAILED, STOPPED, Answer
-from darekit.search.sheets import Sheet, from_bytes, to_bytes
+from darekit.searches.asking import COMPLETE, FAILED, STOPPED, Answer
+from darekit.searches.sheets import Sheet, from_bytes, to_bytes
 from darekit.trials.files import append, write_whole
 
 RECORD, TRIALS, SUMMARY, BEST, TESTS = "search.json", "trials.jsonl", "summary.json", "best.yaml", "tests.jsonl"

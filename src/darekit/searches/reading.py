@@ -15,8 +15,8 @@ from darekit.architectures.groups import GROUPS
 from darekit.errors import RecipeError
 from darekit.recipe import Recipe
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, shown, suggest
-from darekit.search.data import AUTO, RUNGS, SAMPLERS, Knob, Limit, Numbers, Search
-from darekit.search.space import candidate, midpoint, used_knobs, weight_knobs
+from darekit.searches.data import AUTO, RUNGS, SAMPLERS, Knob, Limit, Numbers, Search
+from darekit.searches.space import candidate, midpoint, used_knobs, weight_knobs
 from darekit.trials.judging import MEAN, judge_in, read_judges, read_recipe_place
 from darekit.trials.settings import recipe_with
 

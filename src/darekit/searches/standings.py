@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from darekit.errors import RecipeError
 from darekit.recipe.documents import suggest
-from darekit.search.asking import COMPLETE
-from darekit.search.baselines import BASE, SINGLE, Baseline
-from darekit.search.data import Limit, Search
-from darekit.search.folders import Folder, Line
-from darekit.search.racing import Bound, Goal, Race, front_of
-from darekit.search.sheets import Sheet, firsts_of
+from darekit.searches.asking import COMPLETE
+from darekit.searches.baselines import BASE, SINGLE, Baseline
+from darekit.searches.data import Limit, Search
+from darekit.searches.folders import Folder, Line
+from darekit.searches.racing import Bound, Goal, Race, front_of
+from darekit.searches.sheets import Sheet, firsts_of
 from darekit.trials.judging import MEAN, judge_in
 
 

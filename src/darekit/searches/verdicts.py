@@ -12,15 +12,15 @@ from typing import Any
 import yaml
 
 from darekit.recipe import Recipe, read_recipe
-from darekit.search.asking import COMPLETE, FAILED, STOPPED
-from darekit.search.baselines import BASE, Baseline
-from darekit.search.data import TRIALS as DEFAULT
-from darekit.search.data import Search
-from darekit.search.folders import BEST, FORMAT, SUMMARY, TRIAL, Folder, Line
-from darekit.search.racing import Goal
-from darekit.search.sheets import Difference, difference
-from darekit.search.space import dimension_data
-from darekit.search.standings import Standings, hypervolume
+from darekit.searches.asking import COMPLETE, FAILED, STOPPED
+from darekit.searches.baselines import BASE, Baseline
+from darekit.searches.data import TRIALS as DEFAULT
+from darekit.searches.data import Search
+from darekit.searches.folders import BEST, FORMAT, SUMMARY, TRIAL, Folder, Line
+from darekit.searches.racing import Goal
+from darekit.searches.sheets import Difference, difference
+from darekit.searches.space import dimension_data
+from darekit.searches.standings import Standings, hypervolume
 from darekit.trials.files import write_whole
 from darekit.trials.judging import found_in, search_of
 from darekit.trials.settings import data_of
