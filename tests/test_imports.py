@@ -58,7 +58,8 @@ def modules():
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("recommendation", "sweeps", "testing"),
+    ("recommendation", "searches", "sweeps", "testing"),
+    ("trials",),
     ("analysis", "demo", "evaluation", "extraction", "packing", "statistics"),
     ("api", "live", "register"),
     ("memory", "output"),
@@ -68,7 +69,7 @@ FLOORS = (
     ("recipe", "tokens"),
     ("checkpoints",),
     ("kernels",),
-    ("dtypes", "methods", "plotting", "quantised"),
+    ("dtypes", "methods", "plotting", "pools", "quantised"),
     ("architectures", "code", "errors", "machine", "masks", "version", "wording"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}

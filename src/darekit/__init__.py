@@ -22,6 +22,7 @@ _LAZY = {
     "similarity": "analysis.similarities",
     "recommend": "recommendation.advice",
     "sweep": "sweeps.running",
+    "search": "searches.running",
     "evaluate": "evaluation.comparison",
     "generate": "evaluation.generations",
     "pack": "packing.writing",
@@ -99,6 +100,7 @@ __all__ = [
     "recommend",
     "regmean",
     "sce",
+    "search",
     "similarity",
     "slerp",
     "sparsifier",
@@ -153,6 +155,7 @@ if TYPE_CHECKING:
         sparsifier,
     )
     from darekit.recommendation.advice import recommend
+    from darekit.searches.running import search
     from darekit.statistics.running import make_statistics
     from darekit.sweeps.running import sweep
 

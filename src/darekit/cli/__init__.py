@@ -44,6 +44,7 @@ PANELS = {
         "stats": ("statistics", "stats"),
         "eval": ("evaluation", "evaluate"),
         "sweep": ("analysis", "sweep"),
+        "search": ("searching", "search"),
     },
     "See it work": {
         "demo": ("merging", "demo"),

@@ -11,12 +11,11 @@ from typing import Any
 
 from darekit.errors import RecipeError
 from darekit.recipe.documents import suggest
+from darekit.recipe.essence import is_single
 from darekit.sweeps.data import DROP_RATE, SPLITS, UNDROPPED, Axis, Sweep
-from darekit.sweeps.grid import is_single
 from darekit.sweeps.store import OK, Finished
+from darekit.trials.judging import MEAN, judge_in
 from darekit.wording import label
-
-MEAN = "mean"
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Summary:
     @property
     def abilities(self) -> tuple[str, ...]:
         """What a headline shows: the score that settings are chosen by, then each judge's first."""
-        firsts = {_judge(name): name for name in reversed(self.scores) if name != MEAN}
+        firsts = {judge_in(name): name for name in reversed(self.scores) if name != MEAN}
         found = dict.fromkeys((self.score, *(name for name in self.scores if name in firsts.values())))
         return tuple(name for name in found if name)
 
@@ -125,7 +124,7 @@ def unlike(sweep: Sweep, directions: Mapping[str, bool | None]) -> str:
     """Judges whose first scores do not point one way have no mean: by what is compared then, and what to write."""
     firsts: dict[str, str] = {}
     for name in directions:
-        firsts.setdefault(_judge(name), name)
+        firsts.setdefault(judge_in(name), name)
     if sweep.choose or MEAN in directions or len(firsts) < 2:
         return ""
     by, *others = firsts.values()
@@ -141,7 +140,7 @@ def unlike_of(sweep: Sweep, finished: Sequence[Finished]) -> str | None:
     """`unlike` of the cells that are there, as soon as every judge has spoken in one; None before."""
     directions = _directions(sweep, finished)
     judges = {name for named in sweep.judges.values() for name in named}
-    return unlike(sweep, directions) if judges <= {_judge(name) for name in directions} else None
+    return unlike(sweep, directions) if judges <= {judge_in(name) for name in directions} else None
 
 
 def _directions(sweep: Sweep, finished: Sequence[Finished]) -> dict[str, bool | None]:
@@ -151,17 +150,13 @@ def _directions(sweep: Sweep, finished: Sequence[Finished]) -> dict[str, bool | 
     for judge in order:
         for one in finished:
             for scores in one.outcome.scores.values():
-                mine = {name: value["higher_is_better"] for name, value in scores.items() if _judge(name) == judge}
+                mine = {name: value["higher_is_better"] for name, value in scores.items() if judge_in(name) == judge}
                 if mine and one.outcome.status == OK:
                     first.setdefault(judge, next(iter(mine.values())))
                     found |= mine
     if len(first) > 1 and len({*first.values()}) == 1 and None not in first.values():
         return {MEAN: next(iter(first.values())), **found}
     return found
-
-
-def _judge(score: str) -> str:
-    return score.partition("/")[0]
 
 
 def _rows(sweep: Sweep, finished: Sequence[Finished], directions: Mapping[str, bool | None]) -> list[Row]:
@@ -200,7 +195,7 @@ def _mean(scores: Mapping[str, Mapping[str, Any]]) -> float:
     """Over the judges, of each one's first score."""
     first: dict[str, float] = {}
     for name, score in scores.items():
-        first.setdefault(_judge(name), score["value"])
+        first.setdefault(judge_in(name), score["value"])
     return fmean(first.values())
 
 
