@@ -22,6 +22,7 @@ _LAZY = {
     "similarity": "analysis.similarities",
     "recommend": "recommendation.advice",
     "sweep": "sweeps.running",
+    "report": "reports.writing",
     "evaluate": "evaluation.comparison",
     "generate": "evaluation.generations",
     "pack": "packing.writing",
@@ -96,6 +97,7 @@ __all__ = [
     "read_recipe",
     "recommend",
     "regmean",
+    "report",
     "sce",
     "similarity",
     "slerp",
@@ -150,6 +152,7 @@ if TYPE_CHECKING:
         sparsifier,
     )
     from darekit.recommendation.advice import recommend
+    from darekit.reports.writing import report
     from darekit.statistics.running import make_statistics
     from darekit.sweeps.running import sweep
 

@@ -43,6 +43,7 @@ PANELS = {
         "stats": ("statistics", "stats"),
         "eval": ("evaluation", "evaluate"),
         "sweep": ("analysis", "sweep"),
+        "report": ("reports", "report"),
     },
     "See it work": {
         "demo": ("merging", "demo"),

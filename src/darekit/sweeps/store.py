@@ -140,16 +140,24 @@ def _lines(path: Path, raw: bytes) -> Iterator[tuple[dict[str, Any], Outcome]]:
         yield found, outcome
 
 
-def finished_in(path: Path) -> frozenset[str]:
-    """Digests of the cells that a file holds and that did not fail; none where there is no file."""
+def entries_of(path: Path) -> Iterator[tuple[dict[str, Any], Outcome]]:
+    """Each whole line of a file and the outcome in it; none where there is no file.
+
+    Raises:
+        OutputError: it cannot be read, or a line is not a cell.
+    """
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return frozenset()
+        return
     except OSError as error:
         raise OutputError(f"{path} cannot be read: {error.strerror}; choose another OUT") from None
-    whole = raw[: raw.rfind(b"\n") + 1]
-    return frozenset(found["digest"] for found, outcome in _lines(path, whole) if outcome.status == OK)
+    yield from _lines(path, raw[: raw.rfind(b"\n") + 1])
+
+
+def finished_in(path: Path) -> frozenset[str]:
+    """Digests of the cells that a file holds and that did not fail; none where there is no file."""
+    return frozenset(found["digest"] for found, outcome in entries_of(path) if outcome.status == OK)
 
 
 def write_whole(path: Path, text: str) -> None:

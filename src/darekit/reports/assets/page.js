@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+"use strict";
+(function () {
+  const { figures, copies } = JSON.parse(document.getElementById("data").textContent);
+  const root = document.documentElement;
+  const told = document.getElementById("told");
+  const HOVER_LINES = 26; // of a recipe at the pointer; a click copies all of it
+
+  // --- colours: the figures name them, the style sheet has them
+
+  function painted(value, key, colours) {
+    if (Array.isArray(value)) return value.map((one) => painted(one, key, colours));
+    if (value && typeof value === "object") {
+      const found = {};
+      for (const name of Object.keys(value)) found[name] = painted(value[name], name, colours);
+      return found;
+    }
+    if (typeof value === "string" && key.endsWith("color") && /^[a-z]+[0-9]?$/.test(value)) {
+      return colours.getPropertyValue("--" + value).trim() || value;
+    }
+    return value;
+  }
+
+  // --- at the pointer: the point's own lines, then its recipe
+
+  function escaped(text) {
+    return text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  }
+
+  function withRecipe(says, at) {
+    if (Array.isArray(says)) return says.map((one, i) => withRecipe(one, at[i]));
+    if (at === null || at === undefined || copies[at][2] !== "recipe") return says;
+    let lines = copies[at][1].trimEnd().split("\n");
+    if (lines.length > HOVER_LINES) lines = lines.slice(0, HOVER_LINES - 1).concat("…");
+    // A line's first spaces would be lost.
+    return says + "<br> <br>" + lines.map((line) => escaped(line).replace(/^ +/, (s) => "\u00a0".repeat(s.length))).join("<br>");
+  }
+
+  for (const figure of figures) {
+    for (const trace of figure.data) {
+      if (trace.customdata && trace.hovertext) trace.hovertext = withRecipe(trace.hovertext, trace.customdata);
+    }
+  }
+
+  // --- drawing
+
+  const OPTIONS = {
+    responsive: true, displaylogo: false,
+    plotlyServerURL: "", // nothing is ever sent anywhere
+    modeBarButtonsToRemove: ["sendChartToCloud", "select2d", "lasso2d", "autoScale2d", "toggleSpikelines", "hoverClosestCartesian", "hoverCompareCartesian"],
+    toImageButtonOptions: { format: "svg" },
+  };
+
+  function draw(chart) {
+    const figure = figures[Number(chart.dataset.figure)];
+    const colours = getComputedStyle(root);
+    const shown = painted(figure, "", colours);
+    const off = chart.hiddenNames || [];
+    for (const trace of shown.data) if (off.includes(trace.name)) trace.visible = "legendonly";
+    const first = !chart.data;
+    const done = Plotly.react(chart, shown.data, shown.layout, OPTIONS);
+    if (first) {
+      chart.on("plotly_click", (event) => {
+        const at = event.points[0].customdata;
+        if (typeof at === "number") copy(at);
+      });
+    }
+    return done;
+  }
+
+  function drawAll() {
+    return Promise.all([...document.querySelectorAll(".view:not([hidden]) .chart")].map(draw));
+  }
+
+  for (const select of document.querySelectorAll("select[data-views]")) {
+    select.addEventListener("change", () => {
+      const views = select.closest("figure").querySelectorAll(".view");
+      views.forEach((view, i) => { view.hidden = i !== Number(select.value); });
+      views[Number(select.value)].querySelectorAll(".chart").forEach(draw);
+    });
+  }
+
+  for (const key of document.querySelectorAll(".key")) {
+    key.addEventListener("click", () => {
+      const on = key.getAttribute("aria-pressed") !== "true";
+      key.setAttribute("aria-pressed", String(on));
+      const name = escaped(key.dataset.name);
+      for (const chart of key.closest(".view").querySelectorAll(".chart")) {
+        chart.hiddenNames = (chart.hiddenNames || []).filter((one) => one !== name).concat(on ? [] : [name]);
+        draw(chart);
+      }
+    });
+  }
+
+  // --- copying
+
+  let timer = 0;
+  function tell(text) {
+    told.textContent = text;
+    told.classList.add("shown");
+    clearTimeout(timer);
+    timer = setTimeout(() => told.classList.remove("shown"), 3500);
+  }
+
+  // Where the page is a file, some browsers have no clipboard for it, or refuse it.
+  function copyBySelection(text) {
+    const area = document.createElement("textarea");
+    area.value = text;
+    area.setAttribute("readonly", "");
+    area.style.cssText = "position:fixed;top:0;left:0;opacity:0";
+    const before = document.activeElement;
+    document.body.append(area);
+    area.select();
+    let done = false;
+    try { done = document.execCommand("copy"); } catch { done = false; }
+    area.remove();
+    if (before && before.focus) before.focus({ preventScroll: true });
+    return done;
+  }
+
+  async function copy(at) {
+    const [title, text, what] = copies[at];
+    let done = false;
+    try {
+      await navigator.clipboard.writeText(text);
+      done = true;
+    } catch {
+      done = copyBySelection(text);
+    }
+    root.dataset.copied = done ? String(at) : "";
+    tell(done ? `Copied the ${what} of ${title}` : `This browser does not allow copying: the ${what} of ${title} is\n${text}`);
+  }
+
+  for (const button of document.querySelectorAll("button[data-copy]")) {
+    button.addEventListener("click", () => copy(Number(button.dataset.copy)));
+  }
+
+  // --- tables: a click on a heading sorts
+
+  function valueOf(row, at) {
+    const text = row.cells[at].textContent.trim();
+    const number = parseFloat(text.replace(/[\u2212]/g, "-").replace(/,/g, ""));
+    return Number.isNaN(number) ? text : number;
+  }
+
+  for (const button of document.querySelectorAll("button[data-sort]")) {
+    button.addEventListener("click", () => {
+      const head = button.closest("th");
+      const body = head.closest("table").tBodies[0];
+      const at = Number(button.dataset.sort);
+      const down = head.getAttribute("aria-sort") === "descending" ? 1 : -1;
+      for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", down < 0 ? "descending" : "ascending");
+      const rows = [...body.rows].map((row) => [valueOf(row, at), row]);
+      rows.sort(([a], [b]) => {
+        if (a === b) return 0;
+        if (a === "" || b === "") return a === "" ? 1 : -1; // what is missing stays last
+        if (typeof a === typeof b) return down * (a < b ? -1 : 1);
+        return typeof a === "number" ? -1 : 1;
+      });
+      body.append(...rows.map(([, row]) => row));
+    });
+  }
+
+  // --- light and dark
+
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const toggle = document.getElementById("theme");
+  function isDark() {
+    return root.dataset.theme ? root.dataset.theme === "dark" : system.matches;
+  }
+  function stored(value) {
+    try {
+      if (value) localStorage.setItem("darekit-theme", value);
+      return localStorage.getItem("darekit-theme");
+    } catch {
+      return null; // some browsers keep nothing for files
+    }
+  }
+  function name() {
+    document.getElementById("theme-word").textContent = isDark() ? "Light" : "Dark";
+    toggle.setAttribute("aria-label", isDark() ? "Use light colours" : "Use dark colours");
+  }
+  const chosen = stored();
+  if (chosen === "dark" || chosen === "light") root.dataset.theme = chosen;
+  toggle.hidden = false;
+  name();
+  toggle.addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    stored(root.dataset.theme);
+    name();
+    drawAll();
+  });
+  system.addEventListener("change", () => { name(); drawAll(); });
+
+  // Paper is white.
+  let before;
+  addEventListener("beforeprint", () => {
+    before = root.dataset.theme;
+    root.dataset.theme = "light";
+    drawAll();
+  });
+  addEventListener("afterprint", () => {
+    if (before) root.dataset.theme = before;
+    else delete root.dataset.theme;
+    drawAll();
+  });
+
+  drawAll().then(() => { root.dataset.ready = "true"; });
+})();
