@@ -23,14 +23,15 @@ def score(value, items, higher=True):
 
 
 def recipe(params):
+    method = params.get("merge_method", "task_arithmetic")
     weights = [params.get(f"models.0.parameters.weight[{i}]", 1.0) for i in range(4)]
     return {
         "base_model": "base",
         "models": [{"model": "math", "parameters": {"weight": weights}}, {"model": "chat", "parameters": {}}],
         "sparsify": {"method": "dare", "drop_rate": params.get("sparsify.drop_rate", 0.0), "on": "delta", "seed": 0,
                      "keep_dense": []},
-        "merge_method": params.get("merge_method", "task_arithmetic"),
-        "parameters": {"lambda": params.get("parameters.lambda", 1.0)},
+        "merge_method": method,
+        "parameters": {"lambda": params.get("parameters.lambda", 1.0)} if method != "linear" else {},
         "vocab": "strict",
     }  # fmt: skip
 
@@ -89,7 +90,10 @@ def write_search(folder, count=300, goals=("mean",), seed=0, finished=True, chan
     (folder / "search.json").write_text(json.dumps({"format": "darekit-search-1", "name": "abilities", **question}))
     if not finished:
         return folder
-    complete = [line for line in lines if line["kind"] == "trial" and line["state"] == "complete"]
+    complete = [
+        line for line in lines
+        if line["kind"] == "trial" and line["state"] == "complete" and line["scores"][goals[0]]["value"] is not None
+    ]  # fmt: skip
     best = max(complete, key=lambda line: line["scores"][goals[0]]["value"], default=None)
     chosen = None
     if best is not None:

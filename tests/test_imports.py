@@ -69,7 +69,7 @@ FLOORS = (
     ("kernels", "recipe", "tokens"),
     ("checkpoints",),
     ("dtypes", "methods", "plotting"),
-    ("architectures", "code", "errors", "machine", "masks", "version", "wording"),
+    ("architectures", "code", "errors", "machine", "masks", "notebooks", "version", "wording"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 
@@ -162,7 +162,8 @@ def test_the_root_holds_few_modules():
     """What everybody imports, and what nobody looks for in a room."""
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "_version"}
     assert loose == {
-        "api", "code", "dtypes", "errors", "machine", "masks", "memory", "plotting", "register", "version", "wording",
+        "api", "code", "dtypes", "errors", "machine", "masks", "memory", "notebooks", "plotting", "register", "version",
+        "wording",
     }  # fmt: skip
 
 

@@ -84,6 +84,16 @@ class Comparison:
     def __repr__(self) -> str:
         return brief(self, f"{', '.join(one.model for one in self.evaluations)}; scores: {', '.join(self.names)}")
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every score of every model."""
+        from darekit.notebooks import shown_as_html
+
+        rows = [
+            (one.model, *("failed" if one.error is not None else shown(one.scores.get(name)) for name in self.names))
+            for one in self.evaluations
+        ]
+        return shown_as_html("Evaluation", header=("model", *self.names), rows=rows)
+
     @property
     def failed(self) -> bool:
         """Whether a model has no scores."""

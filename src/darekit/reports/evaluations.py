@@ -9,10 +9,10 @@ from pathlib import Path
 
 from darekit.evaluation.comparison import CLEAR, best_of, shown
 from darekit.evaluation.folders import EvaluationFolder, read_evaluation_folder
+from darekit.recipe.texts import recipe_text
 from darekit.reports.charts import Point, dots
 from darekit.reports.drawing import draw_dots
 from darekit.reports.page import Copy, Number, Page, Plot, Section, Table, View
-from darekit.reports.recipes import recipe_text
 from darekit.wording import and_, distinct_labels
 
 _WORDS = {

@@ -205,7 +205,7 @@ def _plot(plot: Plot, figures: list[Any], number: Any) -> Iterator[str]:
             wide = figure["layout"].get("meta", {}).get("wide")
             size = f"min-height:{height}px" + (f";min-width:{int(wide)}px" if wide else "")
             yield (
-                f'<div>{head}<div class="chart" role="img" aria-label="{label}. {escape(plot.how)}" '
+                f'<div>{head}<div class="chart" role="group" aria-label="{label}. {escape(plot.how)}" '
                 f'data-figure="{len(figures)}" style="{size}"></div></div>'
             )
             figures.append(figure)

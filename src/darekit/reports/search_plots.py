@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from darekit.recipe.texts import recipe_text
 from darekit.reports.charts import LOOKS, Line, Point, Strand, Upright, bars, curves, hover, parallel, plain
 from darekit.reports.importance import importance_of
 from darekit.reports.page import MINUS, Copy, Figure, Key, Plot, View
-from darekit.reports.recipes import recipe_text
 from darekit.reports.sweeps import number_of, range_of
 from darekit.reports.trials import COMPLETE, FAILED, STOPPED, Goal, SearchFolder, Trial, number, parts_of
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from darekit.recipe.texts import recipe_text
 from darekit.reports.drawing import draw_search
 from darekit.reports.page import MINUS, Copy, Number, Page, Section, Table
-from darekit.reports.recipes import recipe_text
 from darekit.reports.search_plots import (
     Found,
     by_importance,

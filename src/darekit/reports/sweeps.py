@@ -12,9 +12,9 @@ from statistics import fmean
 from typing import Any
 
 from darekit.errors import RecipeError
+from darekit.recipe.texts import recipe_text
 from darekit.reports.charts import Line, Point, Square, curves, heat_map, ticks_of
 from darekit.reports.page import MINUS, Copy, Key, Number, Page, Plot, Section, Table, View
-from darekit.reports.recipes import recipe_text
 from darekit.sweeps.data import SPLITS, Axis, Sweep
 from darekit.sweeps.drawing import draw_sweep
 from darekit.sweeps.folders import SweepFolder, read_sweep_folder

@@ -210,6 +210,14 @@ def _lock(descriptor: int, out: Path) -> None:
         return
 
 
+def _number(outcome: Outcome, split: str, name: str) -> str:
+    score = outcome.scores.get(split, {}).get(name)
+    if score is None:
+        return ""
+    error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
+    return f"{score['value']:.3f}{error}"
+
+
 @dataclass(frozen=True)
 class SweepResult:
     """All cells of a sweep with their outcomes.
@@ -231,6 +239,25 @@ class SweepResult:
     def __repr__(self) -> str:
         failed = f", {len(self.failed)} failed" if self.failed else ""
         return brief(self, f"{self.sweep.name}, {len(self.finished)} cells{failed}, results in {self.out}")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each cell with its scores."""
+        from darekit.notebooks import shown_as_html
+
+        names = dict.fromkeys(
+            (split, name) for split in reversed(SPLITS) for one in self.finished
+            for name in one.outcome.scores.get(split, {})
+        )  # fmt: skip
+        rows = [
+            (one.cell.title, one.outcome.status, *(_number(one.outcome, split, name) for split, name in names))
+            for one in self.finished
+        ]
+        header = ("cell", "", *(f"{name}, {split}" for split, name in names))
+        return shown_as_html(
+            f"Sweep {self.sweep.name}: {len(self.finished)} cells, {len(self.failed)} failed",
+            [("results", str(self.out)), ("page", f'dk.report("{self.out}")')],
+            header=header, rows=rows, words=2, notes=self.notes,
+        )  # fmt: skip
 
     @property
     def failed(self) -> tuple[Finished, ...]:

@@ -58,7 +58,18 @@
     const off = chart.hiddenNames || [];
     for (const trace of shown.data) if (off.includes(trace.name)) trace.visible = "legendonly";
     const first = !chart.data;
-    const done = Plotly.react(chart, shown.data, shown.layout, OPTIONS);
+    const done = Plotly.react(chart, shown.data, shown.layout, OPTIONS).then(() => {
+      // One picture with a name for screen readers; its parts have none, and the tables have the numbers.
+      chart.querySelectorAll("svg.main-svg").forEach((svg, i) => {
+        if (i === 0) {
+          svg.setAttribute("role", "img");
+          svg.setAttribute("aria-label", chart.getAttribute("aria-label"));
+        } else {
+          svg.setAttribute("aria-hidden", "true");
+        }
+      });
+      document.querySelectorAll("#js-plotly-tester, .modebar svg").forEach((svg) => svg.setAttribute("aria-hidden", "true"));
+    });
     if (first) {
       chart.on("plotly_click", (event) => {
         const at = event.points[0].customdata;
