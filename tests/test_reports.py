@@ -607,7 +607,7 @@ def test_three_hundred_trials_are_quick_and_small(tmp_path):
 def test_importance_finds_what_decides(tmp_path):
     pytest.importorskip("optuna")
     from darekit.reports.importance import importance_of
-    from darekit.reports.trials import read_search_folder
+    from darekit.reports.search_folder import read_search_folder
 
     read = read_search_folder(write_search(tmp_path / "s", 120))
     found, measure = importance_of(read.trials, read.space, read.goals[0])

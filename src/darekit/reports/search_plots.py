@@ -14,7 +14,7 @@ from darekit.reports.charts import LOOKS, Line, Point, Strand, Upright, bars, cu
 from darekit.reports.importance import importance_of
 from darekit.reports.page import MINUS, Copy, Figure, Key, Plot, View
 from darekit.reports.sweeps import number_of, range_of
-from darekit.reports.trials import COMPLETE, FAILED, STOPPED, Goal, SearchFolder, Trial, number, parts_of
+from darekit.reports.search_folder import COMPLETE, FAILED, STOPPED, Goal, SearchFolder, Trial, number, parts_of
 
 BEST_SO_FAR = 6  # its look
 

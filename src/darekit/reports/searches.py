@@ -28,7 +28,7 @@ from darekit.reports.search_plots import (
     state_of,
 )
 from darekit.reports.sweeps import judge_words, number_of
-from darekit.reports.trials import COMPLETE, FAILED, STOPPED, SUMMARY, SearchFolder, Trial, number, read_search_folder
+from darekit.reports.search_folder import COMPLETE, FAILED, STOPPED, SUMMARY, SearchFolder, Trial, number, read_search_folder
 
 _ROLES = {"best_single": "best single model", "best_plain": "best plain merge"}
 
