@@ -160,9 +160,7 @@ def pasted(browser):
 
 
 def hovered(browser):
-    return until(lambda: browser.execute_script(
-        "return [...document.querySelectorAll('.hoverlayer .hovertext')].map(e => e.textContent).join('|')"
-    ))  # fmt: skip
+    return until(lambda: browser.find_element(By.ID, "tip").text)
 
 
 KINDS = ("sweep", "search", "goals", "evaluation", "inspection")
@@ -206,6 +204,26 @@ def test_the_pointer_shows_a_recipe_and_a_click_copies_it(kind, pages, show):
     text = pasted(browser)
     recipe = read_recipe(yaml.safe_load(text))
     assert recipe.models and recipe.merge_method in said
+
+
+def test_a_long_recipe_is_shown_beside_a_small_plot(tmp_path, show):
+    """plotly's own text at the pointer vanishes where it is taller than the plot."""
+    folder = write_evaluation(tmp_path / "e")
+    asked = json.loads((folder / "asked.json").read_text())
+    weights = [{"filter": f"layers.{i}.*", "value": i / 10} for i in range(22)]
+    for one in asked["models"]:
+        one["recipe"]["models"] = [{"model": "math", "parameters": {"weight": weights}}]
+    (folder / "asked.json").write_text(json.dumps(asked))
+    for width in (1280, 390):
+        browser = show(dk.report(folder).page, width=width)
+        chart = box(browser, ".chart")
+        point(browser, ".scatterlayer .points path.point", 1)
+        assert "layers.21.*" in hovered(browser)
+        seen = browser.execute_script(
+            "const r = document.getElementById('tip').getBoundingClientRect();"
+            "return [r.left, r.top, innerWidth - r.right, innerHeight - r.bottom, r.height]"
+        )
+        assert min(seen[:4]) >= 0 and seen[4] > chart["height"]
 
 
 def test_a_click_on_a_square_copies_its_tensor(pages, show):

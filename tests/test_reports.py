@@ -175,7 +175,7 @@ def test_plotly_accepts_every_figure(page):
         assert finite(figure)
         go.Figure(painted(figure))  # raises at a word that plotly does not know
         for trace in figure["data"]:
-            lengths = {len(trace[key]) for key in ("x", "y", "customdata", "hovertext")
+            lengths = {len(trace[key]) for key in ("x", "y", "customdata")
                        if isinstance(trace.get(key), list) and trace["type"] == "scatter"}  # fmt: skip
             assert len(lengths) <= 1, trace.get("name")
     with pytest.raises(ValueError, match="colour"):
@@ -270,11 +270,12 @@ def test_nothing_from_data_becomes_a_tag(tmp_path):
         assert not any(tag in ("img", "b") or "onerror" in attrs for tag, attrs in found.tags)
         # The only scripts are the page's own: the same as on a page without any data.
         assert html.count("<script") == plain.count("<script") and html.count("</script") == plain.count("</script")
-        # At the pointer plotly reads tags, so there must be none in what it gets.
+        # plotly reads tags in labels and names, so there must be none in what it gets. (`customdata` is shown as text.)
         data = data_in(html)
         for figure in data["figures"]:
             for trace in figure["data"]:
-                texts = json.dumps([trace.get(key) for key in ("hovertext", "name", "text", "x", "y")])
+                texts = json.dumps([trace.get(key) for key in ("name", "text", "x", "y")])
+                assert trace["hoverinfo"] in ("none", "skip") and "hovertext" not in trace
                 assert "<img" not in texts and "<b>" not in texts
             axes = json.dumps(figure["layout"])
             assert "<img" not in axes and "<b>" not in axes
@@ -548,6 +549,14 @@ def test_a_search_that_goes_on(tmp_path, dare):
         file.write('{"kind": "trial", "tri')
     page = search_page(folder)
     assert page.state.startswith("12 trials so far, and no summary.json")
+    lines = (folder / "trials.jsonl").read_text().splitlines(keepends=True)
+    write_search(folder, 8)
+    with (folder / "trials.jsonl").open("a") as file:
+        file.writelines(lines[13:17])
+    assert search_page(folder).state.startswith("12 trials so far, and summary.json knows 8 of them")
+    write_search(folder, 12, finished=False)
+    (folder / "summary.json").unlink()
+    page = search_page(folder)
     assert page.verdict.startswith("Best so far on validation: trial ")
     assert dare("report", folder).code == 0
 

@@ -2,7 +2,8 @@
 """Plots as data for plotly: points that know what a click on them copies.
 
 Colours are names of the page's style sheet (`c1`, `ink`, `grid`), so that one figure serves light and dark; the page's
-script puts the values in. A point's `customdata` is its `Copy`; `markup` replaces it by a number.
+script puts the values in. A point's `customdata` is its `Copy`, which `markup` replaces by a number, and what the page
+shows at the pointer. plotly's own text there is turned off: it drops one that is taller than the plot, as recipes are.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ HEIGHT = 360  # pixels of a panel
 
 SCALE_STEPS = 11
 
-_MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"
 _SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 # cividis (Nunez, Anderton and Renslow 2018) and PuOr (ColorBrewer) at even steps, as matplotlib has them.
@@ -66,20 +66,21 @@ class Line:
     points: tuple[Point, ...]
     look: int
     joined: bool = True
-
-
-def hover(lines: Sequence[str]) -> str:
-    """Lines as plotly shows them at the pointer: it reads tags, so data must not hold any.
-
-    >>> hover(["<b>", "0.5"])
-    '&lt;b&gt;<br>0.5'
-    """
-    return "<br>".join(plain(line) for line in lines)
+    size: int = 8
 
 
 def plain(text: Any) -> str:
-    """Text that plotly shows as it is."""
+    """Text that plotly shows as it is: it reads tags in names, titles and labels.
+
+    >>> plain("<b>math</b>")
+    '&lt;b&gt;math&lt;/b&gt;'
+    """
     return escape(str(text), quote=False)
+
+
+def at_pointer(says: Sequence[str], copy: Copy | None = None) -> list[Any]:
+    """A point's `customdata`: what a click copies, and lines that are shown as they are."""
+    return [copy, "\n".join(says)]
 
 
 def layout(x: Mapping[str, Any] | None = None, y: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -90,10 +91,6 @@ def layout(x: Mapping[str, Any] | None = None, y: Mapping[str, Any] | None = Non
         "paper_bgcolor": "none",
         "plot_bgcolor": "none",
         "font": {"family": _SANS, "size": 13, "color": "ink"},
-        "hoverlabel": {
-            "bgcolor": "raised", "bordercolor": "line", "align": "left", "namelength": -1,
-            "font": {"family": _MONO, "size": 12, "color": "ink"},
-        },
         "hovermode": "closest",
         "dragmode": "zoom",
         "showlegend": False,
@@ -152,8 +149,8 @@ def _level(name: str, height: float, look: int, sides: Sequence[float]) -> dict[
     colour, dash, _ = LOOKS[look % len(LOOKS)]
     places = [sides[0] + (sides[1] - sides[0]) * i / 20 for i in range(21)]  # so that it can be pointed at
     return {"type": "scatter", "name": plain(name), "mode": "lines", "x": places, "y": [height] * 21,
-            "line": {"color": colour, "dash": dash, "width": 1.5}, "hoverinfo": "text",
-            "hovertext": hover((f"{name}: {height:.4g}",))}  # fmt: skip
+            "line": {"color": colour, "dash": dash, "width": 1.5}, "hoverinfo": "none",
+            "customdata": [at_pointer((f"{name}: {height:.4g}",))] * 21}  # fmt: skip
 
 
 def _trace(line: Line) -> dict[str, Any]:
@@ -162,7 +159,8 @@ def _trace(line: Line) -> dict[str, Any]:
     trace: dict[str, Any] = {
         "type": "scatter", "name": plain(line.name), "mode": "lines+markers" if line.joined else "markers",
         "x": [point.x for point in points], "y": [point.y for point in points],
-        "line": {"color": colour, "dash": dash, "width": 2}, "marker": {"color": colour, "symbol": symbol, "size": 8},
+        "line": {"color": colour, "dash": dash, "width": 2},
+        "marker": {"color": colour, "symbol": symbol, "size": line.size},
         **pointed(points),
     }  # fmt: skip
     if any(point.error for point in points):
@@ -173,8 +171,7 @@ def _trace(line: Line) -> dict[str, Any]:
 
 def pointed(points: Sequence[Point]) -> dict[str, Any]:
     """What shows at the pointer, and what a click copies."""
-    return {"hovertext": [hover(point.says) for point in points], "hoverinfo": "text",
-            "customdata": [point.copy for point in points]}  # fmt: skip
+    return {"hoverinfo": "none", "customdata": [at_pointer(point.says, point.copy) for point in points]}
 
 
 def dots(names: Sequence[str], points: Sequence[Point], x: Mapping[str, Any], look: int = 0) -> Figure:
@@ -197,8 +194,8 @@ def bars(names: Sequence[str], values: Sequence[float], x: Mapping[str, Any], lo
     """A bar for each name, from left to right, in the order given; values are shares."""
     trace = {
         "type": "bar", "orientation": "h", "x": [finite(v) for v in values], "y": [plain(n) for n in names],
-        "marker": {"color": LOOKS[look][0]}, "hoverinfo": "text", "text": [f"{100 * v:.2g} %" for v in values],
-        "hovertext": [hover((n, f"{100 * v:.3g} %")) for n, v in zip(names, values, strict=True)],
+        "marker": {"color": LOOKS[look][0]}, "hoverinfo": "none", "text": [f"{100 * v:.2g} %" for v in values],
+        "customdata": [at_pointer((n, f"{100 * v:.3g} %")) for n, v in zip(names, values, strict=True)],
         "textposition": "outside",
         "cliponaxis": False, "textfont": {"color": "soft"},
     }  # fmt: skip
@@ -250,8 +247,8 @@ def heat_map(
         "z": [[None if s is None else scaled(s.value) for s in row] for row in grid],
         "zmin": first, "zmax": last if last > first else first + 1e-9, "xgap": 1.5, "ygap": 1.5,
         "colorscale": [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)],
-        "hovertext": [["" if s is None else hover(s.says) for s in row] for row in grid], "hoverinfo": "text",
-        "customdata": [[None if s is None else s.copy for s in row] for row in grid], "hoverongaps": False,
+        "customdata": [[at_pointer(s.says, s.copy) if s else at_pointer(()) for s in row] for row in grid],
+        "hoverinfo": "none", "hoverongaps": False,
         "colorbar": {"title": {"text": plain(bar), "side": "right", "font": {"color": "soft", "size": 12}},
                      "thickness": 10, "outlinewidth": 0, "tickfont": {"color": "soft", "size": 11}, "len": 0.9,
                      **(_decades(low, high) if log else {})},
@@ -327,9 +324,9 @@ def parallel(uprights: Sequence[Upright], paths: Sequence[Strand]) -> Figure:
     ]
     names = [plain(upright.name) for upright in uprights]
     x_axis = {"grid": False, "tickmode": "array", "tickvals": [*range(len(uprights))], "ticktext": names,
-              "tickangle": -25 if sum(map(len, names)) > 80 else 0, "range": [-0.15, len(uprights) - 0.4],
+              "tickangle": 25 if sum(map(len, names)) > 80 else 0, "range": [-0.15, len(uprights) - 0.4],
               "showline": False}  # fmt: skip
     y_axis = {"grid": False, "showticklabels": False, "ticks": "", "showline": False, "range": [-0.06, 1.06]}
     figure = layout(x_axis, y_axis, annotations=marks, shapes=shapes, height=420, meta={"wide": 90 * len(uprights)})
-    figure["margin"] = {**figure["margin"], "l": 16, "t": 28}
+    figure["margin"] = {**figure["margin"], "l": 16, "t": 28, "r": 64}
     return {"data": data, "layout": figure}

@@ -85,6 +85,8 @@ def _scatter(axes: Any, points: Sequence[tuple[Any, float, bool]]) -> None:
     for complete, name, index in ((False, "stopped", 1), (True, "all items", 0)):
         chosen = [(x, y) for x, y, whole in points if whole == complete]
         look = plotting.line_style(index)
+        if chosen and any(isinstance(x, str) for x, _ in chosen):
+            axes.margins(x=0.3)
         if chosen:
             axes.plot([x for x, _ in chosen], [y for _, y in chosen], color=look["color"], marker=look["marker"],
                       linestyle="none", markersize=4.5, alpha=0.7, label=name)  # fmt: skip

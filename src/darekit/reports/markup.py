@@ -151,6 +151,7 @@ def _body(page: Page, figures: list[Any], number: Any) -> Iterator[str]:
     yield (
         f"</main>\n<footer><p>Written by <code>dare report</code>, darekit {escape(__version__)}. Everything is in "
         "this file: it loads nothing. Drag in a plot to zoom, double-click to zoom out.</p></footer>"
+        '\n<div id="tip" aria-hidden="true" hidden></div>'
         '\n<div id="told" role="status" aria-live="polite"></div>\n'
     )
 

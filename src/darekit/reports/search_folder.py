@@ -85,6 +85,7 @@ class SearchFolder:
         space: dimension -> {low, high, log, step} or {choices}.
         question: what was asked, in the words of `summary.json`.
         summary: what was found; empty while it is not written.
+        text: of the search file; empty where it is not known.
     """
 
     name: str
@@ -94,6 +95,7 @@ class SearchFolder:
     space: Mapping[str, Mapping[str, Any]]
     question: Mapping[str, Any]
     summary: Mapping[str, Any]
+    text: str = ""
 
     def best(self) -> Trial | None:
         """The trial that validation chose."""
@@ -114,7 +116,9 @@ def read_search_folder(out: Path) -> SearchFolder:
     """
     asked, summary = _json(out / QUESTION), _json(out / SUMMARY)
     found = [*_trials(out / TRIALS).values()]
-    question = summary.get("question") or asked.get("question") or asked
+    question = {**asked, **(summary.get("question") or {})}
+    for split in ("validation", "test"):  # with what judges, where the record has more than names
+        question[split] = asked.get(split) or question.get(split)
     space = {str(key): dict(one) for key, one in dict(question.get("space") or {}).items() if isinstance(one, Mapping)}
     trials = tuple(sorted((one for one in found if one.number is not None), key=lambda one: one.number or 0))
     baselines = tuple(one for one in found if one.number is None)
@@ -123,7 +127,8 @@ def read_search_folder(out: Path) -> SearchFolder:
         for one in question.get("goals") or () if isinstance(one, Mapping) and "score" in one
     )  # fmt: skip
     name = str(summary.get("name") or asked.get("name") or asked.get("search") or out.resolve().name)
-    return SearchFolder(name, trials, baselines, goals or _goals(found), space, question, summary)
+    return SearchFolder(name, trials, baselines, goals or _goals(found), space, question, summary,
+                        str(asked.get("text") or ""))  # fmt: skip
 
 
 def _goals(found: list[Trial]) -> tuple[Goal, ...]:

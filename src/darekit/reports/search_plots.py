@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from darekit.recipe.texts import recipe_text
-from darekit.reports.charts import LOOKS, Line, Point, Strand, Upright, bars, curves, hover, parallel, plain
+from darekit.reports.charts import LOOKS, Line, Point, Strand, Upright, bars, curves, parallel, plain, pointed
 from darekit.reports.importance import importance_of
 from darekit.reports.page import MINUS, Copy, Figure, Key, Plot, View
-from darekit.reports.sweeps import number_of, range_of
 from darekit.reports.search_folder import COMPLETE, FAILED, STOPPED, Goal, SearchFolder, Trial, number, parts_of
+from darekit.reports.sweeps import number_of, range_of
 
 BEST_SO_FAR = 6  # its look
 
+_SIZES = (8, 6, 8)  # of marks: what was stopped is less certain
 _AXES = 10  # of parallel coordinates; more cannot be told apart
 _BEST = 0.1  # share of the trials that counts as among the best
 
@@ -71,15 +72,15 @@ def dimensions(read: SearchFolder) -> list[str]:
     return [n for n in names if len({repr(one.params[n]) for one in read.trials if n in one.params}) > 1]
 
 
-def _groups(read: SearchFolder) -> list[tuple[str, list[Trial]]]:
-    """Trials by how far they came, complete ones first."""
-    groups: dict[str, list[Trial]] = {}
-    for one in sorted(read.trials, key=lambda one: (one.state != COMPLETE, -one.share)):
-        if one.state == COMPLETE:
-            groups.setdefault("all items" if one.feasible is not False else "breaks a constraint", []).append(one)
-        elif one.state == STOPPED:
-            groups.setdefault(state_of(one), []).append(one)
-    return list(groups.items())
+def _groups(read: SearchFolder) -> list[tuple[str, int, list[Trial]]]:
+    """(name, look, trials) of those that came to the end, that were stopped, and that may not win."""
+    allowed = [one for one in read.trials if one.state == COMPLETE and one.feasible is not False]
+    groups = (
+        ("all items", 0, allowed),
+        ("stopped", 1, [one for one in read.trials if one.state == STOPPED]),
+        ("breaks a constraint", 2, [one for one in read.trials if one.state == COMPLETE and one.feasible is False]),
+    )
+    return [group for group in groups if group[2]]
 
 
 def course(found: Found) -> Plot | None:
@@ -88,13 +89,13 @@ def course(found: Found) -> Plot | None:
     views = []
     for goal in read.goals:
         lines, keys = [], []
-        for look, (name, trials) in enumerate(_groups(read)):
+        for name, look, trials in _groups(read):
             points = tuple(
                 Point(one.number, one.value(goal.score), found.says(one), found.copy(one)) for one in trials
                 if math.isfinite(one.value(goal.score))
             )  # fmt: skip
             if points:
-                lines.append(Line(name, points, look, joined=False))
+                lines.append(Line(name, points, look, joined=False, size=_SIZES[look]))
                 keys.append(Key(name, look, joined=False))
         if not lines:
             continue
@@ -111,7 +112,7 @@ def course(found: Found) -> Plot | None:
         ]
         views.append(View(goal.score, (("", figure),), tuple(keys)))
     how = (
-        "Each mark is a candidate, by the items that it was asked. Those that were stopped were asked fewer, so their "
+        "Each mark is a candidate, by the items that it was asked: those that were stopped were asked fewer, and their "
         "scores are less certain. Point at one for its recipe, click to copy it."
     )
     return Plot("Scores over trials", how, tuple(views), None, "Goal") if views else None
@@ -167,8 +168,7 @@ def rungs(found: Found) -> Plot | None:
         upward = {"title": f"difference in {goal.score}", "zeroline": True, "zerolinecolor": "soft"}
         figure = curves(shown, {"title": "% of the items", "range": [0, 104]}, upward)
         for trace, (_, _, x, y, points) in zip(figure["data"], lines, strict=True):
-            trace |= {"x": x, "y": y, "opacity": 0.4, "customdata": [p.copy for p in points], "connectgaps": False,
-                      "hovertext": [hover(p.says) for p in points]}  # fmt: skip
+            trace |= {"x": x, "y": y, "opacity": 0.4, "connectgaps": False, **pointed(points)}  # fmt: skip
             trace["line"] = {**trace["line"], "width": 1.2, "dash": "solid"}
             trace["marker"] = {**trace["marker"], "size": 6}
         keys = tuple(Key(name, look) for name, look, *_ in lines)
@@ -200,14 +200,14 @@ def slices(found: Found, names: Sequence[str]) -> Plot | None:
         values = [one.params[name] for one in read.trials if name in one.params]
         places, more = _places(name, read, values)
         lines, keys = [], []
-        for look, (group, trials) in enumerate(_groups(read)):
+        for group, look, trials in _groups(read):
             points = tuple(
                 Point(places[one.params[name]] + _aside(one, more), one.value(goal.score),
                       (*found.says(one), f"{name} {one.params[name]}"), found.copy(one))
                 for one in trials if name in one.params and math.isfinite(one.value(goal.score))
             )  # fmt: skip
             if points:
-                lines.append(Line(group, points, look, joined=False))
+                lines.append(Line(group, points, look, joined=False, size=_SIZES[look]))
                 keys.append(Key(group, look, joined=False))
         if lines:
             label = name if len(read.goals) == 1 else f"{name}: {goal.score}"

@@ -11,6 +11,16 @@ from typing import Any
 from darekit.recipe.texts import recipe_text
 from darekit.reports.drawing import draw_search
 from darekit.reports.page import MINUS, Copy, Number, Page, Section, Table
+from darekit.reports.search_folder import (
+    COMPLETE,
+    FAILED,
+    STOPPED,
+    SUMMARY,
+    SearchFolder,
+    Trial,
+    number,
+    read_search_folder,
+)
 from darekit.reports.search_plots import (
     Found,
     by_importance,
@@ -28,7 +38,6 @@ from darekit.reports.search_plots import (
     state_of,
 )
 from darekit.reports.sweeps import judge_words, number_of
-from darekit.reports.search_folder import COMPLETE, FAILED, STOPPED, SUMMARY, SearchFolder, Trial, number, read_search_folder
 
 _ROLES = {"best_single": "best single model", "best_plain": "best plain merge"}
 
@@ -38,17 +47,21 @@ def search_page(folder: Path) -> Page:
     found = Found(read_search_folder(folder))
     read = found.folder
     verdict, tone, details = _verdict(read)
-    state = ""
+    state, known = "", number((read.summary.get("counts") or {}).get("trials"))
+    if known < len(read.trials):
+        state = (
+            f"{_counted(read)} so far, and {SUMMARY} knows {known:.0f} of them: the search goes on, or was killed. The "
+            "verdict is of before; run the same `dare search` again for a new one."
+        )
     if not read.summary:
         state = (
             f"{_counted(read)} so far, and no {SUMMARY} yet: the search is running, or was killed. Run the same "
             "`dare search` again to continue; what follows may change."
         )
-    source = read.question.get("text") or read.summary.get("text")
     notes = [*_failures(read.trials), *_failures(read.baselines), *map(str, read.summary.get("notes") or ())]
     return Page(
         "Search", read.name, verdict, tone, details, state, tuple(_numbers(found)), tuple(_facts(read)),
-        ("The search file", str(source)) if source else None, tuple(_sections(found)), tuple(notes),
+        ("The search file", read.text) if read.text else None, tuple(_sections(found)), tuple(notes),
     )  # fmt: skip
 
 
@@ -126,6 +139,11 @@ def _facts(read: SearchFolder) -> Iterator[tuple[str, str]]:
     ways = {True: "higher is better", False: "lower is better"}
     if read.goals:
         yield "goals" if len(read.goals) > 1 else "goal", "; ".join(f"{g.score}, {ways[g.higher]}" for g in read.goals)
+    recipe = question.get("recipe")
+    if isinstance(recipe, Mapping):
+        models = [one["model"] if isinstance(one, Mapping) else one for one in recipe.get("models") or ()]
+        yield from [("base", str(recipe["base_model"]))] if recipe.get("base_model") else []
+        yield from [("models", ", ".join(map(str, models)))] if models else []
     for one in question.get("constraints") or ():
         yield "constraint", ", ".join(f"{key} {value}" for key, value in one.items() if value is not None)
     yield from _space(read)
@@ -142,7 +160,7 @@ def _facts(read: SearchFolder) -> Iterator[tuple[str, str]]:
             yield split, ", ".join(map(str, named))
     looks = read.summary.get("test_looks")
     if looks is not None:
-        yield "looks at test", f"{looks}"
+        yield "test used", f"for {looks} choice{'' if looks == 1 else 's'}"
 
 
 def _space(read: SearchFolder) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@
   const { figures, copies } = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const told = document.getElementById("told");
-  const HOVER_LINES = 26; // of a recipe at the pointer; a click copies all of it
+  const TIP_LINES = 30; // of a recipe at the pointer; a click copies all of it
 
   // --- colours: the figures name them, the style sheet has them
 
@@ -23,23 +23,34 @@
 
   // --- at the pointer: the point's own lines, then its recipe
 
+  const tip = document.getElementById("tip");
+
   function escaped(text) {
     return text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   }
 
-  function withRecipe(says, at) {
-    if (Array.isArray(says)) return says.map((one, i) => withRecipe(one, at[i]));
-    if (at === null || at === undefined || copies[at][2] !== "recipe") return says;
-    let lines = copies[at][1].trimEnd().split("\n");
-    if (lines.length > HOVER_LINES) lines = lines.slice(0, HOVER_LINES - 1).concat("…");
-    // A line's first spaces would be lost.
-    return says + "<br> <br>" + lines.map((line) => escaped(line).replace(/^ +/, (s) => "\u00a0".repeat(s.length))).join("<br>");
+  function showTip(point, pointer) {
+    const [at, says] = point.customdata || [null, ""];
+    if (!says) return hideTip();
+    const [head, ...rest] = says.split("\n");
+    const strong = document.createElement("strong");
+    strong.textContent = head;
+    tip.replaceChildren(strong, rest.map((line) => "\n" + line).join(""));
+    if (at !== null && copies[at][2] === "recipe") {
+      const lines = copies[at][1].trimEnd().split("\n");
+      const pre = document.createElement("pre");
+      pre.textContent = lines.slice(0, TIP_LINES).join("\n") + (lines.length > TIP_LINES ? "\n…" : "");
+      tip.append(pre);
+    }
+    tip.hidden = false;
+    const box = tip.getBoundingClientRect();
+    const room = (place, size, whole) => Math.max(8, place + 16 + size < whole ? place + 16 : place - 16 - size);
+    tip.style.left = Math.min(room(pointer.clientX, box.width, innerWidth), innerWidth - box.width - 8) + "px";
+    tip.style.top = Math.min(room(pointer.clientY, box.height, innerHeight), innerHeight - box.height - 8) + "px";
   }
 
-  for (const figure of figures) {
-    for (const trace of figure.data) {
-      if (trace.customdata && trace.hovertext) trace.hovertext = withRecipe(trace.hovertext, trace.customdata);
-    }
+  function hideTip() {
+    tip.hidden = true;
   }
 
   // --- drawing
@@ -72,9 +83,11 @@
     });
     if (first) {
       chart.on("plotly_click", (event) => {
-        const at = event.points[0].customdata;
-        if (typeof at === "number") copy(at);
+        const [at] = event.points[0].customdata || [null];
+        if (at !== null) copy(at);
       });
+      chart.on("plotly_hover", (event) => showTip(event.points[0], event.event));
+      chart.on("plotly_unhover", hideTip);
     }
     return done;
   }
@@ -104,6 +117,8 @@
   }
 
   // --- copying
+
+  addEventListener("scroll", hideTip, { passive: true });
 
   let timer = 0;
   function tell(text) {
