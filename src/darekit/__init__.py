@@ -23,6 +23,7 @@ _LAZY = {
     "recommend": "recommendation.advice",
     "sweep": "sweeps.running",
     "search": "searches.running",
+    "report": "reports.writing",
     "evaluate": "evaluation.comparison",
     "generate": "evaluation.generations",
     "pack": "packing.writing",
@@ -99,6 +100,7 @@ __all__ = [
     "read_recipe",
     "recommend",
     "regmean",
+    "report",
     "sce",
     "search",
     "similarity",
@@ -155,6 +157,7 @@ if TYPE_CHECKING:
         sparsifier,
     )
     from darekit.recommendation.advice import recommend
+    from darekit.reports.writing import report
     from darekit.searches.running import search
     from darekit.statistics.running import make_statistics
     from darekit.sweeps.running import sweep

@@ -45,6 +45,7 @@ PANELS = {
         "eval": ("evaluation", "evaluate"),
         "sweep": ("analysis", "sweep"),
         "search": ("searching", "search"),
+        "report": ("reports", "report"),
     },
     "See it work": {
         "demo": ("merging", "demo"),

@@ -184,6 +184,20 @@ class Recipe:
     notes: tuple[str, ...] = field(default=(), compare=False)
     text: str = field(default="", compare=False, repr=False)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from darekit.notebooks import shown_as_html
+        from darekit.recipe.texts import recipe_text
+
+        facts = [("base", self.base_model)] if self.base_model is not None else []
+        facts += [("models", ", ".join(entry.model for entry in self.models))]
+        if self.sparsify is not None:
+            rate = self.sparsify.parameters.get("drop_rate")
+            facts.append(("sparsify", self.sparsify.method + ("" if rate is None else f", drop rate {to_data(rate)}")))
+        facts.append(("merge", self.merge_method))
+        text = recipe_text(self.to_data())
+        return shown_as_html("Recipe", facts, notes=self.notes, source=("as YAML", text))
+
     def to_data(self) -> dict[str, Any]:
         """The recipe as JSON-able data in native form: `read_recipe` of it gives an equal recipe."""
         data: dict[str, Any] = {"stages": {name: one.to_data() for name, one in self.stages}} if self.stages else {}
