@@ -211,7 +211,7 @@ RULES = {
     ),
     "plotly only where pages are made, Optuna only where settings are searched": lambda name, one: (
         not within(one, "plotly", "optuna")
-        or within(name, "darekit.search")
+        or within(name, "darekit.searches")
         or (within(one, "plotly") and within(name, "darekit.reports.markup"))
         or (within(one, "optuna") and within(name, "darekit.reports.importance"))
     ),
