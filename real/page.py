@@ -639,7 +639,8 @@ def draw_packs(results: Results, page: Path) -> None:
     if not models:
         raise KeyError("packs")
     with plotting.settings():
-        figure, axes = plotting.new_figure(1, len(models), width=4.6, height=4.4, extra=0.9)
+        extra = 0.9 if len(models) > 1 else 1.7  # the legend in two lines, or in five
+        figure, axes = plotting.new_figure(1, len(models), width=4.6, height=4.4, extra=extra)
         kinds = {"pack": lambda t: "bit, p" in t and "kept" not in t, "embeddings and norms kept": lambda t: "kept" in t,
                  "1 bit dense (BitDelta)": lambda t: "BitDelta" in t, "lossless": lambda t: t == "lossless",
                  "magnitude and positions": lambda t: t.startswith("magnitude")}  # fmt: skip
@@ -662,7 +663,7 @@ def draw_packs(results: Results, page: Path) -> None:
             plot.set_ylim(-3, 103)
         axes[0][0].set_ylabel("exact match on test, %")
         handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3 if len(models) > 1 else 1)
         plotting.save(figure, page / "packs")
         (page / "packs.svg").unlink(missing_ok=True)
 
