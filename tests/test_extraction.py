@@ -187,8 +187,10 @@ def test_a_rank_limit_holds_a_budget_back(made, tmp_path, dare):
 
 
 @pytest.mark.parametrize("options", [{"rank": 4}, {"error": 0.5}, {"rank": 4, "dtype": "bfloat16"}])
-def test_threads_change_no_byte(made, tmp_path, options):
-    path, _ = made("Qwen3MoeForCausalLM")
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "LlamaForCausalLM"])
+def test_threads_change_no_byte(made, tmp_path, options, name):
+    wide = {"hidden_size": 160, "intermediate_size": 224} if name.startswith("Llama") else {}  # not LAPACK's alone
+    path, _ = made(name, **wide)
     files = []
     for threads in (1, 3):
         dk.extract(path / "base", path / "m1", tmp_path / str(threads), threads=threads, **options)
