@@ -438,28 +438,25 @@ class AdaptedSource:
 
     def _round_into(self, out: Bytes, start: int, count: int) -> None:
         number = np.float64 if self._dtype.name == "F64" else np.float32
-        if self._delta is not None:
-            raw = np.empty_like(out)
-            self._delta.base.read_into(raw, start * self._dtype.itemsize)
-            if self._dtype.name == "BF16" and self._delta.base is self.base.source and self._in_one(start, count):
-                (left, right), size = self._pair(), self.change.matrices[1] * self.change.matrices[2]
-                matrix, at = divmod(start, size)
-                work: Array = np.empty((2, count), np.float32)
-                self._refuse(
-                    add_low_rank_bf16(raw.view(np.uint16), left[matrix], right[matrix], at, out.view(np.uint16), work)
-                )
-                return
-            base: Floats = np.empty(count, number)
-            kernels.widen(raw, self._dtype, base)
-            product: Array = np.empty(count, np.float32)
-            self.product_into(product, start)
-            self._refuse(
-                kernels.add_round(raw, self._dtype, base, product.astype(number, copy=False), 1.0, self._dtype, out)
-            )
+        change: Array = np.empty(count, np.float32)
+        if self._delta is None:
+            self.values_into(change, start)
+            self._refuse(kernels.round_to(change.astype(number, copy=False), self._dtype, out))
             return
-        values: Array = np.empty(count, np.float32)
-        self.values_into(values, start)
-        self._refuse(kernels.round_to(values.astype(number, copy=False), self._dtype, out))
+        raw = np.empty_like(out)
+        self._delta.base.read_into(raw, start * self._dtype.itemsize)
+        if self._dtype.name == "BF16" and self._delta.base is self.base.source and self._in_one(start, count):
+            (left, right), size = self._pair(), self.change.matrices[1] * self.change.matrices[2]
+            matrix, at = divmod(start, size)
+            work: Array = np.empty((2, count), np.float32)
+            words = raw.view(np.uint16), left[matrix], right[matrix], at, out.view(np.uint16), work
+            self._refuse(add_low_rank_bf16(*words))
+            return
+        base: Floats = np.empty(count, number)
+        kernels.widen(raw, self._dtype, base)
+        self._delta.read_into(change, start)
+        change = change.astype(number, copy=False)
+        self._refuse(kernels.add_round(raw, self._dtype, base, change, 1.0, self._dtype, out))
 
     def _in_one(self, start: int, count: int) -> bool:
         """Whether a range lies in one of the matrices."""
