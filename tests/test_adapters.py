@@ -98,7 +98,7 @@ def test_the_kernel_has_the_bits_of_the_definition_in_any_range():
         assert np.allclose(whole.reshape(rows, width), left.astype(np.float64) @ right, atol=1e-4)
         for begin, end in {(0, whole.size), (whole.size // 3, whole.size // 2 + 1), (whole.size - 1, whole.size)}:
             out = np.full(end - begin, np.nan, np.float32)
-            products.low_rank(left, right, begin, out)
+            products.low_rank_into(left, right, begin, out)
             assert (out == whole[begin:end]).all(), (rows, rank, width, begin, end)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from darekit import kernels
-from darekit.checkpoints import Delta, traits_of
 from darekit.checkpoints.digests import TensorDigest
 from darekit.dtypes import Bytes, Floats
 from darekit.engine.contracts import Stage
-from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, fuse
+from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, fuse, widened
 from darekit.engine.informed import Combine, informed_combiner
+from darekit.engine.known import known_of
 from darekit.engine.measuring import ByColumn, Doubles, merge_rows
 from darekit.engine.selection import Select
 from darekit.engine.stages import build, scope_of, tile_of
@@ -135,7 +135,7 @@ class StepRun:
         self.tile = tile_of(step, hands.tile)
         self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
         self.become(step)
-        self.known = [_known(step, model) for model in step.models]
+        self.known = [known_of(step, model) for model in step.models]
         # Where each row has its own: first element -> coefficients, (rows, R).
         self.coefficients: dict[int, Doubles] = {}
         self.by_column: ByColumn | None = None
@@ -261,7 +261,7 @@ class StepRun:
         """The tiles of elements begin .. end, from disk to disk."""
         self.begin()
         if self.fused is not None and begin % BLOCK == 0 and self.tile % BLOCK == 0:
-            size = TILES * self.tile
+            size = self.tile if any(self.known) else TILES * self.tile
             for start in range(begin, end, size):
                 if stop.is_set():
                     return
@@ -279,14 +279,20 @@ class StepRun:
         kept = None
         if fused.in_place(step.begin + start, count):
             base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
+            deltas = self.hands.scratch.blocks.deltas(len(step.models), count if any(self.known) else 0)
             if step.base is None:
                 base_raw[...] = 0
             else:
                 self.read(step.base, step.begin + start, count, base_raw)
-            for k, model in enumerate(step.models):
-                self.read(model, step.begin + start, count, raws[k].view(np.uint8))
+            for k, (model, known) in enumerate(zip(step.models, self.known, strict=True)):
+                if known is None:
+                    self.read(model, step.begin + start, count, raws[k].view(np.uint8))
+                    continue
+                origin = base_raw if known.delta is None else base_raw[:0]
+                known.read_into(deltas[k], step.begin + start, widened(origin), on_weights=False)
+                self.hands.tally.bytes_read += round(2 * count * model.cost)
             if not self.hands.broken.is_set():
-                kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
+                kept = fused.absorb(base_raw, raws, deltas, step.begin + start, out, self.hands.scratch.blocks)
         if kept is None:
             for at in range(start, start + count, self.tile):
                 self.merge_tile(at, min(self.tile, start + count - at))
@@ -294,7 +300,8 @@ class StepRun:
         if step.base is not None:
             self.digests[BASE].update(base_raw)
         for k, owner in enumerate(step.owners):
-            self.digests[owner].update(raws[k].view(np.uint8))
+            if self.known[k] is None:
+                self.digests[owner].update(raws[k].view(np.uint8))
             self.kept[owner, 0] += int(kept[k])
         self._write(out, start, 0)
 
@@ -385,11 +392,7 @@ class StepRun:
                 here = origin
             if known is not None:
                 self.hands.tally.bytes_read += round(have * model.dtype.itemsize * model.cost)
-                if known.delta is not None and not on_weights:
-                    known.delta.read_into(delta, at)
-                elif known.values is not None:
-                    known.values(delta, at)
-                    delta -= here
+                known.read_into(delta, at, here, on_weights=on_weights)
                 if kernels.count_nonfinite(delta):
                     self._blame(k, raw, scratch, final)
                 continue
@@ -502,28 +505,6 @@ def _read(tally: Tally, entry: Input, start: int, count: int, buffer: Bytes) -> 
         entry.source.read_into(raw, start * size)
         tally.bytes_read += round(raw.size * entry.cost)
     return raw
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What a model's source knows before it is rounded: the delta to this very base, the values, or both."""
-
-    delta: Delta | None
-    values: Callable[[npt.NDArray[np.float32], int], None] | None
-
-
-def _known(step: Step, model: Input) -> _Known | None:
-    """What there is for a step of this precision; None: the source's bytes are all that is known."""
-    traits = traits_of(model.source)
-    as_stored = step.verbatim and step.dtype.name == model.dtype.name
-    if step.wide or as_stored or (traits.delta is None and traits.values is None):
-        return None
-    delta = traits.delta
-    if delta is not None and (step.base is None or step.on_weights or delta.base != step.base.source):
-        delta = None
-    if traits.values is None and step.count < math.prod(step.shape):  # other rows of it are read as bytes, and digested
-        delta = None
-    return None if delta is None and traits.values is None else _Known(delta, traits.values)
 
 
 def combiner(step: Step) -> Combine:

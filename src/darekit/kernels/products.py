@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from darekit.kernels.compiling import inlined, kept_kernel
+from darekit.kernels.compiling import inlined, kept_kernel, kernel
+from darekit.kernels.cpu import add_round_bf16, widen_bf16
 
 COLUMNS = 256  # of the right factor: 16 rows of them stay in L1 while all rows of the left one pass by
 
@@ -45,6 +46,18 @@ def _add_rows(left, right, row, col, part):
 
 
 @kept_kernel
+def add_low_rank_bf16(base_raw, left, right, start, out, work):
+    """BF16 elements start .. start + n of a tensor, (n,) uint16, with the product added, rounded once -> `out`.
+
+    The base's bits stay where the product is 0. `work`: (2, n) float32. Returns how many results are NaN or Inf.
+    """
+    product, base = work[0], work[1]
+    low_rank(left, right, start, product)
+    widen_bf16(base_raw, base)
+    return add_round_bf16(base_raw, base, product, np.float32(1), out)
+
+
+@kernel
 def low_rank(left, right, start, out):
     """(R, r) x (r, C) float32, flattened: elements start .. start + n -> `out`, (n,) float32."""
     width = right.shape[1]
@@ -67,3 +80,9 @@ def low_rank(left, right, start, out):
         done += rows * width
         row += rows
     return 0
+
+
+@kept_kernel
+def low_rank_into(left, right, start, out):
+    """`low_rank`, as merges call it."""
+    return low_rank(left, right, start, out)

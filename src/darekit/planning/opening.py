@@ -128,10 +128,10 @@ def open_inputs(
         def enter_base(name: str) -> Checkpoint | None:
             return enter(lambda: opening.open_base(name, search=search, openers=openers))
 
-        def enter_model(name: str) -> Checkpoint | None:
+        def enter_model(name: str, layout: str | None = None) -> Checkpoint | None:
             if base is None and recipe.base_model is not None and _needs_base(name, search, openers):
                 return None  # the base has not opened, and that was told
-            return enter(lambda: opening.open_model(name, base, search=search, openers=openers))
+            return enter(lambda: opening.open_model(name, base, search=search, openers=openers, layout=layout))
 
         base = None if recipe.base_model is None else enter_base(recipe.base_model)
         names = [entry.model for entry in recipe.models]
@@ -141,7 +141,7 @@ def open_inputs(
 
             return enter(lambda: open_statistics(name, search=search))
 
-        models = [enter_model(name) for name in names]
+        models = [enter_model(entry.model, entry.experts_layout) for entry in recipe.models]
         statistics = [enter_statistics(entry.stats) for entry in recipe.models if entry.stats is not None]
         others = {}
         for name in recipe.tokens.models if recipe.tokens else ():

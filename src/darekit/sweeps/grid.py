@@ -179,7 +179,7 @@ def is_single(recipe: Recipe) -> bool:
 
 def single(recipe: Recipe, model: int) -> Recipe:
     """One of its models as it is."""
-    entry = ModelEntry(recipe.models[model].model, {})
+    entry = replace(recipe.models[model], parameters={}, stats=None)
     source = recipe.tokenizer_source if recipe.tokenizer_source in (None, "base", entry.model) else "base"
     heads = recipe.heads if recipe.heads in (None, "base") else entry.model
     tokens = None if recipe.tokens is None else Tokens(entry.model)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dry run shows of adapters: which kinds of modules they change, and how much."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from darekit.cli import tables
+from darekit.wording import label
+
+if TYPE_CHECKING:
+    from darekit.planning.plan import Plan
+
+
+def adapters_data(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """Of each model with an adapter: its kinds of modules, JSON-able."""
+    from darekit.inputs.adapters.strengths import strengths_of
+
+    found = {}
+    for model in plan.checkpoints:
+        rows = strengths_of(model)
+        if rows:
+            found[model.ref] = [
+                {"kind": row.kind, "modules": row.modules, "norm": row.change, "relative": row.ratio} for row in rows
+            ]
+    return found
+
+
+def show_adapters(found: dict[str, list[dict[str, Any]]]) -> None:
+    """The same as a table: a row for each kind, columns for each model."""
+    from darekit.cli.display import print_table
+
+    if not found:
+        return
+    kinds = list(dict.fromkeys(row["kind"] for rows in found.values() for row in rows))
+    by_model = [{row["kind"]: row for row in rows} for rows in found.values()]
+    rows = []
+    for kind in kinds:
+        cells = [kind]
+        for model in by_model:
+            row = model.get(kind)
+            cells += [f"{row['modules']}", f"{row['relative']:.3g}"] if row else ["", ""]
+        rows.append(tuple(cells))
+    heads = ["adapter changes"]
+    for ref in found:
+        heads += [tables.shorten(label(ref), 24), "||sBA||/||W||"]
+    print()
+    print_table(tables.table_of(tuple(heads), rows))
+    tables.print_small(
+        "How many modules of each kind an adapter changes, and how much: the norm of what it adds by the norm of the "
+        "base's weights (of these a sample)."
+    )
