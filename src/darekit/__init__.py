@@ -22,6 +22,8 @@ _LAZY = {
     "similarity": "analysis.similarities",
     "recommend": "recommendation.advice",
     "sweep": "sweeps.running",
+    "search": "searches.running",
+    "report": "reports.writing",
     "evaluate": "evaluation.comparison",
     "generate": "evaluation.generations",
     "pack": "packing.writing",
@@ -98,7 +100,9 @@ __all__ = [
     "read_recipe",
     "recommend",
     "regmean",
+    "report",
     "sce",
+    "search",
     "similarity",
     "slerp",
     "sparsifier",
@@ -153,6 +157,8 @@ if TYPE_CHECKING:
         sparsifier,
     )
     from darekit.recommendation.advice import recommend
+    from darekit.reports.writing import report
+    from darekit.searches.running import search
     from darekit.statistics.running import make_statistics
     from darekit.sweeps.running import sweep
 

@@ -44,6 +44,8 @@ PANELS = {
         "stats": ("statistics", "stats"),
         "eval": ("evaluation", "evaluate"),
         "sweep": ("analysis", "sweep"),
+        "search": ("searching", "search"),
+        "report": ("reports", "report"),
     },
     "See it work": {
         "demo": ("merging", "demo"),

@@ -44,11 +44,18 @@ class Slice:
         models: of each of the recipe's models the layers that go in; None: it has no part in this slice.
         base: the model that the others are compared with here, as written, and its layers; None where there is none.
         module: the part of the model that these are layers of.
+        written: where the recipe says so, for errors: model -> file and line; "": of the slice itself.
     """
 
     models: tuple[Range | None, ...]
     base: tuple[str, Range] | None = None
     module: str = DEFAULT
+    written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def where(self, model: str) -> str:
+        """File and line of a model's layers, as the beginning of an error; nothing where nobody knows."""
+        found = self.written.get(model) or self.written.get("")
+        return f"{found}: " if found else ""
 
 
 @dataclass(frozen=True)
@@ -182,6 +189,20 @@ class Recipe:
     stages: tuple[tuple[str, Recipe], ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
     text: str = field(default="", compare=False, repr=False)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from darekit.notebooks import shown_as_html
+        from darekit.recipe.texts import recipe_text
+
+        facts = [("base", self.base_model)] if self.base_model is not None else []
+        facts += [("models", ", ".join(entry.model for entry in self.models))]
+        if self.sparsify is not None:
+            rate = self.sparsify.parameters.get("drop_rate")
+            facts.append(("sparsify", self.sparsify.method + ("" if rate is None else f", drop rate {to_data(rate)}")))
+        facts.append(("merge", self.merge_method))
+        text = recipe_text(self.to_data())
+        return shown_as_html("Recipe", facts, notes=self.notes, source=("as YAML", text))
 
     def to_data(self) -> dict[str, Any]:
         """The recipe as JSON-able data in native form: `read_recipe` of it gives an equal recipe."""
