@@ -21,6 +21,7 @@ from darekit.errors import CheckpointError, DataError, HomologyError, PlanError,
 from darekit.inputs.adapters.config import read_config
 from darekit.inputs.adapters.strengths import strengths_of
 from darekit.planning.opening import open_models
+from hub_server import dare as from_hub
 
 Q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 
@@ -511,3 +512,37 @@ def test_peft_itself_reads_what_was_made(made):
     model = transformers.LlamaForCausalLM.from_pretrained(made / "base")
     assert peft.PeftModel.from_pretrained(model, made / "a") is not None
     open_checkpoint(made / "base").close()
+
+
+# --- on the Hub
+
+
+@pytest.mark.check
+def test_on_the_hub(hub, here):
+    for name in ("base", "a"):
+        files = {path.name: path.read_bytes() for path in Path(name).iterdir() if path.is_file()}
+        hub.repositories[f"org/{name}"] = files
+    lora.edit("a", base_model_name_or_path="org/base")
+    hub.repositories["org/a"]["adapter_config.json"] = Path("a/adapter_config.json").read_bytes()
+    wanted = merged("base+a")
+    recipe = {"base_model": "org/base", "models": [{"model": "org/a"}], "merge_method": "task_arithmetic"}
+    Path("r.yaml").write_text(json.dumps(recipe))
+    pair = {**recipe, "models": [{"model": "org/base+org/a"}]}
+    Path("p.yaml").write_text(json.dumps(pair))
+    for file in ("r.yaml", "p.yaml"):
+        done = from_hub(hub, here, "check", file)
+        assert done.returncode == 0 and "no problems found" in done.stdout, done.stdout + done.stderr
+        assert not list((here / "hf").rglob("*.safetensors"))  # headers alone
+    lora.edit("a", r=3)
+    hub.repositories["org/wrong"] = {
+        path.name: path.read_bytes() for path in Path("a").iterdir() if path.name.startswith("adapter_")
+    }
+    Path("w.yaml").write_text(json.dumps({**recipe, "models": [{"model": "org/wrong"}]}))
+    done = from_hub(hub, here, "check", "w.yaml")
+    assert done.returncode == 1 and "has rank 3 by the config" in done.stdout + done.stderr
+    for file in ("r.yaml", "p.yaml"):
+        done = from_hub(hub, here, "merge", file, f"out-{file}")
+        assert done.returncode == 0, done.stderr
+        families.same(families.load(f"out-{file}"), wanted)
+    done = from_hub(hub, here, "inspect", "org/base", "org/base+org/base")
+    assert done.returncode == 1 and "is a whole model, expected an adapter" in done.stderr

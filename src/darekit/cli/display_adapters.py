@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 def adapters_data(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """Of each model with an adapter: its kinds of modules, JSON-able."""
+    from darekit.errors import NotFetched
     from darekit.inputs.adapters.strengths import strengths_of
 
     found = {}
     for model in plan.checkpoints:
-        rows = strengths_of(model)
+        try:
+            rows = strengths_of(model)
+        except NotFetched:  # only headers are here
+            continue
         if rows:
             found[model.ref] = [
                 {"kind": row.kind, "modules": row.modules, "norm": row.change, "relative": row.ratio} for row in rows
