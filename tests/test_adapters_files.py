@@ -539,7 +539,8 @@ def test_on_the_hub(hub, here):
     }
     Path("w.yaml").write_text(json.dumps({**recipe, "models": [{"model": "org/wrong"}]}))
     done = from_hub(hub, here, "check", "w.yaml")
-    assert done.returncode == 1 and "has rank 3 by the config" in done.stdout + done.stderr
+    told = " ".join(done.stdout.split())
+    assert done.returncode == 1 and "org/wrong/adapter_config.json" in told and "has rank 3 by the config" in told
     for file in ("r.yaml", "p.yaml"):
         done = from_hub(hub, here, "merge", file, f"out-{file}")
         assert done.returncode == 0, done.stderr
