@@ -17,6 +17,7 @@ from typing import Any
 
 from darekit.checkpoints import companions
 from darekit.checkpoints.documents import read_object
+from darekit.checkpoints.quantised.naming import undecoded
 from darekit.checkpoints.refusals import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -24,10 +25,10 @@ from darekit.checkpoints.refusals import (
     quantisation_in,
     refuse_quantised,
     refuse_quantised_names,
-    some,
 )
 from darekit.checkpoints.weights import INDEX, SINGLE, read_index
 from darekit.errors import CheckpointError, HoldsAdapter, OutputError
+from darekit.wording import some
 
 TIMEOUT = 30  # seconds that a server may be silent
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>.+))?", re.ASCII)
@@ -216,7 +217,8 @@ def _refuse_quantised(ref: str, repository: str, directory: Path, said: str) -> 
         )
     except Exception:  # no such file, no network and all in the cache: the weights themselves will tell
         return
-    refuse_quantised(found.tensors, said, ref)
+    refuse_quantised_names(list(found.tensors), said, ref)
+    refuse_quantised(undecoded(found.tensors, ref), said, ref)
 
 
 def looks_like_hub_file(ref: str) -> bool:
