@@ -62,7 +62,14 @@ def said(error, *words):
 def test_every_way_to_name_one(here):
     wanted = merged("a")
     lora.agree("out", "a-merged")
-    for name in ("base+a", "./base+./a", f"{here}/base+{here}/a", str(here / "a"), "a/adapter_model.safetensors"):
+    for name in (
+        "base+a",
+        " base + a ",
+        "./base+./a",
+        f"{here}/base+{here}/a",
+        str(here / "a"),
+        "a/adapter_model.safetensors",
+    ):
         families.same(merged(name), wanted)
     for entry in ({"model": "base", "lora": "a"}, {"model": {"path": "base"}, "lora": {"path": "a"}}):
         recipe = {"base_model": "base", "models": [{"model": entry}], "merge_method": "task_arithmetic"}
@@ -144,6 +151,28 @@ def test_what_is_not_there(here):
         merged("base+gone")
     with pytest.raises(CheckpointError, match=r"whole model, expected an adapter behind the plus|there is no adapter"):
         merged("base+a-merged")
+
+
+def test_an_order_of_experts_for_what_is_no_adapter(here):
+    models = [{"model": "a-merged", "experts_layout": "peft"}]
+    with pytest.raises(PlanError, match="is no adapter, so it has no experts_layout"):
+        dk.merge({"base_model": "base", "models": models, "merge_method": "task_arithmetic"}, "out")
+
+
+def test_what_a_dry_run_shows(here, dare):
+    Path("r.yaml").write_text(json.dumps({"base_model": "base", "models": ["a", "b"], "merge_method": "ties"}))
+    shown = dare("merge", "r.yaml", "out", "--dry-run").out
+    assert "||sBA||/||W||" in shown and "down_proj" in shown
+    rows = json.loads(dare("merge", "r.yaml", "out", "--dry-run", "--json").out)["adapters"]
+    assert {(row["kind"], row["modules"]) for row in rows["a"]} == {("down_proj", 2), ("q_proj", 2)}
+    assert [row["kind"] for row in rows["b"]] == ["q_proj"] and rows["b"][0]["relative"] > 0
+
+
+def test_a_pack_says_that_it_rounds(here):
+    report = dk.pack("base", "a", "a.safetensors", drop_rate=0.5)
+    assert any("rounded to the base's number format" in note for note in report.notes)
+    dk.unpack("base", "a.safetensors", "restored")
+    assert families.load("restored").keys() == families.load("base").keys()
 
 
 # --- what a view is
