@@ -21,6 +21,7 @@ from darekit.errors import CheckpointError, DataError, HomologyError, PlanError,
 from darekit.inputs.adapters.config import read_config
 from darekit.inputs.adapters.strengths import strengths_of
 from darekit.planning.opening import open_models
+from hub_server import dare as from_hub
 
 Q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 
@@ -61,7 +62,14 @@ def said(error, *words):
 def test_every_way_to_name_one(here):
     wanted = merged("a")
     lora.agree("out", "a-merged")
-    for name in ("base+a", "./base+./a", f"{here}/base+{here}/a", str(here / "a"), "a/adapter_model.safetensors"):
+    for name in (
+        "base+a",
+        " base + a ",
+        "./base+./a",
+        f"{here}/base+{here}/a",
+        str(here / "a"),
+        "a/adapter_model.safetensors",
+    ):
         families.same(merged(name), wanted)
     for entry in ({"model": "base", "lora": "a"}, {"model": {"path": "base"}, "lora": {"path": "a"}}):
         recipe = {"base_model": "base", "models": [{"model": entry}], "merge_method": "task_arithmetic"}
@@ -145,6 +153,28 @@ def test_what_is_not_there(here):
         merged("base+a-merged")
 
 
+def test_an_order_of_experts_for_what_is_no_adapter(here):
+    models = [{"model": "a-merged", "experts_layout": "peft"}]
+    with pytest.raises(PlanError, match="is no adapter, so it has no experts_layout"):
+        dk.merge({"base_model": "base", "models": models, "merge_method": "task_arithmetic"}, "out")
+
+
+def test_what_a_dry_run_shows(here, dare):
+    Path("r.yaml").write_text(json.dumps({"base_model": "base", "models": ["a", "b"], "merge_method": "ties"}))
+    shown = dare("merge", "r.yaml", "out", "--dry-run").out
+    assert "||sBA||/||W||" in shown and "down_proj" in shown
+    rows = json.loads(dare("merge", "r.yaml", "out", "--dry-run", "--json").out)["adapters"]
+    assert {(row["kind"], row["modules"]) for row in rows["a"]} == {("down_proj", 2), ("q_proj", 2)}
+    assert [row["kind"] for row in rows["b"]] == ["q_proj"] and rows["b"][0]["relative"] > 0
+
+
+def test_a_pack_says_that_it_rounds(here):
+    report = dk.pack("base", "a", "a.safetensors", drop_rate=0.5)
+    assert any("rounded to the base's number format" in note for note in report.notes)
+    dk.unpack("base", "a.safetensors", "restored")
+    assert families.load("restored").keys() == families.load("base").keys()
+
+
 # --- what a view is
 
 
@@ -159,12 +189,11 @@ def test_its_sources_are_as_sources_must_be(here):
 
 
 def test_its_digest_is_its_own_and_frozen(tmp_path):
-    rng = np.random.default_rng(0)
-    weights = {"model.layers.0.mlp.up_proj.weight": rng.standard_normal((6, 4)).astype(np.float32)}
+    weights = {"model.layers.0.mlp.up_proj.weight": np.arange(24, dtype=np.float32).reshape(6, 4)}
     families.save(tmp_path / "base", weights)
     (tmp_path / "a").mkdir()
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
-    factors = {name.format("A"): rng.standard_normal((2, 4)), name.format("B"): rng.standard_normal((6, 2))}
+    factors = {name.format("A"): np.arange(8).reshape(2, 4), name.format("B"): np.arange(12).reshape(6, 2)}
     families.write_safetensors(
         tmp_path / "a" / "adapter_model.safetensors", {n: v.astype(np.float32) for n, v in factors.items()}
     )
@@ -175,9 +204,9 @@ def test_its_digest_is_its_own_and_frozen(tmp_path):
         with open_models(tmp_path / "base", [tmp_path / "a"]) as (_, (model,)):
             return sample_digest(model).hex()
 
-    assert digest() == "d0a5b923b5653c8d5712ad7bc161737d"
+    assert digest() == "2d27af671f75375219653d4d3372342e"
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 4}))
-    assert digest() != "d0a5b923b5653c8d5712ad7bc161737d"
+    assert digest() != "2d27af671f75375219653d4d3372342e"
 
 
 def test_dare_and_ties_act_on_the_product(here):
@@ -511,3 +540,38 @@ def test_peft_itself_reads_what_was_made(made):
     model = transformers.LlamaForCausalLM.from_pretrained(made / "base")
     assert peft.PeftModel.from_pretrained(model, made / "a") is not None
     open_checkpoint(made / "base").close()
+
+
+# --- on the Hub
+
+
+@pytest.mark.check
+def test_on_the_hub(hub, here):
+    for name in ("base", "a"):
+        files = {path.name: path.read_bytes() for path in Path(name).iterdir() if path.is_file()}
+        hub.repositories[f"org/{name}"] = files
+    lora.edit("a", base_model_name_or_path="org/base")
+    hub.repositories["org/a"]["adapter_config.json"] = Path("a/adapter_config.json").read_bytes()
+    wanted = merged("base+a")
+    recipe = {"base_model": "org/base", "models": [{"model": "org/a"}], "merge_method": "task_arithmetic"}
+    Path("r.yaml").write_text(json.dumps(recipe))
+    pair = {**recipe, "models": [{"model": "org/base+org/a"}]}
+    Path("p.yaml").write_text(json.dumps(pair))
+    for file in ("r.yaml", "p.yaml"):
+        done = from_hub(hub, here, "check", file)
+        assert done.returncode == 0 and "no problems found" in done.stdout, done.stdout + done.stderr
+        assert not list((here / "hf").rglob("*.safetensors"))  # headers alone
+    lora.edit("a", r=3)
+    hub.repositories["org/wrong"] = {
+        path.name: path.read_bytes() for path in Path("a").iterdir() if path.name.startswith("adapter_")
+    }
+    Path("w.yaml").write_text(json.dumps({**recipe, "models": [{"model": "org/wrong"}]}))
+    done = from_hub(hub, here, "check", "w.yaml")
+    told = " ".join(done.stdout.split())
+    assert done.returncode == 1 and "org/wrong/adapter_config.json" in told and "has rank 3 by the config" in told
+    for file in ("r.yaml", "p.yaml"):
+        done = from_hub(hub, here, "merge", file, f"out-{file}")
+        assert done.returncode == 0, done.stderr
+        families.same(families.load(f"out-{file}"), wanted)
+    done = from_hub(hub, here, "inspect", "org/base", "org/base+org/base")
+    assert done.returncode == 1 and "is a whole model, expected an adapter" in done.stderr

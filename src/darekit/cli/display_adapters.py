@@ -9,16 +9,22 @@ from darekit.cli import tables
 from darekit.wording import label
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from darekit.planning.plan import Plan
 
 
 def adapters_data(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """Of each model with an adapter: its kinds of modules, JSON-able."""
+    from darekit.errors import NotFetched
     from darekit.inputs.adapters.strengths import strengths_of
 
     found = {}
     for model in plan.checkpoints:
-        rows = strengths_of(model)
+        try:
+            rows = strengths_of(model)
+        except NotFetched:  # only headers are here
+            continue
         if rows:
             found[model.ref] = [
                 {"kind": row.kind, "modules": row.modules, "norm": row.change, "relative": row.ratio} for row in rows
@@ -26,16 +32,19 @@ def adapters_data(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def show_adapters(found: dict[str, list[dict[str, Any]]]) -> None:
-    """The same as a table: a row for each kind, columns for each model."""
-    from darekit.cli.display import print_table
+LEGEND = (
+    "How many modules of each kind an adapter changes, and how much: the norm of what it adds by the norm of the "
+    "base's weights (of these a sample)."
+)
 
+
+def adapters_table(found: dict[str, list[dict[str, Any]]]) -> Table | None:
+    """The same as a table: a row for each kind, columns for each model; None without adapters."""
     if not found:
-        return
-    kinds = list(dict.fromkeys(row["kind"] for rows in found.values() for row in rows))
+        return None
     by_model = [{row["kind"]: row for row in rows} for rows in found.values()]
     rows = []
-    for kind in kinds:
+    for kind in dict.fromkeys(row["kind"] for each in found.values() for row in each):
         cells = [kind]
         for model in by_model:
             row = model.get(kind)
@@ -44,9 +53,4 @@ def show_adapters(found: dict[str, list[dict[str, Any]]]) -> None:
     heads = ["adapter changes"]
     for ref in found:
         heads += [tables.shorten(label(ref), 24), "||sBA||/||W||"]
-    print()
-    print_table(tables.table_of(tuple(heads), rows))
-    tables.print_small(
-        "How many modules of each kind an adapter changes, and how much: the norm of what it adds by the norm of the "
-        "base's weights (of these a sample)."
-    )
+    return tables.table_of(tuple(heads), rows)

@@ -39,8 +39,10 @@ def open_models(
     *,
     search: Sequence[Path] = (),
     openers: Sequence[Opener] | None = None,
+    layouts: Mapping[str, str | None] | None = None,
 ) -> Iterator[tuple[Checkpoint | None, tuple[Checkpoint, ...]]]:
-    """Open a base, where there is one, and models (headers only); the files are closed on leaving."""
+    """Open a base, where there is one, and models (headers only); the files are closed on leaving. `layouts`: of
+    adapters' experts, by name."""
     openers = (opener_of(None, (), _open_recipe), *OPENERS) if openers is None else openers
     with ExitStack() as opened:
         origin = None
@@ -49,7 +51,13 @@ def open_models(
         yield (
             origin,
             tuple(
-                opened.enter_context(closing(opening.open_model(model, origin, search=search, openers=openers)))
+                opened.enter_context(
+                    closing(
+                        opening.open_model(
+                            model, origin, search=search, openers=openers, layout=(layouts or {}).get(str(model))
+                        )
+                    )
+                )
                 for model in models
             ),
         )
