@@ -668,8 +668,10 @@ def test_a_folder_of_something_else(tmp_path, dare):
     assert "holds nothing; expected" in dare("report", tmp_path / "empty").err
     assert "does not exist" in dare("report", tmp_path / "nowhere").err
     sweep = write_sweep(tmp_path / "s")
-    done = dare("report", sweep / "sweep.json")
-    assert done.code == 1 and "is a file" in done.err and f"its folder is {sweep}" in " ".join(done.err.split())
+    (tmp_path / "s.yaml").touch()
+    for name in (sweep / "sweep.json", tmp_path / "s.yaml"):
+        done = dare("report", name)
+        assert done.code == 1 and "is a file" in done.err and f": {sweep}, perhaps" in " ".join(done.err.split())
     (tmp_path / "old").mkdir()
     for name in ("r.png", "deltas.png"):
         (tmp_path / "old" / name).touch()
