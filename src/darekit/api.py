@@ -290,6 +290,10 @@ def run(recipe: Recipe, out: Path, options: Options, *, search: Sequence[Path] =
             options.say(line)
 
     with open_plan(recipe, search=search, shard_size=options.shard_size) as made:
+        if options.allow_nonfinite:
+            from darekit.planning.nested import allow_nonfinite
+
+            allow_nonfinite(made)
         for note in made.notes:
             say(note)
         check(made, force=options.force, say=say)

@@ -315,7 +315,7 @@ def _name_of(model: Model) -> str:
 
 
 def resolve_model(model: Model, base: str | Path | None) -> tuple[Recipe, tuple[Path, ...]]:
-    """What may stand for a model -> a recipe, and where its relative names are. A pack is put on `base`.
+    """What may stand for a model -> a recipe, and where its relative names are. Packs and adapters are put on `base`.
 
     Raises:
         PlanError: a pack without a base.
@@ -323,9 +323,11 @@ def resolve_model(model: Model, base: str | Path | None) -> tuple[Recipe, tuple[
     found = only_on_base(model) if isinstance(model, str | Path) else None
     if found is None:
         return recipe_of(model)
-    kind, path = found
+    opener, path = found
     if base is None:
-        raise PlanError(f"{path} is {kind}: it can only be used with its base; add --base BASE")
+        if opener.finds_base:
+            return recipe_of(model)
+        raise PlanError(f"{path} is {opener.kind}: it can only be used with its base; add --base BASE")
     return recipe_of({"base_model": str(base), "models": [{"model": str(path)}], "merge_method": "task_arithmetic"})
 
 

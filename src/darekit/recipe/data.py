@@ -38,11 +38,18 @@ class Slice:
         models: of each of the recipe's models the layers that go in; None: it has no part in this slice.
         base: the model that the others are compared with here, as written, and its layers; None where there is none.
         module: the part of the model that these are layers of.
+        written: where the recipe says so, for errors: model -> file and line; "": of the slice itself.
     """
 
     models: tuple[Range | None, ...]
     base: tuple[str, Range] | None = None
     module: str = DEFAULT
+    written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def where(self, model: str) -> str:
+        """File and line of a model's layers, as the beginning of an error; nothing where nobody knows."""
+        found = self.written.get(model) or self.written.get("")
+        return f"{found}: " if found else ""
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,7 @@ def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key]) -> No
             ("sparsify", "on"),
             f"weights works only with merge_method: linear; {recipe.merge_method} merges deltas: write on: delta",
         )
-    if on_delta and recipe.merge_method == "linear" and recipe.parameters.get("normalize") is False:
+    if on_delta and recipe.merge_method == "linear" and False in scalars_of(recipe.parameters.get("normalize")):
         fail(
             document,
             ("parameters", "normalize"),
