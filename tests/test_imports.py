@@ -59,8 +59,9 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("reports",),
-    ("recommendation", "sweeps", "testing"),
-    ("analysis", "demo", "evaluation", "packing", "statistics"),
+    ("recommendation", "searches", "sweeps", "testing"),
+    ("trials",),
+    ("analysis", "demo", "evaluation", "extraction", "packing", "statistics"),
     ("api", "live", "register"),
     ("memory", "output"),
     ("planning",),
@@ -69,7 +70,7 @@ FLOORS = (
     ("recipe", "tokens"),
     ("checkpoints",),
     ("kernels",),
-    ("dtypes", "methods", "plotting", "quantised"),
+    ("dtypes", "methods", "plotting", "pools", "quantised"),
     ("architectures", "code", "errors", "machine", "masks", "notebooks", "version", "wording"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}
@@ -210,7 +211,7 @@ RULES = {
     ),
     "plotly only where pages are made, Optuna only where settings are searched": lambda name, one: (
         not within(one, "plotly", "optuna")
-        or within(name, "darekit.search")
+        or within(name, "darekit.searches")
         or (within(one, "plotly") and within(name, "darekit.reports.markup"))
         or (within(one, "optuna") and within(name, "darekit.reports.importance"))
     ),

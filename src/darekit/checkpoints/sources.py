@@ -142,7 +142,10 @@ class Part:
     def traits(self) -> Traits:
         """The files, and what they cost to read; the rest is about all of the tensor that is stored."""
         whole = traits_of(self.whole)
-        return Traits(files=whole.files, seed=whole.seed, grain=whole.grain, cost=whole.cost, rounding=whole.rounding)
+        return Traits(
+            files=whole.files, seed=whole.seed, grain=whole.grain, cost=whole.cost, ordered=whole.ordered,
+            rounding=whole.rounding,
+        )  # fmt: skip
 
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
@@ -168,6 +171,7 @@ class Joined:
         return Traits(
             files=tuple(dict.fromkeys(file for one in found for file in one.files)),
             cost=sum(one.cost for one in found) / len(found),
+            ordered=any(one.ordered for one in found),
         )
 
     def read_into(self, buffer: Bytes, offset: int) -> None:

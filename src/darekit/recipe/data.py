@@ -156,6 +156,8 @@ class Recipe:
         tokens: which tokens the output has, where rows are matched by token; None: by number, as `vocab` says.
         chat_template: of the output: `auto`, a name, or a template's text; None: the one that comes with the tokenizer.
         base_extras: what becomes of tensors that only the base has: keep or leave_out.
+        output: what is written: a model, or an adapter, where all models are adapters on the base.
+        rank: of that adapter's modules; None: as much as their sum has.
         stages: recipes that are models of this one, by the names that it calls them.
         slices: the output's layers from the first to the last, module by module; empty: all layers of all models.
         notes: notes and warnings for the user.
@@ -175,6 +177,8 @@ class Recipe:
     chat_template: str | None = None
     keep_float32: bool = True
     base_extras: Literal["keep", "leave_out"] = "keep"
+    output: Literal["model", "adapter"] = "model"
+    rank: int | None = None
     slices: tuple[Slice, ...] = ()
     stages: tuple[tuple[str, Recipe], ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -222,7 +226,9 @@ class Recipe:
         data |= {} if self.heads is None else {"heads": self.heads}
         data |= {} if self.chat_template is None else {"chat_template": self.chat_template}
         data |= {} if self.keep_float32 else {"keep_float32": False}
-        return data | ({} if self.base_extras == "keep" else {"base_extras": self.base_extras})
+        data |= {} if self.base_extras == "keep" else {"base_extras": self.base_extras}
+        data |= {} if self.output == "model" else {"output": self.output}
+        return data | ({} if self.rank is None else {"rank": self.rank})
 
 
 def _layers_data(recipe: Recipe) -> dict[str, Any]:

@@ -20,18 +20,8 @@ from darekit.sweeps.drawing import draw_sweep
 from darekit.sweeps.folders import SweepFolder, read_sweep_folder
 from darekit.sweeps.reports import tables_of, words_of
 from darekit.sweeps.store import FAILED, OK, Finished
-from darekit.sweeps.summaries import (
-    MEAN,
-    Figure,
-    Row,
-    Summary,
-    figure_of,
-    judge_in,
-    roles_of,
-    shown_label,
-    summarise,
-    title_of,
-)
+from darekit.sweeps.summaries import Figure, Row, Summary, figure_of, roles_of, shown_label, summarise, title_of
+from darekit.trials.judging import MEAN, judge_in
 
 CLEAR = 2.0  # standard errors of a difference, from which on it is called one
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from darekit.errors import OutputError
+from darekit.recipe.essence import essence
 from darekit.sweeps.data import Cell, Sweep
-from darekit.sweeps.grid import essence
-from darekit.sweeps.store import CELLS, PLOTS, SUMMARY, TABLES, finished_in, write_whole
+from darekit.sweeps.store import CELLS, PLOTS, SUMMARY, TABLES, finished_in
+from darekit.trials.files import write_whole
 
 RECORD = "sweep.json"
 FORMAT = "darekit-sweep-1"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from darekit.errors import OutputError
 from darekit.sweeps.data import SPLITS, Cell, Sweep
+from darekit.trials.files import lock
 from darekit.wording import brief
 
 CELLS, TABLES, SUMMARY = "cells.jsonl", "tables.md", "summary.json"
@@ -70,11 +70,6 @@ class Finished:
             "recipe": cell.recipe.to_data(),
             "digest": self.digest,
         }
-
-
-def digest_of(*parts: Any) -> str:
-    """32 hexadecimal digits of anything JSON-able."""
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class Store:
@@ -160,20 +155,6 @@ def finished_in(path: Path) -> frozenset[str]:
     return frozenset(found["digest"] for found, outcome in entries_of(path) if outcome.status == OK)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either as before or complete.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
-
-
 @contextmanager
 def open_store(out: Path) -> Iterator[Store]:
     """OUT/cells.jsonl, made where it is missing, for one run at a time.
@@ -189,25 +170,11 @@ def open_store(out: Path) -> Iterator[Store]:
     except OSError as error:
         raise OutputError(f"cannot write {out / CELLS}: {error.strerror}; choose another OUT") from None
     try:
-        _lock(descriptor, out)
+        if not lock(descriptor):
+            raise OutputError(f"another run of this sweep is writing to {out}; wait for it, or choose another OUT")
         yield Store(out / CELLS, descriptor)
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, out: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs at once are the user's own affair
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError(
-            f"another run of this sweep is writing to {out}; wait for it, or choose another OUT"
-        ) from None
-    except OSError:  # a file system without locks
-        return
 
 
 def _number(outcome: Outcome, split: str, name: str) -> str:

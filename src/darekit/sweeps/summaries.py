@@ -11,12 +11,11 @@ from typing import Any
 
 from darekit.errors import RecipeError
 from darekit.recipe.documents import suggest
+from darekit.recipe.essence import is_single
 from darekit.sweeps.data import DROP_RATE, SPLITS, UNDROPPED, Axis, Sweep
-from darekit.sweeps.grid import is_single
 from darekit.sweeps.store import OK, Finished
+from darekit.trials.judging import MEAN, judge_in
 from darekit.wording import label
-
-MEAN = "mean"
 
 
 @dataclass(frozen=True)
@@ -160,11 +159,6 @@ def _directions(sweep: Sweep, finished: Sequence[Finished]) -> dict[str, bool | 
     if len(first) > 1 and len({*first.values()}) == 1 and None not in first.values():
         return {MEAN: next(iter(first.values())), **found}
     return found
-
-
-def judge_in(score: str) -> str:
-    """The judge that gave a score, by the score's name."""
-    return score.partition("/")[0]
 
 
 def _rows(sweep: Sweep, finished: Sequence[Finished], directions: Mapping[str, bool | None]) -> list[Row]:
