@@ -9,6 +9,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -371,6 +372,14 @@ def test_a_sweep_without_any_cell(tmp_path):
     assert read(html_of(page))
 
 
+def test_a_sweep_of_very_many_panels(tmp_path):
+    axes = {"sparsify.drop_rate": [0, 0.5], "parameters.lambda": [i / 10 for i in range(1, 3)],
+            "models.0.parameters.weight": [i / 10 for i in range(1, 31)]}  # fmt: skip
+    page = sweep_page(write_sweep(tmp_path / "s", {**SWEEP, "axes": axes, "seeds": [1]}))
+    [curves] = [plot for plot in plots(page) if plot.title.startswith("Scores over")]
+    assert len(curves.views[0].panels) == 24 and "24 of 30 panels are drawn" in curves.how
+
+
 def test_a_sweep_of_one_cell(tmp_path):
     one = {**SWEEP, "axes": {"sparsify.drop_rate": [0]}, "seeds": []}
     page = sweep_page(write_sweep(tmp_path / "s", one))
@@ -500,6 +509,26 @@ def test_shares_of_the_change(llamas):
     assert sum(shares.values()) == pytest.approx(1)
     for tensor in found.tensors:
         assert shares[tensor.name] == pytest.approx(squares[tensor.name] / sum(squares.values()), rel=1e-4)
+
+
+def test_many_experts_share_a_row_and_many_tensors_a_limit(llamas, tmp_path):
+    """As of 256 experts in each of 20 layers: the page stays one that can be read, and sent."""
+    found = inspect(llamas.path / "base", llamas.path / "m0")
+    [one] = [tensor for tensor in found.tensors if tensor.name.endswith("layers.0.mlp.up_proj.weight")]
+    experts = tuple(
+        replace(one, name=f"model.layers.{layer}.mlp.experts.{k}.up_proj.weight", r=0.01 + k / 1e4 + layer / 1e6)
+        for layer in range(20) for k in range(256)
+    )  # fmt: skip
+    write_inspection(replace(found, tensors=(*found.tensors, *experts)), tmp_path)
+    page = inspection_page(tmp_path)
+    figure = plots(page)[0].views[0].panels[0][1]
+    assert "mlp.experts.*.up_proj" in figure["data"][0]["y"] and len(figure["data"][0]["y"]) < 20
+    row = figure["data"][0]["y"].index("mlp.experts.*.up_proj")
+    cell = figure["data"][0]["customdata"][row][3]
+    assert cell.copy.text == "model.layers.3.mlp.experts.255.up_proj.weight" and "largest of 256 tensors" in cell.says
+    [table] = [one for one in tables(page) if "tensors" in one.title]
+    assert len(table.rows) == 2000 and table.title.startswith("The 2,000 of 5,141 tensors that moved most")
+    assert len(html_of(page).encode()) < 8_000_000
 
 
 def test_an_inspection_of_several_models_shows_how_they_pull(inspected):

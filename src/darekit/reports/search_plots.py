@@ -203,7 +203,7 @@ def slices(found: Found, names: Sequence[str]) -> Plot | None:
         for group, look, trials in _groups(read):
             points = tuple(
                 Point(places[one.params[name]] + _aside(one, more), one.value(goal.score),
-                      (*found.says(one), f"{name} {one.params[name]}"), found.copy(one))
+                      found.says(one), found.copy(one))
                 for one in trials if name in one.params and math.isfinite(one.value(goal.score))
             )  # fmt: skip
             if points:

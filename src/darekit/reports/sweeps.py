@@ -23,6 +23,7 @@ from darekit.sweeps.store import FAILED, OK, Finished
 from darekit.sweeps.summaries import Figure, Row, Summary, figure_of, roles_of, shown_label, summarise, title_of
 from darekit.trials.judging import MEAN, judge_in
 
+_PANELS = 24  # of curves beside each other
 CLEAR = 2.0  # standard errors of a difference, from which on it is called one
 
 
@@ -264,11 +265,13 @@ def _views(found: _Found) -> list[tuple[str, str]]:
 
 
 def _curves(found: _Found) -> Plot | None:
-    views = []
+    views, more = [], 0
     for score, split in _views(found):
         sweep = replace(found.sweep, layout=replace(found.sweep.layout, score=score))
         figure = figure_of(sweep, found.summary, split)
         if figure is not None:
+            more = max(more, len(figure.panels) - _PANELS)
+            figure = replace(figure, panels=figure.panels[:_PANELS])
             views.append(_curves_view(found, figure, score, split))
     if not views:
         return None
@@ -276,6 +279,8 @@ def _curves(found: _Found) -> Plot | None:
         "Bars are one standard error, of the questions and of the masks together. Point at a setting for its recipe, "
         "click to copy it."
     )
+    if more:
+        how += f" {_PANELS} of {_PANELS + more} panels are drawn; the table below has all settings."
     x, lines = roles_of(found.sweep)
     assert x is not None
     title = f"Scores over {title_of(x.name)}" + (f", a line for each {title_of(lines.name)}" if lines else "")
