@@ -93,7 +93,9 @@ def merges(draw):
     for name, one in MERGE_METHODS[method].parameters.items():
         if name in ("keep", "lambda", "t") and (one.default is None or draw(st.booleans())):
             parameters[name] = draw(st.sampled_from([0.2, 0.5, 1.0]))
-        if name == "normalize" and draw(st.booleans()):
+        if (
+            name == "normalize" and MERGE_METHODS[method].mean_if is None and draw(st.booleans())
+        ):  # else a sum of models
             parameters[name] = draw(st.booleans())
     return sparsify, (method, parameters)
 
