@@ -115,6 +115,8 @@ def bits_are_the_formulas(made, machine, how):
         base, models, machine, sparsify=sparsify and dk.sparsifier(sparsify[0], **sparsify[1]), seeds=seeds,
         method=dk.merge_method(method, **parameters), weights=weights,
     )  # fmt: skip
+    if sparsify is not None and sparsify[1]["drop_rate"] == 0 and not sparsify[1].get("gamma"):
+        sparsify = None  # nothing is dropped: an untouched model is the model, to the bit
     own = dict(parameters)
     told = {"lambda_": own.pop("lambda", 1.0), "keep": own.pop("keep", 1.0), "own": own}
     for name, array in base.items():
