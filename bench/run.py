@@ -71,6 +71,27 @@ CASES = {
         keys={"tokenizer_source": "union"},
         family="union",
     ),
+    "lora_linear": Case(
+        "base + 3 adapters of rank 16, linear",
+        {"weight": 1.0},
+        models=family.ADAPTERS,
+        method="linear",
+        family="adapters",
+    ),
+    "lora_task_arithmetic": Case(
+        "base + 3 adapters of rank 16, task arithmetic",
+        {"weight": 0.5},
+        models=family.ADAPTERS,
+        method="task_arithmetic",
+        family="adapters",
+    ),
+    "lora_dare": Case(
+        "base + 3 adapters of rank 16, DARE p = 0.9, linear",
+        {"weight": 0.5, "density": 0.1},
+        models=family.ADAPTERS,
+        method="dare_linear",
+        family="adapters",
+    ),
     "passthrough": Case("passthrough, two models stacked", models=family.MODELS[:2], base=False, stacked=True),
     "slerp": Case("slerp of two models, gradients", shared={"t": BY_LAYER}, models=family.MODELS[:1], passes=2),
     "model_stock": Case("Model Stock, base and 3", passes=2),
@@ -196,6 +217,8 @@ def run(scratch: Path, pairs: int, threads: int, program: str | None, runs: int,
         folder = scratch / case.family
         if case.family == "union":
             family.build_union(folder, scratch / "family")
+        if case.family == "adapters":
+            family.build_adapters(folder, scratch / "family")
         path = recipe(folder, name)
         files = [path for model in case.inputs for path in sorted((folder / model).glob("*.safetensors"))]
         merge(path, folder / "out")  # compiles the kernels, if need be

@@ -58,17 +58,20 @@ def modules():
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("recommendation", "sweeps", "testing"),
-    ("analysis", "demo", "evaluation", "packing", "statistics"),
+    ("reports",),
+    ("recommendation", "searches", "sweeps", "testing"),
+    ("trials",),
+    ("analysis", "demo", "evaluation", "extraction", "packing", "statistics"),
     ("api", "live", "register"),
     ("memory", "output"),
     ("planning",),
     ("inputs",),
     ("engine", "packs"),
-    ("kernels", "recipe", "tokens"),
+    ("recipe", "tokens"),
     ("checkpoints",),
-    ("dtypes", "methods", "plotting"),
-    ("architectures", "code", "errors", "machine", "masks", "version", "wording"),
+    ("kernels",),
+    ("dtypes", "methods", "plotting", "pools", "quantised"),
+    ("architectures", "code", "errors", "machine", "masks", "notebooks", "version", "wording"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 
@@ -161,7 +164,8 @@ def test_the_root_holds_few_modules():
     """What everybody imports, and what nobody looks for in a room."""
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "_version"}
     assert loose == {
-        "api", "code", "dtypes", "errors", "machine", "masks", "memory", "plotting", "register", "version", "wording",
+        "api", "code", "dtypes", "errors", "machine", "masks", "memory", "notebooks", "plotting", "quantised",
+        "register", "version", "wording",
     }  # fmt: skip
 
 
@@ -203,7 +207,13 @@ RULES = {
     "matplotlib only where something is drawn": lambda name, one: (
         not within(one, "matplotlib")
         or within(name, "darekit.plotting", "darekit.analysis.drawing", "darekit.analysis.curves",
-                  "darekit.sweeps.drawing", "darekit.demo")
+                  "darekit.sweeps.drawing", "darekit.reports.drawing", "darekit.demo")
+    ),
+    "plotly only where pages are made, Optuna only where settings are searched": lambda name, one: (
+        not within(one, "plotly", "optuna")
+        or within(name, "darekit.searches")
+        or (within(one, "plotly") and within(name, "darekit.reports.markup"))
+        or (within(one, "optuna") and within(name, "darekit.reports.importance"))
     ),
     "checkpoints know files and no method": lambda name, one: (
         not within(name, "darekit.checkpoints") or not within(one, "darekit.methods")
@@ -233,6 +243,8 @@ def test_the_package_keeps_the_rule(rule):
         ("torch only where models run, and where tensors, pickles or the demo are", "darekit.engine.execution",
          "import torch.nn as nn\n"),
         ("matplotlib only where something is drawn", "darekit.analysis.inspection", "import matplotlib\n"),
+        ("plotly only where pages are made, Optuna only where settings are searched", "darekit.reports.charts",
+         "def f():\n    import plotly.graph_objects as go\n"),
         ("lm-eval only in evaluation, datasets there and where rows are read", "darekit.live.data",
          "def f():\n    from lm_eval import evaluator\n"),
         ("checkpoints know files and no method", "darekit.checkpoints.files", "from darekit import methods\n"),

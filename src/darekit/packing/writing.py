@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from darekit import __version__
-from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, sync_directory
+from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, sample_digest, sync_directory
 from darekit.checkpoints.companions import CONFIG, content_of, matching
 from darekit.checkpoints.digests import checkpoint_digest, tensor_digest
 from darekit.dtypes import DTYPES, dtype_named
@@ -398,7 +398,7 @@ class Writer:
             base={
                 "ref": public_name(self.base.ref),
                 "revision": self.base.revision,
-                "sample_digest": self.plan.sample_digests[0].hex(),
+                "sample_digest": sample_digest(self.base, decoded=True).hex(),
                 "content_digest": NO_DIGEST,
             },
             model={

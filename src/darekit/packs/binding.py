@@ -25,7 +25,7 @@ def bind(source: PackFile, base: Checkpoint, digest: bytes | None = None) -> Non
                 f"{base.ref} is not the base of {source.file.path}: {name} should be {tensor.dtype} "
                 f"{list(tensor.shape)}, found {found}. It was packed against {wanted['ref']}"
             )
-    if (digest or sample_digest(base)).hex() != wanted["sample_digest"]:
+    if (digest or sample_digest(base, decoded=True)).hex() != wanted["sample_digest"]:
         raise HomologyError(
             f"{base.ref} is not the base of {source.file.path}: its tensors have the same shapes but other values. It "
             f"was packed against {wanted['ref']}"

@@ -24,15 +24,21 @@ def check(plan: Plan, *, force: bool = False, say: Callable[[str], None] | None 
         HomologyError: a model does not look like its base's child, or too much is dropped (unless `force`).
         DataError: integer tensors differ.
     """
-    judgements = _judge(plan)
+    judgements, told = _judge(plan)
     found = [("", one) for one in judgements]
-    found += [(f"{ref}: ", one) for ref, inner in _within(plan) for one in _judge(inner)]
+    for ref, inner in _within(plan):
+        others, more = _judge(inner)
+        found += [(f"{ref}: ", one) for one in others]
+        told += [f"{ref}: {line}" for line in more]
     stops = [f"{where}{one.stop}" for where, one in found if one.stop]
     if stops and not force:
         raise HomologyError("\n".join(f"{stop}; use --force to continue anyway" for stop in stops))
     for where, one in found:
         if say and (one.stop or one.warning):
             say(f"{where}{one.stop or one.warning}")
+    if say:
+        for line in told:
+            say(line)
     return judgements
 
 
@@ -46,14 +52,18 @@ def _within(plan: Plan) -> Iterator[tuple[str, Plan]]:
                 yield ref, inner
 
 
-def _judge(plan: Plan) -> list[Judgement]:
+def _judge(plan: Plan) -> tuple[list[Judgement], list[str]]:
+    """How each model looks beside the base, and what there is to say of quantised ones."""
     from darekit.planning.homology import check_integers, judge, sample_norms
+    from darekit.planning.rounding import rounding_of
+    from darekit.planning.rounding import told as told_of
 
     weights = [tensor for tensor in plan.alignment.tensors if tensor.name not in plan.roles]
     check_integers(weights, [model.ref for model in plan.models])
     if plan.base is None or (plan.recipe.sparsify is not None and plan.recipe.sparsify.on == "weights"):
-        return []
-    judgements = []
+        return [], []
+    judgements: list[Judgement] = []
+    told: list[str] = []
     for k, model in enumerate(plan.models):
         if model.ref == plan.base.ref:  # listed on purpose, by a method that counts it among the models
             continue
@@ -62,7 +72,9 @@ def _judge(plan: Plan) -> list[Judgement]:
             continue
         norms = sample_norms(own, k, partial(plan.rate_of, k))
         judgements.append(judge(model.ref, plan.base.ref, norms))
-    return judgements
+        if (found := rounding_of(own, k, norms)) is not None:
+            told.append(told_of(model.ref, plan.base.ref, found))
+    return judgements, told
 
 
 def _comparable(tensor: AlignedTensor, k: int) -> bool:

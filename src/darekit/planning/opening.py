@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from darekit.checkpoints import Checkpoint
-from darekit.errors import CheckpointError
+from darekit.errors import CheckpointError, PlanError
 from darekit.inputs import opening
 from darekit.inputs.kinds import Opener
 from darekit.inputs.opening import OPENERS
 from darekit.machine import without_collector
-from darekit.planning.nested import opener_of, result_of
+from darekit.planning.nested import SUFFIXES, opener_of, result_of
 from darekit.planning.plan import SHARD_SIZE, Plan, Within, make_plan
 from darekit.planning.problems import Problems
 from darekit.recipe import Recipe
@@ -55,7 +55,35 @@ def open_models(
         )
 
 
-def only_on_base(ref: str | Path) -> tuple[str, str | Path] | None:
+@contextmanager
+def open_unrounded(
+    base: str | Path, model: str | Path | Recipe, *, search: Sequence[Path] = ()
+) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    """Open a base and one model (headers only); the files are closed on leaving.
+
+    A model that is a recipe gives its result in float32, as it is before it is rounded to the recipe's `dtype`: the
+    difference from a base of 16 bits would otherwise be as much rounding as delta.
+
+    Raises:
+        PlanError: the base is a recipe.
+    """
+
+    def whole(recipe: Recipe, ref: str, search: Sequence[Path], above: Sequence[str]) -> Checkpoint:
+        return _open_recipe(replace(recipe, dtype="F32"), ref, search, above)
+
+    if str(base).endswith(SUFFIXES):
+        raise PlanError(f"{base} is a recipe: a delta is taken from a stored checkpoint; merge it first")
+    with ExitStack() as opened:
+        origin = opened.enter_context(closing(opening.open_base(base, search=search)))
+        if isinstance(model, Recipe):
+            found = whole(model, "the recipe", search, ())
+        else:
+            openers = (opener_of(None, (), whole), *OPENERS)
+            found = opening.open_model(model, origin, search=search, openers=openers)
+        yield origin, opened.enter_context(closing(found))
+
+
+def only_on_base(ref: str | Path) -> tuple[Opener, str | Path] | None:
     """Of what is a model only on top of its base: its kind, and what was found under the name; None of all else."""
     return opening.only_on_base(ref, openers=OPENERS)
 

@@ -147,6 +147,24 @@ class Plan:
             f"{self.parameters:,} parameters, {size_of(self.bytes_in)} in, {size_of(self.bytes_out)} out",
         )  # fmt: skip
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from darekit.notebooks import shown_as_html
+
+        sparsify = f"{self.recipe.sparsify.method}, then " if self.recipe.sparsify else ""
+        facts = [
+            ("method", f"{sparsify}{self.recipe.merge_method}"),
+            *([("base", self.recipe.base_model)] if self.recipe.base_model is not None else []),
+            ("output", f"{len(self.steps):,} tensors, {self.parameters:,} parameters, {size_of(self.bytes_out)}"),
+            ("reads", size_of(self.bytes_in)),
+        ]
+        rows = [
+            (one.ref, f"{one.drop_rate:.3f}", f"{one.kept:,}", "" if one.seed is None else str(one.seed))
+            for one in self.summaries
+        ]
+        header = ("model", "drop rate", "kept", "seed")
+        return shown_as_html("Plan", facts, header=header, rows=rows, notes=self.notes)
+
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Base (where there is one) and models."""

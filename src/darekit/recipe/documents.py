@@ -143,7 +143,11 @@ def _plain(value: Any, depth: int) -> Any:
     )
 
 
-_LEAST = {"recipe": "`models:` and `merge_method:`", "sweep": "`recipe:`, `axes:` and `test:`"}
+_LEAST = {
+    "recipe": "`models:` and `merge_method:`",
+    "sweep": "`recipe:`, `axes:` and `test:`",
+    "search": "`recipe:`, `space:`, `validation:` and `test:`",
+}
 
 
 def _parse(text: str, name: str, kind: str) -> tuple[dict[str, Any], dict[Key, str]]:

@@ -263,6 +263,16 @@ def _top() -> dict[str, Schema]:
             "enum": _literals(Recipe, "base_extras"),
             "default": "keep",
         },
+        "output": {
+            "description": "What is written: a model; or an adapter, where all models are adapters on the base.",
+            "enum": _literals(Recipe, "output"),
+            "default": "model",
+        },
+        "rank": {
+            "description": "Of an adapter that is written: the rank of its modules; left out: that of their sum.",
+            "type": ["integer", "null"],
+            "minimum": 1,
+        },
     }
     return {key: known[key] for key in TOP_KEYS}
 
