@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from darekit.architectures.groups import ONE_TERM
 from darekit.cli import tables
+from darekit.cli.display_adapters import LEGEND, adapters_data, adapters_table
 from darekit.wording import size_of
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str],
         "keep_dense": dense_tensors(plan),
         "checks": [judgement.to_data() for judgement in judgements],
         "notes": list(notes),
+        "adapters": adapters_data(plan),
     }
 
 
@@ -260,6 +262,10 @@ def show_plan(
         tables.print_small("r: ||delta|| / ||base|| in a sample. kept: what is not dropped, with the deltas "
                            "that are exactly 0. rho: how far dropping is predicted to move a layer's "
                            "output, relative to it; above 0.5 a merge is refused.")  # fmt: skip
+    if (adapters := adapters_table(data["adapters"])) is not None:
+        print()
+        print_table(adapters)
+        tables.print_small(LEGEND)
     _show_layers(plan)
     _show_rates(plan)
     _show_gradients(data["gradients"], bars=bool(plan.towers))

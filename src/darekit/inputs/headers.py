@@ -12,7 +12,7 @@ from darekit.checkpoints.headers import Elsewhere, HeaderFile, has_values, witho
 from darekit.checkpoints.hub import Snapshot, fetch_small, fetch_start, is_cached, looks_like_hub_id, weights_on_hub
 from darekit.checkpoints.refusals import ADAPTER_WEIGHTS
 from darekit.checkpoints.safetensors import HEADER_LIMIT
-from darekit.errors import CheckpointError, HoldsAdapter, HoldsPack, Unsupported
+from darekit.errors import CheckpointError, HoldsAdapter, HoldsPack, HomologyError, Unsupported
 from darekit.inputs.adapters.files import AdapterFiles
 from darekit.inputs.adapters.opening import open_on
 from darekit.inputs.kinds import Opener, Opening
@@ -118,7 +118,10 @@ class Headers:
             }
             return replace(adapter, tensors=tensors)
 
-        found = open_on(opening, place, lambda path: HeaderFile(path, sizes[path.name]), without)
+        try:
+            found = open_on(opening, place, lambda path: HeaderFile(path, sizes[path.name]), without)
+        except (CheckpointError, HomologyError) as error:
+            raise type(error)(str(error).replace(f"{self.folder}/", "")) from None
         self.missing[ref] = sizes[name]
         return found
 

@@ -15,6 +15,10 @@ Range = tuple[int, int | None]  # layers from one on, up to another one that is 
 DEFAULT = "default"  # the module of a model that is one whole
 
 
+# In which order an adapter's factors B have their experts: as the fast index, or one expert after another.
+LAYOUTS = ("peft", "grouped")
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """One model of a recipe.
@@ -23,11 +27,13 @@ class ModelEntry:
         model: directory, file or Hub id, as written.
         parameters: those that are set for it alone; what is missing comes from the recipe.
         stats: its statistics file, as written; None if it has none.
+        experts_layout: of an adapter, in which order its factors have their experts (peft, grouped); None: as it says.
     """
 
     model: str
     parameters: Mapping[str, Value]
     stats: str | None = None
+    experts_layout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +268,7 @@ def _source_data(entry: ModelEntry, index: int | None) -> dict[str, Any]:
     return {
         "model": entry.model,
         **({"stats": entry.stats} if entry.stats else {}),
+        **({"experts_layout": entry.experts_layout} if entry.experts_layout else {}),
         "parameters": _parameters_data(entry.parameters, index),
     }
 

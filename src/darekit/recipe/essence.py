@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
-from darekit.recipe.data import ModelEntry, Recipe, Tokens
+from darekit.recipe.data import Recipe, Tokens
 from darekit.recipe.values import Value, scalars_of
 
 
@@ -68,7 +68,7 @@ def is_single(recipe: Recipe) -> bool:
 
 def single(recipe: Recipe, model: int) -> Recipe:
     """One of its models as it is."""
-    entry = ModelEntry(recipe.models[model].model, {})
+    entry = replace(recipe.models[model], parameters={}, stats=None)
     source = recipe.tokenizer_source if recipe.tokenizer_source in (None, "base", entry.model) else "base"
     heads = recipe.heads if recipe.heads in (None, "base") else entry.model
     tokens = None if recipe.tokens is None else Tokens(entry.model)

@@ -13,7 +13,7 @@ from darekit.architectures.groups import GROUPS, ONE_TERM
 from darekit.dtypes import DTYPES, FLOAT_DTYPES, dtype_from_torch_name
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.recipe import mergekit
-from darekit.recipe.data import ModelEntry, Recipe, Slice, Sparsify
+from darekit.recipe.data import LAYOUTS, ModelEntry, Recipe, Slice, Sparsify
 from darekit.recipe.documents import (
     Document,
     Key,
@@ -140,7 +140,9 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
     recipe = Recipe(
         base_model=found.base,
         models=tuple(
-            ModelEntry(name, _where_present(own, k, found.slices), _read_stats(document, path))
+            ModelEntry(
+                name, _where_present(own, k, found.slices), _read_stats(document, path), _read_layout(document, path)
+            )
             for k, (path, name, own) in enumerate(models)
         ),
         sparsify=sparsify,
@@ -226,6 +228,20 @@ def _read_stats(document: Document, path: Key) -> str | None:
             f"expected a file made by `dare stats fisher` or `dare stats gram`, found {shown(raw)}",
         )  # fmt: skip
     return raw
+
+
+def _read_layout(document: Document, path: Key) -> str | None:
+    """In which order an adapter's factors have their experts."""
+    entry = block_at(document, path)
+    if "experts_layout" not in entry:
+        return None
+    raw = entry["experts_layout"]
+    if raw not in LAYOUTS:
+        fail(
+            document, (*path, "experts_layout"),
+            f" must be one of {', '.join(LAYOUTS)}, found {shown(raw)}{did_you_mean(str(raw), LAYOUTS)}",
+        )  # fmt: skip
+    return cast(str, raw)
 
 
 def _read_sparsify(document: Document, words: Words, parameters: Mapping[str, Value]) -> Sparsify:

@@ -33,7 +33,7 @@ from darekit.methods import (
     Switch,
 )
 from darekit.recipe import ignored
-from darekit.recipe.data import Recipe, Sparsify
+from darekit.recipe.data import LAYOUTS, Recipe, Sparsify
 from darekit.recipe.documents import Document
 from darekit.recipe.layout import FORMS
 from darekit.recipe.mergekit import PRODUCTS, RESCALE
@@ -357,6 +357,7 @@ def _layers() -> dict[str, Schema]:
         },
         "parameters": block,
         "stats": {"type": "string", "minLength": 1},
+        "experts_layout": _LAYOUT,
         **{name: _IGNORED for name in (*ignored.SOURCE_WORDS, *ignored.PARAMETERS)},
     }
     one = {
@@ -388,6 +389,12 @@ def _layers() -> dict[str, Schema]:
     }
 
 
+_LAYOUT: Schema = {
+    "description": "Of an adapter: the order in which its factors B have their experts, where it does not say so.",
+    "enum": list(LAYOUTS),
+}
+
+
 def _entry(parameters: Schema | None = None) -> Schema:
     """One of the models, as a mapping."""
     about = {"description": "A directory, a .safetensors file, or org/name[@revision] on the Hub."}
@@ -400,6 +407,7 @@ def _entry(parameters: Schema | None = None) -> Schema:
             "type": "string",
             "minLength": 1,
         },
+        "experts_layout": _LAYOUT,
     }
     if parameters is not None:
         properties["parameters"] |= parameters

@@ -77,12 +77,14 @@ def _put_on(opening: Opening, right: str, base: Checkpoint) -> Checkpoint:
     return replace(found, ref=str(opening.ref))
 
 
-def _find_alone(opening: Opening) -> Path | None:
-    return find_adapter(opening.ref, opening.search)
+def _find_alone(opening: Opening) -> str | Path | None:
+    return None if find_adapter(opening.ref, opening.search) is None else opening.ref
 
 
 def _open_alone(opening: Opening) -> Checkpoint:
-    return open_on(opening, Path(opening.ref))
+    place = find_adapter(opening.ref, opening.search)
+    assert place is not None
+    return open_on(opening, place)
 
 
 def open_from_hub(opening: Opening) -> Checkpoint:
@@ -116,7 +118,7 @@ def open_on(
         if base is None:
             own = base = _own_base(opening, adapter)
         note = None if own or opening.together else about_base(adapter.config, base, opening)
-        found = adapted(base, adapter, str(opening.ref), notes=[note] if note else [])
+        found = adapted(base, adapter, str(opening.ref), notes=[note] if note else [], layout=opening.layout)
     except BaseException:
         adapter.close()
         if own is not None:
