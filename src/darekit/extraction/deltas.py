@@ -118,6 +118,12 @@ class Reader:
         if known is not None and are_same(known.base, base.source):
             known.read_into(target, start)
             bad = kernels.count_nonfinite(target)
+        elif (exact := traits_of(model.source).values) is not None and base.dtype != "F64":
+            before = np.empty(have, np.float32)
+            _read(base, start, before)
+            exact(target, start)
+            target -= before
+            bad = kernels.count_nonfinite(target)
         elif "F64" in (base.dtype, model.dtype):
             wide = np.empty((2, have))
             _read(base, start, wide[0])

@@ -41,6 +41,11 @@ def notes_of(draft: Draft) -> Iterator[str]:
                 f"{' and '.join(names)} have the same effective seed {seed}: their masks are identical and interfere "
                 "everywhere; give each model its own seed"
             )
+    if recipe.output == "adapter":
+        yield (
+            "output: adapter is for `dare merge` and `dare extract`; here the recipe stands for the whole merged model"
+            + (", of full rank" if recipe.rank is not None else "")
+        )
     yield from _idle(draft)
     yield from _gradient_notes(draft)
     if recipe.sparsify is None or recipe.sparsify.on == "weights":
