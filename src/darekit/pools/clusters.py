@@ -20,6 +20,7 @@ from darekit.pools.processes import Lost, Make, Pool, Work, open_processes
 
 RESTARTS = 10  # of one actor
 RETRIES = 1  # of one task whose actor died
+STORE = 1 << 27  # bytes for what travels between workers
 PATIENCE = 5.0  # seconds for a cluster's head to answer
 
 
@@ -110,8 +111,11 @@ def _connect(ray: Any, cluster: Cluster) -> None:
     try:
         if address is None:
             wanted = max(cluster.workers or 1, os.cpu_count() or 1)
-            # On this machine alone: nothing listens to others.
-            ray.init(num_cpus=wanted, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            # On this machine alone: nothing listens to others. Recipes and scores are small.
+            ray.init(
+                "local", num_cpus=wanted, object_store_memory=STORE, include_dashboard=False,
+                _node_ip_address="127.0.0.1", **quiet,
+            )  # fmt: skip
         else:
             ray.init(address=address, **quiet)
     except Exception as error:  # Ray's, grpc's, the system's
