@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from darekit.cli.options import Json, errors_told
+from darekit.cli.options import GpusPerWorker, Jobs, Json, Ray, errors_told
 
 if TYPE_CHECKING:
     from darekit.evaluation.comparison import Comparison
@@ -63,6 +63,9 @@ def evaluate(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --generate: replace existing answers.")] = False,
+    jobs: Jobs = None,
+    ray: Ray = None,
+    gpus_per_worker: GpusPerWorker = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate MODELS (recipes are merged in memory) and print one table with standard errors."""
@@ -75,6 +78,8 @@ def evaluate(
         )
     if generate is not None and out is None:
         raise typer.BadParameter("needs --out FILE.json, or a folder for several models", param_hint="--generate")
+    if generate is not None and (jobs is not None or ray is not None):
+        raise typer.BadParameter("cannot be combined with --jobs or --ray", param_hint="--generate")
     for given, name in ((prompt is not None, "--prompt"), (overwrite, "--overwrite")):
         if given and generate is None:
             raise typer.BadParameter("only works with --generate", param_hint=name)
@@ -99,7 +104,8 @@ def evaluate(
                 models, judge=_spec(judge, command), tasks=tasks or (), data=data or (), base=base,
                 include=include or (), limit=limit, batch_size=batch_size, max_length=max_length,
                 num_fewshot=num_fewshot, chat_template=chat_template, trust_code=trust_code, device=device,
-                dtype=dtype, samples=samples, out=out, confirm=_confirm, progress=progress,
+                dtype=dtype, samples=samples, out=out, jobs=jobs, ray=ray,
+                gpus_per_worker=gpus_per_worker, confirm=_confirm, progress=progress,
                 show_bars=bool(tasks) and not as_json and progress is None and sys.stderr.isatty(),
                 say=display.say_note,
             )  # fmt: skip
