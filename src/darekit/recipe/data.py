@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from darekit.dtypes import DTYPES
+from darekit.dtypes import DTYPES, NEAREST, Rounding
 from darekit.recipe.values import BySlice, Value, to_data
 
 Range = tuple[int, int | None]  # layers from one on, up to another one that is not among them; None: to the last
@@ -149,6 +149,8 @@ class Recipe:
         tokens: which tokens the output has, where rows are matched by token; None: by number, as `vocab` says.
         chat_template: of the output: `auto`, a name, or a template's text; None: the one that comes with the tokenizer.
         base_extras: what becomes of tensors that only the base has: keep or leave_out.
+        rounding: how the merged values are rounded into the output's format: nearest or stochastic.
+        rounding_seed: from which the draws of stochastic rounding are derived; the sparsifier's unless it has its own.
         stages: recipes that are models of this one, by the names that it calls them.
         slices: the output's layers from the first to the last, module by module; empty: all layers of all models.
         notes: notes and warnings for the user.
@@ -168,6 +170,8 @@ class Recipe:
     chat_template: str | None = None
     keep_float32: bool = True
     base_extras: Literal["keep", "leave_out"] = "keep"
+    rounding: Rounding = NEAREST
+    rounding_seed: int = 0
     slices: tuple[Slice, ...] = ()
     stages: tuple[tuple[str, Recipe], ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -201,6 +205,9 @@ class Recipe:
         data |= {} if self.heads is None else {"heads": self.heads}
         data |= {} if self.chat_template is None else {"chat_template": self.chat_template}
         data |= {} if self.keep_float32 else {"keep_float32": False}
+        if self.rounding != NEAREST:
+            own = self.rounding_seed != (self.sparsify.seed if self.sparsify is not None else 0)
+            data["rounding"] = {"method": self.rounding, "seed": self.rounding_seed} if own else self.rounding
         return data | ({} if self.base_extras == "keep" else {"base_extras": self.base_extras})
 
 

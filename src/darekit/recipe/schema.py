@@ -260,8 +260,23 @@ def _top() -> dict[str, Schema]:
             "enum": _literals(Recipe, "base_extras"),
             "default": "keep",
         },
+        "rounding": _rounding(),
     }
     return {key: known[key] for key in TOP_KEYS}
+
+
+def _rounding() -> Schema:
+    """A word, or a block that has a seed, too."""
+    words = _literals(Recipe, "rounding")
+    block = _block({"method": {"enum": words}, "seed": {"description": "Of its draws.", **seed()}})
+    return {
+        "description": (
+            "How merged values are rounded into the output's format: to the nearest, or stochastically, so that small "
+            "changes are not lost in the mean."
+        ),
+        "anyOf": [{"enum": words}, block | {"required": ["method"]}],
+        "default": "nearest",
+    }
 
 
 def _tokenizer() -> Schema:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from darekit.dtypes import NEAREST, STOCHASTIC
 from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.recipe import ModelEntry, Recipe, Tokens, Value, read_recipe
@@ -78,7 +79,7 @@ def _cells_at(sweep: Sweep, points: tuple[Point, ...]) -> Iterator[Cell]:
         )
     recipe = _recipe_at(sweep, at, settings, None)
     if not sweep.seeds or not is_random(recipe):
-        yield Cell("grid", at, recipe.sparsify.seed if recipe.sparsify and is_random(recipe) else None, recipe, judges)
+        yield Cell("grid", at, seed_of(recipe), recipe, judges)
         return
     for seed in sweep.seeds:
         yield Cell("grid", at, seed, _recipe_at(sweep, at, settings, seed), judges)
@@ -132,7 +133,20 @@ def drops(recipe: Recipe) -> bool:
 
 def is_random(recipe: Recipe) -> bool:
     """Whether its result depends on the seed."""
+    return draws_masks(recipe) or recipe.rounding == STOCHASTIC
+
+
+def draws_masks(recipe: Recipe) -> bool:
+    """Whether elements are dropped at random."""
     return recipe.sparsify is not None and SPARSIFIERS[recipe.sparsify.method].random and drops(recipe)
+
+
+def seed_of(recipe: Recipe) -> int | None:
+    """The recipe's seed, where its result depends on one."""
+    if draws_masks(recipe):
+        assert recipe.sparsify is not None
+        return recipe.sparsify.seed
+    return recipe.rounding_seed if is_random(recipe) else None
 
 
 def essence(recipe: Recipe) -> Recipe:
@@ -140,7 +154,7 @@ def essence(recipe: Recipe) -> Recipe:
     nothing, and one untouched model as itself. Cells of one essence are evaluated once."""
     if recipe.sparsify is not None and not drops(recipe) and (recipe.sparsify.on == "delta" or len(recipe.models) == 1):
         recipe = undropped(recipe)
-    if recipe.sparsify is not None and not is_random(recipe):
+    if recipe.sparsify is not None and not draws_masks(recipe):
         entries = tuple(replace(e, parameters=_without(e.parameters, ("seed",))) for e in recipe.models)
         recipe = replace(recipe, models=entries, sparsify=replace(recipe.sparsify, seed=0))
     if recipe.sparsify is None and len(recipe.models) == 1 and _is_untouched(recipe):
@@ -186,7 +200,7 @@ def single(recipe: Recipe, model: int) -> Recipe:
     return replace(
         recipe, models=(entry,), sparsify=None, merge_method="linear", parameters={},
         tokenizer_source=source if tokens is None else entry.model, tokens=tokens, chat_template=None,
-        heads=heads, notes=(), text="",
+        heads=heads, rounding=NEAREST, rounding_seed=0, notes=(), text="",
     )  # fmt: skip
 
 
@@ -205,7 +219,8 @@ def _references(kind: str, cells: Iterable[Cell]) -> Iterator[Cell]:
         recipe = cell.recipe
         if kind == "undropped" and drops(recipe):
             at = {**cell.at, DROP_RATE: 0} if DROP_RATE in cell.at else dict(cell.at)
-            yield replace(cell, kind=kind, at=at, seed=None, recipe=undropped(recipe))
+            bare = undropped(recipe)
+            yield replace(cell, kind=kind, at=at, seed=seed_of(bare), recipe=bare)
         elif kind == "single":
             for k, entry in enumerate(recipe.models):
                 if recipe.heads in (None, "base", entry.model):  # this cell's judges ask the head that it names
