@@ -104,13 +104,13 @@ def widen(raw: Bytes, dtype: DType, out: Floats) -> None:
         out[...] = raw.view(dtype.numpy)
 
 
-def narrow(values: Floats, dtype: DType, raw: Bytes) -> int:
-    """(n,) float32 or float64 -> (n * itemsize,) uint8, in place in `raw`; nearest even.
+def narrow(values: Floats, dtype: DType, raw: Bytes, words: npt.NDArray[np.uint32] | None = None) -> int:
+    """(n,) float32 or float64 -> (n * itemsize,) uint8, in place in `raw`; nearest even, or `stochastic` by `words`.
 
     Returns how many results are NaN or Inf: of finite values, those for which the format is too small.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        rounded = values.astype(dtype.numpy)
+        rounded = values.astype(dtype.numpy) if words is None else stochastic(values, dtype.numpy, words)
     raw.view(dtype.numpy)[...] = rounded
     return int(rounded.size - np.count_nonzero(np.isfinite(rounded)))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from darekit.dtypes import Bytes, DType, Floats, narrow, stochastic
+from darekit.dtypes import Bytes, DType, Floats, narrow
 from darekit.dtypes import widen as widen_any
 from darekit.kernels import cpu, rounding
 
@@ -65,7 +65,7 @@ def add_round(
         return int(rounding.add_round_stochastic_bf16(origin, base, merged, number(factor), words, found))
     change = number(factor) * merged
     with np.errstate(over="ignore", invalid="ignore"):
-        overflowed = _narrow(base + change, dtype, raw, words)
+        overflowed = narrow(base + change, dtype, raw, words)
     if dtype.name == base_dtype.name:
         word = f"u{dtype.itemsize}"
         np.copyto(raw.view(word), base_raw.view(word), where=change == 0)
@@ -85,12 +85,4 @@ def round_to(values: Floats, dtype: DType, raw: Bytes, words: Words | None = Non
         if words is None:
             return int(rounding.round_bf16(values, raw.view(np.uint16)))
         return int(rounding.round_stochastic_bf16(values, words, raw.view(np.uint16)))
-    return _narrow(values, dtype, raw, words)
-
-
-def _narrow(values: Floats, dtype: DType, raw: Bytes, words: Words | None) -> int:
-    if words is None:
-        return narrow(values, dtype, raw)
-    found = stochastic(values, dtype.numpy, words)
-    raw.view(dtype.numpy)[...] = found
-    return int(found.size - np.count_nonzero(np.isfinite(found)))
+    return narrow(values, dtype, raw, words)
