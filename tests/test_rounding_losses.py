@@ -206,7 +206,7 @@ def test_the_dry_run_foretells_it(tuned, dare):
     done = dare("merge", tuned / "recipe.yaml", tuned / "out", "--json").data["rounding"]
     assert foretold["share"] == pytest.approx(done["share"], abs=0.02)
     shown = dare("merge", tuned / "recipe.yaml", tuned / "again", "--set", "rounding=stochastic")
-    assert "on average nothing is lost" in " ".join(shown.out.split()) and "undoes" not in shown.err
+    assert "none is lost on average" in " ".join(shown.out.split()) and "undoes" not in shown.err
 
 
 @pytest.mark.parametrize("recipe", [
@@ -278,3 +278,16 @@ def test_oracle_and_engine_agree_on_the_share():
         record, _ = records_of(recipe_of(1, **more), base, models)
         shares[p] = record["swallowed"] / record["changed"]
     assert shares[0.0] > 0.9 and shares[0.9] < 0.05 < shares[0.0]
+
+
+def test_steps_as_large_as_the_changes_are_told(tmp_path):
+    """DARE at 0.5 loses nothing, but what was half a step and more became a whole one: another lambda, in effect."""
+    base, (model,) = like_a_fine_tune(96 * 32, 1)
+    for name, array in (("base", base), ("m0", model)):
+        families.save(tmp_path / name, {"model.embed_tokens.weight": array.reshape(96, 32)}, families.config())
+    report = dk.drop(tmp_path / "base", tmp_path / "m0", tmp_path / "out", drop_rate=0.0)
+    assert not report.notes or not any("rounding" in note for note in report.notes)
+    recipe = {"base_model": str(tmp_path / "base"), "models": [str(tmp_path / "m0")], **TUNED}
+    report = dk.merge(recipe | {"parameters": {"lambda": 0.66}}, tmp_path / "larger")
+    assert report.rounding["share"] < 0.2 and report.rounding["scale"] > 1.2
+    assert any("about as large as the steps" in note for note in report.notes)

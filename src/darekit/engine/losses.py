@@ -177,7 +177,7 @@ def summary_of(records: Iterable[Mapping[str, Any]], models: Sequence[str]) -> d
     return {
         "share": total(lambda one: one["swallowed"]) / changed,
         "models": own,
-        "error": math.sqrt(total(lambda one: one["squares"][0]) / change) if change else None,
-        "scale": total(lambda one: one["squares"][2]) / change if change else None,
+        "error": math.sqrt(total(lambda one: one["squares"][0]) / change) if change else 0.0,
+        "scale": total(lambda one: one["squares"][2]) / change if change else 1.0,
         "sampled": sum(one["sampled"] for one in found),
     }

@@ -14,6 +14,7 @@ from darekit import __version__
 from darekit.architectures.groups import MEANING
 from darekit.checkpoints import InputFile, traits_of
 from darekit.checkpoints.digests import checkpoint_digest
+from darekit.dtypes import STOCHASTIC
 from darekit.engine.steps import ENGINE_FORMAT
 from darekit.inputs.statistics import Statistics
 from darekit.methods import MERGE_METHODS
@@ -160,7 +161,7 @@ def _rounding(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
     """How results were rounded, and what that left of the changes."""
     found = rounding_of(plan, records.values())
     if found is None and plan.rounding is not None:
-        found = {"method": plan.recipe.rounding, "effective_seed": plan.rounding}
+        found = {"method": STOCHASTIC, "effective_seed": plan.rounding}
     return {} if found is None else {"rounding": found}
 
 

@@ -105,7 +105,7 @@ class Plan:
         towers: where each layer comes from, of stacks that slices made.
         config: of such a stack, before number format and vocabulary; None: as that of the model that gives it.
         template: the chat template that the recipe asks for; None: the one that comes with the tokenizer.
-        rounding: the effective seed of stochastic rounding; None: results are rounded to nearest.
+        rounding: the effective seed of stochastic rounding; None: to nearest, or there is nothing to round.
     """
 
     recipe: Recipe
@@ -306,6 +306,7 @@ def make_plan(
     rounding = rounding_seed(recipe.rounding_seed, digests) if recipe.rounding == STOCHASTIC else None
     if rounding is not None:
         steps = rounded(steps, rounding)
+        rounding = rounding if any(step.rounding is not None for step in steps) else None
     opened = (note for checkpoint in ((base, *models) if base else models) for note in checkpoint.notes)
     notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *given.notes, *notes_of(draft)]
     notes += rate_notes(models, rates)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from darekit.dtypes import NEAREST
+from darekit.dtypes import NEAREST, STOCHASTIC
 from darekit.engine.losses import summary_of
 from darekit.engine.sampling import sampled_records
 from darekit.engine.steps import is_counted
@@ -36,8 +36,8 @@ def rounding_of(plan: Plan, records: Iterable[Mapping[str, Any]]) -> dict[str, A
     found = summary_of(records, names_of(plan))
     if found is None:
         return None
-    seed = {} if plan.rounding is None else {"effective_seed": plan.rounding}
-    return {"method": plan.recipe.rounding, **seed, "format": format_of(plan), **found}
+    how = {"method": NEAREST} if plan.rounding is None else {"method": STOCHASTIC, "effective_seed": plan.rounding}
+    return {**how, "format": format_of(plan), **found}
 
 
 def sample_rounding(plan: Plan) -> dict[str, Any] | None:
@@ -49,32 +49,46 @@ def rounding_lines(summary: Summary | None) -> Iterator[str]:
     """What happened to the changes, for people: in one line, or none where it is nothing."""
     if summary is None:
         return
-    share, scale = summary["share"], summary["scale"]
-    if "effective_seed" in summary:
-        yield (
-            f"stochastic: {_percent(share)} of the changes fell back to the base and the others went a whole step; on "
-            f"average nothing is lost ({scale:.3g} of the merged delta is in the output)"
-        )
+    share = summary["share"]
+    applied = (
+        f"{summary['scale']:.2f} times the merged delta, with an error of {_percent(summary['error'])} of its length"
+    )
+    if summary["method"] == STOCHASTIC:
+        yield f"stochastic: {_percent(share)} of the changes fell back to the base, none is lost on average: {applied}"
     elif share >= MENTIONED:
         yield (
             f"{_percent(share)} of the changes are too small for {summary['format']} and are rounded back to the "
-            f"base{_each(summary)}; {scale:.3g} of the merged delta is in the output"
+            f"base{_each(summary)}: {applied}"
         )
+    elif _is_off(summary):
+        yield f"to {summary['format']}: {applied}"
 
 
 def swallowed_notes(summary: Summary | None) -> Iterator[str]:
-    """A warning, where rounding to nearest undoes more than a fifth of the changes, in all or of one model."""
+    """A warning, where rounding to nearest undoes more than a fifth of the changes, in all or of one model, or makes
+    their length wrong by as much."""
     if summary is None or summary["method"] != NEAREST:
         return
     shares = [share for share in (summary["share"], *summary["models"].values()) if share is not None]
-    if max(shares) <= TOO_MANY:
-        return
-    yield (
-        f"rounding to {summary['format']} undoes {_percent(summary['share'])} of the changes{_each(summary)}: they are "
-        "smaller than half a step of that format. `dtype: float32` keeps them; `rounding: stochastic` keeps them on "
-        "average, in a file of the same size; a larger lambda or weight loses fewer. DARE's survivors are larger and "
-        "survive: a comparison with and without DARE in this format measures that, too"
-    )
+    if max(shares) > TOO_MANY:
+        yield (
+            f"rounding to {summary['format']} undoes {_percent(summary['share'])} of the changes{_each(summary)}, "
+            "which are smaller than half a step of that format, and applies "
+            f"{summary['scale']:.2f} times the merged delta. "
+            "`dtype: float32` keeps all changes; `rounding: stochastic` keeps them on average, in a file of the same "
+            "size; a larger lambda or weight loses fewer. DARE's survivors are larger and last: a comparison with and "
+            "without DARE measures that, too, unless both are rounded in one of these ways"
+        )
+    elif _is_off(summary):
+        yield (
+            f"the merged changes are about as large as the steps of {summary['format']}: rounding to it applies "
+            f"{summary['scale']:.2f} times the merged delta. `rounding: stochastic` (a file of the same size) and "
+            "`dtype: float32` apply it as it is"
+        )
+
+
+def _is_off(summary: Summary) -> bool:
+    return bool(abs(summary["scale"] - 1) > TOO_MANY)
 
 
 def format_of(plan: Plan) -> str:
@@ -94,4 +108,4 @@ def _each(summary: Summary) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
