@@ -41,7 +41,7 @@ def rounding_of(plan: Plan, records: Iterable[Mapping[str, Any]]) -> dict[str, A
 
 
 def sample_rounding(plan: Plan) -> dict[str, Any] | None:
-    """The same in advance, from the head of up to 256 tensors. The plan must be open."""
+    """The same in advance, from the head of up to 128 tensors. The plan must be open."""
     return rounding_of(plan, sampled_records(plan.steps))
 
 
