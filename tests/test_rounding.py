@@ -403,6 +403,14 @@ def test_what_is_refused(llamas, rounding, said):
         dk.read_recipe(families.recipe(llamas.path, **RECIPE) | {"rounding": rounding})
 
 
+def test_where_it_belongs(llamas):
+    for where in ("parameters", "sparsify"):
+        recipe = families.recipe(llamas.path, **RECIPE) | {"sparsify": {"method": "dare", "drop_rate": 0.5}}
+        recipe[where] = recipe[where] | {"rounding": "stochastic"}
+        with pytest.raises(RecipeError, match=r"belongs to the recipe itself.*top level"):
+            dk.read_recipe(recipe)
+
+
 def test_stochastic_without_effect_is_said(llamas):
     plan = dk.plan(families.recipe(llamas.path, **RECIPE) | {"dtype": "float32"})
     assert any("rounding: stochastic has no effect" in note for note in plan.notes)

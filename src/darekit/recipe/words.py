@@ -297,4 +297,6 @@ def _explain(name: str, value: Any, path: Key, allowed: Mapping[str, Parameter],
     if owners:
         chosen = words.method if words.sparsifier is None else f"{words.sparsifier} or {words.method}"
         return f"is a parameter of {' and '.join(owners)}, not of {chosen}"
+    if name in TOP_KEYS:
+        return "belongs to the recipe itself: write it at the top level, beside merge_method"
     return f"is not known{suggest(name, [*allowed, *(SPARSIFY_KEYS if path == ('sparsify',) else ())])}"
