@@ -418,7 +418,8 @@ def test_stochastic_without_effect_is_said(llamas):
 
 
 def test_a_sweep_may_vary_it(llamas):
-    from darekit.sweeps.grid import cells_of, is_random
+    from darekit.recipe.essence import is_random
+    from darekit.sweeps.grid import cells_of
     from darekit.sweeps.reading import read_sweep
 
     sweep = {

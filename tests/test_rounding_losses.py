@@ -18,8 +18,8 @@ from darekit.engine.losses import Losses, losses_of, summary_of
 from darekit.kernels import rounding
 from darekit.kernels.lanes import SAMPLED, SUM_LANES
 from darekit.memory import _ArraySink, _checkpoint
+from darekit.planning.losses import rounding_lines, sample_rounding, swallowed_notes
 from darekit.planning.plan import make_plan
-from darekit.planning.rounding import rounding_lines, sample_rounding, swallowed_notes
 
 BLOCK = 1024
 TUNED = {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.315}}

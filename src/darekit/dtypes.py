@@ -61,6 +61,8 @@ Rounding = Literal["nearest", "stochastic"]
 NEAREST: Rounding = "nearest"
 STOCHASTIC: Rounding = "stochastic"
 _WORDS = 4294967296.0
+# Powers of two, which scale quantised weights and mean nothing by themselves: read, and never written.
+POWERS = DType("F8_E8M0", "float8_e8m0fnu", "int", np.dtype("u1"))
 
 FLOAT_DTYPES: tuple[str, ...] = tuple(name for name, entry in DTYPES.items() if entry.kind == "float")
 
@@ -71,6 +73,8 @@ def dtype_named(name: str) -> DType:
     Raises:
         Unsupported: the format is not one of `DTYPES`.
     """
+    if name == POWERS.name:
+        return POWERS
     try:
         return DTYPES[name]
     except KeyError:

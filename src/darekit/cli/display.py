@@ -142,7 +142,7 @@ def show_report(report: Report, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_data()))
         return
-    from darekit.planning.rounding import rounding_lines
+    from darekit.planning.losses import rounding_lines
 
     holds = f"{counted(report.tensors, 'tensor')}, {count_of(report.parameters)} parameters"
     if not report.bytes_read and not report.bytes_written:
@@ -152,12 +152,12 @@ def show_report(report: Report, *, as_json: bool) -> None:
     shares = {model: f"{100 * kept / max(1, report.parameters):.3g} %" for model, kept in report.kept.items()}
     if len(shares) == 1:
         ((model, kept),) = report.kept.items()
-        told = f"{shares[model]} of {model}'s delta ({count_of(kept)} elements)"
+        told = f"{shares[model]} of {model}'s {report.kept_of} ({count_of(kept)} elements)"
     else:
         told = ", ".join(f"{share} of {model}" for model, share in shares.items())
     rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
     tables.print_facts([
-        ("kept", told),
+        *([("kept", told)] if report.kept_of else []),
         ("rounding", "".join(rounding_lines(report.rounding))),
         ("took", f"{time_of(report.seconds)} at {size_of(rate)}/s, {size_of(report.peak_rss_bytes)} of memory at most"),
     ])  # fmt: skip
@@ -188,7 +188,6 @@ def plan_data(
     rounding: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A plan in JSON-able form."""
-    from darekit.cli.display_layers import layers_data
     from darekit.engine.tiles import TILE
     from darekit.machine import default_threads
     from darekit.planning.notes import gradient_rows
@@ -211,13 +210,19 @@ def plan_data(
             }
             for summary, rates in zip(plan.summaries, plan.rates, strict=True)
         ],
-        **({"layers": layers_data(plan)} if plan.towers else {}),
+        **({"layers": _layers_data(plan)} if plan.towers else {}),
         "gradients": [asdict(row) for row in gradient_rows(plan.recipe, plan.depths, plan.towers)],
         "keep_dense": dense_tensors(plan),
         "rounding": rounding,
         "checks": [judgement.to_data() for judgement in judgements],
         "notes": list(notes),
     }
+
+
+def _layers_data(plan: Plan) -> list[dict[str, Any]]:
+    from darekit.cli.display_layers import layers_data
+
+    return layers_data(plan)
 
 
 def dense_tensors(plan: Plan) -> dict[str, list[str]]:
@@ -242,7 +247,7 @@ def show_plan(
     as_json: bool,
 ) -> None:
     """A plan for people, or as JSON; `rounding`: what rounding will do, from a sample."""
-    from darekit.planning.rounding import rounding_lines
+    from darekit.planning.losses import rounding_lines
 
     data = plan_data(plan, judgements, notes, threads, rounding)
     if as_json:
@@ -324,6 +329,8 @@ def _rate(value: float | None) -> str:
 
 def _show_layers(plan: Plan) -> None:
     """Where the layers of a stack come from."""
+    if not plan.towers:
+        return
     from darekit.cli.display_layers import rows_of
 
     for tower in plan.towers:
@@ -334,10 +341,10 @@ def _show_layers(plan: Plan) -> None:
 
 def _show_gradients(gradients: Sequence[Mapping[str, Any]], *, bars: bool) -> None:
     """What each gradient comes to along the layers: all of them, or some at equal distances."""
-    from darekit.cli.display_layers import spark
-
     if not gradients:
         return
+    from darekit.cli.display_layers import spark
+
     rows = []
     for one in gradients:
         last = len(one["values"]) - 1

@@ -87,6 +87,29 @@ def _drop_difference(raw, base, words, limit, factor, out):
 
 
 @kernel
+def _drop_known(known, words, limit, factor, out):
+    """(n,) float32, n <= 1024: 0 where word < limit, times `factor` elsewhere -> `out`; -> (NaN and Inf, kept)."""
+    bits, before = out.view(np.uint32), known.view(np.uint32)
+    survivors, bad = np.uint32(0), np.uint32(0)
+    for i in range(out.size):
+        bad = np.uint32(bad + np.uint32((before[i] & _EXPONENT) == _EXPONENT))
+        keep = np.uint32(words[i] >= limit)
+        survivors = np.uint32(survivors + keep)
+        bits[i] = np.float32(known[i] * factor).view(np.uint32) & np.uint32(np.uint32(0) - keep)
+    return int(bad), int(survivors)
+
+
+@kernel
+def _copy_known(known, out):
+    """(n,) float32 -> `out`; counts NaN and Inf."""
+    before, bad = known.view(np.uint32), np.uint32(0)
+    for i in range(out.size):
+        bad = np.uint32(bad + np.uint32((before[i] & _EXPONENT) == _EXPONENT))
+        out[i] = known[i]
+    return int(bad)
+
+
+@kernel
 def random_difference_bf16(raw, base, seed, stream, start, threshold, factor, out):
     """`difference_bf16` and `random_drop` in one pass over memory; -> (NaN and Inf before the drop, kept)."""
     words = np.empty(BLOCK, np.uint32)
@@ -378,9 +401,9 @@ def scale(delta, factor):
 
 @kernel
 def _absorb_bf16(
-    base_raw, raws, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize, divisor, factor,
-    base_weight, stochastic, rounding_stream, rounding_seed, kept, counts, touched, squares, out, words,
-    lanes, work,
+    base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
+    divisor, factor, base_weight, stochastic, rounding_stream, rounding_seed, kept, counts, touched, squares, out,
+    words, lanes, work,
 ):  # fmt: skip
     """`absorb_bf16`; or, where `stochastic`, `absorb_stochastic_bf16`."""
     models = len(weights)
@@ -392,7 +415,14 @@ def _absorb_bf16(
         widen_bf16(origin, base)
         for k in range(models):
             raw, delta = raws[k, begin : begin + count], work[k, :count]
-            if thresholds[k]:
+            if finer[k]:
+                known = deltas[k, begin : begin + count]
+                if thresholds[k]:
+                    _draw_block((start + begin) // BLOCK, streams[k], seeds[k], words)
+                    faulty, survivors = _drop_known(known, words[:count], thresholds[k], factors[k], delta)
+                else:
+                    faulty, survivors = _copy_known(known, delta), count
+            elif thresholds[k]:
                 _draw_block((start + begin) // BLOCK, streams[k], seeds[k], words)
                 faulty, survivors = _drop_difference(raw, base, words[:count], thresholds[k], factors[k], delta)
             elif bounds[k, 2]:
@@ -429,12 +459,13 @@ def _absorb_bf16(
 
 @kept_kernel
 def absorb_bf16(
-    base_raw, raws, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize, divisor, factor,
-    base_weight, kept, counts, touched, squares, out, words, lanes, work,
+    base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
+    divisor, factor, base_weight, kept, counts, touched, squares, out, words, lanes, work,
 ):  # fmt: skip
     """The whole way of a BF16 tile: the small kernels one after another, on blocks that stay in L1.
 
-    base_raw (n,), raws (K, n), out (n,) uint16. Per model, (K,) each: uint64 streams and seeds, uint32 thresholds (0:
+    base_raw (n,), raws (K, n), out (n,) uint16; deltas (K, n) float32 of the models that are `finer`, (K,) int64: what
+    is known is no difference of BF16. Per model, (K,) each: uint64 streams and seeds, uint32 thresholds (0:
     no random drop), float32 factors, and (K, 4) int64 bounds: what `select` takes (high 0: no selection), left as it
     leaves them. `weights`: a tuple of K float32. `start` is a multiple of 1024. `kept`, (K,) int64, is added to;
     in one block in `SAMPLED`, so are `counts`, (2,) int64, and `touched`, (K, 2) int64, while the rows of `squares`,
@@ -443,21 +474,22 @@ def absorb_bf16(
     then worthless.
     """
     return _absorb_bf16(
-        base_raw, raws, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize, divisor,
-        factor, base_weight, False, np.uint64(0), np.uint64(0), kept, counts, touched, squares, out, words, lanes, work,
+        base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
+        divisor, factor, base_weight, False, np.uint64(0), np.uint64(0), kept, counts, touched, squares, out, words,
+        lanes, work,
     )  # fmt: skip
 
 
 @kept_kernel
 def absorb_stochastic_bf16(
-    base_raw, raws, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize, divisor, factor,
-    base_weight, stream, seed, kept, counts, touched, squares, out, words, lanes, work,
+    base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
+    divisor, factor, base_weight, stream, seed, kept, counts, touched, squares, out, words, lanes, work,
 ):  # fmt: skip
     """`absorb_bf16`, rounded by the draws of this stream and seed, uint64: a kernel of its own, since the other one's
     time grew by 5 % when both were one."""
     return _absorb_bf16(
-        base_raw, raws, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize, divisor,
-        factor, base_weight, True, stream, seed, kept, counts, touched, squares, out, words, lanes, work,
+        base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
+        divisor, factor, base_weight, True, stream, seed, kept, counts, touched, squares, out, words, lanes, work,
     )  # fmt: skip
 
 

@@ -1,111 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rounding into the output's format leaves of the changes: a sample before a merge, and words for it."""
+"""What quantisation has changed: a delta to or from a quantised model holds the error of rounding to its codes.
+
+How large that error is follows from the codes alone, without the weights that were quantised: each stands for an
+interval (`darekit.quantised.cells`), and what was rounded into it is off by its width over the root of 12, on average.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from darekit.dtypes import NEAREST, STOCHASTIC
-from darekit.engine.losses import summary_of
-from darekit.engine.sampling import sampled_records
-from darekit.engine.steps import is_counted
-from darekit.planning.plan import Plan
+from darekit.checkpoints import TensorInfo, traits_of
+from darekit.planning.homology import Norms, weighted_median
+from darekit.planning.matching.alignment import AlignedTensor
 from darekit.wording import label
 
-TOO_MANY = 0.2  # of the changes that are rounded back to the base: then it is worth a warning
-MENTIONED = 0.0005
+SAMPLED_TENSORS = 64  # spread over the model
 
-Summary = Mapping[str, Any]
-
-
-def names_of(plan: Plan) -> tuple[str, ...]:
-    """What to call each model; of two models with one name the later ones carry their place."""
-    seen: Counter[str] = Counter()
-    names = []
-    for k, summary in enumerate(plan.summaries):
-        seen[summary.ref] += 1
-        names.append(summary.ref if seen[summary.ref] == 1 else f"{summary.ref} #{k + 1}")
-    return tuple(names)
+OWN = 0.7  # a delta that is smaller than this part of the error cannot contain it
+SMALL = 0.5  # as much smaller is a delta between codes most of which are the same
 
 
-def rounding_of(plan: Plan, records: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Tensors' records -> how results were rounded and what that left of the changes (`summary_of`), JSON-able; None
-    where nothing was added to a base."""
-    found = summary_of(records, names_of(plan))
-    if found is None:
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """Medians over the tensors of which at least one side is quantised.
+
+    Attributes:
+        base: r of the base, about ||error|| / ||W||; 0 where it is not quantised.
+        model: r of the model.
+        delta: r of the delta in the same tensors.
+    """
+
+    base: float
+    model: float
+    delta: float
+
+    @property
+    def both(self) -> float:
+        """r of the two errors together, if they have nothing in common."""
+        return math.hypot(self.base, self.model)
+
+
+def rounding_of(tensors: Sequence[AlignedTensor], model: int, norms: Sequence[Norms]) -> Rounding | None:
+    """Of a model, by its index in the recipe, and its base; None where neither is quantised.
+
+    Args:
+        tensors: the alignment's.
+        model: its index.
+        norms: its sampled deltas.
+    """
+    sampled = {one.name: one for one in norms}
+    found: list[tuple[TensorInfo, TensorInfo, Norms]] = []
+    for tensor in tensors:
+        base, tuned, norm = tensor.base, tensor.models[model], sampled.get(tensor.name)
+        if base is not None and tuned is not None and norm is not None and (_quantised(base) or _quantised(tuned)):
+            found.append((base, tuned, norm))
+    if not found:
         return None
-    how = {"method": NEAREST} if plan.rounding is None else {"method": STOCHASTIC, "effective_seed": plan.rounding}
-    return {**how, "format": format_of(plan), **found}
-
-
-def sample_rounding(plan: Plan) -> dict[str, Any] | None:
-    """The same in advance, from the head of up to 128 tensors. The plan must be open."""
-    return rounding_of(plan, sampled_records(plan.steps))
-
-
-def rounding_lines(summary: Summary | None) -> Iterator[str]:
-    """What happened to the changes, for people: in one line, or none where it is nothing."""
-    if summary is None:
-        return
-    share = summary["share"]
-    applied = (
-        f"{summary['scale']:.2f} times the merged delta, with an error of {_percent(summary['error'])} of its length"
+    many = min(SAMPLED_TENSORS, len(found))
+    some = [found[i * len(found) // many] for i in range(many)]
+    return Rounding(
+        weighted_median((_error(base), norm.parameters) for base, _, norm in some),
+        weighted_median((_error(tuned), norm.parameters) for _, tuned, norm in some),
+        weighted_median((norm.r, norm.parameters) for _, _, norm in some),
     )
-    if summary["method"] == STOCHASTIC:
-        yield f"stochastic: {_percent(share)} of the changes fell back to the base, none is lost on average: {applied}"
-    elif share >= MENTIONED:
-        yield (
-            f"{_percent(share)} of the changes are too small for {summary['format']} and are rounded back to the "
-            f"base{_each(summary)}: {applied}"
+
+
+def told(ref: str, base_ref: str, found: Rounding) -> str:
+    """What it means for the delta, and what can be done."""
+    size = f"r = {found.delta:.2g}"
+    share = min(1.0, (found.both / found.delta) ** 2) if found.delta else 1.0
+    if found.base and found.model:
+        begin = (
+            f"{label(ref)} and {label(base_ref)} are both quantised: rounding changed each by about r = "
+            f"{max(found.base, found.model):.2g}, and the delta between them ({size}) is made of whole steps of codes"
         )
-    elif _is_off(summary):
-        yield f"to {summary['format']}: {applied}"
-
-
-def swallowed_notes(summary: Summary | None) -> Iterator[str]:
-    """A warning, where rounding to nearest undoes more than a fifth of the changes, in all or of one model, or makes
-    their length wrong by as much."""
-    if summary is None or summary["method"] != NEAREST:
-        return
-    shares = [share for share in (summary["share"], *summary["models"].values()) if share is not None]
-    if max(shares) > TOO_MANY:
-        yield (
-            f"rounding to {summary['format']} undoes {_percent(summary['share'])} of the changes{_each(summary)}, "
-            "which are smaller than half a step of that format, and applies "
-            f"{summary['scale']:.2f} times the merged delta. "
-            "`dtype: float32` keeps all changes; `rounding: stochastic` keeps them on average, in a file of the same "
-            "size; a larger lambda or weight loses fewer. DARE's survivors are larger and last: a comparison with and "
-            "without DARE measures that, too, unless both are rounded in one of these ways"
+        if found.delta < SMALL * found.both:
+            return f"{begin}. Most codes are the same; what was smaller than a step is lost"
+        return f"{begin}; up to {share:.0%} of its square is rounding. Give the 16-bit releases, if there are any"
+    quantised, other = (base_ref, ref) if found.base else (ref, base_ref)
+    error = found.both
+    if found.base and found.delta < OWN * error:
+        return (
+            f"{label(base_ref)} is quantised (rounding changed it by about r = {error:.2g}), but {label(ref)} differs "
+            f"from what it decodes to by only {size}: it was tuned from that, so its delta has no rounding in it"
         )
-    elif _is_off(summary):
-        yield (
-            f"the merged changes are about as large as the steps of {summary['format']}: rounding to it applies "
-            f"{summary['scale']:.2f} times the merged delta. `rounding: stochastic` (a file of the same size) and "
-            "`dtype: float32` apply it as it is"
-        )
+    return (
+        f"{label(quantised)} is quantised and {label(other)} is not: rounding changed {label(quantised)} by about "
+        f"r = {error:.2g} (from the steps of its codes), which is {share:.0%} of the squared delta of {label(ref)} "
+        f"({size}) and no fine-tuning. Give the 16-bit release of {label(quantised)} instead, if there is one"
+    )
 
 
-def _is_off(summary: Summary) -> bool:
-    return bool(abs(summary["scale"] - 1) > TOO_MANY)
+def _quantised(info: TensorInfo) -> bool:
+    return traits_of(info.source).rounding is not None
 
 
-def format_of(plan: Plan) -> str:
-    """The format that most of the changed elements are stored in."""
-    formats: Counter[str] = Counter()
-    for step in plan.steps:
-        if is_counted(step):
-            formats[step.dtype.torch_name] += step.count
-    return formats.most_common(1)[0][0] if formats else "the output's format"
-
-
-def _each(summary: Summary) -> str:
-    found = {label(name): share for name, share in summary["models"].items() if share is not None}
-    if len(found) < 2:
-        return ""
-    return f" ({', '.join(f'{name} {_percent(share)}' for name, share in found.items())})"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
+def _error(info: TensorInfo) -> float:
+    rounding = traits_of(info.source).rounding
+    if rounding is None:
+        return 0.0
+    error, square = rounding()
+    return math.sqrt(error / square) if square else 0.0
