@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from darekit.evaluation.comparison import Comparison, Evaluation, _keep, _kept, best_of
+from darekit.evaluation.comparison import Comparison, Evaluation, _keep, best_of, kept_in
 from darekit.evaluation.scores import Score, difference, mean_loss, perplexity, share
 
 
@@ -80,7 +80,7 @@ def test_what_is_kept_can_be_compared_again(tmp_path):
     found = [Evaluation(name, {"loss": mean_loss(loss, targets)}, 1.0) for name, loss in (("a", one), ("b", other))]
     for evaluation in found:
         _keep(tmp_path, evaluation.model, evaluation)
-    again = _kept(tmp_path)
+    again = kept_in(tmp_path)
     assert Comparison(tuple(again.values())).differences() == Comparison(tuple(found)).differences()
     told = Comparison(tuple(found)).to_data()
     assert "effects" not in json.dumps(told)
@@ -91,5 +91,5 @@ def test_what_is_kept_can_be_compared_again(tmp_path):
     (tmp_path / "evaluations.jsonl").write_text(
         "".join(json.dumps({k: v for k, v in line.items() if k != "effects"}) + "\n" for line in lines)
     )
-    older = Comparison(tuple(_kept(tmp_path).values())).differences()["loss"]["b"]
+    older = Comparison(tuple(kept_in(tmp_path).values())).differences()["loss"]["b"]
     assert older[0] == value and older[1] > error

@@ -403,6 +403,11 @@ def test_what_is_refused(llamas, rounding, said):
         dk.read_recipe(families.recipe(llamas.path, **RECIPE) | {"rounding": rounding})
 
 
+def test_an_adapter_is_not_rounded_so(llamas):
+    with pytest.raises(RecipeError, match="is of models"):
+        dk.read_recipe(families.recipe(llamas.path, **RECIPE) | {"output": "adapter"})
+
+
 def test_where_it_belongs(llamas):
     for where in ("parameters", "sparsify"):
         recipe = families.recipe(llamas.path, **RECIPE) | {"sparsify": {"method": "dare", "drop_rate": 0.5}}

@@ -118,6 +118,8 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
         chat_template=read_chat_template(document),
     )
     rounding, rounding_seed = _read_rounding(document)
+    if rounding == STOCHASTIC and plain["output"] == "adapter":
+        fail(document, ("rounding",), " is of models: with output: adapter, write nearest, or remove it")
     found = gather(document, words, search)
     seed = 0  # of the recipe
     notes, shared = [*ignored, *found.notes], found.shared
