@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from darekit.kernels.compiling import kept_kernel, kernel
-from darekit.kernels.cpu import round_bf16
+from darekit.kernels.rounding import round_bf16
 from darekit.masks import BLOCK
 
 
