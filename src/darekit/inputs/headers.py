@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from darekit.checkpoints import Checkpoint, InputFile, open_checkpoint
 from darekit.checkpoints.headers import Elsewhere, HeaderFile, has_values, without_values
@@ -13,10 +14,12 @@ from darekit.checkpoints.hub import Snapshot, fetch_small, fetch_start, is_cache
 from darekit.checkpoints.refusals import ADAPTER_WEIGHTS
 from darekit.checkpoints.safetensors import HEADER_LIMIT
 from darekit.errors import CheckpointError, HoldsAdapter, HoldsPack, HomologyError, Unsupported
-from darekit.inputs.adapters.files import AdapterFiles
 from darekit.inputs.adapters.opening import open_on
 from darekit.inputs.kinds import Opener, Opening
 from darekit.inputs.opening import OPENERS
+
+if TYPE_CHECKING:
+    from darekit.inputs.adapters.files import AdapterFiles
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 FIRST = 100_000  # bytes of a file that are fetched at once: few headers have more

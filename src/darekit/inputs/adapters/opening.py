@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters opened as models: `base+adapter`, an adapter alone on the base of the recipe or on the one that it names."""
+"""Adapters opened as models: `base+adapter`, an adapter alone on the base of the recipe or on the one that it names.
+
+All names pass through here, so what reads an adapter is imported when there is one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from darekit.checkpoints import Checkpoint, InputFile
 from darekit.checkpoints.hub import fetch_adapter, looks_like_hub_id
 from darekit.checkpoints.opening import places_of
 from darekit.errors import CheckpointError, PlanError
-from darekit.inputs.adapters.bases import about_base
-from darekit.inputs.adapters.files import AdapterFiles, find_adapter, open_adapter
-from darekit.inputs.adapters.views import adapted, is_adapted
+from darekit.inputs.adapters.finding import find_adapter
 from darekit.inputs.kinds import Opener, Opening, open_by
 from darekit.recipe.names import same_model
+
+if TYPE_CHECKING:
+    from darekit.inputs.adapters.files import AdapterFiles
 
 
 def pair_of(opening: Opening) -> tuple[str, str] | None:
@@ -70,6 +75,8 @@ def _open_pair(opening: Opening) -> Checkpoint:
 
 
 def _put_on(opening: Opening, right: str, base: Checkpoint) -> Checkpoint:
+    from darekit.inputs.adapters.views import is_adapted
+
     found = open_by(replace(opening, ref=right, base=base, together=True))
     if not is_adapted(found):
         found.close()
@@ -110,6 +117,10 @@ def open_on(
         PlanError: there is no base, or another one than it names.
         CheckpointError, HomologyError: it is damaged, or not of this base.
     """
+    from darekit.inputs.adapters.bases import about_base
+    from darekit.inputs.adapters.files import open_adapter
+    from darekit.inputs.adapters.views import adapted
+
     adapter = open_adapter(place, open_file)
     own = None
     try:
