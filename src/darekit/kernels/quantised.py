@@ -115,7 +115,8 @@ def worth(
 ):  # fmt: skip
     """`darekit.quantised.worth` -> `out`, (n,) float32; block and corner in two numbers each.
 
-    `how`: what the table says as arithmetic, one of this module's; `zeros`: (0, 0) for none; scratch (2, BLOCK) float32.
+    `how`: what the table says as arithmetic, one of this module's; `zeros`: (0, 0) for none; scratch (2, BLOCK)
+    float32.
     """
     for begin in range(0, codes.size, BLOCK):
         part = codes[begin : begin + BLOCK]
