@@ -101,7 +101,7 @@ def test_help_lists_commands_in_the_order_in_which_a_user_meets_them(dare):
         "Merge and drop", "merge", "drop",
         "Before you merge", "check", "inspect", "recommend", "similarity", "methods", "schema",
         "Packs", "pack", "unpack", "verify", "info", "export", "push", "pull",
-        "Statistics and evaluation", "stats", "eval", "sweep",
+        "Statistics and evaluation", "stats", "eval", "sweep", "search",
         "See it work", "demo",
     ]  # fmt: skip
     assert headings == listed  # the reference has the same

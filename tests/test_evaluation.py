@@ -189,7 +189,7 @@ def test_a_sweep_looks_tasks_up_before_anything_runs(causal, tmp_path, monkeypat
 
     import lm_eval.tasks
 
-    from darekit.sweeps import running
+    from darekit.trials import models as running
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
     monkeypatch.setattr(running, "build", None)

@@ -10,7 +10,8 @@ import pytest
 
 import darekit as dk
 from darekit.errors import DarekitError, OutputError, RecipeError
-from darekit.sweeps.grid import cells_of, essence
+from darekit.recipe.essence import essence
+from darekit.sweeps.grid import cells_of
 from darekit.sweeps.reading import read_sweep
 from darekit.sweeps.reports import short_tables
 from darekit.sweeps.store import CELLS
@@ -254,7 +255,7 @@ def test_a_cell_is_what_a_merge_on_disk_is(real, place):
 
 @llama
 def test_one_model_in_memory_and_equal_cells_once(real, place, monkeypatch):
-    from darekit.sweeps import running
+    from darekit.trials import models as running
 
     built, real_build = [], running.build
     monkeypatch.setattr(running, "build", lambda *a, **k: built.append(1) or real_build(*a, **k))
@@ -543,7 +544,7 @@ def test_processes_find_what_one_process_finds(real, place):
 
 @llama
 def test_an_interrupted_command_keeps_what_it_finished(real, place, dare, monkeypatch):
-    from darekit.sweeps import running
+    from darekit.trials import models as running
 
     (place.path / "s.yaml").write_text(json.dumps(place.sweep(axes={"sparsify.drop_rate": [0, 0.3, 0.6, 0.9]})))
     real_check = running.checks.check

@@ -164,11 +164,13 @@ def sample_digest(checkpoint: Checkpoint, *, decoded: bool = False) -> bytes:
         if head is None:
             shape = ",".join(map(str, info.shape))
             head = heads[info.dtype, info.shape] = f"\0{info.dtype}\0{shape}\0".encode("ascii")
-        digest.update(name.encode() + head + _content_of(info, decoded))
+        digest.update(name.encode() + head + content_of(info, decoded=decoded))
     return digest.digest()
 
 
-def _content_of(info: TensorInfo, decoded: bool) -> bytes:
+def content_of(info: TensorInfo, *, decoded: bool = False) -> bytes:
+    """What a tensor's sample is: its first bytes, or `COMPUTED` and the identity of one that is computed. `decoded`: of
+    a quantised tensor, the first bytes that it decodes to."""
     if type(info.source) is FileRange:  # nearly always, and there may be very many
         return info.source.file.read(info.source.offset, min(SAMPLE_BYTES, info.nbytes))
     traits = traits_of(info.source)

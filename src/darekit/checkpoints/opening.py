@@ -27,14 +27,13 @@ from darekit.checkpoints.refusals import (
     refuse_adapter,
     refuse_empty,
     refuse_quantised,
-    some,
     without_quantisation,
 )
 from darekit.checkpoints.safetensors import read_header
 from darekit.checkpoints.sources import FileRange
 from darekit.checkpoints.weights import SAFETENSORS, SINGLE, Weights, find_weights, list_names, refuse_name
 from darekit.errors import CheckpointError, HoldsPack, Unsupported
-from darekit.wording import label
+from darekit.wording import label, some
 
 COMMIT = re.compile("[0-9a-f]{40}")
 PACK = "darekit_pack"  # metadata key of what `darekit.packs` writes

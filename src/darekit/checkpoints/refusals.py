@@ -13,10 +13,12 @@ from darekit.checkpoints.files import InputFile
 from darekit.checkpoints.safetensors import read_placements
 from darekit.dtypes import POWERS
 from darekit.errors import CheckpointError, Unsupported
+from darekit.wording import some
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLED_ADAPTER = "adapter_model.bin"
+ADAPTER_WEIGHTS = (ADAPTER, "adapters.safetensors", PICKLED_ADAPTER)  # the first that is there is read
 MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.(?:safetensors|npz)")
 
 _WHOLE = ("pytorch_model", "diffusion_pytorch_model")  # how pickled files that hold a model begin: no training_args.bin
@@ -255,7 +257,7 @@ _PEFT_CLASSES = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
-_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 _OF_ADAPTER = re.compile(
     r".*(?:\.|_)(?:lora_(?:[AaBb]|down|up|mid|magnitude_vector|embedding_[AB])|alpha|dora_scale|hada_w\d_[ab]|"
     r"lokr_w\d(?:_[ab])?)(?:\..*)?"
@@ -284,15 +286,13 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
     merged = f"{directory.name}-merged"
     if "peft_type" not in config and (_is_mlx(directory, config) or _has_part(names, "lora_a")):
         return (
-            f"{directory} is an adapter that mlx-lm trained, not a whole model. Fuse it into its base first:\n\n"
+            f"{directory} is an adapter that mlx-lm trained, not a whole model. In a recipe it is a model beside its "
+            f"base, or with it: BASE+{directory}. Elsewhere, fuse it into its base first:\n\n"
             f"    mlx_lm.fuse --model {base or 'BASE'} --adapter-path {directory} --save-path {merged}\n\n"
             f"and give {merged} instead (a quantised base must be dequantised in that step: see `mlx_lm.fuse --help`)"
         )
-    if config.get("peft_type") in _PROMPTS:
-        return (
-            f"{directory} is a prompt that PEFT trained (peft_type {config['peft_type']}), not a whole model: it "
-            "changes no weight of its base, so there is nothing to merge"
-        )
+    if config.get("peft_type") in PROMPTS:
+        return about_prompt(str(directory), str(config["peft_type"]))
     task = config.get("task_type")
     cls = _PEFT_CLASSES.get(task) if isinstance(task, str) else None
     if cls is None and (config or not names or _has_part(names, "lora_A")):
@@ -311,8 +311,17 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
     code.append(f"model.merge_and_unload().save_pretrained({merged!r})")
     lines = "\n".join(f"    {line}" for line in code)
     return (
-        f"{directory} is a LoRA/PEFT adapter, not a whole model. Merge it into its base first, in Python:\n\n{lines}"
+        f"{directory} is a LoRA/PEFT adapter, not a whole model. In a recipe it is a model beside its base, or "
+        f"with it: BASE+{directory}. Elsewhere, merge it into its base first, in Python:\n\n{lines}"
         f"\n\nand give {merged} instead"
+    )
+
+
+def about_prompt(where: str, kind: str) -> str:
+    """Why a prompt has no place in a merge."""
+    return (
+        f"{where} is a prompt that PEFT trained (peft_type {kind}), not a whole model: it changes no weight of its "
+        "base, so there is nothing to merge"
     )
 
 
@@ -488,8 +497,3 @@ def _names_in(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir())
     except OSError:
         return []
-
-
-def some(names: Sequence[str]) -> str:
-    """At most three of them, and how many there are besides."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -21,6 +21,7 @@ PANELS = {
     "Merge and drop": {
         "merge": ("merging", "merge"),
         "drop": ("merging", "drop"),
+        "extract": ("extract", "extract"),
     },
     "Before you merge": {
         "check": ("check", "check"),
@@ -43,6 +44,8 @@ PANELS = {
         "stats": ("statistics", "stats"),
         "eval": ("evaluation", "evaluate"),
         "sweep": ("analysis", "sweep"),
+        "search": ("searching", "search"),
+        "report": ("reports", "report"),
     },
     "See it work": {
         "demo": ("merging", "demo"),

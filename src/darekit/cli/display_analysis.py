@@ -62,7 +62,7 @@ def show_similarity(found: Similarity, drawn: Sequence[Path], *, as_json: bool) 
 
 def show_cells(cells: Sequence[Cell], notes: Sequence[str], *, as_json: bool) -> None:
     """What a sweep would evaluate."""
-    from darekit.sweeps.grid import essence
+    from darekit.recipe.essence import essence
 
     different = len({repr((essence(cell.recipe).to_data(), cell.judges)) for cell in cells})
     if as_json:

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from darekit.errors import DataError
 from darekit.evaluation import scores
-from darekit.evaluation.scores import Score
+from darekit.evaluation.items import Items
+from darekit.evaluation.scores import Floats, Ints, Score
 from darekit.live.batches import asked_of, padded, padding_known
 from darekit.live.data import Row, Tokens, rows_digest, tokenize
 from darekit.live.models import LiveModel, memory_told, one_thread
@@ -58,16 +62,44 @@ class Examples:
     def __call__(self, live: LiveModel) -> Mapping[str, Score]:
         """Scores of the model as it is now."""
         self._refuse(live)
-        import torch
-
         tokens = self._tokenized(live)
-        told = memory_told(f"judging by {self.source} in batches of {self.batch_size}")
-        with one_thread(live.device), told, torch.inference_mode(), padding_known(live):
+        with self._judging(live):
             if live.task in (CLASSIFIER, REGRESSOR):
                 return self._labelled(live, tokens)
+            return self._predicted(live, tokens)
+
+    def sizes(self) -> Mapping[str, int]:
+        """All rows are one group of items."""
+        return {"": len(self.rows)}
+
+    def ask(self, live: LiveModel, places: Mapping[str, Sequence[int]]) -> Mapping[str, Items]:
+        """What the model as it is now makes of these rows: `exact_match` and `loss`, or `accuracy`."""
+        self._refuse(live)
+        every = self._tokenized(live)
+        tokens = [every[place] for place in places[""]]
+        with self._judging(live):
+            if live.task == REGRESSOR:
+                return {}  # a correlation is no mean over rows
+            if live.task == CLASSIFIER:
+                found, labels = self._classified(live, tokens)
+                return {
+                    "accuracy": Items((found.argmax(1) == np.array(labels)).astype(np.float64), np.ones(len(tokens)))
+                }
+            loss, right, counts = self._measured(live, tokens)
+        losses = Items(loss, counts.astype(np.float64), False)
+        if self.form == TEXT:
+            return {"loss": losses}
+        return {"exact_match": Items(right.astype(np.float64), np.ones(len(tokens))), "loss": losses}
+
+    @contextmanager
+    def _judging(self, live: LiveModel) -> Iterator[None]:
+        import torch
+
+        told = memory_told(f"judging by {self.source} in batches of {self.batch_size}")
+        with one_thread(live.device), told, torch.inference_mode(), padding_known(live):
             if live.task == CAUSAL:
                 refuse_foresight(live)
-            return self._predicted(live, tokens)
+            yield
 
     def identity(self) -> dict[str, Any]:
         """What decides about the scores, in JSON-able form."""
@@ -102,7 +134,8 @@ class Examples:
             self._tokens = live.tokenizer, length, tokens
         return self._tokens[2]
 
-    def _predicted(self, live: LiveModel, tokens: list[Tokens]) -> dict[str, Score]:
+    def _measured(self, live: LiveModel, tokens: list[Tokens]) -> tuple[Floats, npt.NDArray[np.bool_], Ints]:
+        """Each row's summed loss, whether all of it is right, and how many targets it has."""
         import torch
 
         loss, right = np.zeros(len(tokens)), np.zeros(len(tokens), bool)
@@ -111,7 +144,8 @@ class Examples:
         for places, batch, inputs in self._batches(live, tokens):
             asked, targets = asked_of(live, batch, inputs)
             # Only what is asked becomes float32: (targets, vocabulary), not (batch, length, vocabulary).
-            logits = _logits_of(live, inputs, use_cache=False)[asked].float()
+            asked, narrow = _narrowed(live, asked)
+            logits = _logits_of(live, inputs, use_cache=False, **narrow)[asked].float()
             losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double().cpu().numpy()
             hits = (logits.argmax(-1) == targets).cpu().numpy()
             begin = 0
@@ -121,6 +155,10 @@ class Examples:
                     hits[own.start] = True
                 loss[place], right[place] = losses[own].sum(), bool(hits[own].all())
                 _refuse_nonfinite(loss[place], "loss", batch[at])
+        return loss, right, counts
+
+    def _predicted(self, live: LiveModel, tokens: list[Tokens]) -> dict[str, Score]:
+        loss, right, counts = self._measured(live, tokens)
         self.samples = [
             {"place": row.place, "tokens": int(counts[at]), "loss": loss[at] / max(counts[at], 1)}
             | ({"right": bool(right[at])} if self.form == COMPLETION else {})
@@ -132,7 +170,8 @@ class Examples:
             return {"loss": mean, "perplexity": scores.perplexity(mean)}
         return {"exact_match": scores.share(right), "loss": mean}
 
-    def _labelled(self, live: LiveModel, tokens: list[Tokens]) -> dict[str, Score]:
+    def _classified(self, live: LiveModel, tokens: list[Tokens]) -> tuple[Floats, list[int | float]]:
+        """(rows, classes) outputs, and the labels."""
         classes = int(live.model.config.num_labels)
         labels = [label_of(row, live) for row in tokens]
         outputs = np.zeros((len(tokens), classes))
@@ -141,6 +180,10 @@ class Examples:
             for at, place in enumerate(places):
                 outputs[place] = logits[at]
                 _refuse_nonfinite(logits[at].sum(), "output", batch[at])
+        return outputs, labels
+
+    def _labelled(self, live: LiveModel, tokens: list[Tokens]) -> dict[str, Score]:
+        outputs, labels = self._classified(live, tokens)
         found: Any = outputs[:, 0] if live.task == REGRESSOR else outputs.argmax(1)
         self.samples = [
             {"place": row.place, "label": label, "found": at.item()}
@@ -148,7 +191,7 @@ class Examples:
         ]
         if live.task == REGRESSOR:
             return scores.regression(found, np.array(labels, np.float64))
-        return scores.classification(found, np.array(labels, np.int64), classes=classes)
+        return scores.classification(found, np.array(labels, np.int64), classes=outputs.shape[1])
 
     def _batches(
         self, live: LiveModel, tokens: Sequence[Tokens]
@@ -173,6 +216,17 @@ def _logits_of(live: LiveModel, inputs: Mapping[str, Any], **more: Any) -> Any:
     if logits is None:
         raise DataError(f"{live.kind}, and gives no logits: {rows_of(live.model)}")
     return logits
+
+
+def _narrowed(live: LiveModel, asked: Any) -> tuple[Any, dict[str, Any]]:
+    """What is asked, (rows, width) bool -> the same for the columns in which anything is, and the argument by which the
+    head computes these alone: it is a fifth of a small model's work, and where answers are short most of it is for
+    nothing. Models that do not take the argument get none."""
+    keep = inspect.signature(live.model.forward).parameters.get("logits_to_keep")
+    if live.task != CAUSAL or keep is None or "Tensor" not in str(keep.annotation):
+        return asked, {}
+    columns = asked.any(0).nonzero().flatten()
+    return asked[:, columns], {"logits_to_keep": columns}
 
 
 def _forced_first(live: LiveModel) -> int | None:

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import logging
+import math
 import os
 import random
 import sys
@@ -19,8 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from darekit.errors import CheckpointError, DarekitError, DataError, PlanError, RecipeError, Unsupported
 from darekit.evaluation.guards import nan_refused
+from darekit.evaluation.items import Items
 from darekit.evaluation.scores import Score, scores_of
 from darekit.live.models import LiveModel, memory_told, one_thread
 from darekit.live.reading import refuse_foresight
@@ -89,18 +93,48 @@ class Harness:
         Raises:
             DataError: the model gives NaN, is not a causal model, has no tokenizer, or a task fails.
         """
+        found = self._asked(live, None)
+        self.samples = found.pop("samples", {})
+        self.details = self._details(found)
+        return scores_of(_scores(found), f"lm-eval on {', '.join(self.names)}")
+
+    def sizes(self) -> Mapping[str, int]:
+        """Task -> how many questions it has, or are asked of it."""
+        tasks = self.loaded["tasks"]
+        found = {name: len(list(task.eval_docs)) for name, task in tasks.items()}
+        return {name: min(count, self.limit or count) for name, count in found.items()}
+
+    def ask(self, live: LiveModel, places: Mapping[str, Sequence[int]]) -> Mapping[str, Items]:
+        """What the model as it is now makes of these questions, for the metrics that are means over questions."""
+        found = self._asked(live, places)
+        scores = _scores(found)
+        items: dict[str, Items] = {}
+        for task, logged in found.get("samples", {}).items():
+            by_filter: dict[str, dict[int, Mapping[str, Any]]] = {}
+            for one in logged:
+                by_filter.setdefault(str(one.get("filter", "none")), {})[int(one["doc_id"])] = one
+            for name, score in scores.items():
+                of, _, metric = name.partition("/")
+                metric, _, chosen = metric.partition(",")
+                answers = by_filter.get(chosen or "none", {})
+                values = [answers[at].get(metric) for at in places[task] if at in answers] if of == task else []
+                if len(values) != len(places[task]) or not all(isinstance(v, int | float | bool) for v in values):
+                    continue
+                one_by_one = Items(np.array(values, np.float64), np.ones(len(values)), score["higher_is_better"], task)
+                if math.isclose(one_by_one.value, score["value"], rel_tol=1e-9, abs_tol=1e-12):  # a mean it is
+                    items[name] = one_by_one
+        return items
+
+    def _asked(self, live: LiveModel, places: Mapping[str, Sequence[int]] | None) -> dict[str, Any]:
         if live.task != CAUSAL or live.tokenizer is None:
             what = f"{live.kind}: {rows_of(live.model)}" if live.task != CAUSAL else "it has no tokenizer beside it"
             raise DataError(f"lm-eval's tasks need a causal model, but {what}")
         refuse_foresight(live)
         what = f"running {', '.join(self.names)} in batches of {self.batch_size}"
         with one_thread(live.device), memory_told(what), _quiet(self.show_bars, self.trusted), nan_refused(live):
-            found = self._run(live)
-        self.samples = found.pop("samples", {})
-        self.details = self._details(found)
-        return scores_of(_scores(found), f"lm-eval on {', '.join(self.names)}")
+            return self._run(live, places)
 
-    def _run(self, live: LiveModel) -> dict[str, Any]:
+    def _run(self, live: LiveModel, places: Mapping[str, Sequence[int]] | None) -> dict[str, Any]:
         from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
 
@@ -114,9 +148,11 @@ class Harness:
                 found: dict[str, Any] = evaluator.evaluate(
                     lm=lm,
                     task_dict=self.loaded,
-                    limit=self.limit,
-                    bootstrap_iters=BOOTSTRAP,
-                    log_samples=self.log_samples,
+                    limit=self.limit if places is None else None,
+                    samples=None if places is None else {name: list(some) for name, some in places.items()},
+                    # No standard errors where they are worked out from the items.
+                    bootstrap_iters=BOOTSTRAP if places is None else 0,
+                    log_samples=self.log_samples or places is not None,
                     apply_chat_template=self.chat_template,
                     fewshot_as_multiturn=self.chat_template,
                     confirm_run_unsafe_code=self.trusted,

@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from darekit.code import sources_of
 from darekit.errors import CheckpointError, DarekitError, DataError, RecipeError
+from darekit.evaluation.items import Items
 from darekit.evaluation.scores import Score, scores_of
 from darekit.live.models import LiveModel
 from darekit.live.skeletons import quiet_transformers
@@ -73,9 +76,26 @@ class Command:
 class Function:
     """The judge of `{python: "module:function"}`."""
 
-    function: Callable[[Any], Any]
+    function: Callable[..., Any]
     name: str
     takes_directory: bool
+    items: int = 0  # how many it has, where it can be asked for some
+
+    def sizes(self) -> Mapping[str, int]:
+        """Its items, where it says how many it has."""
+        return {"": self.items} if self.items else {}
+
+    def ask(self, live: LiveModel, places: Mapping[str, Sequence[int]]) -> Mapping[str, Items]:
+        """What the model as it is now makes of these items.
+
+        Raises:
+            DataError: the function fails, or does not return a number for each of them.
+        """
+        given = places[""]
+        found = self._called(live, items=list(given))
+        who = f"the judge {self.name}, asked for {len(given)} items,"
+        named = found if isinstance(found, Mapping) else {"score": found}
+        return {str(name): _numbers(values, len(given), f"{who} returned {name}") for name, values in named.items()}
 
     def __call__(self, live: LiveModel) -> Mapping[str, Score]:
         """Scores of the model as it is now."""
@@ -98,14 +118,26 @@ class Function:
         return self._call(folder)
 
     def _call(self, given: Any) -> dict[str, Score]:
+        return scores_of(self._called(given), f"the judge {self.name}")
+
+    def _called(self, given: Any, **more: Any) -> Any:
         try:
-            found = self.function(given)
+            return self.function(given, **more)
         except DarekitError:
             raise
         except Exception as error:  # whatever other people's code may raise
             where = _place_of(error)
             raise DataError(f"the judge {self.name} failed{where}: {type(error).__name__}: {error}") from error
-        return scores_of(found, f"the judge {self.name}")
+
+
+def _numbers(values: Any, count: int, who: str) -> Items:
+    try:
+        found = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        found = np.empty(0)
+    if found.shape != (count,) or not np.isfinite(found).all():
+        raise DataError(f"{who}: {repr(values)[:80]}; expected a finite number for each item, in their order")
+    return Items(found, np.ones(count))
 
 
 def command_of(words: str | Sequence[str], *, search: Sequence[Path]) -> Command:
@@ -154,7 +186,7 @@ def function_of(name: str, *, search: Sequence[Path]) -> Function:
     return function_judge(function, name)
 
 
-def function_judge(function: Callable[[Any], Any], name: str) -> Function:
+def function_judge(function: Callable[..., Any], name: str) -> Function:
     """A Python function as a judge: it gets the live model, or a directory where its parameter is called so."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -166,7 +198,16 @@ def function_judge(function: Callable[[Any], Any], name: str) -> Function:
     if parameters and len(required) > 1:
         raise RecipeError(f"judge {name!r} expects {', '.join(required)}, but it gets a single argument, the model")
     first = parameters[0] if parameters else None
-    return Function(function, name, first is not None and (first.name in DIRECTORY or first.annotation is Path))
+    directory = first is not None and (first.name in DIRECTORY or first.annotation is Path)
+    return Function(function, name, directory, _count_of(function, parameters, directory))
+
+
+def _count_of(function: Any, parameters: Sequence[inspect.Parameter], directory: bool) -> int:
+    """How many items a function has that takes `items`: its attribute of that name. 0: it judges as a whole."""
+    if directory or not any(parameter.name == "items" for parameter in parameters[1:]):
+        return 0
+    count = getattr(function, "items", None)
+    return count if type(count) is int and count > 0 else 0
 
 
 @contextmanager

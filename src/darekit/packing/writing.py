@@ -55,10 +55,9 @@ from darekit.planning import checks
 from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.opening import open_plan
 from darekit.planning.plan import Plan
-from darekit.planning.travel.companions import some
 from darekit.planning.travel.merged import with_ids
 from darekit.recipe import single
-from darekit.wording import brief, size_of
+from darekit.wording import brief, size_of, some
 
 try:
     import fcntl

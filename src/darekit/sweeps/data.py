@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from darekit.recipe import Recipe
+from darekit.trials.judging import SPLITS as SPLITS
 
-SPLITS = ("validation", "test")
 DROP_RATE = "sparsify.drop_rate"
 UNDROPPED = "nothing dropped"  # what is said of a cell beside which a drop rate stands that is no axis
 

@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from darekit.errors import RecipeError
-from darekit.methods import MERGE_METHODS, SPARSIFIERS
-from darekit.recipe import ModelEntry, Recipe, Tokens, Value, read_recipe
-from darekit.recipe.documents import open_data, open_file
-from darekit.recipe.values import scalars_of
-from darekit.sweeps.data import DROP_RATE, Axis, Cell, Point, Sweep
+from darekit.recipe import ModelEntry, Recipe
+from darekit.recipe.essence import drops, essence, is_random, single, undropped
+from darekit.sweeps.data import DROP_RATE, Cell, Point, Sweep
+from darekit.trials.settings import is_fixed, recipe_with
 
 
 def cells_of(sweep: Sweep) -> tuple[tuple[Cell, ...], tuple[str, ...]]:
@@ -64,7 +63,7 @@ def _cells_at(sweep: Sweep, points: tuple[Point, ...]) -> Iterator[Cell]:
     for axis, point in zip(sweep.axes, points, strict=True):
         if axis.setting is None:
             at[axis.name] = point.label
-        elif not _is_fixed(axis, named):
+        elif not is_fixed(axis.setting, named):
             at[axis.name] = point.label
             settings[axis.setting] = point.settings[axis.setting]
         elif named.get(axis.setting) is not None:
@@ -84,114 +83,15 @@ def _cells_at(sweep: Sweep, points: tuple[Point, ...]) -> Iterator[Cell]:
         yield Cell("grid", at, seed, _recipe_at(sweep, at, settings, seed), judges)
 
 
-def _is_fixed(axis: Axis, named: Mapping[str, Any]) -> bool:
-    """Whether a name on another axis has set this axis' setting, or has taken it (or what it stands under) away."""
-    assert axis.setting is not None
-    return axis.setting in named or any(
-        value is None and axis.setting.startswith(f"{key}.") for key, value in named.items()
-    )
-
-
 def _titled(at: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={label}" for name, label in at.items())
 
 
 def _recipe_at(sweep: Sweep, at: Mapping[str, Any], settings: Mapping[str, Any], seed: int | None) -> Recipe:
-    source = sweep.recipe
     try:
-        data = (open_data(source) if isinstance(source, Mapping) else open_file(source)).data
-        axes = {axis.setting for axis in sweep.axes}
-        # An axis that does not concern this cell needs not be in the recipe to be taken away.
-        kept = {k: v for k, v in settings.items() if v is not None or k not in axes or _holds(data, k)}
-        return read_recipe(source, settings=kept, seed=seed)
+        return recipe_with(sweep.recipe, settings, {axis.setting for axis in sweep.axes}, seed)
     except RecipeError as error:
         raise RecipeError(f"{sweep.name}, cell {_titled(at)}: {error}") from None
-
-
-def _holds(data: Any, dotted: str) -> bool:
-    for key in dotted.split("."):
-        if isinstance(data, list) and key.isdecimal() and int(key) < len(data):
-            data = data[int(key)]
-        elif isinstance(data, dict) and key in data:
-            data = data[key]
-        else:
-            return False
-    return True
-
-
-# --- what a recipe amounts to ---
-
-
-def drops(recipe: Recipe) -> bool:
-    """Whether any element of any delta is dropped."""
-    if recipe.sparsify is None:
-        return False
-    rates = [recipe.sparsify.parameters.get("drop_rate"), *(e.parameters.get("drop_rate") for e in recipe.models)]
-    return any(value for rate in rates for value in scalars_of(rate))
-
-
-def is_random(recipe: Recipe) -> bool:
-    """Whether its result depends on the seed."""
-    return recipe.sparsify is not None and SPARSIFIERS[recipe.sparsify.method].random and drops(recipe)
-
-
-def essence(recipe: Recipe) -> Recipe:
-    """The simplest recipe with the same result: without a sparsifier that drops nothing, without seeds that draw
-    nothing, and one untouched model as itself. Cells of one essence are evaluated once."""
-    if recipe.sparsify is not None and not drops(recipe) and (recipe.sparsify.on == "delta" or len(recipe.models) == 1):
-        recipe = undropped(recipe)
-    if recipe.sparsify is not None and not is_random(recipe):
-        entries = tuple(replace(e, parameters=_without(e.parameters, ("seed",))) for e in recipe.models)
-        recipe = replace(recipe, models=entries, sparsify=replace(recipe.sparsify, seed=0))
-    if recipe.sparsify is None and len(recipe.models) == 1 and _is_untouched(recipe):
-        recipe = single(recipe, 0)
-    return replace(recipe, notes=(), text="")
-
-
-def _is_untouched(recipe: Recipe) -> bool:
-    method = MERGE_METHODS[recipe.merge_method]
-    own, shared = recipe.models[0].parameters, recipe.parameters
-    weight = own.get("weight", shared.get("weight", 1.0))
-    normalize = shared.get(
-        "normalize", method.parameters["normalize"].default if "normalize" in method.parameters else 0
-    )
-    return (
-        method.keeps_one
-        and (weight == 1.0 or (bool(normalize) and isinstance(weight, float | int) and weight > 0))
-        and shared.get("lambda", 1.0) == 1.0
-        and own.get("keep", shared.get("keep", 1.0)) == 1.0
-    )
-
-
-def undropped(recipe: Recipe) -> Recipe:
-    """The same without its sparsifier."""
-    if recipe.sparsify is None:
-        return recipe
-    names = ({*SPARSIFIERS[recipe.sparsify.method].parameters} | {"density", "seed"}) - {"weight"}
-    entries = tuple(replace(entry, parameters=_without(entry.parameters, names)) for entry in recipe.models)
-    return replace(recipe, models=entries, sparsify=None)
-
-
-def is_single(recipe: Recipe) -> bool:
-    """Whether it comes to one of its models as it is."""
-    return len(recipe.models) == 1 and essence(recipe) == single(recipe, 0)
-
-
-def single(recipe: Recipe, model: int) -> Recipe:
-    """One of its models as it is."""
-    entry = ModelEntry(recipe.models[model].model, {})
-    source = recipe.tokenizer_source if recipe.tokenizer_source in (None, "base", entry.model) else "base"
-    heads = recipe.heads if recipe.heads in (None, "base") else entry.model
-    tokens = None if recipe.tokens is None else Tokens(entry.model)
-    return replace(
-        recipe, models=(entry,), sparsify=None, merge_method="linear", parameters={},
-        tokenizer_source=source if tokens is None else entry.model, tokens=tokens, chat_template=None,
-        heads=heads, notes=(), text="",
-    )  # fmt: skip
-
-
-def _without(parameters: Mapping[str, Value], names: Iterable[str]) -> dict[str, Value]:
-    return {name: value for name, value in parameters.items() if name not in names}
 
 
 def _key(recipe: Recipe, judges: tuple[str, ...]) -> str:

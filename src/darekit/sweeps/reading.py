@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, shown, suggest
-from darekit.sweeps.data import DROP_RATE, SPLITS, Axis, Layout, Point, Sweep
+from darekit.sweeps.data import DROP_RATE, Axis, Layout, Point, Sweep
+from darekit.trials.judging import read_judges, read_recipe_place
 
 KEYS = ("recipe", "axes", "seeds", "validation", "test", "choose", "plot")
 _LAYOUT = ("x", "lines", "score", "title")
@@ -35,27 +36,16 @@ def read_sweep(source: str | Path | Mapping[str, Any]) -> Sweep:
     for key in ("recipe", "axes"):
         if key not in data:
             fail(document, (), f"no {key}; a sweep needs recipe, axes, and judges under validation or test")
-    judges = {split: _read_judges(document, split) for split in SPLITS if split in data}
-    if not judges:
-        fail(document, (), "no judges; add `test: {NAME: {data: FILE}}`, and `validation:` if settings are chosen")
+    judges = read_judges(document)
     notes: list[str] = []
     axes = _read_axes(document, tuple(dict.fromkeys(n for named in judges.values() for n in named)), notes)
     choose = data.get("choose")
     if choose is not None and not isinstance(choose, str):
         fail(document, ("choose",), f"expected the name of a score, found {shown(choose)}")
     return Sweep(
-        name, _read_recipe_place(document, search), axes, _read_seeds(document), judges, choose,
+        name, read_recipe_place(document, search), axes, _read_seeds(document), judges, choose,
         _read_layout(document, axes), search, document.text, tuple(notes),
     )  # fmt: skip
-
-
-def found_in(name: str, search: tuple[Path, ...]) -> str:
-    """A relative name as it is in the working directory, else beside the sweep's file where it is there."""
-    if not Path(name).is_absolute() and not Path(name).exists():
-        for folder in search:
-            if (folder / name).exists():
-                return str(folder / name)
-    return name
 
 
 def _explain(document: Document, key: str) -> None:
@@ -68,15 +58,6 @@ def _explain(document: Document, key: str) -> None:
     if "." in key:
         fail(document, (key,), " is a setting of the recipe; write it under `axes:`")
     fail(document, (key,), f" is not known{suggest(key, KEYS)}")
-
-
-def _read_recipe_place(document: Document, search: tuple[Path, ...]) -> Path | Mapping[str, Any]:
-    raw = document.data["recipe"]
-    if isinstance(raw, str) and raw:
-        return Path(found_in(raw, search))
-    if isinstance(raw, dict) and raw:
-        return cast(dict[str, Any], raw)
-    fail(document, ("recipe",), f"expected a recipe or a recipe's file, found {shown(raw)}")
 
 
 def _read_axes(document: Document, judges: tuple[str, ...], notes: list[str]) -> tuple[Axis, ...]:
@@ -154,21 +135,6 @@ def _read_seeds(document: Document) -> tuple[int, ...]:
     if len(set(seeds)) != len(seeds):
         fail(document, ("seeds",), f"{shown(raw)} lists a seed twice; keep one")
     return seeds
-
-
-def _read_judges(document: Document, split: str) -> Mapping[str, Any]:
-    raw = document.data[split]
-    shape = "expected names with their judges, such as {reverse: {data: reverse.jsonl}}"
-    if not isinstance(raw, dict) or not raw:
-        fail(document, (split,), f"{shape}, found {shown(raw)}")
-    for name, spec in raw.items():
-        if name in ("data", "tasks", "command", "python") and not isinstance(spec, dict):
-            fail(document, (split,), f"{shape}: give this judge a name, {split}: {{NAME: {{{name}: {shown(spec)}}}}}")
-        if not isinstance(spec, dict) or not spec:
-            fail(document, (split, name), f"expected a judge, such as {{data: FILE}}, found {shown(spec)}")
-        if name in ("mean", *SPLITS):
-            fail(document, (split, name), " is a reserved name; use another one")
-    return cast(dict[str, Any], raw)
 
 
 def _read_layout(document: Document, axes: tuple[Axis, ...]) -> Layout:

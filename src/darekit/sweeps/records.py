@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from darekit.errors import OutputError
+from darekit.recipe.essence import essence
 from darekit.sweeps.data import Cell, Sweep
-from darekit.sweeps.grid import essence
-from darekit.sweeps.store import CELLS, PLOTS, SUMMARY, TABLES, finished_in, write_whole
+from darekit.sweeps.store import CELLS, PLOTS, SUMMARY, TABLES, finished_in
+from darekit.trials.files import write_whole
 
 RECORD = "sweep.json"
 FORMAT = "darekit-sweep-1"
@@ -68,7 +69,7 @@ def refuse_other(
     Raises:
         OutputError: the folder is another sweep's, or of something else; the message says what differs.
     """
-    found = _read_record(out)
+    found = read_record(out)
     if found is None:
         foreign = [name for name in (TABLES, SUMMARY, *PLOTS) if (out / name).exists()]
         if foreign and not (out / CELLS).exists():
@@ -148,7 +149,7 @@ def _key(data: Any) -> str:
     return json.dumps(data, sort_keys=True, default=str)
 
 
-def _read_record(out: Path) -> Record | None:
+def read_record(out: Path) -> Record | None:
     """What the folder remembers; None where there is no record.
 
     Raises:

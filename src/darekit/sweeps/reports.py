@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from darekit.sweeps.data import SPLITS, UNDROPPED, Sweep
-from darekit.sweeps.store import CELLS, PLOTS, SUMMARY, TABLES, write_whole
+from darekit.sweeps.store import CELLS, PLOTS, SUMMARY, TABLES
 from darekit.sweeps.summaries import Row, Summary, figure_of, roles_of, shown, shown_label, summarise, title_of
+from darekit.trials.files import write_whole
 
 if TYPE_CHECKING:
     from darekit.sweeps.store import SweepResult

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from darekit.errors import OutputError
 from darekit.sweeps.data import SPLITS, Cell, Sweep
+from darekit.trials.files import lock
 from darekit.wording import brief
 
 CELLS, TABLES, SUMMARY = "cells.jsonl", "tables.md", "summary.json"
@@ -70,11 +70,6 @@ class Finished:
             "recipe": cell.recipe.to_data(),
             "digest": self.digest,
         }
-
-
-def digest_of(*parts: Any) -> str:
-    """32 hexadecimal digits of anything JSON-able."""
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class Store:
@@ -140,30 +135,24 @@ def _lines(path: Path, raw: bytes) -> Iterator[tuple[dict[str, Any], Outcome]]:
         yield found, outcome
 
 
-def finished_in(path: Path) -> frozenset[str]:
-    """Digests of the cells that a file holds and that did not fail; none where there is no file."""
+def entries_of(path: Path) -> Iterator[tuple[dict[str, Any], Outcome]]:
+    """Each whole line of a file and the outcome in it; none where there is no file.
+
+    Raises:
+        OutputError: it cannot be read, or a line is not a cell.
+    """
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return frozenset()
+        return
     except OSError as error:
         raise OutputError(f"{path} cannot be read: {error.strerror}; choose another OUT") from None
-    whole = raw[: raw.rfind(b"\n") + 1]
-    return frozenset(found["digest"] for found, outcome in _lines(path, whole) if outcome.status == OK)
+    yield from _lines(path, raw[: raw.rfind(b"\n") + 1])
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either as before or complete.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+def finished_in(path: Path) -> frozenset[str]:
+    """Digests of the cells that a file holds and that did not fail; none where there is no file."""
+    return frozenset(found["digest"] for found, outcome in entries_of(path) if outcome.status == OK)
 
 
 @contextmanager
@@ -181,25 +170,19 @@ def open_store(out: Path) -> Iterator[Store]:
     except OSError as error:
         raise OutputError(f"cannot write {out / CELLS}: {error.strerror}; choose another OUT") from None
     try:
-        _lock(descriptor, out)
+        if not lock(descriptor):
+            raise OutputError(f"another run of this sweep is writing to {out}; wait for it, or choose another OUT")
         yield Store(out / CELLS, descriptor)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, out: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs at once are the user's own affair
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError(
-            f"another run of this sweep is writing to {out}; wait for it, or choose another OUT"
-        ) from None
-    except OSError:  # a file system without locks
-        return
+def _number(outcome: Outcome, split: str, name: str) -> str:
+    score = outcome.scores.get(split, {}).get(name)
+    if score is None:
+        return ""
+    error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
+    return f"{score['value']:.3f}{error}"
 
 
 @dataclass(frozen=True)
@@ -223,6 +206,25 @@ class SweepResult:
     def __repr__(self) -> str:
         failed = f", {len(self.failed)} failed" if self.failed else ""
         return brief(self, f"{self.sweep.name}, {len(self.finished)} cells{failed}, results in {self.out}")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each cell with its scores."""
+        from darekit.notebooks import shown_as_html
+
+        names = dict.fromkeys(
+            (split, name) for split in reversed(SPLITS) for one in self.finished
+            for name in one.outcome.scores.get(split, {})
+        )  # fmt: skip
+        rows = [
+            (one.cell.title, one.outcome.status, *(_number(one.outcome, split, name) for split, name in names))
+            for one in self.finished
+        ]
+        header = ("cell", "", *(f"{name}, {split}" for split, name in names))
+        return shown_as_html(
+            f"Sweep {self.sweep.name}: {len(self.finished)} cells, {len(self.failed)} failed",
+            [("results", str(self.out)), ("page", f'dk.report("{self.out}")')],
+            header=header, rows=rows, words=2, notes=self.notes,
+        )  # fmt: skip
 
     @property
     def failed(self) -> tuple[Finished, ...]:

@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
 from darekit.errors import RecipeError
 from darekit.recipe.documents import suggest
+from darekit.recipe.essence import is_single
 from darekit.sweeps.data import DROP_RATE, SPLITS, UNDROPPED, Axis, Sweep
-from darekit.sweeps.grid import is_single
 from darekit.sweeps.store import OK, Finished
+from darekit.trials.judging import MEAN, judge_in
 from darekit.wording import label
-
-MEAN = "mean"
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Statistic:
 @dataclass(frozen=True)
 class Row:
     """One setting: all its seeds together. `scores`: split -> score's name -> statistic; `alone`: it is one of the
-    models, untouched; `beside`: nothing is dropped, beside a row of the grid with a drop rate that is no axis."""
+    models, untouched; `beside`: nothing is dropped, beside a row of the grid with a drop rate that is no axis;
+    `finished`: its cells."""
 
     kind: str
     at: Mapping[str, Any]
@@ -42,6 +42,7 @@ class Row:
     warnings: tuple[str, ...]
     alone: bool
     beside: bool
+    finished: tuple[Finished, ...] = field(repr=False, compare=False)
 
     @property
     def title(self) -> str:
@@ -86,7 +87,7 @@ class Summary:
     @property
     def abilities(self) -> tuple[str, ...]:
         """What a headline shows: the score that settings are chosen by, then each judge's first."""
-        firsts = {_judge(name): name for name in reversed(self.scores) if name != MEAN}
+        firsts = {judge_in(name): name for name in reversed(self.scores) if name != MEAN}
         found = dict.fromkeys((self.score, *(name for name in self.scores if name in firsts.values())))
         return tuple(name for name in found if name)
 
@@ -125,7 +126,7 @@ def unlike(sweep: Sweep, directions: Mapping[str, bool | None]) -> str:
     """Judges whose first scores do not point one way have no mean: by what is compared then, and what to write."""
     firsts: dict[str, str] = {}
     for name in directions:
-        firsts.setdefault(_judge(name), name)
+        firsts.setdefault(judge_in(name), name)
     if sweep.choose or MEAN in directions or len(firsts) < 2:
         return ""
     by, *others = firsts.values()
@@ -141,7 +142,7 @@ def unlike_of(sweep: Sweep, finished: Sequence[Finished]) -> str | None:
     """`unlike` of the cells that are there, as soon as every judge has spoken in one; None before."""
     directions = _directions(sweep, finished)
     judges = {name for named in sweep.judges.values() for name in named}
-    return unlike(sweep, directions) if judges <= {_judge(name) for name in directions} else None
+    return unlike(sweep, directions) if judges <= {judge_in(name) for name in directions} else None
 
 
 def _directions(sweep: Sweep, finished: Sequence[Finished]) -> dict[str, bool | None]:
@@ -151,17 +152,13 @@ def _directions(sweep: Sweep, finished: Sequence[Finished]) -> dict[str, bool | 
     for judge in order:
         for one in finished:
             for scores in one.outcome.scores.values():
-                mine = {name: value["higher_is_better"] for name, value in scores.items() if _judge(name) == judge}
+                mine = {name: value["higher_is_better"] for name, value in scores.items() if judge_in(name) == judge}
                 if mine and one.outcome.status == OK:
                     first.setdefault(judge, next(iter(mine.values())))
                     found |= mine
     if len(first) > 1 and len({*first.values()}) == 1 and None not in first.values():
         return {MEAN: next(iter(first.values())), **found}
     return found
-
-
-def _judge(score: str) -> str:
-    return score.partition("/")[0]
 
 
 def _rows(sweep: Sweep, finished: Sequence[Finished], directions: Mapping[str, bool | None]) -> list[Row]:
@@ -185,22 +182,22 @@ def _row(sweep: Sweep, group: Sequence[Finished], directions: Mapping[str, bool 
             for name, score in found.items():
                 values.setdefault(name, []).append(score["value"])
             if MEAN in directions and found:
-                values.setdefault(MEAN, []).append(_mean(found))
+                values.setdefault(MEAN, []).append(mean_of(found))
         if values:
             scores[split] = {name: _statistic(values[name]) for name in directions if name in values}
     cell = group[0].cell
     return Row(
         cell.kind, cell.at, tuple(e.model for e in cell.recipe.models), cell.judges, scores, len(group) - len(good),
         tuple(dict.fromkeys(line for one in group for line in one.outcome.warnings)), is_single(cell.recipe),
-        cell.beside,
+        cell.beside, tuple(group),
     )  # fmt: skip
 
 
-def _mean(scores: Mapping[str, Mapping[str, Any]]) -> float:
+def mean_of(scores: Mapping[str, Mapping[str, Any]]) -> float:
     """Over the judges, of each one's first score."""
     first: dict[str, float] = {}
     for name, score in scores.items():
-        first.setdefault(_judge(name), score["value"])
+        first.setdefault(judge_in(name), score["value"])
     return fmean(first.values())
 
 
@@ -258,10 +255,11 @@ def _number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: places on the x axis with mean and deviation (None: one run)."""
+    """One curve: places on the x axis with mean and deviation (None: one run); `rows`: the setting of each."""
 
     name: str
     points: tuple[tuple[Any, float, float | None], ...]
+    rows: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -311,12 +309,13 @@ def figure_of(sweep: Sweep, summary: Summary, split: str) -> Figure | None:
     drawn = []
     for place, members in panels.items():
         names = list(dict.fromkeys(row.at.get(lines.name) if lines else None for row in members))
+        groups = {name: [r for r in members if (r.at.get(lines.name) if lines else None) == name] for name in names}
         curves = tuple(
             Line(
                 shown_label(name) if name is not None else "",
-                tuple((r.at[x.name], r.scores[split][score].mean, r.scores[split][score].deviation)
-                      for r in members if (r.at.get(lines.name) if lines else None) == name),
-            ) for name in names
+                tuple((r.at[x.name], r.scores[split][score].mean, r.scores[split][score].deviation) for r in group),
+                tuple(group),
+            ) for name, group in groups.items()
         )  # fmt: skip
         title = ", ".join(
             said(axis.name, value)

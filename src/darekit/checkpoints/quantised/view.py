@@ -13,10 +13,9 @@ from darekit.checkpoints.quantised.building import Making, build
 from darekit.checkpoints.quantised.naming import EIGHTS, matches_in, misnamed_in, orphans_in, unused
 from darekit.checkpoints.quantised.sources import Shelf
 from darekit.checkpoints.quantised.told import Told, told_by
-from darekit.checkpoints.refusals import some
 from darekit.dtypes import DType, dtype_named
 from darekit.errors import CheckpointError
-from darekit.wording import label
+from darekit.wording import label, some
 
 # What quantisers leave beside the weights, and loaders believe.
 SETTINGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")

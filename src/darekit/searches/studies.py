@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optuna: candidates come from it, and it is told what came of them. Only this file imports it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+from darekit.errors import OutputError, PlanError, Unsupported
+from darekit.searches.asking import COMPLETE, STOPPED, Answer
+from darekit.searches.data import TRIALS, Knob, Search
+from darekit.searches.folders import JOURNAL
+from darekit.searches.leases import FREE, ORPHAN, Leases
+from darekit.searches.racing import Goal
+from darekit.searches.space import combinations
+from darekit.trials.files import lock
+from darekit.trials.identities import digest_of
+
+NAME = "search"
+LARGEST_GRID = 10_000
+GRACE = 60.0  # seconds within which a trial without a lease may be one that is only just beginning
+GIVEN_BACK, VIOLATIONS, DIGEST, STATE = "given back", "violations", "digest", "state"
+
+
+FINISHED = (ValueError, RuntimeError)  # what Optuna raises where another process was first
+
+
+def require_optuna(sampler: str = "tpe") -> None:
+    """Complain where it is missing.
+
+    Raises:
+        Unsupported: it is.
+    """
+    missing = [name for name in ("optuna", *(["cmaes"] if sampler == "cmaes" else [])) if find_spec(name) is None]
+    if missing:
+        raise Unsupported(f"a search needs {' and '.join(missing)}: pip install 'darekit[search]'")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Optuna's log and its warnings about experimental arguments kept from the terminal."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Trials by how they are. `done`: finished, without those given to another trial; `running`: by others."""
+
+    done: int
+    running: int
+    waiting: int
+
+
+class Study:
+    """One search's trials, shared by all processes that open it."""
+
+    def __init__(self, search: Search, goals: Sequence[Goal], out: Path, leases: Leases) -> None:
+        self.search, self.goals, self.leases = search, goals, leases
+        self._own: set[int] = set()
+        with quiet():
+            self._study = self._open(out)
+            self._space = distributions(search.knobs)
+
+    def _open(self, out: Path) -> Any:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        place = self.search.storage or out / JOURNAL
+        try:
+            path, lock_of_ours = out / JOURNAL, cast(Any, Lock(out / JOURNAL))
+            where: Any = self.search.storage or JournalStorage(JournalFileBackend(str(path), lock_of_ours))
+            return optuna.create_study(
+                study_name=NAME if self.search.storage is None else f"{self.search.name}",
+                storage=where,
+                directions=["maximize" if goal.higher else "minimize" for goal in self.goals],
+                load_if_exists=True,
+            )
+        except Exception as error:  # a database's, a file's
+            raise OutputError(
+                f"{place} cannot be used: {type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
+
+    # --- candidates
+
+    def ask(self) -> Any:
+        """The next candidate: a trial with its `number` and `params`. Its lease is taken."""
+        with quiet():
+            # A sampler of its own for each: what it draws follows from the seed and the trials so far, kill or not.
+            count = len(self._study.get_trials(deepcopy=False))
+            alone = self.leases.others() == 0
+            self._study.sampler = sampler_of(
+                self.search, digest_of(self.search.seed, count, 0 if alone else os.getpid())
+            )
+            trial = self._study.ask(fixed_distributions=self._space)
+        self.leases.take(lease_of(trial.number))
+        self._own.add(trial.number)
+        return trial
+
+    def tell(self, number: int, answer: Answer, violations: Sequence[float] | None, digest: str) -> None:
+        """What came of a candidate; its lease is given back."""
+        from optuna.trial import TrialState
+
+        # By its number: it may be another process's, which died before it could tell.
+        storage = self._study._storage
+        with quiet(), suppress(*FINISHED):
+            trial = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+            storage.set_trial_user_attr(trial, DIGEST, digest)
+            storage.set_trial_user_attr(trial, STATE, answer.state)
+            if violations is not None:
+                storage.set_trial_user_attr(trial, VIOLATIONS, list(violations))
+            values, state = _values(answer, self.goals), TrialState.COMPLETE
+            if values is None:
+                state = TrialState.FAIL
+            elif answer.state == STOPPED and len(self.goals) == 1:
+                storage.set_trial_intermediate_value(trial, round(1000 * answer.rungs[-1].share), values[0])
+                values, state = None, TrialState.PRUNED
+            # Optuna knows no stopped trials where there are several goals: what one has shown so far counts.
+            self._study.tell(number, values, state=state, skip_if_finished=True)
+        self._done(number)
+
+    def give_back(self, trial: Any) -> None:
+        """A candidate that was not judged to its end: it is failed, and queued again."""
+        self._requeue(trial.number, dict(trial.params))
+        self._done(trial.number)
+
+    def _done(self, number: int) -> None:
+        self._own.discard(number)
+        self.leases.release(lease_of(number))
+
+    def take_orphans(self, settle: Callable[[int], bool]) -> list[int]:
+        """Candidates whose processes are dead: `settle` tells what came of one, where that was still written down; the
+        others are queued again -> their numbers."""
+        found = []
+        with quiet():
+            for trial in self._study.get_trials(deepcopy=False):
+                if trial.state.name != "RUNNING" or trial.number in self._own:
+                    continue
+                state = self.leases.state(lease_of(trial.number))
+                young = trial.datetime_start and (datetime.now() - trial.datetime_start).total_seconds() < GRACE
+                if state == ORPHAN or (state == FREE and not young):
+                    with self.leases.held(lease_of(trial.number)) as mine:
+                        if mine and not settle(trial.number) and self._requeue(trial.number, dict(trial.params)):
+                            found.append(trial.number)
+        return found
+
+    def _requeue(self, number: int, params: Mapping[str, Any]) -> bool:
+        """Whether it was still running: of several processes that see an orphan, one queues it again."""
+        from optuna.trial import TrialState
+
+        with quiet(), suppress(*FINISHED):  # another process was first
+            trial_id = self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+            if self._study._storage.get_trial(trial_id).state != TrialState.RUNNING:
+                return False
+            self._study._storage.set_trial_user_attr(trial_id, GIVEN_BACK, True)
+            if self._study._storage.set_trial_state_values(trial_id, TrialState.FAIL):
+                self._study.enqueue_trial(dict(params))
+                return True
+        return False
+
+    def fill_grid(self) -> int:
+        """Queue all combinations, once -> how many there are."""
+        count = 0
+        with quiet(), self.leases.held("grid"):
+            wanted = list(combinations(self.search.knobs))
+            if len(wanted) > LARGEST_GRID:
+                raise PlanError(
+                    f"a grid of {len(wanted)} combinations; at most {LARGEST_GRID}: use larger steps, or tpe"
+                )
+            if not self._study.user_attrs.get("grid"):
+                for params in wanted:
+                    self._study.enqueue_trial(params, skip_if_exists=True)
+                self._study.set_user_attr("grid", len(wanted))
+            count = len(wanted)
+        return count
+
+    def counts(self) -> Counts:
+        """How many trials are finished, running elsewhere, and queued."""
+        with quiet():
+            trials = self._study.get_trials(deepcopy=False)
+        done = [t for t in trials if t.state.is_finished() and not t.user_attrs.get(GIVEN_BACK)]
+        running = [t for t in trials if t.state.name == "RUNNING" and t.number not in self._own]
+        return Counts(len(done), len(running), sum(t.state.name == "WAITING" for t in trials))
+
+
+class Lock:
+    """Optuna's lock on its journal, held by the system and not by a file that is there: who is killed while he writes
+    lets go of it. (Its own is a symbolic link, which stays: another process waited for more than a minute.)"""
+
+    def __init__(self, journal: Path) -> None:
+        self._path = journal.with_name(f"{journal.name}.lock")
+        self._descriptor: int | None = None
+
+    def acquire(self) -> bool:
+        """Wait for the lock, and take it."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        lock(descriptor, wait=True)
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def lease_of(number: int) -> str:
+    """A trial's lease."""
+    return f"trial-{number}"
+
+
+def _values(answer: Answer, goals: Sequence[Goal]) -> list[float] | None:
+    """A candidate's values for its goals; None where it failed."""
+    if answer.state not in (COMPLETE, STOPPED) or not answer.rungs:
+        return None
+    scores = answer.rungs[-1].scores
+    return [float(scores[goal.score]["value"]) for goal in goals] if all(g.score in scores for g in goals) else None
+
+
+def sampler_of(search: Search, seed: str) -> Any:
+    """Optuna's sampler, seeded by a digest."""
+    from optuna import samplers
+
+    number = int(seed[:8], 16)
+    limits: dict[str, Any] = {"constraints_func": _violations} if search.limits else {}
+    if search.sampler == "tpe":
+        return samplers.TPESampler(seed=number, multivariate=True, constant_liar=True, **limits)
+    if search.sampler == "cmaes":
+        return samplers.CmaEsSampler(seed=number, consider_pruned_trials=True, warn_independent_sampling=False)
+    if search.sampler == "nsga2":
+        size = max(8, min(50, (search.trials or TRIALS) // 5))
+        return samplers.NSGAIISampler(seed=number, population_size=size, **limits)
+    return samplers.RandomSampler(seed=number)  # of a grid, all is queued
+
+
+def _violations(trial: Any) -> Sequence[float]:
+    """How far a trial is on the wrong side of each constraint; at most 0 is on the right one."""
+    found: Sequence[float] = trial.user_attrs.get(VIOLATIONS, (0.0,))
+    return found
+
+
+def distributions(knobs: Sequence[Knob]) -> dict[str, Any]:
+    """Dimension -> what Optuna draws it from."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, Any] = {}
+    for knob in knobs:
+        for name in knob.dimensions:
+            if knob.choices is not None:
+                found[name] = CategoricalDistribution([*knob.choices])
+                continue
+            assert knob.numbers is not None
+            low, high, step = knob.numbers.low, knob.numbers.high, knob.numbers.step
+            if knob.numbers.whole:
+                found[name] = IntDistribution(int(low), int(high), step=int(step or 1))
+            else:
+                found[name] = FloatDistribution(low, high, log=knob.numbers.log, step=step)
+    return found

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a search has found, in numbers and in words: chosen on validation, reported on test, compared item by item."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from darekit.recipe import Recipe, read_recipe
+from darekit.searches.asking import COMPLETE, FAILED, STOPPED
+from darekit.searches.baselines import BASE, Baseline
+from darekit.searches.data import TRIALS as DEFAULT
+from darekit.searches.data import Search
+from darekit.searches.folders import BEST, FORMAT, SUMMARY, TRIAL, Folder, Line
+from darekit.searches.racing import Goal
+from darekit.searches.sheets import Difference, difference
+from darekit.searches.space import dimension_data
+from darekit.searches.standings import Standings, hypervolume
+from darekit.trials.files import write_whole
+from darekit.trials.judging import found_in, search_of
+from darekit.trials.settings import data_of
+from darekit.wording import brief
+
+INTERVAL = 1.959963984540054  # standard errors: 95 %, two-sided
+
+SINGLE_ROLE, PLAIN_ROLE = "best single model", "best plain merge"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has found.
+
+    Attributes:
+        out: the folder of the results.
+        summary: what `summary.json` holds.
+        best: the best recipe; None where nothing could be chosen.
+        interrupted: whether it was stopped before its end.
+    """
+
+    out: Path
+    summary: Mapping[str, Any]
+    best: Recipe | None
+    interrupted: bool
+
+    def __repr__(self) -> str:
+        return brief(self, f"{self.summary['name']}, {self.summary['verdict'][0]}")
+
+
+def write_summary(
+    search: Search, folder: Folder, standings: Standings, baselines: Sequence[Baseline], single: Line | None,
+    plain: Line | None, *, interrupted: bool, reused: int, seconds: float,
+) -> SearchResult:  # fmt: skip
+    """Work out what was found, and write `summary.json` and `best.yaml`."""
+    best = standings.best
+    found = _Found(search, folder, standings, best, single, plain, interrupted)
+    summary = {
+        "format": FORMAT,
+        "name": search.name,
+        "question": _question(search, standings),
+        "counts": _counts(search, standings, folder, reused),
+        "baselines": [found.baseline(one) for one in baselines],
+        "best": None if best is None else found.candidate(best) | {"test": found.tested(best)},
+        "front": [found.candidate(one) for one in standings.front] if len(standings.goals) > 1 else [],
+        "hypervolume": _hypervolume(standings) if len(standings.goals) > 1 else None,
+        "best_single": None if single is None else single.name,
+        "best_plain": None if plain is None else plain.name,
+        "differences": found.differences(),
+        "verdict": found.verdict(),
+        "test_looks": sum(bool(one.get("chosen")) for one in folder.tests()),
+        "notes": list(search.notes),
+        "seconds": round(seconds, 3),
+    }
+    write_whole(folder.out / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    recipe = None
+    if best is not None:
+        recipe = read_recipe(best.recipe)
+        write_whole(folder.out / BEST, _best_text(search, folder, best, summary))
+    return SearchResult(folder.out, summary, recipe, interrupted)
+
+
+def _question(search: Search, standings: Standings) -> dict[str, Any]:
+    return {
+        "recipe": data_of(search.recipe),
+        "space": dimension_data(search.knobs),
+        "goals": [{"score": goal.score, "higher_is_better": goal.higher} for goal in standings.goals],
+        "constraints": [
+            {"score": bound.score, "bound": bound.limit.factor, "of": bound.limit.of, "least": bound.limit.least}
+            for bound in standings.bounds
+        ],
+        "sampler": search.sampler,
+        "seed": search.seed,
+        "rungs": [round(share, 4) for share in search.rungs],
+        "trials": search.trials or DEFAULT,
+        "validation": [*search.judges["validation"]],
+        "test": [*search.judges.get("test", {})],
+    }
+
+
+def _counts(search: Search, standings: Standings, folder: Folder, reused: int) -> dict[str, Any]:
+    """How many candidates there were, and how many items they were asked. Equal candidates are asked once."""
+    lines = [line for line in standings.lines if line.kind == TRIAL]
+    once = {line.digest: line for line in lines if line.state in (COMPLETE, STOPPED)}
+    items = sum(line.items for line in once.values())
+    full = max((line.items for line in standings.lines if line.state == COMPLETE), default=0)
+    return {
+        "trials": len(lines),
+        **{state: sum(line.state == state for line in lines) for state in (COMPLETE, STOPPED, FAILED)},
+        "reused": len(lines) - len(once) - sum(line.state == FAILED for line in lines),
+        "items": items,
+        "items_without_rungs": full * len(once),
+        "saved": round(1 - items / (full * len(once)), 4) if full and once else 0.0,
+    }
+
+
+def _hypervolume(standings: Standings) -> float | None:
+    """Of the front, above the base (without one, above the worst that was judged)."""
+    signs = [1 if goal.higher else -1 for goal in standings.goals]
+
+    def point(line: Line) -> tuple[float, ...]:
+        return tuple(s * standings.value(line, goal) for s, goal in zip(signs, standings.goals, strict=True))
+
+    complete = [
+        one for one in standings.lines if one.state == COMPLETE and all(g.score in one.scores for g in standings.goals)
+    ]
+    if not complete:
+        return None
+    base = next((point(one) for one in complete if one.name == BASE), None)
+    worst = base or tuple(min(values) for values in zip(*map(point, complete), strict=True))
+    return float(hypervolume([point(one) for one in standings.front], worst))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Numbers and words about one choice."""
+
+    search: Search
+    folder: Folder
+    standings: Standings
+    best: Line | None
+    single: Line | None
+    plain: Line | None
+    interrupted: bool
+
+    @property
+    def split(self) -> str:
+        """What the report is about: the test data, as soon as the choice was asked them."""
+        return "test" if self.best is not None and self.tested(self.best) is not None else "validation"
+
+    def candidate(self, line: Line) -> dict[str, Any]:
+        return {"trial": line.trial, "name": line.name, "params": dict(line.params), "recipe": dict(line.recipe),
+                "validation": dict(line.scores)}  # fmt: skip
+
+    def baseline(self, one: Baseline) -> dict[str, Any]:
+        line = next((x for x in self.standings.lines if x.name == one.name), None)
+        scores = dict(line.scores) if line else {}
+        return {"name": one.name, "kind": one.kind, "recipe": one.recipe.to_data(), "validation": scores,
+                "test": self.tested(line) if line else None, "error": line.error if line else None}  # fmt: skip
+
+    def tested(self, line: Line) -> dict[str, Any] | None:
+        """A candidate's scores on the test data; None where it was not asked them."""
+        sheet = self.folder.sheet(line.digest, "test")
+        return None if sheet is None else sheet.scores(self.search.judges.get("test", {}))
+
+    def compared(self, other: Line, score: str) -> Difference | None:
+        """The best minus another, in one score."""
+        assert self.best is not None
+        first, second = (self.folder.sheet(one.digest, self.split) for one in (self.best, other))
+        return None if first is None or second is None else difference(first, second, score)
+
+    def differences(self) -> list[dict[str, Any]]:
+        if self.best is None:
+            return []
+        found = []
+        for role, other in ((SINGLE_ROLE, self.single), (PLAIN_ROLE, self.plain)):
+            for goal in self.standings.goals if other is not None and other.digest != self.best.digest else ():
+                assert other is not None
+                one = self.compared(other, goal.score)
+                if one is not None:
+                    found.append({
+                        "against": other.name, "role": role, "score": goal.score, "split": self.split,
+                        "value": one.value, "stderr": one.stderr, "interval": _interval(one),
+                        "better": _better(one, goal),
+                    })  # fmt: skip
+        return found
+
+    # --- words
+
+    def verdict(self) -> list[str]:
+        """The headline, then what belongs to it."""
+        lines = [line for line in self.standings.lines if line.kind == TRIAL]
+        count = f"{len(lines)} candidate{'s' * (len(lines) != 1)}"
+        if self.best is None:
+            why = " keeps the constraints" if self.standings.bounds else " could be judged in full"
+            return [f"Nothing was chosen: of {count} and the baselines, none{why}.", *self._limits()]
+        who = f"trial {self.best.trial}" if self.best.kind == TRIAL else self.best.name
+        head = [self._headline(str(who))]
+        if self.best.kind != TRIAL:
+            head.append(
+                f"None of {count} is better on validation: the space, or the number of trials, may be too small."
+            )
+        head += [self._sentence(one) for one in self.differences()]
+        if self.split == "validation" and "test" in self.search.judges:
+            head.append(
+                "The test data were not asked yet: these are validation scores, which flatter what was chosen by them."
+            )
+        elif self.split == "validation":
+            head.append("There are no judges under `test:`: validation scores flatter what was chosen by them.")
+        looks = sum(bool(one.get("chosen")) for one in self.folder.tests())
+        if looks > 1:
+            head.append(
+                f"The test data were used for {looks} choices, as the search went on after a report: the more often, "
+                "the less they say."
+            )
+        if self.interrupted:
+            head.append(f"Interrupted after {count}; the same command goes on.")
+        return [*head, *self._limits()]
+
+    def _headline(self, who: str) -> str:
+        assert self.best is not None
+        scores = self.tested(self.best) or self.best.scores
+        told = ", ".join(f"{goal.score} {_shown(scores[goal.score])}" for goal in self.standings.goals)
+        found = [one for one in self.differences() if one["score"] == self.standings.goals[0].score]
+        on = f"on {self.split}: {told}"
+        worse = [one for one in found if one["better"] is False]
+        unclear = [one for one in found if one["better"] is None]
+        if len(self.standings.goals) > 1:
+            return f"Best compromise: {who}, {on}."
+        if worse:
+            return f"Best on validation: {who}, but it is worse than {worse[0]['against']} {on}."
+        if unclear:
+            names = " or ".join(dict.fromkeys(one["against"] for one in unclear))
+            return f"Best: {who}, {on}. It is no better than {names}, as far as these data can tell."
+        if not found:
+            return f"Best: {who}, {on}."
+        return f"Best: {who}, {on}. It is better than {' and '.join(dict.fromkeys(one['against'] for one in found))}."
+
+    def _sentence(self, one: Mapping[str, Any]) -> str:
+        sign = "+" if one["value"] >= 0 else ""
+        text = f"Against {one['against']} ({one['role']}): {one['score']} {sign}{one['value']:.3f}"
+        if one["interval"] is None:
+            return f"{text}, with an unknown error."
+        low, high = one["interval"]
+        words = {True: "better", False: "worse", None: "no better, as far as these data can tell"}[one["better"]]
+        return f"{text} (95 % interval {low:+.3f} to {high:+.3f}, item by item): {words}."
+
+    def _limits(self) -> list[str]:
+        """Which constraints nobody, or not even the choice, keeps for sure."""
+        found = []
+        for bound in self.standings.bounds:
+            sheet = None if self.best is None else self.folder.sheet(self.best.digest)
+            margin = None if sheet is None else bound.margin(sheet)
+            if margin is None:
+                found.append(f"Constraint: {bound.limit}.")
+            else:
+                error = f" ± {margin.stderr:.3f}" if margin.stderr is not None else ""
+                found.append(f"Constraint {bound.limit}: kept on validation, by {margin.value:.3f}{error}.")
+        return found
+
+
+def _interval(one: Difference) -> list[float] | None:
+    return None if one.stderr is None else [one.value - INTERVAL * one.stderr, one.value + INTERVAL * one.stderr]
+
+
+def _better(one: Difference, goal: Goal) -> bool | None:
+    interval = _interval(one)
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return None
+    return (one.value > 0) == goal.higher
+
+
+def _shown(score: Mapping[str, Any]) -> str:
+    return f"{score['value']:.3f}" + (f" ± {score['stderr']:.3f}" if score["stderr"] is not None else "")
+
+
+# --- best.yaml ---
+
+
+def _best_text(search: Search, folder: Folder, best: Line, summary: Mapping[str, Any]) -> str:
+    """The recipe, with what it is in comments. Models on this machine are named by their whole paths, so that the file
+    means the same from everywhere."""
+    who = f"trial {best.trial}" if best.kind == TRIAL else f"the baseline {best.name}"
+    notes = [f"{who} of {search.name}, chosen on validation", *summary["verdict"]]
+    notes += [f"{name} = {value}" for name, value in best.params.items()]
+    for split in ("validation", "test"):
+        for name, score in (summary["best"][split] or {}).items():
+            notes.append(f"{split}: {name} {_shown(score)}")
+    comments = "".join(f"# {line}\n" for note in notes for line in note.splitlines())
+    data = _located(dict(best.recipe), [*search_of(search.recipe, search.search)])
+    return comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
+
+
+_NAMES = ("model", "base_model", "stats")
+_SOURCES = ("tokenizer_source", "heads", "source")  # which may also be one of these words:
+_WORDS = ("base", "union")
+
+
+def _located(data: Any, folders: Sequence[Path], stages: tuple[str, ...] = ()) -> Any:
+    """A recipe's data with the whole paths of models that are here. `stages`: names of other recipes in it."""
+    if isinstance(data, list):
+        return [_located(value, folders, stages) for value in data]
+    if not isinstance(data, Mapping):
+        return data
+    stages += tuple(data["stages"]) if isinstance(data.get("stages"), Mapping) else ()
+    found = {}
+    for key, value in data.items():
+        if isinstance(value, str) and key in (*_NAMES, *_SOURCES):
+            is_word = value in stages or (key in _SOURCES and value in _WORDS)
+            found[key] = value if is_word else _place(value, folders)
+        else:
+            found[key] = _located(value, folders, stages)
+    return found
+
+
+def _place(name: str, folders: Sequence[Path]) -> str:
+    found = Path(found_in(name, folders))
+    return str(found.resolve()) if found.exists() else name

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that must not be lost: whole or as before, and one writer at a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from darekit.errors import OutputError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either as before or complete.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file for this process until it is closed -> whether it could be. Where the system or the file
+    system has no locks, it always can."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs at once are the user's own affair
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def append(path: Path, text: str) -> None:
+    """Append whole lines to a file that several processes append to; on the disk when this returns.
+
+    The line that a kill cut short is ended first, so that it spoils no other.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            lock(descriptor, wait=True)
+            size = os.lseek(descriptor, 0, os.SEEK_END)
+            cut = False
+            if size:
+                os.lseek(descriptor, size - 1, os.SEEK_SET)
+                cut = os.read(descriptor, 1) != b"\n"
+            os.write(descriptor, (b"\n" if cut else b"") + text.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None

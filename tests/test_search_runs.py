@@ -1,0 +1,565 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches that run, with a judge that needs no model: what is written, resuming, several processes, verdicts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from darekit.errors import DataError, OutputError, RecipeError
+from darekit.evaluation.items import Items
+from darekit.evaluation.scores import Score
+from darekit.pools.processes import open_processes
+from darekit.searches import running
+from darekit.searches.asking import FAILED, Answer, count_of, judged
+from darekit.searches.folders import Folder
+from darekit.searches.leases import FREE, HELD, ORPHAN, Leases
+from darekit.searches.reading import read_search
+from darekit.searches.sheets import Sheet
+
+pytest.importorskip("optuna")
+
+ITEMS = 90
+
+
+class Fake:
+    """Judges a recipe by its numbers: it answers an item rightly if the item is easier than the recipe is good, with
+    some luck. `calls`: a file that gets a line for each recipe."""
+
+    def __init__(self, calls=None, slow=0.0, fail=None, whole=False, kill=None, noise=0.05, names=("a", "b")):
+        self.calls, self.slow, self.fail, self.whole, self.kill = calls, slow, fail, whole, kill
+        self.noise, self.names = noise, names
+
+    @property
+    def order(self):
+        return self.names
+
+    def __call__(self, task):
+        began = time.perf_counter()
+        if self.calls:
+            with Path(self.calls).open("a") as file:
+                file.write(f"{os.getpid()} {task.split} {json.dumps(dict(task.params))}\n")
+        time.sleep(self.slow if task.params else 0)
+        recipe = task.recipe.to_data()
+        if self.kill and task.params and not Path(self.kill).exists():
+            Path(self.kill).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fail is not None and task.params and self.fail(task.params):
+            return Answer(FAILED, error="the model's loss is nan")
+        return judged(self, recipe, task, began)
+
+    def ask(self, recipe, before, share):
+        items, sizes = {}, {}
+        for name in () if self.whole else self.names:
+            count = count_of(share, ITEMS)
+            values = self.answers(recipe, name)[:count]
+            items[f"{name}/exact_match"] = Items(values, np.ones(count))
+            sizes[f"{name}/exact_match"] = ITEMS
+        whole = {"w/loss": Score(1 - self.quality(recipe, "a"), 0.01, False)} if self.whole else {}
+        return Sheet(items, whole, sizes)
+
+    def answers(self, recipe, name):
+        what = [name, recipe["merge_method"], recipe["parameters"], [one["parameters"] for one in recipe["models"]]]
+        luck = np.random.default_rng([*json.dumps(what, sort_keys=True).encode()])
+        hard = np.random.default_rng(len(name) + ord(name[0])).random(ITEMS)
+        return (hard + self.noise * luck.normal(size=ITEMS) < self.quality(recipe, name)).astype(float)
+
+    @staticmethod
+    def quality(recipe, name):
+        """Best at lambda 0.8 with weights 1; for b at lambda 0.3."""
+        if recipe["merge_method"] == "linear":
+            return 0.3
+        scale = recipe["parameters"].get("lambda", 1.0)
+        weights = [model["parameters"].get("weight", 1.0) for model in recipe["models"]]
+        best = 0.8 if name == "a" else 0.3
+        return 0.9 - 0.8 * abs(scale - best) - 0.1 * abs(sum(weights) - 2)
+
+
+@pytest.fixture
+def place(llamas, tmp_path, monkeypatch):
+    """`search(**changes)` as data, and `run(data, out, fake, ...)`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge.py").write_text("def score(live):\n    return 1.0\n")
+    judge = {"python": "judge.py:score"}
+
+    class Place:
+        path = tmp_path
+
+        @staticmethod
+        def search(**changes):
+            return {
+                "recipe": {
+                    "base_model": str(llamas.path / "base"),
+                    "models": [str(llamas.path / "m0"), str(llamas.path / "m1")],
+                    "merge_method": "task_arithmetic",
+                },
+                "space": {"parameters.lambda": {"low": 0.0, "high": 1.5}},
+                "validation": {"a": judge, "b": judge},
+                "test": {"a": judge, "b": judge},
+                "trials": 12,
+                "choose": "a",
+                **changes,
+            }
+
+        @staticmethod
+        def run(data, out="out", fake=None, jobs=1, **more):
+            fake = fake or Fake()
+            return running.run(
+                read_search(data), tmp_path / out, make=lambda whole: partial(_itself, fake),
+                pool=lambda work: open_processes(work, jobs), **more,
+            )  # fmt: skip
+
+    return Place()
+
+
+def _itself(fake):
+    return fake
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+
+
+def trials(out):
+    return [one for one in lines(out) if one["kind"] == "trial"]
+
+
+# --- a whole search
+
+
+def test_a_search_finds_what_is_best_and_says_what_it_beats(place):
+    said, watched = [], []
+    found = place.run(place.search(), say=said.append, watch=watched.append)
+    summary = found.summary
+    assert abs(summary["best"]["params"]["parameters.lambda"] - 0.8) < 0.15
+    assert summary == json.loads((place.path / "out" / "summary.json").read_text())
+    names = ["base", "single m0", "single m1", "average", "task arithmetic, 1/K", "task arithmetic"]
+    assert [one["name"] for one in summary["baselines"]] == names
+    assert [one["name"] for one in lines(found.out)[: len(names)]] == names  # first of all
+    assert summary["best_plain"] == "task arithmetic"
+    assert {one["role"] for one in summary["differences"]} == {"best single model", "best plain merge"}
+    assert all(one["split"] == "test" for one in summary["differences"])
+    assert summary["best"]["test"]["a/exact_match"]["items"] == ITEMS
+    tested = [one["name"] for one in summary["baselines"] if one["test"]]
+    assert tested == [summary["best_single"], "task arithmetic"]
+    counts = summary["counts"]
+    assert counts["trials"] == 12 == counts["complete"] + counts["stopped"] and counts["stopped"] > 3
+    assert counts["saved"] > 0.3 and summary["test_looks"] == 1
+    assert [one.phase for one in watched if one.fresh is None] == ["baselines", "test", "test", "test", "test"]
+    assert watched[-5].done == watched[-5].total == 12
+
+
+def test_lines_hold_what_the_page_says(place):
+    found = place.run(place.search(trials=6))
+    for one in lines(found.out):
+        assert {*one} == {
+            "kind", "trial", "name", "state", "params", "recipe", "rungs", "scores", "feasible", "items", "digest",
+            "seconds", "error", "warnings",
+        }  # fmt: skip
+        assert one["scores"] == one["rungs"][-1]["scores"] and one["items"] == one["rungs"][-1]["items"]
+    stopped = [one for one in trials(found.out) if one["state"] == "stopped"]
+    assert stopped and all(one["rungs"][-1]["share"] < 1 for one in stopped)
+    for one in stopped:
+        last = one["rungs"][-1]
+        assert last["against"] is not None and last["differences"]["a/exact_match"]["value"] < 0
+        assert one["items"] == 2 * count_of(last["share"] + 1e-4, ITEMS)
+    assert [one["trial"] for one in trials(found.out)] == [*range(6)]
+
+
+def test_the_same_seed_gives_the_same_search_and_another_one_another(place):
+    def said(out):
+        return [(one["params"], one["state"], one["scores"]) for one in trials(place.path / out)]
+
+    for out, seed in (("one", 1), ("two", 1), ("three", 2)):
+        place.run(place.search(sampler={"name": "tpe", "seed": seed}, trials=14), out)
+    assert said("one") == said("two") != said("three")
+
+
+def test_rounds_make_the_number_of_workers_indifferent(place):
+    for out, jobs in (("one", 1), ("three", 3)):
+        place.run(place.search(round=4, trials=14), out, jobs=jobs)
+    first, second = (
+        sorted(((o["trial"], o["params"], o["state"], o["scores"], o["rungs"]) for o in trials(place.path / out)),
+               key=lambda one: one[0])
+        for out in ("one", "three")
+    )  # fmt: skip
+    assert first == second and len(first) == 14
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "random", "nsga2", "grid"])
+def test_every_sampler_searches(place, sampler):
+    pytest.importorskip("cmaes")
+    step = {"step": 0.5} if sampler == "grid" else {}
+    space = {
+        "parameters.lambda": {"low": 0, "high": 1.5, **step},
+        "models.*.parameters.weight": {"low": 0.5, "high": 1.5, **step},
+    }
+    more = {"choose": ["a", "b"]} if sampler == "nsga2" else {"choose": "a"}
+    found = place.run(place.search(space=space, sampler=sampler, trials=20 if sampler != "grid" else 1000, **more))
+    assert found.summary["counts"]["trials"] == (36 if sampler == "grid" else 20)
+    assert found.summary["best"] is not None
+    if sampler == "grid":
+        assert len({json.dumps(one["params"]) for one in trials(found.out)}) == 36
+        assert found.summary["best"]["params"]["parameters.lambda"] == 1.0
+
+
+def test_choices_that_come_to_the_same_are_judged_once(place):
+    space = {
+        "merge": {
+            "one": {"parameters.lambda": 0.6},
+            "other": {"parameters.lambda": 0.6},
+            "more": {"parameters.lambda": 0.7},
+        }
+    }
+    calls = place.path / "calls"
+    found = place.run(place.search(space=space, sampler="grid", round=3), fake=Fake(calls=calls))
+    counts = found.summary["counts"]
+    assert counts["trials"] == 3 and counts["reused"] == 1
+    assert sum("merge" in line for line in calls.read_text().splitlines() if "validation" in line) == 2
+
+
+# --- goals and constraints
+
+
+def test_several_goals_give_a_front(place):
+    found = place.run(place.search(choose=["a", "b"], sampler="nsga2", trials=30))
+    summary = found.summary
+    front = summary["front"]
+    assert len(front) >= 2 and summary["hypervolume"] > 0 and summary["verdict"][0].startswith("Best compromise: ")
+    scores = [tuple(one["validation"][f"{n}/exact_match"]["value"] for n in "ab") for one in front]
+    assert all(not (x[0] >= y[0] and x[1] >= y[1]) for x in scores for y in scores if x is not y)
+    assert {one["score"] for one in summary["differences"]} == {"a/exact_match", "b/exact_match"}
+
+
+def test_a_constraint_is_kept(place):
+    """a is best at lambda 0.8 and b at 0.3: at least 0.6 of b leaves less of a."""
+    free = place.run(place.search(trials=25), "free").summary["best"]
+    bound = place.run(place.search(trials=25, at_least={"b": 0.62}), "bound").summary
+    assert bound["best"]["validation"]["b/exact_match"]["value"] >= 0.62
+    assert bound["best"]["validation"]["a/exact_match"]["value"] < free["validation"]["a/exact_match"]["value"]
+    assert any(line.startswith("Constraint b at least 0.62: kept on validation, by ") for line in bound["verdict"])
+    assert any(one["feasible"] is False for one in trials(place.path / "bound"))
+
+
+def test_a_constraint_that_nobody_keeps_leaves_nothing_to_choose(place):
+    found = place.run(place.search(trials=4, at_least={"b": 1.5}))
+    assert found.summary["best"] is None and found.best is None and not (found.out / "best.yaml").exists()
+    assert found.summary["verdict"][0] == (
+        "Nothing was chosen: of 4 candidates and the baselines, none keeps the constraints."
+    )
+
+
+def test_a_constraint_on_a_share_of_a_model(place, llamas):
+    found = place.run(place.search(trials=4, at_least={"b": "0.9 of m0"}))
+    base = next(one for one in found.summary["baselines"] if one["name"] == "single m0")
+    least = 0.9 * base["validation"]["b/exact_match"]["value"]
+    assert found.summary["best"]["validation"]["b/exact_match"]["value"] >= least
+    assert found.summary["question"]["constraints"] == [
+        {"score": "b/exact_match", "bound": 0.9, "of": str(llamas.path / "m0"), "least": True}
+    ]
+
+
+def test_a_goal_that_is_no_score_lists_those_that_there_are(place):
+    with pytest.raises(RecipeError, match=r"choose: a/exact_mach: 'a/exact_mach' is not a score; did you mean"):
+        place.run(place.search(choose="a/exact_mach"))
+
+
+def test_lower_is_better_for_a_loss(place):
+    judge = {"python": "judge.py:score"}
+    data = place.search(choose="w", validation={"w": judge}, test={"w": judge}, trials=10)
+    found = place.run(data, fake=Fake(whole=True, names=("w",)))
+    assert abs(found.summary["best"]["params"]["parameters.lambda"] - 0.8) < 0.2
+    assert found.summary["question"]["goals"] == [{"score": "w/loss", "higher_is_better": False}]
+
+
+# --- verdicts
+
+
+def test_no_better_is_said_in_words(place):
+    """The recipe's plain sum is as good as it gets: nothing can be better than it."""
+    data = place.search(trials=3, space={"models.*.parameters.weight": {"low": 0.995, "high": 1.005}})
+    found = place.run(data)
+    head = found.summary["verdict"][0]
+    assert ("no better than" in head and "as far as these data can tell" in head) or "Best: task arithmetic" in head
+    assert not any(one["better"] for one in found.summary["differences"] if one["role"] == "best plain merge")
+
+
+def test_a_baseline_that_nobody_beats_is_the_best(place):
+    data = place.search(trials=3, space={"parameters.lambda": {"low": 0.0, "high": 0.2}})
+    found = place.run(data)
+    assert found.summary["best"]["trial"] is None and found.summary["best"]["name"] == "task arithmetic"
+    assert any("None of 3 candidates is better on validation" in line for line in found.summary["verdict"])
+    assert "task arithmetic" in (found.out / "best.yaml").read_text()
+
+
+def test_without_test_judges_validation_is_said_to_flatter(place):
+    data = place.search(trials=3)
+    del data["test"]
+    found = place.run(data)
+    assert found.summary["best"]["test"] is None and all(
+        o["split"] == "validation" for o in found.summary["differences"]
+    )
+    assert any("flatter" in line for line in found.summary["verdict"])
+
+
+def test_the_test_data_are_asked_once_for_each_choice(place):
+    calls = place.path / "calls"
+    place.run(place.search(trials=6), fake=Fake(calls=calls))
+    asked = calls.read_text().count(" test ")
+    assert asked == 3
+    place.run(place.search(trials=6), fake=Fake(calls=calls))
+    assert calls.read_text().count(" test ") == asked  # nothing new was chosen
+    found = place.run(place.search(trials=30), fake=Fake(calls=calls))
+    looks = found.summary["test_looks"]
+    assert looks == 1 or any(f"used for {looks} choices" in line for line in found.summary["verdict"])
+
+
+# --- going on
+
+
+def test_a_search_goes_on_where_it_was(place):
+    place.run(place.search(trials=20), "whole")
+    place.run(place.search(), "parts", trials=7)
+    found = place.run(place.search(), "parts", trials=20)
+    assert found.summary["counts"]["trials"] == 20
+    first, second = (
+        [(one["trial"], one["params"], one["state"]) for one in trials(place.path / out)] for out in ("whole", "parts")
+    )
+    assert first == second  # whether it was interrupted does not matter
+
+
+def test_ctrl_c_ends_in_a_summary_and_goes_on(place):
+    seen = []
+
+    def watch(status):
+        if status.phase == "search" and status.fresh is not None:
+            seen.append(status.fresh)
+            if len(seen) == 5:
+                raise KeyboardInterrupt
+
+    found = place.run(place.search(), watch=watch)
+    assert found.interrupted and found.summary["counts"]["trials"] == 5 and found.summary["best"] is not None
+    assert any("Interrupted after 5 candidates" in line for line in found.summary["verdict"])
+    assert any("The test data were not asked yet" in line for line in found.summary["verdict"])
+    again = place.run(place.search())
+    assert not again.interrupted and again.summary["counts"]["trials"] == 12
+    assert not [*(place.path / "out" / "leases").glob("trial-*")]
+
+
+def test_a_time_limit_begins_nothing_new(place):
+    found = place.run(place.search(trials=1000), fake=Fake(slow=0.05), seconds=0.6)
+    assert 1 <= found.summary["counts"]["trials"] < 40 and not found.interrupted
+
+
+def test_a_candidate_that_fails_stops_nothing(place):
+    said = []
+    found = place.run(place.search(), fake=Fake(fail=lambda params: params["parameters.lambda"] > 1), say=said.append)
+    counts = found.summary["counts"]
+    assert counts["failed"] > 0 and counts["trials"] == 12
+    assert any("failed: the model's loss is nan" in line for line in said)
+    assert all(one["error"] for one in trials(found.out) if one["state"] == "failed")
+
+
+def test_baselines_that_all_fail_are_an_error(place):
+    class Broken(Fake):
+        def __call__(self, task):
+            return Answer(FAILED, error="no such head")
+
+    with pytest.raises(DataError, match="no baseline could be judged; base: no such head"):
+        place.run(place.search(), fake=Broken())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"space": {"parameters.lambda": {"low": 0, "high": 2}}}, "space: .*1.5.* there, .*2.0.* here"),
+        ({"choose": "b"}, r'choose: \["a"\] there, \["b"\] here'),
+        ({"rungs": [1]}, "rungs: "),
+        ({"sampler": {"name": "tpe", "seed": 3}}, "sampler: "),
+    ],
+)
+def test_a_folder_of_another_search_is_refused(place, change, says):
+    place.run(place.search(trials=1))
+    with pytest.raises(OutputError, match=rf"holds the results of another search:\n  {says}"):
+        place.run(place.search(**change))
+
+
+def test_a_folder_of_something_else_is_refused(place):
+    (place.path / "out").mkdir()
+    (place.path / "out" / "cells.jsonl").write_text("")
+    with pytest.raises(OutputError, match=r"holds cells.jsonl, which is not of this search: choose another OUT"):
+        place.run(place.search())
+    (place.path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        place.run(place.search(), "file")
+
+
+def test_a_changed_judge_makes_another_search(place):
+    place.run(place.search(trials=1))
+    (place.path / "judge.py").write_text("def score(live):\n    return 2.0\n")
+    with pytest.raises(OutputError, match="content of judges"):
+        place.run(place.search())
+
+
+def test_a_line_cut_short_by_a_kill_spoils_nothing(place):
+    place.run(place.search(trials=4))
+    path = place.path / "out" / "trials.jsonl"
+    with path.open("a") as file:
+        file.write('{"kind": "trial", "trial": 99, "na')
+    found = place.run(place.search(trials=6))
+    assert found.summary["counts"]["trials"] == 6
+
+
+# --- several workers and processes
+
+
+def test_a_worker_that_dies_is_noticed_and_its_task_given_again(place):
+    said = []
+    found = place.run(place.search(), fake=Fake(kill=str(place.path / "killed")), jobs=2, say=said.append)
+    assert (place.path / "killed").exists()
+    assert found.summary["counts"]["trials"] == 12 and found.summary["counts"]["failed"] == 0
+    assert any("a worker was lost: its process was killed by SIGKILL" in line for line in said)
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+from functools import partial
+from pathlib import Path
+from darekit.pools.processes import open_processes
+from darekit.searches import running
+from darekit.searches.leases import Leases
+from darekit.searches.reading import read_search
+from test_search_runs import Fake, _itself
+fake = Fake(slow={slow}, calls="calls-" + sys.argv[1])
+found = running.run(
+    read_search("s.yaml"), Path("out"), make=lambda whole: partial(_itself, fake),
+    pool=lambda work: open_processes(work, 1), say=print,
+    leases=partial(Leases, beat=0.2, dead=2.0),
+)
+print("FINISHED", found.summary["counts"]["trials"])
+"""
+
+
+@pytest.fixture
+def process(place):
+    """`start(name)`: a process of its own that works on out/; all are killed at the end."""
+    (place.path / "s.yaml").write_text(json.dumps(place.search(trials=16)))
+    (place.path / "run.py").write_text(
+        textwrap.dedent(SCRIPT.format(path=[str(Path(__file__).parent)], slow=0.15)), encoding="utf-8"
+    )
+    started = []
+
+    def start(name):
+        with (place.path / f"log-{name}").open("w") as log:
+            started.append(subprocess.Popen([sys.executable, "run.py", name], cwd=place.path, stdout=log, stderr=log))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait()
+
+
+def wait_for(what, seconds=60):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
+
+
+def count_of_trials(place):
+    path = place.path / "out" / "trials.jsonl"
+    return len(trials(place.path / "out")) if path.exists() else 0
+
+
+@pytest.mark.parametrize("at", ["work", "line"])
+def test_a_process_that_was_killed_is_noticed_and_its_trial_judged_by_another(place, process, at):
+    """Killed while it judges, or when it has written down what came of a trial, but has not told Optuna yet."""
+    first = process("first")
+    calls = place.path / "calls-first"
+    if at == "work":
+        wait_for(lambda: calls.exists() and calls.read_text().count("lambda") >= 4)
+    else:
+        wait_for(lambda: count_of_trials(place) >= 3)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert at == "line" or [*(place.path / "out" / "leases").glob("trial-*")]
+    second = process("second")
+    assert second.wait(60) == 0
+    log = (place.path / "log-second").read_text()
+    assert "FINISHED 16" in log
+    assert at == "line" or "was left by a process that died; its candidate is given again" in log
+    numbers = [one["trial"] for one in trials(place.path / "out")]
+    assert len({*numbers}) == 16
+    params = [json.dumps(one["params"]) for one in trials(place.path / "out")]
+    assert len({*params}) == 16  # the orphan's among them
+    assert not [*(place.path / "out" / "leases").glob("trial-*")]
+
+
+def test_two_processes_share_one_search(place, process):
+    both = [process("first"), process("second")]
+    assert [one.wait(90) for one in both] == [0, 0]
+    found = trials(place.path / "out")
+    assert len({one["trial"] for one in found}) == 16
+    worked = [(place.path / f"calls-{name}").read_text().count("lambda") for name in ("first", "second")]
+    assert min(worked) >= 3 and sum(worked) == 16
+    names = [one["name"] for one in lines(place.path / "out") if one["kind"] == "baseline"]
+    assert len(names) == len({*names})  # each baseline once, by whomever
+    summary = json.loads((place.path / "out" / "summary.json").read_text())
+    assert summary["counts"]["trials"] == 16 and summary["test_looks"] == 1
+
+
+# --- leases
+
+
+def test_a_lease_is_held_by_one_and_given_back(tmp_path):
+    with Leases(tmp_path / "leases") as first, Leases(tmp_path / "leases") as second:
+        assert first.take("x") and first.take("x") and not second.take("x")
+        assert second.state("x") == HELD and first.others() == 0 and second.others() == 1
+        second.release("x")  # not its own
+        assert second.state("x") == HELD
+        first.release("x")
+        assert second.state("x") == FREE and second.take("x")
+    assert not [*(tmp_path / "leases").iterdir()]
+
+
+def test_a_lease_without_a_heartbeat_is_an_orphan(tmp_path):
+    with Leases(tmp_path / "leases", dead=0.5) as leases:
+        (tmp_path / "leases" / "x").write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "t"}))
+        assert leases.state("x") == HELD
+        old = time.time() - 10
+        os.utime(tmp_path / "leases" / "x", (old, old))
+        assert leases.state("x") == ORPHAN and leases.take("x") and leases.state("x") != ORPHAN
+
+
+def test_a_lease_of_a_dead_process_is_an_orphan_at_once(tmp_path):
+    code = (
+        "import sys, os; from pathlib import Path; from darekit.searches.leases import Leases\n"
+        f"Leases(Path({str(tmp_path / 'leases')!r})).take('x'); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with Leases(tmp_path / "leases") as leases:
+        assert leases.state("x") == ORPHAN and leases.take("x")
+
+
+def test_heartbeats_keep_a_lease_alive(tmp_path):
+    with Leases(tmp_path / "leases", beat=0.05, dead=0.4) as first, Leases(tmp_path / "leases", dead=0.4) as second:
+        first.take("x")
+        time.sleep(0.8)
+        assert second.state("x") == HELD
+
+
+def test_a_folder_of_lines_of_others_is_refused(tmp_path):
+    folder = Folder(tmp_path / "out")
+    (tmp_path / "out" / "trials.jsonl").write_text('{"something": 1}\n')
+    with pytest.raises(OutputError, match="holds what no search wrote"):
+        _ = folder.lines
