@@ -594,8 +594,12 @@ def test_a_search_without_trials(tmp_path):
     page = search_page(write_search(tmp_path / "s", 0))
     assert read(html_of(page)) and not plots(page)
     (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "search.json").write_text("{}")
+    (tmp_path / "t" / "search.json").write_text('{"format": "darekit-search-1"}')
     assert search_page(tmp_path / "t").verdict == "No trial is complete yet."
+    for text in ("{}", "[", "[1]", '{"format": "darekit-search-9"}'):
+        (tmp_path / "t" / "search.json").write_text(text)
+        with pytest.raises(OutputError, match=r"search\.json is not what `dare search` writes"):
+            search_page(tmp_path / "t")
 
 
 def test_failed_and_broken_trials(tmp_path):
