@@ -303,6 +303,19 @@ def test_a_sweep_says_what_was_chosen_first(tmp_path):
     assert all_of_them.rows[all_of_them.strong[0]][0] == summary.chosen.title
 
 
+def test_a_page_calls_its_errors_by_one_name(tmp_path):
+    """`tables.md` has deviations over seeds; the page has standard errors, and must not say otherwise."""
+
+    def warned(cell, one):
+        return replace(one, warnings=("too much is dropped",)) if cell.at.get("sparsify.drop_rate") == 0.9 else one
+
+    page = sweep_page(write_sweep(tmp_path / "s", change=warned))
+    html = html_of(page)
+    assert "standard deviation" not in html and "one standard error" in html
+    [warning] = [note for note in page.notes if note.startswith("Warning: ")]
+    assert warning.endswith(": too much is dropped") and " more: " in warning
+
+
 def test_standard_errors_of_a_setting(tmp_path):
     result = read_sweep_folder(write_sweep(tmp_path / "s")).result
     summary = summarise(result.sweep, result.finished)
@@ -594,8 +607,12 @@ def test_a_search_without_trials(tmp_path):
     page = search_page(write_search(tmp_path / "s", 0))
     assert read(html_of(page)) and not plots(page)
     (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "search.json").write_text("{}")
+    (tmp_path / "t" / "search.json").write_text('{"format": "darekit-search-1"}')
     assert search_page(tmp_path / "t").verdict == "No trial is complete yet."
+    for text in ("{}", "[", "[1]", '{"format": "darekit-search-9"}'):
+        (tmp_path / "t" / "search.json").write_text(text)
+        with pytest.raises(OutputError, match=r"search\.json is not what `dare search` writes"):
+            search_page(tmp_path / "t")
 
 
 def test_failed_and_broken_trials(tmp_path):

@@ -11,16 +11,7 @@ from typing import Any
 from darekit.recipe.texts import recipe_text
 from darekit.reports.drawing import draw_search
 from darekit.reports.page import MINUS, Copy, Number, Page, Section, Table
-from darekit.reports.search_folder import (
-    COMPLETE,
-    FAILED,
-    STOPPED,
-    SUMMARY,
-    SearchFolder,
-    Trial,
-    number,
-    read_search_folder,
-)
+from darekit.reports.search_folder import SearchFolder, Trial, number, read_search_folder
 from darekit.reports.search_plots import (
     Found,
     by_importance,
@@ -38,6 +29,8 @@ from darekit.reports.search_plots import (
     state_of,
 )
 from darekit.reports.sweeps import judge_words, number_of
+from darekit.searches.asking import COMPLETE, FAILED, STOPPED
+from darekit.searches.folders import SUMMARY
 
 _ROLES = {"best_single": "best single model", "best_plain": "best plain merge"}
 
