@@ -15,6 +15,7 @@ from darekit.checkpoints import OutputTensor, Shard, index_json, lay_out, open_c
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 1536, 4096, 16, 38400  # 0.57e9 parameters
 SHARD_SIZE = 300_000_000
 MODELS = ("math", "code", "chat")
+ADAPTERS, RANK = ("lora1", "lora2", "lora3"), 16
 CHUNK = 1 << 22
 
 
@@ -98,6 +99,33 @@ def build_union(folder: Path, source: Path) -> None:
                     extra = rng.standard_normal((place.nbytes - raw.size) // 2, np.float32) * np.float32(0.02)
                     file.write(round_bf16(extra).tobytes())
         checkpoint.close()
+    (folder / "complete").touch()
+
+
+def build_adapters(folder: Path, source: Path) -> None:
+    """The base of `source`, and three adapters on all of its linear layers, of rank 16 in BF16 as PEFT writes them."""
+    if (folder / "complete").exists():
+        return
+    (folder / "base").mkdir(parents=True, exist_ok=True)
+    for path in (source / "base").iterdir():
+        (folder / "base" / path.name).symlink_to(path.resolve())
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "base_model_name_or_path": "base"}
+    layers = [tensor for tensor in tensors(1) if "_proj" in tensor.name]
+    layout = [
+        OutputTensor(f"base_model.model.{tensor.name.removesuffix('weight')}lora_{x}.weight", "BF16", shape)
+        for tensor in layers
+        for x, shape in (("A", (RANK, tensor.shape[1])), ("B", (tensor.shape[0], RANK)))
+    ]
+    for number, name in enumerate(ADAPTERS):
+        rng = np.random.default_rng(number)
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "adapter_config.json").write_text(json.dumps(settings, indent=1))
+        (shard,) = lay_out(layout, SHARD_SIZE)
+        with (folder / name / "adapter_model.safetensors").open("wb") as file:
+            file.write(shard.header)
+            for place in shard.placements:
+                values = rng.standard_normal(place.nbytes // 2, np.float32) * np.float32(0.01)
+                file.write(round_bf16(values).tobytes())
     (folder / "complete").touch()
 
 

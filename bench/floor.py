@@ -14,14 +14,16 @@ from pathlib import Path
 CHUNK = 1 << 20
 
 
-def floor(inputs: list[Path], output: Path, size: int, threads: int) -> float:
-    """Seconds to read `inputs` and write `size` bytes to `output`, chunks shared among threads."""
+def floor(inputs: list[Path], output: Path, size: int, threads: int, read: int | None = None) -> float:
+    """Seconds to read `inputs` (or `read` bytes of them) and to write `size` bytes to `output`, with threads."""
     descriptors = [os.open(path, os.O_RDONLY) for path in inputs]
     jobs = deque(
         (fd, offset, False)
         for fd, path in zip(descriptors, inputs, strict=True)
         for offset in range(0, path.stat().st_size, CHUNK)
     )
+    while read is not None and len(jobs) > -(-read // CHUNK) + len(inputs):  # files end in chunks that are not whole
+        jobs.pop()
     target = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.ftruncate(target, size)
     # Writes are spread among reads, as a merge spreads them.
@@ -66,4 +68,5 @@ def floor(inputs: list[Path], output: Path, size: int, threads: int) -> float:
 
 
 if __name__ == "__main__":
-    print(floor([Path(p) for p in sys.argv[4:]], Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+    out, written, threads, read, *files = sys.argv[1:]
+    print(floor([Path(p) for p in files], Path(out), int(written), int(threads), int(read)))

@@ -35,7 +35,7 @@ class Case:
     """A row of the table. The I/O floor reads the inputs as often as the method must."""
 
     title: str
-    each: dict[str, float] = field(default_factory=dict)  # parameters of each model
+    each: dict[str, float | list[float]] = field(default_factory=dict)  # parameters of each model
     shared: dict[str, object] = field(default_factory=dict)
     models: tuple[str, ...] = family.MODELS
     passes: int = 1
@@ -43,6 +43,7 @@ class Case:
     keys: dict[str, str] = field(default_factory=dict)  # more of the recipe
     family: str = "family"  # the folder of the models
     base: bool = True
+    stacked: bool = False  # all layers of the models, one upon the other
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -60,6 +61,9 @@ CASES = {
     "dare_linear": Case("DARE p = 0.9, linear", {"weight": 1.0, "density": 0.1}),
     "dare_ties": Case("DARE p = 0.9, TIES without trim", {"weight": 1.0, "density": 0.1}),
     "ties": Case("TIES, keep 0.2", {"weight": 1.0, "density": 0.2}),
+    "ties_gradients": Case(
+        "TIES, density and weight gradients", {"weight": [0.3, 1.0, 0.6], "density": [0.1, 0.4, 0.2]}, method="ties"
+    ),
     "union": Case(
         "DARE p = 0.9, linear, union of tokenizers (100 new tokens)",
         {"weight": 1.0, "density": 0.1},
@@ -67,6 +71,28 @@ CASES = {
         keys={"tokenizer_source": "union"},
         family="union",
     ),
+    "lora_linear": Case(
+        "base + 3 adapters of rank 16, linear",
+        {"weight": 1.0},
+        models=family.ADAPTERS,
+        method="linear",
+        family="adapters",
+    ),
+    "lora_task_arithmetic": Case(
+        "base + 3 adapters of rank 16, task arithmetic",
+        {"weight": 0.5},
+        models=family.ADAPTERS,
+        method="task_arithmetic",
+        family="adapters",
+    ),
+    "lora_dare": Case(
+        "base + 3 adapters of rank 16, DARE p = 0.9, linear",
+        {"weight": 0.5, "density": 0.1},
+        models=family.ADAPTERS,
+        method="dare_linear",
+        family="adapters",
+    ),
+    "passthrough": Case("passthrough, two models stacked", models=family.MODELS[:2], base=False, stacked=True),
     "slerp": Case("slerp of two models, gradients", shared={"t": BY_LAYER}, models=family.MODELS[:1], passes=2),
     "model_stock": Case("Model Stock, base and 3", passes=2),
     "karcher": Case("Karcher mean of 3", passes=2, base=False),
@@ -78,7 +104,9 @@ def recipe(folder: Path, name: str) -> Path:
     """A mergekit recipe, which both tools read."""
     case = CASES[name]
     models = [{"model": str(folder / model), "parameters": case.each} for model in case.models]
-    data: dict[str, object] = {"merge_method": case.method or name, "models": models, "dtype": "bfloat16", **case.keys}
+    data: dict[str, object] = {"merge_method": case.method or name, "dtype": "bfloat16", **case.keys}
+    layers = {"layer_range": [0, family.LAYERS]}
+    data |= {"slices": [{"sources": [model | layers]} for model in models]} if case.stacked else {"models": models}
     data |= {"base_model": str(folder / "base")} if case.base else {}
     data |= {"parameters": case.shared} if case.shared else {}
     path = folder / f"{name}.yaml"
@@ -101,19 +129,67 @@ def timed(command: list[str], **options: object) -> tuple[float, str]:
     return time.perf_counter() - began, done.stdout
 
 
-def merge(path: Path, out: Path, *more: str, synced: bool = True) -> tuple[float, dict[str, float]]:
-    """Whole command and its own report."""
+def merge(path: Path, out: Path, *more: str, synced: bool = True, keep: bool = False) -> tuple[float, dict[str, float]]:
+    """Whole command and its own report; `keep`: the output stays."""
     shutil.rmtree(out, ignore_errors=True)
     program = [str(DARE)] if synced else [sys.executable, "-c", UNSYNCED]
     seconds, text = timed([*program, "merge", str(path), str(out), "--seed", "42", "--json", *more])
     report = json.loads(text)
-    shutil.rmtree(out)
+    if not keep:
+        shutil.rmtree(out)
     return seconds, report
 
 
-def floor(files: list[Path], out: Path, size: int, threads: int) -> float:
+def floor(files: list[Path], out: Path, size: int, threads: int, read: int) -> float:
     script = Path(__file__).with_name("floor.py")
-    return float(timed([sys.executable, str(script), str(out), str(size), str(threads), *map(str, files)])[1])
+    numbers = map(str, (size, threads, read))
+    return float(timed([sys.executable, str(script), str(out), *numbers, *map(str, files)])[1])
+
+
+# Three merges: two, and a third of their results.
+STAGES: dict[str, dict[str, object]] = {
+    "first": {
+        "merge_method": "dare_linear", "base_model": "base", "parameters": {"weight": 1.0, "density": 0.1},
+        "models": [{"model": "math"}, {"model": "code"}],
+    },
+    "second": {
+        "merge_method": "slerp", "base_model": "base", "models": [{"model": "chat"}], "parameters": {"t": 0.4},
+    },
+    "both": {
+        "merge_method": "linear", "models": [{"model": "first"}, {"model": "second"}], "parameters": {"weight": 0.5},
+    },
+}  # fmt: skip
+
+
+def nested(folder: Path, pairs: int, threads: int) -> str:
+    """One recipe of three merges, against these three one after another, with checkpoints in between."""
+    folder = folder.resolve()
+    files = [path for model in ("base", *family.MODELS) for path in sorted((folder / model).glob("*.safetensors"))]
+    whole = folder / "nested.yaml"
+    stages = [{"name": name, **data, "dtype": "bfloat16"} for name, data in STAGES.items()]
+    del stages[-1]["name"]
+    whole.write_text("\n---\n".join(map(json.dumps, stages)))
+    together, apart, memory = [], [], 0.0
+    for _ in range(pairs):
+        warm(files)
+        report = merge(whole, folder / "nested-out", "--threads", str(threads), synced=False)[1]
+        together.append(report["seconds"])
+        memory = max(memory, report["peak_rss_bytes"])
+        seconds = 0.0
+        for name, data in STAGES.items():
+            path = folder / f"{name}.yaml"
+            path.write_text(json.dumps(data | {"dtype": "bfloat16"}))
+            warm([*files, *(file for made in STAGES for file in (folder / made).glob("*.safetensors"))])
+            seconds += merge(path, folder / name, "--threads", str(threads), synced=False, keep=True)[1]["seconds"]
+        apart.append(seconds)
+        for name in STAGES:
+            shutil.rmtree(folder / name)
+    ratio = min(together) / min(apart)
+    return (
+        f"A recipe of three merges (DARE and linear; slerp; the mean of both) takes {min(together):.2f} s of engine "
+        f"time, its parts one after another {min(apart):.2f} s and twice the output's size of disk: {ratio:.2f} of it, "
+        f"{memory / 1e6:.0f} MB at most."
+    )
 
 
 def mergekit(program: str, path: Path, out: Path) -> tuple[float, float]:
@@ -141,6 +217,8 @@ def run(scratch: Path, pairs: int, threads: int, program: str | None, runs: int,
         folder = scratch / case.family
         if case.family == "union":
             family.build_union(folder, scratch / "family")
+        if case.family == "adapters":
+            family.build_adapters(folder, scratch / "family")
         path = recipe(folder, name)
         files = [path for model in case.inputs for path in sorted((folder / model).glob("*.safetensors"))]
         merge(path, folder / "out")  # compiles the kernels, if need be
@@ -153,9 +231,13 @@ def run(scratch: Path, pairs: int, threads: int, program: str | None, runs: int,
             wholes.append(whole)
             engines.append(report["seconds"])
             memory = max(memory, report["peak_rss_bytes"])
-            moved = case.passes * sum(file.stat().st_size for file in files) + report["bytes_written"]
+            # A stack reads one embedding and one head, not all of its models' files.
+            read = case.passes * sum(file.stat().st_size for file in files)
+            read = int(report["bytes_read"]) if case.stacked else read
+            moved = read + report["bytes_written"]
             warm(files)
-            floors.append(floor(files * case.passes, folder / "floor.out", int(report["bytes_written"]), threads))
+            written = int(report["bytes_written"])
+            floors.append(floor(files * case.passes, folder / "floor.out", written, threads, read))
         engine, whole, least = min(engines), min(wholes), min(floors)
         row = [
             case.title, f"{engine:.2f}", f"{moved / engine / 1e9:.1f}", f"{least:.2f}", f"{engine / least:.2f}",
@@ -212,7 +294,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--mergekit-runs", type=int, default=2)
     parser.add_argument(
-        "--only", nargs="*", default=[], choices=[*CASES], help="these cases alone, and nothing written"
+        "--only", nargs="*", default=[], choices=[*CASES, "nested"], help="these cases alone, and nothing written"
     )
     parser.add_argument("--large", action="store_true", help="also the memory of a family four times larger")
     parser.add_argument("--write", action="store_true", help="put the table into docs/speed.md")
@@ -229,7 +311,9 @@ def main() -> None:
         arguments.mergekit_runs,
         arguments.only,
     )
-    text = table(rows, bool(program))
+    text = table(rows, bool(program)) if rows else ""
+    if not arguments.only or "nested" in arguments.only:
+        text += f"\n\n{nested(folder, arguments.pairs, arguments.threads)}"
     if arguments.only:
         print(text)
         return

@@ -439,3 +439,78 @@ def test_tau_may_run_over_the_layers(deep):
     assert rates == sorted(rates) and rates[0] < rates[-1]
     with open_plan(read_recipe(data | {"sparsify": data["sparsify"] | {"tau": 0.06}})) as plan:
         assert plan.rates[0]["model.layers.2.mlp.up_proj.weight"] == rates[2]
+
+
+# --- switches by tensor and depth, and what is in quotes
+
+
+@pytest.mark.parametrize(
+    ("switch", "on"),
+    [
+        # mergekit's rule: of n, the one at int(t (n - 1)); t is 0 before and after the layers.
+        ([True, False], lambda name, layer: layer != LAYERS - 1),
+        ([False, True, False], lambda name, layer: layer in (2, 3)),
+        ([True], lambda name, layer: True),
+        ([{"filter": "mlp", "value": True}, {"value": 0}], lambda name, layer: "mlp" in name),
+        ([{"filter": "mlp", "value": [1, 0]}], lambda name, layer: "mlp" in name and layer != LAYERS - 1),
+        ({"filter": "self_attn", "value": "true"}, lambda name, layer: "self_attn" in name),
+        ("no", lambda name, layer: False),
+    ],
+)
+def test_a_switch_that_depends_on_the_tensor(deep, tmp_path, switch, on):
+    """Each tensor is that of the merge with the switch on, or of the one with it off."""
+
+    def merged(name, value):
+        recipe = families.recipe(deep, 2, parameters={"weight": 0.75, "normalize": value})
+        dk.merge(recipe, tmp_path / name)
+        return families.load(tmp_path / name)
+
+    found, with_it, without = merged("found", switch), merged("on", True), merged("off", False)
+    unlike = 0
+    for name, array in found.items():
+        layer = layer_of(name)
+        expected = with_it if on(name, None if layer is None else layer.index) else without
+        assert array.tobytes() == expected[name].tobytes(), name
+        unlike += with_it[name].tobytes() != without[name].tobytes()
+    assert unlike > LAYERS
+
+
+def test_a_switch_by_tensor_is_in_the_lock(deep, tmp_path):
+    dk.merge(families.recipe(deep, 2, parameters={"normalize": [True, False]}), tmp_path / "out")
+    lock = json.loads((tmp_path / "out" / "darekit.lock.json").read_text())
+    assert lock["recipe"]["parameters"]["normalize"] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("quoted", "plain"),
+    [
+        ("weight: '0.5'", "weight: 0.5"),
+        ("weight: ['0', ' 1.5']", "weight: [0, 1.5]"),
+        ("weight: [{filter: mlp, value: '0.5'}, {value: '1e-1'}]", "weight: [{filter: mlp, value: 0.5}, {value: 0.1}]"),
+        ("normalize: 'True'", "normalize: true"),
+        ("normalize: 'off'", "normalize: false"),
+        ("density: '0.5'", "density: 0.5"),
+        ("density: 0.5\n  rescale: 'false'", "density: 0.5\n  rescale: 0.0"),
+    ],
+)
+def test_numbers_and_switches_in_quotes(tmp_path, quoted, plain):
+    """mergekit's reader takes them; beside a `sparsify:` block, which it does not know, they stay errors."""
+    start = "base_model: b\nmerge_method: dare_ties\nmodels:\n- model: a\n  parameters: {density: 0.3}\nparameters:\n  "
+    (tmp_path / "quoted.yaml").write_text(start + quoted)
+    (tmp_path / "plain.yaml").write_text(start + plain)
+    one, other = (read_recipe(tmp_path / f"{name}.yaml").to_data() for name in ("quoted", "plain"))
+    assert one == other
+    native = "base_model: b\nmerge_method: ties\nsparsify: {method: dare, drop_rate: 0.5}\nmodels: [a]\nparameters:\n  "
+    if "density" not in quoted:
+        (tmp_path / "native.yaml").write_text(native + quoted)
+        with pytest.raises(RecipeError, match=r"write it without quotes|must be true or false"):
+            read_recipe(tmp_path / "native.yaml")
+
+
+def test_linear_that_is_a_sum_somewhere_is_not_sparsified(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "base_model: b\nmerge_method: linear\nsparsify: {method: dare, drop_rate: 0.5}\nmodels: [a]\n"
+        "parameters: {normalize: [{filter: mlp, value: false}]}"
+    )
+    with pytest.raises(RecipeError, match="a sum of whole models"):
+        read_recipe(tmp_path / "r.yaml")

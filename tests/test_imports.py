@@ -58,18 +58,20 @@ def modules():
 FLOORS = (
     ("__main__",),
     ("cli",),
+    ("reports",),
     ("recommendation", "searches", "sweeps", "testing"),
     ("trials",),
-    ("analysis", "demo", "evaluation", "packing", "statistics"),
+    ("analysis", "demo", "evaluation", "extraction", "packing", "statistics"),
     ("api", "live", "register"),
     ("memory", "output"),
     ("planning",),
     ("inputs",),
     ("engine", "packs"),
-    ("kernels", "recipe", "tokens"),
+    ("recipe", "tokens"),
     ("checkpoints",),
-    ("dtypes", "methods", "plotting", "pools"),
-    ("architectures", "code", "errors", "machine", "masks", "version", "wording"),
+    ("kernels",),
+    ("dtypes", "methods", "plotting", "pools", "quantised"),
+    ("architectures", "code", "errors", "machine", "masks", "notebooks", "version", "wording"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 
@@ -162,7 +164,8 @@ def test_the_root_holds_few_modules():
     """What everybody imports, and what nobody looks for in a room."""
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "_version"}
     assert loose == {
-        "api", "code", "dtypes", "errors", "machine", "masks", "memory", "plotting", "register", "version", "wording",
+        "api", "code", "dtypes", "errors", "machine", "masks", "memory", "notebooks", "plotting", "quantised",
+        "register", "version", "wording",
     }  # fmt: skip
 
 
@@ -204,7 +207,13 @@ RULES = {
     "matplotlib only where something is drawn": lambda name, one: (
         not within(one, "matplotlib")
         or within(name, "darekit.plotting", "darekit.analysis.drawing", "darekit.analysis.curves",
-                  "darekit.sweeps.drawing", "darekit.demo")
+                  "darekit.sweeps.drawing", "darekit.reports.drawing", "darekit.demo")
+    ),
+    "plotly only where pages are made, Optuna only where settings are searched": lambda name, one: (
+        not within(one, "plotly", "optuna")
+        or within(name, "darekit.searches")
+        or (within(one, "plotly") and within(name, "darekit.reports.markup"))
+        or (within(one, "optuna") and within(name, "darekit.reports.importance"))
     ),
     "checkpoints know files and no method": lambda name, one: (
         not within(name, "darekit.checkpoints") or not within(one, "darekit.methods")
@@ -234,6 +243,8 @@ def test_the_package_keeps_the_rule(rule):
         ("torch only where models run, and where tensors, pickles or the demo are", "darekit.engine.execution",
          "import torch.nn as nn\n"),
         ("matplotlib only where something is drawn", "darekit.analysis.inspection", "import matplotlib\n"),
+        ("plotly only where pages are made, Optuna only where settings are searched", "darekit.reports.charts",
+         "def f():\n    import plotly.graph_objects as go\n"),
         ("lm-eval only in evaluation, datasets there and where rows are read", "darekit.live.data",
          "def f():\n    from lm_eval import evaluator\n"),
         ("checkpoints know files and no method", "darekit.checkpoints.files", "from darekit import methods\n"),
@@ -359,12 +370,42 @@ def test_everything_in_all_exists():
         _ = darekit.marge
 
 
+# What some merges need, and a plain one does not. `dare merge --dry-run` is started often, by people and by searches.
+ASIDE = {
+    "darekit.architectures.layout", "darekit.architectures.stacking", "darekit.cli.analysis",
+    "darekit.cli.display_layers", "darekit.cli.packs", "darekit.engine.execution", "darekit.engine.nested",
+    "darekit.engine.trimming", "darekit.inputs.headers", "darekit.inputs.rows", "darekit.inputs.slices",
+    "darekit.inputs.statistics", "darekit.packs.reading", "darekit.planning.checking", "darekit.planning.stacks.config",
+    "darekit.planning.stacks.stack", "darekit.planning.statistics", "darekit.planning.tokens",
+    "darekit.planning.travel.beside", "darekit.planning.travel.merged", "darekit.planning.travel.templates",
+    "darekit.recipe.schema", "darekit.tokens.documents", "darekit.tokens.joining",
+    "huggingface_hub", "llvmlite", "numba", "rich.console", "tokenizers", "torch", "transformers",
+}  # fmt: skip
+
+
 def test_a_merge_loads_what_it_needs_and_no_more(llamas, tmp_path):
-    """The reader of packs where there is a pack, statistics where there are some, one module of commands."""
+    """Packs, statistics, slices, tokens and recipes within recipes where there are some; one module of commands."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(families.recipe(llamas.path)))
     modules, returned, said = loaded(RUN, "merge", recipe, tmp_path / "out", "--dry-run", "--json")
     assert returned == 0, said
     assert "darekit.planning.plan" in modules and "darekit.cli.merging" in modules
-    others = {"darekit.cli.packs", "darekit.cli.analysis", "darekit.packs.reading", "darekit.inputs.statistics"}
-    assert not modules & {*others, "rich.console", "numba", "llvmlite", "torch"}
+    assert not modules & ASIDE
+
+
+def test_what_a_plain_merge_leaves_aside_exists():
+    """A module that was renamed would be left aside for ever."""
+    known = {name.removesuffix(".__init__") for name, _ in modules()}
+    assert {name for name in ASIDE if name.startswith("darekit.")} <= known
+
+
+def test_what_a_merge_needs_is_loaded_for_it(llamas, tmp_path):
+    """The counterpart of the list above: slices load stacks, a recipe as a model loads what computes it."""
+    inner, outer = tmp_path / "inner.yaml", tmp_path / "outer.yaml"
+    inner.write_text(json.dumps(families.recipe(llamas.path)))
+    layers = [{"sources": [{"model": str(inner), "layer_range": [0, 1]}]}]
+    outer.write_text(json.dumps({"slices": layers, "merge_method": "passthrough"}))
+    modules, returned, said = loaded(RUN, "merge", outer, tmp_path / "out", "--dry-run")
+    assert returned == 0, said
+    needed = {"darekit.planning.stacks.stack", "darekit.inputs.slices", "darekit.engine.nested"}
+    assert needed | {"darekit.cli.display_layers", "darekit.planning.travel.beside"} <= modules

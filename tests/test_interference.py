@@ -153,8 +153,9 @@ def test_the_command_with_several_models_and_plots(llamas, dare, tmp_path):
     assert done.code == 0, done.err
     assert len(done.data["models"]) == 2 and len(done.data["interference"]["pairs"]) == 1
     drawn = {path.name for path in (tmp_path / "one").iterdir()}
-    assert drawn == {f"{name}.{kind}" for name in ("deltas", "r", "pairs", "conflict") for kind in ("png", "svg")}
-    assert sorted(done.data["plots"]) == sorted(str(tmp_path / "one" / name) for name in drawn)
+    plots = {f"{name}.{kind}" for name in ("deltas", "r", "pairs", "conflict") for kind in ("png", "svg")}
+    assert drawn == plots | {"inspection.json"}
+    assert sorted(done.data["plots"]) == sorted(str(tmp_path / "one" / name) for name in plots)
     shown = dare("inspect", llamas.path / "base", *names)
     assert shown.out.startswith("ok: base looks like the base of all 2 models")
     assert "no two models pull against each other" in shown.out and "a plain sum cancels" in shown.out
@@ -166,7 +167,7 @@ def test_the_command_with_several_models_and_plots(llamas, dare, tmp_path):
 
     same = dare("inspect", llamas.path / "base", llamas.path / "base", "--plot", tmp_path / "same", "--json")
     assert same.code == 0 and same.data["total"]["zeros"] == 1
-    assert {path.stem for path in (tmp_path / "same").iterdir()} == {"deltas", "r"}
+    assert {path.stem for path in (tmp_path / "same").iterdir()} == {"deltas", "r", "inspection"}
 
 
 def test_models_whose_short_names_are_equal(tmp_path):

@@ -169,6 +169,25 @@ def test_loss_is_what_transformers_computes(live, tmp_path):
     assert not found["loss"].higher_is_better and found["loss"].stderr > 0
 
 
+def test_the_head_computes_what_is_asked_alone(live, tmp_path, monkeypatch):
+    if live.task != "causal":
+        pytest.skip("it is asked one thing")
+    rows = [{"prompt": words(np.random.default_rng(5), n), "completion": "w5 w6"} for n in (9, 9, 12)]
+    judge = judge_of({"data": write(tmp_path / "rows.jsonl", rows)})
+    widths = []
+    head = live.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, given, __: widths.append(given[0].shape[1]))
+    narrow = judge(live)
+    forward = live.model.forward
+    monkeypatch.setattr(live.model, "forward", lambda input_ids, **more: forward(input_ids=input_ids, **more))
+    whole = judge(live)
+    hook.remove()
+    # Two tokens and the end, three or six places apart in rows of 12 and 15: of 15 columns 6 are asked.
+    assert [width for width in widths if width != 4] == [6, 15]  # 4: whether it looks ahead is asked first
+    for name, score in whole.items():
+        assert narrow[name].value == pytest.approx(score.value, abs=1e-6)
+
+
 def test_a_model_that_gives_nan_names_the_row(live, tmp_path):
     rows = rows_for(live, np.random.default_rng(5), count=3)
     judge = judge_of({"data": write(tmp_path / "rows.jsonl", rows)})

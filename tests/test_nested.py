@@ -11,7 +11,8 @@ import darekit as dk
 import families
 from darekit.checkpoints import open_checkpoint, sample_digest, traits_of
 from darekit.engine.nested import Computed
-from darekit.errors import DataError, RecipeError
+from darekit.errors import DataError, HomologyError, PlanError, RecipeError
+from darekit.planning.checks import check
 from darekit.planning.opening import open_models, open_plan
 from darekit.recipe import read_recipe
 
@@ -205,6 +206,63 @@ def test_a_nan_within_is_told(tmp_path, folder):
     (tmp_path / "r.yaml").write_text("models: [bad, m1]\nmerge_method: linear\n")
     with pytest.raises(DataError, match=r"r\.yaml: NaN or Inf in the input(.|\n)*bad: model\.norm\.weight: 1 values"):
         dk.merge({"models": [str(tmp_path / "r.yaml"), "m2"], "merge_method": "linear"}, tmp_path / "out", **OPTIONS)
+
+
+@pytest.fixture
+def holes(folder):
+    """m0 with NaN and Inf here and there."""
+    tensors = dict(families.load(folder / "m0"))
+    for name in ("lm_head.weight", "model.layers.1.mlp.up_proj.weight"):
+        tensors[name] = tensors[name].copy()
+        tensors[name].reshape(-1)[[3, 700]] = np.nan, np.inf
+    return families.save(folder / "holes", tensors, families.config(vocab=2200, layers=2))
+
+
+@pytest.mark.parametrize("first", ["dare_ties", "ties", "ties of models", "della", "model_stock"])
+def test_nonfinite_values_within_are_allowed(tmp_path, holes, first):
+    """As with an intermediate checkpoint that was made so; also two recipes deep."""
+    inner = {**FIRST[first], "models": ["holes", "m1"]}
+    outer = {"base_model": "base", "models": ["m2"], "merge_method": "task_arithmetic"}
+    (tmp_path / "middle.yaml").write_text(json.dumps({**outer, "models": ["inner.yaml"]}))
+    (tmp_path / "inner.yaml").write_text(json.dumps(inner))
+    dk.merge(inner, tmp_path / "inner", allow_nonfinite=True, **OPTIONS)
+    names = [str(tmp_path / "inner.yaml"), str(tmp_path / "middle.yaml")]
+    for i, name in enumerate(names):
+        with pytest.raises(DataError, match="NaN"):
+            dk.merge({**outer, "models": [name, "m2"]}, tmp_path / "refused", **OPTIONS)
+        dk.merge({**outer, "models": [name, "m2"]}, tmp_path / f"out{i}", allow_nonfinite=True, **OPTIONS)
+    dk.merge({**outer, "models": [str(tmp_path / "inner"), "m2"]}, tmp_path / "expected", **OPTIONS)
+    families.same(families.load(tmp_path / "out0"), families.load(tmp_path / "expected"))
+    found = families.load(tmp_path / "out1")
+    assert all(np.isfinite(array.astype(np.float32)).all() for array in found.values())
+
+
+def test_nonfinite_values_of_a_recipe_without_a_base_are_not_allowed(tmp_path, holes):
+    (tmp_path / "inner.yaml").write_text(json.dumps({**FIRST["linear"], "models": ["holes", "m1"]}))
+    outer = {"base_model": "base", "models": [str(tmp_path / "inner.yaml")], "merge_method": "task_arithmetic"}
+    with pytest.raises(PlanError, match=r"inner.yaml has no base; add base_model to it"):
+        dk.merge(outer, tmp_path / "out", allow_nonfinite=True, **OPTIONS)
+
+
+def test_the_base_within_is_checked(tmp_path, folder):
+    rng = np.random.default_rng(3)
+    families.save(folder / "foreign", families.llama(rng, layers=2, vocab=2200), families.config(vocab=2200, layers=2))
+    inner = {**FIRST["dare_ties"], "base_model": "foreign"}
+    (tmp_path / "inner.yaml").write_text(json.dumps(inner))
+    (tmp_path / "middle.yaml").write_text(
+        json.dumps({"models": ["inner.yaml", "inner.yaml"], "merge_method": "linear"})
+    )
+    for name in ("inner.yaml", "middle.yaml"):
+        outer = {"models": [str(tmp_path / name), "m2"], "merge_method": "slerp", "parameters": {"t": 0.5}}
+        with pytest.raises(HomologyError, match=r"inner.yaml: foreign does not look like the base of m0.*--force"):
+            dk.merge(outer, tmp_path / "out")
+        said = []
+        with open_plan(read_recipe(outer), search=[folder]) as plan:
+            check(plan, force=True, say=said.append)
+        assert sum("inner.yaml: foreign does not look like the base" in line for line in said) == 2 * (
+            1 + (name == "middle.yaml")
+        )
+        dk.merge(outer, tmp_path / name.removesuffix(".yaml"), **OPTIONS)
 
 
 def test_identity_known_answer(tmp_path):

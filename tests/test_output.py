@@ -385,7 +385,7 @@ def test_a_failing_config_is_an_error(tmp_path):
     )
 
 
-@pytest.mark.parametrize("module", ["planning.merged", "output.tokenizer"])
+@pytest.mark.parametrize("module", ["planning.travel.merged", "output.tokenizer"])
 def test_reading_a_config_imports_nothing_heavy(module):
     code = f"import sys, darekit.{module}; print(*sys.modules)"
     modules = subprocess.run(

@@ -586,8 +586,10 @@ def test_choices_and_switches(read, refuse):
         "normalize": True,
         "trim": "model",
     }
-    refuse(f"{start}parameters: {{normalize: 'true'}}", "parameters.normalize must be true or false")
-    refuse(f"{start}parameters: {{normalize: [true]}}", "parameters.normalize must be one value for all tensors")
+    refuse(f"{start}parameters: {{normalize: 'maybe'}}", "parameters.normalize must be true or false")
+    refuse(f"{start}parameters: {{normalize: [true, 2]}}", "parameters.normalize.1 must be true or false, found 2")
+    refuse(f"{start}parameters: {{normalize: []}}", "expected true or false, a list of these over the layers, or a")
+    refuse(f"{start}parameters: {{trim: [model]}}", "parameters.trim must be one value for all tensors")
     refuse(f"{start}parameters: {{trim: all}}", "parameters.trim must be one of tensor, model, found 'all'")
     refuse(f"{start}parameters: [1]", "line 4: parameters: expected a mapping")
     sparse = f"{start}sparsify: {{method: dare, drop_rate: 0.9, "

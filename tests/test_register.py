@@ -786,3 +786,11 @@ def test_the_origin_of_a_function_of_this_file():
     (origin,) = origins_of(recipe)
     assert (origin.module, origin.function, origin.distribution) == (__name__, "strongest", None)
     assert not origins_of(dk.read_recipe({"base_model": "b", "models": ["m"], "merge_method": "ties"}))
+
+
+@pytest.mark.parametrize("word", ["scale", "filter", "value", "layer_range", "base_model"])
+def test_words_of_recipes_are_no_parameters(word):
+    namespace = {}
+    exec(f"def mine(deltas, weights, *, {word}: float = 1.0):\n    return deltas[0]", namespace)
+    with pytest.raises(MethodError, match=f"a parameter of a method cannot be called {word}, which means something"):
+        dk.register.merge_method(namespace["mine"])

@@ -199,7 +199,7 @@ START = "base_model: b\nmodels: [a]\n"
         f"{START}merge_method: ties\nparameters: 1\n",
         f"{START}merge_method: ties\nparameters: {{keep: 20}}\n",
         f"{START}merge_method: ties\nparameters: {{keep: -0.1}}\n",
-        f"{START}merge_method: ties\nparameters: {{keep: '0.2'}}\n",
+        f"{START}merge_method: ties\nparameters: {{keep: 'a fifth'}}\n",
         f"{START}merge_method: ties\nparameters: {{keep: 20%}}\n",
         f"{START}merge_method: ties\nparameters: {{keep: true}}\n",
         f"{START}merge_method: ties\nparameters: {{keep: }}\n",
@@ -529,7 +529,7 @@ def test_a_mistyped_key_is_flagged(recipe, data):
     assert flagged(RECIPES, recipe)
 
 
-WRONG = ["much", "0.5", "50%", [0.5, "a"], {"filter": "mlp"}, {}, [], None]
+WRONG = ["much", "0.5.1", "50%", [0.5, "a"], {"filter": "mlp"}, {}, [], None]
 
 
 def wrong_values(parameter):

@@ -366,3 +366,97 @@ def test_slerp_with_a_third_model(deep, tmp_path):
     assert any("base is neither of the two models" in note for note in report.notes)
     dk.merge({**data, "base_model": "m0", "models": ["m1"]}, tmp_path / "two", **OPTIONS)
     families.same(families.load(tmp_path / "out"), families.load(tmp_path / "two"))
+
+
+# --- heads
+
+
+def halves(*last):
+    return [{"sources": [source("m0", 0, 3), source("m1", 0, 3)]}, {"sources": list(last)}]
+
+
+@pytest.mark.parametrize("giver", ["m0", "m1", "base"])
+def test_the_head_of_a_stack_can_be_one_models(deep, tmp_path, giver):
+    slices = halves(source("m0", 3, 6), source("m1", 3, 6))
+    plain, _, _ = merged(deep, tmp_path, slices, "task_arithmetic", base="base")
+    found, _, report = merged(deep, tmp_path, slices, "task_arithmetic", base="base", heads=giver)
+    own = families.load(deep / giver)
+    for name, array in found.items():
+        head = name == "lm_head.weight"
+        assert np.array_equal(array, own[name] if head else plain[name]), name
+    assert not np.array_equal(plain["lm_head.weight"], own["lm_head.weight"])
+    assert giver == "base" or any(f"are taken from {giver};" in note for note in report.notes)
+
+
+def test_the_giver_of_a_stacks_head_is_in_its_last_slice(deep, tmp_path):
+    slices = [{"sources": [source("m0", 0, 3)]}, {"sources": [source("m1", 3, 6)]}]
+    found, _, _ = merged(deep, tmp_path, slices, heads="m1")
+    assert np.array_equal(found["lm_head.weight"], families.load(deep / "m1")["lm_head.weight"])
+    with pytest.raises(PlanError, match=r"heads: m0 has no part in the last slice.*its models are m1\. Name one"):
+        merged(deep, tmp_path, slices, heads="m0")
+
+
+def test_classifiers_of_unlike_heads_stack(tmp_path):
+    """A stack of classifiers with 2 and 3 labels: refused without `heads`, with it the giver's, config and all."""
+    rng = np.random.default_rng(0)
+    kind = {"architectures": ["BertForSequenceClassification"], "model_type": "bert", "num_hidden_layers": 2}
+    for i in range(2):
+        tensors = {"bert.embeddings.word_embeddings.weight": rng.normal(size=(20, 8)).astype(np.float32)}
+        for layer in range(2):
+            name = f"bert.encoder.layer.{layer}.output.dense.weight"
+            tensors[name] = rng.normal(size=(8, 8)).astype(np.float32)
+        tensors |= {"classifier.weight": rng.normal(size=(2 + i, 8)).astype(np.float32)}
+        labels = {"id2label": {str(k): f"m{i}-{k}" for k in range(2 + i)}}
+        families.save(tmp_path / f"m{i}", tensors, {**kind, **labels, "vocab_size": 20})
+    one = [source(str(tmp_path / f"m{i}"), 0, 2) for i in range(2)]
+    recipe = {"slices": [{"sources": one}], "merge_method": "linear", "parameters": {"weight": 0.5}}
+    with pytest.raises(HomologyError, match="heads"):
+        dk.merge(recipe, tmp_path / "out", **OPTIONS)
+    dk.merge({**recipe, "heads": one[1]["model"]}, tmp_path / "out", **OPTIONS)
+    found, own = families.load(tmp_path / "out"), families.load(tmp_path / "m1")
+    assert np.array_equal(found["classifier.weight"], own["classifier.weight"])
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["id2label"] == {str(k): f"m1-{k}" for k in range(3)}
+
+
+# --- where an error is
+
+
+def test_layers_that_are_not_there_are_told_with_their_line(deep, tmp_path):
+    text = (
+        "merge_method: linear\nparameters: {weight: 1}\nslices:\n- sources:\n  - model: m0\n    layer_range: [0, 3]\n"
+        "  - model: m1\n    layer_range: [4, 7]\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(PlanError, match=r"r\.yaml line 8: layer_range \[4, 7\]: m1 has 6 layers"):
+        dk.merge(tmp_path / "r.yaml", tmp_path / "out")
+    (tmp_path / "r.yaml").write_text(text.replace("linear", "task_arithmetic") + "base_model: m1\n")
+    with pytest.raises(PlanError, match=r"r\.yaml line 8: layer_range \[4, 7\]: m1 has 6 layers"):
+        dk.merge(tmp_path / "r.yaml", tmp_path / "out")
+
+
+def test_no_layers_at_all_are_told_with_their_line(deep, tmp_path):
+    text = "merge_method: passthrough\nslices:\n- sources:\n  - {model: m0, layer_range: [2, 2]}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(PlanError, match=r"r\.yaml line 3: the slices have no layers at all: .* as \[0, 16\]"):
+        dk.merge(tmp_path / "r.yaml", tmp_path / "out")
+    with pytest.raises(PlanError, match=r"the slices have no layers at all"):  # a recipe from Python has no lines
+        dk.merge(read_recipe(tmp_path / "r.yaml").to_data(), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("keys", "of"),
+    [
+        ({"merge_method": "passthrough"}, None),
+        ({"merge_method": "slerp", "base_model": "base", "parameters": {"t": 0.5}}, None),
+        ({"merge_method": "task_arithmetic", "base_model": "base"}, "delta"),
+        ({"merge_method": "linear", "base_model": "base",
+          "sparsify": {"method": "dare", "drop_rate": 0.5, "on": "weights"}}, "weights"),
+    ],
+)  # fmt: skip
+def test_what_is_kept_is_told_as_what_it_is(deep, tmp_path, dare, keys, of):
+    report = dk.merge({"models": ["m0"], **keys}, tmp_path / "out", **OPTIONS)
+    assert report.kept_of == of
+    (tmp_path / "r.yaml").write_text(json.dumps({"models": ["m0"], **keys}))
+    said = dare("merge", tmp_path / "r.yaml", tmp_path / "told", "--force").out
+    assert (f"of m0's {of}" in said) if of else "  kept" not in said

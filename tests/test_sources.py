@@ -24,7 +24,7 @@ from darekit.checkpoints import (
     sample_digest,
     traits_of,
 )
-from darekit.checkpoints.digests import LEAF, TensorDigest, tensor_digest
+from darekit.checkpoints.digests import LEAF
 from darekit.engine import execution
 from darekit.engine.costs import bytes_to_read, peak_memory
 from darekit.engine.trimming import settle_model_trim
@@ -183,10 +183,8 @@ def test_a_known_delta_is_never_rounded_before_the_merge(llamas):
         bits = np.where(change == 0, array.view(np.uint16), after.view(np.uint16))
         assert found[name] == bits.tobytes(), name
         moved += np.count_nonzero(bits != array.view(np.uint16))
-        # Digests are still those of the bytes that the source gives.
-        digest = TensorDigest(2)
-        digest.update(np.frombuffer(raw_of(models[0].tensors[name]), np.uint8))
-        assert done.records[name]["models"]["0"] == tensor_digest(digest.finish())
+        # Its bytes were not asked for (an adapter would be computed twice), so there is no digest of them.
+        assert done.records[name]["models"] == {}
     assert moved > sum(array.size for array in llamas.base.values()) / 4
     base.close()
 

@@ -2,6 +2,8 @@
 """Merges whose rows are matched by token: which tokens there are, where rows come from, and what their masks are."""
 
 import json
+from contextlib import closing
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 
 import darekit as dk
 import families
+from darekit.checkpoints import open_checkpoint, sample_digest
 from darekit.checkpoints.tokenizers import AddedToken
 from darekit.errors import HomologyError, PlanError
+from darekit.inputs.statistics import FORMAT, write_statistics
 from darekit.masks import kept, stream_of
 from darekit.tokens.joining import Part, join
 from families import HIDDEN
@@ -432,3 +436,69 @@ def test_gaps_in_ids_are_refused_where_tokens_are_added(tmp_path):
     path.write_text(json.dumps(document))
     with pytest.raises(PlanError, match="numbers its tokens with gaps"):
         notes(tmp_path, tokenizer_source="union")
+
+
+# --- stacks, and statistics
+
+
+def layer(path, name):
+    return {"model": str(path / name), "layer_range": [0, 1]}
+
+
+def test_a_union_of_slices_is_that_of_models(three):
+    """Where all slices have the same sources, slices change nothing but the number of layers."""
+    path, *_ = three
+    weight = {"parameters": {"weight": 0.5}}
+    plain, tokens, config, _ = merged(path, tokenizer_source="union", **weight)
+    sources = {"sources": [layer(path, "m0"), layer(path, "m1")]}
+    recipe = {"slices": [sources, sources], "base_model": str(path / "base"), "merge_method": "linear", **weight}
+    dk.merge({**recipe, "tokenizer_source": "union"}, path / "stack")
+    found = families.load(path / "stack")
+    for name in (EMBED, HEAD):
+        assert np.allclose(found[name], plain[name], rtol=0, atol=1e-8), name  # on the base there, a plain sum here
+    document = json.loads((path / "stack" / "tokenizer.json").read_text())
+    assert [entry["content"] for entry in document["added_tokens"]][-2:] == tokens[-2:] == ["<x>", "<y>"]
+    written = json.loads((path / "stack" / "config.json").read_text())
+    assert written["vocab_size"] == config["vocab_size"] == len(tokens) and written["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize("source", ["union", "m1"])
+def test_a_stack_says_what_its_givers_lack(three, source):
+    """m0 gives the embedding and m1 the head: m1's own token has a row in the head, and none in the embedding."""
+    path, _, m0, m1 = three
+    said = []
+    recipe = {"slices": [{"sources": [layer(path, "m0")]}, {"sources": [layer(path, "m1")]}]}
+    named = source if source == "union" else str(path / source)
+    dk.merge({**recipe, "merge_method": "passthrough", "tokenizer_source": named}, path / "out", say=said.append)
+    found = families.load(path / "out")
+    document = json.loads((path / "out" / "tokenizer.json").read_text())
+    at = {entry["content"]: entry["id"] for entry in document["added_tokens"]}
+    assert np.array_equal(found[EMBED][at["<x>"]], m0[EMBED][11]) and not found[EMBED][at["<y>"]].any()
+    assert np.array_equal(found[HEAD][at["<x>"]], m1[HEAD][12])  # in m1, <y> comes first
+    assert np.array_equal(found[HEAD][at["<y>"]], m1[HEAD][11])
+    assert any(
+        note.startswith(f"WARNING: no model that gives {EMBED} has rows for <y>: they are zeros") for note in said
+    )
+
+
+@pytest.mark.parametrize(("method", "kind"), [("fisher", "fisher"), ("regmean", "gram")])
+def test_statistics_of_moved_rows_are_refused(three, method, kind):
+    """A statistic speaks of rows as its model has them; nothing is merged by wrong ones."""
+    path, *_ = three
+    models = [{"model": str(path / f"m{k}"), "stats": str(path / f"m{k}.{kind}.safetensors")} for k in range(2)]
+    for entry in models:
+        with closing(open_checkpoint(entry["model"])) as one:
+            digest, shapes = sample_digest(one).hex(), {name: info.shape for name, info in one.tensors.items()}
+        facts = {"norm": 1.0, "mean": 1.0}
+        if kind == "gram":
+            shapes = {name: (shape[1], shape[1]) for name, shape in shapes.items() if "proj" in name}
+            facts = {"rows": dict.fromkeys(shapes, 9), "same_input": {}, "transposed": []}
+        document = {"format": FORMAT, "kind": kind, "model": "m", "model_digest": digest, "examples": 1, "tokens": 9}
+        values = {name: np.eye(*shape, dtype=np.float32) if len(shape) == 2 else np.ones(shape, np.float32)
+                  for name, shape in shapes.items()}  # fmt: skip
+        write_statistics(Path(entry["stats"]), shapes, values.__getitem__, document | facts)
+    recipe = {"base_model": str(path / "base"), "models": models, "merge_method": method}
+    message = rf"{method} reads statistics of rows as the models have them.*lm_head.weight.*give the models one vocab"
+    with pytest.raises(PlanError, match=message):
+        dk.merge({**recipe, "tokenizer_source": "union"}, path / "out")
+    assert not (path / "out").exists()

@@ -23,10 +23,12 @@ _LAZY = {
     "recommend": "recommendation.advice",
     "sweep": "sweeps.running",
     "search": "searches.running",
+    "report": "reports.writing",
     "evaluate": "evaluation.comparison",
     "generate": "evaluation.generations",
     "pack": "packing.writing",
     "unpack": "packing.unpacking",
+    "extract": "extraction.writing",
     "open_pack": "packs.reading",
     "export": "packing.exporting",
     "push": "packing.sharing",
@@ -73,6 +75,7 @@ __all__ = [
     "drop_only",
     "evaluate",
     "export",
+    "extract",
     "fisher",
     "generate",
     "inspect",
@@ -97,6 +100,7 @@ __all__ = [
     "read_recipe",
     "recommend",
     "regmean",
+    "report",
     "sce",
     "search",
     "similarity",
@@ -117,6 +121,7 @@ if TYPE_CHECKING:
     from darekit.errors import DarekitError
     from darekit.evaluation.comparison import evaluate
     from darekit.evaluation.generations import generate
+    from darekit.extraction.writing import extract
     from darekit.memory import merge_tensors
     from darekit.packing.exporting import export
     from darekit.packing.sharing import pull, push
@@ -152,6 +157,7 @@ if TYPE_CHECKING:
         sparsifier,
     )
     from darekit.recommendation.advice import recommend
+    from darekit.reports.writing import report
     from darekit.searches.running import search
     from darekit.statistics.running import make_statistics
     from darekit.sweeps.running import sweep

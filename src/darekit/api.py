@@ -277,6 +277,11 @@ def run(recipe: Recipe, out: Path, options: Options, *, search: Sequence[Path] =
     from darekit.output.publishing import execute
     from darekit.planning.opening import open_plan
 
+    if recipe.output == "adapter":
+        raise PlanError(
+            "this recipe says output: adapter, and here a model is written: use `dare merge`, or from Python "
+            "dk.extract(None, recipe, out)"
+        )
     if options.allow_nonfinite and recipe.base_model is None:
         raise PlanError(
             "--allow-nonfinite takes the base's element where a model has NaN or Inf, and this recipe has no base; "
@@ -290,6 +295,10 @@ def run(recipe: Recipe, out: Path, options: Options, *, search: Sequence[Path] =
             options.say(line)
 
     with open_plan(recipe, search=search, shard_size=options.shard_size) as made:
+        if options.allow_nonfinite:
+            from darekit.planning.nested import allow_nonfinite
+
+            allow_nonfinite(made)
         for note in made.notes:
             say(note)
         check(made, force=options.force, say=say)

@@ -57,6 +57,9 @@ DTYPES: dict[str, DType] = {
     )
 }
 
+# Powers of two, which scale quantised weights and mean nothing by themselves: read, and never written.
+POWERS = DType("F8_E8M0", "float8_e8m0fnu", "int", np.dtype("u1"))
+
 FLOAT_DTYPES: tuple[str, ...] = tuple(name for name, entry in DTYPES.items() if entry.kind == "float")
 
 
@@ -66,6 +69,8 @@ def dtype_named(name: str) -> DType:
     Raises:
         Unsupported: the format is not one of `DTYPES`.
     """
+    if name == POWERS.name:
+        return POWERS
     try:
         return DTYPES[name]
     except KeyError:

@@ -7,6 +7,7 @@ DarekitError            everything below; the command line prints its message an
 |- CheckpointError      one checkpoint cannot be read: not found, malformed, changed while it was read
 |  '- Unsupported       it can be read, but not merged as it is: quantised, an adapter, pickled
 |     |- HoldsPack      it is a pack, given where a checkpoint is expected
+|     |- HoldsAdapter   it is an adapter, given where a checkpoint is expected
 |     '- NotFetched     values were asked of a model of which only the headers are here
 |- HomologyError        the checkpoints do not belong together: names, shapes, vocabulary, wrong base
 |- PlanError            a parameter is impossible for these tensors
@@ -57,6 +58,14 @@ class Unsupported(CheckpointError):
 
 class HoldsPack(Unsupported):
     """A pack where a checkpoint was expected; `path` is its file."""
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class HoldsAdapter(Unsupported):
+    """An adapter where a checkpoint was expected; `path` is its folder."""
 
     def __init__(self, message: str, path: Path) -> None:
         super().__init__(message)

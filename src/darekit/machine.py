@@ -20,6 +20,11 @@ def free_memory(device: Any) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return free_host_memory()
+
+
+def free_host_memory() -> int:
+    """Bytes of the machine's own memory that can still be taken; a guess where the system does not tell."""
     free = _available()
     with suppress(OSError, ValueError):  # a container's limit
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())

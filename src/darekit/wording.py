@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words for people: short names of models, sizes in bytes."""
+"""Words for people: short names of models, lists of names, sizes in bytes."""
 
 from __future__ import annotations
 
@@ -51,3 +51,14 @@ def and_(names: Sequence[str]) -> str:
     'base, m0 and m1'
     """
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def some(names: Sequence[str], shown: int = 4, sep: str = ", ") -> str:
+    """The first few of some names, and how many more there are.
+
+    >>> some(["a", "b"]), some(["a", "b", "c", "d", "e", "f"]), some(["1 in a", "2 in b"], 1, "; ")
+    ('a, b', 'a, b, c, d and 2 more', '1 in a; and 1 more')
+    """
+    more = len(names) - shown
+    tail = f"{';' if ';' in sep else ''} and {more:,} more" if more > 0 else ""
+    return sep.join(names[:shown]) + tail

@@ -51,12 +51,22 @@ def place_of(name: str) -> tuple[str, str]:
     return tail.removesuffix(".weight"), found[1] if found else OUTSIDE
 
 
+def sides_of(tables: Sequence[Mapping[tuple[str, str], float]]) -> tuple[list[str], list[str]]:
+    """Kinds and layers in the order of rows and columns: matrices, then norms and biases; those outside layers last."""
+    kinds = list(dict.fromkeys(kind for table in tables for kind, _ in table))
+    layers = sorted({layer for table in tables for _, layer in table}, key=lambda one: (one == OUTSIDE, len(one), one))
+    small = {kind for kind in kinds if "norm" in kind or kind.endswith("bias")}
+    layered = {kind for table in tables for kind, layer in table if layer != OUTSIDE}
+    kinds.sort(key=lambda kind: (kind not in layered, kind in small))
+    return kinds, layers
+
+
 def _draw_deltas(models: Sequence[Inspection], names: Sequence[str], stem: Path) -> Iterator[Path]:
     figure, grid = plotting.new_figure(1, 2, width=plotting.WIDTH * 0.85, extra=0.3)
     sizes, ranks = grid[0]
     for i, (one, name) in enumerate(zip(models, names, strict=True)):
         look = plotting.line_style(i)
-        edges, shares = _octaves(one)
+        edges, shares = octaves(one)
         sizes.plot(edges * math.sqrt(2), 100 * shares, drawstyle="steps-mid", label=name, **look)
         deciles = np.array(one.total.deciles)
         positive = deciles > 0
@@ -81,7 +91,7 @@ def _draw_deltas(models: Sequence[Inspection], names: Sequence[str], stem: Path)
     yield from plotting.save(figure, stem)
 
 
-def _octaves(one: Inspection) -> tuple[Any, Any]:
+def octaves(one: Inspection) -> tuple[Any, Any]:
     """Powers of two, and the share of the parameters whose |delta| lies from each to the next.
 
     Narrower bins would show a comb: deltas of BF16 weights are whole numbers of their last bits.
@@ -128,12 +138,7 @@ def _heatmaps(
     """A row for each kind of tensor, a column for each layer; one panel for each table, all on one scale."""
     from matplotlib.colors import LogNorm, Normalize
 
-    kinds = list(dict.fromkeys(kind for table in tables for kind, _ in table))
-    layers = sorted({layer for table in tables for _, layer in table}, key=lambda one: (one == OUTSIDE, len(one), one))
-    # Matrices, then norms and biases; tensors outside the layers last, as rows and as a column.
-    small = {kind for kind in kinds if "norm" in kind or kind.endswith("bias")}
-    layered = {kind for table in tables for kind, layer in table if layer != OUTSIDE}
-    kinds.sort(key=lambda kind: (kind not in layered, kind in small))
+    kinds, layers = sides_of(tables)
     longest = max(len(kind) for kind in kinds)
     names_width = 0.085 * longest + 1.5  # inches, once a row, with the colour bar
     panel = max(2.7, 0.16 * len(layers), 0.62 * min(len(layers), 12))

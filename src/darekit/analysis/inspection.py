@@ -62,6 +62,7 @@ class TensorReport:
         deciles: |delta| at 0, 10, ..., 100 %.
         group: embeddings, norms, biases or heads; None: another matrix.
         head: whether it belongs to a head, as its biases do.
+        norm: ||delta||.
     """
 
     name: str
@@ -74,6 +75,7 @@ class TensorReport:
     deciles: tuple[float, ...] = field(repr=False)
     group: str | None = field(default=None, repr=False)
     head: bool = field(default=False, repr=False)
+    norm: float = field(default=0.0, repr=False)
 
     def to_data(self) -> dict[str, Any]:
         """JSON-able form; shares are fractions of the parameters."""
@@ -210,7 +212,7 @@ class _Counts:
         return TensorReport(
             name, shape, self.count, r, p_max(r) if math.isfinite(r) else 0.0, self.zeros / count,
             {f"{limit:g}": int(below) / count for limit, below in zip(SHARES, self.below, strict=True)},
-            self._deciles(),
+            self._deciles(), norm=math.sqrt(delta),
         )  # fmt: skip
 
     def histogram(self) -> Histogram:

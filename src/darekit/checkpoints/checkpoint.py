@@ -137,7 +137,7 @@ _last_order: tuple[list[str], list[str]] = [], []
 COMPUTED = b"darekit-computed-1\0"  # frozen, see `sample_digest`
 
 
-def sample_digest(checkpoint: Checkpoint) -> bytes:
+def sample_digest(checkpoint: Checkpoint, *, decoded: bool = False) -> bytes:
     """Checkpoint -> 16 bytes: a cheap fingerprint of its content that does not depend on its shards.
 
     BLAKE2b (digest_size=16, no key) over the concatenation, for each tensor in the order of its name by Unicode code
@@ -150,9 +150,12 @@ def sample_digest(checkpoint: Checkpoint) -> bytes:
 
     Of a view that only renames tensors or leaves some out it is the digest of its origin. Seeds, and through them masks
     in packs on disk, depend on this encoding: it never changes.
+
+    `decoded`: quantised tensors are sampled as they are read, so that the digest is that of a checkpoint which stores
+    what they decode to. This is what packs are bound to.
     """
     if checkpoint.origin is not None:
-        return sample_digest(checkpoint.origin)
+        return sample_digest(checkpoint.origin, decoded=decoded)
     digest = hashlib.blake2b(digest_size=16)
     heads: dict[tuple[str, tuple[int, ...]], bytes] = {}
     for name in sorted(checkpoint.tensors):
@@ -161,16 +164,18 @@ def sample_digest(checkpoint: Checkpoint) -> bytes:
         if head is None:
             shape = ",".join(map(str, info.shape))
             head = heads[info.dtype, info.shape] = f"\0{info.dtype}\0{shape}\0".encode("ascii")
-        digest.update(name.encode() + head + _content_of(info))
+        digest.update(name.encode() + head + content_of(info, decoded=decoded))
     return digest.digest()
 
 
-def _content_of(info: TensorInfo) -> bytes:
+def content_of(info: TensorInfo, *, decoded: bool = False) -> bytes:
+    """What a tensor's sample is: its first bytes, or `COMPUTED` and the identity of one that is computed. `decoded`: of
+    a quantised tensor, the first bytes that it decodes to."""
     if type(info.source) is FileRange:  # nearly always, and there may be very many
         return info.source.file.read(info.source.offset, min(SAMPLE_BYTES, info.nbytes))
-    identity = traits_of(info.source).identity
-    if identity is not None:
-        return COMPUTED + identity
+    traits = traits_of(info.source)
+    if traits.identity is not None and not (decoded and traits.rounding is not None):
+        return COMPUTED + traits.identity
     sample = np.empty(min(SAMPLE_BYTES, info.nbytes), np.uint8)
     if sample.size:
         info.source.read_into(sample, 0)

@@ -17,16 +17,18 @@ from typing import Any
 
 from darekit.checkpoints import companions
 from darekit.checkpoints.documents import read_object
+from darekit.checkpoints.quantised.naming import undecoded
 from darekit.checkpoints.refusals import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     about_adapter,
     quantisation_in,
     refuse_quantised,
     refuse_quantised_names,
-    some,
 )
 from darekit.checkpoints.weights import INDEX, SINGLE, read_index
-from darekit.errors import CheckpointError, OutputError, Unsupported
+from darekit.errors import CheckpointError, HoldsAdapter, OutputError
+from darekit.wording import some
 
 TIMEOUT = 30  # seconds that a server may be silent
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>.+))?", re.ASCII)
@@ -98,14 +100,23 @@ def fetch_small(ref: str, *, cache: Path | None = None) -> Snapshot:
     config_path = directory / companions.CONFIG
     if not config_path.exists():  # with one it may be a whole model that keeps its adapter's settings
         if (directory / ADAPTER_CONFIG).exists():
-            raise Unsupported(about_adapter(directory))
+            raise HoldsAdapter(about_adapter(directory), directory)
     elif said := quantisation_in(read_object(config_path, strict=False)):
         _refuse_quantised(ref, repository, directory, said)
     return Snapshot(directory, commit, left)
 
 
-def weights_on_hub(ref: str, snapshot: Snapshot) -> dict[str, int]:
-    """Names of the files of weights that `fetch_snapshot` would fetch -> their bytes.
+def fetch_adapter(ref: str, *, cache: Path | None = None) -> Path:
+    """Hub id of an adapter -> a local folder with its config and weights; errors as `fetch_snapshot`."""
+    match = HUB_ID.fullmatch(ref)
+    if match is None:
+        raise CheckpointError(f"{ref!r} is not a Hub id; expected org/name or org/name@revision")
+    patterns = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, *companions.TOKENIZER, *companions.TEMPLATES)
+    return _fetch(ref, match["repository"], match["revision"], cache, patterns, partial=True)
+
+
+def weights_on_hub(ref: str, snapshot: Snapshot, wanted: Sequence[Sequence[str]] | None = None) -> dict[str, int]:
+    """Names of the files of weights that `fetch_snapshot` would fetch (`wanted`: patterns, best first) -> their bytes.
 
     Raises:
         CheckpointError: there are none, or the Hub does not say.
@@ -122,7 +133,7 @@ def weights_on_hub(ref: str, snapshot: Snapshot) -> dict[str, int]:
             f"With a network run `hf download {repository}`; or give a local directory"
         ) from error
     sizes = {one.rfilename: one.size or 0 for one in siblings or ()}
-    for patterns in _wanted(snapshot.directory):
+    for patterns in _wanted(snapshot.directory) if wanted is None else wanted:
         found = {name: size for name, size in sizes.items() if any(_is_match(name, pattern) for pattern in patterns)}
         if found:
             return found
@@ -206,7 +217,8 @@ def _refuse_quantised(ref: str, repository: str, directory: Path, said: str) -> 
         )
     except Exception:  # no such file, no network and all in the cache: the weights themselves will tell
         return
-    refuse_quantised(found.tensors, said, ref)
+    refuse_quantised_names(list(found.tensors), said, ref)
+    refuse_quantised(undecoded(found.tensors, ref), said, ref)
 
 
 def looks_like_hub_file(ref: str) -> bool:

@@ -21,19 +21,19 @@ from darekit.checkpoints.files import InputFile
 from darekit.checkpoints.headers import HeaderFile
 from darekit.checkpoints.hub import fetch_snapshot, looks_like_hub_id, refuse_address
 from darekit.checkpoints.pytorch import read_pickled
+from darekit.checkpoints.quantised.view import SETTINGS, decoded
 from darekit.checkpoints.refusals import (
     quantisation_in,
     refuse_adapter,
     refuse_empty,
     refuse_quantised,
-    some,
     without_quantisation,
 )
 from darekit.checkpoints.safetensors import read_header
 from darekit.checkpoints.sources import FileRange
 from darekit.checkpoints.weights import SAFETENSORS, SINGLE, Weights, find_weights, list_names, refuse_name
 from darekit.errors import CheckpointError, HoldsPack, Unsupported
-from darekit.wording import label
+from darekit.wording import label, some
 
 COMMIT = re.compile("[0-9a-f]{40}")
 PACK = "darekit_pack"  # metadata key of what `darekit.packs` writes
@@ -85,18 +85,26 @@ def open_checkpoint(
             raise CheckpointError(f"{location.path} holds no tensors")
         refuse_adapter(list(tensors), location.path)
         said = quantisation_in(config)
-        refuse_quantised(tensors, said, str(location.path))
+        view = decoded(tensors, config, str(location.path))
+        if view is not None:
+            tensors = {name: view.tensors[name] for name in natural_order(view.tensors)}
+            notes.extend(view.notes)
+            companions = {name: content for name, content in companions.items() if name not in SETTINGS}
+        # What is decoded has no codes any more; what config.json says was true of it.
+        refuse_quantised(tensors, said if view is None else None, str(location.path))
         if config is not None:  # tensors that are no model's may well be empty
             refuse_empty(tensors, str(location.path))
-        if config is not None and said is not None:
-            config, companions = _without_stale_key(config, companions)
+        if config is not None and (said is not None or view is not None):
+            config, companions = _as_decoded(config, companions, view.dtype if view else None)
+        if config is not None and said is not None and view is None:
             notes.append(
                 f"{label(str(location.path))}: its config.json has a {said}, but its weights are not quantised: they "
                 "are read as they are, and the key is left out of outputs"
             )
         opened.pop_all()  # nothing failed: the checkpoint owns the files now
+    own = location.path.is_dir() and view is None  # other programs load quantised weights as what they are
     return Checkpoint(
-        str(ref), location.path if location.path.is_dir() else None, tensors, config, tuple(files), location.revision,
+        str(ref), location.path if own else None, tensors, config, tuple(files), location.revision,
         companions, notes=tuple(notes), left={**location.left, **beside.left},
     )  # fmt: skip
 
@@ -115,11 +123,15 @@ def _read_config(directory: Path) -> dict[str, object] | None:
     return read_object(path, strict=False) if path.exists() else None
 
 
-def _without_stale_key(
-    config: Mapping[str, object], companions: Companions
+def _as_decoded(
+    config: Mapping[str, object], companions: Companions, dtype: str | None
 ) -> tuple[dict[str, object], dict[str, Content]]:
-    """Config and companions of a model whose weights were dequantised, or never quantised: loaders believe the key."""
+    """Config and companions of a model whose weights were dequantised, here or elsewhere, or never quantised: loaders
+    believe the key. `dtype`: what they were decoded to here."""
     right = without_quantisation(config)
+    for key in ("dtype", "torch_dtype"):
+        if dtype is not None and key in right:
+            right[key] = dtype
     text = json.dumps(right, indent=2, ensure_ascii=False) + "\n"
     return right, {**companions, CONFIG: text.encode()}
 

@@ -11,11 +11,14 @@ from typing import Any, Protocol
 from darekit.checkpoints.documents import read_object, shorten
 from darekit.checkpoints.files import InputFile
 from darekit.checkpoints.safetensors import read_placements
+from darekit.dtypes import POWERS
 from darekit.errors import CheckpointError, Unsupported
+from darekit.wording import some
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLED_ADAPTER = "adapter_model.bin"
+ADAPTER_WEIGHTS = (ADAPTER, "adapters.safetensors", PICKLED_ADAPTER)  # the first that is there is read
 MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.(?:safetensors|npz)")
 
 _WHOLE = ("pytorch_model", "diffusion_pytorch_model")  # how pickled files that hold a model begin: no training_args.bin
@@ -47,6 +50,7 @@ _STATES = re.compile(
     r"(?:_inv|_2|_weight|_factor)?",
     re.IGNORECASE,
 )
+_KEYS = ("quantization_config", "compression_config")  # the second: of older compressed-tensors
 _SCALED = ("scaled_fp8",)  # says of a whole file that F8 weights in it have scales
 _SCALE = re.compile(r".*(?:scal(?:es?|ing|ed)|absmax|amax|dequant).*", re.IGNORECASE)
 
@@ -54,10 +58,10 @@ _SCALE = re.compile(r".*(?:scal(?:es?|ing|ed)|absmax|amax|dequant).*", re.IGNORE
 def quantisation_in(config: Mapping[str, Any] | None) -> str | None:
     """How the weights are quantised, as config.json (or a part of a model in it) says; None: it does not say so."""
     for part in _parts(config or {}):
-        found = part.get("quantization_config")
-        if found:
-            method = found.get("quant_method") if isinstance(found, dict) else None
-            return f"quantization_config (quant_method {shorten(method)})"
+        for key in _KEYS:
+            if found := part.get(key):
+                method = found.get("quant_method") if isinstance(found, dict) else None
+                return f"{key} (quant_method {shorten(method)})"
     return None
 
 
@@ -66,7 +70,7 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: without_quantisation(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key != "quantization_config"
+        if key not in _KEYS
     }
 
 
@@ -85,18 +89,19 @@ def refuse_quantised(tensors: Mapping[str, Header], said: str | None, where: str
     Raises:
         Unsupported: there are integers where weights are expected, or F8 weights that their config calls quantised.
     """
-    eights = [name for name, info in tensors.items() if info.dtype.startswith("F8_")]
+    eights = [name for name, info in tensors.items() if info.dtype.startswith("F8_") and info.dtype != POWERS.name]
     codes = _find_codes(tensors) or (eights[0] if eights and said else None)
     if codes is not None:
         why = f" and a {said} in its config.json" if said else ""
         raise Unsupported(
-            f"{where} has {tensors[codes].dtype} weights ({shorten(codes)}){why}: quantised weights cannot be merged. "
-            f"{_DEQUANTISE}"
+            f"{where} has {tensors[codes].dtype} weights ({shorten(codes)}){why}, in a form that darekit does not "
+            f"decode: such quantised weights cannot be merged. {_way_on(list(tensors), said)}"
         )
     if eights and (scales := _find_scales(tensors, eights)):
         raise Unsupported(
-            f"{where} has F8 weights ({shorten(eights[0])}) with scales beside them ({some(scales)}): the numbers mean "
-            f"something only when multiplied by their scales, so quantised weights cannot be merged. {_DEQUANTISE}"
+            f"{where} has F8 weights ({shorten(eights[0])}) with scales beside them ({some(scales)}) that darekit does "
+            "not know how to apply: the numbers mean something only when multiplied by their scales, so such quantised "
+            f"weights cannot be merged. {_way_on(list(tensors), said)}"
         )
 
 
@@ -104,48 +109,91 @@ def refuse_quantised_names(names: Sequence[str], said: str, where: str) -> None:
     """The same by names alone, of weights that are not here yet and whose config says that they are quantised.
 
     Raises:
-        Unsupported: there are names that only quantised weights have.
+        Unsupported: there are names that only quantised weights have which are not decoded.
     """
-    stored = set(names)
-    modules = {_module(name) for name in names if _CODES.fullmatch(_last(name))}
+    if any("quant_state.bitsandbytes__" in name for name in names):
+        return
     for name in names:
-        last, module = _last(name), _module(name)
-        state = _STATES.fullmatch(last) and (module in modules or module in stored)
-        if state or (last != "weight" and _CODES.fullmatch(last)):
+        if _UNREAD.fullmatch(last_of(name)):
             raise Unsupported(
-                f"{where} has {shorten(name)} and a {said} in its config.json: quantised weights cannot be merged. "
-                f"{_DEQUANTISE}"
+                f"{where} has {shorten(name)} and a {said} in its config.json, in a form that darekit does not decode: "
+                f"such quantised weights cannot be merged. {_way_on(names, said)}"
             )
 
+
+# Names that weights have only in forms that are not decoded.
+_UNREAD = re.compile(r"qweight|q_weight|qzeros|weight_qdata|w_q|qidxs|codes|code_?books?|_data|absmax", re.IGNORECASE)
 
 _DEQUANTISE = (
     "Dequantise first: load it in transformers, call `model.dequantize()`, and save_pretrained that; or give the "
     "checkpoint from which it was quantised"
 )
+_ORIGINAL = "or better, give the checkpoint from which it was quantised"
+_GPTQ = (
+    "Dequantise first, with GPTQModel (`pip install gptqmodel`), in Python:\n\n"
+    "    from gptqmodel.utils.model_dequant import dequantize_model\n"
+    '    dequantize_model("MODEL", "OUT", target_dtype=torch.bfloat16)\n\n'
+    f"and give OUT; {_ORIGINAL}"
+)
+_MLX = (
+    "Dequantise first, with mlx-lm:\n\n    mlx_lm.convert --hf-path MODEL --mlx-path OUT -d\n\n"
+    f"and give OUT; {_ORIGINAL}"
+)
+_TENSORS = (
+    "Dequantise first, in Python, with the library that quantised it ({library}): load it in transformers, put "
+    "`{call}` in the place of each quantised weight, and save_pretrained that; " + _ORIGINAL
+)
+# What is to be done, by `quant_method`.
+_WAYS = {
+    "gptq": _GPTQ,
+    "awq": _GPTQ,
+    "auto-round": _GPTQ,
+    "hqq": _TENSORS.format(library="hqq", call="layer.dequantize()"),
+    "torchao": _TENSORS.format(library="torchao", call="weight.dequantize()"),
+    "quanto": _TENSORS.format(library="optimum-quanto", call="weight.dequantize()"),
+    "aqlm": "AQLM has no tool that dequantises a whole model: give the checkpoint from which it was quantised. "
+    "Dequantise first where there is none, layer by layer, with the package aqlm",
+}
+
+
+def _way_on(names: Sequence[str], said: str | None) -> str:
+    """What dequantises such weights: by what config.json says, or by their names."""
+    for method, way in _WAYS.items():
+        if said is not None and f'"{method}"' in said:
+            return way
+    last = {last_of(name) for name in names}
+    if "qweight" in last and "qzeros" in last:
+        return _GPTQ
+    if {"weight", "scales", "biases"} <= last:
+        return _MLX
+    return _DEQUANTISE
 
 
 def _find_codes(tensors: Mapping[str, Header]) -> str | None:
     """A tensor of integers that stand for weights: by its own name, or by scales and the like beside it."""
+    powers = [name for name, info in tensors.items() if info.dtype == POWERS.name]
+    if powers:  # which scale something
+        return powers[0]
     narrow = [name for name, info in tensors.items() if info.dtype in _NARROW and len(info.shape) > 0]
     if not narrow:
         return None
-    states = {_module(name) for name in tensors if _STATES.fullmatch(_last(name))}
+    states = {module_of(name) for name in tensors if _STATES.fullmatch(last_of(name))}
     for name in narrow:
-        last = _last(name)
-        if _CODES.fullmatch(last) or (last != "bias" and (name in states or _module(name) in states)):
+        last = last_of(name)
+        if _CODES.fullmatch(last) or (last != "bias" and (name in states or module_of(name) in states)):
             return name
     return None
 
 
 def _find_scales(tensors: Mapping[str, Header], eights: Sequence[str]) -> list[str]:
     """The tensors that F8 weights must be multiplied by: called so, or too small to be anything else."""
-    modules, weights = {_module(name) for name in eights}, set(eights)
-    sizes = {_module(name): _count(tensors[name]) for name in eights if _last(name) == "weight"}
+    modules, weights = {module_of(name) for name in eights}, set(eights)
+    sizes = {module_of(name): _count(tensors[name]) for name in eights if last_of(name) == "weight"}
     found = []
     for name, info in tensors.items():
         if info.dtype.startswith("F8_") or info.dtype in ("I64", "BOOL"):
             continue
-        last, module = _last(name), _module(name)
+        last, module = last_of(name), module_of(name)
         beside = module in modules or module in weights
         # A layer has a weight and maybe a bias. Whatever else is stored with an F8 weight, and is smaller, scales it.
         small = last != "weight" and "bias" not in last and _count(info) < sizes.get(module, 0)
@@ -161,11 +209,21 @@ def _count(info: Header) -> int:
     return count
 
 
-def _last(name: str) -> str:
+def last_of(name: str) -> str:
+    """A tensor's own name in its module.
+
+    >>> last_of("a.b.weight")
+    'weight'
+    """
     return name.rpartition(".")[2]
 
 
-def _module(name: str) -> str:
+def module_of(name: str) -> str:
+    """The module that a tensor is in.
+
+    >>> module_of("a.b.weight")
+    'a.b'
+    """
     return name.rpartition(".")[0]
 
 
@@ -179,7 +237,7 @@ def refuse_empty(tensors: Mapping[str, Header], where: str) -> None:
     Raises:
         Unsupported: there are weights of shape [0].
     """
-    empty = [name for name, info in tensors.items() if tuple(info.shape) == (0,) and _last(name).endswith(_WEIGHTS)]
+    empty = [name for name, info in tensors.items() if tuple(info.shape) == (0,) and last_of(name).endswith(_WEIGHTS)]
     if empty:
         raise Unsupported(
             f"{where} has {len(empty)} weights that are empty, of shape [0] ({some(empty)}): the run was saved without "
@@ -199,7 +257,7 @@ _PEFT_CLASSES = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
-_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 _OF_ADAPTER = re.compile(
     r".*(?:\.|_)(?:lora_(?:[AaBb]|down|up|mid|magnitude_vector|embedding_[AB])|alpha|dora_scale|hada_w\d_[ab]|"
     r"lokr_w\d(?:_[ab])?)(?:\..*)?"
@@ -228,15 +286,13 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
     merged = f"{directory.name}-merged"
     if "peft_type" not in config and (_is_mlx(directory, config) or _has_part(names, "lora_a")):
         return (
-            f"{directory} is an adapter that mlx-lm trained, not a whole model. Fuse it into its base first:\n\n"
+            f"{directory} is an adapter that mlx-lm trained, not a whole model. In a recipe it is a model beside its "
+            f"base, or with it: BASE+{directory}. Elsewhere, fuse it into its base first:\n\n"
             f"    mlx_lm.fuse --model {base or 'BASE'} --adapter-path {directory} --save-path {merged}\n\n"
             f"and give {merged} instead (a quantised base must be dequantised in that step: see `mlx_lm.fuse --help`)"
         )
-    if config.get("peft_type") in _PROMPTS:
-        return (
-            f"{directory} is a prompt that PEFT trained (peft_type {config['peft_type']}), not a whole model: it "
-            "changes no weight of its base, so there is nothing to merge"
-        )
+    if config.get("peft_type") in PROMPTS:
+        return about_prompt(str(directory), str(config["peft_type"]))
     task = config.get("task_type")
     cls = _PEFT_CLASSES.get(task) if isinstance(task, str) else None
     if cls is None and (config or not names or _has_part(names, "lora_A")):
@@ -255,8 +311,17 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
     code.append(f"model.merge_and_unload().save_pretrained({merged!r})")
     lines = "\n".join(f"    {line}" for line in code)
     return (
-        f"{directory} is a LoRA/PEFT adapter, not a whole model. Merge it into its base first, in Python:\n\n{lines}"
+        f"{directory} is a LoRA/PEFT adapter, not a whole model. In a recipe it is a model beside its base, or "
+        f"with it: BASE+{directory}. Elsewhere, merge it into its base first, in Python:\n\n{lines}"
         f"\n\nand give {merged} instead"
+    )
+
+
+def about_prompt(where: str, kind: str) -> str:
+    """Why a prompt has no place in a merge."""
+    return (
+        f"{where} is a prompt that PEFT trained (peft_type {kind}), not a whole model: it changes no weight of its "
+        "base, so there is nothing to merge"
     )
 
 
@@ -432,8 +497,3 @@ def _names_in(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir())
     except OSError:
         return []
-
-
-def some(names: Sequence[str]) -> str:
-    """At most three of them, and how many there are besides."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -18,7 +18,7 @@ from typing import Any
 
 from darekit.checkpoints.documents import parse_object, shorten
 from darekit.checkpoints.files import InputFile
-from darekit.dtypes import DTYPES, dtype_named
+from darekit.dtypes import DTYPES, POWERS, dtype_named
 from darekit.errors import CheckpointError, PlanError, Unsupported
 
 HEADER_LIMIT = 100_000_000  # the format's own limit, in bytes
@@ -26,7 +26,7 @@ DIMENSION_LIMIT = 64  # numpy's and torch's
 COUNT_LIMIT = (1 << 63) - 1  # of elements and bytes, everywhere a signed 64-bit number
 METADATA = "__metadata__"
 ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
-QUANTISED = ("F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")  # number formats that mean nothing by themselves
+QUANTISED = ("F6_E2M3", "F6_E3M2", "F4")  # number formats that mean nothing by themselves
 SINGLE = "model.safetensors"
 LFS_POINTER = b"version https://git-lfs"
 
@@ -222,7 +222,7 @@ def _read_entry(
             f"{_at(where, name)}: found {shorten(entry)}, expected an object with dtype, shape and data_offsets"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in (*DTYPES, POWERS.name):
         told = "" if dtype not in QUANTISED else ": it is one of quantised weights and their scales; dequantise first"
         raise Unsupported(
             f"{_at(where, name)}: number format {shorten(dtype)} is not supported; darekit reads "
@@ -233,7 +233,7 @@ def _read_entry(
     found = known.get((dtype, tuple(shape))) if plain else None
     if found is None:
         nbytes = _measure(dtype, shape, where, name)
-        found = known[dtype, tuple(shape)] = DTYPES[dtype].name, tuple(shape), nbytes
+        found = known[dtype, tuple(shape)] = dtype_named(dtype).name, tuple(shape), nbytes
     format, sizes, nbytes = found
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):
         raise CheckpointError(
@@ -257,7 +257,7 @@ def _measure(dtype: str, shape: Any, where: str, name: str) -> int:
         raise CheckpointError(
             f"{_at(where, name)}: shape has {len(shape)} dimensions; at most {DIMENSION_LIMIT} are possible"
         )
-    nbytes = DTYPES[dtype].itemsize
+    nbytes = dtype_named(dtype).itemsize
     for dimension in shape:
         nbytes *= dimension
         # Checked at each step: [2^62, 4, 0] is an attack too, on readers that multiply in 64 bits.

@@ -56,9 +56,14 @@ class Traits:
         seed: of the mask by which elements were dropped before the tensor was stored; None: none were.
         grain: elements that are decoded at once: a range that is not made of whole grains costs more than its bytes.
         delta: the float32 delta, where the source knows one.
+        values: (n,) float32, filled with the elements from a number on as they are before they are rounded, where the
+            source knows them so.
         cost: bytes read for each byte given.
         ordered: ranges must be read from the tensor's first on: going back begins anew.
         places: where the elements are in the stored tensor, whose mask they have; None: where they are here.
+        as_stored: the bytes are the stored tensor's, in its order, so their digest is its digest.
+        rounding: from a sample, about the squared norm of what rounding to the codes of a quantised tensor has changed,
+            and that of the tensor itself. None: it is not quantised.
     """
 
     files: tuple[InputFile, ...] = ()
@@ -67,9 +72,12 @@ class Traits:
     seed: int | None = None
     grain: int = 1
     delta: Delta | None = None
+    values: Callable[[npt.NDArray[np.float32], int], None] | None = None
     cost: float = 1.0
     places: Places | None = None
+    as_stored: bool = True
     ordered: bool = False
+    rounding: Callable[[], tuple[float, float]] | None = None
 
 
 PLAIN = Traits()
@@ -134,7 +142,10 @@ class Part:
     def traits(self) -> Traits:
         """The files, and what they cost to read; the rest is about all of the tensor that is stored."""
         whole = traits_of(self.whole)
-        return Traits(files=whole.files, seed=whole.seed, grain=whole.grain, cost=whole.cost)
+        return Traits(
+            files=whole.files, seed=whole.seed, grain=whole.grain, cost=whole.cost, ordered=whole.ordered,
+            rounding=whole.rounding,
+        )  # fmt: skip
 
     def read_into(self, buffer: Bytes, offset: int) -> None:
         """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor."""
@@ -160,6 +171,7 @@ class Joined:
         return Traits(
             files=tuple(dict.fromkeys(file for one in found for file in one.files)),
             cost=sum(one.cost for one in found) / len(found),
+            ordered=any(one.ordered for one in found),
         )
 
     def read_into(self, buffer: Bytes, offset: int) -> None:

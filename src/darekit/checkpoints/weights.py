@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from darekit.checkpoints.documents import read_object, shorten
-from darekit.checkpoints.refusals import about_file, advise, is_adapter, some
+from darekit.checkpoints.refusals import about_file, advise, is_adapter
 from darekit.errors import CheckpointError, Unsupported
-from darekit.wording import label
+from darekit.wording import label, some
 
 SAFETENSORS = ".safetensors"
 SINGLE = {"safetensors": "model.safetensors", "pickle": "pytorch_model.bin"}

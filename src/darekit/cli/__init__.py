@@ -21,6 +21,7 @@ PANELS = {
     "Merge and drop": {
         "merge": ("merging", "merge"),
         "drop": ("merging", "drop"),
+        "extract": ("extract", "extract"),
     },
     "Before you merge": {
         "check": ("check", "check"),
@@ -44,6 +45,7 @@ PANELS = {
         "eval": ("evaluation", "evaluate"),
         "sweep": ("analysis", "sweep"),
         "search": ("searching", "search"),
+        "report": ("reports", "report"),
     },
     "See it work": {
         "demo": ("merging", "demo"),

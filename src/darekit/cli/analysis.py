@@ -63,8 +63,10 @@ def inspect(
         drawn = []
         if plot is not None:
             from darekit.analysis.drawing import draw_inspection
+            from darekit.analysis.records import write_inspection
 
             drawn = draw_inspection(found, plot)
+            write_inspection(found, plot)
         display_inspect.show_inspections(found, drawn, tensors=tensors, as_json=as_json)
 
 

@@ -150,12 +150,12 @@ def show_report(report: Report, *, as_json: bool) -> None:
     shares = {model: f"{100 * kept / max(1, report.parameters):.3g} %" for model, kept in report.kept.items()}
     if len(shares) == 1:
         ((model, kept),) = report.kept.items()
-        told = f"{shares[model]} of {model}'s delta ({count_of(kept)} elements)"
+        told = f"{shares[model]} of {model}'s {report.kept_of} ({count_of(kept)} elements)"
     else:
         told = ", ".join(f"{share} of {model}" for model, share in shares.items())
     rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
     tables.print_facts([
-        ("kept", told),
+        *([("kept", told)] if report.kept_of else []),
         ("took", f"{time_of(report.seconds)} at {size_of(rate)}/s, {size_of(report.peak_rss_bytes)} of memory at most"),
     ])  # fmt: skip
 
@@ -179,7 +179,6 @@ def show_statistics(report: StatisticsReport, *, as_json: bool) -> None:
 
 def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None) -> dict[str, Any]:
     """A plan in JSON-able form."""
-    from darekit.cli.display_layers import layers_data
     from darekit.engine.tiles import TILE
     from darekit.machine import default_threads
     from darekit.planning.notes import gradient_rows
@@ -202,12 +201,18 @@ def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str],
             }
             for summary, rates in zip(plan.summaries, plan.rates, strict=True)
         ],
-        **({"layers": layers_data(plan)} if plan.towers else {}),
+        **({"layers": _layers_data(plan)} if plan.towers else {}),
         "gradients": [asdict(row) for row in gradient_rows(plan.recipe, plan.depths, plan.towers)],
         "keep_dense": dense_tensors(plan),
         "checks": [judgement.to_data() for judgement in judgements],
         "notes": list(notes),
     }
+
+
+def _layers_data(plan: Plan) -> list[dict[str, Any]]:
+    from darekit.cli.display_layers import layers_data
+
+    return layers_data(plan)
 
 
 def dense_tensors(plan: Plan) -> dict[str, list[str]]:
@@ -305,6 +310,8 @@ def _rate(value: float | None) -> str:
 
 def _show_layers(plan: Plan) -> None:
     """Where the layers of a stack come from."""
+    if not plan.towers:
+        return
     from darekit.cli.display_layers import rows_of
 
     for tower in plan.towers:
@@ -315,10 +322,10 @@ def _show_layers(plan: Plan) -> None:
 
 def _show_gradients(gradients: Sequence[Mapping[str, Any]], *, bars: bool) -> None:
     """What each gradient comes to along the layers: all of them, or some at equal distances."""
-    from darekit.cli.display_layers import spark
-
     if not gradients:
         return
+    from darekit.cli.display_layers import spark
+
     rows = []
     for one in gradients:
         last = len(one["values"]) - 1

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from darekit.packing.exporting import ExportReport
     from darekit.packing.sharing import Pulled, Pushed
     from darekit.packing.writing import PackReport
-    from darekit.packs.reading import Verification
+    from darekit.packs.verifying import Verification
 
 SHOWN = 10
 EXPORTS = {"vllm-patch": "weight patches for vLLM", "dense": "a dense model directory"}

@@ -51,7 +51,7 @@ def merge(
     allow_nonfinite: AllowNonfinite = False,
     as_json: Json = False,
 ) -> None:
-    """Merge models as RECIPE says and write the model directory OUT."""
+    """Merge models as RECIPE says and write the model directory OUT, or the adapter that the recipe asks for."""
     limit = bytes_of(shard_size)
     overrides = overrides_of(settings or [])
     with errors_told(resumes=True):
@@ -59,6 +59,12 @@ def merge(
         from darekit.recipe.reading import search_path
 
         found = read_recipe(recipe, settings=overrides, seed=seed, lenient=lenient, stage=stage)
+        if found.output == "adapter":
+            _join(
+                found, out, search_path(recipe), dry_run=dry_run, as_json=as_json, threads=threads,
+                overwrite=overwrite, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
+            )  # fmt: skip
+            return
         _run(
             found, out, search_path(recipe), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,
             overwrite=overwrite, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
@@ -197,6 +203,37 @@ def _load(name: str, known: Iterable[str], where: str) -> None:
         raise typer.BadParameter(
             f"{name!r} is not a method; expected one of {', '.join(listed)}{told}", param_hint=where
         )
+
+
+def _join(
+    recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, resume: bool, allow_nonfinite: bool,
+    overwrite: bool, threads: int | None, force: bool,
+) -> None:  # fmt: skip
+    """A recipe with `output: adapter`."""
+    from darekit.cli import display, display_extract
+    from darekit.errors import PlanError
+    from darekit.extraction.plan import terms_of
+    from darekit.extraction.writing import planned, run_extraction
+
+    if resume or allow_nonfinite:
+        word = "--resume" if resume else "--allow-nonfinite"
+        raise PlanError(f"{word} is of merges that write a model, and this recipe says output: adapter; leave it out")
+    terms = terms_of(
+        rank=None, energy=None, error=None, max_rank=None, dtype="float32", save=None, server=None, out_kind="peft",
+        recipe=recipe,
+    )  # fmt: skip
+    if dry_run:
+        with planned(None, recipe, terms, vocab=recipe.vocab, threads=threads, force=force, search=search) as plan:
+            for line in plan.notes:
+                display.say_note(line)
+            display_extract.show_plan(plan, as_json=as_json)
+        return
+    with display.progress_bar("merging", quiet=as_json) as progress:
+        report = run_extraction(
+            None, recipe, out, terms, vocab=recipe.vocab, threads=threads, overwrite=overwrite, force=force,
+            search=search, progress=progress, say=display.say_note,
+        )  # fmt: skip
+    display_extract.show_report(report, as_json=as_json)
 
 
 def _run(recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, **options: Any) -> None:

@@ -313,11 +313,11 @@ class Job:
             for key, parts in self._leaves.items()
         }
         self._leaves = {}  # 72 bytes for each 64Ki elements of each input: they would grow with the model
-        owners = sorted(key for key in digests if key >= 0)
+        owners = sorted({owner for step in self.steps for owner in step.owners})
         return {
             "output": digests.get(OUT),
             "base": digests.get(BASE),
-            "models": {str(owner): digests[owner] for owner in owners},
+            "models": {str(owner): digests[owner] for owner in owners if owner in digests},
             # What the stage that leaves least lets through: DARE's tenth, or TIES' fifth.
             "kept": {
                 str(owner): min((n for (key, _), n in self._kept.items() if key == owner), default=0)
@@ -407,6 +407,8 @@ class Worker:
         """Rows that no step wanted (a vocabulary cut to the base's) still belong to the input's digest."""
         inputs = {key: entry for step in job.steps for key, entry in zip(step.owners, step.models, strict=True)}
         for key, entry in inputs.items():
+            if key not in digests:  # its values were asked for, and not its bytes
+                continue
             done = sum(step.count for step in job.steps if key in step.owners)
             raw = np.empty(self.tile * entry.dtype.itemsize, np.uint8)
             for start in range(done, entry.count, self.tile):

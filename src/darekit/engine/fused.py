@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from darekit.checkpoints import traits_of
 from darekit.dtypes import Bytes
 from darekit.engine.contracts import Stage
+from darekit.engine.known import known_of
 from darekit.engine.selection import Select
 from darekit.engine.stages import RandomDrop
 from darekit.engine.steps import Step
@@ -37,12 +37,20 @@ class Blocks:
     def __init__(self) -> None:
         self.words: npt.NDArray[np.uint32] = np.empty(BLOCK, np.uint32)
         self.work: npt.NDArray[np.float32] = np.empty((FEW + 2, BLOCK), np.float32)
+        self._deltas: npt.NDArray[np.float32] = np.empty(0, np.float32)
+
+    def deltas(self, models: int, count: int) -> npt.NDArray[np.float32]:
+        """(models, count) float32, in the memory that the last ones had."""
+        if self._deltas.size < models * count:
+            self._deltas = np.empty(models * count, np.float32)
+        return self._deltas[: models * count].reshape(models, count)
 
 
 @dataclass(frozen=True)
 class FusedStep:
     """A step's constants: per model (K,) streams, seeds, thresholds (0: no random drop) and factors, the stages that
-    select (None: none), weights; and the merge's. `drops`: the stages whose masks may lie elsewhere."""
+    select (None: none), weights; and the merge's. `drops`: the stages whose masks may lie elsewhere; `finer`: 1 where
+    a model's delta is known, and no difference of BF16."""
 
     streams: npt.NDArray[np.uint64]
     seeds: npt.NDArray[np.uint64]
@@ -57,16 +65,24 @@ class FusedStep:
     scale: np.float32
     base_weight: np.float32
     verbatim: bool
+    finer: npt.NDArray[np.int64]
 
     def in_place(self, start: int, count: int) -> bool:
         """Whether all masks of the elements from `start` on are where the elements are: the kernel knows no other."""
         return all(drop.in_place(start, count) for drop in self.drops)
 
     def absorb(
-        self, base_raw: Bytes, raws: npt.NDArray[np.uint16], start: int, out: Bytes, blocks: Blocks
+        self,
+        base_raw: Bytes,
+        raws: npt.NDArray[np.uint16],
+        deltas: npt.NDArray[np.float32],
+        start: int,
+        out: Bytes,
+        blocks: Blocks,
     ) -> npt.NDArray[np.int64] | None:
         """(2n,) uint8 base, (K, n) uint16 models -> (2n,) uint8 `out`, and how many elements of each model survive.
 
+        `deltas`, (K, n) float32: of the models whose delta is known; (K, 0) where none is.
         None where NaN or Inf came up anywhere; then nothing has happened. Without a base its elements are 0.
         """
         if self.verbatim:
@@ -77,8 +93,9 @@ class FusedStep:
             if select is not None:
                 bounds[k] = select.low, select.lows, select.high, select.highs
         bad = cpu.absorb_bf16(
-            base_raw.view(np.uint16), raws, start, self.streams, self.seeds, self.thresholds, self.factors, bounds,
-            self.weights, self.election, self.normalize, self.divisor, self.scale, self.base_weight, kept,
+            base_raw.view(np.uint16), raws, deltas, self.finer, start, self.streams, self.seeds, self.thresholds,
+            self.factors, bounds, self.weights, self.election, self.normalize, self.divisor, self.scale,
+            self.base_weight, kept,
             out.view(np.uint16),
             blocks.words, blocks.work,
         )  # fmt: skip
@@ -111,7 +128,8 @@ def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
         return None
     if any(entry.dtype.name != "BF16" or entry.count < step.begin + step.count for entry in inputs):
         return None
-    if any(traits_of(model.source).delta is not None for model in step.models):  # which is no difference of BF16
+    finer = [not step.verbatim and known_of(step, model) is not None for model in step.models]
+    if any(finer) and any(isinstance(stage, Select) for chain in chains for stage in chain):  # which see BF16 alone
         return None
     if step.dtype.name != "BF16" or not all(map(_is_known, chains)):
         return None
@@ -132,7 +150,15 @@ def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
         scale=np.float32(step.factor),
         base_weight=np.float32(step.base_weight),
         verbatim=step.verbatim,
+        finer=np.array(finer, np.int64),
     )
+
+
+def widened(raw: Bytes) -> npt.NDArray[np.float32]:
+    """(2n,) uint8 of BF16 -> (n,) float32, without numba."""
+    values = raw.view(np.uint16).astype(np.uint32)
+    values <<= np.uint32(16)
+    return values.view(np.float32)
 
 
 def _is_known(chain: Sequence[Stage]) -> bool:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from darekit.checkpoints.digests import LEAF
 from darekit.dtypes import Floats
 from darekit.engine.fused import TILES
+from darekit.engine.known import is_finer
 from darekit.engine.steps import Step
 from darekit.errors import DataError
 from darekit.kernels import cpu
@@ -121,7 +122,7 @@ def measure(run: StepRun, begin: int, end: int, stop: threading.Event) -> Double
 
 def _is_fast(step: Step) -> bool:
     inputs = (*step.models, *([step.base] if step.base else []))
-    return not step.wide and not any(step.chains) and all(
+    return not step.wide and not any(step.chains) and not any(map(is_finer, step.models)) and all(
         entry.dtype.name == "BF16" and entry.count >= step.begin + step.count for entry in inputs
     )  # fmt: skip
 

@@ -81,6 +81,7 @@ class Workshop:
 
     def __init__(self, steps: Sequence[Step], names: Sequence[str], ref: str) -> None:
         self.ref, self._names = ref, tuple(names)
+        self._allow_nonfinite = False
         self._steps: dict[str, list[Step]] = {}
         for step in steps:
             self._steps.setdefault(step.name, []).append(replace(step, output=0, offset=0))
@@ -89,13 +90,17 @@ class Workshop:
         self._local = threading.local()
         self._active: OrderedDict[str, Computed] = OrderedDict()
 
+    def allow_nonfinite(self) -> None:
+        """Take the base's element where an input has NaN or Inf; what was begun begins anew."""
+        self._allow_nonfinite, self._local = True, threading.local()
+
     def steps_of(self, name: str) -> list[Step]:
         """A tensor's steps; thresholds of whole models are found when the first of them is asked for."""
         with self._lock:
             if self._trims:
                 every = [step for steps in self._steps.values() for step in steps]
                 found: dict[str, list[Step]] = {}
-                for step in settle_model_trim(every, threads=1, tile=TILE):
+                for step in settle_model_trim(every, threads=1, tile=TILE, allow_nonfinite=self._allow_nonfinite):
                     found.setdefault(step.name, []).append(step)
                 self._steps, self._trims = found, False
             return self._steps[name]
@@ -108,7 +113,7 @@ class Workshop:
         """This thread's worker, and where it writes."""
         if not hasattr(self._local, "hands"):
             window = _Window()
-            worker = Worker([window], TILE, False, threading.Event())
+            worker = Worker([window], TILE, self._allow_nonfinite, threading.Event())
             self._local.hands = worker, window
             self._local.runs = OrderedDict()
         found: tuple[Worker, _Window] = self._local.hands

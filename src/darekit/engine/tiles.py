@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from darekit import kernels
-from darekit.checkpoints import Delta, traits_of
 from darekit.checkpoints.digests import TensorDigest
 from darekit.dtypes import Bytes, Floats
 from darekit.engine.contracts import Stage
-from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, fuse
+from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, fuse, widened
 from darekit.engine.informed import Combine, informed_combiner
+from darekit.engine.known import known_of
 from darekit.engine.measuring import ByColumn, Doubles, merge_rows
 from darekit.engine.selection import Select
 from darekit.engine.stages import build, scope_of, tile_of
@@ -135,7 +135,7 @@ class StepRun:
         self.tile = tile_of(step, hands.tile)
         self.chains = [[build(spec, step) for spec in chain] for chain in step.chains]
         self.become(step)
-        self.known = [_known_delta(step, model) for model in step.models]
+        self.known = [known_of(step, model) for model in step.models]
         # Where each row has its own: first element -> coefficients, (rows, R).
         self.coefficients: dict[int, Doubles] = {}
         self.by_column: ByColumn | None = None
@@ -145,8 +145,10 @@ class StepRun:
         self.bad_at: npt.NDArray[np.bool_] | None = None
         self.taken: list[int | None] = []
         self.inputs = [*([(BASE, step.base)] if step.base else []), *zip(step.owners, step.models, strict=True)]
+        unread = {step.owners[k] for k, known in enumerate(self.known) if known is not None}
         for key, entry in self.inputs:
-            digests.setdefault(key, TensorDigest(entry.dtype.itemsize))
+            if key not in unread:
+                digests.setdefault(key, TensorDigest(entry.dtype.itemsize))
         self.relayed = len(self.inputs) == 1 and _is_relayed(step, self.inputs[0][1])
         # A relayed tensor has one digest, its input's and its output's.
         digests.setdefault(OUT, digests[self.inputs[0][0]] if self.relayed else TensorDigest(step.dtype.itemsize))
@@ -259,7 +261,7 @@ class StepRun:
         """The tiles of elements begin .. end, from disk to disk."""
         self.begin()
         if self.fused is not None and begin % BLOCK == 0 and self.tile % BLOCK == 0:
-            size = TILES * self.tile
+            size = self.tile if any(self.known) else TILES * self.tile
             for start in range(begin, end, size):
                 if stop.is_set():
                     return
@@ -277,14 +279,20 @@ class StepRun:
         kept = None
         if fused.in_place(step.begin + start, count):
             base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
+            deltas = self.hands.scratch.blocks.deltas(len(step.models), count if any(self.known) else 0)
             if step.base is None:
                 base_raw[...] = 0
             else:
                 self.read(step.base, step.begin + start, count, base_raw)
-            for k, model in enumerate(step.models):
-                self.read(model, step.begin + start, count, raws[k].view(np.uint8))
+            for k, (model, known) in enumerate(zip(step.models, self.known, strict=True)):
+                if known is None:
+                    self.read(model, step.begin + start, count, raws[k].view(np.uint8))
+                    continue
+                origin = base_raw if known.delta is None else base_raw[:0]
+                known.read_into(deltas[k], step.begin + start, widened(origin), on_weights=False)
+                self.hands.tally.bytes_read += round(2 * count * model.cost)
             if not self.hands.broken.is_set():
-                kept = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks)
+                kept = fused.absorb(base_raw, raws, deltas, step.begin + start, out, self.hands.scratch.blocks)
         if kept is None:
             for at in range(start, start + count, self.tile):
                 self.merge_tile(at, min(self.tile, start + count - at))
@@ -292,7 +300,8 @@ class StepRun:
         if step.base is not None:
             self.digests[BASE].update(base_raw)
         for k, owner in enumerate(step.owners):
-            self.digests[owner].update(raws[k].view(np.uint8))
+            if self.known[k] is None:
+                self.digests[owner].update(raws[k].view(np.uint8))
             self.kept[owner, 0] += int(kept[k])
         self._write(out, start, 0)
 
@@ -312,7 +321,7 @@ class StepRun:
             if not chain:
                 self.kept[step.owners[k], 0] += count
         out = scratch.out[: count * step.dtype.itemsize]
-        if step.verbatim and self.bad_at is None:
+        if step.verbatim and self.bad_at is None and self.known[0] is None:
             overflowed = self._verbatim(scratch, count, out)
         else:
             if is_per_row(step):
@@ -369,9 +378,11 @@ class StepRun:
         for k, model in enumerate(step.models):
             if only is not None and k not in only:  # type: ignore[operator]
                 continue
-            known, have = None if on_weights else self.known[k], max(0, min(count, model.count - at))
-            raw = self.read(model, at, count if final or known is None else 0, scratch.raw)
-            if final:
+            known, have = self.known[k], max(0, min(count, model.count - at))
+            if values and known is not None and known.values is None:
+                known = None
+            raw = self.read(model, at, count if known is None else 0, scratch.raw)
+            if final and known is None:
                 self.digests[step.owners[k]].update(raw)
             delta = scratch.deltas[k]
             if have < count:  # rows that this model does not have are the base's: a delta of 0
@@ -380,7 +391,8 @@ class StepRun:
             else:
                 here = origin
             if known is not None:
-                known.read_into(delta, at)
+                self.hands.tally.bytes_read += round(have * model.dtype.itemsize * model.cost)
+                known.read_into(delta, at, here, on_weights=on_weights)
                 if kernels.count_nonfinite(delta):
                     self._blame(k, raw, scratch, final)
                 continue
@@ -493,14 +505,6 @@ def _read(tally: Tally, entry: Input, start: int, count: int, buffer: Bytes) -> 
         entry.source.read_into(raw, start * size)
         tally.bytes_read += round(raw.size * entry.cost)
     return raw
-
-
-def _known_delta(step: Step, model: Input) -> Delta | None:
-    """The delta that a model's source knows, where it is one to this very base and of the step's precision."""
-    known = traits_of(model.source).delta
-    if known is None or step.base is None or step.on_weights or step.wide:
-        return None
-    return known if known.base == step.base.source else None
 
 
 def combiner(step: Step) -> Combine:

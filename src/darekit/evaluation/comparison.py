@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.errors import DarekitError, DataError, OutputError, PlanError
+from darekit.evaluation.asked import ASKED, Asked, given
 from darekit.evaluation.examples import Examples, Progress
 from darekit.evaluation.harness import Confirm, Harness, load_tasks
 from darekit.evaluation.judges import (
@@ -37,6 +38,7 @@ from darekit.recipe import Recipe
 from darekit.wording import brief
 
 KEPT = "evaluations.jsonl"  # one line for each model that is finished
+COMPARISON = "comparison.json"
 CLEAR = 2.0  # standard errors of the difference, from which on the best is called so
 
 Model = str | Path | Recipe | Mapping[str, Any]
@@ -84,6 +86,16 @@ class Comparison:
 
     def __repr__(self) -> str:
         return brief(self, f"{', '.join(one.model for one in self.evaluations)}; scores: {', '.join(self.names)}")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every score of every model."""
+        from darekit.notebooks import shown_as_html
+
+        rows = [
+            (one.model, *("failed" if one.error is not None else shown(one.scores.get(name)) for name in self.names))
+            for one in self.evaluations
+        ]
+        return shown_as_html("Evaluation", header=("model", *self.names), rows=rows)
 
     @property
     def failed(self) -> bool:
@@ -241,7 +253,17 @@ def evaluate(
     found = _judge(**words, confirm=ask, progress=progress, show_bars=show_bars, say=say)
     settings = {"judge": identity_of(found), "dtype": dtype}
     keys = [_key(recipe, search, settings) for _, recipe, search in named]
-    kept = _kept(Path(out)) if out is not None else {}
+    kept = kept_in(Path(out)) if out is not None else {}
+    if out is not None:
+        said = given(
+            {"tasks": [tasks] if isinstance(tasks, str) else tasks, "data": [data] if isinstance(data, str | Path) else
+             data, "judge": judge, "include": include, "limit": limit, "batch_size": batch_size, "max_length":
+             max_length, "num_fewshot": num_fewshot, "chat_template": chat_template, "base": base, "dtype": dtype}
+        )  # fmt: skip
+        asked = Asked(
+            tuple((name, key, recipe.to_data()) for (name, recipe, _), key in zip(named, keys, strict=True)), said
+        )
+        write_text(Path(out) / ASKED, json.dumps(asked.to_data(), indent=1) + "\n")
     evaluations: dict[int, Evaluation] = {}
     todo: list[int] = []
     for at, ((name, _, _), key) in enumerate(zip(named, keys, strict=True)):
@@ -277,7 +299,7 @@ def evaluate(
         lines = "\n".join(f"  {one.model}: {one.error}" for one in comparison.evaluations)
         raise DataError(f"no model could be judged:\n{lines}")
     if out is not None:
-        write_text(Path(out) / "comparison.json", json.dumps(comparison.to_data(), indent=1) + "\n")
+        write_text(Path(out) / COMPARISON, json.dumps(comparison.to_data(), indent=1) + "\n")
         write_text(Path(out) / "comparison.md", comparison.to_markdown())
     return comparison
 
@@ -356,7 +378,7 @@ def _name_of(model: Model) -> str:
 
 
 def resolve_model(model: Model, base: str | Path | None) -> tuple[Recipe, tuple[Path, ...]]:
-    """What may stand for a model -> a recipe, and where its relative names are. A pack is put on `base`.
+    """What may stand for a model -> a recipe, and where its relative names are. Packs and adapters are put on `base`.
 
     Raises:
         PlanError: a pack without a base.
@@ -364,9 +386,11 @@ def resolve_model(model: Model, base: str | Path | None) -> tuple[Recipe, tuple[
     found = only_on_base(model) if isinstance(model, str | Path) else None
     if found is None:
         return recipe_of(model)
-    kind, path = found
+    opener, path = found
     if base is None:
-        raise PlanError(f"{path} is {kind}: it can only be used with its base; add --base BASE")
+        if opener.finds_base:
+            return recipe_of(model)
+        raise PlanError(f"{path} is {opener.kind}: it can only be used with its base; add --base BASE")
     return recipe_of({"base_model": str(base), "models": [{"model": str(path)}], "merge_method": "task_arithmetic"})
 
 
@@ -478,7 +502,7 @@ def _key(recipe: Recipe, search: Sequence[Path], settings: Mapping[str, Any]) ->
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _kept(out: Path) -> dict[str, Evaluation]:
+def kept_in(out: Path) -> dict[str, Evaluation]:
     """Finished evaluations of an earlier run by key. The line that a kill cut short is none."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; --out takes a folder")

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from darekit.checkpoints import Checkpoint, InputFile, open_checkpoint
-from darekit.checkpoints.headers import HeaderFile, has_values, without_values
+from darekit.checkpoints.headers import Elsewhere, HeaderFile, has_values, without_values
 from darekit.checkpoints.hub import Snapshot, fetch_small, fetch_start, is_cached, looks_like_hub_id, weights_on_hub
+from darekit.checkpoints.refusals import ADAPTER_WEIGHTS
 from darekit.checkpoints.safetensors import HEADER_LIMIT
-from darekit.errors import CheckpointError, HoldsPack, Unsupported
+from darekit.errors import CheckpointError, HoldsAdapter, HoldsPack, Unsupported
+from darekit.inputs.adapters.files import AdapterFiles
+from darekit.inputs.adapters.opening import open_on
 from darekit.inputs.kinds import Opener, Opening
 from darekit.inputs.opening import OPENERS
 
@@ -46,7 +49,7 @@ class Headers:
         """A pack is checked against values of its base."""
         if opening.base is None or has_values(opening.base):
             return None
-        packs = [one for one in OPENERS if one.needs_base]
+        packs = [one for one in OPENERS if one.needs_base and not one.finds_base]
         return next((found for one in packs if (found := one.find(opening)) is not None), None)
 
     def _refuse_pack(self, opening: Opening) -> Checkpoint:
@@ -58,7 +61,10 @@ class Headers:
 
     def _open(self, opening: Opening) -> Checkpoint:
         ref = str(opening.ref)
-        small = fetch_small(ref)
+        try:
+            small = fetch_small(ref)
+        except HoldsAdapter as error:
+            return self._open_adapter(opening, ref, Snapshot(error.path, error.path.name))
         if is_cached(small):
             return replace(open_checkpoint(small.directory), ref=ref, left=small.left)
         sizes = weights_on_hub(ref, small)
@@ -87,6 +93,34 @@ class Headers:
             raise type(error)(str(error).replace(f"{self.folder}/", "")) from None
         self.missing[ref] = sum(size for name, size in sizes.items() if not (small.directory / name).exists())
         return without_values(found, ref, small.revision, self.asked)
+
+    def _open_adapter(self, opening: Opening, ref: str, small: Snapshot) -> Checkpoint:
+        """An adapter on the Hub on its base."""
+        if any((small.directory / name).exists() for name in ADAPTER_WEIGHTS):
+            return open_on(opening, small.directory)
+        sizes = weights_on_hub(ref, small, [(name,) for name in ADAPTER_WEIGHTS])
+        (name,) = sizes
+        if not name.endswith(".safetensors"):
+            raise Unsupported(
+                f"{ref} has its weights in {name}, which has no header that could be read alone: download it first "
+                f"with `hf download {ref.partition('@')[0]}`"
+            )
+        place = self.folder / ref
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(small.directory, place, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
+        (place / name).write_bytes(_header(ref, small, name))
+
+        def without(adapter: AdapterFiles) -> AdapterFiles:
+            where = f"{ref.partition('@')[0]}@{small.revision}"
+            tensors = {
+                name: replace(info, source=Elsewhere(where, name, info.nbytes, self.asked))
+                for name, info in adapter.tensors.items()
+            }
+            return replace(adapter, tensors=tensors)
+
+        found = open_on(opening, place, lambda path: HeaderFile(path, sizes[path.name]), without)
+        self.missing[ref] = sizes[name]
+        return found
 
 
 def _find(opening: Opening) -> str | None:

@@ -22,12 +22,14 @@ class Opening:
         base: the base of the recipe or command, open; None where there is none.
         search: where relative names are looked up after the working directory.
         openers: all kinds of input that may be named.
+        together: the base was named in one word with what is opened: nobody need ask whether it is the right one.
     """
 
     ref: str | Path
     base: Checkpoint | None
     search: Sequence[Path]
     openers: Sequence[Opener]
+    together: bool = False
 
     @property
     def path(self) -> Path | None:
@@ -50,6 +52,7 @@ class Opener:
         find: what a name stands for, None where it is of another kind; cheap, since all names pass it.
         open: what `find` found -> an open checkpoint; headers only.
         needs_base: it is a model only on top of the base that it was made from.
+        finds_base: where none is given, it opens the one that it names itself.
         instead: what else can be done with it, where no base can be named; `{ref}` stands for its name.
     """
 
@@ -57,6 +60,7 @@ class Opener:
     find: Callable[[Opening], str | Path | None]
     open: Callable[[Opening], Checkpoint]
     needs_base: bool = False
+    finds_base: bool = False
     instead: str = ""
 
 
@@ -68,7 +72,7 @@ def open_by(opening: Opening) -> Checkpoint:
         PlanError: it needs a base, and there is none.
     """
     opener, opening = found_by(opening)
-    if opener.needs_base and opening.base is None:
+    if opener.needs_base and not opener.finds_base and opening.base is None:
         instead = f", {opener.instead.format(ref=opening.ref)}" if opener.instead else ""
         raise PlanError(
             f"{opening.ref} is {opener.kind}: it can only be used with its base; name the base (base_model in a "

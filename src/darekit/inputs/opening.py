@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from darekit.checkpoints import Checkpoint, open_checkpoint, traits_of
-from darekit.errors import HoldsPack
+from darekit.errors import HoldsAdapter, HoldsPack
+from darekit.inputs.adapters.opening import ALONE, PAIR, open_from_hub
 from darekit.inputs.kinds import Opener, Opening, found_by, open_by
 from darekit.packs.opening import find_pack
 
@@ -38,6 +39,8 @@ def _open_stored(opening: Opening) -> Checkpoint:
         if Path(opening.ref) == error.path:  # nobody here opens packs
             raise
         return opening.open(error.path)
+    except HoldsAdapter:  # a repository on the Hub
+        return open_from_hub(opening)
 
 
 OPENERS = (
@@ -45,6 +48,8 @@ OPENERS = (
         "a pack", _find_pack, _open_pack, needs_base=True,
         instead="or write the whole model with `dare unpack BASE {ref} OUT`",
     ),
+    PAIR,
+    ALONE,
     Opener("a checkpoint", lambda opening: opening.ref, _open_stored),
 )  # fmt: skip
 
@@ -67,15 +72,15 @@ def open_base(ref: str | Path, *, search: Sequence[Path] = (), openers: Sequence
     Raises:
         CheckpointError: nothing is there, or it is malformed; or it needs a base itself.
     """
-    return open_by(Opening(ref, None, search, [opener for opener in openers if not opener.needs_base]))
+    return open_by(Opening(ref, None, search, [one for one in openers if one.finds_base or not one.needs_base]))
 
 
 def only_on_base(
     ref: str | Path, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS
-) -> tuple[str, str | Path] | None:
+) -> tuple[Opener, str | Path] | None:
     """Of what is a model only on top of its base: its kind, and what was found under the name; None of all else."""
     opener, opening = found_by(Opening(ref, None, search, openers))
-    return (opener.kind, opening.ref) if opener.needs_base else None
+    return (opener, opening.ref) if opener.needs_base else None
 
 
 def packed_seed(model: Checkpoint) -> int | None:

@@ -33,7 +33,8 @@ _SYMBOL = "darekit_kernel"
 # One letter per type, as numpy's: (name in numba, ctypes type).
 _TYPES = {
     "q": ("int64", ctypes.c_int64), "Q": ("uint64", ctypes.c_uint64), "I": ("uint32", ctypes.c_uint32),
-    "H": ("uint16", ctypes.c_uint16), "f": ("float32", ctypes.c_float), "d": ("float64", ctypes.c_double),
+    "H": ("uint16", ctypes.c_uint16), "B": ("uint8", ctypes.c_uint8), "f": ("float32", ctypes.c_float),
+    "d": ("float64", ctypes.c_double),
 }  # fmt: skip
 _NUMBERS: dict[type, str] = {getattr(np, name): char for char, (name, _) in _TYPES.items()}
 _ARRAYS: dict[tuple[np.dtype[Any], int], str] = {}

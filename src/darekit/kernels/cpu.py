@@ -86,6 +86,29 @@ def _drop_difference(raw, base, words, limit, factor, out):
 
 
 @kernel
+def _drop_known(known, words, limit, factor, out):
+    """(n,) float32, n <= 1024: 0 where word < limit, times `factor` elsewhere -> `out`; -> (NaN and Inf, kept)."""
+    bits, before = out.view(np.uint32), known.view(np.uint32)
+    survivors, bad = np.uint32(0), np.uint32(0)
+    for i in range(out.size):
+        bad = np.uint32(bad + np.uint32((before[i] & _EXPONENT) == _EXPONENT))
+        keep = np.uint32(words[i] >= limit)
+        survivors = np.uint32(survivors + keep)
+        bits[i] = np.float32(known[i] * factor).view(np.uint32) & np.uint32(np.uint32(0) - keep)
+    return int(bad), int(survivors)
+
+
+@kernel
+def _copy_known(known, out):
+    """(n,) float32 -> `out`; counts NaN and Inf."""
+    before, bad = known.view(np.uint32), np.uint32(0)
+    for i in range(out.size):
+        bad = np.uint32(bad + np.uint32((before[i] & _EXPONENT) == _EXPONENT))
+        out[i] = known[i]
+    return int(bad)
+
+
+@kernel
 def random_difference_bf16(raw, base, seed, stream, start, threshold, factor, out):
     """`difference_bf16` and `random_drop` in one pass over memory; -> (NaN and Inf before the drop, kept)."""
     words = np.empty(BLOCK, np.uint32)
@@ -396,12 +419,13 @@ def add_round_bf16(base_raw, base, merged, factor, raw):
 
 @kept_kernel
 def absorb_bf16(
-    base_raw, raws, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize, divisor, scale,
-    base_weight, kept, out, words, work,
+    base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
+    divisor, scale, base_weight, kept, out, words, work,
 ):  # fmt: skip
     """The whole way of a BF16 tile: the small kernels one after another, on blocks that stay in L1.
 
-    base_raw (n,), raws (K, n), out (n,) uint16. Per model, (K,) each: uint64 streams and seeds, uint32 thresholds (0:
+    base_raw (n,), raws (K, n), out (n,) uint16; deltas (K, n) float32 of the models that are `finer`, (K,) int64: what
+    is known is no difference of BF16. Per model, (K,) each: uint64 streams and seeds, uint32 thresholds (0:
     no random drop), float32 factors, and (K, 4) int64 bounds: what `select` takes (high 0: no selection), left as it
     leaves them. `weights`: a tuple of K float32. `kept` (K,) int64 is added to. `start` is a multiple of 1024. Scratch:
     words (1024,) uint32, work (K + 2, 1024) float32. Returns how many differences or results are NaN or Inf; `out`,
@@ -416,7 +440,14 @@ def absorb_bf16(
         widen_bf16(origin, base)
         for k in range(models):
             raw, delta = raws[k, begin : begin + count], work[k, :count]
-            if thresholds[k]:
+            if finer[k]:
+                known = deltas[k, begin : begin + count]
+                if thresholds[k]:
+                    _draw_block((start + begin) // BLOCK, streams[k], seeds[k], words)
+                    faulty, survivors = _drop_known(known, words[:count], thresholds[k], factors[k], delta)
+                else:
+                    faulty, survivors = _copy_known(known, delta), count
+            elif thresholds[k]:
                 _draw_block((start + begin) // BLOCK, streams[k], seeds[k], words)
                 faulty, survivors = _drop_difference(raw, base, words[:count], thresholds[k], factors[k], delta)
             elif bounds[k, 2]:

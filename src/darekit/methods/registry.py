@@ -24,7 +24,10 @@ NOT_NAMES = (
     "trim", "trim_model", "trim_at",
 )  # fmt: skip
 # What recipes, or the way in which a method is run, mean by these words already.
-_OF_MODELS = ("weight", "weights", "seed", "density", "keep", "trim", "lambda", "tau", "stats", "model", "parameters")
+_OF_MODELS = (
+    "weight", "weights", "scale", "seed", "density", "keep", "trim", "lambda", "tau", "stats", "model", "parameters",
+    "filter", "value", "layer_range", "sources", "base_model",
+)  # fmt: skip
 RESERVED_BY_MERGES = (*_OF_MODELS, "drop_rate", "rescale", "int8_mask", "q")
 RESERVED_BY_SPARSIFIERS = (*_OF_MODELS, "method", "on", "keep_dense")
 

@@ -166,7 +166,8 @@ def _outputs_of(plan: Plan, index: int) -> dict[str, str]:
     found: dict[str, str] = {}
     for tensor in plan.alignment.tensors:
         info = tensor.base if at < 0 else tensor.models[at]
-        if info is not None and traits_of(info.source).places is None:  # else what was read is not what is stored
+        traits = None if info is None else traits_of(info.source)
+        if info is not None and traits is not None and traits.places is None and traits.as_stored:
             found.setdefault(info.stored_name, tensor.name)
     return {**plan.alignment.copies[index], **found}
 

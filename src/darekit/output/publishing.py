@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from darekit.checkpoints import OutputFile, index_json
 from darekit.engine import execution
 from darekit.errors import CheckpointError, DataError, OutputError
 from darekit.machine import peak_rss
+from darekit.methods import MERGE_METHODS
 from darekit.output.card import agreed_license, model_card
 from darekit.output.companions import write_companions
 from darekit.output.lock import LOCK_NAME, identity, is_output_of, make_lock, times_of
@@ -46,7 +47,8 @@ class Report:
         peak_rss_bytes: largest resident memory of the process.
         tensors: of the output.
         parameters: elements of the output.
-        kept: model -> elements of its delta that were not dropped, those that are exactly 0 among them.
+        kept: model -> elements of it that were not dropped, those that are exactly 0 among them.
+        kept_of: what they are elements of: its delta or its weights; None where nothing could be dropped.
         notes: notes and warnings given during the run.
     """
 
@@ -60,6 +62,7 @@ class Report:
     parameters: int
     kept: dict[str, int]
     notes: tuple[str, ...] = field(default=())
+    kept_of: Literal["delta", "weights"] | None = "delta"
 
     def __repr__(self) -> str:
         return brief(
@@ -160,6 +163,7 @@ def execute(
         tensors=len(plan.alignment.tensors),
         parameters=plan.parameters,
         kept=_kept(plan, records),
+        kept_of=_kept_of(plan),
     )
 
 
@@ -208,6 +212,14 @@ def _refuse_changed(plan: Plan) -> None:
             f"{', '.join(changed)} changed while it was read; nothing was published. Run again once "
             "nothing is writing to it"
         )
+
+
+def _kept_of(plan: Plan) -> Literal["delta", "weights"] | None:
+    """A method that takes models as they are (passthrough, slerp) has no deltas of which something is kept."""
+    if plan.recipe.sparsify is not None:
+        return plan.recipe.sparsify.on
+    method = MERGE_METHODS[plan.recipe.merge_method]
+    return None if plan.base is None or method.products == "models" or method.sums_models else "delta"
 
 
 def _kept(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from darekit.errors import OutputError
+from darekit.wording import some
 
 try:
     import fcntl
@@ -297,7 +298,7 @@ def _check_out(place: Place, guard: Guard) -> None:
         return
     if not guard.overwrite:
         raise OutputError(
-            f"{out} exists and is not empty ({_some(found)}): expected a new or empty directory; choose another OUT, "
+            f"{out} exists and is not empty ({some(found)}): expected a new or empty directory; choose another OUT, "
             f"or let --overwrite replace it once the new output is complete"
         )
     reason = _reason_to_keep(out, found, guard.inputs)
@@ -318,7 +319,7 @@ def _reason_to_keep(out: Path, found: Sequence[str], inputs: Sequence[Path]) -> 
         if _holds(out, path):
             return what
     if not _is_model(out):
-        return f"does not look like a model (no config.json, *.safetensors or darekit.lock.json among {_some(found)})"
+        return f"does not look like a model (no config.json, *.safetensors or darekit.lock.json among {some(found)})"
     if ".git" in found:
         return "is a git repository"
     nested = next((path.name for path in sorted(out.iterdir()) if path.is_dir() and _is_model(path)), None)
@@ -635,10 +636,6 @@ def _told(what: str, error: OSError) -> str:
     }
     where = f" ({error.filename})" if error.filename else ""
     return f"{what}: {error.strerror or error}{where}" + (f"; {hints[error.errno]}" if error.errno in hints else "")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _changes(before: Any, after: Any, at: str = "") -> Iterator[str]:

@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from darekit import __version__
-from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, sync_directory
+from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, sample_digest, sync_directory
 from darekit.checkpoints.companions import CONFIG, content_of, matching
 from darekit.checkpoints.digests import checkpoint_digest, tensor_digest
 from darekit.dtypes import DTYPES, dtype_named
@@ -55,10 +55,9 @@ from darekit.planning import checks
 from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.opening import open_plan
 from darekit.planning.plan import Plan
-from darekit.planning.travel.companions import some
 from darekit.planning.travel.merged import with_ids
 from darekit.recipe import single
-from darekit.wording import brief, size_of
+from darekit.wording import brief, size_of, some
 
 try:
     import fcntl
@@ -399,7 +398,7 @@ class Writer:
             base={
                 "ref": public_name(self.base.ref),
                 "revision": self.base.revision,
-                "sample_digest": self.plan.sample_digests[0].hex(),
+                "sample_digest": sample_digest(self.base, decoded=True).hex(),
                 "content_digest": NO_DIGEST,
             },
             model={

@@ -33,6 +33,8 @@ SAMPLED_CHUNKS = 4
 
 SAMPLED_ELEMENTS = 4096  # per chunk
 
+COSTLY = 1 << 20  # elements: where so many are decoded at once, chunks are not spread over the tensor
+
 RULE_OF_THUMB = "(a rule of thumb from small models)"
 
 
@@ -78,7 +80,9 @@ def sample_norms(
         if any(traits_of(info.source).ordered for info in (base, tuned)):  # a few chunks would cost all that is before
             continue
         common = min(base.count, tuned.count)
-        chunks = _chunks(common)
+        grain = max(traits_of(info.source).grain for info in (base, tuned))
+        # Where much is decoded at once, all chunks come from what is decoded first.
+        chunks = _chunks(common if grain < COSTLY else min(common, grain))
         before, after = _read(base, chunks), _read(tuned, chunks)
         with np.errstate(invalid="ignore", over="ignore"):
             change = after - before

@@ -15,12 +15,10 @@ from typing import Any
 
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.checkpoints.companions import Companions
-from darekit.engine.nested import Workshop, sources_of
 from darekit.engine.steps import Step
-from darekit.errors import RecipeError
+from darekit.errors import PlanError, RecipeError
 from darekit.inputs.kinds import Opener, Opening
-from darekit.planning.plan import Plan
-from darekit.planning.travel.beside import companions_of
+from darekit.planning.plan import Plan, Within
 from darekit.recipe import Recipe, read_recipe
 
 SUFFIXES = (".yaml", ".yml")
@@ -65,8 +63,12 @@ def opener_of(recipe: Recipe | None, above: Sequence[str], open_recipe: OpenReci
     return Opener("a recipe", find, open_it)
 
 
-def result_of(plan: Plan, ref: str) -> Checkpoint:
-    """A plan's result as a checkpoint. Closing it closes the plan's files; the plan must be open."""
+def result_of(plan: Plan, ref: str) -> tuple[Checkpoint, Within]:
+    """A plan's result as a checkpoint, and what it is made of. Closing it closes the plan's files; the plan must be
+    open."""
+    from darekit.engine.nested import Workshop, sources_of
+    from darekit.planning.travel.beside import companions_of
+
     identities = {name: identity_of(plan, steps) for name, steps in _by_tensor(plan.steps).items()}
     workshop = Workshop(plan.steps, [model.ref for model in plan.models], ref)
     places = {place.name: place for shard in plan.shards for place in shard.placements}
@@ -78,7 +80,7 @@ def result_of(plan: Plan, ref: str) -> Checkpoint:
     files: Companions = dict(beside.files)
     if beside.chat_template is not None:
         files = {**files, "chat_template.jinja": beside.chat_template.encode("utf-8")}
-    return Checkpoint(
+    result = Checkpoint(
         ref=ref,
         directory=None,
         tensors={name: infos[name] for name in sorted(infos, key=natural_key)},
@@ -88,6 +90,23 @@ def result_of(plan: Plan, ref: str) -> Checkpoint:
         companions=files,
         notes=tuple(f"{ref}: {note}" for note in plan.notes),
     )
+    return result, Within(ref, plan, workshop)
+
+
+def allow_nonfinite(plan: Plan) -> None:
+    """Take the base's element where a model has NaN or Inf, also in the recipes that are models.
+
+    Raises:
+        PlanError: one of them has no base.
+    """
+    for one in plan.within:
+        if one.plan.base is None:
+            raise PlanError(
+                f"--allow-nonfinite takes the base's element where a model has NaN or Inf, and {one.ref} has no base; "
+                "add base_model to it, or repair its models"
+            )
+        one.workshop.allow_nonfinite()
+        allow_nonfinite(one.plan)
 
 
 def _by_tensor(steps: Sequence[Step]) -> dict[str, list[Step]]:

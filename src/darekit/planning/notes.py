@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from darekit.architectures.depth import LAYER_WORDS, Depths, along
 from darekit.architectures.groups import ONE_TERM, is_kept_dense
@@ -17,10 +17,12 @@ from darekit.methods import SPARSIFIERS
 from darekit.planning.draft import Draft
 from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.rates import MOST
-from darekit.planning.stacks.stack import Tower
 from darekit.recipe import Place, Recipe, Value, is_exact
 from darekit.recipe.values import filters_of, gradients_of
 from darekit.wording import label
+
+if TYPE_CHECKING:
+    from darekit.planning.stacks.stack import Tower
 
 EMBEDDING_WARNING_RATE = 0.9
 

@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from darekit.checkpoints import Checkpoint
-from darekit.errors import CheckpointError
+from darekit.errors import CheckpointError, PlanError
 from darekit.inputs import opening
 from darekit.inputs.kinds import Opener
 from darekit.inputs.opening import OPENERS
 from darekit.machine import without_collector
-from darekit.planning.nested import opener_of, result_of
-from darekit.planning.plan import SHARD_SIZE, Plan, make_plan
+from darekit.planning.nested import SUFFIXES, opener_of, result_of
+from darekit.planning.plan import SHARD_SIZE, Plan, Within, make_plan
 from darekit.planning.problems import Problems
 from darekit.recipe import Recipe
 
@@ -55,7 +55,35 @@ def open_models(
         )
 
 
-def only_on_base(ref: str | Path) -> tuple[str, str | Path] | None:
+@contextmanager
+def open_unrounded(
+    base: str | Path, model: str | Path | Recipe, *, search: Sequence[Path] = ()
+) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    """Open a base and one model (headers only); the files are closed on leaving.
+
+    A model that is a recipe gives its result in float32, as it is before it is rounded to the recipe's `dtype`: the
+    difference from a base of 16 bits would otherwise be as much rounding as delta.
+
+    Raises:
+        PlanError: the base is a recipe.
+    """
+
+    def whole(recipe: Recipe, ref: str, search: Sequence[Path], above: Sequence[str]) -> Checkpoint:
+        return _open_recipe(replace(recipe, dtype="F32"), ref, search, above)
+
+    if str(base).endswith(SUFFIXES):
+        raise PlanError(f"{base} is a recipe: a delta is taken from a stored checkpoint; merge it first")
+    with ExitStack() as opened:
+        origin = opened.enter_context(closing(opening.open_base(base, search=search)))
+        if isinstance(model, Recipe):
+            found = whole(model, "the recipe", search, ())
+        else:
+            openers = (opener_of(None, (), whole), *OPENERS)
+            found = opening.open_model(model, origin, search=search, openers=openers)
+        yield origin, opened.enter_context(closing(found))
+
+
+def only_on_base(ref: str | Path) -> tuple[Opener, str | Path] | None:
     """Of what is a model only on top of its base: its kind, and what was found under the name; None of all else."""
     return opening.only_on_base(ref, openers=OPENERS)
 
@@ -154,24 +182,38 @@ def open_plan(
     the recipes that this one is a model of. `openers`: the kinds of input, besides recipes; None: all there are.
     """
     openers = OPENERS if openers is None else openers
-    kinds = (open_nested(recipe, openers, above), *openers)
+    within: list[Within] = []
+    kinds = (open_nested(recipe, openers, above, within), *openers)
     with ExitStack() as opened:
         with without_collector():
             inputs = opened.enter_context(open_inputs(recipe, search=search, openers=kinds, problems=Problems()))
             plan = inputs.plan(recipe, shard_size=shard_size, verbatim=verbatim)
-        yield plan
+        yield replace(plan, within=tuple(within))
 
 
-def open_nested(recipe: Recipe, openers: Sequence[Opener], above: Sequence[str] = ()) -> Opener:
-    """What opens recipes that stand for models of this one; `openers`: what opens all else, in these too."""
-    return opener_of(recipe, above, partial(_open_recipe, openers=openers))
+def open_nested(
+    recipe: Recipe,
+    openers: Sequence[Opener],
+    above: Sequence[str] = (),
+    within: MutableSequence[Within] | None = None,
+) -> Opener:
+    """What opens recipes that stand for models of this one; `openers`: what opens all else, in these too; `within`:
+    where to put what was opened."""
+    return opener_of(recipe, above, partial(_open_recipe, openers=openers, within=within))
 
 
 def _open_recipe(
-    recipe: Recipe, ref: str, search: Sequence[Path], above: Sequence[str], openers: Sequence[Opener] | None = None
+    recipe: Recipe,
+    ref: str,
+    search: Sequence[Path],
+    above: Sequence[str],
+    openers: Sequence[Opener] | None = None,
+    within: MutableSequence[Within] | None = None,
 ) -> Checkpoint:
     """A recipe's result; closing it closes the files of its plan."""
     with open_plan(recipe, search=search, above=above, openers=openers) as plan:
-        found = result_of(plan, ref)
+        found, made_of = result_of(plan, ref)
     plan.__enter__()  # its files, again: they stay open as long as the result is
+    if within is not None:
+        within.append(made_of)
     return found

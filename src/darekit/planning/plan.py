@@ -35,19 +35,18 @@ from darekit.planning.notes import notes_of, rate_notes, wide_notes
 from darekit.planning.problems import Problems
 from darekit.planning.rates import settle
 from darekit.planning.settings import Settings, settings_of
-from darekit.planning.stacks.config import config_of
-from darekit.planning.stacks.stack import Tower, stacked
 from darekit.planning.steps import steps_of
-from darekit.planning.tokens import OutputVocabulary, with_vocabulary
 from darekit.planning.travel.companions import Travel, heads_giver, travel_of
 from darekit.planning.travel.configs import config_notes
-from darekit.planning.travel.templates import TemplateChoice, choose_template
 from darekit.planning.travel.tokenizers import choose_tokenizer, named_source, rows_of
 from darekit.recipe import Recipe
 from darekit.wording import brief, size_of
 
 if TYPE_CHECKING:
+    from darekit.engine.nested import Workshop
     from darekit.inputs.statistics import Statistics
+    from darekit.planning.stacks.stack import Tower
+    from darekit.planning.tokens import OutputVocabulary
 
 SHARD_SIZE = 5_000_000_000
 
@@ -72,6 +71,15 @@ class ModelSummary:
     def drop_rate(self) -> float:
         """Over all of the model's float parameters."""
         return 1 - self.kept / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Within:
+    """A recipe that is a model of another: its name there, its plan, and what computes its tensors."""
+
+    ref: str
+    plan: Plan
+    workshop: Workshop
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,7 @@ class Plan:
         towers: where each layer comes from, of stacks that slices made.
         config: of such a stack, before number format and vocabulary; None: as that of the model that gives it.
         template: the chat template that the recipe asks for; None: the one that comes with the tokenizer.
+        within: the recipes that are models of this one.
     """
 
     recipe: Recipe
@@ -128,6 +137,7 @@ class Plan:
     towers: tuple[Tower, ...] = ()
     config: Mapping[str, Any] | None = None
     template: str | None = None
+    within: tuple[Within, ...] = ()
 
     def __repr__(self) -> str:
         sparsify = f"{self.recipe.sparsify.method} + " if self.recipe.sparsify else ""
@@ -136,6 +146,24 @@ class Plan:
             self, f"{sparsify}{self.recipe.merge_method}, {models}, {len(self.steps)} steps, "
             f"{self.parameters:,} parameters, {size_of(self.bytes_in)} in, {size_of(self.bytes_out)} out",
         )  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from darekit.notebooks import shown_as_html
+
+        sparsify = f"{self.recipe.sparsify.method}, then " if self.recipe.sparsify else ""
+        facts = [
+            ("method", f"{sparsify}{self.recipe.merge_method}"),
+            *([("base", self.recipe.base_model)] if self.recipe.base_model is not None else []),
+            ("output", f"{len(self.steps):,} tensors, {self.parameters:,} parameters, {size_of(self.bytes_out)}"),
+            ("reads", size_of(self.bytes_in)),
+        ]
+        rows = [
+            (one.ref, f"{one.drop_rate:.3f}", f"{one.kept:,}", "" if one.seed is None else str(one.seed))
+            for one in self.summaries
+        ]
+        header = ("model", "drop rate", "kept", "seed")
+        return shown_as_html("Plan", facts, header=header, rows=rows, notes=self.notes)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -270,7 +298,7 @@ def make_plan(
     problems.attempt(lambda: named_source(recipe, base, models))
     given = problems.need(lambda: _together(recipe, base, models, bases or {}, problems, verbatim=verbatim))
     base, models, depths = given.base, given.models, given.depths
-    matched = problems.attempt(lambda: with_vocabulary(recipe, given.alignment, base, models, others or {}))
+    matched = problems.attempt(lambda: _with_vocabulary(recipe, given.alignment, base, models, others or {}))
     alignment, vocabulary = matched or (given.alignment, None)
     facts = facts_of(next((c.config for c in (base, *models) if c and c.config), None))
     roles = roles_of(alignment.tensors, facts)
@@ -291,7 +319,7 @@ def make_plan(
     beside = problems.attempt(lambda: _beside(settled, base, models, alignment, vocabulary)) if matched else None
     problems.stop()
     assert outputs is not None and beside is not None
-    travel, template = beside
+    travel, template, template_notes = beside
     recipe = settled
     seeds = _seeds(recipe, own_digests)
     counters = counters_of(alignment.tensors, roles, _idle(settings.values(), len(models)))
@@ -306,11 +334,11 @@ def make_plan(
     notes += wide_notes(recipe, outputs)
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
     notes += config_notes(base, models, travel.config, restacked=bool(recipe.slices))
-    notes += [*travel.notes, *template.notes]
+    notes += [*travel.notes, *template_notes]
     return Plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
         rates, settings, depths, travel, draft.statistics, roles, counters, vocabulary,
-        tuple((others or {}).values()), given.towers, given.config, template.template,
+        tuple((others or {}).values()), given.towers, given.config, template,
     )  # fmt: skip
 
 
@@ -338,12 +366,30 @@ def _together(
 ) -> _Together:
     vocab = "pad" if recipe.tokens else recipe.vocab
     if recipe.slices:
+        from darekit.planning.stacks.config import config_of
+        from darekit.planning.stacks.stack import stacked
+
         stack = stacked(recipe, base, models, bases, vocab, problems)
-        config, notes = config_of(stack.base or stack.models[0], stack.towers)
+        donor = heads_giver(recipe, stack.base, stack.models) or stack.base or stack.models[0]
+        config, notes = config_of(donor, stack.towers)
         return _Together(stack.base, stack.models, stack.alignment, stack.depths, stack.towers, config, notes)
     heads = _heads_of(recipe, base, models)
     alignment = align(base, models, vocab, heads=heads, extras=recipe.base_extras, verbatim=verbatim)
     return _Together(base, tuple(models), alignment, depths_of(tensor.name for tensor in alignment.tensors))
+
+
+def _with_vocabulary(
+    recipe: Recipe,
+    alignment: Alignment,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    others: Mapping[str, Checkpoint],
+) -> tuple[Alignment, OutputVocabulary | None]:
+    if recipe.tokens is None:
+        return alignment, None
+    from darekit.planning.tokens import with_vocabulary
+
+    return with_vocabulary(recipe, recipe.tokens, alignment, base, models, others)
 
 
 def _check_statistics(
@@ -370,13 +416,18 @@ def _beside(
     models: Sequence[Checkpoint],
     alignment: Alignment,
     vocabulary: OutputVocabulary | None,
-) -> tuple[Travel, TemplateChoice]:
-    """What goes beside the weights, and the chat template."""
+) -> tuple[Travel, str | None, tuple[str, ...]]:
+    """What goes beside the weights; the chat template that the recipe asks for, and notes on it."""
     rows, owner = rows_of(alignment.sizes, base, models), vocabulary.owner if vocabulary else None
     choice = choose_tokenizer(recipe, base, models, rows, owner)
     travel = travel_of(recipe, base, models, choice, vocabulary.files if vocabulary else None)
+    if recipe.chat_template is None:
+        return travel, None, ()
+    from darekit.planning.travel.templates import choose_template
+
     inputs = (base, *models) if base else models
-    return travel, choose_template(recipe.chat_template, inputs, travel.tokenizer, vocabulary)
+    found = choose_template(recipe.chat_template, inputs, travel.tokenizer, vocabulary)
+    return travel, found.template, found.notes
 
 
 def _idle(settings: Iterable[Settings], models: int) -> list[bool]:

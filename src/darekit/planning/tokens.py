@@ -26,7 +26,7 @@ from darekit.recipe import Recipe
 from darekit.recipe.data import TokenRow, Tokens
 from darekit.tokens.documents import rewritten
 from darekit.tokens.joining import Joined, Part, join
-from darekit.wording import label
+from darekit.wording import and_, label, some
 
 BASE = "base"
 
@@ -87,15 +87,17 @@ class OutputVocabulary:
 
 def with_vocabulary(
     recipe: Recipe,
+    tokens: Tokens,
     alignment: Alignment,
     base: Checkpoint | None,
     models: Sequence[Checkpoint],
     others: Mapping[str, Checkpoint],
 ) -> tuple[Alignment, OutputVocabulary | None]:
-    """An alignment whose token rows are matched by token, where the recipe says so.
+    """An alignment whose token rows are matched by token.
 
     Args:
         recipe: what is to be done.
+        tokens: what it says of tokens.
         alignment: the tensors, in which vocabularies may still differ.
         base: the base, where there is one.
         models: the models, in recipe order.
@@ -105,9 +107,7 @@ def with_vocabulary(
         PlanError: a tokenizer is missing where it is needed, or a source of rows has no such row.
         HomologyError: rows are of other sizes.
     """
-    if recipe.tokens is None:
-        return alignment, None
-    return _Matching(recipe.tokens, recipe, alignment, base, models, others).run()
+    return _Matching(tokens, recipe, alignment, base, models, others).run()
 
 
 class _Matching:
@@ -300,27 +300,27 @@ class _Matching:
             added = [entry.token.content for entry in new if not entry.ordinary]
             ordinary = [entry.token.content for entry in new if entry.ordinary]
             if added:
-                self.notes.append(f"tokens added from {label(member.checkpoint.ref)}: {_some(added)}")
+                self.notes.append(f"tokens added from {label(member.checkpoint.ref)}: {some(added)}")
             if ordinary:
                 self.notes.append(
                     f"WARNING: {label(member.checkpoint.ref)} brings {len(ordinary):,} ordinary tokens "
-                    f"({_some(ordinary)}), not only added ones. Its merges are not imported, so these are matched as "
+                    f"({some(ordinary)}), not only added ones. Its merges are not imported, so these are matched as "
                     "whole words before any other token, and text that holds them is cut otherwise than in any of the "
                     "models. Models whose vocabularies differ so much seldom merge well: consider `tokenizer_source: "
                     "base`"
                 )
         named = [entry.token.content for entry in joined.new if entry.part is None]
         if named:
-            self.notes.append(f"tokens that the recipe adds: {_some(named)}")
+            self.notes.append(f"tokens that the recipe adds: {some(named)}")
         if joined.conflicts:
             told = [f"{token!r} of {label(members[k].checkpoint.ref)}" for token, k in joined.conflicts]
             self.notes.append(
-                f"added tokens that other models define with other flags keep the first ones': {_some(told)}"
+                f"added tokens that other models define with other flags keep the first ones': {some(told)}"
             )
         if joined.removed and joined.changed:
             self.notes.append(
                 f"{len(joined.removed)} tokens of {label(members[joined.owner].checkpoint.ref)} have no row in its "
-                f"embedding and are left out: {_some(joined.removed)}"
+                f"embedding and are left out: {some(joined.removed)}"
             )
 
 
@@ -339,7 +339,7 @@ class _Rules:
         self.has_token[[*self.token_at]] = True
         self.others = [*matching.others.values()]
         self.own = [self._own_rows(member) for member in members]
-        self.zeros: set[str] = set()
+        self.zeros: dict[str, list[str]] = {}  # token -> tensors in which nobody has a row for it
         self.tables: dict[str, list[RowTable | None]] = {}
 
     def _own_rows(self, member: Member) -> Rows:
@@ -438,7 +438,9 @@ class _Rules:
             self.joined.ids[token]: row for token, row in self.matching.tokens.rows.items() if row.kind != "default"
         }
         sources = {at: self._given(self.token_at[at], row, tensor, axis, inputs) for at, row in given.items()}
-        self.zeros.update(self.token_at[int(i)] for i in np.flatnonzero(none & self.has_token) if int(i) not in given)
+        for i in np.flatnonzero(none & self.has_token):
+            if int(i) not in given:
+                self.zeros.setdefault(self.token_at[int(i)], []).append(tensor.name)
         tables: list[RowTable | None] = [None] * len(self.members)
         for j, k in enumerate(present):
             owners, of = np.where(has[j], k, chosen), np.where(has[j], own[j], rows)
@@ -489,9 +491,13 @@ class _Rules:
         """Warnings of rows that nobody has."""
         if self.zeros:
             tokens = sorted(self.zeros, key=lambda token: self.joined.ids[token])
+            tensors = dict.fromkeys(name for token in tokens for name in self.zeros[token])
+            # In a stack not every model has a part in every tensor.
+            where = f" that gives {and_([*tensors])}" if len(tensors) < len(self.matching.axes) else ""
             yield (
-                f"WARNING: no model has rows for {_some(tokens)}: they are zeros, and the model must be trained before "
-                "these tokens mean anything; `tokenizer: {tokens: {TOKEN: {source: ...}}}` names rows to begin with"
+                f"WARNING: no model{where} has rows for {some(tokens)}: they are zeros, and the model must be trained "
+                "before these tokens mean anything; `tokenizer: {tokens: {TOKEN: {source: ...}}}` names rows to begin "
+                "with"
             )
 
     def provenance(self) -> Iterator[dict[str, Any]]:
@@ -522,11 +528,6 @@ def _within(own: Rows, info: TensorInfo | None, axis: int) -> Rows:
     """Own rows that a tensor really has."""
     assert info is not None
     return np.where(own < info.shape[axis], own, ELSEWHERE)
-
-
-def _some(tokens: Sequence[str]) -> str:
-    shown = ", ".join(tokens[:6])
-    return f"{shown}, and {len(tokens) - 6:,} more" if len(tokens) > 6 else shown
 
 
 def _named(checkpoint: Checkpoint, name: str) -> TensorInfo | None:

@@ -38,11 +38,18 @@ class Slice:
         models: of each of the recipe's models the layers that go in; None: it has no part in this slice.
         base: the model that the others are compared with here, as written, and its layers; None where there is none.
         module: the part of the model that these are layers of.
+        written: where the recipe says so, for errors: model -> file and line; "": of the slice itself.
     """
 
     models: tuple[Range | None, ...]
     base: tuple[str, Range] | None = None
     module: str = DEFAULT
+    written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def where(self, model: str) -> str:
+        """File and line of a model's layers, as the beginning of an error; nothing where nobody knows."""
+        found = self.written.get(model) or self.written.get("")
+        return f"{found}: " if found else ""
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,8 @@ class Recipe:
         tokens: which tokens the output has, where rows are matched by token; None: by number, as `vocab` says.
         chat_template: of the output: `auto`, a name, or a template's text; None: the one that comes with the tokenizer.
         base_extras: what becomes of tensors that only the base has: keep or leave_out.
+        output: what is written: a model, or an adapter, where all models are adapters on the base.
+        rank: of that adapter's modules; None: as much as their sum has.
         stages: recipes that are models of this one, by the names that it calls them.
         slices: the output's layers from the first to the last, module by module; empty: all layers of all models.
         notes: notes and warnings for the user.
@@ -168,10 +177,26 @@ class Recipe:
     chat_template: str | None = None
     keep_float32: bool = True
     base_extras: Literal["keep", "leave_out"] = "keep"
+    output: Literal["model", "adapter"] = "model"
+    rank: int | None = None
     slices: tuple[Slice, ...] = ()
     stages: tuple[tuple[str, Recipe], ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
     text: str = field(default="", compare=False, repr=False)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from darekit.notebooks import shown_as_html
+        from darekit.recipe.texts import recipe_text
+
+        facts = [("base", self.base_model)] if self.base_model is not None else []
+        facts += [("models", ", ".join(entry.model for entry in self.models))]
+        if self.sparsify is not None:
+            rate = self.sparsify.parameters.get("drop_rate")
+            facts.append(("sparsify", self.sparsify.method + ("" if rate is None else f", drop rate {to_data(rate)}")))
+        facts.append(("merge", self.merge_method))
+        text = recipe_text(self.to_data())
+        return shown_as_html("Recipe", facts, notes=self.notes, source=("as YAML", text))
 
     def to_data(self) -> dict[str, Any]:
         """The recipe as JSON-able data in native form: `read_recipe` of it gives an equal recipe."""
@@ -201,7 +226,9 @@ class Recipe:
         data |= {} if self.heads is None else {"heads": self.heads}
         data |= {} if self.chat_template is None else {"chat_template": self.chat_template}
         data |= {} if self.keep_float32 else {"keep_float32": False}
-        return data | ({} if self.base_extras == "keep" else {"base_extras": self.base_extras})
+        data |= {} if self.base_extras == "keep" else {"base_extras": self.base_extras}
+        data |= {} if self.output == "model" else {"output": self.output}
+        return data | ({} if self.rank is None else {"rank": self.rank})
 
 
 def _layers_data(recipe: Recipe) -> dict[str, Any]:

@@ -41,10 +41,10 @@ def fail(document: Document, path: Key, message: str) -> NoReturn:
     """Raise with file, line and key; a message that starts with a space goes on from the key's name."""
     dotted = ".".join(map(str, path))
     joint = "" if not dotted or message.startswith(" ") else ": "
-    raise RecipeError(f"{_where(document, path)}: {dotted}{joint}{message}", [path])
+    raise RecipeError(f"{where(document, path)}: {dotted}{joint}{message}", [path])
 
 
-def _where(document: Document, path: Key) -> str:
+def where(document: Document, path: Key) -> str:
     """File and line of a key, or of the nearest key around it."""
     for end in range(len(path), 0, -1):
         if path[:end] in document.places:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from darekit.methods import SEED
 from darekit.recipe.data import DEFAULT, Range, Slice
-from darekit.recipe.documents import Document, Key, fail
+from darekit.recipe.documents import Document, Key, fail, where
 from darekit.recipe.layout import SliceAt, layout_of, range_of
 from darekit.recipe.names import find_model, same_model
 from darekit.recipe.parameters import block_at, read_parameters
@@ -64,6 +64,7 @@ class _Source:
 class _Slice:
     at: SliceAt
     sources: list[_Source]
+    written: dict[str, str]
     base: tuple[str, Range] | None = None
 
 
@@ -91,10 +92,16 @@ def gather(document: Document, words: Words, search: Sequence[Path]) -> Gathered
             name = find_model(source.name, known, search) or source.name
             counts[name] = counts.get(name, 0) + 1
             entries.setdefault((name, counts[name]), [None] * len(slices))[i] = source
+            one.written.setdefault(name, one.written[source.name])
     found.entries = [_entry_of(document, parts) for parts in entries.values()]
     if not plain:
         found.slices = tuple(
-            Slice(tuple(p[i].layers if p[i] else None for p in entries.values()), one.base, one.at.name)  # type: ignore[union-attr]
+            Slice(
+                tuple(p[i].layers if p[i] else None for p in entries.values()),  # type: ignore[union-attr]
+                one.base,
+                one.at.name,
+                one.written,
+            )
             for i, one in enumerate(slices)
         )
     _read_shared(document, words, found, layout)
@@ -113,7 +120,8 @@ def _read_slice(document: Document, words: Words, one: SliceAt) -> _Slice:
     if len(lengths) > 1:
         told = ", ".join(f"{source.name} {list(source.layers)}" for source in sources)
         fail(document, one.path or (), f"the sources of one slice must have equally many layers, found {told}")
-    return _Slice(one, sources)
+    written = {source.name: where(document, (*source.path, "layer_range")) for source in sources}
+    return _Slice(one, sources, {**written, "": where(document, one.path or ())})
 
 
 def _entry_of(document: Document, parts: Sequence[_Source | None]) -> Entry:

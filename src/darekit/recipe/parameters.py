@@ -10,10 +10,15 @@ from typing import Any, cast
 
 from darekit.methods import SEED, Choice, Number, Parameter, Switch
 from darekit.recipe.documents import Document, Key, fail, shown
-from darekit.recipe.values import AUTO, Filtered, Filters, Gradient, Value
+from darekit.recipe.values import AUTO, Filtered, Filters, Gradient, Stepped, Value
 
 # PyYAML follows YAML 1.1, where 1e-5 without a point is text.
 _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]{1,4}")
+
+# What mergekit's reader takes for a switch where it is written in quotes.
+_WORDS = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True) | dict.fromkeys(
+    ("false", "f", "no", "n", "off", "0"), False
+)
 
 
 def read_parameters(
@@ -46,18 +51,28 @@ def _read_value(document: Document, path: Key, parameter: Parameter, raw: Any) -
         fail(document, path, " has no value; give it one or remove the key")
     if parameter.name == SEED.name:
         return read_seed(document, path, raw)
-    if isinstance(parameter.kind, Number):
+    if not isinstance(parameter.kind, Choice):
         if isinstance(raw, list | dict):
             return _read_per_tensor(document, path, parameter, raw)
-        return _read_number(document, path, parameter, raw)
+        return _read_one(document, path, parameter, raw)
     if isinstance(raw, list | dict):
         fail(document, path, f" must be one value for all tensors, found {shown(raw)}")
-    if isinstance(parameter.kind, Switch) and not isinstance(raw, str) and raw in (0, 1):
-        raw = bool(raw)  # mergekit's users write `normalize: 1.0`
-    if isinstance(parameter.kind, Choice) and isinstance(raw, bool):
-        raw = str(raw).lower()
+    if isinstance(raw, bool) or ("true" in parameter.kind.of and not isinstance(raw, str) and raw in (0, 1)):
+        raw = str(bool(raw)).lower()
     _check_range(document, path, parameter, raw)
     return cast(Value, raw)
+
+
+def _read_one(document: Document, path: Key, parameter: Parameter, raw: Any) -> float | str | bool:
+    """A number or a switch."""
+    if isinstance(parameter.kind, Number):
+        return _read_number(document, path, parameter, raw)
+    if isinstance(raw, str) and _as_mergekit(document):
+        raw = _WORDS.get(raw.strip().lower(), raw)
+    elif not isinstance(raw, str) and raw in (0, 1):
+        raw = bool(raw)  # mergekit's users write `normalize: 1.0`
+    _check_range(document, path, parameter, raw)
+    return cast(bool, raw)
 
 
 def _check_range(document: Document, path: Key, parameter: Parameter, value: Any) -> None:
@@ -91,33 +106,41 @@ def _number_of_text(document: Document, path: Key, raw: str) -> float:
         return float(raw)
     hint = "; write a number"
     try:
-        float(raw.removesuffix("%"))
-        hint = f"; a percentage? write {float(raw[:-1]) / 100:g}" if raw.endswith("%") else "; write it without quotes"
+        number = float(raw.removesuffix("%"))
     except ValueError:
         pass
+    else:
+        if not raw.endswith("%") and _as_mergekit(document):
+            return number  # in quotes, which mergekit reads
+        hint = f"; a percentage? write {number / 100:g}" if raw.endswith("%") else "; write it without quotes"
     fail(document, path, f" must be a number, found the text {shown(raw)}{hint}")
 
 
-_PER_TENSOR = (
-    "expected a number, a list of numbers (a gradient over the layers), or a list of {filter: part of a tensor's name, "
-    "value: number}"
-)
+def _per_tensor(parameter: Parameter) -> str:
+    one, many = ("a number", "numbers (a gradient over the layers)")
+    if isinstance(parameter.kind, Switch):
+        one, many = "true or false", "these over the layers"
+    return (
+        f"expected {one}, a list of {many}, or a list of {{filter: part of a tensor's name, "
+        f"value: {one.removeprefix('a ')}}}"
+    )
 
 
-def _read_per_tensor(document: Document, path: Key, parameter: Parameter, raw: Any) -> Filters | Gradient:
+def _read_per_tensor(document: Document, path: Key, parameter: Parameter, raw: Any) -> Filters | Gradient | Stepped:
     """A gradient, a filter or a list of filters."""
+    expected = _per_tensor(parameter)
     if raw == [] or (isinstance(raw, dict) and "value" not in raw):
-        fail(document, path, f"{_PER_TENSOR}, found {shown(raw)}")
+        fail(document, path, f"{expected}, found {shown(raw)}")
     if isinstance(raw, list) and not any(isinstance(entry, dict) for entry in raw):
         return _read_gradient(document, path, parameter, raw)
     found: list[Filtered] = []
     for i, entry in enumerate(raw if isinstance(raw, list) else [raw]):
         here = (*path, i) if isinstance(raw, list) else path
         if not isinstance(entry, dict):
-            fail(document, here, f"{_PER_TENSOR}, found {shown(entry)} among filters")
+            fail(document, here, f"{expected}, found {shown(entry)} among filters")
         value = entry.get("value")
         if value is None:
-            fail(document, here, f"{_PER_TENSOR}, found {shown(entry)} without a value")
+            fail(document, here, f"{expected}, found {shown(entry)} without a value")
         pattern = entry.get("filter", "*")
         if pattern is None or (pattern == "" and _as_mergekit(document)):
             pattern = "*"  # nothing is part of every name
@@ -132,20 +155,21 @@ def _read_per_tensor(document: Document, path: Key, parameter: Parameter, raw: A
         if isinstance(value, list):
             found.append(Filtered(pattern, _read_gradient(document, (*here, "value"), parameter, value)))
         else:
-            found.append(Filtered(pattern, _read_number(document, here, parameter, value)))
+            found.append(Filtered(pattern, _read_one(document, here, parameter, value)))
     return Filters(tuple(found))
 
 
-def _read_gradient(document: Document, path: Key, parameter: Parameter, raw: list[Any]) -> Gradient:
-    """Numbers at equal distances over the layers, each within the parameter's range."""
+def _read_gradient(document: Document, path: Key, parameter: Parameter, raw: list[Any]) -> Gradient | Stepped:
+    """Numbers at equal distances over the layers, each within the parameter's range; or switches."""
     if not raw:
-        fail(document, path, f"{_PER_TENSOR}, found {shown(raw)}")
-    anchors = []
+        fail(document, path, f"{_per_tensor(parameter)}, found {shown(raw)}")
+    what = "true or false" if isinstance(parameter.kind, Switch) else "a number"
+    anchors: list[Any] = []
     for i, entry in enumerate(raw):
         here = (*path, i)
         if isinstance(entry, list | dict) or entry is None:
-            fail(document, here, f" is part of a gradient and must be a number, found {shown(entry)}")
-        number = _read_number(document, here, parameter, entry)
+            fail(document, here, f" is part of a gradient and must be {what}, found {shown(entry)}")
+        number = _read_one(document, here, parameter, entry)
         if isinstance(number, str):
             fail(
                 document,
@@ -153,7 +177,7 @@ def _read_gradient(document: Document, path: Key, parameter: Parameter, raw: lis
                 f" is {number}, which a gradient cannot contain: write numbers, or use filters with value: {number}",
             )
         anchors.append(number)
-    return Gradient(tuple(anchors))
+    return Stepped(tuple(anchors)) if isinstance(parameter.kind, Switch) else Gradient(tuple(anchors))
 
 
 def read_seed(document: Document, path: Key, raw: Any) -> int:

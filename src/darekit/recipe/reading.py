@@ -110,6 +110,8 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
         vocab=_read_choice(document, ("vocab",), ("strict", "base", "pad")),
         keep_float32=_read_switch(document, "keep_float32", default=True),
         base_extras=_read_choice(document, ("base_extras",), ("keep", "leave_out")),
+        output=_read_choice(document, ("output",), ("model", "adapter")),
+        rank=_read_rank(document),
         chat_template=read_chat_template(document),
     )
     found = gather(document, words, search)
@@ -280,6 +282,18 @@ def _read_switch(document: Document, key: str, *, default: bool) -> bool:
     return raw
 
 
+def _read_rank(document: Document) -> int | None:
+    """The rank of an adapter that is to be written."""
+    raw = document.data.get("rank")
+    if raw is None:
+        return None
+    if type(raw) is not int or raw < 1:
+        fail(document, ("rank",), f" must be a whole number above 0, found {shown(raw)}")
+    if document.data.get("output") != "adapter":
+        fail(document, ("rank",), " is of an adapter: write output: adapter, or remove it")
+    return raw
+
+
 def _read_heads(document: Document, base: str | None, models: Sequence[str], search: Sequence[Path]) -> str | None:
     raw = document.data.get("heads")
     if "heads" not in document.data:
@@ -314,6 +328,7 @@ def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key]) -> No
             document, (), f"no base_model; {who} works on differences from it: add base_model: with the common ancestor"
         )
     _check_stats(document, recipe, paths)
+    _check_output(document, recipe)
     if sparsify is None:
         return
     if sparsify.on == "weights" and method.parts_base:
@@ -322,7 +337,7 @@ def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key]) -> No
             ("sparsify", "on"),
             f"weights works only with merge_method: linear; {recipe.merge_method} merges deltas: write on: delta",
         )
-    if on_delta and recipe.merge_method == "linear" and recipe.parameters.get("normalize") is False:
+    if on_delta and recipe.merge_method == "linear" and False in scalars_of(recipe.parameters.get("normalize")):
         fail(
             document,
             ("parameters", "normalize"),
@@ -343,6 +358,17 @@ def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key]) -> No
     )
     for path, entry in zip(paths, recipe.models, strict=True):
         _check_density(document, (*path, "parameters", "density"), entry.parameters)
+
+
+def _check_output(document: Document, recipe: Recipe) -> None:
+    """An adapter is put on one base, layer by layer."""
+    if recipe.output == "model":
+        return
+    if recipe.base_model is None or recipe.slices:
+        what = "has no base_model" if not recipe.slices else "stacks slices"
+        fail(document, ("output",), f" is adapter, which is put on a base as it is, and this recipe {what}")
+    if recipe.sparsify is not None and recipe.sparsify.on == "weights":
+        fail(document, ("output",), " is adapter, which holds deltas, and sparsify is on: weights")
 
 
 def _to_stack(recipe: Recipe, count: int) -> str:

@@ -96,12 +96,15 @@ def partial_schema() -> Schema:
 
 # --- one value ---
 
-# A number or a switch in one version of YAML, text in the other.
+# A number or a switch in one version of YAML, text in the other; or in quotes, which a recipe of mergekit's may have.
 _NUMBER_TEXT: Schema = {
     "type": "string",
-    "pattern": r"^[-+]?(([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]{1,4}|[0-9]+(_[0-9]+)+(\.[0-9_]*)?)$",
+    "pattern": r"^ *[-+]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,4})?|[0-9]+(_[0-9]+)+(\.[0-9_]*)?) *$",
 }
-_SWITCH_TEXT = {True: "yes|Yes|YES|on|On|ON", False: "no|No|NO|off|Off|OFF"}
+_SWITCH_TEXT = {
+    True: "true|True|TRUE|yes|Yes|YES|y|t|on|On|ON|1",
+    False: "false|False|FALSE|no|No|NO|n|f|off|Off|OFF|0",
+}
 
 
 def switch(*values: bool) -> Schema:
@@ -132,7 +135,7 @@ def _number(kind: Number, *, auto: bool) -> list[Schema]:
 
 
 def _per_tensor(number: list[Schema]) -> list[Schema]:
-    """Ways to write one number -> ways to give each tensor its own."""
+    """Ways to write one number or switch -> ways to give each tensor its own."""
     gradient = {"type": "array", "items": {"anyOf": [one for one in number if "const" not in one]}, "minItems": 1}
     entry = _block({"filter": _FILTER, "value": {"anyOf": [*number, gradient]}}) | {"required": ["value"]}
     return [*number, gradient, entry, {"type": "array", "items": entry, "minItems": 1}]
@@ -157,7 +160,7 @@ def _parameter(parameter: Parameter, *, auto: bool) -> Schema:
         case Number() as kind:
             return about | {"anyOf": _per_tensor(_number(kind, auto=auto))}
         case Switch():
-            return about | {"anyOf": [*switch(True, False)["anyOf"], {"enum": [0, 1]}]}
+            return about | {"anyOf": _per_tensor([*switch(True, False)["anyOf"], {"enum": [0, 1]}])}
         case Choice(of=of):
             booleans = [word == "true" for word in of if word in ("true", "false")]
             return about | {"anyOf": [{"enum": [*of]}, switch(*booleans)]} if booleans else about | {"enum": [*of]}
@@ -259,6 +262,16 @@ def _top() -> dict[str, Schema]:
             "description": "What becomes of tensors that only the base has, and no model has instead.",
             "enum": _literals(Recipe, "base_extras"),
             "default": "keep",
+        },
+        "output": {
+            "description": "What is written: a model; or an adapter, where all models are adapters on the base.",
+            "enum": _literals(Recipe, "output"),
+            "default": "model",
+        },
+        "rank": {
+            "description": "Of an adapter that is written: the rank of its modules; left out: that of their sum.",
+            "type": ["integer", "null"],
+            "minimum": 1,
         },
     }
     return {key: known[key] for key in TOP_KEYS}

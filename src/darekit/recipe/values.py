@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a parameter may be: one scalar, a list of filters over tensors' names, a gradient over the layers, or one of
-these for each slice of a stack of layers.
+"""What a parameter may be: one scalar, a list of filters over tensors' names, a gradient (or switches) over the layers,
+or one of these for each slice of a stack of layers.
 
 The only module that looks inside such a value. Everybody else asks it, with a place.
 """
@@ -54,11 +54,28 @@ class Gradient:
 
 
 @dataclass(frozen=True, slots=True)
+class Stepped:
+    """Switches over depth: each holds from its own depth on, up to the next one's."""
+
+    anchors: tuple[bool, ...]
+
+    def at(self, place: Place) -> bool:
+        """The switch at a depth; nothing lies between true and false. mergekit's rule, by which the last one holds at
+        depth 1 alone.
+
+        >>> steps = Stepped((True, False, True))
+        >>> [steps.at(Place("w", depth=depth)) for depth in (0.0, 0.4, 0.5, 0.9, 1.0)]
+        [True, True, False, False, True]
+        """
+        return self.anchors[int(place.depth * (len(self.anchors) - 1))]
+
+
+@dataclass(frozen=True, slots=True)
 class Filtered:
     """One entry of a per-tensor list: `value` for the tensors that `filter` matches ("*": all)."""
 
     filter: str
-    value: Scalar | Gradient
+    value: Scalar | Gradient | Stepped
 
     def matches(self, tensor: str) -> bool:
         """The whole name after `=`; a glob over the whole name if there is a glob character in it; else a substring."""
@@ -104,7 +121,7 @@ class Filters:
 class BySlice:
     """A value for each slice of a stack; None for those that have none of their own."""
 
-    values: tuple[Scalar | Filters | Gradient | None, ...]
+    values: tuple[Scalar | Filters | Gradient | Stepped | None, ...]
 
     def at(self, place: Place) -> Any:
         """What the place's slice says there; None where it says nothing."""
@@ -112,7 +129,7 @@ class BySlice:
         return None if value is None else at(value, place)
 
 
-Value = Scalar | Filters | Gradient | BySlice
+Value = Scalar | Filters | Gradient | Stepped | BySlice
 
 
 def by_slice(values: Sequence[Value | None]) -> Value | None:
@@ -128,7 +145,7 @@ def by_slice(values: Sequence[Value | None]) -> Value | None:
 
 def at(value: Value, place: Place) -> Any:
     """What a value is at a place; None where it is a list of filters and none matches."""
-    return value.at(place) if isinstance(value, Filters | Gradient | BySlice) else value
+    return value if is_scalar(value) else cast(Any, value).at(place)
 
 
 def resolve(scopes: Iterable[Value | None], place: Place) -> Any:
@@ -191,7 +208,7 @@ def _of_slice(value: Value | None, index: int) -> Value | None:
 
 def is_scalar(value: Value) -> bool:
     """Whether a value is the same at every place."""
-    return not isinstance(value, Filters | Gradient | BySlice)
+    return not isinstance(value, Filters | Gradient | Stepped | BySlice)
 
 
 def slices_of(value: Value | None) -> tuple[Value | None, ...]:
@@ -220,7 +237,7 @@ def scalars_of(value: Value | None) -> Iterator[Scalar]:
         case Filters(entries):
             for entry in entries:
                 yield from scalars_of(entry.value)
-        case Gradient(anchors):
+        case Gradient(anchors) | Stepped(anchors):
             yield from anchors
         case BySlice(values):
             for one in values:
@@ -242,7 +259,9 @@ def mapped(value: Value, function: Callable[[float], float]) -> Value:
             return _mapped_one(value, function)
 
 
-def _mapped_one(value: Scalar | Gradient, function: Callable[[float], float]) -> Scalar | Gradient:
+def _mapped_one(value: Scalar | Gradient | Stepped, function: Callable[[float], float]) -> Scalar | Gradient | Stepped:
+    if isinstance(value, Stepped):
+        return value
     if isinstance(value, Gradient):
         return Gradient(tuple(function(anchor) for anchor in value.anchors))
     return function(float(value))
@@ -253,7 +272,7 @@ def to_data(value: Value) -> Any:
     match value:
         case Filters(entries):
             return [{"filter": entry.filter, "value": to_data(entry.value)} for entry in entries]
-        case Gradient(anchors):
+        case Gradient(anchors) | Stepped(anchors):
             return list(anchors)
         case _:
             return value

@@ -31,6 +31,7 @@ from darekit.recipe.parameters import block_at
 TOP_KEYS: tuple[str, ...] = (
     "stages", "base_model", "models", "slices", "modules", "sparsify", "merge_method", "parameters", "dtype",
     "out_dtype", "vocab", "tokenizer_source", "tokenizer", "chat_template", "heads", "keep_float32", "base_extras",
+    "output", "rank",
 )  # fmt: skip
 AUTOMATIC = ("dare",)  # sparsifiers whose perturbation is predicted, so that they take drop_rate: auto
 SPARSIFY_KEYS = ("method", "on", "seed", "keep_dense")

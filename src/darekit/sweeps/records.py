@@ -69,7 +69,7 @@ def refuse_other(
     Raises:
         OutputError: the folder is another sweep's, or of something else; the message says what differs.
     """
-    found = _read_record(out)
+    found = read_record(out)
     if found is None:
         foreign = [name for name in (TABLES, SUMMARY, *PLOTS) if (out / name).exists()]
         if foreign and not (out / CELLS).exists():
@@ -149,7 +149,7 @@ def _key(data: Any) -> str:
     return json.dumps(data, sort_keys=True, default=str)
 
 
-def _read_record(out: Path) -> Record | None:
+def read_record(out: Path) -> Record | None:
     """What the folder remembers; None where there is no record.
 
     Raises:

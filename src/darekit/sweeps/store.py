@@ -135,16 +135,24 @@ def _lines(path: Path, raw: bytes) -> Iterator[tuple[dict[str, Any], Outcome]]:
         yield found, outcome
 
 
-def finished_in(path: Path) -> frozenset[str]:
-    """Digests of the cells that a file holds and that did not fail; none where there is no file."""
+def entries_of(path: Path) -> Iterator[tuple[dict[str, Any], Outcome]]:
+    """Each whole line of a file and the outcome in it; none where there is no file.
+
+    Raises:
+        OutputError: it cannot be read, or a line is not a cell.
+    """
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return frozenset()
+        return
     except OSError as error:
         raise OutputError(f"{path} cannot be read: {error.strerror}; choose another OUT") from None
-    whole = raw[: raw.rfind(b"\n") + 1]
-    return frozenset(found["digest"] for found, outcome in _lines(path, whole) if outcome.status == OK)
+    yield from _lines(path, raw[: raw.rfind(b"\n") + 1])
+
+
+def finished_in(path: Path) -> frozenset[str]:
+    """Digests of the cells that a file holds and that did not fail; none where there is no file."""
+    return frozenset(found["digest"] for found, outcome in entries_of(path) if outcome.status == OK)
 
 
 @contextmanager
@@ -169,6 +177,14 @@ def open_store(out: Path) -> Iterator[Store]:
         os.close(descriptor)
 
 
+def _number(outcome: Outcome, split: str, name: str) -> str:
+    score = outcome.scores.get(split, {}).get(name)
+    if score is None:
+        return ""
+    error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
+    return f"{score['value']:.3f}{error}"
+
+
 @dataclass(frozen=True)
 class SweepResult:
     """All cells of a sweep with their outcomes.
@@ -190,6 +206,25 @@ class SweepResult:
     def __repr__(self) -> str:
         failed = f", {len(self.failed)} failed" if self.failed else ""
         return brief(self, f"{self.sweep.name}, {len(self.finished)} cells{failed}, results in {self.out}")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each cell with its scores."""
+        from darekit.notebooks import shown_as_html
+
+        names = dict.fromkeys(
+            (split, name) for split in reversed(SPLITS) for one in self.finished
+            for name in one.outcome.scores.get(split, {})
+        )  # fmt: skip
+        rows = [
+            (one.cell.title, one.outcome.status, *(_number(one.outcome, split, name) for split, name in names))
+            for one in self.finished
+        ]
+        header = ("cell", "", *(f"{name}, {split}" for split, name in names))
+        return shown_as_html(
+            f"Sweep {self.sweep.name}: {len(self.finished)} cells, {len(self.failed)} failed",
+            [("results", str(self.out)), ("page", f'dk.report("{self.out}")')],
+            header=header, rows=rows, words=2, notes=self.notes,
+        )  # fmt: skip
 
     @property
     def failed(self) -> tuple[Finished, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
@@ -30,7 +30,8 @@ class Statistic:
 @dataclass(frozen=True)
 class Row:
     """One setting: all its seeds together. `scores`: split -> score's name -> statistic; `alone`: it is one of the
-    models, untouched; `beside`: nothing is dropped, beside a row of the grid with a drop rate that is no axis."""
+    models, untouched; `beside`: nothing is dropped, beside a row of the grid with a drop rate that is no axis;
+    `finished`: its cells."""
 
     kind: str
     at: Mapping[str, Any]
@@ -41,6 +42,7 @@ class Row:
     warnings: tuple[str, ...]
     alone: bool
     beside: bool
+    finished: tuple[Finished, ...] = field(repr=False, compare=False)
 
     @property
     def title(self) -> str:
@@ -180,18 +182,18 @@ def _row(sweep: Sweep, group: Sequence[Finished], directions: Mapping[str, bool 
             for name, score in found.items():
                 values.setdefault(name, []).append(score["value"])
             if MEAN in directions and found:
-                values.setdefault(MEAN, []).append(_mean(found))
+                values.setdefault(MEAN, []).append(mean_of(found))
         if values:
             scores[split] = {name: _statistic(values[name]) for name in directions if name in values}
     cell = group[0].cell
     return Row(
         cell.kind, cell.at, tuple(e.model for e in cell.recipe.models), cell.judges, scores, len(group) - len(good),
         tuple(dict.fromkeys(line for one in group for line in one.outcome.warnings)), is_single(cell.recipe),
-        cell.beside,
+        cell.beside, tuple(group),
     )  # fmt: skip
 
 
-def _mean(scores: Mapping[str, Mapping[str, Any]]) -> float:
+def mean_of(scores: Mapping[str, Mapping[str, Any]]) -> float:
     """Over the judges, of each one's first score."""
     first: dict[str, float] = {}
     for name, score in scores.items():
@@ -253,10 +255,11 @@ def _number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: places on the x axis with mean and deviation (None: one run)."""
+    """One curve: places on the x axis with mean and deviation (None: one run); `rows`: the setting of each."""
 
     name: str
     points: tuple[tuple[Any, float, float | None], ...]
+    rows: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -306,12 +309,13 @@ def figure_of(sweep: Sweep, summary: Summary, split: str) -> Figure | None:
     drawn = []
     for place, members in panels.items():
         names = list(dict.fromkeys(row.at.get(lines.name) if lines else None for row in members))
+        groups = {name: [r for r in members if (r.at.get(lines.name) if lines else None) == name] for name in names}
         curves = tuple(
             Line(
                 shown_label(name) if name is not None else "",
-                tuple((r.at[x.name], r.scores[split][score].mean, r.scores[split][score].deviation)
-                      for r in members if (r.at.get(lines.name) if lines else None) == name),
-            ) for name in names
+                tuple((r.at[x.name], r.scores[split][score].mean, r.scores[split][score].deviation) for r in group),
+                tuple(group),
+            ) for name, group in groups.items()
         )  # fmt: skip
         title = ", ".join(
             said(axis.name, value)

@@ -17,8 +17,9 @@ from darekit.planning.matching.hints import causes
 from darekit.planning.matching.naming import Roles, View, buffers_of, views_of
 from darekit.planning.matching.prefixes import fit_prefixes
 from darekit.planning.matching.ties import has_own_head, settle_ties
+from darekit.planning.matching.turning import fit_turned
 from darekit.planning.matching.vocabulary import rows_told, sizes_for_config, tokens_axis
-from darekit.wording import label
+from darekit.wording import label, some
 
 HEADS_HINT = (
     "Only heads differ: `heads: base` or `heads: MODEL` (--heads) takes them from one model and merges the rest"
@@ -115,6 +116,7 @@ def align(
     fit_prefixes(views, notes)
     tied = has_own_head(views) if verbatim else settle_ties(views, notes)
     fit_parts(views, notes)
+    fit_turned(views, notes)
     taken: dict[str, TensorInfo] = {}
     if isinstance(heads, Checkpoint):
         taken = _take_heads(naming, views, notes)
@@ -189,7 +191,7 @@ def _take_heads(giver: View, views: Sequence[View], notes: list[str]) -> dict[st
         )
     if others:
         notes.append(
-            f"heads ({_some([info.name for info in taken.values()])}) are taken from {label(giver.ref)}; those of "
+            f"heads ({_tensors([info.name for info in taken.values()])}) are taken from {label(giver.ref)}; those of "
             f"{', '.join(others)} are left out"
         )
     return taken
@@ -239,9 +241,9 @@ def _compare_names(views: Sequence[View], alone: frozenset[str]) -> None:
         missing = [info.name for key, info in reference.tensors.items() if key not in view.tensors and key not in alone]
         extra = [info.name for key, info in view.tensors.items() if key not in reference.tensors]
         if missing:
-            problems.append(f"{view.ref} lacks {_some(missing)} of {reference.ref}")
+            problems.append(f"{view.ref} lacks {_tensors(missing)} of {reference.ref}")
         if extra:
-            problems.append(f"{view.ref} has {_some(extra)} that {reference.ref} lacks")
+            problems.append(f"{view.ref} has {_tensors(extra)} that {reference.ref} lacks")
         problems += causes(view, reference, missing, extra)
         others = [other for other in views[1:] if other is not view]
         if (missing or extra) and all(map(parts.may_be_absent, (*missing, *extra))):
@@ -299,7 +301,7 @@ def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str
     if problems and foreign:
         problems.append(HEADS_HINT)
     if problems:
-        raise HomologyError(f"Tensors of the same name differ in shape or kind: {_some(problems, sep='; ')}")
+        raise HomologyError(f"Tensors of the same name differ in shape or kind: {some(problems, sep='; ')}")
     if vocabularies and vocab == "strict":
         raise HomologyError(
             "The vocabularies differ:\n  "
@@ -310,10 +312,5 @@ def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str
     return rows
 
 
-def _some(names: Sequence[str], sep: str = ", ") -> str:
-    shown, more = sep.join(names[:4]), len(names) - 4
-    if len(names) == 1:
-        return shown
-    if sep == ", ":
-        return f"{len(names)} tensors ({shown}{', ...' if more > 0 else ''})"
-    return shown + (f"; ... {more} more" if more > 0 else "")
+def _tensors(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} tensors ({some(names)})"

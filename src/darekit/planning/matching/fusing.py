@@ -77,7 +77,7 @@ def groups_of(view: View, keys: Sequence[str], wholes: Sequence[str]) -> dict[st
         if conversion is None or not _is_contiguous(conversion):
             continue
         whole = view.facts.without_prefix(conversion.target)
-        place = re.search(re.escape(conversion.source).replace(r"\*", r"(\d+)") + "$", key)
+        place = re.search(conversion.source.replace("*.", r"(\d+)\.") + "$", key)  # a source is a regular expression
         if whole not in there or place is None:
             continue
         stacked = conversion.operations[0].name == "MergeModulelist"
@@ -93,7 +93,8 @@ def _chunks_of(view: View, keys: set[str], wholes: Sequence[str]) -> dict[str, G
         conversion = view.facts.conversion(view.facts.in_memory(whole))
         if conversion is None or [operation.name for operation in conversion.operations] != ["Chunk"]:
             continue
-        parts = [whole.replace(conversion.source, target) for target in conversion.targets]
+        first = view.facts.without_prefix(conversion.target)
+        parts = [first.replace(conversion.targets[0], target, 1) for target in conversion.targets]
         if conversion.operations[0].parameters.get("dim") == 0 and keys.issuperset(parts):
             found[whole] = Group(False, len(parts), {(i,): key for i, key in enumerate(parts)})
     return found

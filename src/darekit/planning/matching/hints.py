@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from darekit.architectures.families import Conversion
 from darekit.planning.matching.naming import View
-from darekit.wording import label
+from darekit.wording import and_, label
 
 # What PEFT calls its own tensors, beside the weights of the model that it wraps.
 _ADAPTED = ("lora_A", "lora_B", "lora_embedding", "lora_magnitude", "modules_to_save", "original_module", "ia3_")
@@ -30,14 +31,23 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
     composite = [*map(_is_composite, (view, reference))]
     if not (missing and extra) and len({*composite}) == 1:
         return
-    fused = _is_fused(view, missing, extra), _is_fused(reference, extra, missing)
-    if any(fused):
-        whole, single = (view, reference) if fused[0] else (reference, view)
-        yield (
-            f"{label(whole.ref)} has its experts fused, {label(single.ref)} one by one, and their shapes do not fit "
-            f"each other. Load the one that differs with {_class_of(whole)} and save it again with `save_pretrained("
-            "..., save_original_format=True)`, as the Hub has it"
-        )
+    for memory, stored, found in (
+        (view, reference, _conversion_between(view, missing, extra)),
+        (reference, view, _conversion_between(reference, extra, missing)),
+    ):
+        if found is not None:
+            told = (
+                f"{label(memory.ref)} has its experts fused, {label(stored.ref)} one by one, and their shapes do not "
+                "fit each other"
+                if found.operations[0].name == "MergeModulelist"
+                else f"{label(memory.ref)} stores {found.target} as it is in memory, and {label(stored.ref)} as the "
+                f"Hub has it; transformers makes one of the other by {and_([one.name for one in found.operations])}, "
+                "which moves values, and they are not merged across that"
+            )
+            yield (
+                f"{told}. Load the one that differs with {_class_of(memory)} and save it again with `save_pretrained("
+                "..., save_original_format=True)`, as the Hub has it"
+            )
     if any(composite):
         yield (
             "One of them is a model of several parts (text, images, ...), and they are saved under the names of "
@@ -50,11 +60,11 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
             yield f"Names differ by the prefix {prefix!r}: save both with the same class ({_class_of(reference)})"
 
 
-def _is_fused(view: View, parts: Sequence[str], wholes: Sequence[str]) -> bool:
-    """Whether the other side has, one by one, what this one has as a whole."""
-    there = {view.facts.key(name) for name in wholes}
-    found = (view.facts.conversion(name) for name in parts)
-    return any(one is not None and view.facts.without_prefix(one.target) in there for one in found)
+def _conversion_between(view: View, stored: Sequence[str], memory: Sequence[str]) -> Conversion | None:
+    """What makes tensors as they are in memory, which this side has, of those that the other one stores."""
+    there = {view.facts.key(name) for name in memory}
+    found = (view.facts.conversion(name) for name in stored)
+    return next((one for one in found if one is not None and view.facts.without_prefix(one.target) in there), None)
 
 
 def _is_composite(view: View) -> bool:

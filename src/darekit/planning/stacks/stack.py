@@ -14,11 +14,13 @@ from functools import partial
 from itertools import groupby
 
 from darekit.architectures.depth import Depths, along, depths_of
+from darekit.architectures.families import facts_of
 from darekit.architectures.parts import part_of
 from darekit.checkpoints import Checkpoint, natural_key
 from darekit.errors import PlanError
 from darekit.inputs.slices import Layered, kind_of, layered, renamed
-from darekit.planning.matching.alignment import AlignedTensor, Alignment, align
+from darekit.planning.matching.alignment import AlignedTensor, Alignment, Heads, align
+from darekit.planning.matching.naming import Roles
 from darekit.planning.problems import Problems
 from darekit.planning.stacks.ties import output_ties, untied_config
 from darekit.recipe import Recipe
@@ -173,8 +175,13 @@ class _Stacking:
             self._layered[key] = layered(checkpoint, self._own(checkpoint, module))
         return self._layered[key]
 
-    def _layers_of(self, checkpoint: Checkpoint, module: str, layers: Range) -> range:
-        return self._of(checkpoint, module).range(*layers)
+    def _layers_of(self, one: Slice, member: Member, checkpoint: Checkpoint, module: str, layers: Range) -> range:
+        found = self._of(checkpoint, module)
+        try:
+            return found.range(*layers)
+        except PlanError as error:
+            name = self._recipe.models[member].model if member is not None else one.base[0] if one.base else ""
+            raise PlanError(f"{one.where(name)}{error}") from None
 
     # --- the parts
 
@@ -196,17 +203,17 @@ class _Stacking:
         parts: list[_Part] = []
         origins: list[tuple[Origin, ...]] = []
         numbers: list[int] = []
-        asked = [member for one in slices for member in self._members(one).values()]
-        for checkpoint, wanted in asked:
-            self._problems.attempt(partial(self._layers_of, checkpoint, module, wanted))
+        for one in slices:
+            for member, (checkpoint, wanted) in self._members(one).items():
+                self._problems.attempt(partial(self._layers_of, one, member, checkpoint, module, wanted))
         self._problems.stop()
         for i, one in enumerate(slices, at):
             members = self._members(one)
-            ranges = {k: self._layers_of(checkpoint, module, layers) for k, (checkpoint, layers) in members.items()}
+            ranges = {k: self._layers_of(one, k, checkpoint, module, part) for k, (checkpoint, part) in members.items()}
             many = len(next(iter(ranges.values())))
             if any(len(layers) != many for layers in ranges.values()):
                 told = ", ".join(f"{len(layers)} of {members[k][0].ref}" for k, layers in ranges.items())
-                raise PlanError(f"the sources of slice {i} must have equally many layers, found {told}")
+                raise PlanError(f"{one.where('')}the sources of slice {i} must have equally many layers, found {told}")
             part = _Part({member: {} for member in members})
             for step, depth in enumerate(along(many)):
                 for member, layers in ranges.items():
@@ -219,7 +226,10 @@ class _Stacking:
             if many:
                 parts.append(part)
         if not origins:
-            raise PlanError("the slices have no layers at all")
+            raise PlanError(
+                f"{slices[0].where('')}the slices have no layers at all: every layer_range is empty; write the first "
+                "layer and the one after the last, as [0, 16]"
+            )
         parts += self._outside(module, slices, at, len(origins))
         some = next(iter(self._members(slices[0]).values()))[0]
         return parts, Tower(self._of(some, module).stack, tuple(origins), tuple(numbers))
@@ -340,8 +350,23 @@ class _Stacking:
 
     def _aligned(self, part: _Part) -> Alignment:
         views = {member: self._view(member, names, part) for member, names in part.names.items()}
+        heads = self._heads_of(views)
         base = views.pop(None, None)
-        return align(base, list(views.values()), self._vocab, extras=self._recipe.base_extras)
+        return align(base, list(views.values()), self._vocab, heads=heads, extras=self._recipe.base_extras)
+
+    def _heads_of(self, views: Mapping[Member, Checkpoint]) -> Heads:
+        """Whose heads a part has: only what stands after the layers has some, and is made as the last slice is."""
+        if self._recipe.heads is None or not any(map(_has_head, views.values())):
+            return "merged"
+        names: list[Member] = [k for k, one in enumerate(self._recipe.models) if one.model == self._recipe.heads]
+        member = None if self._recipe.heads == "base" and self._base is not None else names[0]
+        if member not in views:
+            known = [label(view.ref) for view in views.values()]
+            raise PlanError(
+                f"heads: {self._recipe.heads} has no part in the last slice, which gives the output's head: its models "
+                f"are {', '.join(known)}. Name one of them, or add a source to that slice"
+            )
+        return views[member]
 
     def _view(self, member: Member, names: Mapping[str, str], part: _Part) -> Checkpoint:
         if member is None:
@@ -379,6 +404,11 @@ class _Stacking:
     def _tell(self, note: str) -> None:
         if note not in self._notes:
             self._notes.append(note)
+
+
+def _has_head(checkpoint: Checkpoint) -> bool:
+    roles = Roles(facts_of(checkpoint.config))
+    return any(roles.of(name, info.shape).is_head for name, info in checkpoint.tensors.items())
 
 
 _NOBODY: tuple[Checkpoint | None, Range] = (None, WHOLE)

@@ -12,9 +12,7 @@ from darekit.checkpoints.tokenizers import CONFIG as TOKENIZER_CONFIG
 from darekit.checkpoints.tokenizers import read_json
 from darekit.planning.travel.tokenizers import TokenizerChoice
 from darekit.recipe import Recipe
-from darekit.wording import label
-
-SHOWN = 6  # files that are named
+from darekit.wording import label, some
 
 
 @dataclass(frozen=True)
@@ -129,16 +127,6 @@ def _left_behind(inputs: Sequence[Checkpoint]) -> Iterator[str]:
             reasons.setdefault(why, []).append(f"{label(one.ref)}/{name}")
     for why, of in reasons.items():
         yield f"not copied: {some(of)} ({why})"
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of some names, and how many more there are.
-
-    >>> some(["a", "b"])
-    'a, b'
-    """
-    shown = ", ".join(names[:SHOWN])
-    return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _equal(contents: Sequence[Content]) -> bool:

@@ -31,18 +31,16 @@ class TemplateChoice:
 
 
 def choose_template(
-    asked: str | None, inputs: Sequence[Checkpoint], source: Checkpoint, vocabulary: OutputVocabulary | None
+    asked: str, inputs: Sequence[Checkpoint], source: Checkpoint, vocabulary: OutputVocabulary | None
 ) -> TemplateChoice:
     """The template of a recipe's `chat_template`.
 
     Args:
-        asked: `auto`, a name or a template's text; None: nothing is asked.
+        asked: `auto`, a name or a template's text.
         inputs: the base, where there is one, and the models.
         source: whose tokenizer and ids of special tokens the output has.
         vocabulary: the output's tokens, where rows are matched by token.
     """
-    if asked is None:
-        return TemplateChoice()
     if asked == AUTO_TEMPLATE:
         return _commonest([(label(one.ref), text) for one in inputs if (text := chat_template(one.companions))])
     named = CHAT_TEMPLATES.get(asked)

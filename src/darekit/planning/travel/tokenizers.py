@@ -187,6 +187,8 @@ def _of_the_base(base: Checkpoint | None, tuned: Sequence[Checkpoint]) -> Tokeni
     """No fine-tuned model has a tokenizer."""
     if base is None or not has_tokenizer(base):
         return TokenizerChoice(tuned[0] if len(tuned) == 1 or base is None else base)
+    if not tuned:  # slices of the base, and no other model
+        return TokenizerChoice(base)
     return TokenizerChoice(base, (_without(tuned, []) + ": the output has the base's, with its ids of special tokens",))
 
 

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources that decode: quantised tensors as the bytes of a number format, a tile at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from darekit import quantised
+from darekit.checkpoints.checkpoint import SAMPLE_BYTES, TensorInfo
+from darekit.checkpoints.quantised.codes import Codes, Desk
+from darekit.checkpoints.quantised.scales import Grid, read_part, refuse_impossible, widened
+from darekit.checkpoints.sources import Source, Traits, refuse_outside, traits_of
+from darekit.dtypes import Bytes, DType, narrow
+from darekit.errors import DataError
+from darekit.kernels import quantised as kernels
+from darekit.masks import BLOCK
+from darekit.quantised import Singles
+
+TAG = b"darekit-dequantised-1\0"  # frozen: seeds depend on it, see `identity_of`
+TILES = 4 * 65536  # elements that are decoded in one call of a kernel, as many as the engine's fast lane asks for
+
+SAMPLED = 2  # places at which the error of rounding is sampled
+SAMPLED_ELEMENTS = 4096  # at each of them
+
+
+def identity_of(facts: Mapping[str, Any], parts: Mapping[str, TensorInfo]) -> bytes:
+    """What a quantised tensor is made of -> 16 bytes.
+
+    BLAKE2b (digest_size=16, no key) over b"darekit-dequantised-1\\\\0", UTF-8 JSON of the facts (keys sorted,
+    separators "," and ":"), and for each part in the order of its role: the role in UTF-8, b"\\\\0", its dtype as in
+    safetensors, b"\\\\0", its dimensions in decimal joined by ",", b"\\\\0", its first min(4096, nbytes) raw bytes.
+
+    Facts are `form`, `dtype` (that it is decoded to), and those of the form. Seeds, and through them masks, depend on
+    this encoding: it never changes.
+    """
+    text = json.dumps(dict(facts), sort_keys=True, separators=(",", ":"))
+    digest = hashlib.blake2b(TAG + text.encode(), digest_size=16)
+    for role in sorted(parts):
+        info = parts[role]
+        sample = np.empty(min(SAMPLE_BYTES, info.nbytes), np.uint8)
+        if sample.size:
+            info.source.read_into(sample, 0)
+        digest.update(f"{role}\0{info.dtype}\0{','.join(map(str, info.shape))}\0".encode() + sample.tobytes())
+    return digest.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """What is stored of one quantised tensor.
+
+    Attributes:
+        name: the tensor's, in errors.
+        dtype: that it is decoded to.
+        count: its elements.
+        form: what it is stored as, in words.
+        parts: by their role.
+        facts: all that decoding needs to know besides the parts.
+        grain: elements that are in memory while any of them is decoded.
+    """
+
+    name: str
+    dtype: DType
+    count: int
+    form: str
+    parts: Mapping[str, TensorInfo]
+    facts: Mapping[str, Any]
+    grain: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when decoded."""
+        return self.count * self.dtype.itemsize
+
+    def traits(self, error: Callable[[], tuple[float, float]]) -> Traits:
+        """The parts' files; how many bytes are read for each byte that is given; `error` as it is."""
+        found = [traits_of(info.source) for info in self.parts.values()]
+        read = sum(info.nbytes for info in self.parts.values())
+        return Traits(
+            files=tuple(dict.fromkeys(file for traits in found for file in traits.files)),
+            identity=identity_of({"form": self.form, "dtype": self.dtype.name, **self.facts}, self.parts),
+            cost=read / self.nbytes if self.nbytes else 0.0,
+            grain=self.grain,
+            rounding=error,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A tensor whose codes lie in the order of its elements.
+
+    Attributes:
+        stored: what is stored of it.
+        codes: one for each element.
+        table: what each is worth.
+        scales: one for each block.
+        zeros: subtracted before; None: nothing is.
+        rows: of a matrix of those that lie one behind the other: blocks do not reach into the next.
+        columns: of a row.
+        block: rows and columns of elements that share a scale.
+        factor: of all elements.
+        desk: where threads decode.
+        anything: whether codes that are not 0 may have a scale of 0: bitsandbytes gives zeros any code.
+    """
+
+    stored: Stored
+    codes: Codes
+    table: Singles
+    scales: Grid
+    zeros: Grid | None
+    rows: int
+    columns: int
+    block: tuple[int, int]
+    desk: Desk
+    factor: float = 1.0
+    anything: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.stored.nbytes
+
+    @cached_property
+    def traits(self) -> Traits:
+        """Those of what is stored."""
+        return self.stored.traits(self.rounding)
+
+    def read_into(self, buffer: Bytes, offset: int) -> None:
+        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor.
+
+        Raises:
+            DataError: a scale is NaN, Inf, or what no quantiser writes.
+        """
+        refuse_outside(buffer, offset, self.nbytes)
+        read_elements(self._decode, buffer, offset, self.stored.dtype.itemsize)
+
+    def _decode(self, start: int, raw: Bytes) -> None:
+        """Whole elements from one on, into (n,) uint8."""
+        size, dtype, scratch = self.stored.dtype.itemsize, self.stored.dtype, np.empty(BLOCK, np.float32)
+        end = start + raw.nbytes // size
+        done = start
+        while done < end:
+            # Matrices of their own have blocks of their own.
+            stop = min(end, done + TILES, (done // (self.rows * self.columns) + 1) * self.rows * self.columns)
+            part = raw[(done - start) * size : (stop - start) * size]
+            arguments = self._arguments(done, stop - done)
+            if dtype.name == "BF16" and part.ctypes.data % 2 == 0:
+                kernels.worth_bf16(*arguments, part.view(np.uint16), scratch)
+            else:
+                values = np.empty(stop - done, np.float32)
+                kernels.worth(*arguments, values)
+                rounded = np.empty(part.nbytes, np.uint8)
+                narrow(values, dtype, rounded)
+                part[...] = rounded
+            done = stop
+
+    def _arguments(self, start: int, count: int) -> tuple[Any, ...]:
+        """What `worth` takes, for elements that lie in one matrix."""
+        matrix, begin = divmod(start, self.rows * self.columns)
+        (top, bottom), (left, right) = self._blocks(begin, count)
+        lines = matrix * -(-self.rows // self.block[0])  # of blocks, before this matrix
+        codes = self.codes.read(start, count, self.desk)
+        scales = self.scales.read((lines + top, lines + bottom), (left, right))
+        if self.zeros is None:
+            zeros: Singles = np.zeros_like(scales)
+        else:
+            zeros = self.zeros.read((lines + top, lines + bottom), (left, right))
+        if not self.anything and not scales.all():
+            self._refuse_lost(codes, zeros, scales, begin, (top, left))
+        return (
+            codes, self.table, zeros, scales, begin, self.columns, *self.block, top, left, np.float32(self.factor),
+        )  # fmt: skip
+
+    def _blocks(self, begin: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Which rows and columns of blocks a range of a matrix touches; all columns, unless it lies in one row."""
+        first, last = begin // self.columns, (begin + count - 1) // self.columns
+        rows = first // self.block[0], last // self.block[0] + 1
+        if first == last:
+            column = begin % self.columns
+            return rows, (column // self.block[1], (column + count - 1) // self.block[1] + 1)
+        return rows, (0, -(-self.columns // self.block[1]))
+
+    def _refuse_lost(self, codes: Bytes, zeros: Singles, scales: Singles, begin: int, corner: tuple[int, int]) -> None:
+        """A block of zeros may have a scale of 0: then its codes are zeros too."""
+        ones = (scales == 0).astype(np.float32)
+        found = quantised.worth(codes, self.table, zeros, ones, begin, self.columns, self.block, corner, np.float32(1))
+        if np.any(found != 0):
+            raise DataError(
+                f"{self.stored.name}: a scale in {self.scales.parts[0].name} is 0, and the codes that it scales are "
+                "not: what they were is lost. The file is damaged; download it again, or give the checkpoint that was "
+                "quantised"
+            )
+
+    def rounding(self) -> tuple[float, float]:
+        """From a sample: about the squared norm of what rounding to these codes has changed, and that of the tensor."""
+        return self._rounding
+
+    @cached_property
+    def _rounding(self) -> tuple[float, float]:
+        widths, error, square = quantised.cells(self.table), 0.0, 0.0
+        for start, count in sampled_at(self.stored.count, self.rows * self.columns):
+            codes, table, zeros, scales, *rest = self._arguments(start, count)
+            begin, columns, height, width, top, left, factor = rest
+            place = begin, columns, (height, width), (top, left), factor
+            values = quantised.worth(codes, table, zeros, scales, *place)
+            steps = quantised.worth(codes, widths, np.zeros_like(zeros), scales, *place)
+            square += float(np.nansum(np.square(values, dtype=np.float64)))
+            error += float(np.square(steps, dtype=np.float64).sum()) / 12
+        return error, square
+
+
+class Matrix:
+    """A matrix with its columns as rows, and its scales; who makes it holds the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pairs: Bytes = np.empty((0, 0), np.uint8)
+        self.scales: Singles = np.empty((0, 0), np.float32)
+        self.made = False
+        self.users = 0
+
+    def room(self, shape: tuple[int, int]) -> Bytes:
+        """For the pairs: what was there, if it is as large."""
+        if self.pairs.shape != shape:
+            self.pairs = np.empty(shape, np.uint8)
+        return self.pairs
+
+
+class Shelf:
+    """Matrices that were read whole, because their elements lie in another order than they are asked for in: as many as
+    threads read, the last ones. Threads share a matrix where they read the same."""
+
+    def __init__(self) -> None:
+        self.desk = Desk()
+        self._lock = threading.Lock()
+        self._threads: set[int] = set()
+        self._kept: OrderedDict[Any, Matrix] = OrderedDict()
+
+    @contextmanager
+    def matrix(self, key: Any, make: Callable[[Matrix], None]) -> Iterator[Matrix]:
+        """A matrix, made if it is not here; it stays as long as it is used."""
+        with self._lock:
+            self._threads.add(threading.get_ident())
+            if key not in self._kept:
+                idle = [old for old, one in self._kept.items() if not one.users]
+                full = len(self._kept) >= len(self._threads)
+                # Its memory is used again: finding pages for a new one takes four times as long as making it.
+                found = self._kept.pop(idle[0]) if idle and full else Matrix()
+                found.made = False
+                self._kept[key] = found
+            found = self._kept[key]
+            found.users += 1
+            self._kept.move_to_end(key)
+        try:
+            with found.lock:
+                if not found.made:
+                    make(found)
+                    found.made = True
+            yield found
+        finally:
+            with self._lock:
+                found.users -= 1
+
+
+@dataclass(frozen=True, eq=False)
+class Flipped:
+    """Matrices that were packed down their columns: (e, n, g, b) bytes of two codes each -> (e, 2 g b, n).
+
+    Attributes:
+        stored: what is stored of it.
+        blocks: the codes, the first of two in the lower bits.
+        scales: (e, n, g) powers of two, one for 2 b codes.
+        shape: (e, n, g, b).
+        shelf: where matrices are kept that were read.
+    """
+
+    stored: Stored
+    blocks: Source
+    scales: TensorInfo
+    shape: tuple[int, int, int, int]
+    shelf: Shelf
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.stored.nbytes
+
+    @cached_property
+    def traits(self) -> Traits:
+        """Those of what is stored."""
+        return self.stored.traits(self.rounding)
+
+    def read_into(self, buffer: Bytes, offset: int) -> None:
+        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor.
+
+        Raises:
+            DataError: a scale is NaN.
+        """
+        refuse_outside(buffer, offset, self.nbytes)
+        read_elements(self._decode, buffer, offset, self.stored.dtype.itemsize)
+
+    def _decode(self, start: int, raw: Bytes) -> None:
+        size, dtype, (_, n, g, b) = self.stored.dtype.itemsize, self.stored.dtype, self.shape
+        matrix, scratch = 2 * g * b * n, np.empty(BLOCK, np.float32)
+        done, end = start, start + raw.nbytes // size
+        while done < end:
+            expert, begin = divmod(done, matrix)
+            stop = min(end, done + TILES, (expert + 1) * matrix)
+            part = raw[(done - start) * size : (stop - start) * size]
+            direct = dtype.name == "BF16" and part.ctypes.data % 2 == 0
+            words = part.view(np.uint16) if direct else np.empty(stop - done, np.uint16)
+            with self.shelf.matrix((id(self), expert), partial(self._read, expert)) as found:
+                kernels.flipped_bf16(found.pairs, quantised.E2M1, found.scales, 2 * b, begin, words, scratch)
+            if not direct:  # BF16 holds every product of these codes and powers of two, but for the smallest
+                rounded = np.empty(part.nbytes, np.uint8)
+                narrow((words.astype(np.uint32) << 16).view(np.float32), dtype, rounded)
+                part[...] = rounded
+            done = stop
+
+    def _read(self, expert: int, matrix: Matrix) -> None:
+        """One matrix, with its columns as rows: (g b, n) uint8, and (g, n) float32 scales."""
+        _, n, g, b = self.shape
+        rows, pairs = self.shelf.desk.room("rows", n * g * b), matrix.room((g * b, n))
+        self.blocks.read_into(rows, expert * n * g * b)
+        if n % 8 or g * b % 8:
+            np.copyto(pairs, rows.reshape(n, g * b).T)
+        else:
+            kernels.flip(rows.view("<u8").reshape(n, g * b // 8), pairs.view("<u8"))
+        matrix.scales = np.ascontiguousarray(self._scales(expert * n, n).T)
+
+    def _scales(self, row: int, many: int) -> Singles:
+        g = self.shape[2]
+        found = widened(read_part(self.scales, g, (row, row + many), (0, g)), "U8")
+        refuse_impossible(found, self.scales.name, self.stored.name)
+        return found.reshape(many, g)
+
+    def rounding(self) -> tuple[float, float]:
+        """From a sample: about the squared norm of what rounding to these codes has changed, and that of the tensor."""
+        return self._rounding
+
+    @cached_property
+    def _rounding(self) -> tuple[float, float]:
+        _, _, g, b = self.shape
+        widths, error, square = quantised.cells(quantised.E2M1), 0.0, 0.0
+        rows = self.shape[0] * self.shape[1]
+        many = min(rows, max(1, SAMPLED_ELEMENTS // max(1, 2 * g * b)))
+        for start in dict.fromkeys(i * (rows - many) // (SAMPLED - 1) for i in range(SAMPLED if rows else 0)):
+            raw = np.empty(many * g * b, np.uint8)
+            self.blocks.read_into(raw, start * g * b)
+            codes, scales = quantised.nibbles(raw, False), np.repeat(self._scales(start, many).reshape(-1), 2 * b)
+            square += float(np.square(quantised.E2M1[codes] * scales, dtype=np.float64).sum())
+            error += float(np.square(widths[codes] * scales, dtype=np.float64).sum()) / 12
+        return error, square
+
+
+def sampled_at(count: int, within: int) -> list[tuple[int, int]]:
+    """(start, count) of a few ranges of a tensor, each within one of the matrices of so many elements."""
+    if not count:
+        return []
+    starts = dict.fromkeys(i * max(0, count - SAMPLED_ELEMENTS) // (SAMPLED - 1) for i in range(SAMPLED))
+    return [(start, min(SAMPLED_ELEMENTS, within - start % within, count - start)) for start in starts]
+
+
+def read_elements(decode: Callable[[int, Bytes], None], buffer: Bytes, offset: int, size: int) -> None:
+    """Have whole elements of so many bytes decoded, and take a range of bytes of them."""
+    first, last = offset // size, -(-(offset + buffer.nbytes) // size)
+    if first * size == offset and (last - first) * size == buffer.nbytes:
+        decode(first, buffer)
+    else:  # nobody's hot path
+        whole = np.empty((last - first) * size, np.uint8)
+        decode(first, whole)
+        buffer[...] = whole[offset - first * size :][: buffer.nbytes]
+
+
+def named(parts: Sequence[tuple[str, TensorInfo | None]]) -> dict[str, TensorInfo]:
+    """Those parts that are there."""
+    return {role: info for role, info in parts if info is not None}

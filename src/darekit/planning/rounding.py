@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantisation has changed: a delta to or from a quantised model holds the error of rounding to its codes.
+
+How large that error is follows from the codes alone, without the weights that were quantised: each stands for an
+interval (`darekit.quantised.cells`), and what was rounded into it is off by its width over the root of 12, on average.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from darekit.checkpoints import TensorInfo, traits_of
+from darekit.planning.homology import Norms, weighted_median
+from darekit.planning.matching.alignment import AlignedTensor
+from darekit.wording import label
+
+SAMPLED_TENSORS = 64  # spread over the model
+
+OWN = 0.7  # a delta that is smaller than this part of the error cannot contain it
+SMALL = 0.5  # as much smaller is a delta between codes most of which are the same
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """Medians over the tensors of which at least one side is quantised.
+
+    Attributes:
+        base: r of the base, about ||error|| / ||W||; 0 where it is not quantised.
+        model: r of the model.
+        delta: r of the delta in the same tensors.
+    """
+
+    base: float
+    model: float
+    delta: float
+
+    @property
+    def both(self) -> float:
+        """r of the two errors together, if they have nothing in common."""
+        return math.hypot(self.base, self.model)
+
+
+def rounding_of(tensors: Sequence[AlignedTensor], model: int, norms: Sequence[Norms]) -> Rounding | None:
+    """Of a model, by its index in the recipe, and its base; None where neither is quantised.
+
+    Args:
+        tensors: the alignment's.
+        model: its index.
+        norms: its sampled deltas.
+    """
+    sampled = {one.name: one for one in norms}
+    found: list[tuple[TensorInfo, TensorInfo, Norms]] = []
+    for tensor in tensors:
+        base, tuned, norm = tensor.base, tensor.models[model], sampled.get(tensor.name)
+        if base is not None and tuned is not None and norm is not None and (_quantised(base) or _quantised(tuned)):
+            found.append((base, tuned, norm))
+    if not found:
+        return None
+    many = min(SAMPLED_TENSORS, len(found))
+    some = [found[i * len(found) // many] for i in range(many)]
+    return Rounding(
+        weighted_median((_error(base), norm.parameters) for base, _, norm in some),
+        weighted_median((_error(tuned), norm.parameters) for _, tuned, norm in some),
+        weighted_median((norm.r, norm.parameters) for _, _, norm in some),
+    )
+
+
+def told(ref: str, base_ref: str, found: Rounding) -> str:
+    """What it means for the delta, and what can be done."""
+    size = f"r = {found.delta:.2g}"
+    share = min(1.0, (found.both / found.delta) ** 2) if found.delta else 1.0
+    if found.base and found.model:
+        begin = (
+            f"{label(ref)} and {label(base_ref)} are both quantised: rounding changed each by about r = "
+            f"{max(found.base, found.model):.2g}, and the delta between them ({size}) is made of whole steps of codes"
+        )
+        if found.delta < SMALL * found.both:
+            return f"{begin}. Most codes are the same; what was smaller than a step is lost"
+        return f"{begin}; up to {share:.0%} of its square is rounding. Give the 16-bit releases, if there are any"
+    quantised, other = (base_ref, ref) if found.base else (ref, base_ref)
+    error = found.both
+    if found.base and found.delta < OWN * error:
+        return (
+            f"{label(base_ref)} is quantised (rounding changed it by about r = {error:.2g}), but {label(ref)} differs "
+            f"from what it decodes to by only {size}: it was tuned from that, so its delta has no rounding in it"
+        )
+    return (
+        f"{label(quantised)} is quantised and {label(other)} is not: rounding changed {label(quantised)} by about "
+        f"r = {error:.2g} (from the steps of its codes), which is {share:.0%} of the squared delta of {label(ref)} "
+        f"({size}) and no fine-tuning. Give the 16-bit release of {label(quantised)} instead, if there is one"
+    )
+
+
+def _quantised(info: TensorInfo) -> bool:
+    return traits_of(info.source).rounding is not None
+
+
+def _error(info: TensorInfo) -> float:
+    rounding = traits_of(info.source).rounding
+    if rounding is None:
+        return 0.0
+    error, square = rounding()
+    return math.sqrt(error / square) if square else 0.0
