@@ -397,6 +397,10 @@ def test_a_folder_of_something_else_is_refused(place):
     (place.path / "out" / "cells.jsonl").write_text("")
     with pytest.raises(OutputError, match=r"holds cells.jsonl, which is not of this search: choose another OUT"):
         place.run(place.search())
+    (place.path / "model").mkdir()
+    (place.path / "model" / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"model holds config.json, which is not of this search"):
+        place.run(place.search(), "model")
     (place.path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file"):
         place.run(place.search(), "file")

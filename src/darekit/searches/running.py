@@ -176,8 +176,8 @@ def run(
     if trials is not None:
         bound = replace(bound, trials=trials)
     record = claim(out, _asked(bound, inputs, judged, dtype))
-    folder = Folder(out)
     remember(out, record)
+    folder = Folder(out)
 
     def digest(recipe: Recipe, whole: frozenset[str]) -> str:
         return trial_digest(recipe, inputs, {"judges": judged, "whole": {"names": sorted(whole)}}, dtype)

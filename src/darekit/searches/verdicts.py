@@ -249,6 +249,8 @@ class _Found:
         told = ", ".join(f"{goal.score} {_shown(scores[goal.score])}" for goal in self.standings.goals)
         found = [one for one in self.differences() if one["score"] == self.standings.goals[0].score]
         on = f"on {self.split}: {told}"
+        if self.split == "validation":  # by which it was chosen: no comparison there is fair
+            return f"Best on validation: {who}, {told}."
         worse = [one for one in found if one["better"] is False]
         unclear = [one for one in found if one["better"] is None]
         if len(self.standings.goals) > 1:
