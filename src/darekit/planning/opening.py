@@ -77,7 +77,7 @@ def open_unrounded(
     """
 
     def whole(recipe: Recipe, ref: str, search: Sequence[Path], above: Sequence[str]) -> Checkpoint:
-        return _open_recipe(replace(recipe, dtype="F32"), ref, search, above)
+        return _open_recipe(replace(recipe, dtype="F32", output="model", rank=None), ref, search, above)
 
     if str(base).endswith(SUFFIXES):
         raise PlanError(f"{base} is a recipe: a delta is taken from a stored checkpoint; merge it first")

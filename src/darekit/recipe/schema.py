@@ -263,6 +263,7 @@ def _top() -> dict[str, Schema]:
             "enum": _literals(Recipe, "base_extras"),
             "default": "keep",
         },
+        "rounding": _rounding(),
         "output": {
             "description": "What is written: a model; or an adapter, where all models are adapters on the base.",
             "enum": _literals(Recipe, "output"),
@@ -275,6 +276,20 @@ def _top() -> dict[str, Schema]:
         },
     }
     return {key: known[key] for key in TOP_KEYS}
+
+
+def _rounding() -> Schema:
+    """A word, or a block that has a seed, too."""
+    words = _literals(Recipe, "rounding")
+    block = _block({"method": {"enum": words}, "seed": {"description": "Of its draws.", **seed()}})
+    return {
+        "description": (
+            "How merged values are rounded into the output's format: to the nearest, or stochastically, so that small "
+            "changes are not lost in the mean."
+        ),
+        "anyOf": [{"enum": words}, block | {"required": ["method"]}],
+        "default": "nearest",
+    }
 
 
 def _tokenizer() -> Schema:
