@@ -397,6 +397,10 @@ def test_a_folder_of_something_else_is_refused(place):
     (place.path / "out" / "cells.jsonl").write_text("")
     with pytest.raises(OutputError, match=r"holds cells.jsonl, which is not of this search: choose another OUT"):
         place.run(place.search())
+    (place.path / "model").mkdir()
+    (place.path / "model" / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"model holds config.json, which is not of this search"):
+        place.run(place.search(), "model")
     (place.path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file"):
         place.run(place.search(), "file")
@@ -563,3 +567,46 @@ def test_a_folder_of_lines_of_others_is_refused(tmp_path):
     (tmp_path / "out" / "trials.jsonl").write_text('{"something": 1}\n')
     with pytest.raises(OutputError, match="holds what no search wrote"):
         _ = folder.lines
+
+
+# --- what others make of the folder
+
+
+def test_a_search_has_a_page_and_shows_itself(place):
+    pytest.importorskip("plotly")
+    from darekit.reports.searches import search_page
+
+    weights = {"low": 0.5, "high": 1.5, "groups": ["attention", "mlp"]}
+    space = {"parameters.lambda": {"low": 0.0, "high": 1.5}, "models.0.parameters.weight": weights}
+
+    class Plain(Fake):
+        @staticmethod
+        def quality(recipe, name):  # weights by group are no numbers
+            return 0.9 - 0.8 * abs(recipe["parameters"].get("lambda", 1.0) - 0.8)
+
+    found = place.run(place.search(space=space), fake=Plain())
+    page = search_page(found.out)
+    assert (page.verdict, *page.details) == tuple(found.summary["verdict"])
+    assert page.title == found.summary["name"] and page.state == "" and page.source and "lambda" in page.source[1]
+    facts = dict(page.facts)
+    assert facts["parameters.lambda"] == "0.0 to 1.5" and "models.0.parameters.weight [attention, mlp]" in facts
+    assert "judge.py:score" in facts["validation"] and facts["test used"] == "for 1 choice"
+    titles = [part.title for section in page.sections for part in section.parts]
+    drawn = {"Scores over trials", "Differences rung by rung", "Slices", "Parallel coordinates", "By group of tensors"}
+    assert drawn <= {*titles}
+    [every] = [p for s in page.sections for p in s.parts if p.title.startswith("Every trial")]
+    assert len(every.rows) == 12 and {row[1].split(" ")[0] for row in every.rows} == {"complete", "stopped"}
+    html = found._repr_html_()
+    assert found.summary["verdict"][0] in html and "task arithmetic, 1/K" in html and "±" in html
+
+
+def test_a_page_of_a_search_that_gained_nothing(place):
+    pytest.importorskip("plotly")
+    from darekit.reports.searches import search_page
+
+    found = place.run(place.search(space={"parameters.lambda": {"low": 0.0, "high": 0.1}}, trials=4))
+    best = found.summary["best"]
+    assert best["trial"] is None and best["name"] == "task arithmetic"
+    page = search_page(found.out)
+    assert page.tone == "plain" and page.numbers[0].note == "task arithmetic"
+    assert page.sections[0].parts[0].rows[0][0] == "best: task arithmetic"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from darekit.kernels.compiling import kept_kernel, kernel
-from darekit.kernels.cpu import round_bf16
+from darekit.kernels.rounding import round_bf16
 
 How = npt.NDArray[np.int64]
 

@@ -188,6 +188,8 @@ def _line(path: Path, text: bytes) -> Line | None:
 
 # --- what was asked ---
 
+_TELLING = (TRIALS, SUMMARY, JOURNAL, "cells.jsonl", "config.json")  # what says best whose folder it is
+
 
 def claim(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Make a folder this search's, or find that it is -> what it remembers.
@@ -206,7 +208,9 @@ def claim(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(there, dict) or there.get("format") != FORMAT:
             raise ValueError
     except FileNotFoundError:
-        others = [name for name in (TRIALS, SUMMARY, JOURNAL, "cells.jsonl") if (out / name).exists()]
+        there_is = {one.name for one in out.iterdir() if one.name[0] != "."} if out.is_dir() else set()
+        others = sorted(there_is - {ITEMS, LEASES})
+        others = [*dict.fromkeys((*(name for name in others if name in _TELLING), *others))][:3]
         if others:
             raise OutputError(
                 f"{out} holds {', '.join(others)}, which is not of this search: choose another OUT"
@@ -230,7 +234,11 @@ def claim(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remember(out: Path, record: Mapping[str, Any]) -> None:
-    """Write `search.json`."""
+    """Write `search.json`; OUT is made where it is missing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror}; choose another OUT") from None
     write_whole(out / RECORD, json.dumps(record, indent=1) + "\n")
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from darekit.errors import DataError, PlanError, RecipeError
-from darekit.pools.processes import Lost, Pool, open_processes
+from darekit.pools.clusters import cluster_of, open_pool, require_ray
+from darekit.pools.processes import Lost, Pool
 from darekit.recipe import Recipe
 from darekit.recipe.essence import essence
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED, Answer, Asker, Rung, Task
@@ -68,7 +69,9 @@ def search(
     *,
     trials: int | None = None,
     seconds: float | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
+    ray: str | bool | None = None,
+    gpus_per_worker: float | None = None,
     threads: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -84,7 +87,10 @@ def search(
         out: the folder of the results. One that belongs to another search is refused.
         trials: how many candidates, all runs together; what the file says if not given.
         seconds: begin no candidate after so long.
-        jobs: processes; each holds one model.
+        jobs: processes, or workers on a cluster; each holds one model. If not given one, on a cluster as many as it
+            has room for.
+        ray: work on a Ray cluster: its address, or True for one that is there or else a new one on this machine.
+        gpus_per_worker: of a cluster; one where it has some if not given.
         threads: worker threads that merge in each process.
         device: cpu, cuda or mps; the fastest available if not given.
         dtype: number format to compute in; float32 on a CPU if not given.
@@ -110,18 +116,21 @@ def search(
         >>> report = dk.merge("found/best.yaml", "best")
     """
     found = source if isinstance(source, Search) else read_search(source)
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise PlanError(f"jobs must be at least 1, found {jobs}")
+    cluster = cluster_of(ray, gpus_per_worker, jobs)
+    if cluster is not None:
+        require_ray()
     require_optuna(found.sampler)
     folders = search_of(found.recipe, found.search)
     written = recipe_with(found.recipe, {}, set(), None)
-    place = Place(folders, device, dtype, shared_threads(threads, jobs), origins_in([written]))
+    place = Place(folders, device, dtype, shared_threads(threads, jobs or 1), origins_in([written]))
 
     def make(whole: frozenset[str]) -> Callable[[], Callable[[Task], Answer]]:
         return partial(Asker, found.name, found.judges, found.search, place, whole)
 
     return run(
-        found, Path(out), make=make, pool=lambda work: open_processes(work, jobs), trials=trials, seconds=seconds,
+        found, Path(out), make=make, pool=lambda work: open_pool(work, jobs, cluster), trials=trials, seconds=seconds,
         dtype=dtype, watch=watch, say=say,
     )  # fmt: skip
 
@@ -167,8 +176,8 @@ def run(
     if trials is not None:
         bound = replace(bound, trials=trials)
     record = claim(out, _asked(bound, inputs, judged, dtype))
-    folder = Folder(out)
     remember(out, record)
+    folder = Folder(out)
 
     def digest(recipe: Recipe, whole: frozenset[str]) -> str:
         return trial_digest(recipe, inputs, {"judges": judged, "whole": {"names": sorted(whole)}}, dtype)
