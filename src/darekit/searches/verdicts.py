@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from darekit.notebooks import shown_as_html
 from darekit.recipe import Recipe, read_recipe
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED
 from darekit.searches.baselines import BASE, Baseline
@@ -49,6 +50,27 @@ class SearchResult:
 
     def __repr__(self) -> str:
         return brief(self, f"{self.summary['name']}, {self.summary['verdict'][0]}")
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the verdict, and what was judged by the goals."""
+        goals = [goal["score"] for goal in self.summary["question"]["goals"]]
+        splits = ("validation", "test")
+        rows = [(one["name"], one["validation"], one["test"]) for one in self.summary["baselines"]]
+        best = self.summary["best"]
+        if best is not None and best["trial"] is not None:
+            rows.append((f"trial {best['trial']}", best["validation"], best["test"]))
+        head, *rest = self.summary["verdict"]
+        return shown_as_html(
+            f"{self.summary['name']}: {head}",
+            header=("", *(f"{goal}, {split}" for goal in goals for split in splits)),
+            rows=[
+                (name, *(_shown(scores[goal]) if scores and goal in scores else ""
+                         for goal in goals for scores in (validation, test)))
+                for name, validation, test in rows
+            ],
+            notes=rest,
+            source=("best.yaml", (self.out / BEST).read_text(encoding="utf-8")) if self.best is not None else None,
+        )  # fmt: skip
 
 
 def write_summary(
