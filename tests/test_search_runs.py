@@ -588,3 +588,18 @@ def test_a_folder_of_lines_of_others_is_refused(tmp_path):
     (tmp_path / "out" / "trials.jsonl").write_text('{"something": 1}\n')
     with pytest.raises(OutputError, match="holds what no search wrote"):
         _ = folder.lines
+
+
+def test_files_that_two_processes_write_at_once_are_whole(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from darekit.trials.files import append, write_whole
+
+    with ThreadPoolExecutor(8) as threads:
+        for found in [threads.submit(write_whole, tmp_path / "x", f"{i}" * 1000) for i in range(80)]:
+            found.result()
+        for found in [threads.submit(append, tmp_path / "y", f"{i}\n") for i in range(80)]:
+            found.result()
+    text = (tmp_path / "x").read_text()
+    assert any(text == f"{i}" * 1000 for i in range(80)) and len([*tmp_path.iterdir()]) == 2
+    assert sorted(map(int, (tmp_path / "y").read_text().split())) == [*range(80)]
