@@ -23,7 +23,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 import family
-from darekit.extraction.factors import OVERSAMPLING, POWERS, flops
+from darekit.extraction.factors import OVERSAMPLING, POWERS, flops, svd_flops
 
 PROGRAM = "from darekit.cli import main; main()"
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--energy", type=float, help="also run a budget once: minutes")
+    parser.add_argument("--energy", type=float, help="also run a budget, on one layer")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
@@ -90,8 +90,15 @@ def main() -> None:
         f"peak {peak / 1e6:.0f} MB, error {report['error']:.3f}"
     )
     if given.energy:
-        seconds, report = extract(folder, given.threads, "--energy", str(given.energy))
-        print(f"energy {given.energy:g}: {seconds:.0f} s, peak {report['peak_rss_bytes'] / 1e6:.0f} MB")
+        # All singular values of the whole family take an hour of processor time: one layer of it tells the same.
+        family.LAYERS, family.VOCABULARY = 1, 4096
+        family.build(given.scratch / "layer")
+        work = sum(svd_flops(shape) for shape in shapes())
+        for word, amount in (("rank", str(given.rank)), ("energy", str(given.energy))):
+            seconds, report = extract(given.scratch / "layer", given.threads, f"--{word}", amount)
+            peak, pace = report["peak_rss_bytes"] / 1e6, work / report["seconds"] / 1e9
+            told = f", about {pace:.0f} GFLOP/s" if word == "energy" else ""
+            print(f"one layer, {word} {amount}: {report['seconds']:.1f} s{told}, peak {peak:.0f} MB")
 
 
 if __name__ == "__main__":

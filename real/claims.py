@@ -131,6 +131,9 @@ def mean_of(row: Mapping[str, Any], models: Sequence[str]) -> float:
 # --- the claims ---
 
 
+Found = tuple[str, str, str]  # what was measured, the rule, the outcome; a claim's docstring says what the paper says
+
+
 def _three(held: bool, partly: bool) -> str:
     return HELD if held else PARTLY if partly else FAILED
 
@@ -146,108 +149,100 @@ def _kept_at(results: Results, method: str, rate: float) -> list[bool]:
     return [is_kept(results, one, dropped(results, one, method, rate).mean) for one in abilities(results)]
 
 
-def dare_90(results: Results) -> Verdict:
-    """At p = .9."""
+def dare_90(results: Results) -> Found:
+    """DARE drops 90 % of a delta with next to no loss."""
     kept = _kept_at(results, "DARE", 0.9)
-    return Verdict(
-        "DARE drops 90 % of a delta with next to no loss",
+    return (
         f"exact match at p = 0 / .9: {_listed(results, 'DARE', (0, 0.9))}",
         "held: every ability is within two standard errors; partly: one is", _three(all(kept), any(kept)),
     )  # fmt: skip
 
 
-def dare_99(results: Results) -> Verdict:
-    """At p = .99, which the paper has only where models are large."""
+def dare_99(results: Results) -> Found:
+    """Even 99 % can be dropped, where a model is large (70B)."""
     kept = _kept_at(results, "DARE", 0.99)
-    return Verdict(
-        "Even 99 % can be dropped, where a model is large (70B)",
-        f"135M parameters, at p = 0 / .99: {_listed(results, 'DARE', (0, 0.99))}",
+    return (
+        f"at p = 0 / .99: {_listed(results, 'DARE', (0, 0.99))}",
         "held: every ability is within two standard errors; partly: one is", _three(all(kept), any(kept)),
     )  # fmt: skip
 
 
-def all_tensors(results: Results) -> Verdict:
-    """The paper drops embeddings and norms, too."""
+def all_tensors(results: Results) -> Found:
+    """All tensors are dropped alike, embeddings and norms too."""
     kept = _kept_at(results, ALL_TENSORS, 0.9)
-    return Verdict(
-        "All tensors are dropped alike, embeddings and norms too",
+    return (
         f"all tensors, at p = 0 / .9 / .99: {_listed(results, ALL_TENSORS, (0, 0.9, *_other(results, 0.99)))}",
         "held: with all tensors at p = .9 every ability is within two standard errors; partly: one is",
         _three(all(kept), any(kept)),
     )  # fmt: skip
 
 
-def drop_only(results: Results) -> Verdict:
-    """Without the rescale."""
+def drop_only(results: Results) -> Found:
+    """Without the rescale (DropOnly) it fails."""
     gaps = [
         dropped(results, one, "DARE", 0.9).mean - dropped(results, one, DROP_ONLY, 0.9).mean
         for one in abilities(results)
     ]
-    return Verdict(
-        "Without the rescale (DropOnly) it fails",
+    return (
         f"DropOnly at {_rates(results)}: {_listed(results, DROP_ONLY, _others(results))}",
         "held: at p = .9 DropOnly is 10 points or more below DARE for every ability; partly: for one",
         _three(min(gaps) >= 10, max(gaps) >= 10),
     )  # fmt: skip
 
 
-def magnitude(results: Results) -> Verdict:
-    """Keeping the largest."""
+def magnitude(results: Results) -> Found:
+    """Keeping the largest changes (MP) instead of random ones fails earlier than DARE."""
     gaps = [
         dropped(results, one, "DARE", 0.9).mean - dropped(results, one, MAGNITUDE, 0.9).mean
         for one in abilities(results)
     ]
-    return Verdict(
-        "Keeping the largest changes (MP) instead of random ones fails earlier than DARE",
+    return (
         f"MP at {_rates(results)}: {_listed(results, MAGNITUDE, _others(results))}",
         "held: at p = .9 MP is 10 points or more below DARE for every ability; partly: for one",
         _three(min(gaps) >= 10, max(gaps) >= 10),
     )  # fmt: skip
 
 
-def rescaled(results: Results) -> Verdict:
-    """Rescale after magnitude."""
+def rescaled(results: Results) -> Found:
+    """Rescaling after MP ruins it."""
     gaps = [
         dropped(results, one, MAGNITUDE, 0.9).mean - dropped(results, one, RESCALED, 0.9).mean
         for one in abilities(results)
     ]
-    return Verdict(
-        "Rescaling after MP ruins it",
+    return (
         f"MP with rescale at {_rates(results)}: {_listed(results, RESCALED, _others(results))}",
         "held: at p = .9 the rescale costs 10 points or more for every ability; partly: for one",
         _three(min(gaps) >= 10, max(gaps) >= 10),
     )  # fmt: skip
 
 
-def small_deltas(results: Results) -> Verdict:
-    """How large the changes are."""
+def small_deltas(results: Results) -> Found:
+    """Most changes of supervised fine-tuning are below .002."""
     found = {one: results["steps"][f"inspect-{one}"]["total"] for one in abilities(results)}
     shares = {one: 100 * total["shares"]["0.002"] for one, total in found.items()}
     told = "; ".join(f"{one} {share:.1f} % (median r {found[one]['r']:.4f})" for one, share in shares.items())
-    return Verdict(
-        "Most changes of supervised fine-tuning are below .002",
+    return (
         f"below .002: {told}",
         "held: 95 % or more of the elements of every model; partly: of one",
         _three(min(shares.values()) >= 95, max(shares.values()) >= 95),
     )  # fmt: skip
 
 
-def merging_gains(results: Results) -> Verdict:
-    """What DARE adds to merges of all models."""
+def merging_gains(results: Results) -> Found:
+    """DARE before a merge makes it better."""
     models = abilities(results)
     cells = merge_cells(results, "three", models)
     gains = {method: mean_of(pair["with"], models) - mean_of(pair["without"], models) for method, pair in cells.items()}
     told = ", ".join(f"{method} {gain:+.1f}" for method, gain in gains.items())
     count = sum(gain >= 1 for gain in gains.values())
-    return Verdict(
-        "DARE before a merge makes it better",
+    return (
         f"three models, mean of the abilities, with DARE minus without: {told} points",
         "held: by a point or more for two methods of three; partly: for one", _three(count >= 2, count >= 1),
     )  # fmt: skip
 
 
-def absorbed(results: Results) -> Verdict:
-    """Whether one model has all the abilities."""
+def absorbed(results: Results) -> Found:
+    """One model absorbs the abilities of several, with equal weights."""
     models = abilities(results)
     rows = [row for pair in merge_cells(results, "three", models).values() for row in pair.values()]
     kept = {
@@ -260,8 +255,7 @@ def absorbed(results: Results) -> Verdict:
     mean = max(kept, key=lambda name: fmean(kept[name]))
     row = next(row for row in rows if row["at"]["merge"] == lowest)
     told = ", ".join(f"{one} {cell_of(row, one).mean:.1f}" for one in models)
-    return Verdict(
-        "One model absorbs the abilities of several, with equal weights",
+    return (
         f"best of the chosen merges, {lowest} DARE: {told}",
         "held: a merge keeps 90 % of every ability; partly: a merge keeps 80 % in the mean",
         _three(min(kept[lowest]) >= 0.9, fmean(kept[mean]) >= 0.8),
@@ -280,15 +274,20 @@ def _rates(results: Results) -> str:
     return "p = " + " / ".join(f"{rate:g}".lstrip("0") for rate in _others(results))
 
 
-CLAIMS: Sequence[Callable[[Results], Verdict]] = (
+CLAIMS: Sequence[Callable[[Results], Found]] = (
     dare_90, dare_99, all_tensors, drop_only, magnitude, rescaled, small_deltas, merging_gains, absorbed,
 )  # fmt: skip
 
 
+def verdict(claim: Callable[[Results], Found], results: Results) -> Verdict:
+    """One claim; what was not run says so."""
+    says = (claim.__doc__ or "").strip().removesuffix(".")
+    try:
+        return Verdict(says, *claim(results))
+    except KeyError:
+        return Verdict(says, "", "", MISSING)
+
+
 def verdicts(results: Results) -> Iterator[Verdict]:
-    """Every claim; what was not run says so."""
-    for claim in CLAIMS:
-        try:
-            yield claim(results)
-        except KeyError:
-            yield Verdict((claim.__doc__ or "").strip(), "", "", MISSING)
+    """Every claim."""
+    return (verdict(claim, results) for claim in CLAIMS)

@@ -204,13 +204,16 @@ def _headline(results: Results, page: Path) -> Iterator[str]:
 
 
 def _claims(results: Results, page: Path) -> Iterator[str]:
-    yield (
-        "The rules stand in [`real/claims.py`](https://arxiv.org/abs/2311.03099), and were fixed before the run that was "
-        "committed first."
-    ).replace("[`real/claims.py`](https://arxiv.org/abs/2311.03099)", "`real/claims.py`")
+    yield "The rules stand in `real/claims.py`, and were fixed before the run that was committed first."
+    found = [*claims.verdicts(results)]
+    counts = [
+        (sum(one.outcome == outcome for one in found), outcome)
+        for outcome in (claims.HELD, claims.PARTLY, claims.FAILED, claims.MISSING)
+    ]
+    yield f"Of {len(found)} claims " + ", ".join(f"{count} {outcome}" for count, outcome in counts if count) + "."
     rows = [
         (one.paper, one.here or "not in this run", f"**{one.outcome}**" + (f"; {one.rule}" if one.rule else ""))
-        for one in claims.verdicts(results)
+        for one in found
     ]
     yield "\n".join(
         [
@@ -267,7 +270,7 @@ def _merged(results: Results, page: Path) -> Iterator[str]:
                 ))  # fmt: skip
     yield table(("models", "merge", *models, "mean", "perplexity", "chosen"), rows, words=2)
     alone = ", ".join(f"{one} {dropped(results, one, 'DARE', 0).mean:.1f}" for one in models)
-    yield f"Each model alone: {alone}; the base 0 but for what the first table says."
+    yield f"Alone, each on its own task: {alone}."
     if (page / "merges.png").is_file():
         yield "![Abilities of the merges](merges.png)"
     with suppress(KeyError):

@@ -62,7 +62,7 @@ class Run:
             self.say(f"{number}/{len(steps)} {step.title}; about {shown(slower * left)} left")
             began = time.perf_counter()
             late = self.ends is not None and began + slower * planned[step.name] > self.ends
-            if self.step(step, late=late):
+            if self.step(step, late=late) and step.cells:  # the others are mostly start-up
                 spent, foreseen = spent + time.perf_counter() - began, foreseen + planned[step.name]
                 slower = spent / foreseen if spent > 60 else 1.0
 

@@ -100,9 +100,10 @@ class Step:
 def steps_of(size: Size) -> list[Step]:
     """All steps, in order: the headline first, what can be missed last."""
     first, *others = size.abilities
-    found = [*_looks(size), _drops(size), _others(size), *_headline(size), *_packs(size, first)]
+    found = [*_looks(size), _drops(size), _others(size), *_packs(size, first)]
     if others:
         found += _merges(size)
+    found += _headline(size)
     found.append(_speed(size))
     if others and any(one.name == "rounding" for one in fields(Recipe)):
         found.append(_rounding(size))

@@ -424,14 +424,18 @@ def flat(size, **scores):
 
 def test_rules_decide():
     kept = flat(steps.QUICK)
-    assert claims.dare_90(kept).outcome == claims.HELD
-    assert claims.drop_only(kept).outcome == claims.magnitude(kept).outcome == claims.FAILED
-    assert claims.drop_only(flat(steps.QUICK, DropOnly=0.79)).outcome == claims.HELD
-    assert claims.rescaled(flat(steps.QUICK, **{"magnitude, rescaled": 0.5})).outcome == claims.HELD
+    assert claims.verdict(claims.dare_90, kept).outcome == claims.HELD
+    assert (
+        claims.verdict(claims.drop_only, kept).outcome
+        == claims.verdict(claims.magnitude, kept).outcome
+        == claims.FAILED
+    )
+    assert claims.verdict(claims.drop_only, flat(steps.QUICK, DropOnly=0.79)).outcome == claims.HELD
+    assert claims.verdict(claims.rescaled, flat(steps.QUICK, **{"magnitude, rescaled": 0.5})).outcome == claims.HELD
     # 2 sqrt(.9 .1 / 100) = 6 points: .85 is within, .83 is not.
     assert claims.tolerance(kept, "numbers") == pytest.approx(6.0)
-    assert claims.dare_90(flat(steps.QUICK, DARE=0.85)).outcome == claims.HELD
-    assert claims.dare_90(flat(steps.QUICK, DARE=0.83)).outcome == claims.FAILED
+    assert claims.verdict(claims.dare_90, flat(steps.QUICK, DARE=0.85)).outcome == claims.HELD
+    assert claims.verdict(claims.dare_90, flat(steps.QUICK, DARE=0.83)).outcome == claims.FAILED
     assert [one.outcome for one in claims.verdicts(kept)].count(claims.MISSING) == 2  # merges: one ability
 
 

@@ -154,10 +154,6 @@ def test_a_search_finds_what_is_best_and_says_what_it_beats(place):
     counts = summary["counts"]
     assert counts["trials"] == 12 == counts["complete"] + counts["stopped"] and counts["stopped"] > 3
     assert counts["saved"] > 0.3 and summary["test_looks"] == 1
-    html = found._repr_html_()
-    assert (
-        "task arithmetic, 1/K" in html and f"trial {summary['best']['trial']}" in html and "a/exact_match, test" in html
-    )
     assert [one.phase for one in watched if one.fresh is None] == ["baselines", "test", "test", "test", "test"]
     assert watched[-5].done == watched[-5].total == 12
 
@@ -603,3 +599,46 @@ def test_files_that_two_processes_write_at_once_are_whole(tmp_path):
     text = (tmp_path / "x").read_text()
     assert any(text == f"{i}" * 1000 for i in range(80)) and len([*tmp_path.iterdir()]) == 2
     assert sorted(map(int, (tmp_path / "y").read_text().split())) == [*range(80)]
+
+
+# --- what others make of the folder
+
+
+def test_a_search_has_a_page_and_shows_itself(place):
+    pytest.importorskip("plotly")
+    from darekit.reports.searches import search_page
+
+    weights = {"low": 0.5, "high": 1.5, "groups": ["attention", "mlp"]}
+    space = {"parameters.lambda": {"low": 0.0, "high": 1.5}, "models.0.parameters.weight": weights}
+
+    class Plain(Fake):
+        @staticmethod
+        def quality(recipe, name):  # weights by group are no numbers
+            return 0.9 - 0.8 * abs(recipe["parameters"].get("lambda", 1.0) - 0.8)
+
+    found = place.run(place.search(space=space), fake=Plain())
+    page = search_page(found.out)
+    assert (page.verdict, *page.details) == tuple(found.summary["verdict"])
+    assert page.title == found.summary["name"] and page.state == "" and page.source and "lambda" in page.source[1]
+    facts = dict(page.facts)
+    assert facts["parameters.lambda"] == "0.0 to 1.5" and "models.0.parameters.weight [attention, mlp]" in facts
+    assert "judge.py:score" in facts["validation"] and facts["test used"] == "for 1 choice"
+    titles = [part.title for section in page.sections for part in section.parts]
+    drawn = {"Scores over trials", "Differences rung by rung", "Slices", "Parallel coordinates", "By group of tensors"}
+    assert drawn <= {*titles}
+    [every] = [p for s in page.sections for p in s.parts if p.title.startswith("Every trial")]
+    assert len(every.rows) == 12 and {row[1].split(" ")[0] for row in every.rows} == {"complete", "stopped"}
+    html = found._repr_html_()
+    assert found.summary["verdict"][0] in html and "task arithmetic, 1/K" in html and "±" in html
+
+
+def test_a_page_of_a_search_that_gained_nothing(place):
+    pytest.importorskip("plotly")
+    from darekit.reports.searches import search_page
+
+    found = place.run(place.search(space={"parameters.lambda": {"low": 0.0, "high": 0.1}}, trials=4))
+    best = found.summary["best"]
+    assert best["trial"] is None and best["name"] == "task arithmetic"
+    page = search_page(found.out)
+    assert page.tone == "plain" and page.numbers[0].note == "task arithmetic"
+    assert page.sections[0].parts[0].rows[0][0] == "best: task arithmetic"

@@ -131,6 +131,26 @@ def _confirm(names: Sequence[str]) -> bool:
     )
 
 
+def _show_differences(found: Comparison) -> None:
+    """How far the other models are from the first, where errors are known."""
+    from darekit.cli import display, tables
+
+    differences = found.differences()
+    able = [name for name, one in differences.items() if any(error is not None for _, error in one.values())]
+    if not able:
+        return
+    models = [evaluation.model for evaluation in found.evaluations[1:] if evaluation.error is None]
+
+    def cell(name: str, model: str) -> str:
+        value, error = differences[name].get(model, (0.0, None))
+        return "" if error is None else f"{value:+.4f} ± {error:.4f}"
+
+    rows = [(model, *(cell(name, model) for name in able)) for model in models]
+    for part in tables.side_by_side((f"against {found.evaluations[0].model}", *able), rows):
+        display.print_table(part)
+        print()
+
+
 def _show(found: Comparison, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.to_data()))
@@ -157,6 +177,7 @@ def _show(found: Comparison, *, as_json: bool) -> None:
     for part in tables.side_by_side([head if head == "" else f"{head}  " for head in heads], rows):
         display.print_table(part)
         print()
+    _show_differences(found)
     if marked:
         print("* best: ahead of every other by more than twice the standard error of the difference")
     elif len(found.evaluations) > 1:

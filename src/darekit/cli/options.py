@@ -118,6 +118,13 @@ class BaseExtras(StrEnum):
     LEAVE_OUT = "leave_out"
 
 
+class RoundingName(StrEnum):
+    """Words for --rounding."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
+
+
 class Vocab(StrEnum):
     """Words for --vocab."""
 

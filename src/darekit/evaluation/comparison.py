@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import math
 import os
 import tempfile
 import time
@@ -29,6 +28,7 @@ from darekit.evaluation.judges import (
     judge_of,
     judges_directory,
 )
+from darekit.evaluation.scores import difference
 from darekit.live.models import build, recipe_of
 from darekit.planning.opening import only_on_base, open_plan
 from darekit.planning.plan import Plan
@@ -111,12 +111,25 @@ class Comparison:
         """One score of all models."""
         return tuple(evaluation.scores.get(name) for evaluation in self.evaluations)
 
+    def differences(self) -> dict[str, dict[str, tuple[float, float | None]]]:
+        """Score's name -> model -> how far it is from the first model that has this score, and the standard error of
+        that: row by row where both answered the same rows."""
+        found: dict[str, dict[str, tuple[float, float | None]]] = {}
+        for name in self.names:
+            (_, first), *others = [(e.model, e.scores[name]) for e in self.evaluations if name in e.scores]
+            found[name] = {model: difference(score, first) for model, score in others}
+        return found
+
     def to_data(self) -> dict[str, Any]:
         """In JSON-able form."""
         best = {name: best_of(self.row(name)) for name in self.names}
         return {
             "evaluations": [evaluation.to_data() for evaluation in self.evaluations],
             "best": {name: None if at is None else self.evaluations[at].model for name, at in best.items()},
+            "differences": {
+                name: {model: {"value": value, "stderr": error} for model, (value, error) in models.items()}
+                for name, models in self.differences().items()
+            },
         }
 
     def to_markdown(self) -> str:
@@ -134,9 +147,8 @@ class Comparison:
 def best_of(row: Sequence[Score | None]) -> int | None:
     """Which of several models is the best in one score; None if that is unknown.
 
-    Its distance to every other must exceed twice the standard error of their difference, sqrt(se1^2 + se2^2). Models
-    answer the same questions, so their errors go together and the true one is mostly
-    smaller: this errs towards silence.
+    Its distance to every other must exceed twice the standard error of their difference: row by row where the rows'
+    parts are known (`darekit.evaluation.scores.difference`), else sqrt(se1^2 + se2^2), which errs towards silence.
     """
     found = [(at, score) for at, score in enumerate(row) if score is not None]
     if len(found) < 2 or any(score.higher_is_better is None or score.stderr is None for _, score in found):
@@ -144,8 +156,8 @@ def best_of(row: Sequence[Score | None]) -> int | None:
     sign = 1 if found[0][1].higher_is_better else -1
     best, top = max(found, key=lambda entry: sign * entry[1].value)
     for at, score in found:
-        error = math.hypot(top.stderr or 0.0, score.stderr or 0.0)
-        if at != best and not sign * (top.value - score.value) > CLEAR * error:
+        gap, error = difference(top, score)
+        if at != best and not sign * gap > CLEAR * (error or 0.0):
             return None
     return best
 
@@ -255,13 +267,9 @@ def evaluate(
     keys = [_key(recipe, search, settings) for _, recipe, search in named]
     kept = kept_in(Path(out)) if out is not None else {}
     if out is not None:
-        said = given(
-            {"tasks": [tasks] if isinstance(tasks, str) else tasks, "data": [data] if isinstance(data, str | Path) else
-             data, "judge": judge, "include": include, "limit": limit, "batch_size": batch_size, "max_length":
-             max_length, "num_fewshot": num_fewshot, "chat_template": chat_template, "base": base, "dtype": dtype}
-        )  # fmt: skip
         asked = Asked(
-            tuple((name, key, recipe.to_data()) for (name, recipe, _), key in zip(named, keys, strict=True)), said
+            tuple((name, key, recipe.to_data()) for (name, recipe, _), key in zip(named, keys, strict=True)),
+            given({**words, "log_samples": None, "include": include, "base": base, "dtype": dtype}),
         )
         write_text(Path(out) / ASKED, json.dumps(asked.to_data(), indent=1) + "\n")
     evaluations: dict[int, Evaluation] = {}
@@ -511,7 +519,11 @@ def kept_in(out: Path) -> dict[str, Evaluation]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
-            scores = {name: Score(**score) for name, score in entry["scores"].items()}
+            effects = entry.get("effects", {})
+            scores = {
+                name: Score(**score, effects=tuple(effects[name]) if name in effects else None)
+                for name, score in entry["scores"].items()
+            }
             kept[str(entry["key"])] = Evaluation(entry["model"], scores, entry["seconds"], entry["details"])
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
@@ -527,7 +539,8 @@ def _keep(out: Path, key: str, evaluation: Evaluation) -> None:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a kill cut the last line short
                     file.write(b"\n")
-            file.write((json.dumps({"key": key} | evaluation.to_data()) + "\n").encode())
+            own = {name: one.effects for name, one in evaluation.scores.items() if one.effects is not None}
+            file.write((json.dumps({"key": key} | evaluation.to_data() | {"effects": own}) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,9 +175,15 @@ def _orthonormal(columns: Matrix) -> Matrix:
     columns are orthogonal to about 1e-5 after one time, and to float32's precision after a second.
     """
     wide = columns.astype(np.float64)
-    squares, vectors = np.linalg.eigh(wide.T @ wide)
+    products = wide.T @ wide
+    with suppress(np.linalg.LinAlgError):  # of full rank, as nearly always: half the time of eigenvalues
+        root = np.linalg.cholesky(products)
+        if root.diagonal().min() > NOISE * root.diagonal().max():
+            turned: Matrix = columns @ np.linalg.inv(root).T.astype(np.float32)
+            return turned
+    squares, vectors = np.linalg.eigh(products)
     kept = squares > squares[-1] * NOISE**2
-    turned: Matrix = columns @ (vectors[:, kept] / np.sqrt(squares[kept])).astype(np.float32)
+    turned = columns @ (vectors[:, kept] / np.sqrt(squares[kept])).astype(np.float32)
     return turned
 
 

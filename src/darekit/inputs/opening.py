@@ -55,15 +55,20 @@ OPENERS = (
 
 
 def open_model(
-    ref: str | Path, base: Checkpoint | None, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS
+    ref: str | Path,
+    base: Checkpoint | None,
+    *,
+    search: Sequence[Path] = (),
+    openers: Sequence[Opener] = OPENERS,
+    layout: str | None = None,
 ) -> Checkpoint:
-    """Open what stands for a model. Closing it leaves `base` open.
+    """Open what stands for a model. Closing it leaves `base` open. `layout`: of an adapter's experts.
 
     Raises:
         CheckpointError: nothing is there, or it is malformed.
         PlanError: it needs a base, and there is none.
     """
-    return open_by(Opening(ref, base, search, openers))
+    return open_by(Opening(ref, base, search, openers, layout))
 
 
 def open_base(ref: str | Path, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS) -> Checkpoint:

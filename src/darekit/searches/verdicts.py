@@ -52,24 +52,18 @@ class SearchResult:
         return brief(self, f"{self.summary['name']}, {self.summary['verdict'][0]}")
 
     def _repr_html_(self) -> str:
-        """For notebooks: the verdict, and what was judged by the goals."""
-        goals = [goal["score"] for goal in self.summary["question"]["goals"]]
-        splits = ("validation", "test")
-        rows = [(one["name"], one["validation"], one["test"]) for one in self.summary["baselines"]]
+        """What a notebook shows: the verdict, and the best beside the baselines."""
         best = self.summary["best"]
-        if best is not None and best["trial"] is not None:
-            rows.append((f"trial {best['trial']}", best["validation"], best["test"]))
-        head, *rest = self.summary["verdict"]
+        rows = [("best", best)] if best else []
+        rows += [(one["name"], one) for one in self.summary["baselines"]]
+        columns = [
+            (goal["score"], split) for goal in self.summary["question"]["goals"] for split in ("validation", "test")
+        ]
+        shown = [(name, *(_shown((one.get(split) or {}).get(score)) for score, split in columns)) for name, one in rows]
         return shown_as_html(
-            f"{self.summary['name']}: {head}",
-            header=("", *(f"{goal}, {split}" for goal in goals for split in splits)),
-            rows=[
-                (name, *(_shown(scores[goal]) if scores and goal in scores else ""
-                         for goal in goals for scores in (validation, test)))
-                for name, validation, test in rows
-            ],
-            notes=rest,
-            source=("best.yaml", (self.out / BEST).read_text(encoding="utf-8")) if self.best is not None else None,
+            self.summary["verdict"][0], [("results", str(self.out)), ("page", f'dk.report("{self.out}")')],
+            header=("recipe", *(f"{score}, {split}" for score, split in columns)), rows=shown,
+            notes=self.summary["verdict"][1:],
         )  # fmt: skip
 
 
@@ -297,7 +291,9 @@ def _better(one: Difference, goal: Goal) -> bool | None:
     return (one.value > 0) == goal.higher
 
 
-def _shown(score: Mapping[str, Any]) -> str:
+def _shown(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return ""
     return f"{score['value']:.3f}" + (f" ± {score['stderr']:.3f}" if score["stderr"] is not None else "")
 
 
