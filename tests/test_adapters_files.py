@@ -20,8 +20,10 @@ from darekit.checkpoints import open_checkpoint, sample_digest, traits_of
 from darekit.errors import CheckpointError, DataError, HomologyError, PlanError, RecipeError, Unsupported
 from darekit.inputs.adapters.config import read_config
 from darekit.inputs.adapters.strengths import strengths_of
-from darekit.planning.opening import open_models
+from darekit.planning.opening import open_models, open_plan
+from darekit.recipe import read_recipe
 from hub_server import dare as from_hub
+from test_sources import merged as run_plan
 
 Q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 
@@ -241,6 +243,30 @@ def test_how_much_it_changes(here):
         assert rows[kind].modules == 2
         assert rows[kind].change == pytest.approx(change, rel=1e-5)
         assert rows[kind].ratio == pytest.approx(change / norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "linear"])
+def test_nothing_depends_on_lanes_tiles_and_threads(method, tmp_path):
+    """BF16, so that the fast lane takes what it can: adapters (one with DoRA) beside a whole model, dropped."""
+    import tiny
+
+    tiny.build("LlamaForCausalLM", intermediate_size=600).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    lora.make(tmp_path, "a", target_modules=["q_proj", "up_proj", "down_proj"])
+    lora.make(tmp_path, "d", target_modules=["up_proj"], use_dora=True, seed=1)
+    base = "" if method == "linear" else str(tmp_path / "base")
+    recipe = {
+        "models": [f"{tmp_path}/base+{tmp_path}/a", f"{tmp_path}/base+{tmp_path}/d", str(tmp_path / "a-merged")],
+        "merge_method": method,
+        **({"base_model": base, "sparsify": {"method": "dare", "drop_rate": 0.5}} if base else {}),
+    }  # fmt: skip
+    with open_plan(read_recipe(recipe), shard_size=1) as plan:
+        wanted, _ = run_plan(plan)
+        for tile, threads in ((1000, 1), (4096, 3), (65536, 2)):
+            found, done = run_plan(plan, tile=tile, threads=threads)
+            assert found == wanted, (tile, threads)
+        kept = done.records["model.layers.0.mlp.up_proj.weight"]
+        assert set(kept["models"]) == {"2"}  # of adapters no bytes were asked for
+        assert set(kept["kept"]) == {"0", "1", "2"}
 
 
 # --- other files
