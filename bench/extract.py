@@ -23,7 +23,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 import family
-from darekit.extraction.factors import OVERSAMPLING, POWERS, flops
+from darekit.extraction.factors import OVERSAMPLING, POWERS, flops, svd_flops
 
 PROGRAM = "from darekit.cli import main; main()"
 
@@ -35,9 +35,10 @@ def shapes() -> list[tuple[int, int]]:
     ]
 
 
-def products(matrices: dict[tuple[int, int], np.ndarray], rank: int, threads: int) -> float:
+def products(rank: int, threads: int) -> float:
     """Seconds for the products that `of_rank` and `residual` take of all modules."""
-    columns = rank + OVERSAMPLING
+    rng, columns = np.random.default_rng(0), rank + OVERSAMPLING
+    matrices = {shape: rng.standard_normal(shape, np.float32) * np.float32(5e-4) for shape in set(shapes())}
 
     def work(shape: tuple[int, int]) -> None:
         matrix = matrices[shape]
@@ -68,18 +69,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--energy", type=float, help="also run a budget once: minutes")
+    parser.add_argument("--energy", type=float, help="also run a budget, on one layer")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--products", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.products:  # in a process of its own: a child's peak memory is at least its parent's
+        print(products(given.rank, given.threads))
+        return
     folder = given.scratch / "family"
     family.build(folder)
-    rng = np.random.default_rng(0)
-    matrices = {shape: rng.standard_normal(shape, np.float32) * np.float32(5e-4) for shape in set(shapes())}
+    alone = [sys.executable, __file__, str(given.scratch), "--products", "--rank", str(given.rank),
+             "--threads", str(given.threads)]  # fmt: skip
     total = sum(flops(shape, given.rank) for shape in shapes())
     plain, whole, inner, peak = [], [], [], 0.0
     for _ in range(given.pairs):
-        plain.append(products(matrices, given.rank, given.threads))
+        plain.append(float(subprocess.run(alone, capture_output=True, text=True, check=True).stdout))
         seconds, report = extract(folder, given.threads, "--rank", str(given.rank))
         whole.append(seconds)
         inner.append(report["seconds"])
@@ -90,8 +95,15 @@ def main() -> None:
         f"peak {peak / 1e6:.0f} MB, error {report['error']:.3f}"
     )
     if given.energy:
-        seconds, report = extract(folder, given.threads, "--energy", str(given.energy))
-        print(f"energy {given.energy:g}: {seconds:.0f} s, peak {report['peak_rss_bytes'] / 1e6:.0f} MB")
+        # All singular values of the whole family take an hour of processor time: one layer of it tells the same.
+        family.LAYERS, family.VOCABULARY = 1, 4096
+        family.build(given.scratch / "layer")
+        work = sum(svd_flops(shape) for shape in shapes())
+        for word, amount in (("rank", str(given.rank)), ("energy", str(given.energy))):
+            seconds, report = extract(given.scratch / "layer", given.threads, f"--{word}", amount)
+            peak, pace = report["peak_rss_bytes"] / 1e6, work / report["seconds"] / 1e9
+            told = f", about {pace:.0f} GFLOP/s" if word == "energy" else ""
+            print(f"one layer, {word} {amount}: {report['seconds']:.1f} s{told}, peak {peak:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def says(model):
     if "ForCausalLM" not in type(getattr(model, "base_model", model)).__name__ + str(model.config.architectures):
         return np.empty(0)
     with torch.no_grad():
-        return model.eval()(torch.arange(1, 13)[None]).logits.numpy()
+        return model.eval()(torch.arange(1, 13)[None]).logits.float().numpy()
 
 
 def same_answers(out, root, adapter="a"):

@@ -13,7 +13,8 @@ from darekit.recipe import read_recipe
 from darekit.sweeps.grid import cells_of
 from darekit.sweeps.reading import read_sweep
 from darekit.sweeps.records import record_of, write_record
-from darekit.sweeps.store import FAILED, OK, Finished, Outcome, digest_of, open_store
+from darekit.sweeps.store import FAILED, OK, Finished, Outcome, open_store
+from darekit.trials.identities import digest_of
 
 SWEEP = {
     "recipe": {"base_model": "base", "models": ["math", "code"], "sparsify": {"method": "dare"},

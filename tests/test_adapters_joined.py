@@ -233,6 +233,14 @@ def test_a_dry_run_and_a_merge_from_the_command_line(three, tmp_path, dare):
     assert (found.output, found.rank) == ("adapter", 4) and dk.read_recipe(found.to_data()) == found
 
 
+def test_elsewhere_the_recipe_is_the_whole_merge_and_that_is_told(three, tmp_path, dare):
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe(three, "a", "b", rank=2)))
+    done = dare("check", tmp_path / "r.yaml")
+    assert done.code == 0 and "stands for the whole merged model, of full rank" in " ".join(done.out.split())
+    done = dare("merge", tmp_path / "r.yaml", tmp_path / "out")
+    assert done.code == 0 and "stands for the whole" not in done.out + done.err
+
+
 def test_one_adapter_can_be_made_smaller(three, tmp_path):
     report = dk.extract(three / "base", f"{three / 'base'}+{three / 'b'}", tmp_path / "out", rank=2)
     for one in report.modules:

@@ -37,7 +37,10 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+SELDOM = ("both as a whole, told to stay tied", "the embedding as a whole", "more tokens, and the head", "more tokens")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.check) if c in SELDOM else c for c in CASES])
 def test_a_tied_model_answers_as_it_was_trained(case, tmp_path):
     settings, tied = CASES[case]
     adapter = lora.make(tmp_path, "a", changes=TIED, **settings)

@@ -240,7 +240,7 @@ class TestRefused:
         (tmp_path / "config.json").write_text("{}")
         open_checkpoint(make_model(tmp_path, {"quantization_config": None})).close()
 
-    @pytest.mark.parametrize("scale", ["a.weight_scale", "a.weight_scale_inv", "a.input_scale"])
+    @pytest.mark.parametrize("scale", ["a.input_scale", "a.scales", "a.amax"])
     def test_scaled_eights(self, scale, tmp_path):
         eight = torch.zeros(4).to(torch.float8_e4m3fn)
         make_model(tmp_path, **{"a.weight": eight, scale: torch.ones(1)})

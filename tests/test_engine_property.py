@@ -93,7 +93,9 @@ def merges(draw):
     for name, one in MERGE_METHODS[method].parameters.items():
         if name in ("keep", "lambda", "t") and (one.default is None or draw(st.booleans())):
             parameters[name] = draw(st.sampled_from([0.2, 0.5, 1.0]))
-        if name == "normalize" and draw(st.booleans()):
+        if (
+            name == "normalize" and MERGE_METHODS[method].mean_if is None and draw(st.booleans())
+        ):  # else a sum of models
             parameters[name] = draw(st.booleans())
     return sparsify, (method, parameters)
 
@@ -113,6 +115,8 @@ def bits_are_the_formulas(made, machine, how):
         base, models, machine, sparsify=sparsify and dk.sparsifier(sparsify[0], **sparsify[1]), seeds=seeds,
         method=dk.merge_method(method, **parameters), weights=weights,
     )  # fmt: skip
+    if sparsify is not None and sparsify[1]["drop_rate"] == 0 and not sparsify[1].get("gamma"):
+        sparsify = None  # nothing is dropped: an untouched model is the model, to the bit
     own = dict(parameters)
     told = {"lambda_": own.pop("lambda", 1.0), "keep": own.pop("keep", 1.0), "own": own}
     for name, array in base.items():
@@ -140,7 +144,7 @@ def test_every_bit_is_that_of_the_formulas(made, machine, how):
 
 @pytest.mark.check
 @seed(2)
-@settings(max_examples=1500, **QUIET)
+@settings(max_examples=600, **QUIET)
 @given(families_(), machines(), merges())
 def test_every_bit_is_that_of_the_formulas_at_length(made, machine, how):
     bits_are_the_formulas(made, machine, how)
@@ -183,15 +187,17 @@ def truth(name, base, models, seeds, weights, kind, rate, method, keep, scale):
     number = np.float64 if base.dtype == np.float64 else np.float32
     changes = []
     for model, own_seed in zip(models, seeds, strict=True):
-        change = (model.astype(number) - base.astype(number)).astype(np.float64).reshape(-1)
+        change = (model.astype(number) - base.astype(number)).reshape(-1)
         if kind in ("dare", "drop_only"):
             kept = draws_of(own_seed, name, change.size) >= round(rate * 2**32)
-            change = np.where(kept, change * (1 / (1 - rate) if kind == "dare" and rate < 1 else 1), 0)
+            # Rounded as the engine does: two magnitudes that it makes equal must be equal to the trim.
+            factor = np.float32(1 / (1 - rate) if kind == "dare" and rate < 1 else 1)
+            change = np.where(kept, change * number(factor), number(0))
         elif kind == "magnitude":
             change = np.where(top(np.abs(change), change.size - int(rate * change.size)), change, 0)
         if method == "ties" and keep < 1:
             change = np.where(top(np.abs(change), max(1, int(keep * change.size))), change, 0)
-        changes.append(change)
+        changes.append(change.astype(np.float64))
     parts = [w * change for w, change in zip(weights, changes, strict=True)]
     close = np.zeros(base.size, bool)
     if method == "ties":
@@ -246,7 +252,7 @@ def test_the_values_are_those_of_a_second_truth(made, machine, kind, rate, metho
 
 @pytest.mark.check
 @seed(4)
-@settings(max_examples=1500, **QUIET)
+@settings(max_examples=600, **QUIET)
 @given(*SECOND)
 def test_the_values_are_those_of_a_second_truth_at_length(made, machine, kind, rate, method, keep, scale):
     values_are_the_second_truths(made, machine, kind, rate, method, keep, scale)

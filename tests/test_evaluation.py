@@ -143,6 +143,16 @@ def test_lm_eval_runs_local_tasks_without_a_network(causal, kind, tmp_path, monk
         assert torch.equal(state, torch.random.get_rng_state())
         judge.batch_size = 1
         assert judge(live) == found
+        # asked in parts, in another order, it is the same
+        assert judge.sizes() == {"local_choice": 12, "local_write": 8}
+        first = judge.ask(live, {"local_choice": [11, 0, 5], "local_write": [7]})
+        second = judge.ask(live, {"local_choice": [1, 2, 3, 4, 6, 7, 8, 9, 10], "local_write": [*range(7)]})
+        for name, score in found.items():
+            items = first[name] + second[name]
+            assert items.value == pytest.approx(score.value) and items.group == name.partition("/")[0]
+            assert items.higher_is_better == score.higher_is_better
+            assert name != "local_choice/acc" or items.score.stderr == pytest.approx(score.stderr)
+        assert len(first["local_choice/acc"]) == 3 and len(first["local_write/exact_match"]) == 1
         assert judge.details["versions"] and judge.details["lm_eval"] and judge.details["configs"]["local_choice"]
         assert not list(live.model._forward_hooks)
     assert not offline

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import darekit as dk
 import families
 import tiny
 from darekit.extraction import factors
+from darekit.extraction.cores import Thin
 from darekit.extraction.modules import suffixes
 
 RANK = 5
@@ -187,8 +190,10 @@ def test_a_rank_limit_holds_a_budget_back(made, tmp_path, dare):
 
 
 @pytest.mark.parametrize("options", [{"rank": 4}, {"error": 0.5}, {"rank": 4, "dtype": "bfloat16"}])
-def test_threads_change_no_byte(made, tmp_path, options):
-    path, _ = made("Qwen3MoeForCausalLM")
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "LlamaForCausalLM"])
+def test_threads_change_no_byte(made, tmp_path, options, name):
+    wide = {"hidden_size": 160, "intermediate_size": 224} if name.startswith("Llama") else {}  # not LAPACK's alone
+    path, _ = made(name, **wide)
     files = []
     for threads in (1, 3):
         dk.extract(path / "base", path / "m1", tmp_path / str(threads), threads=threads, **options)
@@ -525,3 +530,57 @@ def test_reports_are_short_in_a_console(llamas, tmp_path):
     assert repr(report).startswith("<ExtractReport: ") and len(repr(report)) < 300
     assert json.loads(json.dumps(report.to_data()))["energy"] == pytest.approx(1 - report.error**2)
     assert isinstance(Path(report.output), Path)
+
+
+@pytest.mark.parametrize(
+    "name", ["GPT2LMHeadModel", "BertForSequenceClassification", "MixtralForCausalLM", "GptOssForCausalLM"]
+)
+def test_darekit_reads_what_it_writes_as_peft_does(made, tmp_path, name):
+    path, cls = made(name)
+    dk.extract(path / "base", path / "m1", tmp_path / "lora", rank=3, save=["norms", "biases", "heads", "routers"])
+    wanted = merged(cls, path / "base", tmp_path / "lora")
+    data = {"merge_method": "linear", "models": [f"{path / 'base'}+{tmp_path / 'lora'}"]}
+    dk.merge(data, tmp_path / "whole")
+    found = state(cls.from_pretrained(tmp_path / "whole"))
+    for name in wanted:
+        assert np.abs(found[name] - wanted[name]).max() <= 1e-6 * max(1e-6, np.abs(wanted[name]).max()), name
+
+
+def test_experts_of_one_parameter_share_a_rank_and_each_keeps_its_budget(made, tmp_path):
+    path, cls = made("MixtralForCausalLM")
+    report = dk.extract(path / "base", path / "m1", tmp_path / "lora", energy=0.6)
+    before, after = state(cls.from_pretrained(path / "base")), state(cls.from_pretrained(path / "m1"))
+    found = merged(cls, path / "base", tmp_path / "lora")
+    experts = [one for one in report.modules if "experts" in one.module]
+    assert len(experts) == 4 and len({one.rank for one in report.modules}) > 1
+    for one in experts:
+        for e in range(4):
+            delta = (after[one.module][e] - before[one.module][e]).astype(np.float64)
+            lost = np.linalg.norm(delta - (found[one.module][e] - before[one.module][e])) ** 2
+            assert 0.01 < lost / np.linalg.norm(delta) ** 2 <= 0.4 + 1e-5
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 5), st.integers(0, 2**32 - 1))
+def test_thin_products_are_decomposed_as_whole_ones_are(rows, columns, inner, seed):
+    rng = np.random.default_rng(seed)
+    left, right = rng.normal(size=(rows, inner)), rng.normal(size=(inner, columns))
+    thin, whole = Thin(left, right), left @ right
+    found, values = thin.decomposed()
+    truth = np.linalg.svd(whole, compute_uv=False)
+    assert np.allclose(values[: truth.size], truth[: values.size], atol=1e-9)
+    assert np.allclose(found.b @ found.a, whole, atol=1e-5) and found.rank <= min(rows, columns, inner)
+    assert thin.square() == pytest.approx(np.sum(whole**2), abs=1e-9)
+    cut = found.cut(1)
+    assert thin.residual(cut) == pytest.approx(np.sum((whole - cut.b @ cut.a) ** 2), rel=1e-6, abs=1e-9)
+    turned, _ = thin.turned.decomposed()
+    assert np.allclose(turned.b @ turned.a, whole.T, atol=1e-5)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_factors_of_any_shape(rows, columns, rank, seed):
+    matrix = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+    found = factors.of_rank(matrix, rank, seed)
+    s = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    assert found.rank == min(rank, rows, columns)
+    lost = factors.residual(matrix, found)
+    assert lost == pytest.approx(np.sum(s[found.rank :] ** 2), rel=1e-4, abs=1e-5)

@@ -9,7 +9,10 @@ import darekit as dk
 import families
 from darekit.errors import DataError, HomologyError
 from darekit.planning import homology
+from darekit.planning.homology import Norms
 from darekit.planning.matching import alignment
+from darekit.planning.opening import open_plan
+from darekit.recipe import read_recipe
 
 BF16 = ml_dtypes.bfloat16
 
@@ -283,3 +286,21 @@ def test_dropped_embeddings_are_noted(llamas, rate, dense, warns):
     sparsify = {"method": "dare", "drop_rate": rate, "keep_dense": dense}
     notes = dk.plan(families.recipe(llamas.path, k=1, sparsify=sparsify)).notes
     assert any("model.embed_tokens.weight is dropped" in note for note in notes) == warns
+
+
+def test_where_neither_side_has_a_value_nothing_differs():
+    """0 of 0 is no change; something of 0 is more than any share."""
+    facts = {"name": "w", "parameters": 1, "drop_rate": 0.0, "noise": 0.0}
+    assert Norms(delta=0.0, base=0.0, **facts).r == 0.0
+    assert Norms(delta=1.0, base=0.0, **facts).r == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("more", "noisy"), [({}, True), ({"rescale": "none"}, False), ({"q": 0.2}, True), ({"rescale": "l1"}, True)]
+)
+def test_only_a_rescaled_drop_makes_noise(llamas, more, noisy):
+    recipe = families.recipe(llamas.path, 1, sparsify={"method": "dare", "drop_rate": 0.5, **more})
+    with open_plan(read_recipe(recipe)) as plan:
+        found = {plan.rate_of(0, tensor) for tensor in plan.alignment.tensors}
+    ((rate, noise),) = found
+    assert rate == 0.5 and (noise > 0) == noisy

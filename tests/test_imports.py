@@ -383,6 +383,11 @@ ASIDE = {
 }  # fmt: skip
 
 
+# A dry run merges a sample: it loads the engine, and its kernels where no run before has kept them.
+SAMPLE = {"darekit.engine.execution", "darekit.engine.trimming", "llvmlite", "numba"}
+PLAN = "import sys\nimport darekit as dk\ndk.plan(sys.argv[1])"
+
+
 def test_a_merge_loads_what_it_needs_and_no_more(llamas, tmp_path):
     """Packs, statistics, slices, tokens and recipes within recipes where there are some; one module of commands."""
     recipe = tmp_path / "recipe.yaml"
@@ -390,7 +395,10 @@ def test_a_merge_loads_what_it_needs_and_no_more(llamas, tmp_path):
     modules, returned, said = loaded(RUN, "merge", recipe, tmp_path / "out", "--dry-run", "--json")
     assert returned == 0, said
     assert "darekit.planning.plan" in modules and "darekit.cli.merging" in modules
-    assert not modules & ASIDE
+    assert not modules & (ASIDE - SAMPLE)
+    modules, returned, said = loaded(PLAN, recipe)
+    assert returned == 0, said
+    assert "darekit.planning.plan" in modules and not modules & ASIDE
 
 
 def test_what_a_plain_merge_leaves_aside_exists():

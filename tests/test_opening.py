@@ -92,7 +92,7 @@ class TestQuantised:
             {"a.weight": np.zeros((8, 1), np.uint8), "a.weight.absmax": np.zeros(2, np.float32)},
             {"a.weight": np.zeros((8, 1), np.uint8)},
             {"a.qweight": np.zeros((2, 8), np.int32), "a.scales": np.ones(8, np.float16)},
-            {"a.up_proj_blocks": np.zeros((2, 8), np.uint8), "a.up_proj_scales": np.zeros(2, np.uint8)},
+            {"a.up_proj_blocks": np.zeros((2, 8), np.uint8), "a.up_proj_absmax": np.zeros(2, np.uint8)},
             {"a.w": np.zeros((2, 8), np.uint8), "a.zero_point": np.zeros(2, np.float16)},
         ],
         ids=["4-bit", "alone", "gptq", "blocks", "other-name"],
@@ -106,15 +106,32 @@ class TestQuantised:
 
     @pytest.mark.parametrize(
         "scale",
-        ["a.weight_scale", "a.weight_scale_inv", "a.input_scale", "a.scale", "a.scale_weight", "a.scales", "a.amax",
-         "a.weight.scale", "a.s", "scaled_fp8"],
+        ["a.input_scale", "a.scales", "a.amax", "a.s", "scaled_fp8", "a.weight_absmax"],
     )  # fmt: skip
     @pytest.mark.parametrize("shape", [(), (4,), (4, 1)])
-    def test_eights_with_scales_of_any_name(self, scale, shape, here):
+    def test_eights_with_scales_that_are_not_known(self, scale, shape, here):
         eight = np.zeros((4, 8), ml_dtypes.float8_e4m3fn)
         stored("m", **{"a.weight": eight, scale: np.ones(shape, np.float32)})
         said = refusal("m")
         assert f'F8 weights ("a.weight") with scales beside them ({scale})' in said
+
+    @pytest.mark.parametrize(
+        "scale",
+        ["a.weight_scale", "a.weight_scale_inv", "a.scale", "a.scale_weight", "a.qscale_weight", "a.weight.scale"],
+    )
+    @pytest.mark.parametrize("shape", [(), (4,), (4, 1)])
+    def test_eights_with_scales_are_multiplied(self, scale, shape, here):
+        eight, marks = np.full((4, 8), 2, ml_dtypes.float8_e4m3fn), {"scaled_fp8": np.zeros(2, np.float32)}
+        stored(
+            "m", **{"a.weight": eight, scale: np.full(shape, 0.25, np.float32), "a.input_scale": np.ones(()), **marks}
+        )
+        checkpoint = open_checkpoint("m")
+        info = checkpoint.tensors["a.weight"]
+        raw = np.empty(info.nbytes, np.uint8)
+        info.source.read_into(raw, 0)
+        assert info.dtype == "BF16" and np.all(raw.view(ml_dtypes.bfloat16).astype(np.float32) == 0.5)
+        assert not checkpoint.tensors.keys() & {scale, "a.input_scale", "scaled_fp8"}
+        checkpoint.close()
 
     def test_eights_without_scales_are_numbers(self, here):
         eight = np.ones((4, 8), ml_dtypes.float8_e4m3fn)
@@ -402,7 +419,7 @@ class TestNames:
 
     @pytest.mark.parametrize("name", ["m0+lora", "org/name+org/lora", "org/name@v1+org/lora"])
     def test_a_plus_that_names_an_adapter(self, name, here):
-        assert "LoRA adapter" in refusal(name) and "merge_and_unload" in refusal(name)
+        assert "LoRA adapter" in refusal(name) and "except as the base of a pack" in refusal(name)
 
     @pytest.mark.parametrize(
         ("base", "listed"),
@@ -512,8 +529,10 @@ class TestQuantisedOnTheHub:
         [
             ("a.qweight", True),
             ("a.weight.absmax", True),
-            ("a.weight_scale", True),
-            ("b.up_proj_blocks", True),
+            ("a.qzeros", True),
+            ("a.weight.quant_state.bitsandbytes__nf4", False),
+            ("a.weight_scale", False),
+            ("b.up_proj_blocks", False),
             ("logit_scale", False),
             ("b.bias", False),
         ],

@@ -228,3 +228,9 @@ def test_budgets_at_the_edges():
     assert spend([10, 10], [math.inf, 1.0], 12) == [0.0, 0.8]  # a new tensor stays whole
     assert spend([10, 0], [1.0, 1.0], 100) == [0.0, 1.0]
     assert spend([], [], 3) == []
+
+
+def test_a_tensor_of_one_element_has_its_share_of_a_budget():
+    """By hand: what is kept of each goes as sqrt(cost / size), here 0.2 to 0.05; 2 of 13 elements are kept."""
+    assert spend([1, 12], [0.04, 0.03], 2) == pytest.approx([1 - 2 * 0.2 / 0.8, 1 - 2 * 0.05 / 0.8])
+    assert spend([0, 12], [0.0, 0.03], 6)[1] == pytest.approx(0.5)

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -302,6 +303,19 @@ def test_a_sweep_says_what_was_chosen_first(tmp_path):
     assert all_of_them.rows[all_of_them.strong[0]][0] == summary.chosen.title
 
 
+def test_a_page_calls_its_errors_by_one_name(tmp_path):
+    """`tables.md` has deviations over seeds; the page has standard errors, and must not say otherwise."""
+
+    def warned(cell, one):
+        return replace(one, warnings=("too much is dropped",)) if cell.at.get("sparsify.drop_rate") == 0.9 else one
+
+    page = sweep_page(write_sweep(tmp_path / "s", change=warned))
+    html = html_of(page)
+    assert "standard deviation" not in html and "one standard error" in html
+    [warning] = [note for note in page.notes if note.startswith("Warning: ")]
+    assert warning.endswith(": too much is dropped") and " more: " in warning
+
+
 def test_standard_errors_of_a_setting(tmp_path):
     result = read_sweep_folder(write_sweep(tmp_path / "s")).result
     summary = summarise(result.sweep, result.finished)
@@ -369,6 +383,14 @@ def test_a_sweep_without_any_cell(tmp_path):
     page = sweep_page(write_sweep(tmp_path / "s", keep=lambda cell: False))
     assert page.verdict == "No cell is finished yet." and page.state.startswith("0 of ")
     assert read(html_of(page))
+
+
+def test_a_sweep_of_very_many_panels(tmp_path):
+    axes = {"sparsify.drop_rate": [0, 0.5], "parameters.lambda": [i / 10 for i in range(1, 3)],
+            "models.0.parameters.weight": [i / 10 for i in range(1, 31)]}  # fmt: skip
+    page = sweep_page(write_sweep(tmp_path / "s", {**SWEEP, "axes": axes, "seeds": [1]}))
+    [curves] = [plot for plot in plots(page) if plot.title.startswith("Scores over")]
+    assert len(curves.views[0].panels) == 24 and "24 of 30 panels are drawn" in curves.how
 
 
 def test_a_sweep_of_one_cell(tmp_path):
@@ -502,6 +524,26 @@ def test_shares_of_the_change(llamas):
         assert shares[tensor.name] == pytest.approx(squares[tensor.name] / sum(squares.values()), rel=1e-4)
 
 
+def test_many_experts_share_a_row_and_many_tensors_a_limit(llamas, tmp_path):
+    """As of 256 experts in each of 20 layers: the page stays one that can be read, and sent."""
+    found = inspect(llamas.path / "base", llamas.path / "m0")
+    [one] = [tensor for tensor in found.tensors if tensor.name.endswith("layers.0.mlp.up_proj.weight")]
+    experts = tuple(
+        replace(one, name=f"model.layers.{layer}.mlp.experts.{k}.up_proj.weight", r=0.01 + k / 1e4 + layer / 1e6)
+        for layer in range(20) for k in range(256)
+    )  # fmt: skip
+    write_inspection(replace(found, tensors=(*found.tensors, *experts)), tmp_path)
+    page = inspection_page(tmp_path)
+    figure = plots(page)[0].views[0].panels[0][1]
+    assert "mlp.experts.*.up_proj" in figure["data"][0]["y"] and len(figure["data"][0]["y"]) < 20
+    row = figure["data"][0]["y"].index("mlp.experts.*.up_proj")
+    cell = figure["data"][0]["customdata"][row][3]
+    assert cell.copy.text == "model.layers.3.mlp.experts.255.up_proj.weight" and "largest of 256 tensors" in cell.says
+    [table] = [one for one in tables(page) if "tensors" in one.title]
+    assert len(table.rows) == 2000 and table.title.startswith("The 2,000 of 5,141 tensors that moved most")
+    assert len(html_of(page).encode()) < 8_000_000
+
+
 def test_an_inspection_of_several_models_shows_how_they_pull(inspected):
     page = inspection_page(inspected)
     titles = [plot.title for plot in plots(page)]
@@ -565,8 +607,12 @@ def test_a_search_without_trials(tmp_path):
     page = search_page(write_search(tmp_path / "s", 0))
     assert read(html_of(page)) and not plots(page)
     (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "search.json").write_text("{}")
+    (tmp_path / "t" / "search.json").write_text('{"format": "darekit-search-1"}')
     assert search_page(tmp_path / "t").verdict == "No trial is complete yet."
+    for text in ("{}", "[", "[1]", '{"format": "darekit-search-9"}'):
+        (tmp_path / "t" / "search.json").write_text(text)
+        with pytest.raises(OutputError, match=r"search\.json is not what `dare search` writes"):
+            search_page(tmp_path / "t")
 
 
 def test_failed_and_broken_trials(tmp_path):
@@ -668,8 +714,10 @@ def test_a_folder_of_something_else(tmp_path, dare):
     assert "holds nothing; expected" in dare("report", tmp_path / "empty").err
     assert "does not exist" in dare("report", tmp_path / "nowhere").err
     sweep = write_sweep(tmp_path / "s")
-    done = dare("report", sweep / "sweep.json")
-    assert done.code == 1 and "is a file" in done.err and f"its folder is {sweep}" in " ".join(done.err.split())
+    (tmp_path / "s.yaml").touch()
+    for name in (sweep / "sweep.json", tmp_path / "s.yaml"):
+        done = dare("report", name)
+        assert done.code == 1 and "is a file" in done.err and f": {sweep}, perhaps" in " ".join(done.err.split())
     (tmp_path / "old").mkdir()
     for name in ("r.png", "deltas.png"):
         (tmp_path / "old" / name).touch()

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 from darekit.errors import PlanError
 from darekit.planning.checks import check
 from darekit.recipe import Recipe, read_recipe
-from darekit.recipe.reading import search_path
+from darekit.recipe.reading import search_path, with_rounding
 from darekit.recipe.single import drop_recipe
 
 if TYPE_CHECKING:
+    from darekit.dtypes import Rounding
     from darekit.output.publishing import Report
     from darekit.planning.plan import Plan
 
@@ -83,6 +84,7 @@ def merge(
     settings: Mapping[str, Any] | None = None,
     lenient: bool = False,
     stage: str | None = None,
+    rounding: Rounding | Mapping[str, Any] | None = None,
     **options: Unpack[RunOptions],
 ) -> Report:
     """Merge models as a recipe says, from disk to disk, into a new model directory.
@@ -96,6 +98,7 @@ def merge(
         settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`; for a `Recipe`, use `read_recipe`.
         lenient: warn of unknown keys and of settings without effect, instead of refusing the recipe.
         stage: of a recipe of several stages, which one; the last if not given.
+        rounding: replaces the recipe's `rounding`: nearest, stochastic, or `{"method": "stochastic", "seed": 7}`.
         **options: how to run: threads, shard_size, overwrite, resume, force, allow_nonfinite, tile, progress, say
             (see `RunOptions`).
 
@@ -127,6 +130,7 @@ def merge(
         if isinstance(recipe, Recipe)
         else read_recipe(recipe, settings=settings, seed=seed, lenient=lenient, stage=stage)
     )
+    found = found if rounding is None else with_rounding(found, rounding)
     return run(found, Path(out), chosen, search=search_path(recipe))
 
 
@@ -201,6 +205,7 @@ def drop(
     vocab: Literal["strict", "base", "pad"] = "strict",
     heads: Literal["base", "model"] | None = None,
     base_extras: Literal["keep", "leave_out"] = "keep",
+    rounding: Rounding | Mapping[str, Any] = "nearest",
     parameters: Mapping[str, Any] | None = None,
     **options: Unpack[RunOptions],
 ) -> Report:
@@ -219,6 +224,7 @@ def drop(
         vocab: what to do with vocabularies that differ: strict, base or pad.
         heads: `base` or `model`: whose heads the output has, as they are; None: they are sparsified like the rest.
         base_extras: what becomes of parts that only the base has (token prediction, a pooler): keep or leave_out.
+        rounding: nearest; or stochastic, which keeps small changes in the mean (its draws follow from `seed`).
         parameters: further parameters of the sparsifier (window, gamma, q, tau).
         **options: how to run: threads, shard_size, overwrite, resume, force, allow_nonfinite, tile, progress, say
             (see `RunOptions`).
@@ -250,7 +256,7 @@ def drop(
     chosen = options_of(options)
     recipe = drop_recipe(
         str(base), str(model), drop_rate=drop_rate, method=method, rescale=rescale, on=on, keep_dense=keep_dense,
-        seed=seed, vocab=vocab, heads=heads, base_extras=base_extras, parameters=parameters,
+        seed=seed, vocab=vocab, heads=heads, base_extras=base_extras, rounding=rounding, parameters=parameters,
     )  # fmt: skip
     return run(recipe, Path(out), chosen, search=())
 

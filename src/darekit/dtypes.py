@@ -57,6 +57,10 @@ DTYPES: dict[str, DType] = {
     )
 }
 
+Rounding = Literal["nearest", "stochastic"]
+NEAREST: Rounding = "nearest"
+STOCHASTIC: Rounding = "stochastic"
+_WORDS = 4294967296.0
 # Powers of two, which scale quantised weights and mean nothing by themselves: read, and never written.
 POWERS = DType("F8_E8M0", "float8_e8m0fnu", "int", np.dtype("u1"))
 
@@ -104,12 +108,45 @@ def widen(raw: Bytes, dtype: DType, out: Floats) -> None:
         out[...] = raw.view(dtype.numpy)
 
 
-def narrow(values: Floats, dtype: DType, raw: Bytes) -> int:
-    """(n,) float32 or float64 -> (n * itemsize,) uint8, in place in `raw`; nearest even.
+def narrow(values: Floats, dtype: DType, raw: Bytes, words: npt.NDArray[np.uint32] | None = None) -> int:
+    """(n,) float32 or float64 -> (n * itemsize,) uint8, in place in `raw`; nearest even, or `stochastic` by `words`.
 
     Returns how many results are NaN or Inf: of finite values, those for which the format is too small.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        rounded = values.astype(dtype.numpy)
+        rounded = values.astype(dtype.numpy) if words is None else stochastic(values, dtype.numpy, words)
     raw.view(dtype.numpy)[...] = rounded
     return int(rounded.size - np.count_nonzero(np.isfinite(rounded)))
+
+
+def stochastic(values: Floats, dtype: np.dtype[Any], words: npt.NDArray[np.uint32]) -> npt.NDArray[Any]:
+    """(n,) float32 or float64, (n,) uint32 -> (n,) `dtype`: one of the two neighbours, so that the mean is the value.
+
+    A value x between neighbours a and b of the format, |a| < |x| < |b|, becomes b with the probability
+    T / 2^32, T = round(2^32 (|x| - |a|) / (|b| - |a|)) to nearest even: where word + T >= 2^32. What the format has
+    stays, signs of zeros too. Beyond the largest finite value there is no neighbour: up to where rounding to nearest
+    would overflow, it is that value, and from there on NaN or Inf, as to nearest. NaN stays NaN.
+
+    Source: stochastic rounding as in arXiv 1502.02551; the words are Philox4x32-10's.
+
+    >>> stochastic(np.float32([1, 1.001, -1.001]), np.dtype(np.float16), np.uint32([0, 2**31, 0])).tolist()
+    [1.0, 1.0009765625, -1.0009765625]
+    """
+    bits = np.dtype(f"u{dtype.itemsize}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        nearest = values.astype(dtype)
+        exact, found = np.abs(values.astype(np.float64)), np.abs(nearest.astype(np.float64))
+    inexact = np.isfinite(found) & (exact != found)
+    if not inexact.any():
+        return nearest
+    codes = nearest.view(bits).copy()
+    at = np.flatnonzero(inexact)
+    # Codes of one sign are in the order of magnitudes: the neighbours are the codes before and after.
+    below = codes[at] - (found[at] > exact[at]).astype(bits)
+    above = below + bits.type(1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        low, high = (np.abs(code.view(dtype).astype(np.float64)) for code in (below, above))
+        limits = np.rint((exact[at] - low) / (high - low) * _WORDS)
+    up = np.isfinite(high) & (words[at] + np.where(np.isfinite(limits), limits, 0.0) >= _WORDS)
+    codes[at] = np.where(up, above, below)
+    return codes.view(dtype)

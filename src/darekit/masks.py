@@ -66,6 +66,19 @@ def effective_seeds(seed: int, sample_digests: Sequence[bytes]) -> tuple[int, ..
     return tuple(seeds)
 
 
+def rounding_seed(seed: int, sample_digests: Sequence[bytes]) -> int:
+    """Recipe seed and the sample digests of base and models -> the unsigned 64-bit seed by whose draws an output is
+    rounded: element e of a tensor by the draw that a mask of this seed would have there.
+
+    Frozen, like masks. It follows from the inputs, so results that are merged once more do not meet their own draws.
+
+    >>> f"{rounding_seed(0, [bytes(16)]):016x}"
+    '7da2febad8a5b704'
+    """
+    text = b"darekit-rounding-1" + seed.to_bytes(8, "little") + b"".join(sample_digests)
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
 def philox(counter: npt.NDArray[np.uint64], stream: int, seed: int) -> tuple[npt.NDArray[np.uint64], ...]:
     """(n,) uint64 counters -> four (n,) uint64 arrays of 32-bit words (Philox4x32-10)."""
     c0, c1 = counter & _LOW, counter >> _SHIFT

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, natural_key
-from darekit.dtypes import DTYPES, Bytes, DType, dtype_of, is_torch
+from darekit.dtypes import DTYPES, NEAREST, Bytes, DType, Rounding, dtype_of, is_torch
 from darekit.errors import CheckpointError, PlanError, RecipeError
 from darekit.inputs.statistics import FISHER, Statistics, open_statistics
 from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SPARSIFIERS, WEIGHT
@@ -31,6 +31,7 @@ def merge_tensors(
     seeds: Sequence[int] | None = None,
     statistics: Sequence[Mapping[str, Any] | str | Path] | None = None,
     dtype: str | None = None,
+    rounding: Rounding | Mapping[str, Any] = NEAREST,
     threads: int | None = None,
     tile: int | None = None,
     allow_nonfinite: bool = False,
@@ -50,6 +51,8 @@ def merge_tensors(
             layer's inputs, (in, in), for weights stored [out, in]. Tensors without statistics are averaged. Grams in a
             dict are used as they are, divided by their numbers of tokens or not.
         dtype: output format (`bfloat16`, ...); each tensor's own if not given.
+        rounding: nearest, or stochastic: `{"method": "stochastic", "seed": 7}`, or the word alone for the seed of
+            `sparsify`.
         threads: worker threads.
         tile: elements of a tensor that are worked on at once; 65,536 if not given.
         allow_nonfinite: take the base's element where an input has NaN or Inf.
@@ -96,6 +99,7 @@ def merge_tensors(
     data: dict[str, Any] = {"models": entries, "merge_method": method.name, "parameters": dict(method.parameters)}
     data |= {"base_model": "base"} if base is not None else {}
     data |= {"dtype": dtype} if dtype is not None else {}
+    data["rounding"] = rounding
     if sparsify is not None:
         chosen = SPARSIFIERS.get(sparsify.method)
         defaults = {name: one.default for name, one in chosen.parameters.items()} if chosen else {}

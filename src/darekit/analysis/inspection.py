@@ -27,6 +27,8 @@ from darekit.planning.homology import R_LARGE, R_STOP, RULE_OF_THUMB, TAU, p_max
 from darekit.planning.matching.alignment import AlignedTensor, align
 from darekit.planning.opening import open_models
 from darekit.planning.rates import MOST
+from darekit.planning.rounding import rounding_of
+from darekit.planning.rounding import told as rounding_told
 from darekit.recipe.names import find_model
 from darekit.wording import brief, label
 
@@ -114,6 +116,7 @@ class Inspection:
         words: the verdict in a sentence.
         histogram: of |delta| over all tensors.
         notes: what was not compared, and why.
+        rounding: how much of the delta is the error of quantisation, in words; None where nothing is quantised.
     """
 
     base: str
@@ -126,6 +129,7 @@ class Inspection:
     words: str
     histogram: Histogram
     notes: tuple[str, ...] = ()
+    rounding: str | None = None
 
     def __repr__(self) -> str:
         return brief(
@@ -374,9 +378,14 @@ def _inspect_all(
                 done += sum(info.nbytes for info in (tensor.base, *tensor.models) if info)
                 if progress:
                     progress(done, total_bytes)
+        rounded = [rounding_of(tensors, k, own) for k, own in enumerate(reports)]
+    told = [
+        None if one is None else rounding_told(model, base, one) for model, one in zip(models, rounded, strict=True)
+    ]
+    notes = (*notes, *filter(None, told))
     found = [
-        _judged(base, model, own, total.report("total", ()), total.histogram())
-        for model, own, total in zip(models, reports, totals, strict=True)
+        replace(_judged(base, model, own, total.report("total", ()), total.histogram()), rounding=words)
+        for model, own, total, words in zip(models, reports, totals, told, strict=True)
     ]
     if len(models) == 1:
         return found, None, notes

@@ -95,6 +95,24 @@ def root(
         raise typer.Exit
 
 
+def spelled_out(words: list[str]) -> list[str]:
+    """A command line on which `--ray` has its address: typer knows no options that may have a value or none.
+
+    >>> spelled_out(["search", "--ray", "s.yaml"]), spelled_out(["sweep", "s.yaml", "--ray", "head:6379"])
+    (['search', '--ray', 'auto', 's.yaml'], ['sweep', 's.yaml', '--ray', 'head:6379'])
+    """
+    found: list[str] = []
+    for at, word in enumerate(words):
+        found.append(word)
+        if word == "--ray" and not _is_address(words[at + 1 : at + 2]):
+            found.append("auto")
+    return found
+
+
+def _is_address(words: list[str]) -> bool:
+    return bool(words) and (words[0] in ("auto", "local") or words[0].rpartition(":")[2].isdecimal())
+
+
 def main() -> None:
     """Entry point of the `dare` command."""
     # Imports make many objects and no garbage: looking for it at the default of 700 took about 7 % of a small merge.
@@ -104,6 +122,6 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a model's name may hold what the terminal cannot show
     # Help, a misspelt word and no word need all commands.
     try:
-        build_app(*(word for word in sys.argv[1:2] if word in COMMANDS))()
+        build_app(*(word for word in sys.argv[1:2] if word in COMMANDS))(spelled_out(sys.argv[1:]))
     finally:
         gc.freeze()  # the interpreter's last collections need not look at what dies with the process

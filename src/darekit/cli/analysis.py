@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli.options import DryRun, Json, Threads, Vocab, check_drop_rate, errors_told, listed
+from darekit.cli.options import (
+    DryRun,
+    GpusPerWorker,
+    Jobs,
+    Json,
+    Ray,
+    Threads,
+    Vocab,
+    check_drop_rate,
+    errors_told,
+    listed,
+)
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest available.")]
 Dtype = Annotated[
@@ -144,7 +155,9 @@ def sweep(
     out: Annotated[
         Path | None, typer.Argument(help="Directory for the results; default: SWEEP.yaml without its extension.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes to run; each holds one model in memory.")] = 1,
+    jobs: Jobs = None,
+    ray: Ray = None,
+    gpus_per_worker: GpusPerWorker = None,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -172,7 +185,8 @@ def sweep(
 
             with display.progress_bar("sweeping", quiet=as_json, unit="evaluations") as progress:
                 result = run_sweep(
-                    found, place, jobs=jobs, threads=threads, device=device, dtype=dtype, plots=not no_plots,
+                    found, place, jobs=jobs, ray=ray, gpus_per_worker=gpus_per_worker,
+                    threads=threads, device=device, dtype=dtype, plots=not no_plots,
                     overwrite=overwrite, progress=progress, say=None if as_json else display.say_note,
                 )  # fmt: skip
             display_analysis.show_sweep(result, as_json=as_json)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from darekit.architectures.groups import ONE_TERM
 from darekit.cli import tables
+from darekit.cli.display_adapters import LEGEND, adapters_data, adapters_table
 from darekit.wording import size_of
 
 if TYPE_CHECKING:
@@ -142,6 +143,8 @@ def show_report(report: Report, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_data()))
         return
+    from darekit.planning.losses import rounding_lines
+
     holds = f"{counted(report.tensors, 'tensor')}, {count_of(report.parameters)} parameters"
     if not report.bytes_read and not report.bytes_written:
         print(f"{report.output} is complete: {holds}; no tensor was left to write")
@@ -156,6 +159,7 @@ def show_report(report: Report, *, as_json: bool) -> None:
     rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
     tables.print_facts([
         *([("kept", told)] if report.kept_of else []),
+        ("rounding", "".join(rounding_lines(report.rounding))),
         ("took", f"{time_of(report.seconds)} at {size_of(rate)}/s, {size_of(report.peak_rss_bytes)} of memory at most"),
     ])  # fmt: skip
 
@@ -177,7 +181,13 @@ def show_statistics(report: StatisticsReport, *, as_json: bool) -> None:
     ])  # fmt: skip
 
 
-def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None) -> dict[str, Any]:
+def plan_data(
+    plan: Plan,
+    judgements: Sequence[Judgement],
+    notes: Sequence[str],
+    threads: int | None,
+    rounding: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """A plan in JSON-able form."""
     from darekit.engine.tiles import TILE
     from darekit.machine import default_threads
@@ -204,8 +214,10 @@ def plan_data(plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str],
         **({"layers": _layers_data(plan)} if plan.towers else {}),
         "gradients": [asdict(row) for row in gradient_rows(plan.recipe, plan.depths, plan.towers)],
         "keep_dense": dense_tensors(plan),
+        "rounding": rounding,
         "checks": [judgement.to_data() for judgement in judgements],
         "notes": list(notes),
+        "adapters": adapters_data(plan),
     }
 
 
@@ -228,10 +240,18 @@ def dense_tensors(plan: Plan) -> dict[str, list[str]]:
 
 
 def show_plan(
-    plan: Plan, judgements: Sequence[Judgement], notes: Sequence[str], threads: int | None, *, as_json: bool
+    plan: Plan,
+    judgements: Sequence[Judgement],
+    notes: Sequence[str],
+    threads: int | None,
+    rounding: Mapping[str, Any] | None,
+    *,
+    as_json: bool,
 ) -> None:
-    """A plan for people, or as JSON."""
-    data = plan_data(plan, judgements, notes, threads)
+    """A plan for people, or as JSON; `rounding`: what rounding will do, from a sample."""
+    from darekit.planning.losses import rounding_lines
+
+    data = plan_data(plan, judgements, notes, threads, rounding)
     if as_json:
         print(json.dumps(data))
         return
@@ -242,6 +262,7 @@ def show_plan(
          f"{counted(data['tensors'], 'tensor')}, {count_of(plan.parameters)} parameters"),
         ("reads", size_of(plan.bytes_in)),
         ("memory", f"about {size_of(data['peak_memory_bytes'])}"),
+        ("rounding", "".join(f"{line} (in a sample)" for line in rounding_lines(rounding))),
     ])  # fmt: skip
     for note in notes:
         print(tables.wrapped(f"note: {note}", "  "))
@@ -260,6 +281,10 @@ def show_plan(
         tables.print_small("r: ||delta|| / ||base|| in a sample. kept: what is not dropped, with the deltas "
                            "that are exactly 0. rho: how far dropping is predicted to move a layer's "
                            "output, relative to it; above 0.5 a merge is refused.")  # fmt: skip
+    if (adapters := adapters_table(data["adapters"])) is not None:
+        print()
+        print_table(adapters)
+        tables.print_small(LEGEND)
     _show_layers(plan)
     _show_rates(plan)
     _show_gradients(data["gradients"], bars=bool(plan.towers))

@@ -67,9 +67,11 @@ def show_report(report: ExtractReport, *, as_json: bool) -> None:
         print(json.dumps(report.to_data()))
         return
     carried = 1 - report.total_error**2
+    times = report.model_bytes / report.bytes
+    size = f"{times:.3g} times smaller" if times >= 1 else f"{1 / times:.3g} times LARGER"
     print(
-        f"Wrote {report.output}: {size_of(report.bytes)}, {report.model_bytes / report.bytes:.3g} times smaller than "
-        f"the model; it carries {tables.share(carried)} of the delta"
+        f"Wrote {report.output}: {size_of(report.bytes)}, {size} than the model; it carries {tables.share(carried)} of "
+        "the delta"
     )
     kept = [one for one in report.tensors if one.saved and not one.why]
     left = [one for one in report.tensors if not one.saved and one.norm]
@@ -133,7 +135,7 @@ def _kinds(kinds: Sequence[str]) -> str:
     return ", ".join(f"{_WORDS.get(kind, kind)} ({kinds.count(kind)})" for kind in dict.fromkeys(kinds))
 
 
-_WORDS = {"matrices": "others"}
+_WORDS = {"matrices": "other matrices"}
 
 
 def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from darekit.cli.options import Json, errors_told
+from darekit.cli.options import GpusPerWorker, Jobs, Json, Ray, errors_told
 
 if TYPE_CHECKING:
     from darekit.evaluation.comparison import Comparison
@@ -63,6 +63,9 @@ def evaluate(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --generate: replace existing answers.")] = False,
+    jobs: Jobs = None,
+    ray: Ray = None,
+    gpus_per_worker: GpusPerWorker = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate MODELS (recipes are merged in memory) and print one table with standard errors."""
@@ -75,6 +78,8 @@ def evaluate(
         )
     if generate is not None and out is None:
         raise typer.BadParameter("needs --out FILE.json, or a folder for several models", param_hint="--generate")
+    if generate is not None and (jobs is not None or ray is not None):
+        raise typer.BadParameter("cannot be combined with --jobs or --ray", param_hint="--generate")
     for given, name in ((prompt is not None, "--prompt"), (overwrite, "--overwrite")):
         if given and generate is None:
             raise typer.BadParameter("only works with --generate", param_hint=name)
@@ -99,7 +104,8 @@ def evaluate(
                 models, judge=_spec(judge, command), tasks=tasks or (), data=data or (), base=base,
                 include=include or (), limit=limit, batch_size=batch_size, max_length=max_length,
                 num_fewshot=num_fewshot, chat_template=chat_template, trust_code=trust_code, device=device,
-                dtype=dtype, samples=samples, out=out, confirm=_confirm, progress=progress,
+                dtype=dtype, samples=samples, out=out, jobs=jobs, ray=ray,
+                gpus_per_worker=gpus_per_worker, confirm=_confirm, progress=progress,
                 show_bars=bool(tasks) and not as_json and progress is None and sys.stderr.isatty(),
                 say=display.say_note,
             )  # fmt: skip
@@ -123,6 +129,26 @@ def _confirm(names: Sequence[str]) -> bool:
         f"{', '.join(names)} runs code written by the models, with your permissions on this machine. Continue?",
         err=True,
     )
+
+
+def _show_differences(found: Comparison) -> None:
+    """How far the other models are from the first, where errors are known."""
+    from darekit.cli import display, tables
+
+    differences = found.differences()
+    able = [name for name, one in differences.items() if any(error is not None for _, error in one.values())]
+    if not able:
+        return
+    models = [evaluation.model for evaluation in found.evaluations[1:] if evaluation.error is None]
+
+    def cell(name: str, model: str) -> str:
+        value, error = differences[name].get(model, (0.0, None))
+        return "" if error is None else f"{value:+.4f} ± {error:.4f}"
+
+    rows = [(model, *(cell(name, model) for name in able)) for model in models]
+    for part in tables.side_by_side((f"against {found.evaluations[0].model}", *able), rows):
+        display.print_table(part)
+        print()
 
 
 def _show(found: Comparison, *, as_json: bool) -> None:
@@ -151,6 +177,7 @@ def _show(found: Comparison, *, as_json: bool) -> None:
     for part in tables.side_by_side([head if head == "" else f"{head}  " for head in heads], rows):
         display.print_table(part)
         print()
+    _show_differences(found)
     if marked:
         print("* best: ahead of every other by more than twice the standard error of the difference")
     elif len(found.evaluations) > 1:

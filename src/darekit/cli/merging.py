@@ -21,6 +21,7 @@ from darekit.cli.options import (
     Overwrite,
     RescaleName,
     Resume,
+    RoundingName,
     Scope,
     Seed,
     Settings,
@@ -113,6 +114,9 @@ def drop(
     base_extras: Annotated[
         BaseExtras, typer.Option(help="Parts that only BASE has (token prediction, a pooler): keep or leave out.")
     ] = BaseExtras.KEEP,
+    rounding: Annotated[
+        RoundingName, typer.Option(help="To the nearest value, or stochastic: small changes last in the mean.")
+    ] = RoundingName.NEAREST,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
@@ -141,7 +145,8 @@ def drop(
         found = drop_recipe(
             base, model, drop_rate=rate, method=method, rescale=rescale.value if rescale else None,
             on=on.value, keep_dense=keep_dense or (), seed=seed, vocab=vocab.value,
-            heads=heads.value if heads else None, base_extras=base_extras.value, parameters=extra,
+            heads=heads.value if heads else None, base_extras=base_extras.value, rounding=rounding.value,
+            parameters=extra,
         )  # fmt: skip
         _run(
             found, out, (), dry_run=dry_run, as_json=as_json, threads=threads, shard_size=limit,
@@ -242,12 +247,15 @@ def _run(recipe: Any, out: Path, search: Any, *, dry_run: bool, as_json: bool, *
     from darekit.planning import checks
 
     if dry_run:
+        from darekit.planning.losses import sample_rounding, swallowed_notes
         from darekit.planning.opening import open_plan
 
         with open_plan(recipe, search=search, shard_size=options["shard_size"]) as plan:
             notes: list[str] = list(plan.notes)
             judgements = checks.check(plan, force=options["force"], say=notes.append)
-            display.show_plan(plan, judgements, notes, options["threads"], as_json=as_json)
+            rounding = sample_rounding(plan)
+            notes += swallowed_notes(rounding)
+            display.show_plan(plan, judgements, notes, options["threads"], rounding, as_json=as_json)
         return
     with display.progress_bar("merging", quiet=as_json) as progress:
         report = api.run(recipe, out, api.Options(progress=progress, say=display.say_note, **options), search=search)

@@ -44,6 +44,29 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and check
 Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, metavar="N", help="Seed for the masks.")]
 
 
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=256,
+        metavar="N",
+        help="Processes to run, or workers on a cluster; each holds one model. Default: 1; on a cluster its room.",
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Work on the Ray cluster at ADDRESS (or RAY_ADDRESS); without one, on a cluster that is started here.",
+    ),
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(min=0, metavar="N", help="With --ray: GPUs for each worker; default: 1 where the cluster has GPUs."),
+]
+
+
 class RescaleName(StrEnum):
     """Words for --rescale."""
 
@@ -93,6 +116,13 @@ class BaseExtras(StrEnum):
 
     KEEP = "keep"
     LEAVE_OUT = "leave_out"
+
+
+class RoundingName(StrEnum):
+    """Words for --rounding."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
 
 
 class Vocab(StrEnum):

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from darekit.cli.analysis import Device, Dtype
-from darekit.cli.options import DryRun, Json, Threads, errors_told
+from darekit.cli.options import DryRun, GpusPerWorker, Jobs, Json, Ray, Threads, errors_told
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -27,7 +27,9 @@ def search(
     time: Annotated[
         str | None, typer.Option(metavar="TIME", help="Begin no candidate after this time: 90s, 30min, 2h.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes to run; each holds one model in memory.")] = 1,
+    jobs: Jobs = None,
+    ray: Ray = None,
+    gpus_per_worker: GpusPerWorker = None,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -50,7 +52,8 @@ def search(
             return
         with display_search.watched(quiet=as_json) as watch:
             result = run_search(
-                found, place, trials=trials, seconds=seconds, jobs=jobs, threads=threads, device=device, dtype=dtype,
+                found, place, trials=trials, seconds=seconds, jobs=jobs, ray=ray,
+                gpus_per_worker=gpus_per_worker, threads=threads, device=device, dtype=dtype,
                 watch=watch, say=None if as_json else display.say_note,
             )  # fmt: skip
         display_search.show_result(result, as_json=as_json)

@@ -25,9 +25,10 @@ from darekit.checkpoints import traits_of
 from darekit.checkpoints.digests import LEAF, TensorDigest, tensor_digest
 from darekit.engine import tiles
 from darekit.engine.costs import HEAVY, matrix_memory
+from darekit.engine.losses import Losses, record_of
 from darekit.engine.measuring import ByColumn, Doubles, measure, measure_columns, settled, told
 from darekit.engine.stages import build, tile_of
-from darekit.engine.steps import Step, is_measured, vectors_of
+from darekit.engine.steps import Step, is_counted, is_measured, vectors_of
 from darekit.engine.tiles import BASE, OUT, TILE, ScratchPool, Sink, StepRun, Tally
 from darekit.engine.trimming import settle_model_trim
 from darekit.errors import DataError, MethodError
@@ -271,6 +272,7 @@ class Job:
         self._products: dict[int, Doubles] = {}
         self._coefficients: dict[int, Doubles] = {}
         self._facts: dict[str, Any] = {}
+        self._losses: list[Losses] = []
 
     def add(
         self,
@@ -279,6 +281,7 @@ class Job:
         kept: Counter[tuple[int, int]],
         coefficients: Mapping[int, Doubles],
         facts: Mapping[str, Any],
+        losses: Sequence[Losses],
     ) -> None:
         """Take what one span found out."""
         with self._lock:
@@ -287,6 +290,7 @@ class Job:
             self._kept.update(kept)
             self._coefficients.update(coefficients)
             self._facts.update(facts)
+            self._losses += losses
 
     def add_products(self, begin: int, products: Doubles) -> None:
         """Take what one span measured."""
@@ -314,6 +318,7 @@ class Job:
         }
         self._leaves = {}  # 72 bytes for each 64Ki elements of each input: they would grow with the model
         owners = sorted({owner for step in self.steps for owner in step.owners})
+        rounding = record_of(self._losses, sum(step.count for step in self.steps if is_counted(step)))
         return {
             "output": digests.get(OUT),
             "base": digests.get(BASE),
@@ -325,6 +330,7 @@ class Job:
             },
             **({"measured": _measured(told(self._coefficients), self._lines)} if self._coefficients else {}),
             **({"measured": self._facts} if self._facts else {}),
+            **({"rounding": rounding} if rounding else {}),
         }
 
 
@@ -383,6 +389,7 @@ class Worker:
             return
         coefficients: dict[int, Doubles] = {}
         facts: dict[str, Any] = {}
+        losses: list[Losses] = []
         for step in job.steps:
             run = StepRun(step, self, digests, kept)
             if step.kind == "copy":
@@ -399,9 +406,10 @@ class Worker:
                 run.merge(0, step.count, stop)
             coefficients |= run.coefficients
             facts |= run.surveyor.facts if run.surveyor is not None else {}
+            losses.append(run.losses.finish())
         if len(job.spans) == 1:
             self._digest_rest(job, digests)
-        job.add(begin, digests, kept, coefficients, facts)
+        job.add(begin, digests, kept, coefficients, facts, losses)
 
     def _digest_rest(self, job: Job, digests: dict[int, TensorDigest]) -> None:
         """Rows that no step wanted (a vocabulary cut to the base's) still belong to the input's digest."""

@@ -7,8 +7,10 @@ One kernel call takes four tiles from raw bytes to raw bytes, through the same s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +18,13 @@ import numpy.typing as npt
 from darekit.dtypes import Bytes
 from darekit.engine.contracts import Stage
 from darekit.engine.known import known_of
+from darekit.engine.losses import Losses
 from darekit.engine.selection import Select
 from darekit.engine.stages import RandomDrop
 from darekit.engine.steps import Step
 from darekit.kernels import cpu
-from darekit.masks import BLOCK, DROP_ALL
+from darekit.kernels.lanes import SAMPLED, SUM_LANES
+from darekit.masks import BLOCK, DROP_ALL, stream_of
 from darekit.methods import MERGE_METHODS
 from darekit.methods.merging import total_weight
 
@@ -31,18 +35,31 @@ LARGE = np.uint16(0x7F00)  # BF16's bits of 2^127
 FEW = 8  # models; for each number of them the kernel is compiled anew, with its loops over models unrolled
 
 
+LINE = 64  # bytes: of a processor's cache, and of its widest vectors
+
+
+def aligned(shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """An array that begins with a line of the cache: numpy's begin 16 bytes later, and cost kernels up to 15 %."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + LINE, np.uint8)
+    begin = -raw.ctypes.data % LINE
+    return raw[begin : begin + size].view(dtype).reshape(shape)
+
+
 class Blocks:
-    """Scratch of the fast lane's kernels: one block of draws, and of float32 for each model, the base and the sum."""
+    """Scratch of the fast lane's kernels: one block of draws, and of float32 for each model, the base, the sum and the
+    result; sums that are 0 between blocks."""
 
     def __init__(self) -> None:
-        self.words: npt.NDArray[np.uint32] = np.empty(BLOCK, np.uint32)
-        self.work: npt.NDArray[np.float32] = np.empty((FEW + 2, BLOCK), np.float32)
-        self._deltas: npt.NDArray[np.float32] = np.empty(0, np.float32)
+        self.words: npt.NDArray[np.uint32] = aligned((BLOCK,), np.uint32)
+        self.lanes: npt.NDArray[np.float64] = aligned((3, SUM_LANES), np.float64)
+        self.work: npt.NDArray[np.float32] = aligned((FEW + 3, BLOCK), np.float32)
+        self._deltas: npt.NDArray[np.float32] = aligned((0,), np.float32)
 
     def deltas(self, models: int, count: int) -> npt.NDArray[np.float32]:
         """(models, count) float32, in the memory that the last ones had."""
         if self._deltas.size < models * count:
-            self._deltas = np.empty(models * count, np.float32)
+            self._deltas = aligned((models * count,), np.float32)
         return self._deltas[: models * count].reshape(models, count)
 
 
@@ -65,6 +82,8 @@ class FusedStep:
     scale: np.float32
     base_weight: np.float32
     verbatim: bool
+    counted: bool
+    rounding: tuple[np.uint64, np.uint64] | None  # stream and seed of what rounds; None: to nearest
     finer: npt.NDArray[np.int64]
 
     def in_place(self, start: int, count: int) -> bool:
@@ -79,28 +98,36 @@ class FusedStep:
         start: int,
         out: Bytes,
         blocks: Blocks,
+        losses: Losses,
     ) -> npt.NDArray[np.int64] | None:
         """(2n,) uint8 base, (K, n) uint16 models -> (2n,) uint8 `out`, and how many elements of each model survive.
 
-        `deltas`, (K, n) float32: of the models whose delta is known; (K, 0) where none is.
-        None where NaN or Inf came up anywhere; then nothing has happened. Without a base its elements are 0.
+        `deltas`, (K, n) float32: of the models whose delta is known; (K, 0) where none is. What rounding did goes to
+        `losses`. None where NaN or Inf came up anywhere; then nothing has happened. Without a base its elements are 0.
         """
         if self.verbatim:
             return self._copy(base_raw, raws, out)
-        kept = np.zeros(len(self.weights), np.int64)
+        kept, counts = np.zeros(len(self.weights), np.int64), np.zeros(2, np.int64)
+        touched = np.zeros((len(self.weights), 2), np.int64)
+        squares = np.zeros((raws.shape[1] // (BLOCK * SAMPLED) + 2, 3))
         bounds = np.zeros((len(self.weights), 4), np.int64)
         for k, select in enumerate(self.selects):
             if select is not None:
                 bounds[k] = select.low, select.lows, select.high, select.highs
-        bad = cpu.absorb_bf16(
+        kernel, own = cpu.absorb_bf16, self.rounding or ()
+        if self.rounding is not None:
+            kernel = cpu.absorb_stochastic_bf16
+        bad = kernel(
             base_raw.view(np.uint16), raws, deltas, self.finer, start, self.streams, self.seeds, self.thresholds,
             self.factors, bounds, self.weights, self.election, self.normalize, self.divisor, self.scale,
-            self.base_weight, kept,
-            out.view(np.uint16),
-            blocks.words, blocks.work,
+            self.base_weight, *own, kept, counts, touched, squares, out.view(np.uint16), blocks.words, blocks.lanes,
+            blocks.work,
         )  # fmt: skip
         if bad:
+            blocks.lanes[...] = 0
             return None
+        if self.counted:
+            losses.add_blocks(start, raws.shape[1], counts, touched, squares)
         for k, select in enumerate(self.selects):
             if select is not None:
                 select.lows, select.highs = int(bounds[k, 1]), int(bounds[k, 3])
@@ -133,6 +160,8 @@ def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
         return None
     if step.dtype.name != "BF16" or not all(map(_is_known, chains)):
         return None
+    if step.rounding is not None and step.begin % BLOCK:  # rows that the base lacks may begin anywhere
+        return None
     drops = [chain[0] if chain and isinstance(chain[0], RandomDrop) else None for chain in chains]
     weights = np.array(step.weights, np.float64)
     normalize = bool(step.parameters.get("normalize"))
@@ -150,6 +179,8 @@ def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
         scale=np.float32(step.factor),
         base_weight=np.float32(step.base_weight),
         verbatim=step.verbatim,
+        counted=step.base is not None,
+        rounding=None if step.rounding is None else (np.uint64(stream_of(step.name)), np.uint64(step.rounding)),
         finer=np.array(finer, np.int64),
     )
 

@@ -15,7 +15,7 @@ from darekit.methods.spherical import Vectors
 
 # Of what the engine writes and records. Raised when equal steps would give other bytes or other records than before: no
 # run is resumed across it.
-ENGINE_FORMAT = 1
+ENGINE_FORMAT = 2
 
 # The stages that belong to a merge method: per tensor; per model, before and after its threshold is known.
 TRIM, TRIM_MODEL, TRIM_AT = "trim", "trim_model", "trim_at"
@@ -94,6 +94,7 @@ class Step:
     # Of a copy whose inputs may differ: whose bytes are taken, a model of the recipe or -1, the base. None: all agree.
     giver: int | None = None
     precise: bool = False  # arithmetic is float64 even where no input is F64
+    rounding: int | None = None  # the seed by whose draws what is merged is rounded; None: to nearest
 
     @property
     def row(self) -> int:
@@ -118,6 +119,11 @@ def vectors_of(step: Step) -> Vectors | None:
     if step.kind != "merge" or method.products is None:
         return None
     return method.vectors_at(step.parameters)
+
+
+def is_counted(step: Step) -> bool:
+    """Whether it says what rounding leaves of its changes: there is something that is changed."""
+    return step.kind == "merge" and step.base is not None
 
 
 def is_per_row(step: Step) -> bool:

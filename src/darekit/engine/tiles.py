@@ -16,18 +16,19 @@ import numpy.typing as npt
 
 from darekit import kernels
 from darekit.checkpoints.digests import TensorDigest
-from darekit.dtypes import Bytes, Floats
+from darekit.dtypes import Bytes, DType, Floats
 from darekit.engine.contracts import Stage
-from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, fuse, widened
+from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, aligned, fuse, widened
 from darekit.engine.informed import Combine, informed_combiner
 from darekit.engine.known import known_of
+from darekit.engine.losses import Losses, Piece
 from darekit.engine.measuring import ByColumn, Doubles, merge_rows
 from darekit.engine.selection import Select
 from darekit.engine.stages import build, scope_of, tile_of
-from darekit.engine.steps import Input, Step, is_per_row
+from darekit.engine.steps import Input, Step, is_counted, is_per_row
 from darekit.engine.surveying import Surveyor, WholeSurveyor, surveyor_of
 from darekit.kernels import cpu
-from darekit.masks import BLOCK
+from darekit.masks import BLOCK, stream_of
 from darekit.methods import MERGE_METHODS
 from darekit.methods.merging import total_weight
 
@@ -110,7 +111,7 @@ class ScratchPool:
     def rows(self, many: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """Buffers of bytes, (many, nbytes), in the memory that the last ones had."""
         if self._raw.size < many * nbytes:
-            self._raw = np.empty(many * nbytes, np.uint8)
+            self._raw = aligned((many * nbytes,), np.uint8)
         return self._raw[: many * nbytes].reshape(many, nbytes)
 
 
@@ -140,6 +141,8 @@ class StepRun:
         self.coefficients: dict[int, Doubles] = {}
         self.by_column: ByColumn | None = None
         self.surveyor = surveyor_of(step)
+        self.losses = Losses(step.owners if is_counted(step) else ())
+        self._stream = np.uint64(stream_of(step.name) if step.rounding is not None else 0)
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
         # the survivors.
         self.bad_at: npt.NDArray[np.bool_] | None = None
@@ -292,7 +295,8 @@ class StepRun:
                 known.read_into(deltas[k], step.begin + start, widened(origin), on_weights=False)
                 self.hands.tally.bytes_read += round(2 * count * model.cost)
             if not self.hands.broken.is_set():
-                kept = fused.absorb(base_raw, raws, deltas, step.begin + start, out, self.hands.scratch.blocks)
+                blocks = self.hands.scratch.blocks
+                kept = fused.absorb(base_raw, raws, deltas, step.begin + start, out, blocks, self.losses)
         if kept is None:
             for at in range(start, start + count, self.tile):
                 self.merge_tile(at, min(self.tile, start + count - at))
@@ -322,7 +326,7 @@ class StepRun:
                 self.kept[step.owners[k], 0] += count
         out = scratch.out[: count * step.dtype.itemsize]
         if step.verbatim and self.bad_at is None and self.known[0] is None:
-            overflowed = self._verbatim(scratch, count, out)
+            overflowed = self._verbatim(scratch, start, count, out)
         else:
             if is_per_row(step):
                 merged, self.coefficients[start] = merge_rows(step, scratch.base, scratch.deltas, self.bad_at)
@@ -338,16 +342,49 @@ class StepRun:
                 merged += merged.dtype.type(step.base_weight) * scratch.base
             if self.bad_at is not None:  # a method that mixes columns has made something of the others
                 merged[self.bad_at] = 0
+            words = self._words(start, count)
             if step.base is None or step.on_weights:
-                overflowed = kernels.round_to(merged, step.dtype, out)
+                overflowed = kernels.round_to(merged, step.dtype, out, words)
                 if self.bad_at is not None and step.base is not None:
                     self._put_base(scratch, self.bad_at, count, out)
             else:
                 base_raw = scratch.base_raw[: count * step.base.dtype.itemsize]
                 overflowed = kernels.add_round(
-                    base_raw, step.base.dtype, scratch.base, merged, step.factor, step.dtype, out
+                    base_raw, step.base.dtype, scratch.base, merged, step.factor, step.dtype, out, words
                 )
+            if step.base is not None:
+                self._count(step.base.dtype, scratch, merged, start, count, out)
         self._write(out, start, overflowed)
+
+    def _words(self, start: int, count: int) -> npt.NDArray[np.uint32] | None:
+        """What rounds the elements from `start` on; None: to nearest."""
+        if self.step.rounding is None:
+            return None
+        words = np.empty(count, np.uint32)
+        cpu.draws(np.uint64(self.step.rounding), self._stream, self.step.begin + start, words)
+        return words
+
+    def _count(self, origin: DType, scratch: Scratch, merged: Floats, start: int, count: int, out: Bytes) -> None:
+        """What rounding left of a tile's changes; where models themselves are merged, changes are differences."""
+        step, base, deltas = self.step, scratch.base, scratch.deltas
+
+        def piece_of(at: slice) -> Piece:
+            raw = out[at.start * step.dtype.itemsize : at.stop * step.dtype.itemsize]
+            own = base[at]
+            stored, before = np.empty_like(own), own
+            kernels.widen(raw, step.dtype, stored)
+            if origin.name != step.dtype.name:
+                before = np.empty_like(own)
+                kernels.widen(kernels.in_format(own, step.dtype), step.dtype, before)
+            if not step.on_weights:
+                return own, before, merged.dtype.type(step.factor) * merged[at], stored, deltas[:, at]
+            with np.errstate(invalid="ignore"):
+                change, moved = merged[at] - own, deltas[:, at] - own
+            if self.bad_at is not None:
+                change[self.bad_at[at]] = 0
+            return own, before, change, stored, moved
+
+        self.losses.add_sample(step.begin + start, count, piece_of)
 
     def load(
         self,
@@ -439,7 +476,7 @@ class StepRun:
             kernels.round_to(scratch.base, self.step.dtype, raw)
         np.copyto(out.view(f"u{size}"), raw.view(f"u{size}"), where=where)
 
-    def _verbatim(self, scratch: Scratch, count: int, out: Bytes) -> int:
+    def _verbatim(self, scratch: Scratch, start: int, count: int, out: Bytes) -> int:
         """The one model's own bytes, in the output's format."""
         dtype = self.step.models[0].dtype
         raw = scratch.raw[: count * dtype.itemsize]
@@ -447,7 +484,7 @@ class StepRun:
             out[:] = raw
             return 0
         kernels.widen(raw, dtype, scratch.merged)
-        return kernels.round_to(scratch.merged, self.step.dtype, out)
+        return kernels.round_to(scratch.merged, self.step.dtype, out, self._words(start, count))
 
     def _write(self, out: Bytes, start: int, overflowed: int) -> None:
         step = self.step

@@ -6,13 +6,13 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,12 @@ from darekit.evaluation.judges import (
     judge_of,
     judges_directory,
 )
+from darekit.evaluation.scores import difference
 from darekit.live.models import build, recipe_of
 from darekit.planning.opening import only_on_base, open_plan
 from darekit.planning.plan import Plan
+from darekit.pools.clusters import cluster_of, open_pool, require_ray
+from darekit.pools.processes import Lost
 from darekit.recipe import Recipe
 from darekit.wording import brief
 
@@ -108,12 +111,25 @@ class Comparison:
         """One score of all models."""
         return tuple(evaluation.scores.get(name) for evaluation in self.evaluations)
 
+    def differences(self) -> dict[str, dict[str, tuple[float, float | None]]]:
+        """Score's name -> model -> how far it is from the first model that has this score, and the standard error of
+        that: row by row where both answered the same rows."""
+        found: dict[str, dict[str, tuple[float, float | None]]] = {}
+        for name in self.names:
+            (_, first), *others = [(e.model, e.scores[name]) for e in self.evaluations if name in e.scores]
+            found[name] = {model: difference(score, first) for model, score in others}
+        return found
+
     def to_data(self) -> dict[str, Any]:
         """In JSON-able form."""
         best = {name: best_of(self.row(name)) for name in self.names}
         return {
             "evaluations": [evaluation.to_data() for evaluation in self.evaluations],
             "best": {name: None if at is None else self.evaluations[at].model for name, at in best.items()},
+            "differences": {
+                name: {model: {"value": value, "stderr": error} for model, (value, error) in models.items()}
+                for name, models in self.differences().items()
+            },
         }
 
     def to_markdown(self) -> str:
@@ -131,9 +147,8 @@ class Comparison:
 def best_of(row: Sequence[Score | None]) -> int | None:
     """Which of several models is the best in one score; None if that is unknown.
 
-    Its distance to every other must exceed twice the standard error of their difference, sqrt(se1^2 + se2^2). Models
-    answer the same questions, so their errors go together and the true one is mostly
-    smaller: this errs towards silence.
+    Its distance to every other must exceed twice the standard error of their difference: row by row where the rows'
+    parts are known (`darekit.evaluation.scores.difference`), else sqrt(se1^2 + se2^2), which errs towards silence.
     """
     found = [(at, score) for at, score in enumerate(row) if score is not None]
     if len(found) < 2 or any(score.higher_is_better is None or score.stderr is None for _, score in found):
@@ -141,8 +156,8 @@ def best_of(row: Sequence[Score | None]) -> int | None:
     sign = 1 if found[0][1].higher_is_better else -1
     best, top = max(found, key=lambda entry: sign * entry[1].value)
     for at, score in found:
-        error = math.hypot(top.stderr or 0.0, score.stderr or 0.0)
-        if at != best and not sign * (top.value - score.value) > CLEAR * error:
+        gap, error = difference(top, score)
+        if at != best and not sign * gap > CLEAR * (error or 0.0):
             return None
     return best
 
@@ -177,6 +192,9 @@ def evaluate(
     dtype: str | None = None,
     samples: str | Path | None = None,
     out: str | Path | None = None,
+    jobs: int | None = None,
+    ray: str | bool | None = None,
+    gpus_per_worker: float | None = None,
     confirm: Confirm | None = None,
     progress: Progress | None = None,
     show_bars: bool = False,
@@ -202,6 +220,9 @@ def evaluate(
         dtype: number format to compute in; if not given, float32 on a CPU, else the models' own.
         samples: a folder for each model's answer to each row or question.
         out: a folder for the results; models that already have results there are not judged again.
+        jobs: judge this many models at a time, each in a process of its own.
+        ray: judge on a Ray cluster: its address, or True for one that is there or else a new one on this machine.
+        gpus_per_worker: of a cluster; one where it has some if not given.
         confirm: asked instead of `trust_code`, with the names of the tasks.
         progress: called with (rows done, rows in all) while a file is judged.
         show_bars: show lm-eval's own progress bars.
@@ -231,52 +252,102 @@ def evaluate(
     """
     say = say or (lambda line: None)
     named = named_models(models, base)
+    cluster = cluster_of(ray, gpus_per_worker, jobs)
+    if cluster is not None:
+        require_ray()
     ask = confirm if confirm is not None and not trust_code else (lambda names: trust_code)
-    found = _judge(
-        judge, [tasks] if isinstance(tasks, str) else tasks, [data] if isinstance(data, str | Path) else data,
-        include=[Path(folder) for folder in include], limit=limit, batch_size=batch_size, max_length=max_length,
-        num_fewshot=num_fewshot, chat_template=chat_template, confirm=ask, progress=progress, show_bars=show_bars,
-        log_samples=samples is not None, say=say,
+    words: dict[str, Any] = dict(
+        judge=judge, tasks=[tasks] if isinstance(tasks, str) else list(tasks),
+        data=[data] if isinstance(data, str | Path) else list(data), include=[Path(folder) for folder in include],
+        limit=limit, batch_size=batch_size, max_length=max_length, num_fewshot=num_fewshot,
+        chat_template=chat_template, log_samples=samples is not None,
     )  # fmt: skip
+    found = _judge(**words, confirm=ask, progress=progress, show_bars=show_bars, say=say)
     settings = {"judge": identity_of(found), "dtype": dtype}
     keys = [_key(recipe, search, settings) for _, recipe, search in named]
     kept = kept_in(Path(out)) if out is not None else {}
     if out is not None:
-        words = given(
-            {"tasks": [tasks] if isinstance(tasks, str) else tasks, "data": [data] if isinstance(data, str | Path) else
-             data, "judge": judge, "include": include, "limit": limit, "batch_size": batch_size, "max_length":
-             max_length, "num_fewshot": num_fewshot, "chat_template": chat_template, "base": base, "dtype": dtype}
-        )  # fmt: skip
         asked = Asked(
-            tuple((name, key, recipe.to_data()) for (name, recipe, _), key in zip(named, keys, strict=True)), words
+            tuple((name, key, recipe.to_data()) for (name, recipe, _), key in zip(named, keys, strict=True)),
+            given({**words, "log_samples": None, "include": include, "base": base, "dtype": dtype}),
         )
         write_text(Path(out) / ASKED, json.dumps(asked.to_data(), indent=1) + "\n")
-    evaluations: list[Evaluation] = []
-    for (name, recipe, search), key in zip(named, keys, strict=True):
+    evaluations: dict[int, Evaluation] = {}
+    todo: list[int] = []
+    for at, ((name, _, _), key) in enumerate(zip(named, keys, strict=True)):
         if key in kept:
             say(f"{name} is finished in {out}; to judge it again, remove its line from {KEPT} there")
-            evaluations.append(replace(kept[key], model=name, kept=True))
-            continue
-        try:
-            evaluation = _evaluate_one(name, recipe, search, found, device=device, dtype=dtype, say=say)
-        except Exception as error:  # also torch's and transformers': the other models must not suffer
+            evaluations[at] = replace(kept[key], model=name, kept=True)
+        else:
+            todo.append(at)
+    place = None if samples is None else Path(samples)
+    if cluster is None and (jobs or 1) == 1:
+        opened = open_pool(lambda: _Examiner(found, device, dtype, place, say), 1, None)
+    else:
+        opened = open_pool(partial(_examiner, words, device, dtype, place), min(jobs or 1, len(todo) or 1), cluster)
+    with opened as pool:
+        for i, answer in pool.run([named[at] for at in todo]) if todo else ():
+            name, key = named[todo[i]][0], keys[todo[i]]
+            if isinstance(answer, Lost):
+                answer = DataError(f"{name}: {answer.why}"), ()
+            one, told = answer
+            for line in told:
+                say(line)
+            if isinstance(one, Evaluation):
+                evaluations[todo[i]] = one
+                if out is not None:
+                    _keep(Path(out), key, one)
+                continue
             if len(named) == 1:
-                raise
-            say(f"{name}: {error}" if isinstance(error, DarekitError) else f"{name}: {type(error).__name__}: {error}")
-            evaluations.append(Evaluation(name, error=f"{type(error).__name__}: {error}"))
-            continue
-        evaluations.append(evaluation)
-        if out is not None:
-            _keep(Path(out), key, evaluation)
-        if samples is not None:
-            _write_samples(Path(samples), name, found)
-    comparison = Comparison(tuple(evaluations))
-    if all(evaluation.error is not None for evaluation in evaluations):
-        raise DataError("no model could be judged:\n" + "\n".join(f"  {e.model}: {e.error}" for e in evaluations))
+                raise one
+            say(f"{name}: {one}" if isinstance(one, DarekitError) else f"{name}: {type(one).__name__}: {one}")
+            evaluations[todo[i]] = Evaluation(name, error=f"{type(one).__name__}: {one}")
+    comparison = Comparison(tuple(evaluations[at] for at in range(len(named))))
+    if all(one.error is not None for one in comparison.evaluations):
+        lines = "\n".join(f"  {one.model}: {one.error}" for one in comparison.evaluations)
+        raise DataError(f"no model could be judged:\n{lines}")
     if out is not None:
         write_text(Path(out) / COMPARISON, json.dumps(comparison.to_data(), indent=1) + "\n")
         write_text(Path(out) / "comparison.md", comparison.to_markdown())
     return comparison
+
+
+@dataclass
+class _Examiner:
+    """Judges one model after another. `say`: told at once; None: what is to be said comes back with the answer."""
+
+    judge: Judge
+    device: str | None
+    dtype: str | None
+    samples: Path | None
+    say: Say | None
+
+    def __call__(self, task: tuple[str, Recipe, tuple[Path, ...]]) -> tuple[Evaluation | Exception, tuple[str, ...]]:
+        """A model's evaluation, or what went wrong; and what is to be said."""
+        name, recipe, search = task
+        told: list[str] = []
+        say = self.say or told.append
+        try:
+            found = _evaluate_one(name, recipe, search, self.judge, device=self.device, dtype=self.dtype, say=say)
+            if self.samples is not None:
+                _write_samples(self.samples, name, self.judge)
+        except Exception as error:  # also torch's and transformers': the other models must not suffer
+            return error, tuple(told)
+        return found, tuple(told)
+
+
+def _examiner(words: Mapping[str, Any], device: str | None, dtype: str | None, samples: Path | None) -> _Examiner:
+    """The same in another process, with judges of its own. What they execute was agreed to where it began."""
+    judge = _judge(**words, confirm=_agreed, progress=None, show_bars=False, say=_silent)
+    return _Examiner(judge, device, dtype, samples, None)
+
+
+def _agreed(names: Sequence[str]) -> bool:
+    return True
+
+
+def _silent(line: str) -> None:
+    """Said already, where it began."""
 
 
 def named_models(
@@ -448,7 +519,11 @@ def kept_in(out: Path) -> dict[str, Evaluation]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
-            scores = {name: Score(**score) for name, score in entry["scores"].items()}
+            effects = entry.get("effects", {})
+            scores = {
+                name: Score(**score, effects=tuple(effects[name]) if name in effects else None)
+                for name, score in entry["scores"].items()
+            }
             kept[str(entry["key"])] = Evaluation(entry["model"], scores, entry["seconds"], entry["details"])
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
@@ -464,7 +539,8 @@ def _keep(out: Path, key: str, evaluation: Evaluation) -> None:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a kill cut the last line short
                     file.write(b"\n")
-            file.write((json.dumps({"key": key} | evaluation.to_data()) + "\n").encode())
+            own = {name: one.effects for name, one in evaluation.scores.items() if one.effects is not None}
+            file.write((json.dumps({"key": key} | evaluation.to_data() | {"effects": own}) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

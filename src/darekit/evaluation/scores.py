@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,21 +25,53 @@ class Score:
         value: the number.
         stderr: its standard error; None where it is unknown.
         higher_is_better: None where it is neither.
+        effects: of each row, what it adds to `value - mean`, to first order; where they are known, `stderr` is
+            sqrt(n / (n - 1) sum of their squares), and two models' scores can be compared row by row.
     """
 
     value: float
     stderr: float | None = None
     higher_is_better: bool | None = True
+    effects: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
     def to_data(self) -> dict[str, Any]:
         """In JSON-able form."""
         return {"value": self.value, "stderr": self.stderr, "higher_is_better": self.higher_is_better}
 
 
+def difference(score: Score, other: Score) -> tuple[float, float | None]:
+    """score - other, and its standard error; None where one of theirs is unknown.
+
+    Where both know their rows' effects, and so answered the same rows, the error is that of the rows' differences:
+    models of one base are mostly right and wrong about the same ones, and what all find hard cancels out. Else
+    sqrt(se1^2 + se2^2), which is too large.
+
+    >>> same = share(np.array([True, True, False, True]))
+    >>> difference(same, same)
+    (0.0, 0.0)
+    """
+    value = score.value - other.value
+    if score.effects is not None and other.effects is not None and len(score.effects) == len(other.effects) > 1:
+        error = _spread(np.array(score.effects) - np.array(other.effects))
+        return value, error if math.isfinite(error) else None  # an infinite perplexity has none
+    if score.stderr is None or other.stderr is None:
+        return value, None
+    return value, math.hypot(score.stderr, other.stderr)
+
+
+def _spread(effects: Floats) -> float:
+    """(n,) effects of rows -> the standard error of their sum."""
+    n = len(effects)
+    return math.sqrt(math.fsum(effects**2) * n / (n - 1))
+
+
 def share(right: npt.NDArray[np.bool_]) -> Score:
     """(n,) bool -> the share of True, with the binomial standard error sqrt(v (1 - v) / (n - 1))."""
     value = float(right.mean())
-    return Score(value, math.sqrt(value * (1 - value) / (len(right) - 1)) if len(right) > 1 else None)
+    if len(right) < 2:
+        return Score(value)
+    effects = tuple(((right - value) / len(right)).tolist())
+    return Score(value, math.sqrt(value * (1 - value) / (len(right) - 1)), effects=effects)
 
 
 def mean_loss(losses: Floats, targets: Ints) -> Score:
@@ -54,13 +86,15 @@ def mean_loss(losses: Floats, targets: Ints) -> Score:
     if n < 2:
         return Score(float(value), None, False)
     spread = math.sqrt(math.fsum((losses - value * targets) ** 2) * n / (n - 1))
-    return Score(float(value), float(spread / total), False)
+    effects = tuple(((losses - value * targets) / total).tolist())
+    return Score(float(value), float(spread / total), False, effects)
 
 
 def perplexity(loss: Score) -> Score:
     """exp(loss), and its standard error to first order. Above 1e308 it is infinite, as the loss of a broken model."""
     value = math.exp(loss.value) if loss.value < 709 else math.inf
-    return Score(value, None if loss.stderr is None else value * loss.stderr, False)
+    effects = loss.effects if loss.effects is None else tuple(value * effect for effect in loss.effects)
+    return Score(value, None if loss.stderr is None else value * loss.stderr, False, effects)
 
 
 def classification(predicted: Ints, labels: Ints, *, classes: int) -> dict[str, Score]:

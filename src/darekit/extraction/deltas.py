@@ -22,21 +22,38 @@ from darekit.planning.matching.alignment import AlignedTensor
 TILE = 65536  # elements
 
 
+class Room(threading.local):
+    """A thread's buffers: fresh memory for every tile and matrix takes a tenth of the time of reading them."""
+
+    def __init__(self) -> None:
+        self.raw: Bytes = np.empty(8 * TILE, np.uint8)
+        self.before: Matrix = np.empty(TILE, np.float32)
+        self.whole: Matrix = np.empty(0, np.float32)
+
+    def matrix(self, rows: int, columns: int) -> Matrix:
+        """(rows, columns) float32, in the memory that the thread's last one had."""
+        if self.whole.size < rows * columns:
+            self.whole = np.empty(0, np.float32)  # the old one goes first
+            self.whole = np.empty(rows * columns, np.float32)
+        return self.whole[: rows * columns].reshape(rows, columns)
+
+
 class Reader:
     """Reads deltas, in any thread. What must be read in order is read by one thread at a time."""
 
     def __init__(self, model: str) -> None:
         self._model = model
         self._one = threading.Lock()
+        self._room = Room()
 
     def matrix(self, blocks: Sequence[Block]) -> Matrix:
-        """Blocks of one width -> their delta, (rows, columns) float32, as they are stored.
+        """Blocks of one width -> their delta, (rows, columns) float32, as they are stored; the thread's next call
+        writes into the same memory.
 
         Raises:
             DataError: NaN or Inf.
         """
-        columns = blocks[0].shape[1]
-        whole = np.empty((sum(block.shape[0] for block in blocks), columns), np.float32)
+        whole = self._room.matrix(sum(block.shape[0] for block in blocks), blocks[0].shape[1])
         at = 0
         for block in blocks:
             rows = whole[at : at + block.shape[0]]
@@ -118,6 +135,12 @@ class Reader:
         if known is not None and are_same(known.base, base.source):
             known.read_into(target, start)
             bad = kernels.count_nonfinite(target)
+        elif (exact := traits_of(model.source).values) is not None and base.dtype != "F64":
+            before = np.empty(have, np.float32)
+            _read(base, start, before)
+            exact(target, start)
+            target -= before
+            bad = kernels.count_nonfinite(target)
         elif "F64" in (base.dtype, model.dtype):
             wide = np.empty((2, have))
             _read(base, start, wide[0])
@@ -126,9 +149,10 @@ class Reader:
                 target[...] = wide[1] - wide[0]
             bad = kernels.count_nonfinite(target)
         else:
-            before, dtype = np.empty(have, np.float32), dtype_named(model.dtype)
-            _read(base, start, before)
-            raw = np.empty(have * dtype.itemsize, np.uint8)
+            room, dtype = self._room, dtype_named(model.dtype)
+            before = room.before[:have]
+            _read(base, start, before, room.raw)
+            raw = room.raw[: have * dtype.itemsize]
             model.source.read_into(raw, start * dtype.itemsize)
             bad = kernels.difference(raw, dtype, before, target)
         if bad:
@@ -158,8 +182,8 @@ def _count(tensor: AlignedTensor) -> int:
     return count
 
 
-def _read(info: TensorInfo, start: int, values: Floats) -> None:
+def _read(info: TensorInfo, start: int, values: Floats, room: Bytes | None = None) -> None:
     dtype = dtype_named(info.dtype)
-    raw = np.empty(values.size * dtype.itemsize, np.uint8)
+    raw = np.empty(values.size * dtype.itemsize, np.uint8) if room is None else room[: values.size * dtype.itemsize]
     info.source.read_into(raw, start * dtype.itemsize)
     kernels.widen(raw, dtype, values)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,7 +95,17 @@ def everything(matrix: Matrix) -> tuple[Factors, Doubles]:
     Raises:
         numpy.linalg.LinAlgError: the iteration does not converge.
     """
-    u, values, vt = np.linalg.svd(matrix, full_matrices=False)
+    out, inner = matrix.shape
+    if 2 * out < inner:
+        found, known = everything(np.ascontiguousarray(matrix.T))
+        return _signed(found.a.T.copy(), found.b.T.copy()), known
+    if out > 2 * inner:  # of the triangle alone: half the memory of LAPACK's own way
+        basis, triangle = np.linalg.qr(matrix)
+        u, values, vt = np.linalg.svd(triangle)
+        u = basis @ u
+        del basis
+    else:
+        u, values, vt = np.linalg.svd(matrix, full_matrices=False)
     known = values.astype(np.float64)
     roots = np.sqrt(values[: _rank(known)])
     u, vt = u[:, : roots.size], vt[: roots.size]
@@ -151,7 +162,7 @@ def memory(shape: tuple[int, int], rank: int | None) -> int:
     out, inner = shape
     whole, small = 4 * out * inner, min(out, inner)
     if rank is None or is_whole(shape, rank):
-        return 4 * whole + 4 * 7 * small * small
+        return 6 * whole + 4 * 12 * small * small
     columns = rank + OVERSAMPLING
     return whole + columns * (4 * 3 + 8) * (out + inner)
 
@@ -174,9 +185,15 @@ def _orthonormal(columns: Matrix) -> Matrix:
     columns are orthogonal to about 1e-5 after one time, and to float32's precision after a second.
     """
     wide = columns.astype(np.float64)
-    squares, vectors = np.linalg.eigh(wide.T @ wide)
+    products = wide.T @ wide
+    with suppress(np.linalg.LinAlgError):  # of full rank, as nearly always: half the time of eigenvalues
+        root = np.linalg.cholesky(products)
+        if root.diagonal().min() > NOISE * root.diagonal().max():
+            turned: Matrix = columns @ np.linalg.inv(root).T.astype(np.float32)
+            return turned
+    squares, vectors = np.linalg.eigh(products)
     kept = squares > squares[-1] * NOISE**2
-    turned: Matrix = columns @ (vectors[:, kept] / np.sqrt(squares[kept])).astype(np.float32)
+    turned = columns @ (vectors[:, kept] / np.sqrt(squares[kept])).astype(np.float32)
     return turned
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from darekit.recipe import Recipe
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of factors
 KINDS = ("peft",)  # of adapters that are written
 SERVERS = ("vllm",)
+BLAS_BYTES = 40 << 20  # buffers that OpenBLAS keeps for each thread
 THIN_BYTES = 32 << 20  # what a thread takes for factors of adapters, roughly
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 
@@ -113,7 +116,9 @@ def terms_of(
         raise PlanError(f"there are no rules for {server!r}; expected {' or '.join(SERVERS)}")
     unknown = [word for word in save or () if word not in SAVES]
     if unknown:
-        raise PlanError(f"save: {', '.join(map(repr, unknown))}: expected some of {', '.join(SAVES)}")
+        near = get_close_matches(unknown[0], SAVES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise PlanError(f"save: {', '.join(map(repr, unknown))}: expected some of {', '.join(SAVES)}{hint}")
     if server == "vllm":
         if save:
             raise PlanError(
@@ -272,6 +277,10 @@ def _notes(terms: Terms, found: Selection, model: Checkpoint) -> Iterator[str]:
             f"rank {terms.rank} is as much as {len(small)} of {len(sides)} modules have: their deltas are kept whole "
             f"(rank {min(small)}{f' to {max(small)}' if max(small) > min(small) else ''})"
         )
+    whole = sum(math.prod(one.shape) * len(one.matrices) for one in found.targets)
+    thin = sum(sum(one.shape) * min(terms.rank or 0, *one.shape) * len(one.matrices) for one in found.targets)
+    if thin > whole:
+        yield f"factors of rank {terms.rank} are {thin / whole:.2g} times as large as the matrices: use a smaller rank"
     reasons: dict[tuple[str, str], list[str]] = {}
     for one in found.left_out:
         reasons.setdefault((one.kind, one.why), []).append(one.tensor.name)
@@ -333,7 +342,7 @@ def _threads_and_memory(terms: Terms, dense: Sequence[Target], threads: int) -> 
     free = free_host_memory()
     while threads > 1 and sum(needs[:threads]) > 0.8 * free:
         threads -= 1
-    peak = INTERPRETER_BYTES + sum(needs[:threads])
+    peak = INTERPRETER_BYTES + threads * BLAS_BYTES + sum(needs[:threads])
     crowded = None
     if needs[0] > free:
         way = "" if terms.rank is not None else "; with rank instead of a budget it would be a fraction of that"

@@ -198,8 +198,8 @@ def factorise(target: Target, terms: Terms, reader: Reader, cores: Cores, spool:
     square = lost = 0.0
     for expert in range(len(target.matrices)):
         delta = cores.of(target, expert) or Full.of(target, expert, reader)
-        one = factors_of(delta, terms, dtype)
         own = delta.square()
+        one = factors_of(delta, own, terms, dtype)
         square += own
         lost += delta.residual(one) if one.rank else own
         made.append(one)
@@ -269,9 +269,9 @@ class Full:
         return factors.residual(self.matrix, found)
 
 
-def factors_of(delta: Delta, terms: Terms, dtype: DType) -> Factors:
-    """A delta -> its factors under these terms, with the values that they have once they are stored."""
-    square = delta.square()
+def factors_of(delta: Delta, square: float, terms: Terms, dtype: DType) -> Factors:
+    """A delta and the square of its norm -> its factors under these terms, with the values that they have once they
+    are stored."""
     if not square:
         return delta.of_rank(1)
     if terms.rank is not None:

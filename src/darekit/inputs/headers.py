@@ -6,17 +6,20 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from darekit.checkpoints import Checkpoint, InputFile, open_checkpoint
 from darekit.checkpoints.headers import Elsewhere, HeaderFile, has_values, without_values
 from darekit.checkpoints.hub import Snapshot, fetch_small, fetch_start, is_cached, looks_like_hub_id, weights_on_hub
 from darekit.checkpoints.refusals import ADAPTER_WEIGHTS
 from darekit.checkpoints.safetensors import HEADER_LIMIT
-from darekit.errors import CheckpointError, HoldsAdapter, HoldsPack, Unsupported
-from darekit.inputs.adapters.files import AdapterFiles
+from darekit.errors import CheckpointError, HoldsAdapter, HoldsPack, HomologyError, Unsupported
 from darekit.inputs.adapters.opening import open_on
 from darekit.inputs.kinds import Opener, Opening
 from darekit.inputs.opening import OPENERS
+
+if TYPE_CHECKING:
+    from darekit.inputs.adapters.files import AdapterFiles
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 FIRST = 100_000  # bytes of a file that are fetched at once: few headers have more
@@ -118,7 +121,10 @@ class Headers:
             }
             return replace(adapter, tensors=tensors)
 
-        found = open_on(opening, place, lambda path: HeaderFile(path, sizes[path.name]), without)
+        try:
+            found = open_on(opening, place, lambda path: HeaderFile(path, sizes[path.name]), without)
+        except (CheckpointError, HomologyError) as error:
+            raise type(error)(str(error).replace(f"{self.folder}/", "")) from None
         self.missing[ref] = sizes[name]
         return found
 

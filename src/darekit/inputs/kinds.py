@@ -22,6 +22,7 @@ class Opening:
         base: the base of the recipe or command, open; None where there is none.
         search: where relative names are looked up after the working directory.
         openers: all kinds of input that may be named.
+        layout: in which order an adapter has its experts, as the user says; None: as it says itself.
         together: the base was named in one word with what is opened: nobody need ask whether it is the right one.
     """
 
@@ -29,6 +30,7 @@ class Opening:
     base: Checkpoint | None
     search: Sequence[Path]
     openers: Sequence[Opener]
+    layout: str | None = None
     together: bool = False
 
     @property

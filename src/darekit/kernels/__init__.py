@@ -8,10 +8,13 @@ than BF16) numpy does the work.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from darekit.dtypes import Bytes, DType, Floats, narrow
 from darekit.dtypes import widen as widen_any
-from darekit.kernels import cpu
+from darekit.kernels import cpu, rounding
+
+Words = npt.NDArray[np.uint32]
 
 
 def widen(raw: Bytes, dtype: DType, out: Floats) -> None:
@@ -40,26 +43,46 @@ def count_nonfinite(values: Floats) -> int:
 
 
 def add_round(
-    base_raw: Bytes, base_dtype: DType, base: Floats, merged: Floats, factor: float, dtype: DType, raw: Bytes
+    base_raw: Bytes,
+    base_dtype: DType,
+    base: Floats,
+    merged: Floats,
+    factor: float,
+    dtype: DType,
+    raw: Bytes,
+    words: Words | None = None,
 ) -> int:
     """base + factor * merged, (n,), rounded once to `dtype` into `raw`; returns how many finite ones overflowed.
 
-    Where the change is exactly 0 and the format stays, the base's bits are copied: -0.0 and NaN payloads survive.
+    To nearest even, or stochastically by `words`, (n,). Where the change is exactly 0 and the format stays, the base's
+    bits are copied: -0.0 and NaN payloads survive.
     """
     number = merged.dtype.type
     if dtype.name == base_dtype.name == "BF16" and merged.dtype == np.float32:
-        return int(cpu.add_round_bf16(base_raw.view(np.uint16), base, merged, number(factor), raw.view(np.uint16)))
+        origin, found = base_raw.view(np.uint16), raw.view(np.uint16)
+        if words is None:
+            return int(rounding.add_round_bf16(origin, base, merged, number(factor), found))
+        return int(rounding.add_round_stochastic_bf16(origin, base, merged, number(factor), words, found))
     change = number(factor) * merged
     with np.errstate(over="ignore", invalid="ignore"):
-        overflowed = narrow(base + change, dtype, raw)
+        overflowed = narrow(base + change, dtype, raw, words)
     if dtype.name == base_dtype.name:
         word = f"u{dtype.itemsize}"
         np.copyto(raw.view(word), base_raw.view(word), where=change == 0)
     return overflowed - count_nonfinite(base) if overflowed else 0
 
 
-def round_to(values: Floats, dtype: DType, raw: Bytes) -> int:
-    """(n,) finite values rounded once to `dtype` into `raw`; returns how many overflowed."""
+def in_format(values: Floats, dtype: DType) -> Bytes:
+    """(n,) -> bytes in `dtype`, to nearest."""
+    raw: Bytes = np.empty(values.size * dtype.itemsize, np.uint8)
+    round_to(values, dtype, raw)
+    return raw
+
+
+def round_to(values: Floats, dtype: DType, raw: Bytes, words: Words | None = None) -> int:
+    """(n,) finite values rounded once to `dtype` into `raw`, as in `add_round`; returns how many overflowed."""
     if dtype.name == "BF16" and values.dtype == np.float32:
-        return int(cpu.round_bf16(values, raw.view(np.uint16)))
-    return narrow(values, dtype, raw)
+        if words is None:
+            return int(rounding.round_bf16(values, raw.view(np.uint16)))
+        return int(rounding.round_stochastic_bf16(values, words, raw.view(np.uint16)))
+    return narrow(values, dtype, raw, words)

@@ -260,7 +260,7 @@ def _place(function: Callable[..., Any], kinds: tuple[str, ...]) -> Path:
 
     source, here = Path(function.__code__.co_filename), Path(__file__).parent
     about = [
-        *(path.read_bytes() for path in (source, Path(__file__), here / "intrinsics.py", here.parent / "masks.py")),
+        *(path.read_bytes() for path in (source, *sorted(here.glob("*.py")), here.parent / "masks.py")),
         " ".join(kinds), llvmlite.__version__, sys.platform, llvm.get_process_triple(), llvm.get_host_cpu_name(),
         llvm.get_host_cpu_features().flatten(),
     ]  # fmt: skip

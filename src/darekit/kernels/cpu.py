@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from darekit.kernels.compiling import intrinsic, kept_kernel, kernel
-from darekit.kernels.lanes import LANES, SUMS
+from darekit.kernels.lanes import LANES, SAMPLED, SUMS
+from darekit.kernels.rounding import add_losses, add_round_bf16, add_round_stochastic_bf16, end_block
 from darekit.masks import BLOCK, COUNTERS
 
 _EXPONENT = np.uint32(0x7F800000)
@@ -399,40 +400,14 @@ def scale(delta, factor):
 
 
 @kernel
-def add_round_bf16(base_raw, base, merged, factor, raw):
-    """base + factor * merged -> `raw`, (n,) uint16 BF16, to nearest even; base_raw's bits where that change is 0.
-
-    Returns how many results are NaN or Inf.
-    """
-    bad = np.uint32(0)
-    for i in range(raw.size):
-        change = np.float32(factor * merged[i])
-        bits = np.float32(base[i] + change).view(np.uint32)
-        even = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-        rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
-        same = np.uint32(np.uint32(change == np.float32(0)) * _ALL)  # other ways to write a mask cost twice the time
-        new = np.uint32(rounded & np.uint32(same ^ _ALL))
-        bad = np.uint32(bad + np.uint32(np.uint32(new & np.uint32(0x7F80)) == np.uint32(0x7F80)))
-        raw[i] = np.uint16(np.uint32(np.uint32(np.uint32(base_raw[i]) & same) | new))
-    return int(bad)
-
-
-@kept_kernel
-def absorb_bf16(
+def _absorb_bf16(
     base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
-    divisor, scale, base_weight, kept, out, words, work,
+    divisor, factor, base_weight, stochastic, rounding_stream, rounding_seed, kept, counts, touched, squares, out,
+    words, lanes, work,
 ):  # fmt: skip
-    """The whole way of a BF16 tile: the small kernels one after another, on blocks that stay in L1.
-
-    base_raw (n,), raws (K, n), out (n,) uint16; deltas (K, n) float32 of the models that are `finer`, (K,) int64: what
-    is known is no difference of BF16. Per model, (K,) each: uint64 streams and seeds, uint32 thresholds (0:
-    no random drop), float32 factors, and (K, 4) int64 bounds: what `select` takes (high 0: no selection), left as it
-    leaves them. `weights`: a tuple of K float32. `kept` (K,) int64 is added to. `start` is a multiple of 1024. Scratch:
-    words (1024,) uint32, work (K + 2, 1024) float32. Returns how many differences or results are NaN or Inf; `out`,
-    `kept` and `bounds` are then worthless.
-    """
+    """`absorb_bf16`; or, where `stochastic`, `absorb_stochastic_bf16`."""
     models = len(weights)
-    bad = 0
+    bad, seen = 0, 0
     for begin in range(0, out.size, BLOCK):
         count = min(BLOCK, out.size - begin)
         origin = base_raw[begin : begin + count]
@@ -466,8 +441,56 @@ def absorb_bf16(
             weighted_sum(work, weights, divisor, merged)
         if base_weight != np.float32(0):
             add_scaled(merged, base, base_weight)
-        bad += add_round_bf16(origin, base, merged, scale, out[begin : begin + count])
+        found, block = out[begin : begin + count], (start + begin) // BLOCK
+        if stochastic:
+            _draw_block(block, rounding_stream, rounding_seed, words)
+            bad += add_round_stochastic_bf16(origin, base, merged, factor, words, found)
+        else:
+            bad += add_round_bf16(origin, base, merged, factor, found)
+        if block % SAMPLED == 0:
+            stored = work[models + 2, :count]
+            widen_bf16(found, stored)
+            scale(merged, factor)
+            add_losses(base, base, merged, stored, work, 0, counts, touched, lanes, words)
+            end_block(lanes, squares[seen])
+            seen += 1
     return bad
+
+
+@kept_kernel
+def absorb_bf16(
+    base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
+    divisor, factor, base_weight, kept, counts, touched, squares, out, words, lanes, work,
+):  # fmt: skip
+    """The whole way of a BF16 tile: the small kernels one after another, on blocks that stay in L1.
+
+    base_raw (n,), raws (K, n), out (n,) uint16; deltas (K, n) float32 of the models that are `finer`, (K,) int64: what
+    is known is no difference of BF16. Per model, (K,) each: uint64 streams and seeds, uint32 thresholds (0:
+    no random drop), float32 factors, and (K, 4) int64 bounds: what `select` takes (high 0: no selection), left as it
+    leaves them. `weights`: a tuple of K float32. `start` is a multiple of 1024. `kept`, (K,) int64, is added to;
+    in one block in `SAMPLED`, so are `counts`, (2,) int64, and `touched`, (K, 2) int64, while the rows of `squares`,
+    (blocks, 3) float64, are written (`add_losses`). Scratch: words (1024,) uint32, lanes (3, 32) float64, which are 0,
+    work (K + 3, 1024) float32. Returns how many differences or results are NaN or Inf; what was written or added to is
+    then worthless.
+    """
+    return _absorb_bf16(
+        base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
+        divisor, factor, base_weight, False, np.uint64(0), np.uint64(0), kept, counts, touched, squares, out, words,
+        lanes, work,
+    )  # fmt: skip
+
+
+@kept_kernel
+def absorb_stochastic_bf16(
+    base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
+    divisor, factor, base_weight, stream, seed, kept, counts, touched, squares, out, words, lanes, work,
+):  # fmt: skip
+    """`absorb_bf16`, rounded by the draws of this stream and seed, uint64: a kernel of its own, since the other one's
+    time grew by 5 % when both were one."""
+    return _absorb_bf16(
+        base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
+        divisor, factor, base_weight, True, stream, seed, kept, counts, touched, squares, out, words, lanes, work,
+    )  # fmt: skip
 
 
 @kernel
@@ -622,18 +645,6 @@ def products_bf16(base_raw, raws, base_row, deltas, start, leaf, sums, totals, w
             bad += difference_bf16(raw, base, row) if deltas else _widen_all_bf16(raw, row)
         products(work[1 - first : 1 + models], count, start + begin, leaf, sums, totals)
     return bad
-
-
-@kernel
-def round_bf16(values, raw):
-    """(n,) float32 without NaN -> `raw`, (n,) uint16 BF16, to nearest even; returns how many results are Inf."""
-    bits = values.view(np.uint32)
-    bad = np.uint32(0)
-    for i in range(raw.size):
-        rounded = np.uint32(bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        bad = np.uint32(bad + np.uint32((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)))
-        raw[i] = np.uint16(rounded)
-    return int(bad)
 
 
 @kernel

@@ -9,3 +9,9 @@ LANES = 32
 # Sums that one product of two rows is spread over, by the index of the element: no sum waits for the one before it, and
 # the result is the same on a processor of any width.
 SUMS = 256
+
+# One block of 1024 elements in so many, from a tensor's first on, is looked at to see what rounding does to changes.
+SAMPLED = 61
+
+# That a sum of one block is spread over, by the element's index.
+SUM_LANES = 32

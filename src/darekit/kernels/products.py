@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from darekit.kernels.compiling import inlined, kept_kernel, kernel
-from darekit.kernels.cpu import add_round_bf16, widen_bf16
+from darekit.kernels.cpu import widen_bf16
+from darekit.kernels.rounding import add_round_bf16
 
 COLUMNS = 256  # of the right factor: 16 rows of them stay in L1 while all rows of the left one pass by
 

@@ -1,48 +1,145 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast twins of the functions in `darekit.quantised`, to the bit, and into BF16 in the same pass.
 
-Codes are looked up in a table of 1 KiB: 0.5 ns for an element, whatever the format; bit operations on E4M3 alone were
-no faster.
+What a code is worth is computed where it follows from its bits, which takes a quarter of the time of looking it up in a
+table (0.06 ns against 0.24). Scales are spread over a block of elements first: loops over one group of 16 or 32 are too
+short for vectors.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from darekit.kernels.compiling import kept_kernel, kernel
-from darekit.kernels.cpu import round_bf16
-from darekit.masks import BLOCK
+from darekit.kernels.rounding import round_bf16
+
+How = npt.NDArray[np.int64]
+
+BLOCK = 4096  # elements; with 1024, what a call costs is as much as the work (0.36 ns an element against 0.22)
+
+_ALL = np.uint32(0xFFFFFFFF)
+_NAN = np.uint32(0x7FC00000)
+
+# What codes are, for `how`: a kind, and two numbers for integers.
+LOOKED_UP: How = np.array([0, 0, 0], np.int64)  # by the table, which all kernels get
+E4M3: How = np.array([1, 0, 0], np.int64)
+E2M1: How = np.array([2, 0, 0], np.int64)
+INT8: How = np.array([3, 128, 128], np.int64)  # the bit of the sign is turned, and 128 taken away
+OF_FORMATS = {"F8_E4M3": E4M3, "F8_E5M2": LOOKED_UP, "I8": INT8}
+
+
+def integers(bits: int) -> How:
+    """How codes of `darekit.quantised.integers` become numbers."""
+    return np.array([3, 0, 1 << (bits - 1)], np.int64)
 
 
 @kernel
-def worth(codes, table, zeros, scales, start, columns, block_rows, block_columns, top, left, factor, out):
-    """`darekit.quantised.worth` -> `out`, (n,) float32; block and corner in two numbers each."""
+def _values(codes, table, how, out):
+    """(n,) uint8 -> `out`, (n,) float32: what codes are worth before they are scaled.
+
+    Shifts by a variable, and a complement by `^`, have 64 bits in numba, and LLVM makes no vectors of 32 of them: 0.16
+    ns for a code instead of 0.06.
+    """
+    bits = out.view(np.uint32)
+    if how[0] == 1:  # E4M3: 7 + 3 bits below the sign; below 8 a multiple of 2^-9; 127 is no number
+        for i in range(codes.size):
+            code = np.uint32(codes[i])
+            magnitude = np.uint32(code & np.uint32(0x7F))
+            normal = np.uint32(np.uint32(magnitude << np.uint32(20)) + np.uint32(120 << 23))
+            small = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-9)).view(np.uint32)
+            below = np.uint32(np.uint32(magnitude < np.uint32(8)) * _ALL)
+            none = np.uint32(np.uint32(magnitude == np.uint32(0x7F)) * _NAN)
+            sign = np.uint32(np.uint32(code & np.uint32(0x80)) << np.uint32(24))
+            bits[i] = np.uint32(np.uint32(normal & np.uint32(~below)) | np.uint32(small & below) | none | sign)
+    elif how[0] == 2:  # E2M1: below 2 a multiple of 1/2
+        for i in range(codes.size):
+            code = np.uint32(codes[i])
+            magnitude = np.uint32(code & np.uint32(7))
+            normal = np.uint32(np.uint32(magnitude << np.uint32(22)) + np.uint32(126 << 23))
+            small = np.uint32(magnitude * np.uint32(0x3F000000))
+            below = np.uint32(np.uint32(magnitude < np.uint32(2)) * _ALL)
+            sign = np.uint32(np.uint32(code & np.uint32(8)) << np.uint32(28))
+            bits[i] = np.uint32(np.uint32(normal & np.uint32(~below)) | np.uint32(small & below) | sign)
+    elif how[0] == 3:
+        turned, half = np.uint8(how[1]), np.int32(how[2])
+        for i in range(codes.size):
+            out[i] = np.float32(np.int32(np.int32(np.uint8(codes[i] ^ turned)) - half))
+    else:
+        for i in range(codes.size):
+            out[i] = table[codes[i]]
+
+
+@kernel
+def _spread(grid, start, columns, block_rows, block_columns, top, left, out):
+    """One number for each block -> `out`, (n,) float32: one for each element from `start` on."""
     done = 0
-    while done < codes.size:
+    while done < out.size:
         row, column = (start + done) // columns, (start + done) % columns
-        end = min(columns, column + codes.size - done)
-        line = row // block_rows - top
+        end = min(columns, column + out.size - done)
+        line = grid[row // block_rows - top]
+        if block_columns == 1:
+            out[done : done + end - column] = line[column - left : end - left]
+            done += end - column
+            continue
+        group = column // block_columns
         while column < end:
-            group = column // block_columns
             stop = min((group + 1) * block_columns, end)
-            scale, zero = scales[line, group - left], zeros[line, group - left]
-            part, found = codes[done : done + stop - column], out[done : done + stop - column]
+            number, part = line[group - left], out[done : done + stop - column]
             for i in range(part.size):
-                found[i] = np.float32(np.float32(np.float32(table[part[i]] - zero) * scale) * factor)
+                part[i] = number
             done += stop - column
             column = stop
+            group += 1
+
+
+@kernel
+def _worth_block(
+    codes, table, how, zeros, scales, start, columns, block_rows, block_columns, top, left, factor, out, wide
+):  # fmt: skip
+    """`worth` of n <= BLOCK elements; wide (BLOCK,) float32."""
+    _values(codes, table, how, out)
+    spread = wide[: codes.size]
+    if zeros.shape[0]:
+        _spread(zeros, start, columns, block_rows, block_columns, top, left, spread)
+        for i in range(out.size):
+            out[i] = np.float32(out[i] - spread[i])
+    _spread(scales, start, columns, block_rows, block_columns, top, left, spread)
+    for i in range(out.size):
+        out[i] = np.float32(np.float32(out[i] * spread[i]) * factor)
+
+
+@kept_kernel
+def worth(
+    codes, table, how, zeros, scales, start, columns, block_rows, block_columns, top, left, factor, out, scratch
+):  # fmt: skip
+    """`darekit.quantised.worth` -> `out`, (n,) float32; block and corner in two numbers each.
+
+    `how`: what the table says as arithmetic, one of this module's; `zeros`: (0, 0) for none; scratch (2, BLOCK)
+    float32.
+    """
+    for begin in range(0, codes.size, BLOCK):
+        part = codes[begin : begin + BLOCK]
+        _worth_block(
+            part, table, how, zeros, scales, start + begin, columns, block_rows, block_columns, top, left, factor,
+            out[begin : begin + BLOCK], scratch[0],
+        )  # fmt: skip
+    return 0
 
 
 @kept_kernel
 def worth_bf16(
-    codes, table, zeros, scales, start, columns, block_rows, block_columns, top, left, factor, out, scratch
+    codes, table, how, zeros, scales, start, columns, block_rows, block_columns, top, left, factor, out, scratch
 ):  # fmt: skip
-    """`worth` rounded to `out`, (n,) uint16 BF16; scratch (1024,) float32. Returns how many are NaN or Inf."""
+    """`worth` rounded to `out`, (n,) uint16 BF16. Returns how many are NaN or Inf."""
     bad = 0
     for begin in range(0, codes.size, BLOCK):
         part = codes[begin : begin + BLOCK]
-        values = scratch[: part.size]
-        worth(part, table, zeros, scales, start + begin, columns, block_rows, block_columns, top, left, factor, values)
+        values = scratch[1, : part.size]
+        _worth_block(
+            part, table, how, zeros, scales, start + begin, columns, block_rows, block_columns, top, left, factor,
+            values, scratch[0],
+        )  # fmt: skip
         bad += round_bf16(values, out[begin : begin + BLOCK])
     return bad
 
@@ -52,8 +149,10 @@ def nibbles(raw, high_first, skip, out):
     """`darekit.quantised.nibbles` without the first `skip` (0 or 1) of them -> `out`, (n,) uint8."""
     first = np.uint8(4) if high_first else np.uint8(0)
     second = np.uint8(np.uint8(4) - first)
+    if not out.size:
+        return 0
     whole = (out.size - skip) // 2
-    if skip and out.size:
+    if skip:
         out[0] = np.uint8(raw[0] >> second) & np.uint8(15)
     pairs, rest = raw[skip : skip + whole], out[skip : skip + 2 * whole]
     for i in range(pairs.size):
@@ -97,22 +196,26 @@ def flip(words, out):
 
 
 @kept_kernel
-def flipped_bf16(pairs, table, scales, group, start, out, scratch):
+def flipped_bf16(pairs, table, how, scales, group, start, out, scratch):
     """Elements `start` .. of a matrix (2 k, n) whose columns were packed -> `out`, (m,) uint16 BF16.
 
     `pairs`, (k, n) uint8: rows 2 i and 2 i + 1 in the lower and upper four bits of row i; `scales`, (2 k / group, n)
-    float32: one for `group` elements of a column; scratch (1024,) float32. Returns how many are NaN or Inf.
+    float32: one for `group` elements of a column; scratch (2, BLOCK) float32. Returns how many are NaN or Inf.
     """
     columns = pairs.shape[1]
+    codes = scratch[0].view(np.uint8)
     bad, done = 0, 0
     while done < out.size:
         row, column = (start + done) // columns, (start + done) % columns
         count = min(columns - column, out.size - done, BLOCK)
         shift = np.uint8(4 * (row % 2))
         part, scale = pairs[row // 2, column : column + count], scales[row // group, column : column + count]
-        values = scratch[:count]
+        some, values = codes[:count], scratch[1, :count]
         for i in range(count):
-            values[i] = table[np.uint8(part[i] >> shift) & np.uint8(15)] * scale[i]
+            some[i] = np.uint8(part[i] >> shift) & np.uint8(15)
+        _values(some, table, how, values)
+        for i in range(count):
+            values[i] = np.float32(values[i] * scale[i])
         bad += round_bf16(values, out[done : done + count])
         done += count
     return bad

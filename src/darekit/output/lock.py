@@ -14,9 +14,11 @@ from darekit import __version__
 from darekit.architectures.groups import MEANING
 from darekit.checkpoints import InputFile, traits_of
 from darekit.checkpoints.digests import checkpoint_digest
+from darekit.dtypes import STOCHASTIC
 from darekit.engine.steps import ENGINE_FORMAT
 from darekit.inputs.statistics import Statistics
 from darekit.methods import MERGE_METHODS
+from darekit.planning.losses import rounding_of
 from darekit.planning.plan import Plan
 from darekit.recipe.origins import origins_of
 from darekit.recipe.values import is_scalar
@@ -143,6 +145,7 @@ def make_lock(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
             "shards": [shard.filename for shard in plan.shards],
         },
         "resolved": resolved_parameters(plan),
+        **_rounding(plan, records),
         **_tokens(plan),
         **({"measured": dict(sorted(measured.items()))} if measured else {}),
     }
@@ -152,6 +155,14 @@ def _methods(plan: Plan) -> dict[str, Any]:
     """Whose code ran, where it was not darekit's own."""
     origins = origins_of(plan.recipe)
     return {"methods": [origin.to_data() for origin in origins]} if origins else {}
+
+
+def _rounding(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """How results were rounded, and what that left of the changes."""
+    found = rounding_of(plan, records.values())
+    if found is None and plan.rounding is not None:
+        found = {"method": STOCHASTIC, "effective_seed": plan.rounding}
+    return {} if found is None else {"rounding": found}
 
 
 def _tokens(plan: Plan) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from darekit.output.card import agreed_license, model_card
 from darekit.output.companions import write_companions
 from darekit.output.lock import LOCK_NAME, identity, is_output_of, make_lock, times_of
 from darekit.output.staging import Stage, open_stage
+from darekit.planning.losses import names_of, rounding_lines, rounding_of, swallowed_notes
 from darekit.planning.plan import Plan
 from darekit.planning.travel.beside import companions_of
 from darekit.wording import brief, size_of
@@ -49,6 +49,8 @@ class Report:
         parameters: elements of the output.
         kept: model -> elements of it that were not dropped, those that are exactly 0 among them.
         kept_of: what they are elements of: its delta or its weights; None where nothing could be dropped.
+        rounding: what the output's format left of the changes, from a sample (`share` of them that are stored as the
+            base, `error` and `scale` of what was applied, `models`: the share of each); None without a base.
         notes: notes and warnings given during the run.
     """
 
@@ -61,6 +63,7 @@ class Report:
     tensors: int
     parameters: int
     kept: dict[str, int]
+    rounding: dict[str, Any] | None = None
     notes: tuple[str, ...] = field(default=())
     kept_of: Literal["delta", "weights"] | None = "delta"
 
@@ -149,7 +152,10 @@ def execute(
         if len(plan.shards) > 1:
             _write(stage.path / INDEX_NAME, index_json(plan.shards))
         _write(stage.path / LOCK_NAME, json.dumps(make_lock(plan, records), indent=1) + "\n")
-        for warning in _write_companions(plan, stage.path, out.name):
+        rounding = rounding_of(plan, records.values())
+        for warning in swallowed_notes(rounding):
+            say(warning)
+        for warning in _write_companions(plan, stage.path, out.name, rounding):
             say(warning)
         stage.publish()
         publishing = time.perf_counter() - began
@@ -163,6 +169,7 @@ def execute(
         tensors=len(plan.alignment.tensors),
         parameters=plan.parameters,
         kept=_kept(plan, records),
+        rounding=rounding,
         kept_of=_kept_of(plan),
     )
 
@@ -223,17 +230,13 @@ def _kept_of(plan: Plan) -> Literal["delta", "weights"] | None:
 
 
 def _kept(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Surviving elements per model; of two models with one name the later ones carry their place."""
-    seen: Counter[str] = Counter()
-    kept = {}
-    for k, summary in enumerate(plan.summaries):
-        seen[summary.ref] += 1
-        name = summary.ref if seen[summary.ref] == 1 else f"{summary.ref} #{k + 1}"
-        kept[name] = sum(record["kept"].get(str(k), 0) for record in records.values())
-    return kept
+    """Surviving elements per model."""
+    return {
+        name: sum(record["kept"].get(str(k), 0) for record in records.values()) for k, name in enumerate(names_of(plan))
+    }
 
 
-def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
+def _write_companions(plan: Plan, directory: Path, title: str, rounding: Mapping[str, Any] | None) -> list[str]:
     recipe, found = plan.recipe, companions_of(plan)
 
     def card() -> str:
@@ -245,6 +248,7 @@ def _write_companions(plan: Plan, directory: Path, title: str) -> list[str]:
             lock_name=LOCK_NAME,
             license=agreed_license([checkpoint.companions for checkpoint in plan.checkpoints]),
             title=title,
+            summary=[f"Rounding: {line}" for line in rounding_lines(rounding)],
         )
 
     return write_companions(

@@ -20,7 +20,15 @@ import numpy as np
 import xxhash
 
 from darekit import __version__
-from darekit.checkpoints import Checkpoint, InputFile, OutputFile, OutputTensor, sample_digest, sync_directory
+from darekit.checkpoints import (
+    Checkpoint,
+    InputFile,
+    OutputFile,
+    OutputTensor,
+    sample_digest,
+    sync_directory,
+    traits_of,
+)
 from darekit.checkpoints.companions import CONFIG, content_of, matching
 from darekit.checkpoints.digests import checkpoint_digest, tensor_digest
 from darekit.dtypes import DTYPES, dtype_named
@@ -227,6 +235,11 @@ def pack(
             note(line)
         if not lossless and packed_seed(plan.models[0]) is not None:
             note(f"{model} is a pack: most of its delta has already been dropped, and this drops more of what is left")
+        if not lossless and any(traits_of(info.source).values for info in plan.models[0].tensors.values()):
+            note(
+                f"{model} has an adapter, whose float32 product `dare drop` and `dare merge` use as it is: here it is "
+                "packed as a merged model would hold it, rounded to the base's number format"
+            )
         if not lossless:  # which another base would only make larger, and integers that differ do not trouble
             checks.check(plan, force=force, say=note)
         settings = {"lossless": True} if lossless else {

@@ -125,6 +125,7 @@ def identity_of(plan: Plan, steps: Sequence[Step]) -> bytes:
         [begin, count, output dtype as in safetensors, kind, method, parameters, weights, factor, base_weight,
          on_weights, base, models]
 
+    and, where it is rounded stochastically, the effective seed of that behind them.
     `base`: null, or [sample digest of its checkpoint in hexadecimal, name stored under, dtype]; `models`: a list of
     [the same three, chain], where a chain is a list of [method, parameters, seed, stream].
 
@@ -148,6 +149,7 @@ def identity_of(plan: Plan, steps: Sequence[Step]) -> bytes:
             step.begin, step.count, step.dtype.name, step.kind, step.method, _plain(step.parameters),
             list(step.weights), step.factor, step.base_weight, step.on_weights,
             None if step.base is None else of(0, tensor.base), models,
+            *([] if step.rounding is None else [step.rounding]),
         ])  # fmt: skip
     text = json.dumps(made, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(TAG + text.encode(), digest_size=16).digest()

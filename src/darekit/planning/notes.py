@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, cast
 from darekit.architectures.depth import LAYER_WORDS, Depths, along
 from darekit.architectures.groups import ONE_TERM, is_kept_dense
 from darekit.checkpoints import Checkpoint, OutputTensor
-from darekit.dtypes import DTYPES
+from darekit.dtypes import DTYPES, STOCHASTIC
+from darekit.engine.steps import Step
 from darekit.inputs.opening import packed_seed
 from darekit.methods import SPARSIFIERS
 from darekit.planning.draft import Draft
@@ -41,6 +42,11 @@ def notes_of(draft: Draft) -> Iterator[str]:
                 f"{' and '.join(names)} have the same effective seed {seed}: their masks are identical and interfere "
                 "everywhere; give each model its own seed"
             )
+    if recipe.output == "adapter":
+        yield (
+            "output: adapter is for `dare merge` and `dare extract`; here the recipe stands for the whole merged model"
+            + (", of full rank" if recipe.rank is not None else "")
+        )
     yield from _idle(draft)
     yield from _gradient_notes(draft)
     if recipe.sparsify is None or recipe.sparsify.on == "weights":
@@ -92,6 +98,15 @@ def wide_notes(recipe: Recipe, outputs: Sequence[OutputTensor]) -> Iterator[str]
         yield (
             f"{len(wide)} {'tensor stays' if len(wide) == 1 else 'tensors stay'} {formats}, as in the input, and "
             f"are not rounded to {asked.torch_name} ({shown}); keep_float32: false rounds all"
+        )
+
+
+def rounding_notes(recipe: Recipe, steps: Sequence[Step]) -> Iterator[str]:
+    """Stochastic rounding where nothing is rounded."""
+    if recipe.rounding == STOCHASTIC and all(step.rounding is None for step in steps):
+        yield (
+            "rounding: stochastic has no effect: the output's format holds what is computed as it is. It matters where "
+            "the output is bfloat16, float16 or float8"
         )
 
 

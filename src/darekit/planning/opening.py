@@ -39,8 +39,10 @@ def open_models(
     *,
     search: Sequence[Path] = (),
     openers: Sequence[Opener] | None = None,
+    layouts: Mapping[str, str | None] | None = None,
 ) -> Iterator[tuple[Checkpoint | None, tuple[Checkpoint, ...]]]:
-    """Open a base, where there is one, and models (headers only); the files are closed on leaving."""
+    """Open a base, where there is one, and models (headers only); the files are closed on leaving. `layouts`: of
+    adapters' experts, by name."""
     openers = (opener_of(None, (), _open_recipe), *OPENERS) if openers is None else openers
     with ExitStack() as opened:
         origin = None
@@ -49,7 +51,13 @@ def open_models(
         yield (
             origin,
             tuple(
-                opened.enter_context(closing(opening.open_model(model, origin, search=search, openers=openers)))
+                opened.enter_context(
+                    closing(
+                        opening.open_model(
+                            model, origin, search=search, openers=openers, layout=(layouts or {}).get(str(model))
+                        )
+                    )
+                )
                 for model in models
             ),
         )
@@ -69,7 +77,7 @@ def open_unrounded(
     """
 
     def whole(recipe: Recipe, ref: str, search: Sequence[Path], above: Sequence[str]) -> Checkpoint:
-        return _open_recipe(replace(recipe, dtype="F32"), ref, search, above)
+        return _open_recipe(replace(recipe, dtype="F32", output="model", rank=None), ref, search, above)
 
     if str(base).endswith(SUFFIXES):
         raise PlanError(f"{base} is a recipe: a delta is taken from a stored checkpoint; merge it first")
@@ -128,10 +136,10 @@ def open_inputs(
         def enter_base(name: str) -> Checkpoint | None:
             return enter(lambda: opening.open_base(name, search=search, openers=openers))
 
-        def enter_model(name: str) -> Checkpoint | None:
+        def enter_model(name: str, layout: str | None = None) -> Checkpoint | None:
             if base is None and recipe.base_model is not None and _needs_base(name, search, openers):
                 return None  # the base has not opened, and that was told
-            return enter(lambda: opening.open_model(name, base, search=search, openers=openers))
+            return enter(lambda: opening.open_model(name, base, search=search, openers=openers, layout=layout))
 
         base = None if recipe.base_model is None else enter_base(recipe.base_model)
         names = [entry.model for entry in recipe.models]
@@ -141,7 +149,7 @@ def open_inputs(
 
             return enter(lambda: open_statistics(name, search=search))
 
-        models = [enter_model(name) for name in names]
+        models = [enter_model(entry.model, entry.experts_layout) for entry in recipe.models]
         statistics = [enter_statistics(entry.stats) for entry in recipe.models if entry.stats is not None]
         others = {}
         for name in recipe.tokens.models if recipe.tokens else ():

@@ -22,20 +22,21 @@ from darekit.checkpoints import (
     sample_digest,
     traits_of,
 )
+from darekit.dtypes import STOCHASTIC
 from darekit.engine.costs import bytes_to_read, peak_memory
 from darekit.engine.steps import Step
 from darekit.errors import DataError, PlanError
-from darekit.masks import effective_seeds
+from darekit.masks import effective_seeds, rounding_seed
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.planning.buffers import Role, counters_of, roles_of, with_constants
 from darekit.planning.draft import Draft
 from darekit.planning.formats import outputs_of
 from darekit.planning.matching.alignment import AlignedTensor, Alignment, Heads, align
-from darekit.planning.notes import notes_of, rate_notes, wide_notes
+from darekit.planning.notes import notes_of, rate_notes, rounding_notes, wide_notes
 from darekit.planning.problems import Problems
 from darekit.planning.rates import settle
 from darekit.planning.settings import Settings, settings_of
-from darekit.planning.steps import steps_of
+from darekit.planning.steps import rounded, steps_of
 from darekit.planning.travel.companions import Travel, heads_giver, travel_of
 from darekit.planning.travel.configs import config_notes
 from darekit.planning.travel.tokenizers import choose_tokenizer, named_source, rows_of
@@ -113,6 +114,7 @@ class Plan:
         config: of such a stack, before number format and vocabulary; None: as that of the model that gives it.
         template: the chat template that the recipe asks for; None: the one that comes with the tokenizer.
         within: the recipes that are models of this one.
+        rounding: the effective seed of stochastic rounding; None: to nearest, or there is nothing to round.
     """
 
     recipe: Recipe
@@ -138,6 +140,7 @@ class Plan:
     config: Mapping[str, Any] | None = None
     template: str | None = None
     within: tuple[Within, ...] = ()
+    rounding: int | None = None
 
     def __repr__(self) -> str:
         sparsify = f"{self.recipe.sparsify.method} + " if self.recipe.sparsify else ""
@@ -328,10 +331,15 @@ def make_plan(
     shards = lay_out(outputs, shard_size)
     places = {p.name: (i, p) for i, shard in enumerate(shards) for p in shard.placements}
     steps = [step for tensor in alignment.tensors for step in steps_of(draft, tensor, *places[tensor.name])]
+    rounding = rounding_seed(recipe.rounding_seed, digests) if recipe.rounding == STOCHASTIC else None
+    if rounding is not None:
+        steps = rounded(steps, rounding)
+        rounding = rounding if any(step.rounding is not None for step in steps) else None
     opened = (note for checkpoint in ((base, *models) if base else models) for note in checkpoint.notes)
     notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *given.notes, *notes_of(draft)]
     notes += rate_notes(models, rates)
     notes += wide_notes(recipe, outputs)
+    notes += rounding_notes(recipe, steps)
     notes += statistics_notes(recipe, steps, statistics) if informed else ()
     notes += config_notes(base, models, travel.config, restacked=bool(recipe.slices))
     notes += [*travel.notes, *template_notes]
@@ -339,6 +347,7 @@ def make_plan(
         recipe, base, draft.models, alignment, tuple(steps), shards, digests, seeds, _summaries(draft), tuple(notes),
         rates, settings, depths, travel, draft.statistics, roles, counters, vocabulary,
         tuple((others or {}).values()), given.towers, given.config, template,
+        rounding=rounding,
     )  # fmt: skip
 
 

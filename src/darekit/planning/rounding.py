@@ -8,11 +8,12 @@ interval (`darekit.quantised.cells`), and what was rounded into it is off by its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from darekit.checkpoints import TensorInfo, traits_of
-from darekit.planning.homology import Norms, weighted_median
+from darekit.planning.homology import weighted_median
 from darekit.planning.matching.alignment import AlignedTensor
 from darekit.wording import label
 
@@ -42,28 +43,47 @@ class Rounding:
         return math.hypot(self.base, self.model)
 
 
-def rounding_of(tensors: Sequence[AlignedTensor], model: int, norms: Sequence[Norms]) -> Rounding | None:
+class Delta(Protocol):
+    """What is known of one tensor's delta."""
+
+    @property
+    def name(self) -> str:
+        """The tensor."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """Its elements."""
+        ...
+
+    @property
+    def r(self) -> float:
+        """||delta|| / ||base||."""
+        ...
+
+
+def rounding_of(tensors: Sequence[AlignedTensor], model: int, deltas: Iterable[Delta]) -> Rounding | None:
     """Of a model, by its index in the recipe, and its base; None where neither is quantised.
 
     Args:
         tensors: the alignment's.
         model: its index.
-        norms: its sampled deltas.
+        deltas: its deltas, of some of the tensors.
     """
-    sampled = {one.name: one for one in norms}
-    found: list[tuple[TensorInfo, TensorInfo, Norms]] = []
+    known = {one.name: one for one in deltas}
+    found: list[tuple[TensorInfo, TensorInfo, Delta]] = []
     for tensor in tensors:
-        base, tuned, norm = tensor.base, tensor.models[model], sampled.get(tensor.name)
-        if base is not None and tuned is not None and norm is not None and (_quantised(base) or _quantised(tuned)):
-            found.append((base, tuned, norm))
+        base, tuned, delta = tensor.base, tensor.models[model], known.get(tensor.name)
+        if base is not None and tuned is not None and delta is not None and _is_rounded(base, tuned):
+            found.append((base, tuned, delta))
     if not found:
         return None
     many = min(SAMPLED_TENSORS, len(found))
     some = [found[i * len(found) // many] for i in range(many)]
     return Rounding(
-        weighted_median((_error(base), norm.parameters) for base, _, norm in some),
-        weighted_median((_error(tuned), norm.parameters) for _, tuned, norm in some),
-        weighted_median((norm.r, norm.parameters) for _, _, norm in some),
+        weighted_median((_error(base), delta.parameters) for base, _, delta in some),
+        weighted_median((_error(tuned), delta.parameters) for _, tuned, delta in some),
+        weighted_median((delta.r, delta.parameters) for _, _, delta in some),
     )
 
 
@@ -93,8 +113,12 @@ def told(ref: str, base_ref: str, found: Rounding) -> str:
     )
 
 
-def _quantised(info: TensorInfo) -> bool:
-    return traits_of(info.source).rounding is not None
+def _is_rounded(base: TensorInfo, tuned: TensorInfo) -> bool:
+    """Whether a delta can hold an error of rounding: not if it is 0, or known (an adapter's product)."""
+    one, other = traits_of(base.source), traits_of(tuned.source)
+    if one.rounding is None and other.rounding is None:
+        return False
+    return other.delta is None and (one.identity is None or one.identity != other.identity)
 
 
 def _error(info: TensorInfo) -> float:

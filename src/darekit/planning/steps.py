@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,17 @@ def steps_of(draft: Draft, tensor: AlignedTensor, output: int, place: Placement)
         yield everything(kind="merge", base=base, **_average_of(draft.settings[tensor.name], tuple(inputs)))
     else:
         yield from _merge_of(draft, tensor, make, base, inputs).steps(count)
+
+
+def rounded(steps: Iterable[Step], seed: int) -> list[Step]:
+    """The same, rounded stochastically where the output's format does not hold what is computed; copies are not."""
+    return [replace(step, rounding=seed) if _loses_digits(step) else step for step in steps]
+
+
+def _loses_digits(step: Step) -> bool:
+    if step.kind != "merge" or (step.verbatim and step.models[0].dtype.name == step.dtype.name):
+        return False
+    return step.dtype.itemsize < (8 if step.wide else 4)
 
 
 def _average_of(settings: Settings, owners: tuple[int, ...]) -> dict[str, Any]:

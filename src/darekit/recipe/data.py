@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from darekit.dtypes import DTYPES
+from darekit.dtypes import DTYPES, NEAREST, Rounding
 from darekit.recipe.values import BySlice, Value, to_data
 
 Range = tuple[int, int | None]  # layers from one on, up to another one that is not among them; None: to the last
 
 DEFAULT = "default"  # the module of a model that is one whole
+
+
+# In which order an adapter's factors B have their experts: as the fast index, or one expert after another.
+LAYOUTS = ("peft", "grouped")
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,13 @@ class ModelEntry:
         model: directory, file or Hub id, as written.
         parameters: those that are set for it alone; what is missing comes from the recipe.
         stats: its statistics file, as written; None if it has none.
+        experts_layout: of an adapter, in which order its factors have their experts (peft, grouped); None: as it says.
     """
 
     model: str
     parameters: Mapping[str, Value]
     stats: str | None = None
+    experts_layout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,8 @@ class Recipe:
         tokens: which tokens the output has, where rows are matched by token; None: by number, as `vocab` says.
         chat_template: of the output: `auto`, a name, or a template's text; None: the one that comes with the tokenizer.
         base_extras: what becomes of tensors that only the base has: keep or leave_out.
+        rounding: how the merged values are rounded into the output's format: nearest or stochastic.
+        rounding_seed: from which the draws of stochastic rounding are derived; the sparsifier's unless it has its own.
         output: what is written: a model, or an adapter, where all models are adapters on the base.
         rank: of that adapter's modules; None: as much as their sum has.
         stages: recipes that are models of this one, by the names that it calls them.
@@ -177,6 +185,8 @@ class Recipe:
     chat_template: str | None = None
     keep_float32: bool = True
     base_extras: Literal["keep", "leave_out"] = "keep"
+    rounding: Rounding = NEAREST
+    rounding_seed: int = 0
     output: Literal["model", "adapter"] = "model"
     rank: int | None = None
     slices: tuple[Slice, ...] = ()
@@ -227,6 +237,9 @@ class Recipe:
         data |= {} if self.chat_template is None else {"chat_template": self.chat_template}
         data |= {} if self.keep_float32 else {"keep_float32": False}
         data |= {} if self.base_extras == "keep" else {"base_extras": self.base_extras}
+        if self.rounding != NEAREST:
+            own = self.rounding_seed != (self.sparsify.seed if self.sparsify is not None else 0)
+            data["rounding"] = {"method": self.rounding, "seed": self.rounding_seed} if own else self.rounding
         data |= {} if self.output == "model" else {"output": self.output}
         return data | ({} if self.rank is None else {"rank": self.rank})
 
@@ -262,6 +275,7 @@ def _source_data(entry: ModelEntry, index: int | None) -> dict[str, Any]:
     return {
         "model": entry.model,
         **({"stats": entry.stats} if entry.stats else {}),
+        **({"experts_layout": entry.experts_layout} if entry.experts_layout else {}),
         "parameters": _parameters_data(entry.parameters, index),
     }
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from darekit.dtypes import NEAREST, STOCHASTIC
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
-from darekit.recipe.data import ModelEntry, Recipe, Tokens
+from darekit.recipe.data import Recipe, Tokens
 from darekit.recipe.values import Value, scalars_of
 
 
@@ -21,7 +22,20 @@ def drops(recipe: Recipe) -> bool:
 
 def is_random(recipe: Recipe) -> bool:
     """Whether its result depends on the seed."""
+    return draws_masks(recipe) or recipe.rounding == STOCHASTIC
+
+
+def draws_masks(recipe: Recipe) -> bool:
+    """Whether elements are dropped at random."""
     return recipe.sparsify is not None and SPARSIFIERS[recipe.sparsify.method].random and drops(recipe)
+
+
+def seed_of(recipe: Recipe) -> int | None:
+    """The recipe's seed, where its result depends on one."""
+    if draws_masks(recipe):
+        assert recipe.sparsify is not None
+        return recipe.sparsify.seed
+    return recipe.rounding_seed if is_random(recipe) else None
 
 
 def essence(recipe: Recipe) -> Recipe:
@@ -29,7 +43,7 @@ def essence(recipe: Recipe) -> Recipe:
     nothing, and one untouched model as itself. Cells of one essence are evaluated once."""
     if recipe.sparsify is not None and not drops(recipe) and (recipe.sparsify.on == "delta" or len(recipe.models) == 1):
         recipe = undropped(recipe)
-    if recipe.sparsify is not None and not is_random(recipe):
+    if recipe.sparsify is not None and not draws_masks(recipe):
         entries = tuple(replace(e, parameters=_without(e.parameters, ("seed",))) for e in recipe.models)
         recipe = replace(recipe, models=entries, sparsify=replace(recipe.sparsify, seed=0))
     if recipe.sparsify is None and len(recipe.models) == 1 and _is_untouched(recipe):
@@ -68,14 +82,14 @@ def is_single(recipe: Recipe) -> bool:
 
 def single(recipe: Recipe, model: int) -> Recipe:
     """One of its models as it is."""
-    entry = ModelEntry(recipe.models[model].model, {})
+    entry = replace(recipe.models[model], parameters={}, stats=None)
     source = recipe.tokenizer_source if recipe.tokenizer_source in (None, "base", entry.model) else "base"
     heads = recipe.heads if recipe.heads in (None, "base") else entry.model
     tokens = None if recipe.tokens is None else Tokens(entry.model)
     return replace(
         recipe, models=(entry,), sparsify=None, merge_method="linear", parameters={},
         tokenizer_source=source if tokens is None else entry.model, tokens=tokens, chat_template=None,
-        heads=heads, notes=(), text="",
+        heads=heads, rounding=NEAREST, rounding_seed=0, notes=(), text="",
     )  # fmt: skip
 
 

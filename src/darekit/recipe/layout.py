@@ -16,8 +16,8 @@ from darekit.recipe.documents import Document, Key, fail, shown
 FORMS = ("models", "slices", "modules")
 MODULE_KEYS = ("models", "slices", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
-SOURCE_KEYS = ("model", "layer_range", "parameters", "stats")
-MODEL_KEYS = ("model", "parameters", "stats")
+SOURCE_KEYS = ("model", "layer_range", "parameters", "stats", "experts_layout")
+MODEL_KEYS = ("model", "parameters", "stats", "experts_layout")
 
 WHOLE: Range = (0, None)
 

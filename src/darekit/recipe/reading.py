@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from darekit.architectures.groups import GROUPS, ONE_TERM
-from darekit.dtypes import DTYPES, FLOAT_DTYPES, dtype_from_torch_name
+from darekit.dtypes import DTYPES, FLOAT_DTYPES, NEAREST, STOCHASTIC, Rounding, dtype_from_torch_name
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.recipe import mergekit
-from darekit.recipe.data import ModelEntry, Recipe, Slice, Sparsify
+from darekit.recipe.data import LAYOUTS, ModelEntry, Recipe, Slice, Sparsify
 from darekit.recipe.documents import (
     Document,
     Key,
@@ -32,6 +32,9 @@ from darekit.recipe.stages import read_stage, stages_of
 from darekit.recipe.tokens import TokensReader, read_chat_template
 from darekit.recipe.values import AUTO, BySlice, Value, is_glob, scalars_of
 from darekit.recipe.words import AUTOMATIC, Words, check_names
+
+ROUNDINGS = (NEAREST, STOCHASTIC)
+_ROUNDING_KEYS = ("method", "seed")
 
 
 def read_recipe(
@@ -114,7 +117,11 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
         rank=_read_rank(document),
         chat_template=read_chat_template(document),
     )
+    rounding, rounding_seed = _read_rounding(document)
+    if rounding == STOCHASTIC and plain["output"] == "adapter":
+        fail(document, ("rounding",), " is of models: with output: adapter, write nearest, or remove it")
     found = gather(document, words, search)
+    seed = 0  # of the recipe
     notes, shared = [*ignored, *found.notes], found.shared
     models = [(entry.path, entry.name, entry.own) for entry in found.entries]
     if words.sparsify is None:
@@ -124,10 +131,10 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
         notes.extend(parts.notes)
         models = [(path, name, own) for (path, name, _), own in zip(models, parts.models, strict=True)]
         sparsify = Sparsify(parts.sparsifier, parts.sparsify, seed=parts.seed or 0) if parts.sparsifier else None
-        merge, shared, seeded = parts.merge_method, parts.shared, parts.seed is not None
+        merge, shared, seeded, seed = parts.merge_method, parts.shared, parts.seed is not None, parts.seed or 0
     else:
         sparsify, merge = _read_sparsify(document, words, found.sparse), words.method
-        seeded = "seed" in document.data["sparsify"]
+        seeded, seed = "seed" in document.data["sparsify"], sparsify.seed
         if "keep_dense" not in document.data["sparsify"] and any(
             _is_auto(scope.get("drop_rate")) for scope in (sparsify.parameters, *(own for _, _, own in models))
         ):
@@ -140,7 +147,9 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
     recipe = Recipe(
         base_model=found.base,
         models=tuple(
-            ModelEntry(name, _where_present(own, k, found.slices), _read_stats(document, path))
+            ModelEntry(
+                name, _where_present(own, k, found.slices), _read_stats(document, path), _read_layout(document, path)
+            )
             for k, (path, name, own) in enumerate(models)
         ),
         sparsify=sparsify,
@@ -150,6 +159,8 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
         tokens=tokens,
         heads=_read_heads(document, found.base, found.names, search),
         slices=found.slices,
+        rounding=rounding,
+        rounding_seed=0 if rounding == NEAREST else seed if rounding_seed is None else rounding_seed,
         text=document.text,
         **plain,
     )
@@ -228,6 +239,20 @@ def _read_stats(document: Document, path: Key) -> str | None:
     return raw
 
 
+def _read_layout(document: Document, path: Key) -> str | None:
+    """In which order an adapter's factors have their experts."""
+    entry = block_at(document, path)
+    if "experts_layout" not in entry:
+        return None
+    raw = entry["experts_layout"]
+    if raw not in LAYOUTS:
+        fail(
+            document, (*path, "experts_layout"),
+            f" must be one of {', '.join(LAYOUTS)}, found {shown(raw)}{did_you_mean(str(raw), LAYOUTS)}",
+        )  # fmt: skip
+    return cast(str, raw)
+
+
 def _read_sparsify(document: Document, words: Words, parameters: Mapping[str, Value]) -> Sparsify:
     assert words.sparsifier is not None
     block = document.data["sparsify"]
@@ -280,6 +305,36 @@ def _read_switch(document: Document, key: str, *, default: bool) -> bool:
     if not isinstance(raw, bool):
         fail(document, (key,), f" must be true or false, found {shown(raw)}")
     return raw
+
+
+def _read_rounding(document: Document) -> tuple[Rounding, int | None]:
+    """How results are rounded, and the seed of it where it has its own."""
+    raw = document.data.get("rounding", NEAREST)
+    if not isinstance(raw, dict):
+        return cast(Rounding, _read_choice(document, ("rounding",), ROUNDINGS)), None
+    for key in raw:
+        if key not in _ROUNDING_KEYS:
+            fail(document, ("rounding", key), f"is not known{suggest(key, _ROUNDING_KEYS)}")
+    if "method" not in raw:
+        fail(document, ("rounding",), f" has no method; add method: one of {', '.join(ROUNDINGS)}")
+    method = cast(Rounding, _read_choice(document, ("rounding", "method"), ROUNDINGS))
+    if "seed" not in raw:
+        return method, None
+    seed = read_seed(document, ("rounding", "seed"), raw["seed"])
+    if method == NEAREST:
+        fail(document, ("rounding", "seed"), " has no effect: nothing is drawn in rounding to nearest; remove it")
+    return method, seed
+
+
+def with_rounding(recipe: Recipe, rounding: str | Mapping[str, Any]) -> Recipe:
+    """A recipe with another `rounding:`, as a recipe has it.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    method, seed = _read_rounding(Document("recipe", {"rounding": rounding}, {}, ""))
+    own = recipe.sparsify.seed if recipe.sparsify is not None else 0
+    return replace(recipe, rounding=method, rounding_seed=0 if method == NEAREST else own if seed is None else seed)
 
 
 def _read_rank(document: Document) -> int | None:
@@ -487,5 +542,5 @@ def _notes(recipe: Recipe, seeded: bool, search: Sequence[Path]) -> Iterator[str
         of = "" if "keep" not in given else f" for {' and '.join(whole)}"
         yield f"{recipe.merge_method} without keep{of}: no trim (the TIES paper keeps 0.2)"
     random = recipe.sparsify is not None and SPARSIFIERS[recipe.sparsify.method].random
-    if (seeded or "seed" in given) and not random:
+    if ((seeded and recipe.rounding == NEAREST) or "seed" in given) and not random:
         yield "seed has no effect: nothing is drawn at random in this recipe"

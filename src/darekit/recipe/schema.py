@@ -33,7 +33,7 @@ from darekit.methods import (
     Switch,
 )
 from darekit.recipe import ignored
-from darekit.recipe.data import Recipe, Sparsify
+from darekit.recipe.data import LAYOUTS, Recipe, Sparsify
 from darekit.recipe.documents import Document
 from darekit.recipe.layout import FORMS
 from darekit.recipe.mergekit import PRODUCTS, RESCALE
@@ -263,6 +263,7 @@ def _top() -> dict[str, Schema]:
             "enum": _literals(Recipe, "base_extras"),
             "default": "keep",
         },
+        "rounding": _rounding(),
         "output": {
             "description": "What is written: a model; or an adapter, where all models are adapters on the base.",
             "enum": _literals(Recipe, "output"),
@@ -275,6 +276,20 @@ def _top() -> dict[str, Schema]:
         },
     }
     return {key: known[key] for key in TOP_KEYS}
+
+
+def _rounding() -> Schema:
+    """A word, or a block that has a seed, too."""
+    words = _literals(Recipe, "rounding")
+    block = _block({"method": {"enum": words}, "seed": {"description": "Of its draws.", **seed()}})
+    return {
+        "description": (
+            "How merged values are rounded into the output's format: to the nearest, or stochastically, so that small "
+            "changes are not lost in the mean."
+        ),
+        "anyOf": [{"enum": words}, block | {"required": ["method"]}],
+        "default": "nearest",
+    }
 
 
 def _tokenizer() -> Schema:
@@ -357,6 +372,7 @@ def _layers() -> dict[str, Schema]:
         },
         "parameters": block,
         "stats": {"type": "string", "minLength": 1},
+        "experts_layout": _LAYOUT,
         **{name: _IGNORED for name in (*ignored.SOURCE_WORDS, *ignored.PARAMETERS)},
     }
     one = {
@@ -388,6 +404,12 @@ def _layers() -> dict[str, Schema]:
     }
 
 
+_LAYOUT: Schema = {
+    "description": "Of an adapter: the order in which its factors B have their experts, where it does not say so.",
+    "enum": list(LAYOUTS),
+}
+
+
 def _entry(parameters: Schema | None = None) -> Schema:
     """One of the models, as a mapping."""
     about = {"description": "A directory, a .safetensors file, or org/name[@revision] on the Hub."}
@@ -400,6 +422,7 @@ def _entry(parameters: Schema | None = None) -> Schema:
             "type": "string",
             "minLength": 1,
         },
+        "experts_layout": _LAYOUT,
     }
     if parameters is not None:
         properties["parameters"] |= parameters

@@ -25,6 +25,7 @@ def drop_recipe(
     vocab: str = "strict",
     heads: str | None = None,
     base_extras: str = "keep",
+    rounding: str | Mapping[str, Any] = "nearest",
     parameters: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe that `drop` runs.
@@ -42,6 +43,8 @@ def drop_recipe(
     entry: dict[str, Any] = {"model": model}
     if seed is not None:
         entry["parameters"] = {"seed": seed}
+        if rounding == "stochastic":
+            rounding = {"method": rounding, "seed": seed}
     given = {} if heads is None else {"heads": model if heads == "model" else heads}
     recipe = {
         **given,
@@ -51,6 +54,7 @@ def drop_recipe(
         "merge_method": "linear" if on == "weights" else "task_arithmetic",
         "vocab": vocab,
         "base_extras": base_extras,
+        "rounding": rounding,
     }
     try:
         return read_recipe(recipe)

@@ -31,7 +31,7 @@ from darekit.recipe.parameters import block_at
 TOP_KEYS: tuple[str, ...] = (
     "stages", "base_model", "models", "slices", "modules", "sparsify", "merge_method", "parameters", "dtype",
     "out_dtype", "vocab", "tokenizer_source", "tokenizer", "chat_template", "heads", "keep_float32", "base_extras",
-    "output", "rank",
+    "rounding", "output", "rank",
 )  # fmt: skip
 AUTOMATIC = ("dare",)  # sparsifiers whose perturbation is predicted, so that they take drop_rate: auto
 SPARSIFY_KEYS = ("method", "on", "seed", "keep_dense")
@@ -297,4 +297,6 @@ def _explain(name: str, value: Any, path: Key, allowed: Mapping[str, Parameter],
     if owners:
         chosen = words.method if words.sparsifier is None else f"{words.sparsifier} or {words.method}"
         return f"is a parameter of {' and '.join(owners)}, not of {chosen}"
+    if name in TOP_KEYS:
+        return "belongs to the recipe itself: write it at the top level, beside merge_method"
     return f"is not known{suggest(name, [*allowed, *(SPARSIFY_KEYS if path == ('sparsify',) else ())])}"

@@ -298,7 +298,8 @@ def recommend(
     return Recommendation(
         base, model, tau, min(MOST, weighted_median((t.p_max, t.parameters) for t in tensors)), tensors, dense,
         found.verdict, _words(found.verdict, found.words, base, model), _assumed(calibration, tau), drop_rate, budget,
-        recipe, calibration, search, tuple(_notes(tensors, calibration, budget, drop_rate)),
+        recipe, calibration, search,
+        (*_notes(tensors, calibration, budget, drop_rate), *([found.rounding] if found.rounding else [])),
     )  # fmt: skip
 
 

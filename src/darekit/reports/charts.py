@@ -2,8 +2,9 @@
 """Plots as data for plotly: points that know what a click on them copies.
 
 Colours are names of the page's style sheet (`c1`, `ink`, `grid`), so that one figure serves light and dark; the page's
-script puts the values in. A point's `customdata` is its `Copy`, which `markup` replaces by a number, and what the page
-shows at the pointer. plotly's own text there is turned off: it drops one that is taller than the plot, as recipes are.
+script puts the values in. A point's `customdata` is what the page shows at the pointer and what a click copies, which
+`markup` replaces by numbers. plotly's own text is turned off: it vanishes where it is taller than the plot, as recipes
+are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from html import escape
 from typing import Any
 
 from darekit import plotting
-from darekit.reports.page import Copy, Figure
+from darekit.reports.page import AtPointer, Copy, Figure
 
 # As `plotting.line_style`: no two share colour, dash or marker up to seven.
 LOOKS = tuple(
@@ -78,9 +79,9 @@ def plain(text: Any) -> str:
     return escape(str(text), quote=False)
 
 
-def at_pointer(says: Sequence[str], copy: Copy | None = None) -> list[Any]:
-    """A point's `customdata`: what a click copies, and lines that are shown as they are."""
-    return [copy, "\n".join(says)]
+def at_pointer(says: Sequence[str], copy: Copy | None = None) -> AtPointer:
+    """A point's `customdata`: lines that are shown as they are, and what a click copies."""
+    return AtPointer("\n".join(says), copy)
 
 
 def layout(x: Mapping[str, Any] | None = None, y: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:

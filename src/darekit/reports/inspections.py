@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from darekit.wording import and_, distinct_labels, label
 _WORST = {"ok": 0, "large": 1, "wrong_base": 2}
 _TONES = {"ok": "good", "large": "plain", "wrong_base": "bad"}
 _PAIRS = 4  # that the verdict names
+_KINDS = 60  # rows of a heat map; experts that are stored one by one would be hundreds
+_ROWS = 2000  # of the table of tensors
+_EXPERT = re.compile(r"\.\d+\.")
 _CLICK = "Point at a square for its tensor, click to copy the tensor's name."
 
 
@@ -113,13 +117,21 @@ def _grid(
     reports: Sequence[Any], value: Callable[[Any], float], text: Callable[[float], str],
     says: Callable[[Any], tuple[str, ...]],
 ) -> dict[tuple[str, str], Square]:  # fmt: skip
-    """(kind, layer) -> the tensor there."""
-    return {
-        place_of(one.name): Square(
-            value(one), text(value(one)), (one.name, *says(one)), Copy(one.name, one.name, "name")
+    """(kind, layer) -> the tensor there; of experts, where they are many, the one with the largest number."""
+    places = {one.name: place_of(one.name) for one in reports}
+    if len({kind for kind, _ in places.values()}) > _KINDS:
+        places = {name: (_EXPERT.sub(".*.", kind), layer) for name, (kind, layer) in places.items()}
+    there: dict[tuple[str, str], list[Any]] = {}
+    for one in reports:
+        there.setdefault(places[one.name], []).append(one)
+    squares = {}
+    for place, many in there.items():
+        one = max(many, key=lambda report: (abs(value(report)), report.name))
+        among = (f"the largest of {len(many)} tensors here",) if len(many) > 1 else ()
+        squares[place] = Square(
+            value(one), text(value(one)), (one.name, *among, *says(one)), Copy(one.name, one.name, "name")
         )
-        for one in reports
-    }
+    return squares
 
 
 def _map(
@@ -203,7 +215,16 @@ def _tensor_table(found: _Found) -> Table:
         (name, f"{size:,}", *(cell for column in columns for cell in column.get(name, ("",) * 4)))
         for name, size in sizes.items()
     )
-    return Table("Every tensor", tuple(header), rows, 1, tuple(Copy(name, name, "name") for name in sizes), (), True)
+    title, names = "Every tensor", list(sizes)
+    if len(names) > _ROWS:
+        most: dict[str, float] = {}
+        for tensor in (tensor for one in found.models for tensor in one.tensors):
+            most[tensor.name] = max(tensor.r, most.get(tensor.name, 0.0))
+        kept = {*sorted(names, key=lambda name: -most[name])[:_ROWS]}
+        title = f"The {_ROWS:,} of {len(names):,} tensors that moved most; inspection.json has all"
+        rows = tuple(row for row in rows if row[0] in kept)
+        names = [name for name in names if name in kept]
+    return Table(title, tuple(header), rows, 1, tuple(Copy(name, name, "name") for name in names), (), True)
 
 
 def _sizes(found: _Found) -> Iterator[Plot]:

@@ -64,9 +64,10 @@ def kind_of(folder: Path) -> Kind:
     if not folder.exists():
         raise OutputError(f"{folder} does not exist; name the folder that {_commands()} wrote")
     if not folder.is_dir():
-        beside = f"; its folder is {folder.parent}" if any(folder.name in kind.files for kind in KINDS) else ""
-        raise OutputError(f"{folder} is a file; name the folder that {_commands()} wrote{beside}")
-    found = [kind for kind in KINDS if any((folder / name).is_file() for name in kind.files)]
+        near = [one for one in (folder.with_suffix(""), folder.parent) if _kinds_in(one)]
+        hint = f": {near[0]}, perhaps" if near else ""
+        raise OutputError(f"{folder} is a file; name the folder that {_commands()} wrote{hint}")
+    found = _kinds_in(folder)
     if len(found) == 1:
         return found[0]
     if found:
@@ -81,6 +82,10 @@ def kind_of(folder: Path) -> Kind:
     if {"r.png", "deltas.png"} <= {*names}:
         old = ". These look like the plots of `dare inspect --plot` by an earlier version: run it again"
     raise OutputError(f"{folder} holds {holds or 'nothing'}; expected one of: {expected}{old}")
+
+
+def _kinds_in(folder: Path) -> list[Kind]:
+    return [kind for kind in KINDS if any((folder / name).is_file() for name in kind.files)]
 
 
 def _commands() -> str:

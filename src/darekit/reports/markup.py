@@ -16,12 +16,14 @@ from functools import cache
 from html import escape
 from importlib.resources import files
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from darekit.errors import Unsupported
 from darekit.reports.charts import LOOKS
-from darekit.reports.page import FOLDED_ABOVE, Copy, Key, Page, Plot, Section, Table
+from darekit.reports.page import FOLDED_ABOVE, AtPointer, Copy, Key, Page, Plot, Section, Table
 from darekit.version import __version__
+
+T = TypeVar("T")
 
 _UNITS = re.compile(r" (?=± ?\d|%)|(?<=±) (?=\d)")
 
@@ -52,19 +54,14 @@ def require_plotly() -> None:
 def html_of(page: Page) -> str:
     """The whole file as text. Lines end in \\n alone: the scripts' digests hold for these bytes."""
     require_plotly()
-    copies: list[Copy] = []
-    where: dict[Copy, int] = {}
-
-    def number(copy: Copy) -> int:
-        if copy not in where:
-            where[copy] = len(copies)
-            copies.append(copy)
-        return where[copy]
-
+    copies, tips = _Numbers[Copy](), _Numbers[str]()
     figures: list[Any] = []
-    body = "".join(_body(page, figures, number))
-    data = {"figures": [_numbered(figure, number) for figure in figures],
-            "copies": [[copy.title, copy.text, copy.what] for copy in copies]}  # fmt: skip
+    body = "".join(_body(page, figures, copies))
+    data = {
+        "figures": [_numbered(figure, copies, tips) for figure in figures],
+        "copies": [[copy.title, copy.text, copy.what] for copy in copies.found],
+        "tips": list(tips.found),
+    }
     scripts = (_plotly(), _asset("page.js"))
     allowed = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     policy = (
@@ -103,14 +100,24 @@ def _json(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _numbered(data: Any, number: Any) -> Any:
-    """A figure with the numbers of its copies in their places."""
-    if isinstance(data, Copy):
-        return number(data)
+class _Numbers(Generic[T]):
+    """Things by number, each once: many points share a recipe, or what is said of it."""
+
+    def __init__(self) -> None:
+        self.found: dict[T, int] = {}
+
+    def __call__(self, one: T) -> int:
+        return self.found.setdefault(one, len(self.found))
+
+
+def _numbered(data: Any, copies: _Numbers[Copy], tips: _Numbers[str]) -> Any:
+    """A figure in which each point has two numbers: of what a click copies, and of what is said of it."""
+    if isinstance(data, AtPointer):
+        return [None if data.copy is None else copies(data.copy), tips(data.says)]
     if isinstance(data, dict):
-        return {key: _numbered(value, number) for key, value in data.items()}
+        return {key: _numbered(value, copies, tips) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_numbered(value, number) for value in data]
+        return [_numbered(value, copies, tips) for value in data]
     return data
 
 
@@ -123,7 +130,7 @@ def _slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "part"
 
 
-def _body(page: Page, figures: list[Any], number: Any) -> Iterator[str]:
+def _body(page: Page, figures: list[Any], number: _Numbers[Copy]) -> Iterator[str]:
     titles = ["What was asked", *(section.title for section in page.sections), *(["Notes"] if page.notes else [])]
     links = "".join(f'<li><a href="#{_slug(title)}">{escape(title)}</a></li>' for title in titles)
     yield '<a class="skip" href="#main">Skip to the content</a>\n'
@@ -173,7 +180,7 @@ def _head(page: Page) -> Iterator[str]:
     yield '<noscript><p class="state">The plots need JavaScript; all numbers are in the tables.</p></noscript>\n'
 
 
-def _section(section: Section, figures: list[Any], number: Any) -> Iterator[str]:
+def _section(section: Section, figures: list[Any], number: _Numbers[Copy]) -> Iterator[str]:
     name = _slug(section.title)
     yield f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(section.title)}</h2>\n'
     if section.lead:
@@ -186,7 +193,7 @@ def _section(section: Section, figures: list[Any], number: Any) -> Iterator[str]
     yield "</section>\n"
 
 
-def _plot(plot: Plot, figures: list[Any], number: Any) -> Iterator[str]:
+def _plot(plot: Plot, figures: list[Any], number: _Numbers[Copy]) -> Iterator[str]:
     first = len(figures)
     yield f'<figure class="plot"><div class="title"><h3 id="p{first}">{escape(plot.title)}</h3>'
     if len(plot.views) > 1:
@@ -228,7 +235,7 @@ def _key(key: Key) -> str:
     )
 
 
-def _table(table: Table, number: Any) -> Iterator[str]:
+def _table(table: Table, number: _Numbers[Copy]) -> Iterator[str]:
     folded = len(table.rows) > FOLDED_ABOVE if table.folded is None else table.folded
     count = f"{len(table.rows)} row{'' if len(table.rows) == 1 else 's'}"
     if folded:

@@ -30,6 +30,14 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class AtPointer:
+    """What belongs to a point of a plot: text for whoever points at it, and what a click copies."""
+
+    says: str
+    copy: Copy | None = None
+
+
+@dataclass(frozen=True)
 class Table:
     """A table as text.
 

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.errors import OutputError
-
-QUESTION, TRIALS, SUMMARY, BEST = "search.json", "trials.jsonl", "summary.json", "best.yaml"
-COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
+from darekit.searches.folders import FORMAT, RECORD, SUMMARY, TRIALS
 
 _PART = re.compile(r"(.+)\[([^\]]+)\]$")
 
@@ -114,7 +112,7 @@ def read_search_folder(out: Path) -> SearchFolder:
     Raises:
         OutputError: a file cannot be read or is something else.
     """
-    asked, summary = _json(out / QUESTION), _json(out / SUMMARY)
+    asked, summary = _json(out / RECORD), _json(out / SUMMARY)
     found = [*_trials(out / TRIALS).values()]
     question = {**asked, **(summary.get("question") or {})}
     for split in ("validation", "test"):  # with what judges, where the record has more than names
@@ -142,7 +140,10 @@ def _goals(found: list[Trial]) -> tuple[Goal, ...]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        if found.get("format") != FORMAT:
+            raise ValueError(f"format {found.get('format')}, expected {FORMAT}")
+        return found
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -13,8 +13,9 @@ from darekit.recipe.texts import recipe_text
 from darekit.reports.charts import LOOKS, Line, Point, Strand, Upright, bars, curves, parallel, plain, pointed
 from darekit.reports.importance import importance_of
 from darekit.reports.page import MINUS, Copy, Figure, Key, Plot, View
-from darekit.reports.search_folder import COMPLETE, FAILED, STOPPED, Goal, SearchFolder, Trial, number, parts_of
+from darekit.reports.search_folder import Goal, SearchFolder, Trial, number, parts_of
 from darekit.reports.sweeps import number_of, range_of
+from darekit.searches.asking import COMPLETE, FAILED, STOPPED
 
 BEST_SO_FAR = 6  # its look
 
@@ -203,7 +204,7 @@ def slices(found: Found, names: Sequence[str]) -> Plot | None:
         for group, look, trials in _groups(read):
             points = tuple(
                 Point(places[one.params[name]] + _aside(one, more), one.value(goal.score),
-                      (*found.says(one), f"{name} {one.params[name]}"), found.copy(one))
+                      found.says(one), found.copy(one))
                 for one in trials if name in one.params and math.isfinite(one.value(goal.score))
             )  # fmt: skip
             if points:

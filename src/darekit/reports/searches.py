@@ -11,16 +11,7 @@ from typing import Any
 from darekit.recipe.texts import recipe_text
 from darekit.reports.drawing import draw_search
 from darekit.reports.page import MINUS, Copy, Number, Page, Section, Table
-from darekit.reports.search_folder import (
-    COMPLETE,
-    FAILED,
-    STOPPED,
-    SUMMARY,
-    SearchFolder,
-    Trial,
-    number,
-    read_search_folder,
-)
+from darekit.reports.search_folder import SearchFolder, Trial, number, read_search_folder
 from darekit.reports.search_plots import (
     Found,
     by_importance,
@@ -38,6 +29,8 @@ from darekit.reports.search_plots import (
     state_of,
 )
 from darekit.reports.sweeps import judge_words, number_of
+from darekit.searches.asking import COMPLETE, FAILED, STOPPED
+from darekit.searches.folders import SUMMARY
 
 _ROLES = {"best_single": "best single model", "best_plain": "best plain merge"}
 
@@ -105,8 +98,14 @@ def _verdict(read: SearchFolder) -> tuple[str, str, tuple[str, ...]]:
         line = f"Best so far on validation: {best.title}, {goal.score} {scored(best.scores[goal.score])}."
         return line, "plain", ("A score that was chosen by is too good; only the end reports on test.",)
     better = [one.get("better") for one in read.summary.get("differences") or () if one.get("split") == "test"]
-    tone = "bad" if False in better else "good" if better and all(better) else "plain"
+    found = (read.summary.get("best") or {}).get("trial") is not None  # else a baseline is the best of all
+    tone = "bad" if False in better else "good" if found and better and all(better) else "plain"
     return words[0], tone, tuple(words[1:])
+
+
+def _named(best: Mapping[str, Any]) -> str:
+    """What the best is called: a trial, or a baseline that nothing beats."""
+    return str(best.get("name")) if best.get("trial") is None else f"trial {best['trial']}"
 
 
 def _numbers(found: Found) -> Iterator[Number]:
@@ -115,7 +114,7 @@ def _numbers(found: Found) -> Iterator[Number]:
     plain = {str(one.get("name")): one for one in read.summary.get("baselines") or ()}
     for goal in read.goals[:1]:
         for what, scores, note in (
-            ("Best", best, f"trial {best.get('trial')}"),
+            ("Best", best, _named(best)),
             *((f"{role[0].upper()}{role[1:]}", plain.get(str(read.summary.get(key)), {}), str(read.summary.get(key)))
               for key, role in _ROLES.items()),
         ):  # fmt: skip
@@ -236,7 +235,7 @@ def _compared(found: Found) -> Table | None:
         if any(scored((one.get(split) or {}).get(name)) for _, one, _ in rows)
     ]  # fmt: skip
     lines = tuple(
-        (f"{name}, trial {one.get('trial')}" if name == "best" and best else name,
+        (f"best: {_named(one)}" if one is best else name,
          *("failed" if one.get("error") else scored((one.get(split) or {}).get(score)) for score, split in columns))
         for name, one, _ in rows
     )  # fmt: skip

@@ -18,11 +18,11 @@ from darekit.reports.page import MINUS, Copy, Key, Number, Page, Plot, Section, 
 from darekit.sweeps.data import SPLITS, Axis, Sweep
 from darekit.sweeps.drawing import draw_sweep
 from darekit.sweeps.folders import SweepFolder, read_sweep_folder
-from darekit.sweeps.reports import tables_of, words_of
 from darekit.sweeps.store import FAILED, OK, Finished
 from darekit.sweeps.summaries import Figure, Row, Summary, figure_of, roles_of, shown_label, summarise, title_of
 from darekit.trials.judging import MEAN, judge_in
 
+_PANELS = 24  # of curves beside each other
 CLEAR = 2.0  # standard errors of a difference, from which on it is called one
 
 
@@ -67,7 +67,7 @@ def sweep_page(folder: Path) -> Page:
     return Page(
         "Sweep", sweep.layout.title or sweep.name, verdict, tone, details, state, _numbers(found), _facts(found),
         ("The sweep file", sweep.text), tuple(_sections(found)),
-        (*_failures(result.finished), *found.notes, *words_of(result, summary)),
+        (*_failures(result.finished), *found.notes, *(f"{note}." for note in result.notes), *_warnings(summary)),
     )  # fmt: skip
 
 
@@ -237,6 +237,17 @@ def _failures(finished: Sequence[Finished]) -> Iterator[str]:
         yield f"Failed: {titles[0]}{more}: {error}"
 
 
+def _warnings(summary: Summary) -> Iterator[str]:
+    """Each warning once, with the first setting that it was given for."""
+    warned: dict[str, list[str]] = {}
+    for row in summary.rows:
+        for line in row.warnings:
+            warned.setdefault(line, []).append(row.title)
+    for line, titles in warned.items():
+        more = "" if len(titles) == 1 else f" and {len(titles) - 1} more"
+        yield f"Warning: {titles[0]}{more}: {line}"
+
+
 # --- plots and tables ---
 
 
@@ -245,8 +256,7 @@ def _sections(found: _Found) -> Iterator[Section]:
     drawn = _curves(found)
     if drawn is not None:
         yield Section("Curves", (drawn,))
-    chosen = [table for table in tables_of(found.sweep, summary) if table.title.startswith("Chosen")]
-    if chosen:
+    if summary.chosen is not None:
         yield Section("The choice", (_choice_table(found),))
     maps = list(_maps(found))
     if maps:
@@ -264,11 +274,13 @@ def _views(found: _Found) -> list[tuple[str, str]]:
 
 
 def _curves(found: _Found) -> Plot | None:
-    views = []
+    views, more = [], 0
     for score, split in _views(found):
         sweep = replace(found.sweep, layout=replace(found.sweep.layout, score=score))
         figure = figure_of(sweep, found.summary, split)
         if figure is not None:
+            more = max(more, len(figure.panels) - _PANELS)
+            figure = replace(figure, panels=figure.panels[:_PANELS])
             views.append(_curves_view(found, figure, score, split))
     if not views:
         return None
@@ -276,6 +288,8 @@ def _curves(found: _Found) -> Plot | None:
         "Bars are one standard error, of the questions and of the masks together. Point at a setting for its recipe, "
         "click to copy it."
     )
+    if more:
+        how += f" {_PANELS} of {_PANELS + more} panels are drawn; the table below has all settings."
     x, lines = roles_of(found.sweep)
     assert x is not None
     title = f"Scores over {title_of(x.name)}" + (f", a line for each {title_of(lines.name)}" if lines else "")
@@ -342,6 +356,7 @@ def _maps(found: _Found) -> Iterator[Plot]:
         how = "Each square is the mean over the mask seeds."
         if len(wide) > 2:
             how = "Each square is the best of all settings that share its two values, which the pointer names."
+        how += " Settings that one of the two does not concern are not in it."
         title = "Heat map" if len(wide) > 2 else f"{title_of(wide[0].name)} by {title_of(wide[1].name)}"
         yield Plot(title, how, tuple(views))
 

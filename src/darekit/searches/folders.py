@@ -12,7 +12,7 @@ from typing import Any
 from darekit.errors import OutputError
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED, Answer
 from darekit.searches.sheets import Sheet, from_bytes, to_bytes
-from darekit.trials.files import append, write_whole
+from darekit.trials.files import append, write_whole, write_whole_bytes
 
 RECORD, TRIALS, SUMMARY, BEST, TESTS = "search.json", "trials.jsonl", "summary.json", "best.yaml", "tests.jsonl"
 JOURNAL, ITEMS, LEASES = "journal.log", "items", "leases"
@@ -135,13 +135,7 @@ class Folder:
 
     def put_sheet(self, digest: str, split: str, sheet: Sheet) -> None:
         """Keep the answers of one."""
-        path = self.out / ITEMS / f"{digest}.{split}"
-        partial = path.with_name(f".{path.name}")
-        try:
-            partial.write_bytes(to_bytes(sheet))
-            partial.replace(path)
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}") from None
+        write_whole_bytes(self.out / ITEMS / f"{digest}.{split}", to_bytes(sheet))
 
     def sheet(self, digest: str, split: str = "validation") -> Sheet | None:
         """The answers of one; None where there are none."""
@@ -188,6 +182,8 @@ def _line(path: Path, text: bytes) -> Line | None:
 
 # --- what was asked ---
 
+_TELLING = (TRIALS, SUMMARY, JOURNAL, "cells.jsonl", "config.json")  # what says best whose folder it is
+
 
 def claim(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Make a folder this search's, or find that it is -> what it remembers.
@@ -206,7 +202,9 @@ def claim(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(there, dict) or there.get("format") != FORMAT:
             raise ValueError
     except FileNotFoundError:
-        others = [name for name in (TRIALS, SUMMARY, JOURNAL, "cells.jsonl") if (out / name).exists()]
+        there_is = {one.name for one in out.iterdir() if one.name[0] != "."} if out.is_dir() else set()
+        others = sorted(there_is - {ITEMS, LEASES})
+        others = [*dict.fromkeys((*(name for name in others if name in _TELLING), *others))][:3]
         if others:
             raise OutputError(
                 f"{out} holds {', '.join(others)}, which is not of this search: choose another OUT"
@@ -230,7 +228,11 @@ def claim(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remember(out: Path, record: Mapping[str, Any]) -> None:
-    """Write `search.json`."""
+    """Write `search.json`; OUT is made where it is missing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror}; choose another OUT") from None
     write_whole(out / RECORD, json.dumps(record, indent=1) + "\n")
 
 

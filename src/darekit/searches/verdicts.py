@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from darekit.notebooks import shown_as_html
 from darekit.recipe import Recipe, read_recipe
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED
 from darekit.searches.baselines import BASE, Baseline
@@ -49,6 +50,21 @@ class SearchResult:
 
     def __repr__(self) -> str:
         return brief(self, f"{self.summary['name']}, {self.summary['verdict'][0]}")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict, and the best beside the baselines."""
+        best = self.summary["best"]
+        rows = [("best", best)] if best else []
+        rows += [(one["name"], one) for one in self.summary["baselines"]]
+        columns = [
+            (goal["score"], split) for goal in self.summary["question"]["goals"] for split in ("validation", "test")
+        ]
+        shown = [(name, *(_shown((one.get(split) or {}).get(score)) for score, split in columns)) for name, one in rows]
+        return shown_as_html(
+            self.summary["verdict"][0], [("results", str(self.out)), ("page", f'dk.report("{self.out}")')],
+            header=("recipe", *(f"{score}, {split}" for score, split in columns)), rows=shown,
+            notes=self.summary["verdict"][1:],
+        )  # fmt: skip
 
 
 def write_summary(
@@ -226,6 +242,8 @@ class _Found:
         told = ", ".join(f"{goal.score} {_shown(scores[goal.score])}" for goal in self.standings.goals)
         found = [one for one in self.differences() if one["score"] == self.standings.goals[0].score]
         on = f"on {self.split}: {told}"
+        if self.split == "validation":  # by which it was chosen: no comparison there is fair
+            return f"Best on validation: {who}, {told}."
         worse = [one for one in found if one["better"] is False]
         unclear = [one for one in found if one["better"] is None]
         if len(self.standings.goals) > 1:
@@ -273,7 +291,9 @@ def _better(one: Difference, goal: Goal) -> bool | None:
     return (one.value > 0) == goal.higher
 
 
-def _shown(score: Mapping[str, Any]) -> str:
+def _shown(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return ""
     return f"{score['value']:.3f}" + (f" ± {score['stderr']:.3f}" if score["stderr"] is not None else "")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from darekit.errors import RecipeError
 from darekit.recipe import ModelEntry, Recipe
-from darekit.recipe.essence import drops, essence, is_random, single, undropped
+from darekit.recipe.essence import drops, essence, is_random, seed_of, single, undropped
 from darekit.sweeps.data import DROP_RATE, Cell, Point, Sweep
 from darekit.trials.settings import is_fixed, recipe_with
 
@@ -77,7 +77,7 @@ def _cells_at(sweep: Sweep, points: tuple[Point, ...]) -> Iterator[Cell]:
         )
     recipe = _recipe_at(sweep, at, settings, None)
     if not sweep.seeds or not is_random(recipe):
-        yield Cell("grid", at, recipe.sparsify.seed if recipe.sparsify and is_random(recipe) else None, recipe, judges)
+        yield Cell("grid", at, seed_of(recipe), recipe, judges)
         return
     for seed in sweep.seeds:
         yield Cell("grid", at, seed, _recipe_at(sweep, at, settings, seed), judges)
@@ -105,7 +105,8 @@ def _references(kind: str, cells: Iterable[Cell]) -> Iterator[Cell]:
         recipe = cell.recipe
         if kind == "undropped" and drops(recipe):
             at = {**cell.at, DROP_RATE: 0} if DROP_RATE in cell.at else dict(cell.at)
-            yield replace(cell, kind=kind, at=at, seed=None, recipe=undropped(recipe))
+            bare = undropped(recipe)
+            yield replace(cell, kind=kind, at=at, seed=seed_of(bare), recipe=bare)
         elif kind == "single":
             for k, entry in enumerate(recipe.models):
                 if recipe.heads in (None, "base", entry.model):  # this cell's judges ask the head that it names

@@ -55,6 +55,8 @@ def _explain(document: Document, key: str) -> None:
         fail(document, (key,), " belongs to the recipe; write it under `recipe:`")
     if key in (_JUDGES, "judge", "tasks", "data"):
         fail(document, (key,), " is not known; judges go under `validation:` and `test:`, as test: {NAME: {data: F}}")
+    if key == "space":
+        fail(document, (key,), " belongs to a search: run dare search, or write axes: with lists of values")
     if "." in key:
         fail(document, (key,), " is a setting of the recipe; write it under `axes:`")
     fail(document, (key,), f" is not known{suggest(key, KEYS)}")

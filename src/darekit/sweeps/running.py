@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from darekit.errors import PlanError
-from darekit.pools.processes import Lost, open_processes
+from darekit.pools.clusters import Cluster, cluster_of, open_pool, require_ray
+from darekit.pools.processes import Lost
 from darekit.recipe import Recipe
 from darekit.recipe.essence import essence
 from darekit.sweeps.data import SPLITS, Cell, Sweep
@@ -39,7 +40,9 @@ def sweep(
     source: str | Path | Mapping[str, Any] | Sweep,
     out: str | Path,
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
+    ray: str | bool | None = None,
+    gpus_per_worker: float | None = None,
     threads: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -54,7 +57,10 @@ def sweep(
         source: a sweep file, its data, or a `Sweep`.
         out: directory for `cells.jsonl`, `tables.md`, `summary.json` and the plots. One that holds finished cells of
             another sweep is refused.
-        jobs: processes; each holds one model.
+        jobs: processes, or workers on a cluster; each holds one model. If not given one, on a cluster as many as it
+            has room for.
+        ray: work on a Ray cluster: its address, or True for one that is there or else a new one on this machine.
+        gpus_per_worker: of a cluster; one where it has some if not given.
         threads: worker threads that merge in each process.
         device: cpu, cuda or mps; the fastest available if not given.
         dtype: number format to compute in; float32 on a CPU if not given.
@@ -96,8 +102,11 @@ def sweep(
     began = time.perf_counter()
     found = source if isinstance(source, Sweep) else read_sweep(source)
     out, tell = Path(out), say or (lambda line: None)
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise PlanError(f"jobs must be at least 1, found {jobs}")
+    cluster = cluster_of(ray, gpus_per_worker, jobs)
+    if cluster is not None:
+        require_ray()
     cells, said = cells_of(found)
     notes = list(said)
     search = search_of(found.recipe, found.search)
@@ -123,12 +132,12 @@ def sweep(
                 outcomes[unit.digest] = store.known[unit.digest]
                 _keep(store, unit, outcomes[unit.digest])
         origins = origins_in([unit.recipe for unit in todo])
-        place = Place(search, device, dtype, shared_threads(threads, jobs), origins)
+        place = Place(search, device, dtype, shared_threads(threads, jobs or 1), origins)
         heard: list[Finished] = []
         warned: str | None = None
         if progress and todo:
             progress(0, len(todo))
-        for done, (unit, outcome) in enumerate(_evaluated(found, place, todo, min(jobs, len(todo))), 1):
+        for done, (unit, outcome) in enumerate(_evaluated(found, place, todo, min(jobs or 1, len(todo)), cluster), 1):
             outcomes[unit.digest] = outcome
             _keep(store, unit, outcome)
             if warned is None:  # said as soon as it is known: the other cells may take hours
@@ -218,8 +227,12 @@ class _Evaluator:
         return Outcome(OK, scores, tuple(warnings), None, time.perf_counter() - began)
 
 
-def _evaluated(sweep: Sweep, place: Place, units: Sequence[_Unit], jobs: int) -> Iterator[tuple[_Unit, Outcome]]:
+def _evaluated(
+    sweep: Sweep, place: Place, units: Sequence[_Unit], jobs: int, cluster: Cluster | None
+) -> Iterator[tuple[_Unit, Outcome]]:
     """Units as they end."""
-    with open_processes(partial(_Evaluator, sweep, place), jobs) as pool:
+    if not units:
+        return
+    with open_pool(partial(_Evaluator, sweep, place), jobs, cluster) as pool:
         for at, found in pool.run([(unit.recipe, unit.judges) for unit in units]):
             yield units[at], Outcome(FAILED, {}, (), found.why) if isinstance(found, Lost) else found

@@ -56,7 +56,8 @@ def samples_of(recipes: Sequence[Recipe], search: Sequence[Path]) -> dict[str, s
         origin = recipe.base_model if recipe.base_model in stored else None
         if not missing and (origin is None or origin in found):
             continue
-        with open_models(origin, missing, search=search) as (base, models):
+        layouts = {entry.model: entry.experts_layout for entry in recipe.models}
+        with open_models(origin, missing, search=search, layouts=layouts) as (base, models):
             if base is not None and origin is not None:
                 found[origin] = sample_digest(base).hex()
             found |= {name: sample_digest(model).hex() for name, model in zip(missing, models, strict=True)}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from darekit.checkpoints.quantised.told import Told
 from darekit.checkpoints.sources import FileRange
 from darekit.dtypes import DType, dtype_named
 from darekit.errors import CheckpointError, Unsupported
+from darekit.kernels import quantised as kernels
 from darekit.quantised import Singles
 
 POWERS = ("U8", "F8_E8M0")
@@ -222,16 +224,30 @@ def _block_of(shape: Shape, grid: Shape, told: Told, *, small: bool) -> tuple[in
     return (rows // lines, columns // groups) if even else None
 
 
+@cache
+def _coding(kind: str) -> tuple[Singles, kernels.How]:
+    """What codes of a kind are worth: a table of 256, of which all tensors share one, and the same as arithmetic."""
+    how = kernels.LOOKED_UP
+    if kind in kernels.OF_FORMATS:
+        return quantised.eights(kind), kernels.OF_FORMATS[kind]
+    if kind == "E2M1":
+        table, how = quantised.E2M1, kernels.E2M1
+    elif kind.startswith("INT"):
+        bits = int(kind.removeprefix("INT"))
+        table, how = quantised.integers(bits), kernels.integers(bits)
+    else:
+        table = quantised.NF4 if kind == "NF4" else quantised.FP4
+    return np.pad(table, (0, 256 - table.size)), how
+
+
 def _scaled(
-    weight: Weight, shape: Shape, layout: Layout, codes: Codes, table: Singles, scales: Grid, form: str, *,
+    weight: Weight, shape: Shape, layout: Layout, codes: Codes, kind: str, scales: Grid, form: str, *,
     zeros: Grid | None = None, factor: float = 1.0, anything: bool = False, **facts: Any,
 ) -> Decoded:  # fmt: skip
     """A tensor whose codes lie in the order of its elements."""
     stored = weight.stored(shape, {"rows": layout.rows, "block": list(layout.block), **facts})
-    whole = np.zeros(256, np.float32)  # so that one kernel does for all
-    whole[: table.size] = table
     source = Scaled(
-        stored, codes, whole if table.size < 256 else table, scales, zeros, layout.rows, layout.columns, layout.block,
+        stored, codes, *_coding(kind), scales, zeros, layout.rows, layout.columns, layout.block,
         weight.making.shelf.desk, factor, anything,
     )  # fmt: skip
     return weight.made(stored, shape, source, form)
@@ -243,7 +259,7 @@ def _eights(weight: Weight) -> Decoded:
     layout = weight.layout(codes.shape, scales, powers=scales.dtype in POWERS)
     name = "MXFP8" if scales.dtype in POWERS and layout.block == (1, 32) else "FP8"
     return _scaled(
-        weight, codes.shape, layout, Whole(codes.source), quantised.eights(codes.dtype),
+        weight, codes.shape, layout, Whole(codes.source), codes.dtype,
         Scales(scales, layout.width, weight.match.name), f"{name} ({codes.dtype.removeprefix('F8_')}), {layout.words}",
     )  # fmt: skip
 
@@ -257,7 +273,7 @@ def _integers(weight: Weight) -> Decoded:
         if zeros.count != scales.count:
             raise weight.wrong(f"zero points of shape {list(zeros.shape)}, scales of shape {list(scales.shape)}")
     return _scaled(
-        weight, codes.shape, layout, Whole(codes.source), quantised.eights("I8"),
+        weight, codes.shape, layout, Whole(codes.source), "I8",
         Scales(scales, layout.width, weight.match.name, signed=True), f"INT8, {layout.words}",
         zeros=None if zeros is None else Zeros(zeros, layout.width),
     )  # fmt: skip
@@ -276,7 +292,7 @@ def _rows(weight: Weight) -> Decoded:
         )
     layout = Layout(codes.shape[0], codes.shape[1], (1, max(1, codes.shape[1])), 1, "one scale for each row")
     return _scaled(
-        weight, codes.shape, layout, Whole(codes.source), quantised.eights("I8"),
+        weight, codes.shape, layout, Whole(codes.source), "I8",
         Scales(scales, 1, weight.match.name), "INT8 of bitsandbytes", factor=float(quantised.INT8_STEP), anything=True,
     )  # fmt: skip
 
@@ -295,7 +311,7 @@ def _fours(weight: Weight) -> Decoded:
     if scales.dtype == "F8_E4M3" and whole is None:
         raise weight.wrong("its F8 scales need one more for all of them (weight_scale_2 or weight_global_scale)")
     return _scaled(
-        weight, shape, layout, Halves(codes.source, high_first=False), quantised.E2M1,
+        weight, shape, layout, Halves(codes.source, high_first=False), "E2M1",
         Scales(scales, layout.width, weight.match.name, whole, divisor is not None),
         f"{'MXFP4' if scales.dtype in POWERS else 'NVFP4'}, {layout.words}",
     )  # fmt: skip
@@ -322,7 +338,7 @@ def _packed(weight: Weight) -> Decoded:
         points = None if points is None else Ordered(points, order, layout.width, layout.block[1])
         layout = replace(layout, block=(layout.block[0], 1))
     return _scaled(
-        weight, shape, layout, packed(codes.source, bits, shape[-1]), quantised.integers(bits), grid,
+        weight, shape, layout, packed(codes.source, bits, shape[-1]), f"INT{bits}", grid,
         f"INT{bits}, {layout.words}", zeros=points, bits=bits,
     )  # fmt: skip
 
@@ -392,8 +408,7 @@ def _bitsandbytes(weight: Weight) -> Decoded:
             f"{codes.nbytes:,} bytes of codes and {absmax.count:,} scales do not fit the shape {shape} and the "
             f"blocksize {block} of {weight['state'].name}"
         )
-    table = quantised.NF4 if kind == "nf4" else quantised.FP4
-    _refuse_other_table(weight, "map", table)
+    _refuse_other_table(weight, "map", quantised.NF4 if kind == "nf4" else quantised.FP4)
     grid: Grid = Scales(absmax, absmax.count, weight.match.name)
     double = "outer" in weight.parts
     if double:
@@ -402,7 +417,7 @@ def _bitsandbytes(weight: Weight) -> Decoded:
         weight.need("scales", NUMBERS)
     layout = Layout(1, count, (1, block), absmax.count, f"blocks of {block}")
     return _scaled(
-        weight, tuple(shape), layout, Halves(codes.source, high_first=True), table, grid,
+        weight, tuple(shape), layout, Halves(codes.source, high_first=True), kind.upper(), grid,
         f"{kind.upper()} of bitsandbytes{', double quantised' if double else ''}", anything=True, type=kind,
     )  # fmt: skip
 

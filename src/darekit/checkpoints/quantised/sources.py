@@ -23,14 +23,18 @@ from darekit.checkpoints.sources import Source, Traits, refuse_outside, traits_o
 from darekit.dtypes import Bytes, DType, narrow
 from darekit.errors import DataError
 from darekit.kernels import quantised as kernels
-from darekit.masks import BLOCK
 from darekit.quantised import Singles
 
 TAG = b"darekit-dequantised-1\0"  # frozen: seeds depend on it, see `identity_of`
 TILES = 4 * 65536  # elements that are decoded in one call of a kernel, as many as the engine's fast lane asks for
 
+NONE = np.empty((0, 0), np.float32)  # in the place of zero points
+
 SAMPLED = 2  # places at which the error of rounding is sampled
 SAMPLED_ELEMENTS = 4096  # at each of them
+
+
+Place = tuple[int, int, int, int, int, int]
 
 
 def identity_of(facts: Mapping[str, Any], parts: Mapping[str, TensorInfo]) -> bytes:
@@ -102,6 +106,7 @@ class Scaled:
         stored: what is stored of it.
         codes: one for each element.
         table: what each is worth.
+        how: the same as arithmetic, for kernels.
         scales: one for each block.
         zeros: subtracted before; None: nothing is.
         rows: of a matrix of those that lie one behind the other: blocks do not reach into the next.
@@ -115,6 +120,7 @@ class Scaled:
     stored: Stored
     codes: Codes
     table: Singles
+    how: kernels.How
     scales: Grid
     zeros: Grid | None
     rows: int
@@ -145,40 +151,41 @@ class Scaled:
 
     def _decode(self, start: int, raw: Bytes) -> None:
         """Whole elements from one on, into (n,) uint8."""
-        size, dtype, scratch = self.stored.dtype.itemsize, self.stored.dtype, np.empty(BLOCK, np.float32)
+        size, dtype = self.stored.dtype.itemsize, self.stored.dtype
+        scratch = self.desk.room("scratch", 8 * kernels.BLOCK).view(np.float32).reshape(2, kernels.BLOCK)
         end = start + raw.nbytes // size
         done = start
         while done < end:
             # Matrices of their own have blocks of their own.
             stop = min(end, done + TILES, (done // (self.rows * self.columns) + 1) * self.rows * self.columns)
             part = raw[(done - start) * size : (stop - start) * size]
-            arguments = self._arguments(done, stop - done)
+            codes, zeros, scales, place = self._read(done, stop - done)
+            zeros = NONE if zeros is None else zeros
+            factor = np.float32(self.factor)
             if dtype.name == "BF16" and part.ctypes.data % 2 == 0:
-                kernels.worth_bf16(*arguments, part.view(np.uint16), scratch)
+                kernels.worth_bf16(
+                    codes, self.table, self.how, zeros, scales, *place, factor, part.view(np.uint16), scratch
+                )
             else:
-                values = np.empty(stop - done, np.float32)
-                kernels.worth(*arguments, values)
-                rounded = np.empty(part.nbytes, np.uint8)
+                values, rounded = np.empty(stop - done, np.float32), np.empty(part.nbytes, np.uint8)
+                kernels.worth(codes, self.table, self.how, zeros, scales, *place, factor, values, scratch)
                 narrow(values, dtype, rounded)
                 part[...] = rounded
             done = stop
 
-    def _arguments(self, start: int, count: int) -> tuple[Any, ...]:
-        """What `worth` takes, for elements that lie in one matrix."""
+    def _read(self, start: int, count: int) -> tuple[Bytes, Singles | None, Singles, Place]:
+        """Codes, zero points and scales of elements that lie in one matrix; and where: the first element in it, its
+        columns, the block's rows and columns, and the first row and column of blocks."""
         matrix, begin = divmod(start, self.rows * self.columns)
         (top, bottom), (left, right) = self._blocks(begin, count)
         lines = matrix * -(-self.rows // self.block[0])  # of blocks, before this matrix
         codes = self.codes.read(start, count, self.desk)
         scales = self.scales.read((lines + top, lines + bottom), (left, right))
-        if self.zeros is None:
-            zeros: Singles = np.zeros_like(scales)
-        else:
-            zeros = self.zeros.read((lines + top, lines + bottom), (left, right))
+        zeros = None if self.zeros is None else self.zeros.read((lines + top, lines + bottom), (left, right))
+        place = begin, self.columns, *self.block, top, left
         if not self.anything and not scales.all():
-            self._refuse_lost(codes, zeros, scales, begin, (top, left))
-        return (
-            codes, self.table, zeros, scales, begin, self.columns, *self.block, top, left, np.float32(self.factor),
-        )  # fmt: skip
+            self._refuse_lost(codes, zeros, scales, place)
+        return codes, zeros, scales, place
 
     def _blocks(self, begin: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Which rows and columns of blocks a range of a matrix touches; all columns, unless it lies in one row."""
@@ -189,11 +196,19 @@ class Scaled:
             return rows, (column // self.block[1], (column + count - 1) // self.block[1] + 1)
         return rows, (0, -(-self.columns // self.block[1]))
 
-    def _refuse_lost(self, codes: Bytes, zeros: Singles, scales: Singles, begin: int, corner: tuple[int, int]) -> None:
+    def _worth(
+        self, codes: Bytes, table: Singles, zeros: Singles | None, scales: Singles, place: Place, factor: float
+    ) -> Singles:
+        """By the definition."""
+        begin, columns, height, width, top, left = place
+        zeros = np.zeros_like(scales) if zeros is None else zeros
+        return quantised.worth(
+            codes, table, zeros, scales, begin, columns, (height, width), (top, left), np.float32(factor)
+        )
+
+    def _refuse_lost(self, codes: Bytes, zeros: Singles | None, scales: Singles, place: Place) -> None:
         """A block of zeros may have a scale of 0: then its codes are zeros too."""
-        ones = (scales == 0).astype(np.float32)
-        found = quantised.worth(codes, self.table, zeros, ones, begin, self.columns, self.block, corner, np.float32(1))
-        if np.any(found != 0):
+        if np.any(self._worth(codes, self.table, zeros, (scales == 0).astype(np.float32), place, 1.0) != 0):
             raise DataError(
                 f"{self.stored.name}: a scale in {self.scales.parts[0].name} is 0, and the codes that it scales are "
                 "not: what they were is lost. The file is damaged; download it again, or give the checkpoint that was "
@@ -208,11 +223,9 @@ class Scaled:
     def _rounding(self) -> tuple[float, float]:
         widths, error, square = quantised.cells(self.table), 0.0, 0.0
         for start, count in sampled_at(self.stored.count, self.rows * self.columns):
-            codes, table, zeros, scales, *rest = self._arguments(start, count)
-            begin, columns, height, width, top, left, factor = rest
-            place = begin, columns, (height, width), (top, left), factor
-            values = quantised.worth(codes, table, zeros, scales, *place)
-            steps = quantised.worth(codes, widths, np.zeros_like(zeros), scales, *place)
+            codes, zeros, scales, place = self._read(start, count)
+            values = self._worth(codes, self.table, zeros, scales, place, self.factor)
+            steps = self._worth(codes, widths, None, scales, place, self.factor)
             square += float(np.nansum(np.square(values, dtype=np.float64)))
             error += float(np.square(steps, dtype=np.float64).sum()) / 12
         return error, square
@@ -310,7 +323,8 @@ class Flipped:
 
     def _decode(self, start: int, raw: Bytes) -> None:
         size, dtype, (_, n, g, b) = self.stored.dtype.itemsize, self.stored.dtype, self.shape
-        matrix, scratch = 2 * g * b * n, np.empty(BLOCK, np.float32)
+        matrix = 2 * g * b * n
+        scratch = self.shelf.desk.room("scratch", 8 * kernels.BLOCK).view(np.float32).reshape(2, kernels.BLOCK)
         done, end = start, start + raw.nbytes // size
         while done < end:
             expert, begin = divmod(done, matrix)
@@ -319,7 +333,9 @@ class Flipped:
             direct = dtype.name == "BF16" and part.ctypes.data % 2 == 0
             words = part.view(np.uint16) if direct else np.empty(stop - done, np.uint16)
             with self.shelf.matrix((id(self), expert), partial(self._read, expert)) as found:
-                kernels.flipped_bf16(found.pairs, quantised.E2M1, found.scales, 2 * b, begin, words, scratch)
+                kernels.flipped_bf16(
+                    found.pairs, quantised.E2M1, kernels.E2M1, found.scales, 2 * b, begin, words, scratch
+                )
             if not direct:  # BF16 holds every product of these codes and powers of two, but for the smallest
                 rounded = np.empty(part.nbytes, np.uint8)
                 narrow((words.astype(np.uint32) << 16).view(np.float32), dtype, rounded)

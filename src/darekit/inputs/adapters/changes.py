@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import permutations
 
 from darekit.checkpoints import Checkpoint, TensorInfo
+from darekit.dtypes import dtype_named
 from darekit.errors import CheckpointError, HomologyError, PlanError
 from darekit.inputs.adapters.config import AdapterConfig, Layout, first_of
 from darekit.inputs.adapters.names import Names, grouped
@@ -24,6 +25,8 @@ _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "c
 # Families whose experts are [E, in, out] in memory; the parameters of experts in the order in which PEFT wraps them.
 _IN_OUT_FAMILIES = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 _EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+
+LARGEST = 3.4e38  # of float32, in which products are made
 
 Parts = Mapping[str, TensorInfo]
 
@@ -71,7 +74,11 @@ def find_changes(
         )
     modules: dict[str, dict[int, dict[str, TensorInfo]]] = {}
     wholes: dict[str, TensorInfo] = {}
-    for key, name in keys.items():
+    for key, name in sorted(keys.items(), key=lambda item: item[1]):  # whatever the order in the file
+        if dtype_named(tensors[name].dtype).kind != "float":
+            raise CheckpointError(
+                f"{ref}: {name} is {tensors[name].dtype}, expected floating-point numbers: is the adapter quantised?"
+            )
         if key.part == "whole":
             wholes[key.module] = tensors[name]
         else:
@@ -177,7 +184,7 @@ class _Finding:
 
     def _scale_of(self, module: str, rank: int) -> float:
         scale = self.config.scale_of(module, rank)
-        if not math.isfinite(scale):
+        if not abs(scale) <= LARGEST:
             raise CheckpointError(f"{self.config.where}: the scale of {module} is {scale}")
         return scale
 
@@ -434,8 +441,9 @@ class _Finding:
                 f"{self.ref} looks as if Unsloth wrote it, and does not say in which order {parameter} has its "
                 "experts: before its version of 17 September 2026, Unsloth wrote lora_B with the expert as the slow "
                 "index (grouped), since then as PEFT does, and then it says so (lora_B_layout). The wrong order gives "
-                "a model that is silently wrong. Say which, beside the model in the recipe: experts_layout: grouped, "
-                "or experts_layout: peft"
+                "a model that is silently wrong. Say which: in a recipe, beside the model, experts_layout: grouped or "
+                'experts_layout: peft; elsewhere in adapter_config.json, "lora_B_layout": "grouped_by_expert" or '
+                '"rank_major"'
             )
         return found or "peft"
 

@@ -16,8 +16,7 @@ from darekit.checkpoints.documents import shorten
 from darekit.checkpoints.refusals import PROMPTS, about_prompt
 from darekit.errors import CheckpointError, Unsupported
 
-Layout = Literal["peft", "grouped"]
-LAYOUTS: tuple[Layout, ...] = ("peft", "grouped")
+Layout = str  # one of `recipe.data.LAYOUTS`
 
 PATTERN_LIMIT = 1000  # characters of a pattern for ranks: the real ones are names of modules
 

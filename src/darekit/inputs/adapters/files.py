@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from darekit.checkpoints import FileRange, InputFile, TensorInfo, read_header
 from darekit.checkpoints.documents import read_object
-from darekit.checkpoints.opening import places_of
 from darekit.checkpoints.pytorch import read_pickled
-from darekit.checkpoints.refusals import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER, is_adapter
+from darekit.checkpoints.refusals import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER
 from darekit.errors import CheckpointError
 from darekit.inputs.adapters.config import AdapterConfig, read_config
-
-_WHOLE = re.compile(r"pytorch_model(?:-\d+-of-\d+)?\.bin|(?:model\.safetensors|pytorch_model\.bin)\.index\.json")
 
 
 @dataclass(frozen=True)
@@ -32,33 +28,6 @@ class AdapterFiles:
         """Close its files."""
         for file in self.files:
             file.close()
-
-
-def find_adapter(ref: str | Path, search: Sequence[Path] = ()) -> Path | None:
-    """A name -> what lies there on this machine, where it is an adapter: its folder, or its file of weights."""
-    for place in places_of(ref, search):
-        try:
-            if place.is_file():
-                return place if is_adapter(place.name) else None
-            if place.is_dir():
-                return place if _holds_adapter(place) else None
-            if place.exists():
-                return None
-        except OSError:  # whoever opens it says what is wrong
-            return None
-    return None
-
-
-def _holds_adapter(folder: Path) -> bool:
-    """Whether a folder has an adapter and no whole model beside it."""
-    names = {path.name for path in folder.iterdir()}
-    if any(_is_whole(name) for name in names):
-        return False
-    return ADAPTER_CONFIG in names or any(is_adapter(name) for name in names)
-
-
-def _is_whole(name: str) -> bool:
-    return (name.endswith(".safetensors") and not is_adapter(name)) or _WHOLE.fullmatch(name) is not None
 
 
 def open_adapter(place: Path, open_file: Callable[[Path], InputFile] = InputFile) -> AdapterFiles:

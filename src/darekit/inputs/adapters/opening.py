@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters opened as models: `base+adapter`, an adapter alone on the base of the recipe or on the one that it names."""
+"""Adapters opened as models: `base+adapter`, an adapter alone on the base of the recipe or on the one that it names.
+
+All names pass through here, so what reads an adapter is imported when there is one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from darekit.checkpoints import Checkpoint, InputFile
 from darekit.checkpoints.hub import fetch_adapter, looks_like_hub_id
 from darekit.checkpoints.opening import places_of
 from darekit.errors import CheckpointError, PlanError
-from darekit.inputs.adapters.bases import about_base
-from darekit.inputs.adapters.files import AdapterFiles, find_adapter, open_adapter
-from darekit.inputs.adapters.views import adapted, is_adapted
+from darekit.inputs.adapters.finding import find_adapter
 from darekit.inputs.kinds import Opener, Opening, open_by
 from darekit.recipe.names import same_model
+
+if TYPE_CHECKING:
+    from darekit.inputs.adapters.files import AdapterFiles
 
 
 def pair_of(opening: Opening) -> tuple[str, str] | None:
@@ -27,7 +32,7 @@ def pair_of(opening: Opening) -> tuple[str, str] | None:
     if "+" not in ref or isinstance(opening.ref, Path) or _is_here(opening, ref):
         return None
     pairs = [(ref[:i], ref[i + 1 :]) for i, char in enumerate(ref) if char == "+"][::-1]
-    pairs = [(left, right) for left, right in pairs if left and right]
+    pairs = [(left.strip(), right.strip()) for left, right in pairs if left.strip() and right.strip()]
     for left, right in pairs:
         if find_adapter(right, opening.search) is not None:
             return left, right
@@ -70,6 +75,8 @@ def _open_pair(opening: Opening) -> Checkpoint:
 
 
 def _put_on(opening: Opening, right: str, base: Checkpoint) -> Checkpoint:
+    from darekit.inputs.adapters.views import is_adapted
+
     found = open_by(replace(opening, ref=right, base=base, together=True))
     if not is_adapted(found):
         found.close()
@@ -77,12 +84,14 @@ def _put_on(opening: Opening, right: str, base: Checkpoint) -> Checkpoint:
     return replace(found, ref=str(opening.ref))
 
 
-def _find_alone(opening: Opening) -> Path | None:
-    return find_adapter(opening.ref, opening.search)
+def _find_alone(opening: Opening) -> str | Path | None:
+    return None if find_adapter(opening.ref, opening.search) is None else opening.ref
 
 
 def _open_alone(opening: Opening) -> Checkpoint:
-    return open_on(opening, Path(opening.ref))
+    place = find_adapter(opening.ref, opening.search)
+    assert place is not None
+    return open_on(opening, place)
 
 
 def open_from_hub(opening: Opening) -> Checkpoint:
@@ -108,6 +117,10 @@ def open_on(
         PlanError: there is no base, or another one than it names.
         CheckpointError, HomologyError: it is damaged, or not of this base.
     """
+    from darekit.inputs.adapters.bases import about_base
+    from darekit.inputs.adapters.files import open_adapter
+    from darekit.inputs.adapters.views import adapted
+
     adapter = open_adapter(place, open_file)
     own = None
     try:
@@ -116,7 +129,7 @@ def open_on(
         if base is None:
             own = base = _own_base(opening, adapter)
         note = None if own or opening.together else about_base(adapter.config, base, opening)
-        found = adapted(base, adapter, str(opening.ref), notes=[note] if note else [])
+        found = adapted(base, adapter, str(opening.ref), notes=[note] if note else [], layout=opening.layout)
     except BaseException:
         adapter.close()
         if own is not None:

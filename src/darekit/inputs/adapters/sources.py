@@ -8,8 +8,8 @@ import json
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -123,6 +123,10 @@ class Change:
         """Whether something is added to the tensor, and nothing else is done to it."""
         return self.whole is None and self.rows is None and self.magnitude is None
 
+    def shape_stays(self, shape: tuple[int, ...]) -> bool:
+        """Whether the tensor has as many elements as the base's, of this shape."""
+        return math.prod(self.matrices) == math.prod(shape)
+
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
         """All that is read of the adapter."""
@@ -166,6 +170,35 @@ def values_of(info: TensorInfo) -> Array:
     values: Array = np.empty(info.count, np.float32)
     widen(raw, dtype, values)  # numpy's: factors are small, and numba takes longer to come
     return values.reshape(info.shape)
+
+
+def refuse_nonfinite(tensors: Iterable[TensorInfo], ref: str) -> None:
+    """Look at all values of an adapter; it is small beside a model.
+
+    Raises:
+        DataError: some are NaN or Inf.
+    """
+    wrong = {}
+    for info in tensors:
+        values = values_of(info)
+        bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+        if bad:
+            wrong[info.name] = bad
+    if wrong:
+        told = "; ".join(f"{name}: {count} values" for name, count in list(wrong.items())[:3])
+        raise DataError(
+            f"{ref} has NaN or Inf in {len(wrong)} of its tensors ({told}): the training diverged, or the file is "
+            "damaged; take an earlier step of it"
+        )
+
+
+def is_idle(changes: Iterable[Change]) -> bool:
+    """Whether an adapter changes nothing: it only adds products, and every factor B is 0."""
+    changes = list(changes)
+    if not all(change.is_sum for change in changes):
+        return False
+    factors = (term.b for change in changes for term in change.terms)
+    return not any(bool(values_of(info).any()) for info in factors)
 
 
 class Shelf:
@@ -252,10 +285,12 @@ class AdaptedSource:
 
     @cached_property
     def _delta(self) -> Delta | None:
-        """Relative to what the base itself is relative to, where it is an adapted tensor too."""
-        if not self.change.is_sum:
+        """Relative to what the base itself is relative to, where it is an adapted tensor too; None where this or that
+        is more than a sum."""
+        traits = traits_of(self.base.source)
+        below = traits.delta
+        if not self.change.is_sum or (below is None and traits.values is not None):
             return None
-        below = traits_of(self.base.source).delta
         if below is None:
             return Delta(self.base.source, self.product_into)
 
@@ -285,6 +320,12 @@ class AdaptedSource:
 
     def values_into(self, part: Array, start: int) -> None:
         """(n,) float32, filled with the tensor's elements from number `start` on, as they are before any rounding."""
+        if self._delta is not None:
+            read_values(replace(self.base, source=self._delta.base), part, start)
+            own = np.empty_like(part)
+            self._delta.read_into(own, start)
+            part += own
+            return
         self._start_into(part, start)
         if self.change.terms:
             own = np.empty_like(part)
@@ -397,28 +438,25 @@ class AdaptedSource:
 
     def _round_into(self, out: Bytes, start: int, count: int) -> None:
         number = np.float64 if self._dtype.name == "F64" else np.float32
-        if self.change.is_sum and traits_of(self.base.source).values is None:
-            raw = np.empty_like(out)
-            self.base.source.read_into(raw, start * self._dtype.itemsize)
-            if self._dtype.name == "BF16" and self._in_one(start, count):
-                (left, right), size = self._pair(), self.change.matrices[1] * self.change.matrices[2]
-                matrix, at = divmod(start, size)
-                work: Array = np.empty((2, count), np.float32)
-                self._refuse(
-                    add_low_rank_bf16(raw.view(np.uint16), left[matrix], right[matrix], at, out.view(np.uint16), work)
-                )
-                return
-            base: Floats = np.empty(count, number)
-            kernels.widen(raw, self._dtype, base)
-            product: Array = np.empty(count, np.float32)
-            self.product_into(product, start)
-            self._refuse(
-                kernels.add_round(raw, self._dtype, base, product.astype(number, copy=False), 1.0, self._dtype, out)
-            )
+        change: Array = np.empty(count, np.float32)
+        if self._delta is None:
+            self.values_into(change, start)
+            self._refuse(kernels.round_to(change.astype(number, copy=False), self._dtype, out))
             return
-        values: Array = np.empty(count, np.float32)
-        self.values_into(values, start)
-        self._refuse(kernels.round_to(values.astype(number, copy=False), self._dtype, out))
+        raw = np.empty_like(out)
+        self._delta.base.read_into(raw, start * self._dtype.itemsize)
+        if self._dtype.name == "BF16" and self._delta.base is self.base.source and self._in_one(start, count):
+            (left, right), size = self._pair(), self.change.matrices[1] * self.change.matrices[2]
+            matrix, at = divmod(start, size)
+            work: Array = np.empty((2, count), np.float32)
+            words = raw.view(np.uint16), left[matrix], right[matrix], at, out.view(np.uint16), work
+            self._refuse(add_low_rank_bf16(*words))
+            return
+        base: Floats = np.empty(count, number)
+        kernels.widen(raw, self._dtype, base)
+        self._delta.read_into(change, start)
+        change = change.astype(number, copy=False)
+        self._refuse(kernels.add_round(raw, self._dtype, base, change, 1.0, self._dtype, out))
 
     def _in_one(self, start: int, count: int) -> bool:
         """Whether a range lies in one of the matrices."""

@@ -5,24 +5,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.checkpoints.companions import CONFIG, TEMPLATES, TOKENIZER, Companions, companions_in
+from darekit.errors import NotFetched
+from darekit.inputs.adapters.config import Layout
 from darekit.inputs.adapters.files import AdapterFiles
 from darekit.inputs.adapters.matching import Matched, match
-from darekit.inputs.adapters.sources import AdaptedSource, Shelf
+from darekit.inputs.adapters.sources import AdaptedSource, Shelf, is_idle, refuse_nonfinite
 from darekit.wording import label
 
 
-def adapted(base: Checkpoint, adapter: AdapterFiles, ref: str, *, notes: Sequence[str] = ()) -> Checkpoint:
+def adapted(
+    base: Checkpoint, adapter: AdapterFiles, ref: str, *, notes: Sequence[str] = (), layout: Layout | None = None
+) -> Checkpoint:
     """A base with an open adapter on it, as a checkpoint. Closing it closes the adapter, and not the base.
 
     Raises:
+        DataError: its values are NaN or Inf.
         CheckpointError, HomologyError: they do not belong together; see `changes.match`.
     """
-    matched = match(adapter.config, adapter.tensors, base, ref)
+    matched = match(adapter.config, adapter.tensors, base, ref, layout)
+    found = [*notes, *matched.notes]
+    with suppress(NotFetched):  # of what has only its headers here, nothing is known of values
+        refuse_nonfinite(adapter.tensors.values(), ref)
+        if is_idle(matched.changes.values()):
+            found.append(
+                "WARNING: every factor B is 0, so this adapter changes nothing: it was saved before it was trained, or "
+                "its weights are under other names than those that were trained"
+            )
     config = _config(base, matched)
     return Checkpoint(
         ref=ref,
@@ -32,7 +47,7 @@ def adapted(base: Checkpoint, adapter: AdapterFiles, ref: str, *, notes: Sequenc
         files=adapter.files,
         revision=None,
         companions=_companions(base, adapter, config),
-        notes=(*base.notes, *(f"{label(ref)}: {note}" for note in (*notes, *matched.notes))),
+        notes=(*base.notes, *(f"{label(ref)}: {note}" for note in found)),
         left=base.left,
     )
 
@@ -89,6 +104,4 @@ def _companions(base: Checkpoint, adapter: AdapterFiles, config: Mapping[str, An
 
 
 def _is_of(name: str, patterns: Sequence[str]) -> bool:
-    from fnmatch import fnmatchcase
-
     return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 "use strict";
 (function () {
-  const { figures, copies } = JSON.parse(document.getElementById("data").textContent);
+  const { figures, copies, tips } = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const told = document.getElementById("told");
   const TIP_LINES = 30; // of a recipe at the pointer; a click copies all of it
@@ -30,7 +30,8 @@
   }
 
   function showTip(point, pointer) {
-    const [at, says] = point.customdata || [null, ""];
+    const [at, said] = point.customdata || [null, null];
+    const says = said === null ? "" : tips[said];
     if (!says) return hideTip();
     const [head, ...rest] = says.split("\n");
     const strong = document.createElement("strong");
