@@ -276,6 +276,17 @@ def _merged(results: Results, page: Path) -> Iterator[str]:
                     f"{claims.cell_of(row, PROSE).mean:.1f}", grid.get((method, how), ""),
                 ))  # fmt: skip
     yield table(("models", "merge", *models, "mean", "perplexity", "chosen"), rows, words=2)
+    cells = [row for pair in claims.merge_cells(results, "three", models).values() for row in pair.values()]
+    rows_each = results["settings"]["rows"]["test"]
+    error = max(
+        sum(q * (1 - q) / rows_each for q in [claims.cell_of(row, one).mean / 100 for one in models]) ** 0.5
+        for row in cells
+    )
+    error *= 100 / len(models)
+    yield (
+        f"The mean of a merge of {len(models)} has a standard error of up to {error:.1f} points: a difference of less than twice that is no "
+        "finding, whatever the rule above says of it. And in bfloat16 at a lambda below 1 part of what DARE seems to add is rounding."
+    )
     alone = ", ".join(f"{one} {dropped(results, one, 'DARE', 0).mean:.1f}" for one in models)
     yield f"Alone, each on its own task: {alone}."
     if (page / "merges.png").is_file():
