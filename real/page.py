@@ -285,7 +285,7 @@ def _merged(results: Results, page: Path) -> Iterator[str]:
     error *= 100 / len(models)
     yield (
         f"The mean of a merge of {len(models)} has a standard error of up to {error:.1f} points: a difference of less than twice that is no "
-        "finding, whatever the rule above says of it. And in bfloat16 at a lambda below 1 part of what DARE seems to add is rounding."
+        "finding, whatever the rule above says of it."
     )
     alone = ", ".join(f"{one} {dropped(results, one, 'DARE', 0).mean:.1f}" for one in models)
     yield f"Alone, each on its own task: {alone}."
@@ -332,7 +332,7 @@ def _weights(results: Results, models: Sequence[str]) -> Iterator[str]:
 def _rounding(results: Results, page: Path) -> Iterator[str]:
     models = claims.abilities(results)
     judged = {
-        Path(one["model"]).stem: one["scores"]
+        Path(one["model"]).name.removesuffix(".yaml"): one["scores"]
         for one in results["steps"]["rounding"]["evaluations"]
         if not one.get("error")
     }
@@ -349,8 +349,8 @@ def _rounding(results: Results, page: Path) -> Iterator[str]:
             f"{100 * fmean(scores[one] for one in models):.1f}", f"{scores[PROSE]:.1f}",
         ))  # fmt: skip
     yield (
-        f"Task arithmetic of all models at lambda {SMALL:g}, where most changes are smaller than half a step of bfloat16: rounded to the "
-        f"nearest they vanish, unless DARE has made them larger first. The first {ROUNDED} rows of each test, judged in float32."
+        f"Task arithmetic of all models at lambda {SMALL:g}, where many changes are smaller than half a step of bfloat16: does it matter how "
+        f"they are rounded, and does DARE gain by it? The first {ROUNDED} rows of each test, judged in float32."
     )
     yield table(("output", "p", *models, "mean", "perplexity"), rows)
 
