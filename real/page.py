@@ -49,6 +49,7 @@ def results_of(run: Run, models: Sequence[str]) -> dict[str, Any]:
     import transformers
 
     from real.__main__ import machine
+    from real.running import slim
 
     size: Size = run.size
     trainings = {}
@@ -56,7 +57,7 @@ def results_of(run: Run, models: Sequence[str]) -> dict[str, Any]:
         with suppress(OSError):
             found = json.loads((run.work / name / "training.json").read_text())
             trainings[name] = {key: found[key] for key in ("course", "seconds", "precision", "device", "threads")}
-    made = json.loads((run.work / "base" / "base.json").read_text())
+    made = json.loads((run.work / "base.json").read_text())
     counts = {split: {} for split in ("validation", "test")}  # type: dict[str, dict[str, int]]
     for split, own in counts.items():
         for name in (*size.abilities, *([PROSE] if split == "test" else [])):
@@ -64,7 +65,7 @@ def results_of(run: Run, models: Sequence[str]) -> dict[str, Any]:
             own[name] = len(text.splitlines())
     return {
         "settings": {
-            "base": made["source"], "abilities": [*size.abilities], "rows": dict(size.rows), "counts": counts,
+            "base": made["source"], "abilities": [*size.abilities], "rows": dict(size.rows), "counts": counts, "examples": {one: _example(one) for one in size.abilities},
             "seeds": [*size.seeds], "other_seeds": [*size.other_seeds], "rates": [*size.rates],
             "headline": [*size.headline],
             "batch": size.batch,
@@ -73,11 +74,17 @@ def results_of(run: Run, models: Sequence[str]) -> dict[str, Any]:
             "torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__,
         },
         "trainings": trainings,
-        "steps": run.results,
+        "steps": {name: slim(result) for name, result in run.results.items()},
         "seconds": {name: round(value, 1) for name, value in run.seconds.items()},
         "failed": sorted(run.failed),
         "left_out": [*run.left_out],
     }  # fmt: skip
+
+
+def _example(ability: str) -> list[str]:
+    """The first of test: another Python has other docstrings, so the page cannot ask."""
+    first = next(lessons.examples(ability, "test"))
+    return [first.user, first.answer]
 
 
 def write_page(results: Results, page: Path) -> None:
@@ -86,7 +93,7 @@ def write_page(results: Results, page: Path) -> None:
     (page / RESULTS).write_text(_lines(results))
     kept = json.loads((page / RESULTS).read_text())
     for draw in (draw_drops, draw_packs, draw_merges):
-        with suppress(KeyError, IndexError):  # not run
+        with suppress(KeyError):  # not run
             draw(kept, page)
     (page / PAGE).write_text(render(kept, page))
 
@@ -157,7 +164,7 @@ def render(results: Results, page: Path) -> str:
     for title, section in SECTIONS:
         try:
             body = [*section(results, page)]
-        except (KeyError, IndexError):
+        except KeyError:
             body = ["Not in this run."]
         parts += [f"## {title}", *body]
     return "\n\n".join(parts) + "\n"
@@ -375,6 +382,8 @@ def _smallest(results: Results, model: str) -> str:
 
 def _packs(results: Results, page: Path) -> Iterator[str]:
     models = [one for one in claims.abilities(results) if f"packs-{one}" in results["steps"]]
+    if not models:
+        raise KeyError("packs")
     whole = results["steps"][f"pack-{models[0]}-lossless"]["model_bytes"]
     yield (
         f"What `dare pack` stores of a fine-tuned model of {whole / 1e6:.0f} MB: size, exact match in %, and perplexity of prose. "
@@ -415,12 +424,15 @@ def _deltas(results: Results, page: Path) -> Iterator[str]:
         "bfloat16."
     )
     yield table(("model", "median r", "zeros", "below .002", "inspect: p", "recommend: p", "verdict"), rows)
-    with suppress(KeyError, StopIteration):
+    with suppress(KeyError):
+        words = results["steps"]["inspect-all"]["interference"]["words"]
+        yield "Together:\n\n" + "\n".join(f"- {one}" for one in words)
+    with suppress(KeyError):
         yield from _cosines(results)
 
 
 def _cosines(results: Results) -> Iterator[str]:
-    name = next(name for name in results["steps"] if name.startswith("similarity-"))
+    name = f"similarity-{claims.abilities(results)[0]}"
     found = results["steps"][name]
     rows = []
     for curve in found["curves"]:
@@ -494,7 +506,7 @@ def _run(results: Results, page: Path) -> Iterator[str]:
     yield "The commands, in the folder `real/work` (those of the first model, where each has its own):"
     yield "```console\n" + "\n".join(lines) + "\n```"
     if results["left_out"]:
-        yield "Left out, because this run had so much time and no more: " + "; ".join(results["left_out"]) + "."
+        yield "Left out, since there was no time for more: " + "; ".join(results["left_out"]) + "."
     if results["failed"]:
         yield "Failed: " + "; ".join(results["failed"]) + "."
 
@@ -535,15 +547,15 @@ def _data(results: Results, page: Path) -> Iterator[str]:
             "`prose`",
             "general language: perplexity",
             SOURCES[PROSE],
-            f"{counts['validation'][PROSE]}",
+            "",
             f"{counts['test'][PROSE]}",
         )
     )
     yield table(("", "task", "from", "validation", "test"), rows, words=3)
     lines = []
     for one in claims.abilities(results):
-        example = next(lessons.examples(one, "test"))
-        lines.append(f"- {one}: {example.user} -> `{example.answer}`")
+        user, answer = results["settings"]["examples"][one]
+        lines.append(f"- {one}: {user} -> `{answer}`")
     yield "\n".join(lines)
 
 
@@ -624,8 +636,11 @@ def draw_packs(results: Results, page: Path) -> None:
     from darekit import plotting
 
     models = [one for one in claims.abilities(results) if f"packs-{one}" in results["steps"]]
+    if not models:
+        raise KeyError("packs")
     with plotting.settings():
-        figure, axes = plotting.new_figure(1, len(models), width=4.6, height=4.4, extra=0.9)
+        extra = 0.9 if len(models) > 1 else 1.7  # the legend in two lines, or in five
+        figure, axes = plotting.new_figure(1, len(models), width=4.6, height=4.4, extra=extra)
         kinds = {"pack": lambda t: "bit, p" in t and "kept" not in t, "embeddings and norms kept": lambda t: "kept" in t,
                  "1 bit dense (BitDelta)": lambda t: "BitDelta" in t, "lossless": lambda t: t == "lossless",
                  "magnitude and positions": lambda t: t.startswith("magnitude")}  # fmt: skip
@@ -648,7 +663,7 @@ def draw_packs(results: Results, page: Path) -> None:
             plot.set_ylim(-3, 103)
         axes[0][0].set_ylabel("exact match on test, %")
         handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3 if len(models) > 1 else 1)
         plotting.save(figure, page / "packs")
         (page / "packs.svg").unlink(missing_ok=True)
 

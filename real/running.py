@@ -71,8 +71,10 @@ class Run:
         try:
             document = None if step.file is None else step.file(self.results)
         except KeyError as error:  # it reads what a failed step did not give
-            missing = f"{step.title}: not run, {error.args[0]} is missing"
-            (self.left_out if self.left_out else self.failed).append(missing)
+            if self.left_out:  # that, too
+                self.left_out.append(step.title)
+            else:
+                self.failed.append(f"{step.title}: not run, {error.args[0]} is missing")
             return False
         key = self._key(step, document)
         kept = self.work / "results" / f"{_flat(step.name)}.json"
@@ -80,7 +82,8 @@ class Run:
             self.results[step.name], self.seconds[step.name] = found["result"], found["seconds"]
             return False
         if late:
-            self.left_out.append(step.title)
+            if not step.makes:  # what is made for another step goes without saying
+                self.left_out.append(step.title)
             return False
         if document is not None:
             files = {step.name: document} if step.words[0] == "sweep" else document
@@ -147,7 +150,7 @@ class Run:
         for path in sorted((self.work / "data").glob("*.jsonl")):
             data.update(path.read_bytes())
         prints = [model and model["fingerprint"] for model in models]
-        base = _read(self.work / "base" / "base.json")
+        base = _read(self.work / "base.json")
         parts = [
             step.words,
             document,
@@ -222,7 +225,20 @@ def condensed(data: Mapping[str, Any]) -> Any:
             for row in data["rows"]
         ]
         return {"rows": rows, "failed": data["failed"], "seconds": data.get("seconds")}
-    return {key: value for key, value in data.items() if key not in ("tensors", "groups", "histogram")}
+    return slim(data)
+
+
+BULKY = ("tensors", "histogram", "dense", "recipe")  # a line for every tensor
+
+
+def slim(data: Any) -> Any:
+    """JSON without what is as long as the model has tensors, or a model's own report within one of several."""
+    if isinstance(data, Mapping):
+        whole = {key: value for key, value in data.items() if key not in BULKY}
+        if whole.get("interference"):
+            whole.pop("models", None)
+        return {key: slim(value) for key, value in whole.items()}
+    return [slim(one) for one in data] if isinstance(data, list) else data
 
 
 def _short(value: float | None) -> float | None:

@@ -20,8 +20,10 @@ from darekit.checkpoints import open_checkpoint, sample_digest, traits_of
 from darekit.errors import CheckpointError, DataError, HomologyError, PlanError, RecipeError, Unsupported
 from darekit.inputs.adapters.config import read_config
 from darekit.inputs.adapters.strengths import strengths_of
-from darekit.planning.opening import open_models
+from darekit.planning.opening import open_models, open_plan
+from darekit.recipe import read_recipe
 from hub_server import dare as from_hub
+from test_sources import merged as run_plan
 
 Q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 
@@ -62,7 +64,14 @@ def said(error, *words):
 def test_every_way_to_name_one(here):
     wanted = merged("a")
     lora.agree("out", "a-merged")
-    for name in ("base+a", "./base+./a", f"{here}/base+{here}/a", str(here / "a"), "a/adapter_model.safetensors"):
+    for name in (
+        "base+a",
+        " base + a ",
+        "./base+./a",
+        f"{here}/base+{here}/a",
+        str(here / "a"),
+        "a/adapter_model.safetensors",
+    ):
         families.same(merged(name), wanted)
     for entry in ({"model": "base", "lora": "a"}, {"model": {"path": "base"}, "lora": {"path": "a"}}):
         recipe = {"base_model": "base", "models": [{"model": entry}], "merge_method": "task_arithmetic"}
@@ -146,6 +155,28 @@ def test_what_is_not_there(here):
         merged("base+a-merged")
 
 
+def test_an_order_of_experts_for_what_is_no_adapter(here):
+    models = [{"model": "a-merged", "experts_layout": "peft"}]
+    with pytest.raises(PlanError, match="is no adapter, so it has no experts_layout"):
+        dk.merge({"base_model": "base", "models": models, "merge_method": "task_arithmetic"}, "out")
+
+
+def test_what_a_dry_run_shows(here, dare):
+    Path("r.yaml").write_text(json.dumps({"base_model": "base", "models": ["a", "b"], "merge_method": "ties"}))
+    shown = dare("merge", "r.yaml", "out", "--dry-run").out
+    assert "||sBA||/||W||" in shown and "down_proj" in shown
+    rows = json.loads(dare("merge", "r.yaml", "out", "--dry-run", "--json").out)["adapters"]
+    assert {(row["kind"], row["modules"]) for row in rows["a"]} == {("down_proj", 2), ("q_proj", 2)}
+    assert [row["kind"] for row in rows["b"]] == ["q_proj"] and rows["b"][0]["relative"] > 0
+
+
+def test_a_pack_says_that_it_rounds(here):
+    report = dk.pack("base", "a", "a.safetensors", drop_rate=0.5)
+    assert any("rounded to the base's number format" in note for note in report.notes)
+    dk.unpack("base", "a.safetensors", "restored")
+    assert families.load("restored").keys() == families.load("base").keys()
+
+
 # --- what a view is
 
 
@@ -212,6 +243,30 @@ def test_how_much_it_changes(here):
         assert rows[kind].modules == 2
         assert rows[kind].change == pytest.approx(change, rel=1e-5)
         assert rows[kind].ratio == pytest.approx(change / norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "linear"])
+def test_nothing_depends_on_lanes_tiles_and_threads(method, tmp_path):
+    """BF16, so that the fast lane takes what it can: adapters (one with DoRA) beside a whole model, dropped."""
+    import tiny
+
+    tiny.build("LlamaForCausalLM", intermediate_size=600).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    lora.make(tmp_path, "a", target_modules=["q_proj", "up_proj", "down_proj"])
+    lora.make(tmp_path, "d", target_modules=["up_proj"], use_dora=True, seed=1)
+    base = "" if method == "linear" else str(tmp_path / "base")
+    recipe = {
+        "models": [f"{tmp_path}/base+{tmp_path}/a", f"{tmp_path}/base+{tmp_path}/d", str(tmp_path / "a-merged")],
+        "merge_method": method,
+        **({"base_model": base, "sparsify": {"method": "dare", "drop_rate": 0.5}} if base else {}),
+    }  # fmt: skip
+    with open_plan(read_recipe(recipe), shard_size=1) as plan:
+        wanted, _ = run_plan(plan)
+        for tile, threads in ((1000, 1), (4096, 3), (65536, 2)):
+            found, done = run_plan(plan, tile=tile, threads=threads)
+            assert found == wanted, (tile, threads)
+        kept = done.records["model.layers.0.mlp.up_proj.weight"]
+        assert set(kept["models"]) == {"2"}  # of adapters no bytes were asked for
+        assert set(kept["kept"]) == {"0", "1", "2"}
 
 
 # --- other files

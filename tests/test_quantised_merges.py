@@ -201,8 +201,27 @@ class TestRounding:
 
     def test_between_two_quantised_models(self, here):
         assert "are both quantised" in self.told("base-8", "m0-8") and "16-bit releases" in self.told("base-8", "m0-8")
-        families.save("same-8", families.load("base-8"), CONFIG)
-        assert "Most codes are the same" in self.told("base-8", "same-8")
+        near = families.tuned(np.random.default_rng(1), families.load("base"), 2e-5)
+        families.save("near-8", encode(near, fp8)[0], CONFIG)
+        assert "Most codes are the same" in self.told("base-8", "near-8")
+
+    def test_an_adapter_is_added_to_what_is_decoded(self, here):
+        rng, names = np.random.default_rng(2), [f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in range(2)]
+        shapes = {"lora_A": (4, families.HIDDEN), "lora_B": (families.HIDDEN, 4)}
+        factors = {
+            f"{n}.{f}.weight": rng.normal(0, 0.05, shape).astype(np.float32)
+            for n in names
+            for f, shape in shapes.items()
+        }
+        Path("a").mkdir()
+        families.write_safetensors(Path("a/adapter_model.safetensors"), factors)
+        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        found = {}
+        for base in ("base-8", "base-16"):
+            Path("a/adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+            assert "rounding" not in self.told(base, "a")
+            found[base], _ = merged(recipe(base, "a", parameters={"lambda": 0.5}), f"out-{base}")
+        families.same(found["base-8"], found["base-16"])
 
     def test_nothing_is_said_of_numbers(self, here):
         assert "quantised" not in self.told("base", "m0")

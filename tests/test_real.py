@@ -118,7 +118,6 @@ def work(gguf_file, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("real")
     base.convert(gguf_file, path / "base")
-    (path / "base" / base.MADE).write_text('{"source": "tiny"}')
     tokenizer = AutoTokenizer.from_pretrained(path / "base")
     lessons.write_data(path / "data", tokenizer, {"validation": 3, "test": 4, "prose": 2})
     return path
@@ -159,7 +158,7 @@ def test_unknown_tensors_and_tokenizers_are_refused():
 
 def test_a_base_that_is_there_is_not_made_again(work, tmp_path):
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / base.MADE).write_text(json.dumps({"source": str(work / "base")}))
+    (tmp_path / "base.json").write_text(json.dumps({"source": str(work / "base")}))
     said = []
     assert base.make_base(tmp_path / "base", model=str(work / "base"), say=said.append) == tmp_path / "base"
     assert not said
@@ -332,6 +331,7 @@ def results_of(size):
         "other_seeds": [*size.other_seeds], "rates": [*size.rates], "headline": [*size.headline],
         "other_rates": [*size.other_rates], "batch": size.batch, "again": size.again, "dtype": "float32", "jobs": 1,
         "machine": "two", "torch": "2", "transformers": "5",
+        "examples": {one: ["user", "answer"] for one in size.abilities},
         "counts": {split: dict.fromkeys((*size.abilities, "prose"), 9) for split in ("validation", "test")},
     }  # fmt: skip
     course = {"course": {"steps": 1, "batch": 2, "rate": 1e-3}, "precision": "float32", "seconds": 3.0}
@@ -460,10 +460,18 @@ def test_the_page_tells_what_was_run(size, tmp_path):
     pictures = {"drop.png", "packs.png", "merges.png"} if len(size.abilities) > 1 else {"drop.png", "packs.png"}
     assert {path.name for path in tmp_path.glob("*.png")} == pictures
     assert all(f"({name})" in text for name in pictures)
-    partly = results | {
-        "steps": {k: v for k, v in results["steps"].items() if not k.startswith(("pack", "three", "weights"))}
-    }
-    assert "Not in this run." in page.render(partly, tmp_path)
+
+
+def test_a_page_of_a_run_that_ended_early(tmp_path):
+    """After every step there is a page, which says what is not in it."""
+    results = results_of(steps.STANDARD)
+    names, missing = [*results["steps"]], []
+    for count in range(0, len(names) + 1, 3):
+        partly = results | {"steps": {name: results["steps"][name] for name in names[:count]}}
+        missing.append(page.render(partly, tmp_path).count("Not in this run."))
+        if not count % 15:
+            page.write_page(partly, tmp_path / str(count))
+    assert missing == sorted(missing, reverse=True) and missing[0] == 7
 
 
 def test_the_committed_page_follows_from_its_results():

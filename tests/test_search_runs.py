@@ -28,6 +28,7 @@ from darekit.searches.sheets import Sheet
 pytest.importorskip("optuna")
 
 ITEMS = 90
+OTHERS = ("cmaes", "random", "nsga2")
 
 
 class Fake:
@@ -194,7 +195,7 @@ def test_rounds_make_the_number_of_workers_indifferent(place):
     assert first == second and len(first) == 14
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "random", "nsga2", "grid"])
+@pytest.mark.parametrize("sampler", ["tpe", "grid", *(pytest.param(one, marks=pytest.mark.check) for one in OTHERS)])
 def test_every_sampler_searches(place, sampler):
     pytest.importorskip("cmaes")
     step = {"step": 0.5} if sampler == "grid" else {}
@@ -257,6 +258,7 @@ def test_a_constraint_that_nobody_keeps_leaves_nothing_to_choose(place):
     )
 
 
+@pytest.mark.check
 def test_a_constraint_on_a_share_of_a_model(place, llamas):
     found = place.run(place.search(trials=4, at_least={"b": "0.9 of m0"}))
     base = next(one for one in found.summary["baselines"] if one["name"] == "single m0")
@@ -413,6 +415,18 @@ def test_a_changed_judge_makes_another_search(place):
         place.run(place.search())
 
 
+def test_a_database_keeps_the_trials_of_several_searches(place):
+    pytest.importorskip("sqlalchemy")
+    url = f"sqlite:///{place.path / 'search.db'}"
+    one = place.run(place.search(storage=url, trials=3), "one")
+    other = place.run(place.search(storage=url, trials=4, choose="b"), "other")  # of the same name
+    again = place.run(place.search(storage=url, trials=5), "one")
+    assert [found.summary["counts"]["trials"] for found in (one, other, again)] == [3, 4, 5]
+    assert (place.path / "search.db").exists() and not (place.path / "one" / "journal.log").exists()
+    with pytest.raises(OutputError, match="cannot be used"):
+        place.run(place.search(storage="nosuch://x"), "none")
+
+
 def test_a_line_cut_short_by_a_kill_spoils_nothing(place):
     place.run(place.search(trials=4))
     path = place.path / "out" / "trials.jsonl"
@@ -485,7 +499,7 @@ def count_of_trials(place):
     return len(trials(place.path / "out")) if path.exists() else 0
 
 
-@pytest.mark.parametrize("at", ["work", "line"])
+@pytest.mark.parametrize("at", ["work", pytest.param("line", marks=pytest.mark.check)])
 def test_a_process_that_was_killed_is_noticed_and_its_trial_judged_by_another(place, process, at):
     """Killed while it judges, or when it has written down what came of a trial, but has not told Optuna yet."""
     first = process("first")
@@ -506,9 +520,12 @@ def test_a_process_that_was_killed_is_noticed_and_its_trial_judged_by_another(pl
     assert len({*numbers}) == 16
     params = [json.dumps(one["params"]) for one in trials(place.path / "out")]
     assert len({*params}) == 16  # the orphan's among them
+    place.run(place.search(trials=16), "alone")  # as if nothing had happened
+    assert params == [json.dumps(one["params"]) for one in trials(place.path / "alone")]
     assert not [*(place.path / "out" / "leases").glob("trial-*")]
 
 
+@pytest.mark.check
 def test_two_processes_share_one_search(place, process):
     both = [process("first"), process("second")]
     assert [one.wait(90) for one in both] == [0, 0]
@@ -567,6 +584,21 @@ def test_a_folder_of_lines_of_others_is_refused(tmp_path):
     (tmp_path / "out" / "trials.jsonl").write_text('{"something": 1}\n')
     with pytest.raises(OutputError, match="holds what no search wrote"):
         _ = folder.lines
+
+
+def test_files_that_two_processes_write_at_once_are_whole(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from darekit.trials.files import append, write_whole
+
+    with ThreadPoolExecutor(8) as threads:
+        for found in [threads.submit(write_whole, tmp_path / "x", f"{i}" * 1000) for i in range(80)]:
+            found.result()
+        for found in [threads.submit(append, tmp_path / "y", f"{i}\n") for i in range(80)]:
+            found.result()
+    text = (tmp_path / "x").read_text()
+    assert any(text == f"{i}" * 1000 for i in range(80)) and len([*tmp_path.iterdir()]) == 2
+    assert sorted(map(int, (tmp_path / "y").read_text().split())) == [*range(80)]
 
 
 # --- what others make of the folder

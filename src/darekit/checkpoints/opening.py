@@ -244,8 +244,8 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
     if isinstance(ref, str) and _names_adapter(ref):
         model, _, adapter = ref.rpartition("+")
         raise CheckpointError(
-            f"there is no checkpoint {ref!r}; if it means {model} with the LoRA adapter {adapter}: adapters as input "
-            "come in a later version of darekit; merge it first with PEFT's merge_and_unload(). If it means a "
+            f"there is no checkpoint {ref!r}; if it means {model} with the LoRA adapter {adapter}: recipes and "
+            "commands read that where both are here or on the Hub, except as the base of a pack. If it means a "
             f"directory: {tail}"
         )
     if not isinstance(ref, str) or not looks_like_hub_id(ref):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from darekit.searches.baselines import Baseline
     from darekit.searches.data import Search
     from darekit.searches.folders import Line
-    from darekit.searches.running import Status
     from darekit.searches.verdicts import SearchResult
+    from darekit.searches.working import Status
 
 _PHASES = {"baselines": "judging what must be beaten", "search": "searching", "test": "asking the test data"}
 _UNITS = {"baselines": "baseline", "search": "candidate", "test": "model"}

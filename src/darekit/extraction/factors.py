@@ -95,7 +95,17 @@ def everything(matrix: Matrix) -> tuple[Factors, Doubles]:
     Raises:
         numpy.linalg.LinAlgError: the iteration does not converge.
     """
-    u, values, vt = np.linalg.svd(matrix, full_matrices=False)
+    out, inner = matrix.shape
+    if 2 * out < inner:
+        found, known = everything(np.ascontiguousarray(matrix.T))
+        return _signed(found.a.T.copy(), found.b.T.copy()), known
+    if out > 2 * inner:  # of the triangle alone: half the memory of LAPACK's own way
+        basis, triangle = np.linalg.qr(matrix)
+        u, values, vt = np.linalg.svd(triangle)
+        u = basis @ u
+        del basis
+    else:
+        u, values, vt = np.linalg.svd(matrix, full_matrices=False)
     known = values.astype(np.float64)
     roots = np.sqrt(values[: _rank(known)])
     u, vt = u[:, : roots.size], vt[: roots.size]
@@ -152,7 +162,7 @@ def memory(shape: tuple[int, int], rank: int | None) -> int:
     out, inner = shape
     whole, small = 4 * out * inner, min(out, inner)
     if rank is None or is_whole(shape, rank):
-        return 4 * whole + 4 * 7 * small * small
+        return 6 * whole + 4 * 12 * small * small
     columns = rank + OVERSAMPLING
     return whole + columns * (4 * 3 + 8) * (out + inner)
 

@@ -32,6 +32,7 @@ from darekit.recipe import Recipe
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of factors
 KINDS = ("peft",)  # of adapters that are written
 SERVERS = ("vllm",)
+BLAS_BYTES = 40 << 20  # buffers that OpenBLAS keeps for each thread
 THIN_BYTES = 32 << 20  # what a thread takes for factors of adapters, roughly
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 
@@ -341,7 +342,7 @@ def _threads_and_memory(terms: Terms, dense: Sequence[Target], threads: int) -> 
     free = free_host_memory()
     while threads > 1 and sum(needs[:threads]) > 0.8 * free:
         threads -= 1
-    peak = INTERPRETER_BYTES + sum(needs[:threads])
+    peak = INTERPRETER_BYTES + threads * BLAS_BYTES + sum(needs[:threads])
     crowded = None
     if needs[0] > free:
         way = "" if terms.rank is not None else "; with rank instead of a budget it would be a fraction of that"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from darekit.checkpoints import Checkpoint, open_checkpoint, traits_of
-from darekit.errors import HoldsAdapter, HoldsPack
+from darekit.errors import HoldsAdapter, HoldsPack, PlanError
 from darekit.inputs.adapters.opening import ALONE, PAIR, open_from_hub
 from darekit.inputs.kinds import Opener, Opening, found_by, open_by
 from darekit.packs.opening import find_pack
@@ -66,9 +66,16 @@ def open_model(
 
     Raises:
         CheckpointError: nothing is there, or it is malformed.
-        PlanError: it needs a base, and there is none.
+        PlanError: it needs a base, and there is none; or it is no adapter, and `layout` is given.
     """
-    return open_by(Opening(ref, base, search, openers, layout))
+    found = open_by(Opening(ref, base, search, openers, layout))
+    if layout is not None:
+        from darekit.inputs.adapters.views import is_adapted
+
+        if not is_adapted(found):
+            found.close()
+            raise PlanError(f"{ref} is no adapter, so it has no experts_layout: leave that out")
+    return found
 
 
 def open_base(ref: str | Path, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS) -> Checkpoint:

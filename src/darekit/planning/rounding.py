@@ -74,7 +74,7 @@ def rounding_of(tensors: Sequence[AlignedTensor], model: int, deltas: Iterable[D
     found: list[tuple[TensorInfo, TensorInfo, Delta]] = []
     for tensor in tensors:
         base, tuned, delta = tensor.base, tensor.models[model], known.get(tensor.name)
-        if base is not None and tuned is not None and delta is not None and (_quantised(base) or _quantised(tuned)):
+        if base is not None and tuned is not None and delta is not None and _is_rounded(base, tuned):
             found.append((base, tuned, delta))
     if not found:
         return None
@@ -113,8 +113,12 @@ def told(ref: str, base_ref: str, found: Rounding) -> str:
     )
 
 
-def _quantised(info: TensorInfo) -> bool:
-    return traits_of(info.source).rounding is not None
+def _is_rounded(base: TensorInfo, tuned: TensorInfo) -> bool:
+    """Whether a delta can hold an error of rounding: not if it is 0, or known (an adapter's product)."""
+    one, other = traits_of(base.source), traits_of(tuned.source)
+    if one.rounding is None and other.rounding is None:
+        return False
+    return other.delta is None and (one.identity is None or one.identity != other.identity)
 
 
 def _error(info: TensorInfo) -> float:

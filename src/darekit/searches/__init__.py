@@ -3,5 +3,6 @@
 
 `reading` turns the file into a `Search`, `space` its settings into dimensions and candidates into recipes; `baselines`
 are what must be beaten; `asking` judges one candidate, `racing` says when it is hopeless; `studies` keeps Optuna,
-`folders` the results, `leases` who works on what; `running` is the loop, `verdicts` the words at its end.
+`folders` the results, `leases` who works on what; `running` begins, `working` is the loop, `verdicts` has the words at
+its end.
 """

@@ -12,7 +12,7 @@ from typing import Any
 from darekit.errors import OutputError
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED, Answer
 from darekit.searches.sheets import Sheet, from_bytes, to_bytes
-from darekit.trials.files import append, write_whole
+from darekit.trials.files import append, write_whole, write_whole_bytes
 
 RECORD, TRIALS, SUMMARY, BEST, TESTS = "search.json", "trials.jsonl", "summary.json", "best.yaml", "tests.jsonl"
 JOURNAL, ITEMS, LEASES = "journal.log", "items", "leases"
@@ -135,13 +135,7 @@ class Folder:
 
     def put_sheet(self, digest: str, split: str, sheet: Sheet) -> None:
         """Keep the answers of one."""
-        path = self.out / ITEMS / f"{digest}.{split}"
-        partial = path.with_name(f".{path.name}")
-        try:
-            partial.write_bytes(to_bytes(sheet))
-            partial.replace(path)
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}") from None
+        write_whole_bytes(self.out / ITEMS / f"{digest}.{split}", to_bytes(sheet))
 
     def sheet(self, digest: str, split: str = "validation") -> Sheet | None:
         """The answers of one; None where there are none."""

@@ -4,63 +4,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from darekit.errors import DataError, PlanError, RecipeError
+from darekit.errors import PlanError
 from darekit.pools.clusters import cluster_of, open_pool, require_ray
-from darekit.pools.processes import Lost, Pool
+from darekit.pools.processes import Pool
 from darekit.recipe import Recipe
-from darekit.recipe.essence import essence
-from darekit.searches.asking import COMPLETE, FAILED, STOPPED, Answer, Asker, Rung, Task
-from darekit.searches.baselines import BASE, PLAIN, SINGLE, Baseline, baselines_of
-from darekit.searches.data import TRIALS, Search
-from darekit.searches.folders import BASELINE, LEASES, TRIAL, Folder, Line, claim, line_of, remember
-from darekit.searches.leases import HELD, Leases, wait_a_little
-from darekit.searches.racing import Bound, is_feasible
+from darekit.searches.asking import Answer, Asker, Task
+from darekit.searches.baselines import Baseline, baselines_of
+from darekit.searches.data import Search
+from darekit.searches.folders import LEASES, Folder, claim, remember
+from darekit.searches.leases import Leases
 from darekit.searches.reading import read_search
-from darekit.searches.sheets import Sheet
-from darekit.searches.space import Tensors, bind, candidate, dimension_data
-from darekit.searches.standings import Standings, Unasked, bounds_of, goals_of, named_sheets
-from darekit.searches.studies import Study, require_optuna
-from darekit.searches.verdicts import SearchResult, write_summary
-from darekit.trials.identities import judges_identity, samples_of, trial_digest
+from darekit.searches.space import bind, dimension_data
+from darekit.searches.standings import Unasked
+from darekit.searches.studies import require_optuna
+from darekit.searches.verdicts import SearchResult
+from darekit.searches.working import Say, Watch, Work
+from darekit.trials.identities import digest_of, judges_identity, samples_of, trial_digest
 from darekit.trials.judging import check_judges, make_judges, search_of
 from darekit.trials.models import Place, origins_in, shared_threads
 from darekit.trials.settings import data_of, recipe_with
 
 Make = Callable[[frozenset[str]], Callable[[], Callable[[Task], Answer]]]
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a search is, for whoever watches.
-
-    Attributes:
-        phase: baselines, search, or test.
-        done: candidates (or baselines, or models on test data) that are finished.
-        total: of how many.
-        lines: all that was judged so far.
-        best: of these, the best; None as long as there is none.
-        score: the goal by which it is.
-        fresh: what has just been judged; None at the beginning of a phase.
-    """
-
-    phase: str
-    done: int
-    total: int
-    lines: Sequence[Line] = ()
-    best: Line | None = None
-    score: str = ""
-    fresh: Line | None = None
-
-
-Watch = Callable[[Status], None]
 
 
 def search(
@@ -178,6 +149,7 @@ def run(
     record = claim(out, _asked(bound, inputs, judged, dtype))
     remember(out, record)
     folder = Folder(out)
+    mark = digest_of({key: value for key, value in record.items() if key not in ("name", "text", "whole")})[:12]
 
     def digest(recipe: Recipe, whole: frozenset[str]) -> str:
         return trial_digest(recipe, inputs, {"judges": judged, "whole": {"names": sorted(whole)}}, dtype)
@@ -189,8 +161,8 @@ def run(
                 say(note)
         while True:
             with pool(make(whole)) as places:
-                work = _Work(
-                    bound, tensors, folder, held, places, whole, digest, watch or _ignore, say or _ignore, began
+                work = Work(
+                    mark, bound, tensors, folder, held, places, whole, digest, watch or _ignore, say or _ignore, began
                 )
                 try:
                     return work.run(baselines, seconds)
@@ -222,262 +194,3 @@ def _asked(search: Search, inputs: Mapping[str, str], judged: Mapping[str, Any],
         "content of models": dict(inputs),
         "dtype": dtype,
     }
-
-
-class _Work:
-    """One process's part in a search."""
-
-    def __init__(
-        self, search: Search, tensors: Tensors, folder: Folder, leases: Leases, pool: Pool, whole: frozenset[str],
-        digest: Callable[[Recipe, frozenset[str]], str], watch: Watch, say: Say, began: float,
-    ) -> None:  # fmt: skip
-        self.search, self.tensors, self.folder, self.leases, self.pool = search, tensors, folder, leases, pool
-        self.whole, self._digest, self.watch, self.say, self.began = whole, digest, watch, say, began
-        self.bounds: tuple[Bound, ...] = ()
-        self.reused = self.total = self._done = 0
-        self._failed: set[str] = set()
-        self._feasible: dict[str | int, bool | None] = {}
-
-    def digest(self, recipe: Recipe) -> str:
-        return self._digest(recipe, self.whole)
-
-    # --- the whole of it
-
-    def run(self, baselines: Sequence[Baseline], seconds: float | None) -> SearchResult:
-        interrupted = False
-        try:
-            judged = self._judge_baselines(baselines)
-        except KeyboardInterrupt:
-            self.say("interrupted before the baselines were judged; the same command goes on")
-            raise
-        scores = next((line.scores for _, line in judged if line.state == COMPLETE), None)
-        if scores is None:
-            first = judged[0][1]
-            raise DataError(f"{self.search.name}: no baseline could be judged; {first.title}: {first.error}")
-        self.goals = goals_of(self.search, scores, self.whole)
-        read = ((one, self.folder.sheet(line.digest)) for one, line in judged if line.state == COMPLETE)
-        sheets = [(one, sheet) for one, sheet in read if sheet is not None]
-        self.bounds = bounds_of(self.search, scores, self.whole, named_sheets(sheets))
-        self._feasible = {one.name: is_feasible(sheet, self.bounds) for one, sheet in sheets}
-        self.study = Study(self.search, self.goals, self.folder.out, self.leases)
-        try:
-            self._search(seconds)
-        except KeyboardInterrupt:
-            interrupted = True
-        standings = self.standings()
-        singles = standings.best_of([one.name for one in baselines if one.kind in (SINGLE, BASE)])
-        plain = standings.best_of([one.name for one in baselines if one.kind == PLAIN])
-        if not interrupted and "test" in self.search.judges:
-            try:
-                self._test([one for one in (standings.best, singles, plain) if one is not None])
-            except KeyboardInterrupt:
-                interrupted = True
-        return write_summary(
-            self.search, self.folder, standings, baselines, singles, plain, interrupted=interrupted, reused=self.reused,
-            seconds=time.perf_counter() - self.began,
-        )  # fmt: skip
-
-    def standings(self) -> Standings:
-        """Who leads, with what other processes have found so far."""
-        lines = (
-            replace(line, feasible=self._feasible.get(line.key)) if line.kind == BASELINE else line
-            for line in self.folder.lines
-        )
-        return Standings(self.goals, self.bounds, tuple(lines))
-
-    # --- baselines
-
-    def _judge_baselines(self, baselines: Sequence[Baseline]) -> list[tuple[Baseline, Line]]:
-        """All of them, in order. Where other processes work on some, these are waited for."""
-        told = False
-        while True:
-            known = {line.name: line for line in self.folder.lines if line.kind == BASELINE}
-            digests = {one.name: self.digest(one.recipe) for one in baselines}
-            there = {n: one for n, one in known.items() if n in digests and one.digest == digests[n]}
-            # One that failed is tried once more by each run: the reason may have been memory.
-            left = [
-                one
-                for one in baselines
-                if one.name not in there or (there[one.name].state == FAILED and one.name not in self._failed)
-            ]
-            if not left:
-                return [(one, there[one.name]) for one in baselines]
-            mine = [one for one in left if self.leases.take(f"baseline-{digests[one.name]}")]
-            if not mine:
-                if not told:
-                    self.say(f"waiting for another process, which judges {left[0].name}")
-                told = True
-                wait_a_little()
-                continue
-            self._status("baselines", len(baselines) - len(left), len(baselines))
-            tasks = [Task(essence(one.recipe), look=True) for one in mine]
-            done = len(baselines) - len(left)
-            for at, answer in self._answers(tasks):
-                one = mine[at]
-                line = line_of(BASELINE, one.name, answer, {}, one.recipe.to_data(), digests[one.name], None)
-                self.folder.add(line, answer.sheet)
-                self.leases.release(f"baseline-{digests[one.name]}")
-                if line.state == FAILED:
-                    self._failed.add(one.name)
-                    self.say(f"{one.name} failed: {line.error}")
-                for warning in line.warnings:
-                    self.say(f"{one.name}: {warning}")
-                done += 1
-                self._status("baselines", done, len(baselines), line)
-
-    # --- candidates
-
-    def _search(self, seconds: float | None) -> None:
-        total = self.search.trials or TRIALS
-        if self.search.sampler == "grid":
-            count = self.study.fill_grid()
-            total = min(self.search.trials or count, count)
-        told = False
-        self.total = total
-        while True:
-            orphans = self.study.take_orphans(self._settle)
-            for number in orphans:
-                self.say(f"trial {number} was left by a process that died; its candidate is given again")
-            counts = self.study.counts()
-            left = total - counts.done - counts.running
-            if seconds is not None and time.perf_counter() - self.began > seconds and counts.done:
-                return
-            if left > 0:
-                self._round(min(left, self.search.round or self.pool.size))
-                told = False
-                continue
-            if not counts.running:
-                return
-            if not told:
-                self.say(f"waiting for {counts.running} trial{'s' * (counts.running > 1)} of other processes")
-            told = True
-            wait_a_little()
-
-    def _round(self, size: int) -> None:
-        """Candidates that are asked for at once, judged against what is known now, and told in order: so it does not
-        matter how many work at the same time, nor who is first."""
-        race = self.standings().race(self.folder)
-        self._done = self.study.counts().done
-        trials = [self.study.ask() for _ in range(size)]
-        told: set[int] = set()
-        try:
-            found: list[tuple[Recipe | None, str, str | None]] = [self._candidate(trial.params) for trial in trials]
-            known = self.folder.known()
-            answers: dict[int, Answer] = {}
-            todo: dict[str, int] = {}  # digest -> the first candidate of it
-            for at, (_, digest, error) in enumerate(found):
-                if error is not None:
-                    answers[at] = Answer(FAILED, error=error)
-                elif digest in known:
-                    answers[at] = _again(known[digest], self.folder)
-                else:
-                    todo.setdefault(digest, at)
-            tasks = [
-                Task(essence(recipe), rungs=self.search.rungs, race=race, params=trials[at].params)
-                for at in todo.values()
-                if (recipe := found[at][0]) is not None
-            ]
-            self.reused += sum(error is None for _, _, error in found) - len(tasks)
-            for i, answer in self._answers(tasks):
-                at = list(todo.values())[i]
-                answers[at] = answer
-                self._keep(trials[at], answer, *found[at][:2])  # at once: the others may take long
-            for at, trial in enumerate(trials):
-                recipe, digest, _ = found[at]
-                first = todo.get(digest, at)
-                answer = answers[first]
-                if first != at or digest not in todo:
-                    self._keep(trial, answer, recipe, digest)
-                self.study.tell(trial.number, answer, self._violations(answer), digest)
-                told.add(trial.number)
-        finally:
-            for trial in trials:
-                if trial.number not in told and not self._settle(trial.number):
-                    self.study.give_back(trial)
-
-    def _settle(self, number: int) -> bool:
-        """Tell what is written down of a candidate that was judged, but not told -> whether there is something."""
-        line = next((one for one in self.folder.lines if one.kind == TRIAL and one.trial == number), None)
-        if line is None:
-            return False
-        answer = _again(line, self.folder)
-        self.study.tell(number, answer, self._violations(answer), line.digest)
-        return True
-
-    def _candidate(self, params: Mapping[str, Any]) -> tuple[Recipe | None, str, str | None]:
-        """Its recipe and digest; or why there is none."""
-        try:
-            recipe = candidate(self.search, params, self.tensors)
-        except RecipeError as error:
-            return None, "", str(error)
-        return recipe, self.digest(recipe), None
-
-    def _keep(self, trial: Any, answer: Answer, recipe: Recipe | None, digest: str) -> None:
-        feasible = is_feasible(answer.sheet, self.bounds) if answer.state == COMPLETE else None
-        data = {} if recipe is None else recipe.to_data()
-        line = line_of(TRIAL, trial.number, answer, trial.params, data, digest, feasible)
-        self.folder.add(line, answer.sheet)
-        if answer.state == FAILED:
-            self.say(f"trial {trial.number} failed: {answer.error}")
-        self._done += 1
-        self._status("search", self._done, self.total, line)
-
-    def _violations(self, answer: Answer) -> list[float] | None:
-        if not self.bounds or answer.state == FAILED:
-            return None
-        margins = [bound.margin(answer.sheet) for bound in self.bounds]
-        return [0.0 if one is None else -one.value for one in margins]
-
-    # --- the test data
-
-    def _test(self, lines: Sequence[Line]) -> None:
-        """Ask for what was chosen, and for what it is compared with, once each."""
-        with self.leases.held("finish") as mine:
-            while not mine and self.leases.state("finish") == HELD:
-                wait_a_little()
-            known = {one["digest"] for one in self.folder.tests()}
-            todo = [one for one in {line.digest: line for line in lines}.values() if one.digest not in known]
-            recipes = [essence(_recipe_of(one)) for one in todo]
-            self._status("test", 0, len(todo))
-            for done, (at, answer) in enumerate(self._answers([Task(recipe, "test") for recipe in recipes]), 1):
-                if answer.state != COMPLETE:
-                    self.say(f"{todo[at].title} failed on the test data: {answer.error}")
-                    continue
-                self.folder.add_test(todo[at].digest, todo[at].title, answer.sheet, todo[at] is lines[0])
-                self._status("test", done, len(todo))
-
-    # --- asking
-
-    def _answers(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Answer]]:
-        """As they come. The task of a worker that died is given to another one, once."""
-        lost: list[int] = []
-        for at, answer in self.pool.run(tasks):
-            if not isinstance(answer, Lost):
-                yield at, answer
-                continue
-            self.say(f"a worker was lost: {answer.why}; what it did is given to another one")
-            lost.append(at)
-        for i, answer in self.pool.run([tasks[at] for at in lost]):
-            yield lost[i], Answer(FAILED, error=answer.why) if isinstance(answer, Lost) else answer
-
-    def _status(self, phase: str, done: int, total: int, fresh: Line | None = None) -> None:
-        if phase == "search":
-            standings = self.standings()
-            self.watch(Status(phase, done, total, standings.lines, standings.best, self.goals[0].score, fresh))
-        else:
-            self.watch(Status(phase, done, total, fresh=fresh))
-
-
-def _again(line: Line, folder: Folder) -> Answer:
-    """What is known of an equal candidate."""
-    rungs = tuple(Rung(**one) for one in line.rungs)
-    return Answer(line.state, folder.sheet(line.digest) or Sheet(), rungs, None, tuple(line.warnings), 0.0)
-
-
-def _recipe_of(line: Line) -> Recipe:
-    from darekit.recipe import read_recipe
-
-    return read_recipe(line.recipe)
-
-
-__all__ = ["STOPPED", "SearchResult", "Status", "check_search", "run", "search"]

@@ -23,7 +23,6 @@ from darekit.searches.space import combinations
 from darekit.trials.files import lock
 from darekit.trials.identities import digest_of
 
-NAME = "search"
 LARGEST_GRID = 10_000
 GRACE = 60.0  # seconds within which a trial without a lease may be one that is only just beginning
 GIVEN_BACK, VIOLATIONS, DIGEST, STATE = "given back", "violations", "digest", "state"
@@ -70,8 +69,10 @@ class Counts:
 class Study:
     """One search's trials, shared by all processes that open it."""
 
-    def __init__(self, search: Search, goals: Sequence[Goal], out: Path, leases: Leases) -> None:
+    def __init__(self, search: Search, goals: Sequence[Goal], out: Path, leases: Leases, mark: str) -> None:
+        """`mark`: tells searches of one name apart, which may be in one database."""
         self.search, self.goals, self.leases = search, goals, leases
+        self._name = f"{search.name}-{mark}"
         self._own: set[int] = set()
         with quiet():
             self._study = self._open(out)
@@ -87,7 +88,7 @@ class Study:
             path, lock_of_ours = out / JOURNAL, cast(Any, Lock(out / JOURNAL))
             where: Any = self.search.storage or JournalStorage(JournalFileBackend(str(path), lock_of_ours))
             return optuna.create_study(
-                study_name=NAME if self.search.storage is None else f"{self.search.name}",
+                study_name=self._name,
                 storage=where,
                 directions=["maximize" if goal.higher else "minimize" for goal in self.goals],
                 load_if_exists=True,
@@ -103,7 +104,7 @@ class Study:
         """The next candidate: a trial with its `number` and `params`. Its lease is taken."""
         with quiet():
             # A sampler of its own for each: what it draws follows from the seed and the trials so far, kill or not.
-            count = len(self._study.get_trials(deepcopy=False))
+            count = sum(not one.user_attrs.get(GIVEN_BACK) for one in self._study.get_trials(deepcopy=False))
             alone = self.leases.others() == 0
             self._study.sampler = sampler_of(
                 self.search, digest_of(self.search.seed, count, 0 if alone else os.getpid())

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from darekit.notebooks import shown_as_html
 from darekit.recipe import Recipe, read_recipe
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED
 from darekit.searches.baselines import BASE, Baseline
@@ -52,26 +53,18 @@ class SearchResult:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the verdict, and the best beside the baselines."""
-        from darekit.notebooks import shown_as_html
-
         best = self.summary["best"]
         rows = [("best", best)] if best else []
         rows += [(one["name"], one) for one in self.summary["baselines"]]
         columns = [
             (goal["score"], split) for goal in self.summary["question"]["goals"] for split in ("validation", "test")
         ]
-        shown = [(name, *(_cell((one.get(split) or {}).get(score)) for score, split in columns)) for name, one in rows]
+        shown = [(name, *(_shown((one.get(split) or {}).get(score)) for score, split in columns)) for name, one in rows]
         return shown_as_html(
             self.summary["verdict"][0], [("results", str(self.out)), ("page", f'dk.report("{self.out}")')],
             header=("recipe", *(f"{score}, {split}" for score, split in columns)), rows=shown,
             notes=self.summary["verdict"][1:],
         )  # fmt: skip
-
-
-def _cell(score: Mapping[str, Any] | None) -> str:
-    if score is None:
-        return ""
-    return f"{score['value']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")
 
 
 def write_summary(
@@ -298,7 +291,9 @@ def _better(one: Difference, goal: Goal) -> bool | None:
     return (one.value > 0) == goal.higher
 
 
-def _shown(score: Mapping[str, Any]) -> str:
+def _shown(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return ""
     return f"{score['value']:.3f}" + (f" ± {score['stderr']:.3f}" if score["stderr"] is not None else "")
 
 

@@ -32,7 +32,7 @@ def pair_of(opening: Opening) -> tuple[str, str] | None:
     if "+" not in ref or isinstance(opening.ref, Path) or _is_here(opening, ref):
         return None
     pairs = [(ref[:i], ref[i + 1 :]) for i, char in enumerate(ref) if char == "+"][::-1]
-    pairs = [(left, right) for left, right in pairs if left and right]
+    pairs = [(left.strip(), right.strip()) for left, right in pairs if left.strip() and right.strip()]
     for left, right in pairs:
         if find_adapter(right, opening.search) is not None:
             return left, right
