@@ -14,6 +14,7 @@ The examples of one document run in order in one folder, which looks like `demo/
 in any block must run, except those in NOT_RUN, which are parsed.
 """
 
+import ast
 import functools
 import importlib.util
 import json
@@ -298,6 +299,25 @@ def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith("https://"):
             assert (document.parent / target.split("#")[0]).exists(), f"{name_of(document)} links to {target}"
+
+
+def defined_in(path):
+    """Functions and classes of a module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_the_way_of_one_tensor_is_five_files_with_what_they_are_said_to_define():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").replace("\\", "")
+    way = text[text.index("## One tensor") : text.index("## Where a new thing goes")]
+    stops = re.findall(r"^\d\. \[[^]]+\]\(\.\./([^)]+)\)(.*?)(?=^\d\. |\n\n)", way, re.M | re.S)
+    assert len({path for path, _ in stops}) == len(stops) == 5
+    anywhere = set().union(*(defined_in(path) for path in (ROOT / "src").rglob("*.py"))) | {"trim"}
+    for path, said in stops:
+        names = [part for name in re.findall(r"`([A-Za-z_][\w.]*)`", said) for part in name.split(".")
+                 if not name.endswith(".py")]  # fmt: skip
+        assert names and names[0] in defined_in(ROOT / path), f"{path} does not define {names[0]}"
+        assert not set(names) - anywhere, f"architecture.md, at {path}: nothing is called {set(names) - anywhere}"
 
 
 def test_the_architecture_names_files_that_exist():

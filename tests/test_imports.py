@@ -379,12 +379,25 @@ ASIDE = {
     "darekit.planning.stacks.stack", "darekit.planning.statistics", "darekit.planning.tokens",
     "darekit.planning.travel.beside", "darekit.planning.travel.merged", "darekit.planning.travel.templates",
     "darekit.recipe.schema", "darekit.tokens.documents", "darekit.tokens.joining",
+    "darekit.engine.sampling", "darekit.kernels.quantised", "darekit.planning.losses", "darekit.quantised",
     "huggingface_hub", "llvmlite", "numba", "rich.console", "tokenizers", "torch", "transformers",
 }  # fmt: skip
 
+# Rooms that every name or header passes: only the doors that recognise what is theirs are open, to new files too.
+DOORS = {
+    "darekit.checkpoints.quantised": {"naming", "view"},
+    "darekit.inputs.adapters": {"finding", "opening"},
+}
+ASIDE |= {
+    name for name, _ in modules() for place, doors in DOORS.items()
+    if name.startswith(f"{place}.") and name.removeprefix(f"{place}.") not in doors | {"__init__"}
+}  # fmt: skip
 
 # A dry run merges a sample: it loads the engine, and its kernels where no run before has kept them.
-SAMPLE = {"darekit.engine.execution", "darekit.engine.trimming", "llvmlite", "numba"}
+SAMPLE = {
+    "darekit.engine.execution", "darekit.engine.sampling", "darekit.engine.trimming", "darekit.planning.losses",
+    "llvmlite", "numba",
+}  # fmt: skip
 PLAN = "import sys\nimport darekit as dk\ndk.plan(sys.argv[1])"
 
 
@@ -396,6 +409,9 @@ def test_a_merge_loads_what_it_needs_and_no_more(llamas, tmp_path):
     assert returned == 0, said
     assert "darekit.planning.plan" in modules and "darekit.cli.merging" in modules
     assert not modules & (ASIDE - SAMPLE)
+    modules, returned, said = loaded(RUN, "merge", recipe, tmp_path / "out", "--dry-run")
+    assert returned == 0 and "darekit.engine.sampling" in modules
+    assert "numba" not in modules, "the kernels of a plain merge are kept by the run before"
     modules, returned, said = loaded(PLAN, recipe)
     assert returned == 0, said
     assert "darekit.planning.plan" in modules and not modules & ASIDE

@@ -20,7 +20,8 @@ from pathlib import Path, PurePosixPath
 CONFIG = "config.json"
 CARD = "README.md"  # read for its license; every output gets a card of its own
 
-# What the tokenizers of transformers read, and what holds their settings.
+# What the tokenizers of transformers read, and what holds their settings. A vocabulary is also on one of the two lists
+# below, from which `tokenizers.FORMS` takes how it is recognised.
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 def adapters_data(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """Of each model with an adapter: its kinds of modules, JSON-able."""
+    from darekit.checkpoints import traits_of
     from darekit.errors import NotFetched
-    from darekit.inputs.adapters.strengths import strengths_of
 
     found = {}
     for model in plan.checkpoints:
         try:
+            if all(traits_of(info.source).identity is None for info in model.tensors.values()):
+                continue  # nothing is computed, so there is no adapter, nor a need to import what knows adapters
+            from darekit.inputs.adapters.strengths import strengths_of
+
             rows = strengths_of(model)
         except NotFetched:  # only headers are here
             continue

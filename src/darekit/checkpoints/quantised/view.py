@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's stored tensors with its quantised weights as numbers, and what its user should know about that."""
+"""A checkpoint's stored tensors with its quantised weights as numbers, and what its user should know about that.
+
+All checkpoints pass through here, so what decodes is imported when there is something to decode.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from darekit.checkpoints.checkpoint import TensorInfo
-from darekit.checkpoints.quantised.building import Making, build
 from darekit.checkpoints.quantised.naming import EIGHTS, matches_in, misnamed_in, orphans_in, unused
-from darekit.checkpoints.quantised.sources import Shelf
-from darekit.checkpoints.quantised.told import Told, told_by
 from darekit.dtypes import DType, dtype_named
 from darekit.errors import CheckpointError
 from darekit.wording import label, some
+
+if TYPE_CHECKING:
+    from darekit.checkpoints.quantised.told import Told
 
 # What quantisers leave beside the weights, and loaders believe.
 SETTINGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
@@ -56,6 +59,10 @@ def decoded(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None,
     notes = [_about_names(misnamed, where)] if misnamed else []
     if not matches:
         return View(kept, tuple(notes), None)
+    from darekit.checkpoints.quantised.building import Making, build
+    from darekit.checkpoints.quantised.sources import Shelf
+    from darekit.checkpoints.quantised.told import told_by
+
     ignored = [name for name in kept if unused(name)]
     kept = {name: info for name, info in kept.items() if name not in ignored}
     _refuse_halves(kept, where)
