@@ -91,6 +91,15 @@ def test_peft_merges_it_to_the_base_and_the_truncated_delta(made, name):
     assert report.rank == RANK and 0 < report.error < 1 and 0 < report.outside < 0.5
 
 
+def test_a_head_of_two_layers_is_saved_as_peft_looks_for_it(tmp_path, monkeypatch):
+    name = "RobertaForSequenceClassification"  # PEFT saves `classifier` of itself, and no layer in it besides
+    monkeypatch.setitem(tiny.SIZES, name, {**tiny.ENCODER, "num_labels": 3})
+    cls = tiny.family(tmp_path, name, 1)
+    check_against_peft(tmp_path, cls, RANK)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and "classifier" in config["modules_to_save"]
+
+
 @pytest.mark.check
 @pytest.mark.parametrize(
     "name",

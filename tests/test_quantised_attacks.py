@@ -74,6 +74,18 @@ def test_scales_that_no_quantiser_writes(value, what, where, tmp_path):
     assert said.startswith(f"{W}: 1 of ") and f"from {S} are {what}" in said
 
 
+def test_scales_of_inputs_are_not_passed_over(tmp_path):
+    folder = checkpoint(tmp_path, eights(**{"l.q_proj.pre_quant_scale": np.ones(WEIGHT.shape[1], np.float32)}), **FP8)
+    said = refusal_on_opening(folder, Unsupported)
+    assert "l.q_proj.pre_quant_scale scales the inputs of quantised layers" in said
+
+
+def refusal_on_opening(folder, error):
+    with pytest.raises(error) as caught:
+        open_checkpoint(folder)
+    return str(caught.value)
+
+
 def test_a_scale_of_zero(tmp_path):
     """What it scales was lost, unless that is zero as well."""
     weight = WEIGHT.copy()

@@ -84,10 +84,11 @@ def config_of(
         _pattern(called[one.target.name], called.values()): one.rank
         for one in sorted(modules, key=lambda one: natural_key(one.target.name)) if one.rank != rank
     }  # fmt: skip
-    kept = sorted({one.module for one in saved if one.module is not None}, key=natural_key)
     task = task_of(config)
     if task in OWN_HEADS and not any(one.kind == "heads" for one in saved):
         task = None
+    wholes = {one.module for one in saved if one.module is not None}
+    kept = sorted({_head_of(name) for name in wholes} if task in OWN_HEADS else wholes, key=natural_key)
     embeddings = any(one.kind == "embeddings" for one in saved)
     found: dict[str, Any] = {
         "alpha_pattern": less,
@@ -117,6 +118,17 @@ def config_of(
         found["target_parameters"] = sorted(parameters, key=natural_key)
         found["peft_version"] = LAYOUT_OF
     return dict(sorted(found.items()))
+
+
+def _head_of(module: str) -> str:
+    """The module that PEFT saves unasked for a classifier, where this one is a layer in it: one cannot be in the other.
+
+    >>> _head_of("classifier.out_proj"), _head_of("pre_classifier"), _head_of("encoder.norm")
+    ('classifier', 'pre_classifier', 'encoder.norm')
+    """
+    words = module.split(".")
+    at = next((i for i, word in enumerate(words) if word in ("classifier", "score", "qa_outputs")), len(words))
+    return ".".join(words[: at + 1])
 
 
 def _parameter_of(one: Module, *, experts: bool) -> str | None:

@@ -19,6 +19,8 @@ _UNUSED = re.compile(
     r"(?:scale(?:_inv|_ub)?|zero_point|amax)|q?scale_(?:input|output|act|in|out)|input_scale_\w+|scaled_fp8|comfy_quant"
     r"|weight_format"
 )
+# Of inputs, which the layer multiplies before its weights see them: what it computes is not what the weights say.
+_BEFORE = ("pre_quant_scale", "smooth_scale", "smoothing_scale", "smooth_factor", "act_scales")
 # Nobody else's names: where one of them is left over, something of a quantised weight is missing.
 _ORPHANS = re.compile(
     r"(?:.*_)?(?:weight_(?:packed|scale|scale_inv|scale_2|global_scale|zero_point|shape|g_idx)|proj_scale(?:_inv)?|"
@@ -81,6 +83,11 @@ def undecoded(tensors: Mapping[str, Header], where: str) -> dict[str, Header]:
 def unused(name: str) -> bool:
     """Whether a tensor beside quantised weights is for activations or caches, or only a mark."""
     return _UNUSED.fullmatch(last_of(name)) is not None
+
+
+def scales_inputs(name: str) -> bool:
+    """Whether a tensor beside quantised weights changes what they mean."""
+    return last_of(name) in _BEFORE
 
 
 def orphans_in(names: Iterator[str]) -> list[str]:

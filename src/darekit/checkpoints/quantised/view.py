@@ -7,14 +7,15 @@ All checkpoints pass through here, so what decodes is imported when there is som
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from darekit.checkpoints.checkpoint import TensorInfo
-from darekit.checkpoints.quantised.naming import EIGHTS, matches_in, misnamed_in, orphans_in, unused
+from darekit.checkpoints.quantised.naming import EIGHTS, matches_in, misnamed_in, orphans_in, scales_inputs, unused
+from darekit.checkpoints.refusals import module_of
 from darekit.dtypes import DType, dtype_named
-from darekit.errors import CheckpointError
+from darekit.errors import CheckpointError, Unsupported
 from darekit.wording import label, some
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def decoded(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None,
     ignored = [name for name in kept if unused(name)]
     kept = {name: info for name, info in kept.items() if name not in ignored}
     _refuse_halves(kept, where)
+    _refuse_scaled_inputs(kept, {module_of(match.name) for match in matches}, where)
     told = told_by(config, where)
     making = Making(tensors, told, _format_of(told, kept), where, Shelf())
     made = [build(match, making) for match in matches]
@@ -87,6 +89,17 @@ def _about_names(misnamed: Mapping[str, str], where: str) -> str:
         f"{label(where)}: {len(misnamed)} tensors that are not quantised have names of MXFP4 codes ({name}), as "
         f"transformers 5 saves a gpt-oss that it has decoded; they are read as what they are ({right})"
     )
+
+
+def _refuse_scaled_inputs(left: Mapping[str, TensorInfo], modules: Collection[str], where: str) -> None:
+    """Refuse layers whose inputs are scaled before: their weights are others than those that were quantised."""
+    found = [name for name in left if scales_inputs(name) and module_of(name) in modules]
+    if found:
+        raise Unsupported(
+            f"{where}: {some(found)} scale{'s' if len(found) == 1 else ''} the inputs of quantised layers (AWQ of "
+            "ModelOpt, SmoothQuant), whose weights were divided by them; this is not read. Dequantise it with the tool "
+            "that made it, or give the checkpoint from which it was quantised"
+        )
 
 
 def _refuse_halves(left: Mapping[str, TensorInfo], where: str) -> None:
