@@ -327,7 +327,7 @@ def test_options_that_are_named_exist():
         text = document.read_text(encoding="utf-8")
         spans = [*re.findall(r"`([^`\n]*)`", text), *(block for kind, block, *_ in blocks(document) if kind == "sh")]
         for span in spans:
-            if re.search(r"\.py|pip |git |hf |ruff|pytest|BENCH=", span):  # another program's options
+            if re.search(r"\.py|pip |git |hf |ruff|pytest|vllm |BENCH=", span):  # another program's options
                 continue
             for flag in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", span):
                 assert flag in known, f"{name_of(document)} names {flag}"
