@@ -358,7 +358,8 @@ class TestAdapters:
         self.make(task_type="CAUSAL_LM")
         for file in Path("a").iterdir():
             shutil.copy(file, "m0")
-        merge("m0")
+        [note] = [note for note in merge("m0") if "adapter" in note]
+        assert "the model is read as it is" in note and str(Path("m0/adapter_model.safetensors")) in note
         families.same(families.load("out"), here[1][0])
         Path("m0/model.safetensors").rename("m0/whole.safetensors")
         merge("m0", out="again")

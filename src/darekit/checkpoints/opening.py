@@ -23,6 +23,7 @@ from darekit.checkpoints.hub import fetch_snapshot, looks_like_hub_id, refuse_ad
 from darekit.checkpoints.pytorch import read_pickled
 from darekit.checkpoints.quantised.view import SETTINGS, decoded
 from darekit.checkpoints.refusals import (
+    is_adapter,
     quantisation_in,
     refuse_adapter,
     refuse_empty,
@@ -72,6 +73,11 @@ def open_checkpoint(
     beside = look_beside(directory, listed=location.path.is_file() and location.path.name not in SINGLE.values())
     companions = beside.companions
     notes = list(weights.notes)
+    if location.path.is_dir() and (adapters := [name for name in list_names(directory) if is_adapter(name)]):
+        notes.append(
+            f"{label(str(directory))} holds a whole model and an adapter ({some(adapters)}): the model is read as it "
+            f"is, without the adapter; to mean the adapter, name {directory / adapters[0]}"
+        )
     with ExitStack() as opened:
         files: list[InputFile] = []
         for path in weights.files:

@@ -18,8 +18,7 @@ def recipe_text(data: Mapping[str, Any]) -> str:
 
     >>> full = {"models": [{"model": "math", "parameters": {}}], "merge_method": "linear", "vocab": "strict"}
     >>> print(recipe_text(full), end="")
-    models:
-    - math
+    models: [math]
     merge_method: linear
     """
     return yaml.safe_dump(_short(data), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)

@@ -109,13 +109,13 @@ def _further(
             foreign.setdefault(label(giver.ref), []).append(name)
         elif not alike and not _equal([found[id(one)][name] for one in holders] + [files[name]]):
             differing.append(name)
-    notes = [f"{some(of)} of {whose} {'is' if len(of) == 1 else 'are'} copied" for whose, of in foreign.items()]
+    notes = [f"{some(of, 6)} of {whose} {'is' if len(of) == 1 else 'are'} copied" for whose, of in foreign.items()]
     if differing:
         verb = "differs" if len(differing) == 1 else "differ"
-        notes.append(f"{some(differing)} {verb} between the inputs: copied from {_name(source, base)}")
+        notes.append(f"{some(differing, 6)} {verb} between the inputs: copied from {_name(source, base)}")
     for whose, of in dropped.items():
         notes.append(
-            f"{some(of)} of {whose} {'is' if len(of) == 1 else 'are'} not copied: {_name(source, base)}, from which "
+            f"{some(of, 6)} of {whose} {'is' if len(of) == 1 else 'are'} not copied: {_name(source, base)}, from which "
             f"the files beside the weights come, has no such file{'' if len(of) == 1 else 's'}"
         )
     return files, notes
@@ -127,7 +127,7 @@ def _left_behind(inputs: Sequence[Checkpoint]) -> Iterator[str]:
         for name, why in one.left.items():
             reasons.setdefault(why, []).append(f"{label(one.ref)}/{name}")
     for why, of in reasons.items():
-        yield f"not copied: {some(of)} ({why})"
+        yield f"not copied: {some(of, 6)} ({why})"
 
 
 def _equal(contents: Sequence[Content]) -> bool:
