@@ -111,7 +111,8 @@ def _further(
             differing.append(name)
     notes = [f"{some(of)} of {whose} {'is' if len(of) == 1 else 'are'} copied" for whose, of in foreign.items()]
     if differing:
-        notes.append(f"{some(differing)} differ between the inputs: copied from {_name(source, base)}")
+        verb = "differs" if len(differing) == 1 else "differ"
+        notes.append(f"{some(differing)} {verb} between the inputs: copied from {_name(source, base)}")
     for whose, of in dropped.items():
         notes.append(
             f"{some(of)} of {whose} {'is' if len(of) == 1 else 'are'} not copied: {_name(source, base)}, from which "
