@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from darekit.recipe import Recipe
 from real.lessons import ABILITIES, PROSE
 
 Results = Mapping[str, Any]  # a step's name -> what it gave
@@ -102,11 +101,8 @@ def steps_of(size: Size) -> list[Step]:
     first, *others = size.abilities
     found = [*_looks(size), _drops(size), _others(size), *_packs(size, first)]
     if others:
-        found += _merges(size)
-    found += _headline(size)
-    found.append(_speed(size))
-    if others and any(one.name == "rounding" for one in fields(Recipe)):
-        found.append(_rounding(size))
+        found += [*_equal(size), _rounding(size), *_weights(size)]
+    found += [*_headline(size), _speed(size)]
     for one in others:
         found += _packs(size, one)
     if others:
@@ -379,11 +375,15 @@ def _pairs(size: Size) -> Iterator[Step]:
 WEIGHTS = (0.4, 0.8, 1.2)
 
 
-def _merges(size: Size) -> Iterator[Step]:
-    """All of them, with equal weights, then with weights that validation chooses."""
+def _equal(size: Size) -> Iterator[Step]:
+    """All of them, with equal weights."""
+    yield _grid_step(size, "three", size.abilities)
+    yield _test_step(size, "three", size.abilities)
+
+
+def _weights(size: Size) -> Iterator[Step]:
+    """All of them, with weights that validation chooses."""
     three = size.abilities
-    yield _grid_step(size, "three", three)
-    yield _test_step(size, "three", three)
 
     def weights(results: Results) -> Document:
         points = {}

@@ -98,10 +98,10 @@ def test_help_lists_commands_in_the_order_in_which_a_user_meets_them(dare):
     headings = [title or name for title, name in re.findall(r"^## (.+)$|^\| \[`dare (\w+)`\]", index, re.M)]
     listed = listed[listed.index("Merge and drop") :]
     assert listed == [
-        "Merge and drop", "merge", "drop",
+        "Merge and drop", "merge", "drop", "extract",
         "Before you merge", "check", "inspect", "recommend", "similarity", "methods", "schema",
         "Packs", "pack", "unpack", "verify", "info", "export", "push", "pull",
-        "Statistics and evaluation", "stats", "eval", "sweep", "search",
+        "Statistics and evaluation", "stats", "eval", "sweep", "search", "report",
         "See it work", "demo",
     ]  # fmt: skip
     assert headings == listed  # the reference has the same

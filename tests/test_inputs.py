@@ -67,7 +67,8 @@ def test_a_name_is_looked_up_in_the_working_directory_and_then_in_search(llamas,
 
 
 def test_a_pack_needs_its_base_and_is_none(llamas, packed):
-    assert only_on_base(packed) == ("a pack", packed) and only_on_base(llamas.path / "m0") is None
+    kind, found = only_on_base(packed)
+    assert (kind.kind, found) == ("a pack", packed) and only_on_base(llamas.path / "m0") is None
     with closing(open_base(llamas.path / "base")) as base:
         for ref in (packed, str(packed), packed.parent):
             with closing(open_model(ref, base)) as model:

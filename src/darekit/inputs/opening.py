@@ -90,7 +90,7 @@ def open_base(ref: str | Path, *, search: Sequence[Path] = (), openers: Sequence
 def only_on_base(
     ref: str | Path, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS
 ) -> tuple[Opener, str | Path] | None:
-    """Of what is a model only on top of its base: its kind, and what was found under the name; None of all else."""
+    """Of what is a model only on top of its base: its opener, and what was found under the name; None of all else."""
     opener, opening = found_by(Opening(ref, None, search, openers))
     return (opener, opening.ref) if opener.needs_base else None
 

@@ -7,7 +7,7 @@ Everything foreseeable is an error here: a tensor that matches nothing, halves, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 
@@ -39,12 +39,13 @@ class Found:
         changes: stored name of a base's tensor -> what happens to it.
         apart: the same of parameters that the base stores under no name of their own, by their names in memory.
         saved: names, as in the two above, of tensors that were trained as a whole in a copy of their own.
-        modules: adapted modules, each with the stored names that it came to.
+        before: what saved ones were before the training, by the same names: with a grown vocabulary's rows.
     """
 
     changes: dict[str, Change] = field(default_factory=dict)
     apart: dict[str, Change] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
+    before: dict[str, TensorInfo] = field(default_factory=dict)
 
 
 def find_changes(
@@ -74,6 +75,7 @@ def find_changes(
         )
     modules: dict[str, dict[int, dict[str, TensorInfo]]] = {}
     wholes: dict[str, TensorInfo] = {}
+    before: dict[str, TensorInfo] = {}
     for key, name in sorted(keys.items(), key=lambda item: item[1]):  # whatever the order in the file
         if dtype_named(tensors[name].dtype).kind != "float":
             raise CheckpointError(
@@ -81,9 +83,11 @@ def find_changes(
             )
         if key.part == "whole":
             wholes[key.module] = tensors[name]
+        elif key.part == "before":
+            before[key.module] = tensors[name]
         else:
             modules.setdefault(key.module, {}).setdefault(key.inner, {})[key.part] = tensors[name]
-    return _Finding(config, base, ref, names, layout).run(modules, wholes)
+    return _Finding(config, base, ref, names, layout).run(modules, wholes, before)
 
 
 class _Finding:
@@ -95,12 +99,12 @@ class _Finding:
         self.missing: list[str] = []
         self.placed: dict[str, str] = {}  # parameter in memory -> stored name
 
-    def run(self, modules: Mapping[str, Mapping[int, Parts]], wholes: Parts) -> Found:
+    def run(self, modules: Mapping[str, Mapping[int, Parts]], wholes: Parts, before: Parts) -> Found:
         """What happens to which tensors."""
         wanted = [f"{module}.{end}" for module in modules for end in ("weight", "bias")]
         self.placed = self.names.find([*wanted, *wholes])
         for parameter, info in wholes.items():
-            self._add_whole(parameter, info)
+            self._add_whole(parameter, info, before.get(parameter))
         for module, levels in modules.items():
             if len(levels) == 1 and f"{module}.weight" in self.placed:
                 self._add_module(module, self.placed[f"{module}.weight"], next(iter(levels.values())))
@@ -108,7 +112,29 @@ class _Finding:
                 self._add_elsewhere(module, levels)
         if self.missing:
             raise self._lacking()
+        self._refuse_lost(wholes, {part for levels in modules.values() for parts in levels.values() for part in parts})
         return self.found
+
+    def _refuse_lost(self, wholes: Parts, parts: Container[str]) -> None:
+        """Refuse a file without what its config says was trained: what is missing would be the base's, silently."""
+        stored = [name for name in self.base.tensors if "." in name]
+        lost = [
+            f"{one} of modules_to_save"
+            for one in self.config.saved
+            if any(_is_in(name, one) for name in stored) and not any(_is_in(name, one) for name in wholes)
+        ]
+        if self.config.tokens and "rows" not in parts:
+            lost.append("rows of trainable_token_indices")
+        if self.config.lora_bias and "A" in parts and "B.bias" not in parts:
+            lost.append("biases of lora_bias")
+        biased = any(name.endswith(".bias") for name in stored)
+        if self.config.biases == "all" and biased and not any(name.endswith("bias") for name in wholes):
+            lost.append("biases of bias: all")
+        if lost:
+            raise CheckpointError(
+                f"{self.ref}: by {self.config.where} it has trained {first_of(lost)}, and the file holds none: it is "
+                "incomplete; download or save it again"
+            )
 
     def _lacking(self) -> HomologyError:
         near = self.names.near(self.missing[0])
@@ -125,12 +151,9 @@ class _Finding:
 
     # Tensors that are replaced
 
-    def _add_whole(self, parameter: str, info: TensorInfo) -> None:
+    def _add_whole(self, parameter: str, info: TensorInfo, before: TensorInfo | None) -> None:
         stored = self.placed.get(parameter)
-        saved = any(
-            parameter.startswith(f"{one}.") or f".{one}." in f".{parameter.rpartition('.')[0]}."
-            for one in self.config.saved
-        )
+        saved = any(_is_in(parameter, one) for one in self.config.saved)
         change = Change(matrices_of(info.shape), whole=info)
         if stored is None:
             if not saved and self.names.tied_source(parameter) is None:
@@ -144,6 +167,8 @@ class _Finding:
             self.found.changes[stored] = change
         if saved:
             self.found.saved.add(stored or parameter)
+        if before is not None and before.shape == info.shape:
+            self.found.before[stored or parameter] = before
 
     def _is_grown(self, name: str, base: TensorInfo, info: TensorInfo) -> bool:
         """Whether only the number of tokens differs."""
@@ -456,6 +481,12 @@ def matrices_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def experts_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """The same of one that may be a stack of experts."""
     return (shape[0], shape[1], shape[2]) if len(shape) == 3 else matrices_of(shape)
+
+
+def _is_in(parameter: str, module: str) -> bool:
+    """Whether a parameter is in a module whose name ends so, as PEFT looks for modules: `classifier` is also the end of
+    `pre_classifier`."""
+    return f"{module}." in f"{parameter.rpartition('.')[0]}."
 
 
 def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:

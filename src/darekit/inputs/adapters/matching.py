@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from darekit.architectures.families import facts_of
+from darekit.architectures.families import Facts, facts_of
 from darekit.checkpoints import Checkpoint, TensorInfo
 from darekit.checkpoints.checkpoint import content_of
 from darekit.errors import CheckpointError, HomologyError
-from darekit.inputs.adapters.changes import Found, find_changes
+from darekit.inputs.adapters.changes import Found, find_changes, matrices_of
 from darekit.inputs.adapters.config import AdapterConfig, Layout
 from darekit.inputs.adapters.names import Names
 from darekit.inputs.adapters.sources import Change
@@ -20,6 +20,7 @@ _CLASSES = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
+_LAST = ("score", "classifier", "out_proj")  # layers of heads whose rows are the labels, whatever lies before them
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,14 @@ class _Making:
 
     def _untie(self, target: str, source: str, stored: str | None, own: Change | None, other: Change | None) -> None:
         """The head gets a tensor of its own."""
-        name = stored or target
+        name, info = stored or target, self.base.tensors[source]
         which = "the head" if other is None else "the input embedding" if own is None else "both"
         if own is None and other is not None and other.whole is not None and source not in self.found.saved:
             own = Change(other.matrices, whole=other.whole)  # what both were before the embedding was trained
+        elif own is None and (before := self.found.before.get(source)) is not None and before.shape != info.shape:
+            own = Change(matrices_of(before.shape), whole=before)  # the trained copy is the embedding's alone
         if own is not None:
             self.found.changes[name] = own
-        info = self.base.tensors[source]
         grown = other is None and own is not None and own.whole is not None and own.whole.shape != info.shape
         if grown and name not in self.found.saved:
             assert own is not None
@@ -167,16 +169,32 @@ class _Making:
             self.gone |= {
                 name for name in self.base.tensors if facts.has_head(name) and not new.has_head(name)
             } - self.found.changes.keys()
-            weights = [info for name, info in heads.items() if len(info.shape) == 2 and name.endswith(".weight")]
-            labels = weights[-1].shape[0] if weights else 2
+            weights = {name: info for name, info in heads.items() if len(info.shape) == 2 and name.endswith(".weight")}
+            last = [info for name, info in weights.items() if name.split(".")[-2] in _LAST] or [*weights.values()]
+            labels = last[-1].shape[0] if last else 2
             known = (self.base.config or {}).get("id2label")
             if self.config.task in ("SEQ_CLS", "TOKEN_CLS") and len(known or "ab") != labels:
                 self.said["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
                 self.said["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+            self._warn_of_random(new, kind)
         self.notes.append(
             f"the adapter brings {', '.join(heads)}, which {self.base.ref} lacks"
             + (f": the result is a {kind}" if "architectures" in self.said else "")
         )
+
+    def _warn_of_random(self, new: Facts, kind: str) -> None:
+        """What the class has, and nobody stores: it was random in the training, and is random again."""
+        names = [*map(self.names.key_of, self.base.tensors), *self.added]
+        parts = (*new.heads, *(part for part in self.names.facts.lacks if part not in new.lacks))
+        random = [
+            part.strip(".") for part in parts if not any(f"{name}.".startswith(f"{part.strip('.')}.") for name in names)
+        ]
+        if random:
+            self.notes.append(
+                f"WARNING: a {kind} has {', '.join(random)}, of which neither {self.base.ref} nor the adapter stores "
+                "anything: it starts from random values, other ones than in the training. Train with it in "
+                "modules_to_save, or give a base that has it"
+            )
 
     # Vocabularies that have grown
 

@@ -18,7 +18,7 @@ from darekit.architectures.families import WRAPPERS_BEFORE, Facts, facts_of, unw
 from darekit.checkpoints import Checkpoint
 from darekit.inputs.adapters.experts import Fusing
 
-Part = Literal["A", "B", "B.bias", "embedding_A", "embedding_B", "magnitude", "rows", "whole"]
+Part = Literal["A", "B", "B.bias", "embedding_A", "embedding_B", "magnitude", "rows", "whole", "before"]
 
 _FACTOR = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
@@ -47,7 +47,7 @@ class Key:
 
     Attributes:
         module: the module, as in memory; of a `whole` parameter its name, of experts in one tensor the module of it.
-        part: what it is to that module.
+        part: what it is to that module; `before` is what a `whole` one was before its copy was trained.
         inner: how many wrappers lie between the module and this one: experts have one for each parameter.
     """
 
@@ -75,7 +75,7 @@ def key_of(name: str, form: str) -> Key | None:
     if found := _ROWS.fullmatch(name):
         return Key(unwrapped(f"{found['module']}.")[:-1], "rows")
     if ".original_module." in name:
-        return None
+        return Key(unwrapped(name.replace(".original_module.", ".")), "before")
     if found := _SAVED.fullmatch(name):
         name = f"{found['module']}.{found['rest']}"
     return Key(unwrapped(name.replace(".token_adapter.", ".")), "whole")
@@ -145,7 +145,13 @@ class Names:
     def keys_of(self, parameters: Iterable[str]) -> dict[str, str]:
         """Names of parameters -> how the loader knows them, without the base model's prefix."""
         memory = self.facts.canonicals(parameters)
-        return {name: self.facts.without_prefix(one) for name, one in memory.items()}
+        return {name: self._bare(self.facts.without_prefix(one)) for name, one in memory.items()}
+
+    def _bare(self, name: str) -> str:
+        """Without the prefix of a class with a head, where the base is stored without one, as a base model alone."""
+        first, _, rest = name.partition(".")
+        known = self.facts.is_known and not self.facts.prefix and first not in self.facts.parts
+        return rest if known and rest.partition(".")[0] in self.facts.parts else name
 
     def _by_ending(self, parameters: Iterable[str]) -> dict[str, str]:
         ends: dict[str, str] = {}
@@ -171,13 +177,16 @@ class Names:
 
 
 def grouped(names: Iterable[str], form: str) -> tuple[dict[Key, str], list[str]]:
-    """Names in an adapter's file -> what each is, and those that are nothing of an adapter's."""
+    """Names in an adapter's file -> what each is, and those that are nothing of an adapter's.
+
+    PEFT stores embeddings that were saved as modules twice where the vocabulary has grown: what it loads is the module.
+    """
     found: dict[Key, str] = {}
     strange = []
-    for name in names:
+    for name in sorted(names, key=lambda name: _SAVED.fullmatch(name) is None):
         key = key_of(name, form)
-        if key is None or key in found:
+        if key is None or (key in found and (_SAVED.fullmatch(name) or not _SAVED.fullmatch(found[key]))):
             strange.append(name)
         else:
-            found[key] = name
+            found.setdefault(key, name)
     return found, strange
