@@ -272,6 +272,8 @@ def test_a_constraint_on_a_share_of_a_model(place, llamas):
 def test_a_goal_that_is_no_score_lists_those_that_there_are(place):
     with pytest.raises(RecipeError, match=r"choose: a/exact_mach: 'a/exact_mach' is not a score; did you mean"):
         place.run(place.search(choose="a/exact_mach"))
+    kept = (place.path / "out" / "trials.jsonl").read_text().splitlines()
+    assert len(kept) == 2, "found by the first baseline, item by item and as a whole"
 
 
 def test_lower_is_better_for_a_loss(place):
@@ -382,7 +384,10 @@ def test_baselines_that_all_fail_are_an_error(place):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"space": {"parameters.lambda": {"low": 0, "high": 2}}}, "space: .*1.5.* there, .*2.0.* here"),
+        (
+            {"space": {"parameters.lambda": {"low": 0, "high": 2}}},
+            "space: .*lambda: high: 1.5 there, 2.0 here",
+        ),
         ({"choose": "b"}, r'choose: \["a"\] there, \["b"\] here'),
         ({"rungs": [1]}, "rungs: "),
         ({"sampler": {"name": "tpe", "seed": 3}}, "sampler: "),
@@ -515,7 +520,7 @@ def test_a_process_that_was_killed_is_noticed_and_its_trial_judged_by_another(pl
     assert second.wait(60) == 0
     log = (place.path / "log-second").read_text()
     assert "FINISHED 16" in log
-    assert at == "line" or "was left by a process that died; its candidate is given again" in log
+    assert at == "line" or "was left by a process that died; its candidate will be judged again" in log
     numbers = [one["trial"] for one in trials(place.path / "out")]
     assert len({*numbers}) == 16
     params = [json.dumps(one["params"]) for one in trials(place.path / "out")]

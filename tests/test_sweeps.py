@@ -476,6 +476,11 @@ def test_folders_without_a_record(real, place):
     with pytest.raises(OutputError, match=r"holds summary\.json, which no sweep wrote"):
         dk.sweep(place.sweep(), mine)
     assert [path.name for path in mine.iterdir()] == ["summary.json"]
+    (mine / "search.json").write_text("{}")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="holds the results of `dare search`"):
+            dk.sweep(place.sweep(), mine, overwrite=overwrite)
+    assert (mine / "summary.json").read_text() == "{}"
 
 
 @llama

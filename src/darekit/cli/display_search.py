@@ -245,11 +245,19 @@ def show_space(search: Search, baselines: Sequence[Baseline], *, as_json: bool) 
     print_table(tables.table_of(("dimension", "range"), rows, 2))
     print()
     tables.print_facts([
-        ("first", ", ".join(one.name for one in baselines)),
-        ("goals", ", ".join(search.goals) or "the mean of the judges' first scores, or the only judge's first"),
+        ("first", "; ".join(one.name for one in baselines)),
+        ("goals", ", ".join(search.goals) or _goal_of(search)),
         ("constraints", "; ".join(map(str, search.limits))),
         ("rungs", ", ".join(f"{share:.0%}" for share in search.rungs)),
     ])  # fmt: skip
+
+
+def _goal_of(search: Search) -> str:
+    """What candidates are chosen by where the file does not say."""
+    judges = list(search.judges["validation"])
+    if len(judges) == 1:
+        return f"the first score of {judges[0]}"
+    return f"mean, of the first scores of {', '.join(judges)}"
 
 
 def _range(one: Mapping[str, Any]) -> str:

@@ -115,7 +115,7 @@ def drop(
         BaseExtras, typer.Option(help="Parts that only BASE has (token prediction, a pooler): keep or leave out.")
     ] = BaseExtras.KEEP,
     rounding: Annotated[
-        RoundingName, typer.Option(help="To the nearest value, or stochastic: small changes last in the mean.")
+        RoundingName, typer.Option(help="To the nearest value, or stochastic: keeps small changes on average.")
     ] = RoundingName.NEAREST,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",

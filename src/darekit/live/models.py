@@ -181,7 +181,12 @@ def build(plan: Plan, *, device: str | None = None, dtype: str | None = None) ->
     return live
 
 
-def _require_torch() -> None:
+def require_torch() -> None:
+    """Complain, before anything else is done, where models cannot be run.
+
+    Raises:
+        Unsupported: torch or transformers is missing.
+    """
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
         raise Unsupported(f"running a model needs {' and '.join(missing)}: pip install 'darekit[torch]'")
@@ -217,7 +222,7 @@ BATCH_ADVICE = "use a smaller --batch-size or --max-length, --dtype bfloat16, or
 @contextmanager
 def memory_told(what: str, advice: str = BATCH_ADVICE) -> Iterator[None]:
     """Out of memory becomes an error that says what to do; so does a torch that is missing."""
-    _require_torch()
+    require_torch()
 
     try:
         yield

@@ -51,7 +51,8 @@ def rounding_lines(summary: Summary | None) -> Iterator[str]:
         return
     share = summary["share"]
     applied = (
-        f"{summary['scale']:.2f} times the merged delta, with an error of {_percent(summary['error'])} of its length"
+        f"what is stored is {summary['scale']:.2f} times the merged delta, with an error of "
+        f"{_percent(summary['error'])} of its length"
     )
     if summary["method"] == STOCHASTIC:
         yield f"stochastic: {_percent(share)} of the changes fell back to the base, none is lost on average: {applied}"
@@ -76,8 +77,8 @@ def swallowed_notes(summary: Summary | None) -> Iterator[str]:
             "which are smaller than half a step of that format, and applies "
             f"{summary['scale']:.2f} times the merged delta. "
             "`dtype: float32` keeps all changes; `rounding: stochastic` keeps them on average, in a file of the same "
-            "size; a larger lambda or weight loses fewer. DARE's survivors are larger and last: a comparison with and "
-            "without DARE measures that, too, unless both are rounded in one of these ways"
+            "size. (A larger lambda or weight loses fewer, but is another merge.) DARE's survivors are larger, and "
+            "fewer are lost: comparing with and without DARE measures that, too, unless both use float32 or stochastic"
         )
     elif _is_off(summary):
         yield (

@@ -138,4 +138,8 @@ def _live(connection: Connection, make: Make) -> None:
         except (EOFError, ConnectionError):
             return
         work = work or make()
-        connection.send(work(task))
+        found = work(task)
+        try:
+            connection.send(found)
+        except ConnectionError:  # the parent stopped listening: Ctrl-C, or an error that ends the run
+            return

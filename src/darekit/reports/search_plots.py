@@ -113,8 +113,8 @@ def course(found: Found) -> Plot | None:
         ]
         views.append(View(goal.score, (("", figure),), tuple(keys)))
     how = (
-        "Each mark is a candidate, by the items that it was asked: those that were stopped were asked fewer, and their "
-        "scores are less certain. Point at one for its recipe, click to copy it."
+        "Each mark is a candidate. Those that were stopped were asked fewer items, so their scores are less certain. "
+        "Point at one for its recipe, click to copy it."
     )
     return Plot("Scores over trials", how, tuple(views), None, "Goal") if views else None
 

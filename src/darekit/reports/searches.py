@@ -272,7 +272,7 @@ def _all(found: Found) -> Table:
         for one in read.trials
     )  # fmt: skip
     strong = tuple(i for i, one in enumerate(read.trials) if one.number == chosen)
-    header = ("trial", "came to", *(f"{goal.score}, validation" for goal in read.goals), *map(short, names))
+    header = ("trial", "outcome", *(f"{goal.score}, validation" for goal in read.goals), *map(short, names))
     copies = tuple(found.copy(one) for one in read.trials)
     return Table("Every trial; ± is one standard error", header, rows, 2, copies, strong)
 

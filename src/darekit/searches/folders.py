@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,9 +217,10 @@ def claim(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError:
         raise OutputError(f"{path} is not the record of a search: choose another OUT") from None
     differ = [
-        f"{key}: {_brief(there.get(key))} there, {_brief(wanted.get(key))} here"
+        f"{at}: {_brief(old)} there, {_brief(new)} here"
         for key in wanted
-        if key not in ("name", "text") and there.get(key) != wanted[key]
+        if key not in ("name", "text")
+        for at, old, new in _differences(key, there.get(key), wanted[key])
     ]
     if differ:
         told = "".join(f"\n  {line}" for line in differ)
@@ -234,6 +235,15 @@ def remember(out: Path, record: Mapping[str, Any]) -> None:
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}; choose another OUT") from None
     write_whole(out / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def _differences(at: str, there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(where, there, here) of whatever differs, as deep as both have the same key."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**there, **here}:
+            yield from _differences(f"{at}: {key}", there.get(key), here.get(key))
+    elif there != here:
+        yield at, there, here
 
 
 def _brief(value: Any) -> str:

@@ -334,8 +334,8 @@ def _read_goals(document: Document, judges: tuple[str, ...]) -> tuple[str, ...]:
 
 def _known_score(document: Document, path: Key, score: str, judges: tuple[str, ...]) -> None:
     if judge_in(score) not in judges:
-        fail(document, path, f"no judge gives {score!r}{did_you_mean(judge_in(score), judges)}; "
-             f"under `validation:` are: {', '.join(judges[:-1])}")  # fmt: skip
+        known = suggest(judge_in(score), judges[:-1], "under `validation:` are")
+        fail(document, path, f"no judge gives {score!r}{known}")
 
 
 _OF = re.compile(r"([-+]?[0-9.]+(?:e[-+]?\d+)?)\s*(?:of\s+(.+))?", re.I)

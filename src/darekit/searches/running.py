@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.errors import PlanError
+from darekit.live.models import require_torch
 from darekit.pools.clusters import cluster_of, open_pool, require_ray
 from darekit.pools.processes import Pool
 from darekit.recipe import Recipe
@@ -93,6 +94,8 @@ def search(
     if cluster is not None:
         require_ray()
     require_optuna(found.sampler)
+    if cluster is None:  # else the workers' machines need it
+        require_torch()
     folders = search_of(found.recipe, found.search)
     written = recipe_with(found.recipe, {}, set(), None)
     place = Place(folders, device, dtype, shared_threads(threads, jobs or 1), origins_in([written]))
@@ -167,6 +170,8 @@ def run(
                 try:
                     return work.run(baselines, seconds)
                 except Unasked as missing:
+                    if say:
+                        say(f"{missing}; {missing.judge} is asked as a whole, and the baselines are judged again")
                     whole |= {missing.judge}
                     remember(out, record | {"whole": sorted(whole)})
 

@@ -20,8 +20,8 @@ from darekit.trials.judging import MEAN, judge_in
 class Unasked(Exception):
     """A goal is a score that its judge does not give item by item. `judge`: whom to ask as a whole."""
 
-    def __init__(self, judge: str) -> None:
-        super().__init__(judge)
+    def __init__(self, judge: str, score: str) -> None:
+        super().__init__(f"{score} is not a score of single items")
         self.judge = judge
 
 
@@ -75,7 +75,7 @@ def _full(
     if firsts:
         return firsts[0]
     if name != MEAN and judge_in(name) not in whole and any(judge_in(one) == judge_in(name) for one in scores):
-        raise Unasked(judge_in(name))
+        raise Unasked(judge_in(name), name)
     why = ": the judges' first scores do not all point one way" if name == MEAN else ""
     raise RecipeError(f"{search.name}: {what}: {name!r} is not a score{why}{suggest(name, [*scores], 'there are')}")
 

@@ -175,6 +175,8 @@ class Work:
                 line = line_of(BASELINE, one.name, answer, {}, one.recipe.to_data(), digests[one.name], None)
                 self.folder.add(line, answer.sheet)
                 self.leases.release(f"baseline-{digests[one.name]}")
+                if line.state == COMPLETE and not self.goals:
+                    self.goals = goals_of(self.search, line.scores, self.whole)  # mistakes in them, before all the rest
                 if line.state == FAILED:
                     self._failed.add(one.name)
                     self.say(f"{one.name} failed: {line.error}")
@@ -195,7 +197,7 @@ class Work:
         while True:
             orphans = self.study.take_orphans(self._settle)
             for number in orphans:
-                self.say(f"trial {number} was left by a process that died; its candidate is given again")
+                self.say(f"trial {number} was left by a process that died; its candidate will be judged again")
             counts = self.study.counts()
             left = total - counts.done - counts.running
             if seconds is not None and time.perf_counter() - self.began > seconds and counts.done:

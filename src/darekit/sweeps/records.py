@@ -16,6 +16,7 @@ from darekit.sweeps.store import CELLS, PLOTS, SUMMARY, TABLES, finished_in
 from darekit.trials.files import write_whole
 
 RECORD = "sweep.json"
+SEARCHED = "search.json"  # the record of `dare search`, whose summary.json has the same name as a sweep's
 FORMAT = "darekit-sweep-1"
 
 
@@ -56,6 +57,16 @@ def record_of(sweep: Sweep, cells: Iterable[tuple[Cell, str]], dtype: str | None
 def write_record(out: Path, record: Record) -> None:
     """Write `sweep.json`, at once or not at all."""
     write_whole(out / RECORD, json.dumps(record.to_data(), indent=1) + "\n")
+
+
+def refuse_search(out: Path) -> None:
+    """Refuse a search's folder, whatever may be overwritten: `summary.json` would be replaced by another kind of file.
+
+    Raises:
+        OutputError: it is one.
+    """
+    if (out / SEARCHED).exists():
+        raise OutputError(f"{out} holds the results of `dare search`: choose another OUT")
 
 
 def refuse_other(

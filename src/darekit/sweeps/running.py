@@ -18,7 +18,7 @@ from darekit.recipe.essence import essence
 from darekit.sweeps.data import SPLITS, Cell, Sweep
 from darekit.sweeps.grid import cells_of
 from darekit.sweeps.reading import read_sweep
-from darekit.sweeps.records import record_of, refuse_other, write_record
+from darekit.sweeps.records import record_of, refuse_other, refuse_search, write_record
 from darekit.sweeps.store import FAILED, OK, Finished, Outcome, Store, SweepResult, open_store
 from darekit.sweeps.summaries import unlike_of
 from darekit.trials.identities import judges_identity, samples_of, trial_digest
@@ -110,6 +110,7 @@ def sweep(
     cells, said = cells_of(found)
     notes = list(said)
     search = search_of(found.recipe, found.search)
+    refuse_search(out)
     if not overwrite:
         refuse_other(out, found, cells, dtype)  # before anything that takes time
     # Mistakes in judges are found before anything runs; each process makes its own.
@@ -174,6 +175,7 @@ def check_sweep(
         DarekitError: the sweep cannot be run.
     """
     cells, notes = cells_of(sweep)
+    refuse_search(out)
     if not overwrite:
         refuse_other(out, sweep, cells, dtype)
     check_judges(sweep.name, sweep.judges, sweep.search)
