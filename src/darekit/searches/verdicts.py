@@ -216,13 +216,11 @@ class _Found:
         who = f"trial {self.best.trial}" if self.best.kind == TRIAL else self.best.name
         head = [self._headline(str(who))]
         if self.best.kind != TRIAL:
-            head.append(
-                f"None of {count} is better on validation: the space, or the number of trials, may be too small."
-            )
+            head = [f"None of {count} beats {who}. {head[0]}", "The space, or the number of trials, may be too small."]
         head += [self._sentence(one) for one in self.differences()]
         if self.split == "validation" and "test" in self.search.judges:
             head.append(
-                "The test data were not asked yet: these are validation scores, which flatter what was chosen by them."
+                "The test data have not been used yet: these are validation scores, which flatter what was chosen by them."
             )
         elif self.split == "validation":
             head.append("There are no judges under `test:`: validation scores flatter what was chosen by them.")
