@@ -220,7 +220,7 @@ class _Found:
         head += [self._sentence(one) for one in self.differences()]
         if self.split == "validation" and "test" in self.search.judges:
             head.append(
-                "The test data have not been used yet: these are validation scores, which flatter what was chosen by them."
+                "The test data have not been used yet. These are validation scores: they flatter what was chosen by them."
             )
         elif self.split == "validation":
             head.append("There are no judges under `test:`: validation scores flatter what was chosen by them.")
