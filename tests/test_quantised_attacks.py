@@ -80,6 +80,20 @@ def test_scales_of_inputs_are_not_passed_over(tmp_path):
     assert "l.q_proj.pre_quant_scale scales the inputs of quantised layers" in said
 
 
+@pytest.mark.parametrize(("place", "read_"), [("input", False), ("weight_input", True), ("q_attn", False)])
+def test_weights_that_are_turned_while_the_model_runs(place, read_, tmp_path):
+    quantised = dict(FP8["quantization_config"])
+    quantised["transform_config"] = {
+        "config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": place}]}}
+    }
+    folder = checkpoint(tmp_path, eights(), **{**FP8, "quantization_config": quantised})
+    if read_:
+        with closing(open_checkpoint(folder)) as opened:
+            assert W in opened.tensors
+    else:
+        assert f'transform_config ("R1") that turns activations ({place})' in refusal_on_opening(folder, Unsupported)
+
+
 def refusal_on_opening(folder, error):
     with pytest.raises(error) as caught:
         open_checkpoint(folder)

@@ -219,9 +219,7 @@ class _Found:
             head = [f"None of {count} beats {who}. {head[0]}", "The space, or the number of trials, may be too small."]
         head += [self._sentence(one) for one in self.differences()]
         if self.split == "validation" and "test" in self.search.judges:
-            head.append(
-                "The test data have not been used yet. These are validation scores: they flatter what was chosen by them."
-            )
+            head.append("The test data have not been used yet. Validation scores flatter what was chosen by them.")
         elif self.split == "validation":
             head.append("There are no judges under `test:`: validation scores flatter what was chosen by them.")
         looks = sum(bool(one.get("chosen")) for one in self.folder.tests())

@@ -9,7 +9,7 @@ from typing import Any
 
 from darekit.checkpoints.documents import shorten
 from darekit.dtypes import DType, dtype_from_torch_name
-from darekit.errors import CheckpointError
+from darekit.errors import CheckpointError, Unsupported
 
 KEYS = ("quantization_config", "compression_config")  # the second: of older compressed-tensors
 DECODED = ("BF16", "F16", "F32")  # formats that weights are decoded to
@@ -39,11 +39,13 @@ def told_by(config: Mapping[str, Any] | None, where: str) -> Told:
 
     Raises:
         CheckpointError: it says what cannot be.
+        Unsupported: the model turns activations while it runs, so that its weights are not the layers' own.
     """
     config = config or {}
     found: Mapping[str, Any] = next(
         (part[key] for part in parts_of(config) for key in KEYS if isinstance(part.get(key), Mapping)), {}
     )
+    _refuse_turned(found.get("transform_config"), where)
     blocks: list[tuple[int, int]] = []
     bits: list[int] = []
     if (block := found.get("weight_block_size")) is not None:
@@ -82,6 +84,22 @@ def parts_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for value in config.values():
         if isinstance(value, dict):
             yield from parts_of(value)
+
+
+def _refuse_turned(said: Any, where: str) -> None:
+    """Refuse compressed-tensors' transforms of activations (QuIP, SpinQuant): stored weights are in a turned basis.
+    Those of weights alone (`weight_input`, `weight_output`) are done once and for all."""
+    groups = said.get("config_groups") if isinstance(said, Mapping) else None
+    for name, group in groups.items() if isinstance(groups, Mapping) else ():
+        applied = group.get("apply") if isinstance(group, Mapping) else None
+        for one in applied if isinstance(applied, list) else ():
+            place = str(one.get("location")) if isinstance(one, Mapping) else ""
+            if not place.startswith("weight_"):
+                raise Unsupported(
+                    f"{where}: config.json has a transform_config ({shorten(name)}) that turns activations ({place}) "
+                    "while the model runs, so the stored weights are turned too; this is not read. Give the checkpoint from "
+                    "which it was quantised"
+                )
 
 
 def _block(value: Any, key: str, where: str) -> tuple[int, int]:
