@@ -97,8 +97,8 @@ def _refuse_turned(said: Any, where: str) -> None:
             if not place.startswith("weight_"):
                 raise Unsupported(
                     f"{where}: config.json has a transform_config ({shorten(name)}) that turns activations ({place}) "
-                    "while the model runs, so the stored weights are turned too; this is not read. Give the checkpoint from "
-                    "which it was quantised"
+                    "while the model runs, so the stored weights are turned too; this is not read. Give the checkpoint "
+                    "from which it was quantised"
                 )
 
 
