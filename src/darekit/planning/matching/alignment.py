@@ -307,7 +307,8 @@ def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str
             "The vocabularies differ:\n  "
             + "\n  ".join(vocabularies[:4])
             + "\nChoose what to do with the extra rows: `vocab: base` drops them, `vocab: pad` keeps them from the "
-            "models that have them (on the command line: --vocab; in a recipe, set tokenizer_source to match)"
+            "models that have them. These are keys of a recipe (`dare merge --set vocab=pad`; other commands have "
+            "--vocab); set tokenizer_source to match"
         )
     return rows
 
