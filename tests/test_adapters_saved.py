@@ -101,10 +101,13 @@ def test_a_file_without_what_was_trained_is_refused(tmp_path, settings, word, sa
 
 
 def test_an_adapter_beside_a_whole_model_is_not_passed_over(tmp_path):
+    """The folder is the model, and a note says how to mean the adapter."""
     adapter = lora.make(tmp_path, "a", target_modules=["q_proj"])
     shutil.copy(tmp_path / "base" / "model.safetensors", adapter)
-    with pytest.raises(CheckpointError, match=r"holds an adapter .* and a whole model .*: give .*adapter_model"):
-        lora.merge(tmp_path / "out", tmp_path / "base", adapter)
+    report = lora.merge(tmp_path / "model", tmp_path / "base", adapter)
+    [note] = [note for note in report.notes if "a whole model and an adapter" in note]
+    assert "the model is read as it is" in note and note.endswith(str(adapter / "adapter_model.safetensors"))
+    lora.agree(tmp_path / "model", tmp_path / "base")
     lora.merge(tmp_path / "out", tmp_path / "base", adapter / "adapter_model.safetensors")
     lora.agree(tmp_path / "out", tmp_path / "a-merged")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 64
