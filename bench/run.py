@@ -243,7 +243,9 @@ def run(scratch: Path, pairs: int, threads: int, program: str | None, runs: int,
             case.title, f"{engine:.2f}", f"{moved / engine / 1e9:.1f}", f"{least:.2f}", f"{engine / least:.2f}",
             f"{whole:.2f}", f"{min(synced):.2f}", f"{memory / 1e6:.0f}",
         ]  # fmt: skip
-        if program:
+        if program and case.family == "adapters":  # mergekit has PEFT write each merged model first: another comparison
+            row += ["", "", ""]
+        elif program:
             warm(files)
             times = [mergekit(program, path, folder / "mk") for _ in range(runs)]
             theirs = min(seconds for seconds, _ in times)
