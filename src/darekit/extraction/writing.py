@@ -14,7 +14,7 @@ from typing import Any, Literal
 from darekit import __version__
 from darekit.architectures.families import Facts
 from darekit.checkpoints.companions import CARD
-from darekit.errors import OutputError, PlanError
+from darekit.errors import PlanError
 from darekit.extraction import adapters
 from darekit.extraction.card import adapter_card
 from darekit.extraction.deltas import Reader
@@ -23,7 +23,7 @@ from darekit.extraction.plan import VLLM_RANKS, ExtractPlan, Terms, open_plan, t
 from darekit.extraction.running import Extracted, Module, Spool, run
 from darekit.machine import peak_rss
 from darekit.output.card import agreed_license
-from darekit.output.staging import Stage, open_stage
+from darekit.output.staging import open_brief_stage
 from darekit.planning.nested import SUFFIXES
 from darekit.recipe import Recipe, read_recipe
 from darekit.recipe.reading import search_path
@@ -266,7 +266,7 @@ def run_extraction(
         for line in plan.notes:
             note(line)
         inputs = [file.path for one in (plan.base, plan.model) for file in one.read_files]
-        with _staged(out, inputs, overwrite, note) as stage:
+        with open_brief_stage(out, identity={"extract": FORMAT}, overwrite=overwrite, inputs=inputs, say=note) as stage:
             began = time.perf_counter()
             with Spool(stage.root) as spool:
                 found = run(plan, spool, progress=progress)
@@ -302,22 +302,6 @@ def planned(
         base, found, terms, vocab=vocab, threads=threads, force=force, search=tuple(search), recipe=recipe
     ) as plan:
         yield plan
-
-
-@contextmanager
-def _staged(out: Path, inputs: list[Path], overwrite: bool, say: Callable[[str], None]) -> Iterator[Stage]:
-    """Where the adapter is written out of sight. A run that fails leaves nothing: none can be resumed."""
-    with open_stage(out, identity={"extract": FORMAT}, overwrite=overwrite, resume=False, inputs=inputs) as stage:
-        for line in stage.notes:
-            say(line)
-        try:
-            yield stage
-        except OSError as error:
-            stage.discard()
-            raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
-        except BaseException:
-            stage.discard()
-            raise
 
 
 def _write(

@@ -253,6 +253,34 @@ def open_stage(
     return Stage(place, lock, guard, finished, notes)
 
 
+@contextlib.contextmanager
+def open_brief_stage(
+    out: Path,
+    *,
+    identity: Mapping[str, Any],
+    overwrite: bool,
+    inputs: Sequence[Path],
+    say: Callable[[str], None] | None,
+) -> Iterator[Stage]:
+    """A stage of work that is not worth resuming: where it fails, nothing of it is left. `say` receives its notes.
+
+    Raises:
+        OutputError: as in `open_stage`; or OUT cannot be written.
+    """
+    with open_stage(out, identity=identity, overwrite=overwrite, resume=False, inputs=inputs) as stage:
+        if say:
+            for note in stage.notes:
+                say(note)
+        try:
+            yield stage
+        except OSError as error:
+            stage.discard()
+            raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+        except BaseException:
+            stage.discard()
+            raise
+
+
 def refuse_taken(out: Path) -> None:
     """Look at OUT before there is anything to write.
 

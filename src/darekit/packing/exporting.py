@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from darekit import __version__, kernels
 from darekit.checkpoints import Checkpoint, OutputFile, OutputTensor, Shard, lay_out
 from darekit.checkpoints.digests import LEAF, TensorDigest, tensor_digest
 from darekit.dtypes import DTYPES, Bytes, Floats, dtype_named
-from darekit.errors import DataError, OutputError, PlanError
+from darekit.errors import DataError, PlanError
 from darekit.machine import peak_rss
 from darekit.output.card import public_name
 from darekit.output.publishing import Progress
-from darekit.output.staging import Stage, open_stage
+from darekit.output.staging import open_brief_stage
 from darekit.packing.unpacking import unpack
 from darekit.packs.format import PackedTensor
 from darekit.packs.opening import open_base
@@ -138,29 +137,14 @@ def export(
         try:
             with open_pack(found.path, base=origin) as bound:
                 inputs = [found.path, *(file.path for file in origin.files)]
-                with _staged(Path(out), inputs, overwrite, say) as stage:
+                with open_brief_stage(
+                    Path(out), identity={"export": FORMAT}, overwrite=overwrite, inputs=inputs, say=say
+                ) as stage:
                     exported = _Patches(bound, origin, threads, progress).write(stage.path, shard_size)
                     stage.publish()
                 return replace(exported, output=str(out))
         finally:
             origin.close()
-
-
-@contextmanager
-def _staged(out: Path, inputs: Sequence[Path], overwrite: bool, say: Callable[[str], None] | None) -> Iterator[Stage]:
-    """Where patches are written out of sight. A run that fails leaves nothing: none can be resumed."""
-    with open_stage(out, identity={"export": FORMAT}, overwrite=overwrite, resume=False, inputs=inputs) as stage:
-        if say:
-            for note in stage.notes:
-                say(note)
-        try:
-            yield stage
-        except OSError as error:
-            stage.discard()
-            raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
-        except BaseException:
-            stage.discard()
-            raise
 
 
 def _named_base(pack: Pack) -> str:

@@ -65,6 +65,15 @@ def open_file(path: Path, kind: str = "recipe") -> Document:
     return _normalize(Document(name, data, places, text))
 
 
+def open_source(source: str | Path | Mapping[str, Any], kind: str) -> tuple[Document, str, tuple[Path, ...]]:
+    """A file, or the same as data -> its document, its name, and where relative names are looked up: beside the file,
+    after the working directory."""
+    if isinstance(source, Mapping):
+        return open_data(source, kind), kind, ()
+    path = Path(source)
+    return open_file(path, kind), path.stem, (path.resolve().parent,)
+
+
 def open_documents(path: Path) -> list[Document]:
     """A file of one recipe or of several, one document each. Documents without content are none."""
     name, text = _read(path, "recipe")

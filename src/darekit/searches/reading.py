@@ -14,7 +14,7 @@ from typing import Any
 from darekit.architectures.groups import GROUPS
 from darekit.errors import RecipeError
 from darekit.recipe import Recipe
-from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, shown, suggest
+from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_source, shown, suggest
 from darekit.searches.data import AUTO, RUNGS, SAMPLERS, Knob, Limit, Numbers, Search
 from darekit.searches.space import candidate, midpoint, used_knobs, weight_knobs
 from darekit.trials.judging import MEAN, judge_in, read_judges, read_recipe_place
@@ -37,12 +37,7 @@ def read_search(source: str | Path | Mapping[str, Any]) -> Search:
     Raises:
         RecipeError: the text is not a search; the message names the file, line and key, and says what to write instead.
     """
-    if isinstance(source, Mapping):
-        document, name = open_data(source, "search"), "search"
-        search: tuple[Path, ...] = ()
-    else:
-        path = Path(source)
-        document, name, search = open_file(path, "search"), path.stem, (path.resolve().parent,)
+    document, name, search = open_source(source, "search")
     data = document.data
     for key in data:
         if key not in KEYS:

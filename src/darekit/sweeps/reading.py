@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_data, open_file, shown, suggest
+from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_source, shown, suggest
 from darekit.sweeps.data import DROP_RATE, Axis, Layout, Point, Sweep
 from darekit.trials.judging import read_judges, read_recipe_place
 
@@ -23,12 +23,7 @@ def read_sweep(source: str | Path | Mapping[str, Any]) -> Sweep:
     Raises:
         RecipeError: the text is not a sweep; the message names the file, line and key, and says what to write instead.
     """
-    if isinstance(source, Mapping):
-        document, name = open_data(source, "sweep"), "sweep"
-        search: tuple[Path, ...] = ()
-    else:
-        path = Path(source)
-        document, name, search = open_file(path, "sweep"), path.stem, (path.resolve().parent,)
+    document, name, search = open_source(source, "sweep")
     data = document.data
     for key in data:
         if key not in KEYS:
