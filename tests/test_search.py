@@ -15,10 +15,12 @@ from darekit.evaluation.items import Items
 from darekit.evaluation.scores import Score, mean_loss, share
 from darekit.recipe.values import Gradient, Place, resolve
 from darekit.searches.baselines import baselines_of
-from darekit.searches.data import RUNGS, Limit
+from darekit.searches.blends import Blend
+from darekit.searches.data import RUNGS, Knob, Limit, Numbers
+from darekit.searches.points import point_of, spread_points, written_point
 from darekit.searches.racing import Bound, Goal, Race, dominates, front_of, is_feasible
 from darekit.searches.reading import read_search
-from darekit.searches.sheets import Sheet, difference, from_bytes, to_bytes
+from darekit.searches.sheets import Sheet, difference, from_bytes, mean_of, to_bytes
 from darekit.searches.space import Tensors, bind, candidate, combinations, dimension_data, midpoint
 from darekit.searches.standings import hypervolume
 
@@ -77,6 +79,15 @@ SPACE = "space: {parameters.lambda: {low: 0.5, high: 1}}\n"
         (f"{START}{SPACE}seeds: [1]\n", "give two or more different ones"),
         (f"{START}{SPACE}choose: b\n", r"line 6: choose: no judge gives 'b'; under `validation:` are: a, chat"),
         (f"{START}{SPACE}choose: [a, chta/exact_match]\n", r"no judge gives 'chta/exact_match'; did you mean 'chat'\?"),
+        (f"{START}{SPACE}choose: {{men: [a, chat]}}\n", r"or what to make of them, as min, or \{relative mean: "),
+        (f"{START}{SPACE}choose: {{min: [a, b]}}\n", r"line 6: choose: no judge gives 'b'; under `validation:` are"),
+        (f"{START}{SPACE}try: {{parameters.lambda: 1}}\n", "line 6: try: expected a list of candidates"),
+        (f"{START}{SPACE}try:\n- parameters.lamda: 1\n",
+         r"line 7: try.0.parameters.lamda is no setting of the space; did you mean 'parameters.lambda'\?"),
+        (f"{START}{SPACE}try:\n- {{parameters.lambda: 2}}\n", "line 7: .*: 2 is not in the range from 0.5 to 1"),
+        (f"{START}space: {{m: {{A: , B: {{merge_method: ties}}}}}}\ntry:\n- {{m: C}}\n",
+         r"line 7: try.0.m: 'C' is not one of A, B"),
+        (START.replace("chat", "min") + SPACE, "validation.min is a reserved name"),
         (f"{START}{SPACE}at_least: {{chat: 0.95 of m3}}\n", "'m3' is not a model of the recipe"),
         (f"{START}{SPACE}at_least: {{chat: most of m1}}\n", "expected a number, or a share such as 0.95 of base"),
         (f"{START}{SPACE}constraints: {{chat: 0.9}}\n", r"at the top level: at_least: \{chat: 0.9\}"),
@@ -135,6 +146,52 @@ trials: 9
         "models.0.parameters.weight", "models.1.parameters.weight", "parameters.lambda", "sparsify.drop_rate",
         "sparsify.method", "sparsify.seed",
     ]  # fmt: skip
+
+
+# --- candidates that are asked first
+
+
+def test_the_recipe_as_written_is_a_point_of_the_space():
+    named = {"A": {"merge_method": "task_arithmetic"}, "TIES": {"merge_method": "ties"}}
+    space = {
+        "m": named, "models.*.parameters.weight": {"low": 0, "high": 2, "layers": 3},
+        "parameters.lambda": {"low": 0, "high": 2, "groups": ["mlp", "attention"]},
+        "parameters.keep": {"low": 0.1, "high": 0.5}, "sparsify.drop_rate": {"low": 0, "high": 0.9},
+    }  # fmt: skip
+    recipe = {**RECIPE, "models": [{"model": "m0", "parameters": {"weight": [0.5, 1, 1.5]}}, "m1"]}
+    assert written_point(searched(space, recipe)) == {
+        "m": "A", "models.0.parameters.weight[0]": 0.5, "models.0.parameters.weight[1]": 1,
+        "models.0.parameters.weight[2]": 1.5, **{f"models.1.parameters.weight[{i}]": 1.0 for i in range(3)},
+        "parameters.lambda[mlp]": 1.0, "parameters.lambda[attention]": 1.0, "parameters.keep": 0.3,
+        "sparsify.drop_rate": 0.5,
+    }  # fmt: skip
+    outside = {"parameters.lambda": {"low": 0, "high": 0.9}}
+    assert written_point(searched(outside)) is None
+    assert written_point(searched({"m": {"TIES": named["TIES"], "X": {"merge_method": "linear"}}})) is None
+    assert written_point(searched({"merge_method": ["ties", "task_arithmetic"]})) == {"merge_method": "task_arithmetic"}
+
+
+def test_what_one_gives_may_be_one_number_or_one_for_each_control_point():
+    knob = Knob("parameters.lambda", Numbers(0, 2), layers=2, groups=("mlp", "attention"))
+    each = [f"parameters.lambda[{group}][{i}]" for group in ("mlp", "attention") for i in range(2)]
+    assert point_of(knob, 1) == dict.fromkeys(each, 1)
+    assert point_of(knob, [1, 2]) == dict(zip(each, [1, 2, 1, 2], strict=True))
+    assert point_of(knob, {"mlp": 1, "attention": [0, 2]}) == dict(zip(each, [1, 1, 0, 2], strict=True))
+    for wrong in ([1], {"mlp": 1}, [1, 3], "x", True):
+        with pytest.raises(ValueError, match=r"expected|range"):
+            point_of(knob, wrong)
+
+
+def test_spread_points_have_one_value_over_depth_and_every_choice():
+    search = searched({"merge_method": ["ties", "task_arithmetic"],
+                       "models.*.parameters.weight": {"low": 0, "high": 1, "layers": 4}})  # fmt: skip
+    points = spread_points(search, 8)
+    assert [point["merge_method"] for point in points].count("ties") == 4
+    for k in range(2):
+        values = [[point[f"models.{k}.parameters.weight[{i}]"] for i in range(4)] for point in points]
+        assert all(len({*one}) == 1 for one in values)
+        assert sorted(int(one[0] * 8) for one in values) == [*range(8)]
+    assert points == spread_points(search, 8)
 
 
 # --- the space
@@ -329,8 +386,29 @@ def test_the_mean_is_over_judges_not_over_items():
     first = sheet(a=[1] * 10, b=[0, 1] * 50)
     second = sheet(a=[0] * 10, b=[0, 1] * 50)
     assert first.scores(["a", "b"])["mean"]["value"] == 0.75
-    assert difference(first, second, "mean").value == 0.5
+    mean = mean_of(first.scores(["a", "b"]))
+    assert mean is not None and difference(first, second, mean).value == 0.5
     assert difference(first, second, "c/exact_match") is None
+
+
+def test_the_least_is_held_back_by_the_score_that_will_stay_below():
+    """b is 0.5 of what is best: a candidate that is far ahead in a and surely behind in b will not pass it."""
+    a, b = "a/exact_match", "b/exact_match"
+    least = Blend("min", {a: 1.0, b: 1.0}, least=True)
+    full = sheet(a=[1, 0] * 50, b=[1, 0] * 50)  # of each, 40 items were asked of the others
+    part = sheet(size=100, a=[1] * 40, b=[0] * 40)
+    found = difference(part, full, least)
+    assert found.value == pytest.approx(-0.5) and found.value + 1.645 * found.left < 0
+    race = Race((Goal("min", True, least),), (), (("full", full),))
+    assert race.is_hopeless(part)
+    ahead = sheet(size=100, a=[1] * 40, b=[1] * 40)
+    assert not race.is_hopeless(ahead) and difference(ahead, full, least).value == pytest.approx(0.5)
+    done = sheet(a=[1] * 100, b=[1, 0, 0, 0] * 25)
+    both = difference(done, full, least)
+    assert both.value == 0.25 - 0.5 and both.left == 0
+    assert both.stderr == pytest.approx(difference(done, full, b).stderr)
+    shares = Blend("relative min", {a: 0.5, b: 0.25}, least=True)
+    assert done.scores(["a", "b"], [shares])["relative min"]["value"] == 1.0
 
 
 def test_judges_that_point_both_ways_have_no_mean():

@@ -164,11 +164,12 @@ def count_of(share: float, size: int) -> int:
 def judged(panel: Panel, live: Any, task: Task, began: float, warnings: Sequence[str] = ()) -> Answer:
     """Ask a model rung by rung, until it is hopeless or was asked everything."""
     sheet, rungs, state = Sheet(), [], COMPLETE
+    blends = [goal.blend for goal in task.race.goals if goal.blend is not None]
     for share in task.rungs:
         sheet = panel.ask(live, sheet, share)
         against, found = task.race.against(sheet)
         rungs.append(Rung(
-            share, sheet.asked, sheet.scores(panel.order), against,
+            share, sheet.asked, sheet.scores(panel.order, blends), against,
             {score: {"value": one.value, "stderr": one.stderr} for score, one in found.items()},
         ))  # fmt: skip
         if share < 1 and task.race.is_hopeless(sheet):

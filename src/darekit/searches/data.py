@@ -32,6 +32,13 @@ class Numbers:
     step: float | None = None
     whole: bool = False
 
+    def holds(self, value: float) -> bool:
+        """Whether it is one of them."""
+        steps = 0.0 if self.step is None else (value - self.low) / self.step
+        return self.low <= value <= self.high and abs(steps - round(steps)) < 1e-9 and (
+            not self.whole or value == round(value)
+        )  # fmt: skip
+
     def to_data(self) -> dict[str, Any]:
         """JSON-able form."""
         return {"low": self.low, "high": self.high, "log": self.log, "step": self.step}
@@ -108,6 +115,7 @@ class Search:
         search: folders in which relative names are looked up after the working directory.
         text: the file's own text.
         notes: notes and warnings for the user.
+        points: candidates that are asked first: dimension -> value, some left out.
     """
 
     name: str
@@ -126,3 +134,4 @@ class Search:
     search: tuple[Path, ...]
     text: str
     notes: tuple[str, ...] = ()
+    points: tuple[Mapping[str, Any], ...] = ()

@@ -14,42 +14,49 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from darekit.searches.blends import CONFIDENCE, Blend, Difference
 from darekit.searches.data import Limit
-from darekit.searches.sheets import Difference, Sheet, difference
-
-CONFIDENCE = 1.6448536269514722  # standard errors: 95 %, one-sided
+from darekit.searches.sheets import Sheet, difference
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A score that is to be good. `higher`: whether more of it is better."""
+    """A score that is to be good. `higher`: whether more of it is better; `blend`: what it is made of, if it is no
+    judge's own."""
 
     score: str
     higher: bool
+    blend: Blend | None = None
+
+    @property
+    def measure(self) -> str | Blend:
+        """What to compare."""
+        return self.blend or self.score
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A constraint whose scores have been found: `limit` as written, `score` in full, `of`: the sheet it refers to."""
+    """A constraint whose scores have been found: `limit` as written, `score` in full, `of`: the sheet it refers to,
+    `blend`: what the score is made of, if it is no judge's own."""
 
     limit: Limit
     score: str
     of: Sheet | None
+    blend: Blend | None = None
 
     def margin(self, sheet: Sheet) -> Difference | None:
         """How far a candidate is on the right side; below 0 it is on the wrong one. None: not known."""
         if self.of is not None:
-            found = difference(sheet, self.of, self.score, self.limit.factor)
+            found = difference(sheet, self.of, self.blend or self.score, self.limit.factor)
         else:
-            found = _above(sheet, self.score, self.limit.factor)
+            found = _above(sheet, self.blend or self.score, self.limit.factor)
         if found is None or self.limit.least:
             return found
         return Difference(-found.value, found.stderr, found.left)
 
 
-def _above(sheet: Sheet, score: str, bound: float) -> Difference | None:
-    nothing = Sheet(sheet.items, sheet.whole, sheet.sizes)
-    found = difference(sheet, nothing, score, 0.0)
+def _above(sheet: Sheet, score: str | Blend, bound: float) -> Difference | None:
+    found = difference(sheet, sheet, score, 0.0)
     return None if found is None else Difference(found.value - bound, found.stderr, found.left)
 
 
@@ -87,7 +94,7 @@ class Race:
 
 def differences(sheet: Sheet, other: Sheet, goals: Sequence[Goal]) -> dict[str, Difference]:
     """Goal's score -> this candidate minus the other; scores that one of them lacks are left out."""
-    found = ((goal.score, difference(sheet, other, goal.score)) for goal in goals)
+    found = ((goal.score, difference(sheet, other, goal.measure)) for goal in goals)
     return {score: one for score, one in found if one is not None}
 
 

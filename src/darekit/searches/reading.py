@@ -15,12 +15,14 @@ from darekit.architectures.groups import GROUPS
 from darekit.errors import RecipeError
 from darekit.recipe import Recipe
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_source, shown, suggest
+from darekit.searches.blends import LEAST, wish_in
 from darekit.searches.data import AUTO, RUNGS, SAMPLERS, Knob, Limit, Numbers, Search
+from darekit.searches.points import point_of
 from darekit.searches.space import candidate, midpoint, used_knobs, weight_knobs
-from darekit.trials.judging import MEAN, judge_in, read_judges, read_recipe_place
+from darekit.trials.judging import judge_in, read_judges, read_recipe_place
 from darekit.trials.settings import recipe_with
 
-KEYS = ("recipe", "space", "seeds", "constraints", "at_least", "at_most", "choose", "sampler", "rungs", "round",
+KEYS = ("recipe", "space", "seeds", "constraints", "try", "at_least", "at_most", "choose", "sampler", "rungs", "round",
         "trials", "storage", "validation", "test")  # fmt: skip
 RANGE = ("low", "high", "log", "step", "layers", "stepped", "groups")
 PARTS = ("attention", "mlp", *GROUPS)  # groups of tensors that a range may name
@@ -50,7 +52,10 @@ def read_search(source: str | Path | Mapping[str, Any]) -> Search:
         fail(
             document, (), "no validation judges; candidates are chosen by them: add `validation: {NAME: {data: FILE}}`"
         )
-    names = (*judges["validation"], MEAN)
+    for split, named in judges.items():
+        if LEAST in named:
+            fail(document, (split, LEAST), " is a reserved name: choose: min is the least of all; use another one")
+    names = tuple(judges["validation"])
     place = read_recipe_place(document, search)
     try:
         recipe = recipe_with(place, {}, set(), None)
@@ -67,7 +72,7 @@ def read_search(source: str | Path | Mapping[str, Any]) -> Search:
         name, place, knobs, weights_sum, judges, _read_goals(document, names), _read_limits(document, recipe, names),
         *_read_sampler(document, knobs), _read_rungs(document), _read_count(document, "round", None),
         _read_count(document, "trials", None), _read_storage(document), search, document.text,
-        (*notes, *recipe.notes),
+        (*notes, *recipe.notes), _read_points(document, knobs, recipe),
     )  # fmt: skip
     if found.sampler == "nsga2" and len(found.goals) < 2:
         fail(document, ("sampler",), " nsga2 is for several goals; with one, write tpe, or name them: choose: [A, B]")
@@ -312,6 +317,40 @@ def _check_candidates(document: Document, search: Search) -> None:
             fail(document, _path_of(document, knob.name), f" concerns no candidate: the recipe lacks {what}")
 
 
+# --- candidates that are asked first ---
+
+
+def _read_points(document: Document, knobs: tuple[Knob, ...], recipe: Recipe) -> tuple[Mapping[str, Any], ...]:
+    """Candidates of one's own: dimension -> value; what is left out is as in the recipe."""
+    raw = document.data.get("try", [])
+    if not isinstance(raw, list) or not all(isinstance(one, dict) and one for one in raw):
+        fail(document, ("try",), "expected a list of candidates, each with some settings of the space, such as "
+             f"[{{parameters.lambda: 0.5}}], found {shown(raw)}")  # fmt: skip
+    by_name = {knob.name: knob for knob in knobs}
+    found = []
+    for i, settings in enumerate(raw):
+        point: dict[str, Any] = {}
+        for name, value in settings.items():
+            path: Key = ("try", i, name)
+            suffix = name.removeprefix(EVERY)
+            keys = [f"models.{k}.{suffix}" for k in range(len(recipe.models))] if name.startswith(EVERY) else [name]
+            for key in keys:
+                if key not in by_name:
+                    written = [_written_as(document, knob.name) for knob in knobs]
+                    fail(document, path, f" is no setting of the space{suggest(name, written, 'there are')}")
+                try:
+                    point |= point_of(by_name[key], value)
+                except ValueError as error:
+                    fail(document, path, f"{error}")
+        found.append(point)
+    return tuple(found)
+
+
+def _written_as(document: Document, name: str) -> str:
+    """A knob's name as the file has it."""
+    return str(_path_of(document, name)[-1])
+
+
 # --- goals ---
 
 
@@ -319,17 +358,35 @@ def _read_goals(document: Document, judges: tuple[str, ...]) -> tuple[str, ...]:
     raw = document.data.get("choose")
     if raw is None:
         return ()
-    found = raw if isinstance(raw, list) else [raw]
-    if not found or not all(isinstance(one, str) for one in found) or len({*found}) < len(found):
+    found = [_goal_in(document, one) for one in (raw if isinstance(raw, list) else [raw])]
+    if not found or len({*found}) < len(found):
         fail(document, ("choose",), f"expected the name of a score, or of several, found {shown(raw)}")
     for one in found:
         _known_score(document, ("choose",), one, judges)
     return tuple(found)
 
 
+def _goal_in(document: Document, raw: Any) -> str:
+    """A goal in one line: `{min: [a, b]}` is `min of a, b`."""
+    if isinstance(raw, dict) and len(raw) == 1:
+        word, parts = next(iter(raw.items()))
+        wish = wish_in(str(word))
+        names = parts if isinstance(parts, list) and all(isinstance(one, str) for one in parts) else []
+        if wish is not None and not wish.parts and 1 < len(names) == len({*names}):
+            return f"{word} of {', '.join(names)}"
+    if not isinstance(raw, str):
+        fail(document, ("choose",), "expected the name of a score, or of several, or what to make of them, as "
+             f"min, or {{relative mean: [A, B]}}; found {shown(raw)}")  # fmt: skip
+    return raw
+
+
 def _known_score(document: Document, path: Key, score: str, judges: tuple[str, ...]) -> None:
-    if judge_in(score) not in judges:
-        known = suggest(judge_in(score), judges[:-1], "under `validation:` are")
+    wish = wish_in(score)
+    if wish is not None:
+        for part in wish.parts:
+            _known_score(document, path, part, judges)
+    elif judge_in(score) not in judges:
+        known = suggest(judge_in(score), judges, "under `validation:` are")
         fail(document, path, f"no judge gives {score!r}{known}")
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -21,8 +21,9 @@ from darekit.searches.baselines import Baseline, baselines_of
 from darekit.searches.data import Search
 from darekit.searches.folders import LEASES, Folder, claim, remember
 from darekit.searches.leases import Leases
+from darekit.searches.points import check_points
 from darekit.searches.reading import read_search
-from darekit.searches.space import bind, dimension_data
+from darekit.searches.space import Tensors, bind, dimension_data
 from darekit.searches.standings import Unasked
 from darekit.searches.studies import require_optuna
 from darekit.searches.verdicts import SearchResult
@@ -121,8 +122,20 @@ def check_search(found: Search, out: Path, *, dtype: str | None = None) -> tuple
     check_judges(found.name, found.judges, found.search)
     baselines = baselines_of(found)
     samples_of([one.recipe for one in baselines], folders)
-    bound, _ = bind(found, recipe_with(found.recipe, {}, set(), None), folders)
-    return bound, baselines
+    return _bound(found, folders)[0], baselines
+
+
+def _bound(found: Search, folders: Sequence[Path]) -> tuple[Search, Tensors]:
+    """The search with all its ranges.
+
+    Raises:
+        PlanError: a candidate of the file is outside one.
+    """
+    bound, tensors = bind(found, recipe_with(found.recipe, {}, set(), None), folders)
+    wrong = check_points(bound)
+    if wrong is not None:
+        raise PlanError(f"{found.name}: {wrong}")
+    return bound, tensors
 
 
 def run(
@@ -146,7 +159,7 @@ def run(
     judged = judges_identity(found.judges, make_judges(found.name, found.judges, found.search), found.search)
     baselines = baselines_of(found)
     inputs = samples_of([one.recipe for one in baselines], folders)
-    bound, tensors = bind(found, recipe_with(found.recipe, {}, set(), None), folders)
+    bound, tensors = _bound(found, folders)
     if trials is not None:
         bound = replace(bound, trials=trials)
     record = claim(out, _asked(bound, inputs, judged, dtype))

@@ -14,6 +14,7 @@ import numpy as np
 
 from darekit.evaluation.items import Items, spread
 from darekit.evaluation.scores import Score
+from darekit.searches.blends import Blend, Difference, Part
 from darekit.trials.judging import MEAN, judge_in
 
 
@@ -37,8 +38,8 @@ class Sheet:
         groups = {(judge_in(name), one.group): len(one) for name, one in self.items.items()}
         return sum(groups.values())
 
-    def scores(self, order: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Every score in JSON-able form, judges in this order; with their mean where they have one."""
+    def scores(self, order: Iterable[str], blends: Iterable[Blend] = ()) -> dict[str, dict[str, Any]]:
+        """Every score in JSON-able form, judges in this order; with their mean where they have one, and blends."""
         found: dict[str, dict[str, Any]] = {}
         for judge in order:
             for name in (*self.items, *self.whole):
@@ -46,16 +47,30 @@ class Sheet:
                     one = self.items.get(name)
                     score = self.whole[name] if one is None else one.score
                     found[name] = {**score.to_data(), "items": None if one is None else len(one)}
-        firsts = firsts_of(found)
-        if len(firsts) > 1 and len({found[name]["higher_is_better"] for name in firsts} - {None}) == 1:
-            errors = [found[name]["stderr"] for name in firsts]
-            found[MEAN] = {
-                "value": math.fsum(found[name]["value"] for name in firsts) / len(firsts),
-                "stderr": None if None in errors else math.hypot(*errors) / len(firsts),
-                "higher_is_better": found[firsts[0]]["higher_is_better"],
-                "items": self.asked or None,
-            }
-        return found
+        return with_blends(found, (mean_of(found), *blends), self.asked or None)
+
+    def of(self, score: str) -> Score | None:
+        """One score; None where it was not asked."""
+        return self.items[score].score if score in self.items else self.whole.get(score)
+
+
+def mean_of(scores: Mapping[str, Mapping[str, Any]]) -> Blend | None:
+    """The mean of every judge's first score; None of a single judge, or where they do not all point one way."""
+    firsts = firsts_of(scores)
+    alike = len({scores[name]["higher_is_better"] for name in firsts} - {None}) == 1
+    return Blend(MEAN, dict.fromkeys(firsts, 1.0)) if len(firsts) > 1 and alike else None
+
+
+def with_blends(
+    scores: Mapping[str, Mapping[str, Any]], blends: Iterable[Blend | None], items: int | None
+) -> dict[str, dict[str, Any]]:
+    """Scores in JSON-able form, and those that are made of them."""
+    found = {name: dict(score) for name, score in scores.items()}
+    for blend in blends:
+        score = blend.score(scores, items) if blend is not None else None
+        if blend is not None and score is not None:
+            found[blend.name] = score
+    return found
 
 
 def firsts_of(scores: Iterable[str]) -> list[str]:
@@ -67,22 +82,7 @@ def firsts_of(scores: Iterable[str]) -> list[str]:
     return [*found.values()]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Of one score, one candidate minus another.
-
-    Attributes:
-        value: of the difference.
-        stderr: of it, as an estimate of the difference on all that could be asked; None: unknown.
-        left: its standard error as an estimate of the difference on all items there are: 0 when all were asked.
-    """
-
-    value: float
-    stderr: float | None
-    left: float
-
-
-def difference(first: Sheet, second: Sheet, score: str, factor: float = 1.0) -> Difference | None:
+def difference(first: Sheet, second: Sheet, score: str | Blend, factor: float = 1.0) -> Difference | None:
     """First minus `factor` times second in one score, on the items that both were asked; None where one lacks it.
 
     Paired: the standard error is that of the items' differences. Where few items were asked, two models may by luck
@@ -90,18 +90,10 @@ def difference(first: Sheet, second: Sheet, score: str, factor: float = 1.0) -> 
     independent. For what is left, items are drawn without replacement: the variance shrinks by 1 - n/N (Cochran,
     Sampling Techniques, section 2.8).
     """
-    if score == MEAN:
-        names = [name for name in firsts_of((*first.items, *first.whole)) if name in (*second.items, *second.whole)]
-        parts = [difference(first, second, name, factor) for name in names]
-        if not parts or None in parts:
-            return None
-        known = [part for part in parts if part is not None]
-        errors = [part.stderr for part in known]
-        return Difference(
-            math.fsum(part.value for part in known) / len(known),
-            None if None in errors else math.hypot(*(one or 0.0 for one in errors)) / len(known),
-            math.hypot(*(part.left for part in known)) / len(known),
-        )
+    if isinstance(score, Blend):
+        parts = {name: _part(first, second, name, factor) for name in score.units}
+        known = {name: one for name, one in parts.items() if one is not None}
+        return score.difference(known, factor) if known and len(known) == len(parts) else None
     if score in first.items and score in second.items:
         count = min(len(first.items[score]), len(second.items[score]))
         a, b = first.items[score].first(count), second.items[score].first(count)
@@ -120,6 +112,13 @@ def difference(first: Sheet, second: Sheet, score: str, factor: float = 1.0) -> 
         stderr = None if None in errors else math.hypot(one.stderr or 0.0, factor * (two.stderr or 0.0))
         return Difference(one.value - factor * two.value, stderr, 0.0)
     return None
+
+
+def _part(first: Sheet, second: Sheet, score: str, factor: float) -> Part | None:
+    found, own, other = difference(first, second, score, factor), first.of(score), second.of(score)
+    if found is None or own is None or other is None:
+        return None
+    return Part(found, (own.value, own.stderr), (other.value, other.stderr))
 
 
 def to_bytes(sheet: Sheet) -> bytes:

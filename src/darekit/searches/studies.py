@@ -17,7 +17,8 @@ from darekit.errors import OutputError, PlanError, Unsupported
 from darekit.searches.asking import COMPLETE, STOPPED, Answer
 from darekit.searches.data import TRIALS, Knob, Search
 from darekit.searches.folders import JOURNAL
-from darekit.searches.leases import FREE, ORPHAN, Leases
+from darekit.searches.leases import FREE, ORPHAN, Leases, wait_a_little
+from darekit.searches.points import SPREAD, given_points, spread_points
 from darekit.searches.racing import Goal
 from darekit.searches.space import combinations
 from darekit.trials.files import lock
@@ -74,6 +75,7 @@ class Study:
         self.search, self.goals, self.leases = search, goals, leases
         self._name = f"{search.name}-{mark}"
         self._own: set[int] = set()
+        self._first: list[dict[str, Any]] = []
         with quiet():
             self._study = self._open(out)
             self._space = distributions(search.knobs)
@@ -102,17 +104,42 @@ class Study:
 
     def ask(self) -> Any:
         """The next candidate: a trial with its `number` and `params`. Its lease is taken."""
+        if self._unasked() is None:
+            trial = self._ask()
+        else:
+            with self._alone("first"), quiet():
+                first = self._unasked()
+                if first is not None:
+                    self._study.enqueue_trial(first)
+                trial = self._ask()
+        self.leases.take(lease_of(trial.number))
+        self._own.add(trial.number)
+        return trial
+
+    def _ask(self) -> Any:
         with quiet():
             # A sampler of its own for each: what it draws follows from the seed and the trials so far, kill or not.
-            count = sum(not one.user_attrs.get(GIVEN_BACK) for one in self._study.get_trials(deepcopy=False))
+            count = len(self._alive())
             alone = self.leases.others() == 0
             self._study.sampler = sampler_of(
                 self.search, digest_of(self.search.seed, count, 0 if alone else os.getpid())
             )
-            trial = self._study.ask(fixed_distributions=self._space)
-        self.leases.take(lease_of(trial.number))
-        self._own.add(trial.number)
-        return trial
+            return self._study.ask(fixed_distributions=self._space)
+
+    def _alive(self) -> list[Any]:
+        """All trials but those that were given to another one."""
+        with quiet():
+            return [one for one in self._study.get_trials(deepcopy=False) if not one.user_attrs.get(GIVEN_BACK)]
+
+    def _unasked(self) -> Mapping[str, Any] | None:
+        """Of the candidates that come first the next one; None where all were asked, or something waits before them."""
+        if not self._first:
+            return None
+        trials = self._alive()
+        if any(one.state.name == "WAITING" for one in trials):
+            return None
+        asked = [one.params for one in trials]
+        return next((point for point in self._first if point not in asked), None)
 
     def tell(self, number: int, answer: Answer, violations: Sequence[float] | None, digest: str) -> None:
         """What came of a candidate; its lease is given back."""
@@ -175,10 +202,20 @@ class Study:
                 return True
         return False
 
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """While no other process does the same."""
+        while True:
+            with self.leases.held(name) as mine:
+                if mine:
+                    yield
+                    return
+            wait_a_little()
+
     def fill_grid(self) -> int:
         """Queue all combinations, once -> how many there are."""
         count = 0
-        with quiet(), self.leases.held("grid"):
+        with quiet(), self._alone("grid"):
             wanted = list(combinations(self.search.knobs))
             if len(wanted) > LARGEST_GRID:
                 raise PlanError(
@@ -191,11 +228,22 @@ class Study:
             count = len(wanted)
         return count
 
+    def remember_first(self) -> None:
+        """Which candidates come first. A file's own may become more while a search goes on; those that are spread over
+        the space are for a search that begins, and for a sampler that learns."""
+        with quiet(), self._alone("first"):
+            given = given_points(self.search)
+            known = self._study.user_attrs.get("first")
+            if known is None:
+                begins = self.search.sampler == "tpe" and not self._study.get_trials(deepcopy=False)
+                known = [*given, *spread_points(self.search, max(0, SPREAD - len(given)) if begins else 0)]
+            self._first = [*known, *(point for point in given if point not in known)]
+            self._study.set_user_attr("first", self._first)
+
     def counts(self) -> Counts:
         """How many trials are finished, running elsewhere, and queued."""
-        with quiet():
-            trials = self._study.get_trials(deepcopy=False)
-        done = [t for t in trials if t.state.is_finished() and not t.user_attrs.get(GIVEN_BACK)]
+        trials = self._alive()
+        done = [t for t in trials if t.state.is_finished()]
         running = [t for t in trials if t.state.name == "RUNNING" and t.number not in self._own]
         return Counts(len(done), len(running), sum(t.state.name == "WAITING" for t in trials))
 

@@ -15,21 +15,22 @@ from darekit.notebooks import shown_as_html
 from darekit.recipe import Recipe, read_recipe
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED
 from darekit.searches.baselines import BASE, Baseline
+from darekit.searches.blends import Blend, Difference
 from darekit.searches.data import TRIALS as DEFAULT
 from darekit.searches.data import Search
 from darekit.searches.folders import BEST, FORMAT, SUMMARY, TRIAL, Folder, Line
 from darekit.searches.racing import Goal
-from darekit.searches.sheets import Difference, difference
+from darekit.searches.sheets import difference
 from darekit.searches.space import dimension_data
 from darekit.searches.standings import Standings, hypervolume
 from darekit.trials.files import write_whole
 from darekit.trials.judging import found_in, search_of
 from darekit.trials.settings import data_of
-from darekit.wording import brief
+from darekit.wording import and_, brief
 
 INTERVAL = 1.959963984540054  # standard errors: 95 %, two-sided
 
-SINGLE_ROLE, PLAIN_ROLE = "best single model", "best plain merge"
+ROLES = ("best single model", "best plain merge", "recipe as written")
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,14 @@ class SearchResult:
 
 
 def write_summary(
-    search: Search, folder: Folder, standings: Standings, baselines: Sequence[Baseline], single: Line | None,
-    plain: Line | None, *, interrupted: bool, reused: int, seconds: float,
+    search: Search, folder: Folder, standings: Standings, baselines: Sequence[Baseline],
+    rivals: tuple[Line | None, Line | None, Line | None], *, interrupted: bool, reused: int, seconds: float,
 ) -> SearchResult:  # fmt: skip
-    """Work out what was found, and write `summary.json` and `best.yaml`."""
+    """Work out what was found, and write `summary.json` and `best.yaml`. `rivals`: with whom the best is compared, in
+    the order of `ROLES`."""
     best = standings.best
-    found = _Found(search, folder, standings, best, single, plain, interrupted)
+    single, plain, _ = rivals
+    found = _Found(search, folder, standings, best, rivals, interrupted)
     summary = {
         "format": FORMAT,
         "name": search.name,
@@ -120,7 +123,8 @@ def _question(search: Search, standings: Standings) -> dict[str, Any]:
 def _counts(search: Search, standings: Standings, folder: Folder, reused: int) -> dict[str, Any]:
     """How many candidates there were, and how many items they were asked. Equal candidates are asked once."""
     lines = [line for line in standings.lines if line.kind == TRIAL]
-    once = {line.digest: line for line in lines if line.state in (COMPLETE, STOPPED)}
+    there = {line.digest for line in standings.lines if line.kind != TRIAL and line.state == COMPLETE}
+    once = {line.digest: line for line in lines if line.state in (COMPLETE, STOPPED) and line.digest not in there}
     items = sum(line.items for line in once.values())
     full = max((line.items for line in standings.lines if line.state == COMPLETE), default=0)
     return {
@@ -158,8 +162,7 @@ class _Found:
     folder: Folder
     standings: Standings
     best: Line | None
-    single: Line | None
-    plain: Line | None
+    rivals: tuple[Line | None, Line | None, Line | None]
     interrupted: bool
 
     @property
@@ -180,9 +183,10 @@ class _Found:
     def tested(self, line: Line) -> dict[str, Any] | None:
         """A candidate's scores on the test data; None where it was not asked them."""
         sheet = self.folder.sheet(line.digest, "test")
-        return None if sheet is None else sheet.scores(self.search.judges.get("test", {}))
+        blends = [goal.blend for goal in self.standings.goals if goal.blend is not None]
+        return None if sheet is None else sheet.scores(self.search.judges.get("test", {}), blends)
 
-    def compared(self, other: Line, score: str) -> Difference | None:
+    def compared(self, other: Line, score: str | Blend) -> Difference | None:
         """The best minus another, in one score."""
         assert self.best is not None
         first, second = (self.folder.sheet(one.digest, self.split) for one in (self.best, other))
@@ -192,10 +196,10 @@ class _Found:
         if self.best is None:
             return []
         found = []
-        for role, other in ((SINGLE_ROLE, self.single), (PLAIN_ROLE, self.plain)):
+        for role, other in zip(ROLES, self.rivals, strict=True):
             for goal in self.standings.goals if other is not None and other.digest != self.best.digest else ():
                 assert other is not None
-                one = self.compared(other, goal.score)
+                one = self.compared(other, goal.measure)
                 if one is not None:
                     found.append({
                         "against": other.name, "role": role, "score": goal.score, "split": self.split,
@@ -217,6 +221,7 @@ class _Found:
         head = [self._headline(str(who))]
         if self.best.kind != TRIAL:
             head = [f"None of {count} beats {who}. {head[0]}", "The space, or the number of trials, may be too small."]
+        head += self._abilities()
         head += [self._sentence(one) for one in self.differences()]
         if self.split == "validation" and "test" in self.search.judges:
             head.append("The test data have not been used yet. Validation scores flatter what was chosen by them.")
@@ -245,17 +250,26 @@ class _Found:
         if len(self.standings.goals) > 1:
             return f"Best compromise: {who}, {on}."
         if worse:
-            return f"Best on validation: {who}, but it is worse than {worse[0]['against']} {on}."
+            return f"Best on validation: {who}, but it is worse than {_rival(worse[0])} {on}."
         if unclear:
-            names = " or ".join(dict.fromkeys(one["against"] for one in unclear))
+            names = " or ".join(dict.fromkeys(_rival(one) for one in unclear))
             return f"Best: {who}, {on}. It is no better than {names}, as far as these data can tell."
         if not found:
             return f"Best: {who}, {on}."
-        return f"Best: {who}, {on}. It is better than {' and '.join(dict.fromkeys(one['against'] for one in found))}."
+        return f"Best: {who}, {on}. It is better than {and_(list(dict.fromkeys(map(_rival, found))))}."
+
+    def _abilities(self) -> list[str]:
+        """Each judge's first score, where the goal is made of several: a mean hides one that is lost."""
+        assert self.best is not None
+        scores = self.tested(self.best) or self.best.scores
+        names = [name for goal in self.standings.goals if goal.blend is not None for name in goal.blend.units]
+        told = [f"{name} {_shown(scores[name])}" for name in dict.fromkeys(names) if name in scores]
+        return [f"One by one on {self.split}: {', '.join(told)}."] if told else []
 
     def _sentence(self, one: Mapping[str, Any]) -> str:
         sign = "+" if one["value"] >= 0 else ""
-        text = f"Against {one['against']} ({one['role']}): {one['score']} {sign}{one['value']:.3f}"
+        role = f" ({one['role']})" if one["role"] != ROLES[2] else ""
+        text = f"Against {_rival(one)}{role}: {one['score']} {sign}{one['value']:.3f}"
         if one["interval"] is None:
             return f"{text}, with an unknown error."
         low, high = one["interval"]
@@ -266,14 +280,21 @@ class _Found:
         """Which constraints nobody, or not even the choice, keeps for sure."""
         found = []
         for bound in self.standings.bounds:
-            sheet = None if self.best is None else self.folder.sheet(self.best.digest)
-            margin = None if sheet is None else bound.margin(sheet)
-            if margin is None:
-                found.append(f"Constraint: {bound.limit}.")
-            else:
-                error = f" ± {margin.stderr:.3f}" if margin.stderr is not None else ""
-                found.append(f"Constraint {bound.limit}: kept on validation, by {margin.value:.3f}{error}.")
+            told = []
+            for split in ("validation", "test") if bound.of is None else ("validation",):
+                sheet = None if self.best is None else self.folder.sheet(self.best.digest, split)
+                margin = None if sheet is None else bound.margin(sheet)
+                if margin is not None:
+                    error = f" ± {margin.stderr:.3f}" if margin.stderr is not None else ""
+                    kept = "kept" if margin.value >= 0 else "missed"
+                    told.append(f"{kept} on {split}, by {abs(margin.value):.3f}{error}")
+            found.append(f"Constraint {bound.limit}: {'; '.join(told)}." if told else f"Constraint: {bound.limit}.")
         return found
+
+
+def _rival(one: Mapping[str, Any]) -> str:
+    """With whom something is compared, in a sentence."""
+    return "the recipe as written" if one["role"] == ROLES[2] else str(one["against"])
 
 
 def _interval(one: Difference) -> list[float] | None:

@@ -13,16 +13,18 @@ from darekit.pools.processes import Lost, Pool
 from darekit.recipe import Recipe, read_recipe
 from darekit.recipe.essence import essence
 from darekit.searches.asking import COMPLETE, FAILED, Answer, Rung, Task
-from darekit.searches.baselines import BASE, PLAIN, SINGLE, Baseline
+from darekit.searches.baselines import BASE, PLAIN, SINGLE, WRITTEN, Baseline
 from darekit.searches.data import TRIALS, Search
 from darekit.searches.folders import BASELINE, TRIAL, Folder, Line, line_of
 from darekit.searches.leases import HELD, Leases, wait_a_little
+from darekit.searches.points import written_point
 from darekit.searches.racing import Bound, Goal, is_feasible
-from darekit.searches.sheets import Sheet
+from darekit.searches.sheets import Sheet, with_blends
 from darekit.searches.space import Tensors, candidate
 from darekit.searches.standings import Standings, bounds_of, goals_of, named_sheets
 from darekit.searches.studies import Study
 from darekit.searches.verdicts import SearchResult, write_summary
+from darekit.trials.settings import recipe_with
 
 Say = Callable[[str], None]
 
@@ -112,10 +114,11 @@ class Work:
         if scores is None:
             first = judged[0][1]
             raise DataError(f"{self.search.name}: no baseline could be judged; {first.title}: {first.error}")
-        self.goals = goals_of(self.search, scores, self.whole)
+        singles = [line.scores for one, line in judged if one.kind == SINGLE and line.state == COMPLETE]
+        self.goals = goals_of(self.search, scores, self.whole, singles)
         read = ((one, self.folder.sheet(line.digest)) for one, line in judged if line.state == COMPLETE)
         sheets = [(one, sheet) for one, sheet in read if sheet is not None]
-        self.bounds = bounds_of(self.search, scores, self.whole, named_sheets(sheets))
+        self.bounds = bounds_of(self.search, scores, self.whole, named_sheets(sheets), singles)
         self._feasible = {one.name: is_feasible(sheet, self.bounds) for one, sheet in sheets}
         self.study = Study(self.search, self.goals, self.folder.out, self.leases, self.mark)
         try:
@@ -123,24 +126,29 @@ class Work:
         except KeyboardInterrupt:
             interrupted = True
         standings = self.standings()
-        singles = standings.best_of([one.name for one in baselines if one.kind in (SINGLE, BASE)])
+        single = standings.best_of([one.name for one in baselines if one.kind in (SINGLE, BASE)])
         plain = standings.best_of([one.name for one in baselines if one.kind == PLAIN])
+        written = standings.best_of([one.name for one in baselines if one.kind == WRITTEN])
         if not interrupted and "test" in self.search.judges:
             try:
-                self._test([one for one in (standings.best, singles, plain) if one is not None])
+                self._test([one for one in (standings.best, single, plain, written) if one is not None])
             except KeyboardInterrupt:
                 interrupted = True
         return write_summary(
-            self.search, self.folder, standings, baselines, singles, plain, interrupted=interrupted, reused=self.reused,
-            seconds=time.perf_counter() - self.began,
+            self.search, self.folder, standings, baselines, (single, plain, written), interrupted=interrupted,
+            reused=self.reused, seconds=time.perf_counter() - self.began,
         )  # fmt: skip
 
     def standings(self) -> Standings:
         """Who leads, with what other processes have found so far."""
+        blends = [goal.blend for goal in self.goals]
         lines = (
-            replace(line, feasible=self._feasible.get(line.key)) if line.kind == BASELINE else line
+            replace(
+                line, scores=with_blends(line.scores, blends, line.items or None),
+                feasible=self._feasible.get(line.key) if line.kind == BASELINE else line.feasible,
+            )
             for line in self.folder.lines
-        )
+        )  # fmt: skip
         return Standings(self.goals, self.bounds, tuple(lines))
 
     # --- baselines
@@ -192,6 +200,8 @@ class Work:
         if self.search.sampler == "grid":
             count = self.study.fill_grid()
             total = min(self.search.trials or count, count)
+        else:
+            self.study.remember_first()
         told = False
         self.total = total
         while True:
@@ -229,7 +239,7 @@ class Work:
                 if error is not None:
                     answers[at] = Answer(FAILED, error=error)
                 elif digest in known:
-                    answers[at] = _again(known[digest], self.folder)
+                    answers[at] = self._again(known[digest])
                 else:
                     todo.setdefault(digest, at)
             tasks = [
@@ -260,17 +270,27 @@ class Work:
         line = next((one for one in self.folder.lines if one.kind == TRIAL and one.trial == number), None)
         if line is None:
             return False
-        answer = _again(line, self.folder)
+        answer = self._again(line)
         self.study.tell(number, answer, self._violations(answer), line.digest)
         return True
 
     def _candidate(self, params: Mapping[str, Any]) -> tuple[Recipe | None, str, str | None]:
         """Its recipe and digest; or why there is none."""
         try:
-            recipe = candidate(self.search, params, self.tensors)
+            if self.search.weights_sum is None and params == written_point(self.search):
+                recipe = recipe_with(self.search.recipe, {}, set(), None)  # as a baseline it was judged already
+            else:
+                recipe = candidate(self.search, params, self.tensors)
         except RecipeError as error:
             return None, "", str(error)
         return recipe, self.digest(recipe), None
+
+    def _again(self, line: Line) -> Answer:
+        """What is known of an equal candidate, or of a baseline that is one."""
+        blends = [goal.blend for goal in self.goals]
+        rungs = [Rung(**one) for one in line.rungs]
+        rungs = [replace(one, scores=with_blends(one.scores, blends, one.items or None)) for one in rungs]
+        return Answer(line.state, self.folder.sheet(line.digest) or Sheet(), tuple(rungs), None, tuple(line.warnings))
 
     def _keep(self, trial: Any, answer: Answer, recipe: Recipe | None, digest: str) -> None:
         feasible = is_feasible(answer.sheet, self.bounds) if answer.state == COMPLETE else None
@@ -326,12 +346,6 @@ class Work:
             self.watch(Status(phase, done, total, standings.lines, standings.best, self.goals[0].score, fresh))
         else:
             self.watch(Status(phase, done, total, fresh=fresh))
-
-
-def _again(line: Line, folder: Folder) -> Answer:
-    """What is known of an equal candidate."""
-    rungs = tuple(Rung(**one) for one in line.rungs)
-    return Answer(line.state, folder.sheet(line.digest) or Sheet(), rungs, None, tuple(line.warnings), 0.0)
 
 
 def _recipe_of(line: Line) -> Recipe:
