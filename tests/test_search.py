@@ -118,6 +118,26 @@ def test_files_that_are_no_search(tmp_path, monkeypatch, text, says):
         read_search(tmp_path / "s.yaml")
 
 
+@pytest.mark.parametrize(
+    ("row", "score", "says"),
+    [
+        ('{"prompt": "a", "completion": "b"}', "exact_mach", "did you mean 'exact_match'? A has: exact_match, loss"),
+        ('{"prompt": "a", "completion": "b"}', "perplexity", "; a has: exact_match, loss"),
+        ('{"text": "a"}', "exact_match", "; a has: loss, perplexity"),
+        ("no row at all", "exact_mach", "did you mean 'exact_match'? A has: exact_match, loss, accuracy"),
+    ],
+)
+@pytest.mark.parametrize(
+    "where", ["choose: a/{}", "choose: [chat, a/{}]", "choose: {{min: [chat, a/{}]}}", "at_least: {{a/{}: 1}}"]
+)
+def test_a_score_that_rows_of_data_do_not_have_is_found_by_its_line(tmp_path, row, score, says, where):
+    (tmp_path / "a.jsonl").write_text(f"{row}\n")
+    (tmp_path / "s.yaml").write_text(f"{START}{SPACE}{where.format(score)}\n")
+    with pytest.raises(RecipeError, match=r"s.yaml line 6: .*: a has no score") as found:
+        read_search(tmp_path / "s.yaml")
+    assert says in str(found.value)
+
+
 def test_a_file_with_everything(tmp_path):
     (tmp_path / "s.yaml").write_text(
         f"{START}"

@@ -174,8 +174,11 @@ def show_result(result: SearchResult, *, as_json: bool) -> None:
     print()
     _show_scores(summary)
     best = summary["best"]
+    from darekit.trials.settings import all_spoken
+
     if best is not None and best["params"]:
-        values = ", ".join(f"{name} {_number(value)}" for name, value in best["params"].items())
+        names = all_spoken([*best["params"]], summary["question"]["recipe"])
+        values = "; ".join(f"{names[name]} {_number(value)}" for name, value in best["params"].items())
         tables.print_facts([("recipe", values)])
     counts = summary["counts"]
     asked = f"{counts['complete']} in full, {counts['stopped']} stopped, {counts['failed']} failed"
@@ -227,25 +230,32 @@ def _number(value: Any) -> str:
 
 def show_space(search: Search, baselines: Sequence[Baseline], *, as_json: bool) -> None:
     """What a search would do."""
+    from darekit.searches.points import first_points
     from darekit.searches.space import dimension_data
+    from darekit.trials.settings import all_spoken, data_of
 
     space = dimension_data(search.knobs)
+    written, given, spread = first_points(search)
     if as_json:
         print(json.dumps({
             "space": space, "baselines": [one.name for one in baselines], "goals": list(search.goals),
             "constraints": [str(limit) for limit in search.limits], "sampler": search.sampler,
-            "notes": list(search.notes),
+            "notes": list(search.notes), "first": [*written, *given, *spread],
         }))  # fmt: skip
         return
     print(f"Dry run, nothing is written: {len(space)} dimensions, searched by {search.sampler}")
     for note in search.notes:
         print(tables.wrapped(f"note: {note}", "  "))
     print()
-    rows = [(name, _range(one)) for name, one in space.items()]
+    names = all_spoken([*space], data_of(search.recipe))
+    rows = [(names[name], _range(one)) for name, one in space.items()]
     print_table(tables.table_of(("dimension", "range"), rows, 2))
     print()
+    own = f"{counted(len(given), 'candidate')} of the file" if given else ""
+    others = f"{len(spread)} spread over the space" if spread else ""
     tables.print_facts([
-        ("first", "; ".join(one.name for one in baselines)),
+        ("baselines", "; ".join(one.name for one in baselines)),
+        ("first", ", ".join(filter(None, ("the recipe as written" if written else "", own, others)))),
         ("goals", ", ".join(search.goals) or _goal_of(search)),
         ("constraints", "; ".join(map(str, search.limits))),
         ("rungs", ", ".join(f"{share:.0%}" for share in search.rungs)),

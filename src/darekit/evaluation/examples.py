@@ -25,6 +25,11 @@ from darekit.live.tasks import CAUSAL, CLASSIFIER, REGRESSOR, SEQ2SEQ, rows_of
 BATCH_SIZE = 16
 COMPLETION, LABEL, TEXT = "a completion", "a label", "text alone"
 JUDGED_BY = {CAUSAL: (TEXT, COMPLETION), SEQ2SEQ: (COMPLETION,), CLASSIFIER: (LABEL,), REGRESSOR: (LABEL,)}
+METRICS = {
+    COMPLETION: ("exact_match", "loss"),
+    LABEL: ("accuracy", "matthews", "f1", "pearson", "spearman"),
+    TEXT: ("loss", "perplexity"),
+}
 
 Progress = Callable[[int, int], None]
 

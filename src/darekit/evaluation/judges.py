@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from darekit.errors import RecipeError
-from darekit.evaluation.examples import BATCH_SIZE, Examples, Progress
+from darekit.errors import DarekitError, RecipeError
+from darekit.evaluation.examples import BATCH_SIZE, METRICS, Examples, Progress, form_of
 from darekit.evaluation.harness import JUDGE_KEYS, find_tasks, load_tasks
 from darekit.evaluation.outside import Command, Function, command_of, function_judge, function_of
 from darekit.evaluation.scores import Score
@@ -121,6 +122,18 @@ def check_judge(spec: Any, *, search: Sequence[Path] = ()) -> None:
     _kind_of(spec)
     find_tasks(_listed(spec["tasks"]), **_found_by(spec, search))
     _asked_as(spec)
+
+
+def metrics_of(spec: Any, *, search: Sequence[Path] = ()) -> tuple[str, ...]:
+    """Names of the scores that a judge of data can have, by the first row of its file (all there are, where that is not
+    here); of other judges nothing: only a run shows them."""
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("data"), str):
+        return ()
+    path = next((one for folder in (Path.cwd(), *search) if (one := folder / spec["data"]).is_file()), None)
+    if path is not None:
+        with suppress(DarekitError):  # told when the judge is made
+            return METRICS[form_of(read_rows(path, limit=1)[0])]
+    return tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
 
 
 def _short_form(text: str) -> dict[str, str]:

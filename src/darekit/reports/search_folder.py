@@ -7,12 +7,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from darekit.errors import OutputError
 from darekit.searches.folders import FORMAT, RECORD, SUMMARY, TRIALS
+from darekit.trials.settings import all_spoken
 
 _PART = re.compile(r"(.+)\[([^\]]+)\]$")
 
@@ -84,6 +85,7 @@ class SearchFolder:
         question: what was asked, in the words of `summary.json`.
         summary: what was found; empty while it is not written.
         text: of the search file; empty where it is not known.
+        names: dimension -> what people call it; of control points and groups also their setting.
     """
 
     name: str
@@ -94,6 +96,11 @@ class SearchFolder:
     question: Mapping[str, Any]
     summary: Mapping[str, Any]
     text: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def called(self, dimension: str) -> str:
+        """What people call a dimension: `shift's weight`."""
+        return self.names.get(dimension, dimension)
 
     def best(self) -> Trial | None:
         """The trial that validation chose."""
@@ -124,16 +131,25 @@ def read_search_folder(out: Path) -> SearchFolder:
         Goal(str(one["score"]), one.get("higher_is_better") is not False)
         for one in question.get("goals") or () if isinstance(one, Mapping) and "score" in one
     )  # fmt: skip
+    settings = [*space, *(name for one in trials for name in one.params)]
+    settings = [*dict.fromkeys(part for name in settings for part in (name, name.partition("[")[0]))]
+    names = all_spoken(settings, question.get("recipe"))
+    composed = {str(one.get("name")): dict(one.get("validation") or {}) for one in summary.get("baselines") or ()}
+    # Goals that are made of several scores are known when all baselines are: the summary has them.
+    baselines = tuple(replace(one, scores={**composed.get(one.name, {}), **one.scores}) for one in baselines)
     name = str(summary.get("name") or asked.get("name") or asked.get("search") or out.resolve().name)
-    return SearchFolder(name, trials, baselines, goals or _goals(found), space, question, summary,
-                        str(asked.get("text") or ""))  # fmt: skip
+    return SearchFolder(name, trials, baselines, goals or _goals(found, question), space, question, summary,
+                        str(asked.get("text") or ""), names)  # fmt: skip
 
 
-def _goals(found: list[Trial]) -> tuple[Goal, ...]:
-    """Where nothing says: the mean, or the first score."""
+def _goals(found: list[Trial], question: Mapping[str, Any]) -> tuple[Goal, ...]:
+    """Where no summary says: what was asked for, as far as it has scores by that name; the mean, or the first score."""
     names: dict[str, Any] = {}
     for one in found:
         names = {**one.scores, **names}
+    asked = [str(name) for name in question.get("choose") or () if name in names]
+    if asked:
+        return tuple(Goal(name, names[name].get("higher_is_better") is not False) for name in asked)
     name = "mean" if "mean" in names else next(iter(names), None)
     return () if name is None else (Goal(name, names[name].get("higher_is_better") is not False),)
 

@@ -211,8 +211,8 @@ def slices(found: Found, names: Sequence[str]) -> Plot | None:
                 lines.append(Line(group, points, look, joined=False, size=_SIZES[look]))
                 keys.append(Key(group, look, joined=False))
         if lines:
-            label = name if len(read.goals) == 1 else f"{name}: {goal.score}"
-            figure = curves(lines, {"title": name, **more}, {"title": f"{goal.score}, validation"})
+            label = read.called(name) if len(read.goals) == 1 else f"{read.called(name)}: {goal.score}"
+            figure = curves(lines, {"title": read.called(name), **more}, {"title": f"{goal.score}, validation"})
             views.append(View(label, (("", figure),), tuple(keys)))
     how = "One setting at a time: the others vary too, so a cloud without a slope says little."
     return Plot("Slices", how, tuple(views), None, "Setting") if views else None
@@ -240,7 +240,7 @@ def parallels(found: Found, every: Sequence[str]) -> Plot | None:
         heights.append([(score - low) / (high - low or 1) for score in scores])
         order = sorted(range(len(able)), key=lambda i: -scores[i] if goal.higher else scores[i])
         fit = [i for i in order if able[i].state == COMPLETE and able[i].feasible is not False] or order
-        few = {*fit[: max(1, round(_BEST * len(able)))]}
+        few = {*fit[: _among_the_best(len(able))]}
         strands = [
             Strand(tuple(column[i] for column in heights), found.says(one), found.copy(one),
                    2 if i == fit[0] else 1 if i in few else 0)
@@ -248,11 +248,20 @@ def parallels(found: Found, every: Sequence[str]) -> Plot | None:
         ]  # fmt: skip
         views.append(View(goal.score, (("", parallel(uprights, strands)),)))
     left = len(every) - len(names)
-    how = (
-        f"Each line is a candidate: orange is the best complete one, blue are the best {100 * _BEST:.0f} %. Where the "
-        "blue lines run together, the setting matters." + (f" {left} more settings are left out." if left else "")
+    count = _among_the_best(
+        max(sum(math.isfinite(one.value(goal.score)) for one in read.trials) for goal in read.goals)
     )
+    blue = f"blue are the next best {count - 1}. Where the blue lines run together, the setting matters."
+    how = (
+        f"Each line is a candidate: orange is the best complete one{f', {blue}' if count > 2 else '.'}"
+        + (f" {left} more settings are left out." if left else "")
+    )  # fmt: skip
     return Plot("Parallel coordinates", how, tuple(views), None, "Goal") if views else None
+
+
+def _among_the_best(count: int) -> int:
+    """Of so many candidates, how many are told apart as the best: of few the first alone."""
+    return max(1, round(_BEST * count))
 
 
 def _hashed(value: Any) -> Any:
@@ -270,19 +279,12 @@ def _upright(name: str, read: SearchFolder, values: Sequence[Any]) -> tuple[Upri
     else:
         marks = tuple((heights[value], f"{value:.3g}".replace("-", MINUS)) for value in
                       (min(places, key=lambda v: places[v]), max(places, key=lambda v: places[v])))  # fmt: skip
-    return Upright(short(name), marks), heights
+    return Upright(read.called(name), marks), heights
 
 
 def _aside(one: Trial, axis: Mapping[str, Any]) -> float:
     """Marks over a word are spread, or they would hide each other: by the golden ratio, not at random."""
     return 0.5 * ((one.number or 0) * 0.618034 % 1 - 0.5) if "ticktext" in axis else 0.0
-
-
-def short(name: str) -> str:
-    """A dimension's name for a narrow place."""
-    for long, short in ((".parameters.", "."), ("parameters.", ""), ("sparsify.", ""), ("models.", "model ")):
-        name = name.replace(long, short)
-    return name
 
 
 def importances(found: Found) -> tuple[Plot | None, dict[str, float], str]:
@@ -296,7 +298,7 @@ def importances(found: Found) -> tuple[Plot | None, dict[str, float], str]:
             lead = word
             continue
         measure, first = word, first or measured
-        figure = bars([short(name) for name in measured], [*measured.values()], {"tickformat": ".0%"})
+        figure = bars([read.called(name) for name in measured], [*measured.values()], {"tickformat": ".0%"})
         views.append(View(goal.score, (("", figure),)))
     how = (
         f"How much of the differences in score each setting explains: Optuna's {measure}, over all candidates that "
@@ -358,7 +360,7 @@ def over_depth(found: Found) -> Iterator[Plot]:
         numbered = all(place.isdecimal() for place in places)
         places = sorted(places, key=int) if numbered else places
         figure, keys = _depth_figure(found, name, tables, places, numbered)
-        views[numbered].append(View(name, (("", figure),), keys))
+        views[numbered].append(View(read.called(name), (("", figure),), keys))
     if views[True]:
         how = "Control points from the first layer to the last; between them the value is as the search file says."
         yield Plot("Over depth", how, tuple(views[True]), None, "Setting")
@@ -380,7 +382,7 @@ def _depth_figure(
     text = [f"{100 * i / last:.0f} %" for i in range(last + 1)] if numbered and last else [*places]
     x = {"title": "depth" if numbered else "group", "tickmode": "array", "tickvals": [*range(len(places))],
          "ticktext": [plain(one) for one in text], "range": [-0.15, last + 0.15]}  # fmt: skip
-    figure = curves(lines, x, {"title": short(name)})
+    figure = curves(lines, x, {"title": found.folder.called(name)})
     for trace in figure["data"][:-1]:
         trace |= {"opacity": 0.4, "line": {**trace["line"], "width": 1.2}, "marker": {**trace["marker"], "size": 5}}
     figure["data"][-1]["line"] = {**figure["data"][-1]["line"], "width": 3.5, "dash": "solid"}

@@ -24,7 +24,6 @@ from darekit.reports.search_plots import (
     parallels,
     rungs,
     scored,
-    short,
     slices,
     state_of,
 )
@@ -33,6 +32,7 @@ from darekit.searches.asking import COMPLETE, FAILED, STOPPED
 from darekit.searches.folders import SUMMARY
 
 _ROLES = {"best_single": "best single model", "best_plain": "best plain merge"}
+_WRITTEN = "as written"
 
 
 def search_page(folder: Path) -> Page:
@@ -73,7 +73,7 @@ def draw_search_folder(folder: Path, into: Path) -> list[Path]:
         for name in dimensions(read):
             pairs = [(one.params[name], one.value(goal.score), one.state == COMPLETE) for one in read.trials
                      if name in one.params and math.isfinite(one.value(goal.score))]  # fmt: skip
-            slices.append((name, pairs, bool(read.space.get(name, {}).get("log"))))
+            slices.append((read.called(name), pairs, bool(read.space.get(name, {}).get("log"))))
         drawn += draw_search(points, levels, slices, goal.score, goal.higher, into, stem)
     return drawn
 
@@ -175,7 +175,7 @@ def _space(read: SearchFolder) -> Iterator[tuple[str, str]]:
         setting, bracket, part = name.partition("[")
         rows.setdefault((setting, words), []).append(part.removesuffix("]") if bracket else "")
     for (setting, words), parts in rows.items():
-        yield setting + (f" [{', '.join(parts)}]" if any(parts) else ""), words
+        yield read.called(setting) + (f" [{', '.join(parts)}]" if any(parts) else ""), words
 
 
 def _failures(trials: Sequence[Trial]) -> Iterator[str]:
@@ -272,7 +272,7 @@ def _all(found: Found) -> Table:
         for one in read.trials
     )  # fmt: skip
     strong = tuple(i for i, one in enumerate(read.trials) if one.number == chosen)
-    header = ("trial", "outcome", *(f"{goal.score}, validation" for goal in read.goals), *map(short, names))
+    header = ("trial", "outcome", *(f"{goal.score}, validation" for goal in read.goals), *map(read.called, names))
     copies = tuple(found.copy(one) for one in read.trials)
     return Table("Every trial; ± is one standard error", header, rows, 2, copies, strong)
 

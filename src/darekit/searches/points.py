@@ -143,10 +143,14 @@ def _at(numbers: Numbers, share: float) -> float:
     return low + share * (high - low)
 
 
-def given_points(search: Search) -> list[dict[str, Any]]:
-    """What is asked first: the recipe as written, where the space holds it, and a file's own candidates."""
-    written = written_point(search)
-    return [*([written] if written is not None else []), *(filled(search, one) for one in search.points)]
+def first_points(search: Search) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """What is asked first: the recipe as written, where the space holds it; a file's own candidates; and, for a sampler
+    that learns, some that are spread over the space."""
+    point = written_point(search)
+    written = [] if point is None else [point]
+    given = [filled(search, one) for one in search.points]
+    count = SPREAD - len(written) - len(given)
+    return written, given, spread_points(search, max(0, count)) if search.sampler == "tpe" else []
 
 
 def check_points(search: Search) -> str | None:

@@ -19,7 +19,7 @@ from darekit.searches.blends import LEAST, wish_in
 from darekit.searches.data import AUTO, RUNGS, SAMPLERS, Knob, Limit, Numbers, Search
 from darekit.searches.points import point_of
 from darekit.searches.space import candidate, midpoint, used_knobs, weight_knobs
-from darekit.trials.judging import judge_in, read_judges, read_recipe_place
+from darekit.trials.judging import check_score, read_judges, read_recipe_place
 from darekit.trials.settings import recipe_with
 
 KEYS = ("recipe", "space", "seeds", "constraints", "try", "at_least", "at_most", "choose", "sampler", "rungs", "round",
@@ -55,7 +55,7 @@ def read_search(source: str | Path | Mapping[str, Any]) -> Search:
     for split, named in judges.items():
         if LEAST in named:
             fail(document, (split, LEAST), " is a reserved name: choose: min is the least of all; use another one")
-    names = tuple(judges["validation"])
+    names = judges["validation"]
     place = read_recipe_place(document, search)
     try:
         recipe = recipe_with(place, {}, set(), None)
@@ -69,10 +69,10 @@ def read_search(source: str | Path | Mapping[str, Any]) -> Search:
         "there are no judges under `test:`: what is chosen will be reported on validation alone, where it is flattered"
     ]  # fmt: skip
     found = Search(
-        name, place, knobs, weights_sum, judges, _read_goals(document, names), _read_limits(document, recipe, names),
-        *_read_sampler(document, knobs), _read_rungs(document), _read_count(document, "round", None),
-        _read_count(document, "trials", None), _read_storage(document), search, document.text,
-        (*notes, *recipe.notes), _read_points(document, knobs, recipe),
+        name, place, knobs, weights_sum, judges, _read_goals(document, names, search),
+        _read_limits(document, recipe, names, search), *_read_sampler(document, knobs), _read_rungs(document),
+        _read_count(document, "round", None), _read_count(document, "trials", None), _read_storage(document), search,
+        document.text, (*notes, *recipe.notes), _read_points(document, knobs, recipe),
     )  # fmt: skip
     if found.sampler == "nsga2" and len(found.goals) < 2:
         fail(document, ("sampler",), " nsga2 is for several goals; with one, write tpe, or name them: choose: [A, B]")
@@ -354,7 +354,7 @@ def _written_as(document: Document, name: str) -> str:
 # --- goals ---
 
 
-def _read_goals(document: Document, judges: tuple[str, ...]) -> tuple[str, ...]:
+def _read_goals(document: Document, judges: Mapping[str, Any], search: tuple[Path, ...]) -> tuple[str, ...]:
     raw = document.data.get("choose")
     if raw is None:
         return ()
@@ -362,7 +362,7 @@ def _read_goals(document: Document, judges: tuple[str, ...]) -> tuple[str, ...]:
     if not found or len({*found}) < len(found):
         fail(document, ("choose",), f"expected the name of a score, or of several, found {shown(raw)}")
     for one in found:
-        _known_score(document, ("choose",), one, judges)
+        _known_score(document, ("choose",), one, judges, search)
     return tuple(found)
 
 
@@ -380,20 +380,20 @@ def _goal_in(document: Document, raw: Any) -> str:
     return raw
 
 
-def _known_score(document: Document, path: Key, score: str, judges: tuple[str, ...]) -> None:
+def _known_score(
+    document: Document, path: Key, score: str, judges: Mapping[str, Any], search: tuple[Path, ...]
+) -> None:
     wish = wish_in(score)
-    if wish is not None:
-        for part in wish.parts:
-            _known_score(document, path, part, judges)
-    elif judge_in(score) not in judges:
-        known = suggest(judge_in(score), judges, "under `validation:` are")
-        fail(document, path, f"no judge gives {score!r}{known}")
+    for part in (score,) if wish is None else wish.parts:
+        check_score(document, path, part, judges, search, "under `validation:`")
 
 
 _OF = re.compile(r"([-+]?[0-9.]+(?:e[-+]?\d+)?)\s*(?:of\s+(.+))?", re.I)
 
 
-def _read_limits(document: Document, recipe: Recipe, judges: tuple[str, ...]) -> tuple[Limit, ...]:
+def _read_limits(
+    document: Document, recipe: Recipe, judges: Mapping[str, Any], search: tuple[Path, ...]
+) -> tuple[Limit, ...]:
     found = []
     models = [entry.model for entry in recipe.models]
     for key in ("at_least", "at_most"):
@@ -406,7 +406,7 @@ def _read_limits(document: Document, recipe: Recipe, judges: tuple[str, ...]) ->
             )
         for score, bound in raw.items():
             path: Key = (key, score)
-            _known_score(document, path, score, judges)
+            _known_score(document, path, score, judges, search)
             match = _OF.fullmatch(str(bound).strip())
             if match is None or isinstance(bound, bool):
                 fail(document, path, f"expected a number, or a share such as 0.95 of base, found {shown(bound)}")

@@ -18,7 +18,7 @@ from darekit.searches.asking import COMPLETE, STOPPED, Answer
 from darekit.searches.data import TRIALS, Knob, Search
 from darekit.searches.folders import JOURNAL
 from darekit.searches.leases import FREE, ORPHAN, Leases, wait_a_little
-from darekit.searches.points import SPREAD, given_points, spread_points
+from darekit.searches.points import first_points
 from darekit.searches.racing import Goal
 from darekit.searches.space import combinations
 from darekit.trials.files import lock
@@ -232,11 +232,10 @@ class Study:
         """Which candidates come first. A file's own may become more while a search goes on; those that are spread over
         the space are for a search that begins, and for a sampler that learns."""
         with quiet(), self._alone("first"):
-            given = given_points(self.search)
-            known = self._study.user_attrs.get("first")
+            written, own, spread = first_points(self.search)
+            given, known = [*written, *own], self._study.user_attrs.get("first")
             if known is None:
-                begins = self.search.sampler == "tpe" and not self._study.get_trials(deepcopy=False)
-                known = [*given, *spread_points(self.search, max(0, SPREAD - len(given)) if begins else 0)]
+                known = given if self._study.get_trials(deepcopy=False) else [*given, *spread]
             self._first = [*known, *(point for point in given if point not in known)]
             self._study.set_user_attr("first", self._first)
 

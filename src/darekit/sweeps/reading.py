@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from darekit.evaluation.judges import metrics_of
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_source, shown, suggest
 from darekit.sweeps.data import DROP_RATE, Axis, Layout, Point, Sweep
-from darekit.trials.judging import read_judges, read_recipe_place
+from darekit.trials.judging import MEAN, check_score, read_judges, read_recipe_place
 
 KEYS = ("recipe", "axes", "seeds", "validation", "test", "choose", "plot")
 _LAYOUT = ("x", "lines", "score", "title")
@@ -37,6 +38,16 @@ def read_sweep(source: str | Path | Mapping[str, Any]) -> Sweep:
     choose = data.get("choose")
     if choose is not None and not isinstance(choose, str):
         fail(document, ("choose",), f"expected the name of a score, found {shown(choose)}")
+    if choose is not None and choose != MEAN:
+        split = "validation" if "validation" in judges else "test"
+        check_score(document, ("choose",), choose, judges[split], search, f"under `{split}:`")
+        if "/" not in choose:
+            known = metrics_of(judges[split][choose], search=search)
+            fail(
+                document,
+                ("choose",),
+                f"{choose} is a judge; name one of its scores: {choose}/{(known or ('SCORE',))[0]}",
+            )
     return Sweep(
         name, read_recipe_place(document, search), axes, _read_seeds(document), judges, choose,
         _read_layout(document, axes), search, document.text, tuple(notes),

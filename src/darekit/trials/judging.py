@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from darekit.errors import DarekitError, DataError
-from darekit.evaluation.judges import Judge, check_judge, judge_of
+from darekit.evaluation.judges import Judge, check_judge, judge_of, metrics_of
 from darekit.evaluation.scores import Score
 from darekit.live.models import LiveModel
-from darekit.recipe.documents import Document, fail, shown
+from darekit.recipe.documents import Document, Key, fail, shown, suggest
 
 SPLITS = ("validation", "test")
 MEAN = "mean"
@@ -46,6 +46,23 @@ def _read_split(document: Document, split: str) -> Mapping[str, Any]:
         if name in (MEAN, *SPLITS):
             fail(document, (split, name), " is a reserved name; use another one")
     return cast(dict[str, Any], raw)
+
+
+def check_score(
+    document: Document, path: Key, score: str, judges: Mapping[str, Any], search: Sequence[Path], where: str
+) -> None:
+    """Complain about a score that no judge gives: `reverse/exact_mach`, or `revers`. `where`: whose judges, in words.
+
+    Raises:
+        RecipeError: so it is; with line, and what there is.
+    """
+    judge, _, metric = score.partition("/")
+    if judge not in judges:
+        fail(document, path, f"no judge gives {score!r}{suggest(judge, [*judges], f'{where} are')}")
+    known = metrics_of(judges[judge], search=search)
+    if metric and known and metric not in known:
+        near = suggest(metric, known, f"{judge} has")
+        fail(document, path, f"{judge} has no score {metric!r}{near}")
 
 
 def read_recipe_place(document: Document, search: tuple[Path, ...]) -> Path | Mapping[str, Any]:

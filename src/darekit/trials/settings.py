@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import re
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from darekit.recipe import Recipe, read_recipe
 from darekit.recipe.documents import open_data, open_file
+from darekit.wording import distinct_labels
 
 Source = Path | Mapping[str, Any]
 
@@ -58,3 +60,44 @@ def value_in(data: Any, dotted: str, default: Any = None) -> Any:
         else:
             return default
     return data
+
+
+# --- what people call a setting ---
+
+_OF_MODEL = re.compile(r"models\.(\d+)\.(?:parameters\.)?")
+_PART = re.compile(r"\[([^\]]+)\]")
+_WORDS = {"sparsify.method": "sparsifier", "sparsify.seed": "mask seed"}
+
+
+def models_in(data: Any) -> list[str]:
+    """Short names of a recipe's models, in order; of one that is a model's name as written, or a mapping."""
+    models = data.get("models") if isinstance(data, Mapping) else None
+    names = [one.get("model") if isinstance(one, Mapping) else one for one in models or ()]
+    return distinct_labels([str(name) for name in names])
+
+
+def spoken(key: str, models: Sequence[str]) -> str:
+    """What people call a setting or a dimension of a search.
+
+    >>> spoken("models.1.parameters.weight[mlp][2]", ["math", "chat"])
+    "chat's weight, mlp, point 3"
+    >>> spoken("sparsify.drop_rate", [])
+    'drop rate'
+    """
+    name, _, rest = key.partition("[")
+    parts = [f"point {int(part) + 1}" if part.isdecimal() else part for part in _PART.findall(f"[{rest}")]
+    match = _OF_MODEL.match(name)
+    whose = ""
+    if match is not None and int(match[1]) < len(models):
+        whose, name = f"{models[int(match[1])]}'s ", name[match.end() :]
+    word = _WORDS.get(name) or name.removeprefix("parameters.").removeprefix("sparsify.").replace("_", " ")
+    return ", ".join([f"{whose}{word}", *parts])
+
+
+def all_spoken(keys: Sequence[str], data: Any) -> dict[str, str]:
+    """Key -> what people call it, for the settings of a recipe's data; the key itself where two would be called the
+    same."""
+    models = models_in(data)
+    found = {key: spoken(key, models) for key in keys}
+    told = [*found.values()]
+    return {key: word if told.count(word) == 1 else key for key, word in found.items()}
