@@ -35,6 +35,9 @@ from darekit.recipe import TOP_KEYS, read_recipe
 from darekit.recipe.ignored import PARAMETERS
 from darekit.recipe.mergekit import PRODUCTS, model_words, shared_words
 from darekit.recipe.schema import recipe_schema
+from darekit.searches.reading import KEYS as SEARCH_KEYS
+from darekit.searches.reading import read_search
+from darekit.searches.schema import search_schema
 from darekit.sweeps.reading import KEYS, read_sweep
 from darekit.sweeps.schema import sweep_schema
 from test_imports import RUN, loaded
@@ -42,6 +45,7 @@ from test_imports import RUN, loaded
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Draft7Validator(recipe_schema())
 SWEEPS = Draft7Validator(sweep_schema())
+SEARCHES = Draft7Validator(search_schema())
 
 
 class Core(yaml.SafeLoader):
@@ -567,11 +571,59 @@ def test_a_parameter_of_another_method_is_flagged(recipe, data):
     assert flagged(RECIPES, recipe)
 
 
+# --- search files ---
+
+SEARCH = """
+recipe: {base_model: b, models: [m0, m1], merge_method: task_arithmetic, sparsify: {method: dare, drop_rate: 0.5}}
+space:
+  merge: {plain: , TIES: {merge_method: ties, parameters.keep: 0.2}}
+  models.*.parameters.weight: {low: 0, high: 1.5, layers: 4, stepped: true}
+  parameters.lambda: {low: 0.1, high: 2, log: true, groups: [mlp, attention]}
+  sparsify.drop_rate: auto
+  sparsify.method: [dare, magnitude]
+seeds: [1, 2]
+constraints: {weights: {sum: 1, negative: false}}
+try: [{parameters.lambda: 1}]
+at_least: {a: 0.95 of base, min: 0.5}
+at_most: {a/loss: 2}
+choose: [{min: [a, chat]}, a/loss]
+sampler: {name: tpe, seed: 3}
+rungs: [1/9, 1/3, 1]
+round: 3
+trials: 20
+validation: {a: {data: a.jsonl}, chat: {python: "judge.py:score"}}
+test: {a: {data: b.jsonl}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "good"),
+    [
+        ({}, True), ({"choose": "relative min"}, True), ({"choose": "min of a, chat"}, True), ({"rungs": [1]}, True),
+        ({"rungs": False}, True), ({"sampler": "random"}, True), ({"constraints": {}}, True), ({"test": None}, True),
+        ({"choose": "a", "at_least": None}, True), ({"trials": 0}, False), ({"sampler": "tep"}, False),
+        ({"axes": {}}, False), ({"space": {}}, False), ({"space": {"parameters.lambda": 1}}, False),
+        ({"space": {"parameters.lambda": {"low": 0}}}, False), ({"space": {"parameters.lambda": [1]}}, False),
+        ({"space": {"parameters.lambda": {"low": 0, "high": 1, "layer": 4}}}, False),
+        ({"space": {"parameters.lambda": {"low": 0, "high": 1, "groups": ["mpl"]}}}, False),
+        ({"seeds": [1]}, False), ({"constraints": {"weight": {"sum": 1}}}, False), ({"storage": "here"}, False),
+        ({"choose": {"men": ["a", "chat"]}}, False), ({"choose": {"min": ["a"]}}, False), ({"try": {"a": 1}}, False),
+        ({"at_least": {"a": "most of base"}}, False), ({"validation": None}, False), ({"rungs": [2]}, False),
+        ({"test": {"mean": {"data": "a.jsonl"}}}, False),
+    ],
+)  # fmt: skip
+def test_search_files_are_flagged_where_the_reader_refuses_them(change, good):
+    changed = yaml.safe_load(SEARCH) | change
+    search = {key: value for key, value in changed.items() if value is not None}
+    assert accepted(read_search, search) is good
+    assert bool(flagged(SEARCHES, search)) is not good, [error.message for error in flagged(SEARCHES, search)]
+
+
 # --- what it is made of ---
 
 
 def test_it_is_a_schema_of_the_readers_keys():
-    for schema, keys in ((recipe_schema(), TOP_KEYS), (sweep_schema(), KEYS)):
+    for schema, keys in ((recipe_schema(), TOP_KEYS), (sweep_schema(), KEYS), (search_schema(), SEARCH_KEYS)):
         Draft7Validator.check_schema(schema)
         known = [name for name, one in schema["properties"].items() if "ignored" not in one.get("description", "")]
         assert tuple(known) == keys
@@ -649,7 +701,9 @@ def test_a_new_method_is_in_it_at_once(monkeypatch, dare):
 # --- the command ---
 
 
-@pytest.mark.parametrize("arguments", [["schema"], ["schema", "recipe"], ["schema", "sweep"], ["schema", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["schema"], ["schema", "recipe"], ["schema", "sweep"], ["schema", "search"], ["schema", "--help"]]
+)
 def test_the_command_loads_nothing_that_compiles_or_runs_models(arguments):
     modules, returned, said = loaded(RUN, *arguments)
     assert returned == 0, said
@@ -664,6 +718,7 @@ def test_the_command_writes_a_file(tmp_path, dare):
     assert "# yaml-language-server: $schema=darekit-recipe.schema.json" in done.out
     assert json.loads(out.read_text()) == recipe_schema() == json.loads(dare("schema", "recipe").out)
     assert json.loads(dare("schema", "sweep").out) == sweep_schema()
+    assert json.loads(dare("schema", "search").out) == search_schema()
     out.write_text('{"$schema": "older", "title": "darekit recipe"}')
     assert dare("schema", "--out", out).code == 0
     assert json.loads(out.read_text()) == recipe_schema()

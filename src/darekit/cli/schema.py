@@ -18,15 +18,16 @@ class Kind(StrEnum):
 
     RECIPE = "recipe"
     SWEEP = "sweep"
+    SEARCH = "search"
 
 
 def schema(
-    kind: Annotated[Kind, typer.Argument(help="The kind of file: recipe or sweep.")] = Kind.RECIPE,
+    kind: Annotated[Kind, typer.Argument(help="The kind of file: recipe, sweep or search.")] = Kind.RECIPE,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write it to this file instead of printing it.")
     ] = None,
 ) -> None:
-    """Print a JSON Schema of recipes or sweep files, so that editors can complete and check them."""
+    """Print a JSON Schema of recipes, sweep or search files, so that editors can complete and check them."""
     with errors_told():
         from darekit.cli.display import say_note
         from darekit.methods import installed
@@ -48,9 +49,13 @@ def _schema_of(kind: Kind) -> dict[str, Any]:
         from darekit.recipe.schema import recipe_schema
 
         return recipe_schema()
-    from darekit.sweeps.schema import sweep_schema
+    if kind is Kind.SWEEP:
+        from darekit.sweeps.schema import sweep_schema
 
-    return sweep_schema()
+        return sweep_schema()
+    from darekit.searches.schema import search_schema
+
+    return search_schema()
 
 
 def _write(path: Path, text: str, title: str) -> None:

@@ -7,11 +7,10 @@ that every cell replaces. What the axes make of the recipe only `dare sweep --dr
 
 from __future__ import annotations
 
-from darekit.evaluation.judges import KEYS as JUDGES
-from darekit.methods import MERGE_METHODS, SPARSIFIERS
-from darekit.recipe.schema import DRAFT, Schema, partial_schema, seed, switch, whole
+from darekit.recipe.schema import DRAFT, Schema, partial_schema, seed
 from darekit.sweeps.data import SPLITS
 from darekit.sweeps.reading import KEYS
+from darekit.trials.schema import judges_of, settings
 
 TITLE = "darekit sweep"
 
@@ -34,8 +33,8 @@ def sweep_schema() -> Schema:
             "description": "Seeds of the masks; tables show means and standard deviations over them.",
             "anyOf": [*seed()["anyOf"], {"type": "array", "items": seed(), "uniqueItems": True}],
         },
-        "validation": _judges("Judges by which settings are chosen."),
-        "test": _judges("Judges by which results are reported."),
+        "validation": judges_of("Judges by which settings are chosen."),
+        "test": judges_of("Judges by which results are reported."),
         "choose": {
             "description": "The score by which settings are chosen, such as reverse/loss; default: the mean.",
             "type": ["string", "null"],
@@ -75,65 +74,7 @@ def _axes() -> Schema:
         "type": "object",
         "minProperties": 1,
         "propertyNames": {"not": {"enum": ["seed", "seeds", "sparsify.seed"]}},
-        "properties": {name: {"description": help} | axis for name, help in _settings().items()},
+        "properties": {name: {"description": help} | axis for name, help in settings().items()},
         "patternProperties": {"^(judges|kind)$": values},  # cells have keys of these names
         "additionalProperties": axis,
-    }
-
-
-def _settings() -> dict[str, str]:
-    """Dotted names of the settings that are varied most, and what they are."""
-    found = {"merge_method": "How the models become one.", "sparsify.method": "How to choose what is dropped."}
-    for sparsifier in SPARSIFIERS.values():
-        found |= {f"sparsify.{name}": one.kind.help for name, one in sparsifier.parameters.items()}
-    for merge in MERGE_METHODS.values():
-        found |= {f"parameters.{name}": one.kind.help for name, one in merge.parameters.items()}
-    return found
-
-
-def _judges(description: str) -> Schema:
-    return {
-        "description": description,
-        "type": "object",
-        "minProperties": 1,
-        "propertyNames": {"not": {"enum": ["mean", *SPLITS]}},
-        "additionalProperties": _judge(),
-    }
-
-
-def _judge() -> Schema:
-    """What judges: one kind of judge with its keys, or several by name."""
-    words: Schema = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "number"]}}]}
-    count: Schema = {"anyOf": [*whole(1)["anyOf"], {"type": "null"}]}
-    known: dict[str, Schema] = {
-        "data": {"description": "Rows of data: a file, or a dataset.", "type": "string"},
-        "command": {"description": "A command that gets a model directory and prints JSON."} | words,
-        "python": {"description": "file.py:function, or module:function.", "type": "string"},
-        "tasks": {"description": "Tasks of lm-eval."} | words,
-        "include": {"description": "Folders with your own task files."} | words,
-        "limit": {"description": "Maximum number of rows."} | count,
-        "batch_size": {"description": "How many rows run at once."} | count,
-        "max_length": {"description": "Tokens after which a row is cut."} | count,
-        "num_fewshot": {"description": "Worked examples before each question."}
-        | {"anyOf": [*whole(0)["anyOf"], {"type": "null"}]},
-        "chat_template": {"description": "Ask through the tokenizer's chat template.", "default": False}
-        | switch(True, False),
-        "trust_code": {"description": "Let tasks run their own code.", "default": False} | switch(True, False),
-        "split": {"description": "Which split of a dataset.", "default": "test"},
-    }
-    rules = [
-        {
-            "if": {"required": [kind]},
-            "then": {"properties": {key: known.get(key, {}) for key in keys}, "additionalProperties": False},
-        }
-        for kind, keys in JUDGES.items()
-    ]
-    several = {"additionalProperties": {"type": ["object", "string", "array"]}}
-    return {
-        "type": "object",
-        "minProperties": 1,
-        "properties": {kind: known[kind] for kind in JUDGES},
-        "allOf": rules,
-        "if": {"not": {"anyOf": [{"required": [kind]} for kind in JUDGES]}},
-        "then": several,
     }
