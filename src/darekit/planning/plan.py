@@ -152,7 +152,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from darekit.notebooks import shown_as_html
+        from darekit.wording.notebooks import shown_as_html
 
         sparsify = f"{self.recipe.sparsify.method}, then " if self.recipe.sparsify else ""
         facts = [

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from darekit import quantised
 from darekit.checkpoints.checkpoint import SAMPLE_BYTES, TensorInfo
+from darekit.checkpoints.quantised import formulas
 from darekit.checkpoints.quantised.codes import Codes, Desk
+from darekit.checkpoints.quantised.formulas import Singles
 from darekit.checkpoints.quantised.scales import Grid, read_part, refuse_impossible, widened
 from darekit.checkpoints.sources import Source, Traits, refuse_outside, traits_of
 from darekit.dtypes import Bytes, DType, narrow
 from darekit.errors import DataError
 from darekit.kernels import quantised as kernels
-from darekit.quantised import Singles
 
 TAG = b"darekit-dequantised-1\0"  # frozen: seeds depend on it, see `identity_of`
 TILES = 4 * 65536  # elements that are decoded in one call of a kernel, as many as the engine's fast lane asks for
@@ -202,7 +202,7 @@ class Scaled:
         """By the definition."""
         begin, columns, height, width, top, left = place
         zeros = np.zeros_like(scales) if zeros is None else zeros
-        return quantised.worth(
+        return formulas.worth(
             codes, table, zeros, scales, begin, columns, (height, width), (top, left), np.float32(factor)
         )
 
@@ -221,7 +221,7 @@ class Scaled:
 
     @cached_property
     def _rounding(self) -> tuple[float, float]:
-        widths, error, square = quantised.cells(self.table), 0.0, 0.0
+        widths, error, square = formulas.cells(self.table), 0.0, 0.0
         for start, count in sampled_at(self.stored.count, self.rows * self.columns):
             codes, zeros, scales, place = self._read(start, count)
             values = self._worth(codes, self.table, zeros, scales, place, self.factor)
@@ -334,7 +334,7 @@ class Flipped:
             words = part.view(np.uint16) if direct else np.empty(stop - done, np.uint16)
             with self.shelf.matrix((id(self), expert), partial(self._read, expert)) as found:
                 kernels.flipped_bf16(
-                    found.pairs, quantised.E2M1, kernels.E2M1, found.scales, 2 * b, begin, words, scratch
+                    found.pairs, formulas.E2M1, kernels.E2M1, found.scales, 2 * b, begin, words, scratch
                 )
             if not direct:  # BF16 holds every product of these codes and powers of two, but for the smallest
                 rounded = np.empty(part.nbytes, np.uint8)
@@ -366,14 +366,14 @@ class Flipped:
     @cached_property
     def _rounding(self) -> tuple[float, float]:
         _, _, g, b = self.shape
-        widths, error, square = quantised.cells(quantised.E2M1), 0.0, 0.0
+        widths, error, square = formulas.cells(formulas.E2M1), 0.0, 0.0
         rows = self.shape[0] * self.shape[1]
         many = min(rows, max(1, SAMPLED_ELEMENTS // max(1, 2 * g * b)))
         for start in dict.fromkeys(i * (rows - many) // (SAMPLED - 1) for i in range(SAMPLED if rows else 0)):
             raw = np.empty(many * g * b, np.uint8)
             self.blocks.read_into(raw, start * g * b)
-            codes, scales = quantised.nibbles(raw, False), np.repeat(self._scales(start, many).reshape(-1), 2 * b)
-            square += float(np.square(quantised.E2M1[codes] * scales, dtype=np.float64).sum())
+            codes, scales = formulas.nibbles(raw, False), np.repeat(self._scales(start, many).reshape(-1), 2 * b)
+            square += float(np.square(formulas.E2M1[codes] * scales, dtype=np.float64).sum())
             error += float(np.square(widths[codes] * scales, dtype=np.float64).sum()) / 12
         return error, square
 
