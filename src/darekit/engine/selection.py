@@ -193,7 +193,9 @@ class Select(Stage):
                 self.low_left, self.high, self.high_left = self.keep, self.low + 1, 0
 
     def apply(self, delta: Tile, start: int) -> int:
-        kept, self.lows, self.highs = cpu.select(delta, self.low, self.lows, self.high, self.highs)
+        bounds = np.array([self.low, self.lows, self.high, self.highs], np.int64)
+        kept = cpu.select(delta, bounds)
+        self.lows, self.highs = int(bounds[1]), int(bounds[3])
         return int(kept)
 
 

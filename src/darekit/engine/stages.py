@@ -91,10 +91,11 @@ class RandomDrop(Stage):
     def take(self, raw: Bytes, dtype: DType, base: Tile, delta: Tile, start: int) -> tuple[int, int] | None:
         if dtype.name != "BF16" or self.threshold == DROP_ALL or not self.in_place(start, delta.size):
             return None
-        bad, kept = cpu.random_difference_bf16(
-            raw.view(np.uint16), base, self.seed, self.stream, start, self.threshold, self.factor, delta
+        kept = np.zeros(1, np.int64)
+        bad = cpu.random_difference_bf16(
+            raw.view(np.uint16), base, self.seed, self.stream, start, self.threshold, self.factor, delta, kept
         )
-        return int(bad), int(kept)
+        return bad, int(kept[0])
 
     def apply(self, delta: Tile, start: int) -> int:
         if self.threshold == DROP_ALL:

@@ -210,7 +210,7 @@ class Surveyor:
         if self._survivors is None:
             return int(deltas.shape[1])
         mask = self._survivors.tell(self._scored(base, deltas, start), start)
-        cpu.keep_where(deltas, mask)
+        cpu.keep_where(deltas, mask.view(np.uint8))
         return int(np.count_nonzero(mask))
 
 

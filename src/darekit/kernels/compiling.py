@@ -19,17 +19,19 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, update_wrapper
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 
 SWITCH = "DAREKIT_KERNEL_CACHE"
 OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+CACHED = {**OPTIONS, "cache": True}
 NEEDS_NOBODY = {"memset", "memcpy", "memmove"}  # what object code may call: every process has them
 
 _LOCK = threading.RLock()
-_SYMBOL = "darekit_kernel"
 # One letter per type, as numpy's: (name in numba, ctypes type).
 _TYPES = {
     "q": ("int64", ctypes.c_int64), "Q": ("uint64", ctypes.c_uint64), "I": ("uint32", ctypes.c_uint32),
@@ -52,20 +54,27 @@ class Kernel:
         return (self.compiled or self.compile())(*arguments)
 
     def compile(self) -> Callable[..., Any]:
-        """numba's dispatcher. The kernels that this one calls, which it does by name, are replaced by theirs first:
-        another thread may call this one as soon as it is seen."""
+        """numba's dispatcher, of a function that sees numba's dispatchers where this one sees kernels, by their names.
+
+        The module keeps its own: code that was kept is called on, whoever else needed numba meanwhile.
+        """
         from numba import njit
 
         with _LOCK:
             if self.compiled is None:
-                names = self.function.__globals__
-                for name in self.function.__code__.co_names:
-                    other = names.get(name)  # or what has an attribute's name by chance
-                    if isinstance(other, Kernel | Intrinsic) and other is not self and type(other) is not KeptKernel:
-                        names[name] = other.compile()
                 options = self.options if cached() else {**self.options, "cache": False}
-                self.compiled = njit(**options)(self.function)
+                self.compiled = njit(**options)(self._among_dispatchers())
             return self.compiled
+
+    def _among_dispatchers(self) -> Callable[..., Any]:
+        function = self.function
+        names = dict(function.__globals__)
+        for name in function.__code__.co_names:
+            other = names.get(name)  # or what has an attribute's name by chance
+            if isinstance(other, Kernel | Intrinsic) and other is not self:
+                names[name] = other.compile()
+        twin = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+        return update_wrapper(twin, function)
 
 
 @dataclass(frozen=True)
@@ -107,11 +116,11 @@ class KeptKernel(Kernel):
             return self.compile()
         try:
             path = _place(self.function, kinds)
-            code = _stored(path)
+            code, symbol = _stored(path), path.stem.replace("-", "_")
             if code is None:
-                code = _object_code(self.compile(), kinds)
+                code = _object_code(self.compile(), kinds, symbol)
                 _store(path, code)
-            return _loaded(code, kinds)
+            return _loaded(code, kinds, symbol)
         except Exception:  # whatever it is (LLVM's errors are RuntimeErrors), numba can do without
             return self.compile()
 
@@ -123,7 +132,7 @@ def cached() -> bool:
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile with numba when it is called."""
-    return Kernel(function, {**OPTIONS, "cache": True})
+    return Kernel(function, CACHED)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -138,7 +147,7 @@ def intrinsic(name: str) -> Any:
 
 def kept_kernel(function: Callable[..., Any]) -> Any:
     """Compile with numba unless a run before did it."""
-    return KeptKernel(function, OPTIONS)
+    return KeptKernel(function, CACHED)
 
 
 # Arguments
@@ -182,8 +191,8 @@ def _c_types(kind: str) -> list[Any]:
 # Compiling
 
 
-def _object_code(dispatcher: Callable[..., Any], kinds: tuple[str, ...]) -> bytes:
-    """Machine code for this processor, with one function `_SYMBOL` that needs nothing of numba or Python.
+def _object_code(dispatcher: Callable[..., Any], kinds: tuple[str, ...], symbol: str) -> bytes:
+    """Machine code for this processor, with one function `symbol` that needs nothing of numba or Python.
 
     Raises:
         RuntimeError: the kernel allocates or raises, so its code would need numba's run time.
@@ -210,7 +219,7 @@ def _object_code(dispatcher: Callable[..., Any], kinds: tuple[str, ...]) -> byte
     module = llvm.parse_assembly(function.inspect_llvm())
     for one in module.functions:
         if one.name == function.native_name:
-            one.name = _SYMBOL
+            one.name = symbol
         elif not one.is_declaration:
             one.linkage = "internal"  # so that LLVM sees that nothing is raised, and drops what would handle it
     machine = _target_machine(llvm)
@@ -232,21 +241,28 @@ def _target_machine(llvm: Any) -> Any:
     )  # fmt: skip
 
 
-def _loaded(code: bytes, kinds: tuple[str, ...]) -> Callable[..., int]:
+@cache
+def _engine() -> Any:
+    """Where the code of all kernels is loaded (a fifth of a millisecond for each; with an engine of its own, one)."""
+    import llvmlite.binding as llvm
+
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine(llvm))
+
+
+def _loaded(code: bytes, kinds: tuple[str, ...], symbol: str) -> Callable[..., int]:
     """Object code -> the function; ctypes releases the GIL while it runs."""
     import llvmlite.binding as llvm
 
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine(llvm))
+    engine = _engine()
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     types = [one for kind in kinds for one in _c_types(kind)]
-    function = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(engine.get_function_address(_SYMBOL))
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(engine.get_function_address(symbol))
 
     def call(*arguments: Any) -> int:
         found: int = function(*[one for argument in arguments for one in _flatten(argument)])
         return found
 
-    call.engine = engine  # type: ignore[attr-defined]  # owns the code
     return call
 
 
@@ -255,20 +271,31 @@ def _loaded(code: bytes, kinds: tuple[str, ...]) -> Callable[..., int]:
 
 def _place(function: Callable[..., Any], kinds: tuple[str, ...]) -> Path:
     """Where the code of a kernel for these arguments, this source, processor and LLVM is kept."""
+    source = Path(function.__code__.co_filename)
+    state = hashlib.blake2b(digest_size=16)
+    for one in (_about(source), " ".join(kinds).encode()):
+        state.update(one)
+        state.update(b"\0")
+    return _folder(source) / f"{function.__name__}-{state.hexdigest()}.o"
+
+
+@cache
+def _about(source: Path) -> bytes:
+    """What the code of all kernels of a file follows from, in short."""
     import llvmlite
     import llvmlite.binding as llvm
 
-    source, here = Path(function.__code__.co_filename), Path(__file__).parent
+    here = Path(__file__).parent
     about = [
         *(path.read_bytes() for path in (source, *sorted(here.glob("*.py")), here.parent / "masks.py")),
-        " ".join(kinds), llvmlite.__version__, sys.platform, llvm.get_process_triple(), llvm.get_host_cpu_name(),
+        llvmlite.__version__, sys.platform, llvm.get_process_triple(), llvm.get_host_cpu_name(),
         llvm.get_host_cpu_features().flatten(),
     ]  # fmt: skip
     state = hashlib.blake2b(digest_size=16)
     for one in about:
         state.update(one if isinstance(one, bytes) else one.encode())
         state.update(b"\0")
-    return _folder(source) / f"{function.__name__}-{state.hexdigest()}.o"
+    return state.digest()
 
 
 def _folder(source: Path) -> Path:

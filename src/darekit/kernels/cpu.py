@@ -25,6 +25,9 @@ _ALL = np.uint32(0xFFFFFFFF)
 
 _store_lanes = intrinsic("store_lanes")
 
+# Scratch of (BLOCK,) elements.
+_word_block, _float_block, _double_block = map(intrinsic, ("word_block", "float_block", "double_block"))
+
 
 @kernel
 def _draw_block(block, stream, seed, words):
@@ -36,23 +39,26 @@ def _draw_block(block, stream, seed, words):
         _store_lanes(np.uint32(low + np.uint32(i)), high, stream, seed, words.ctypes.data + 4 * i)
 
 
-@kernel
+@kept_kernel
 def draws(seed, stream, start, out):
     """Draws of elements start .. start + n -> `out`, (n,) uint32."""
-    words = np.empty(BLOCK, np.uint32)
+    words = _word_block()
     done = 0
     while done < out.size:
         offset = (start + done) % BLOCK
         count = min(BLOCK - offset, out.size - done)
         _draw_block((start + done) // BLOCK, stream, seed, words)
-        out[done : done + count] = words[offset : offset + count]
+        found, drawn = out[done : done + count], words[offset : offset + count]
+        for i in range(count):  # numba's assignment to a slice can raise
+            found[i] = drawn[i]
         done += count
+    return 0
 
 
-@kernel
+@kept_kernel
 def random_drop(delta, seed, stream, start, threshold, factor):
     """(n,) float32 in place: zero where draw < threshold (which is < 2^32), times `factor` elsewhere; counts kept."""
-    words = np.empty(BLOCK, np.uint32)
+    words = _word_block()
     limit = np.uint32(threshold)
     kept = 0
     done = 0
@@ -109,11 +115,11 @@ def _copy_known(known, out):
     return int(bad)
 
 
-@kernel
-def random_difference_bf16(raw, base, seed, stream, start, threshold, factor, out):
-    """`difference_bf16` and `random_drop` in one pass over memory; -> (NaN and Inf before the drop, kept)."""
-    words = np.empty(BLOCK, np.uint32)
-    kept = 0
+@kept_kernel
+def random_difference_bf16(raw, base, seed, stream, start, threshold, factor, out, kept):
+    """`difference_bf16` and `random_drop` in one pass over memory; -> NaN and Inf before the drop. How many elements are
+    kept is added to `kept`, (1,) int64."""
+    words = _word_block()
     bad = 0
     done = 0
     while done < out.size:
@@ -125,20 +131,21 @@ def random_difference_bf16(raw, base, seed, stream, start, threshold, factor, ou
             np.uint32(threshold), factor, out[done : done + count],
         )  # fmt: skip
         bad += faulty
-        kept += survivors
+        kept[0] += survivors
         done += count
-    return bad, kept
+    return bad
 
 
-@kernel
+@kept_kernel
 def widen_bf16(raw, out):
     """(n,) uint16 -> (n,) float32: BF16 is float32's upper half."""
     bits = out.view(np.uint32)
     for i in range(raw.size):
         bits[i] = np.uint32(raw[i]) << np.uint32(16)
+    return 0
 
 
-@kernel
+@kept_kernel
 def subtract(values, base):
     """(n,) float32 in place: values -= base; counts NaN and Inf in the difference."""
     bad = np.uint32(0)
@@ -149,7 +156,7 @@ def subtract(values, base):
     return int(bad)
 
 
-@kernel
+@kept_kernel
 def difference_bf16(raw, base, out):
     """`widen_bf16` and `subtract` in one pass."""
     bad = np.uint32(0)
@@ -160,7 +167,7 @@ def difference_bf16(raw, base, out):
     return int(bad)
 
 
-@kernel
+@kept_kernel
 def weighted_sum(deltas, weights, divisor, out):
     """(K, n or more) float32, K float32 -> `out`, (n,) float32: sum of w_k d_k in order of k, divided once."""
     for i in range(out.size):
@@ -172,6 +179,7 @@ def weighted_sum(deltas, weights, divisor, out):
     if divisor != np.float32(1):
         for i in range(out.size):
             out[i] = out[i] / divisor
+    return 0
 
 
 @kernel
@@ -181,14 +189,13 @@ def add_scaled(values, other, factor):
         values[i] = np.float32(values[i] + np.float32(factor * other[i]))
 
 
-@kernel
+@kept_kernel
 def elect(deltas, weights, normalize, out):
     """(K, n) float32, (K,) float32 -> `out`, (n,) float32: sign election, then (disjoint) mean or sum.
 
     Models are the outer loop over chunks that stay in L1: with an inner loop over K nothing vectorises.
     """
-    elected = np.empty(BLOCK, np.float32)
-    agreeing = np.empty(BLOCK, np.float32)
+    elected, agreeing = _float_block(), _float_block()
     for begin in range(0, out.size, BLOCK):
         count = min(BLOCK, out.size - begin)
         merged = out[begin : begin + count]
@@ -210,9 +217,10 @@ def elect(deltas, weights, normalize, out):
         if normalize:
             for i in range(count):
                 merged[i] = merged[i] / (agreeing[i] if agreeing[i] != np.float32(0) else np.float32(1))
+    return 0
 
 
-@kernel
+@kept_kernel
 def elect_few(deltas, weights, normalize, out):
     """`elect` for a tuple of weights: K is then known to the compiler, and votes and sums stay in registers."""
     for i in range(out.size):
@@ -226,13 +234,14 @@ def elect_few(deltas, weights, normalize, out):
             merged += vote if agrees else np.float32(0)
             agreeing += weights[k] if agrees else np.float32(0)
         out[i] = merged / (agreeing if agreeing != np.float32(0) else np.float32(1)) if normalize else merged
+    return 0
 
 
-@kernel
+@kept_kernel
 def variance(deltas, out):
     """(K, n) float32 -> `out`, (n,) float32: the variance over the models, in float64, on blocks that stay in L1."""
     many = np.float64(deltas.shape[0])
-    mean, squares = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
+    mean, squares = _double_block(), _double_block()
     for begin in range(0, out.size, BLOCK):
         count = min(BLOCK, out.size - begin)
         found = out[begin : begin + count]
@@ -252,13 +261,14 @@ def variance(deltas, out):
                 squares[i] += away * away
         for i in range(count):
             found[i] = np.float32(squares[i] / many)
+    return 0
 
 
-@kernel
+@kept_kernel
 def agreeing_mean(deltas, weights, least, out):
     """(K, n) float32, (K,) float32 -> `out`, (n,) float32: the weighted mean of the deltas that have the sign of the
     plain sum of all; a sum of weights below `least` counts as it."""
-    elected, agreeing = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    elected, agreeing = _float_block(), _float_block()
     for begin in range(0, out.size, BLOCK):
         count = min(BLOCK, out.size - begin)
         merged = out[begin : begin + count]
@@ -278,26 +288,29 @@ def agreeing_mean(deltas, weights, least, out):
                 agreeing[i] += weight if agrees else np.float32(0)
         for i in range(count):
             merged[i] = merged[i] / (agreeing[i] if agreeing[i] > least else least)
+    return 0
 
 
-@kernel
+@kept_kernel
 def keep_where(deltas, mask):
-    """(K, n) float32 in place: 0 where `mask`, (n,) bool, is not set."""
+    """(K, n) float32 in place: 0 where `mask`, (n,) uint8 of 0 and 1, is 0."""
     for k in range(deltas.shape[0]):
         bits = deltas[k].view(np.uint32)
         for i in range(mask.size):
             bits[i] &= np.uint32(np.uint32(0) - np.uint32(mask[i]))
+    return 0
 
 
-@kernel
+@kept_kernel
 def count_coarse(delta, bins):
     """(n,) float32 -> bins[upper 16 bits of |delta|] += 1."""
     bits = delta.view(np.uint32)
     for i in range(bits.size):
         bins[(bits[i] & _ABS) >> np.uint32(16)] += 1
+    return 0
 
 
-@kernel
+@kept_kernel
 def count_window(delta, first, fine):
     """(n,) float32 -> fine[|delta| - first] += 1, as bit patterns, where that is inside; returns how many are above.
 
@@ -326,20 +339,26 @@ def count_window(delta, first, fine):
     return int(above)
 
 
-@kernel
-def select(delta, low, low_left, high, high_left):
+@kept_kernel
+def select(delta, bounds):
     """(n,) float32 in place: keep |delta| strictly between the bit patterns `low` and `high`, and of those equal to
-    either only the first `low_left` and `high_left`; -> (kept, low_left, high_left) after this tile."""
+    either only the first `low_left` and `high_left`; returns how many are kept.
+
+    `bounds`, (4,) int64: low, low_left, high and high_left, left as they are after this tile.
+    """
+    low, low_left, high, high_left = bounds[0], bounds[1], bounds[2], bounds[3]
     bits = delta.view(np.uint32)
-    block = np.empty(BLOCK, np.uint32)
+    block = _word_block()
     kept = 0
     for begin in range(0, delta.size, BLOCK):
         part = bits[begin : begin + BLOCK]
         before = block[: part.size]
-        before[:] = part
+        for i in range(part.size):
+            before[i] = part[i]
         survivors, low_left, high_left = _select_block(before, low, low_left, high, high_left, part)
         kept += survivors
-    return kept, low_left, high_left
+    bounds[1], bounds[3] = low_left, high_left
+    return kept
 
 
 @kernel
@@ -361,7 +380,8 @@ def _select_block(bits, low, low_left, high, high_left, out):
         floor = np.int64(low if low_left > 0 else low + 1)
         ceiling = np.int64(high if high_left > 0 else high - 1)
         if ceiling < floor:
-            out[:] = np.uint32(0)
+            for i in range(bits.size):
+                out[i] = np.uint32(0)
             return 0, low_left - min(low_left, np.int64(at_low)), high_left - min(high_left, np.int64(at_high))
         lowest, width = np.uint32(floor), np.uint32(ceiling - floor)
         for i in range(bits.size):
@@ -385,18 +405,20 @@ def _select_block(bits, low, low_left, high, high_left, out):
     return int(survivors), low_left, high_left
 
 
-@kernel
+@kept_kernel
 def add_l1(delta, start, lanes):
     """(n,) float32 -> lanes[(start + i) % 16] += |delta[i]| in float64, in order of i."""
     for i in range(delta.size):
         lanes[(start + i) % lanes.size] += np.float64(abs(delta[i]))
+    return 0
 
 
-@kernel
+@kept_kernel
 def scale(delta, factor):
     """(n,) float32 in place: delta *= factor."""
     for i in range(delta.size):
         delta[i] = delta[i] * factor
+    return 0
 
 
 @kernel
@@ -546,7 +568,7 @@ def _add_four(one, other, lanes):
         lanes[k] = found + np.float64(one3[k]) * np.float64(other3[k])
 
 
-@kernel
+@kept_kernel
 def products(rows, count, start, leaf, sums, totals):
     """(R, count or more) float32 or float64: elements start .. start + count of a tensor -> the products of each two
     rows (0 0, 0 1, ..., 1 1, ...) in float64, added to `sums`, (pairs, SUMS), by the element's index.
@@ -574,6 +596,7 @@ def products(rows, count, start, leaf, sums, totals):
         done += here
         if (start + done) % leaf == 0:
             add_up(sums, totals[(start + done) // leaf - 1])
+    return 0
 
 
 @kernel
@@ -587,15 +610,16 @@ def add_up(sums, total):
         total[pair] = found
 
 
-@kernel
+@kept_kernel
 def products_by_row(rows, length, sums, totals):
     """(R, n) float32 or float64, n a multiple of `length` -> `totals`, (n / length, pairs): `products` of each piece
     of `length` elements."""
     for r in range(totals.shape[0]):
         products(rows[:, r * length : (r + 1) * length], length, 0, length, sums, totals[r : r + 1])
+    return 0
 
 
-@kernel
+@kept_kernel
 def products_by_column(rows, start, totals):
     """(R, n) float32 or float64: elements start .. start + n of a matrix -> their products in float64, added to those
     of their columns, `totals`, (pairs, columns): in order of the rows, when the calls are."""
@@ -613,6 +637,7 @@ def products_by_column(rows, start, totals):
                     total[k] += np.float64(one[k]) * np.float64(other[k])
                 pair += 1
         done += here
+    return 0
 
 
 @kernel
@@ -647,9 +672,10 @@ def products_bf16(base_raw, raws, base_row, deltas, start, leaf, sums, totals, w
     return bad
 
 
-@kernel
+@kept_kernel
 def count_bins(delta, bins, dropped_bits):
     """(n,) float32 -> bins[bits of |delta| >> dropped_bits] += 1."""
     bits = delta.view(np.uint32)
     for i in range(bits.size):
         bins[(bits[i] & _ABS) >> np.uint32(dropped_bits)] += 1
+    return 0

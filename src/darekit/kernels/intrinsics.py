@@ -12,10 +12,12 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np import arrayobj
 
 from darekit.kernels.lanes import LANES
-from darekit.masks import COUNTERS, MULTIPLIERS, ROUNDS, WEYL
+from darekit.masks import BLOCK, COUNTERS, MULTIPLIERS, ROUNDS, WEYL
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _WORDS, _PAIRS = ir.VectorType(_I32, LANES), ir.VectorType(_I64, LANES // 2)
@@ -136,3 +138,27 @@ def prefetch(typing: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), build
+
+
+def _block(number: Any) -> Any:
+    """A part that gives an array of one block on the stack: memory of numba's own would tie a kernel to its run time."""
+    kind = types.Array(number, 1, "C")
+
+    def typed(typing: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            place = cgutils.alloca_once(builder, context.get_data_type(number), size=ir.Constant(_I64, BLOCK))
+            place.align = 64
+            size, width = context.get_constant(types.intp, BLOCK), number.bitwidth // 8
+            array = arrayobj.make_array(kind)(context, builder)
+            arrayobj.populate_array(
+                array, data=place, shape=[size], strides=[context.get_constant(types.intp, width)],
+                itemsize=context.get_constant(types.intp, width), meminfo=None,
+            )  # fmt: skip
+            return array._getvalue()
+
+        return kind(), build
+
+    return intrinsic(typed)
+
+
+word_block, float_block, double_block = _block(types.uint32), _block(types.float32), _block(types.float64)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from darekit.kernels.compiling import kernel
+from darekit.kernels.compiling import kept_kernel
 
 _ABS = np.uint32(0x7FFFFFFF)
 _ALL = np.uint32(0xFFFFFFFF)
 _LARGEST = np.uint32(0x7F7F8000)  # float32's bits from which on BF16 to nearest is Inf
 
 
-@kernel
+@kept_kernel
 def round_bf16(values, raw):
     """(n,) float32 without NaN -> `raw`, (n,) uint16 BF16, to nearest even; returns how many results are Inf."""
     bits = values.view(np.uint32)
@@ -27,7 +27,7 @@ def round_bf16(values, raw):
     return int(bad)
 
 
-@kernel
+@kept_kernel
 def round_stochastic_bf16(values, words, raw):
     """`stochastic` of (n,) float32 without NaN by (n,) uint32 words -> `raw`, (n,) uint16 BF16; returns how many would
     be Inf to nearest."""
@@ -41,7 +41,7 @@ def round_stochastic_bf16(values, words, raw):
     return int(bad)
 
 
-@kernel
+@kept_kernel
 def add_round_bf16(base_raw, base, merged, factor, raw):
     """base + factor * merged -> `raw`, (n,) uint16 BF16, to nearest even; base_raw's bits where that change is 0.
 
@@ -60,7 +60,7 @@ def add_round_bf16(base_raw, base, merged, factor, raw):
     return int(bad)
 
 
-@kernel
+@kept_kernel
 def add_round_stochastic_bf16(base_raw, base, merged, factor, words, raw):
     """`add_round_bf16`, but `stochastic` by (n,) uint32 words; what would be NaN or Inf to nearest is counted."""
     bad = np.uint32(0)
@@ -77,7 +77,7 @@ def add_round_stochastic_bf16(base_raw, base, merged, factor, words, raw):
     return int(bad)
 
 
-@kernel
+@kept_kernel
 def add_losses(base, origin, change, stored, deltas, first, counts, touched, lanes, flags):
     """`losses` of (n,) and (K, n or more) elements of a block, of which they are those from `first` on.
 
@@ -113,9 +113,10 @@ def add_losses(base, origin, change, stored, deltas, first, counts, touched, lan
             changes[i] += np.float64(moved) * np.float64(moved)
             products[i] += np.float64(applied) * np.float64(moved)
         done += here
+    return 0
 
 
-@kernel
+@kept_kernel
 def end_block(lanes, sums):
     """(3, 32) float64, added up in order -> `sums`, (3,); the lanes are 0 afterwards."""
     for row in range(3):
@@ -124,3 +125,4 @@ def end_block(lanes, sums):
             found += lanes[row, lane]
             lanes[row, lane] = np.float64(0)
         sums[row] = found
+    return 0
