@@ -16,7 +16,7 @@ for needed in ("torch", "transformers", "tokenizers", "gguf", "num2words", "babe
     pytest.importorskip(needed)
 
 sys.path.insert(0, str(ROOT))
-from real import base, claims, lessons, measuring, page, running, steps, training  # noqa: E402
+from real import base, claims, lessons, measuring, merging, page, running, sizes, steps, training  # noqa: E402
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -203,7 +203,7 @@ def test_sentences_and_modules_are_of_one_split():
     assert len({*modules}) == len(modules)
     texts = [text.lower() for own in lessons.topic_texts().values() for text, _ in own]
     assert len({*texts}) == len(texts)
-    assert len({*lessons.prose()}) == len(lessons.prose()) >= steps.STANDARD.rows["prose"]
+    assert len({*lessons.prose()}) == len(lessons.prose()) >= sizes.STANDARD.rows["prose"]
 
 
 @pytest.mark.parametrize("ability", lessons.ABILITIES)
@@ -302,6 +302,34 @@ def made_up(document, offset=0.0):
     return {"rows": rows, "failed": 0, "seconds": 1.0}
 
 
+def a_search(document, size):
+    """A search's summary, condensed, of which the first method with its weights in the middle is the best."""
+    scores = {f"{one}/exact_match": {"value": 0.6, "stderr": 0.03} for one in size.abilities}
+    scores["mean"] = {"value": 0.6, "stderr": 0.02}
+    params = {"method": "TIES, keep .3", "parameters.lambda": 0.9}
+    for at in range(len(size.abilities)):
+        params |= {f"models.{at}.parameters.weight[{point}]": 0.75 for point in range(size.depth)}
+    baselines = [
+        {"name": name, "kind": kind, "validation": scores, "test": scores, "error": None}
+        for name, kind in (("base", "base"), (f"single {size.abilities[0]}", "single"), ("average", "plain"))
+    ]
+    gaps = [
+        {
+            "against": name, "role": role, "score": "mean", "split": "test", "value": 0.1, "stderr": 0.02,
+            "interval": [0.06, 0.14], "better": True,
+        }
+        for name, role in ((f"single {size.abilities[0]}", "best single model"), ("average", "best plain merge"))
+    ]  # fmt: skip
+    recipe = {key: value for key, value in document["recipe"].items() if key != "sparsify"}
+    return {
+        "question": {"goals": [{"score": "mean", "higher_is_better": True}]},
+        "counts": {"trials": 60, "complete": 20, "stopped": 40, "failed": 0, "items": 9000, "saved": 0.4},
+        "baselines": baselines, "best_single": f"single {size.abilities[0]}", "best_plain": "average",
+        "best": {"trial": 7, "name": None, "params": params, "validation": scores, "test": scores, "merge": recipe},
+        "differences": gaps, "verdict": ["Best: trial 7"], "test_looks": 1, "seconds": 10.0,
+    }  # fmt: skip
+
+
 def results_of(size):
     """As if everything had been run."""
     found = {}
@@ -312,11 +340,27 @@ def results_of(size):
         elif kind == "pack":
             found[step.name] = {"bytes": 1000 * (1 + len(found)), "model_bytes": 269_000_000}
         elif kind == "eval":
-            paths = [word for word in step.words if word.endswith((".pack.safetensors", ".yaml"))]
+            paths = [word for word in step.words[1:] if not word.startswith("--")]
+            paths = paths[: next(i for i, word in enumerate(paths) if word == "base" or word.endswith(".jsonl"))]
             judges = [Path(word).stem for word in step.words if word.endswith(".jsonl")]
             scores = {f"{one}/exact_match": {"value": 0.5} for one in judges[:-1]}
             scores["prose.test/perplexity"] = {"value": 40.0}
-            found[step.name] = {"evaluations": [{"model": path, "scores": scores} for path in paths]}
+            names = [path.removesuffix(".yaml") for path in paths]
+            gaps = {name: {other: {"value": -0.01, "stderr": 0.02} for other in names[1:]} for name in scores}
+            found[step.name] = {
+                "evaluations": [{"model": name, "scores": scores} for name in names],
+                "differences": gaps,
+            }
+        elif kind == "extract":
+            found[step.name] = {
+                "bytes": 5000,
+                "model_bytes": 269_000_000,
+                "total_error": 0.9,
+                "outside": 0.2,
+                "rank": 8,
+            }
+        elif kind == "search":
+            found[step.name] = a_search(step.file(found), size)
         elif kind == "inspect":
             total = {"r": 0.003, "zeros": 0.5, "shares": {"0.002": 0.999}}
             found[step.name] = {"median_r": 0.003, "drop_rate": 0.99, "verdict": "ok", "total": total}
@@ -329,8 +373,8 @@ def results_of(size):
     settings = {
         "base": "tiny of nothing", "abilities": [*size.abilities], "rows": dict(size.rows), "seeds": [*size.seeds],
         "other_seeds": [*size.other_seeds], "rates": [*size.rates], "headline": [*size.headline],
-        "other_rates": [*size.other_rates], "batch": size.batch, "again": size.again, "dtype": "float32", "jobs": 1,
-        "machine": "two", "torch": "2", "transformers": "5",
+        "other_rates": [*size.other_rates], "batch": size.batch, "again": size.again, "also": [*size.also],
+        "depth": size.depth, "dtype": "float32", "jobs": 1, "machine": "two", "torch": "2", "transformers": "5",
         "examples": {one: ["user", "answer"] for one in size.abilities},
         "counts": {split: dict.fromkeys((*size.abilities, "prose"), 9) for split in ("validation", "test")},
     }  # fmt: skip
@@ -341,7 +385,7 @@ def results_of(size):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [steps.STANDARD, steps.FULL, steps.QUICK], ids=["standard", "full", "quick"])
+@pytest.mark.parametrize("size", [sizes.STANDARD, sizes.FULL, sizes.QUICK], ids=["standard", "full", "quick"])
 def test_the_budget_counts_the_cells_that_sweeps_have(size):
     from darekit.sweeps.grid import cells_of, essence
     from darekit.sweeps.reading import read_sweep
@@ -358,7 +402,7 @@ def test_the_budget_counts_the_cells_that_sweeps_have(size):
         assert sum(count for count, _ in step.cells) == len(there) - before, step.name
 
 
-@pytest.mark.parametrize("size", [steps.STANDARD, steps.QUICK], ids=["standard", "quick"])
+@pytest.mark.parametrize("size", [sizes.STANDARD, sizes.FULL, sizes.QUICK], ids=["standard", "full", "quick"])
 def test_every_command_is_one_that_can_be_typed(size):
     from darekit.recipe import read_recipe
     from test_docs import command_of
@@ -378,18 +422,18 @@ def test_every_command_is_one_that_can_be_typed(size):
 
 def test_the_budget_is_printed_with_its_time():
     pace = measuring.Pace("float32", {"numbers": 0.01, "prose": 0.1})
-    todo = steps.steps_of(steps.QUICK)
-    text = measuring.budget(todo, ["numbers"], steps.QUICK, pace, jobs=2)
+    todo = steps.steps_of(sizes.QUICK)
+    text = measuring.budget(todo, ["numbers"], sizes.QUICK, pace, jobs=2)
     lines = text.splitlines()
     assert "numbers 100, prose 10" in lines[0] and "fine-tuning numbers" in text and "with 2 processes" in lines[-1]
     drop = next(step for step in todo if step.name == "drop")
     # 4 cells and the base: 100 rows of numbers and 16 of prose each.
-    assert measuring.seconds_of(drop, steps.QUICK, pace) == pytest.approx(15 + 5 * (2 + 1 + 1.6))
+    assert measuring.seconds_of(drop, sizes.QUICK, pace) == pytest.approx(15 + 5 * (2 + 1 + 1.6))
 
 
 def test_what_is_chosen_is_the_best_on_validation():
     def row(setting, rate, score):
-        at = {"setting": setting, steps.DROP_RATE: rate}
+        at = {"setting": setting, sizes.DROP_RATE: rate}
         scores = {"validation": {"a/exact_match": [score, None, 1], "b/exact_match": [score / 2, None, 1]}}
         return {"kind": "grid", "at": at, "scores": scores}
 
@@ -400,10 +444,10 @@ def test_what_is_chosen_is_the_best_on_validation():
         row("task arithmetic, lambda 0.5", 0.9, 0.4), row("task arithmetic, lambda 1", 0, 0.1),
         row("task arithmetic, lambda 1", 0.9, 1.0),
     ]  # fmt: skip
-    found = steps.chosen({"x-grid": {"rows": rows}}, "x", ["a", "b"])
+    found = merging.chosen({"x-grid": {"rows": rows}}, "x", ["a", "b"])
     # With DARE it is the setting that is best without, even if another were better.
-    assert found["task arithmetic"]["without"]["at"] == {"setting": "task arithmetic, lambda 0.5", steps.DROP_RATE: 0}
-    assert found["task arithmetic"]["with"]["at"] == {"setting": "task arithmetic, lambda 0.5", steps.DROP_RATE: 0.9}
+    assert found["task arithmetic"]["without"]["at"] == {"setting": "task arithmetic, lambda 0.5", sizes.DROP_RATE: 0}
+    assert found["task arithmetic"]["with"]["at"] == {"setting": "task arithmetic, lambda 0.5", sizes.DROP_RATE: 0.9}
 
 
 # --- claims and page ---
@@ -414,7 +458,7 @@ def flat(size, **scores):
     found = results_of(size)
     for name in ("drop", "others"):
         for row in found["steps"][name]["rows"]:
-            rate, method = row["at"].get(steps.DROP_RATE, 0), row["at"].get("method", "DARE")
+            rate, method = row["at"].get(sizes.DROP_RATE, 0), row["at"].get("method", "DARE")
             for judge in row["judges"]:
                 if judge != "prose":
                     value = scores.get(method, 0.9) if rate else 0.9
@@ -423,39 +467,41 @@ def flat(size, **scores):
 
 
 def test_rules_decide():
-    kept = flat(steps.QUICK)
+    kept = flat(sizes.QUICK)
     assert claims.verdict(claims.dare_90, kept).outcome == claims.HELD
     assert (
         claims.verdict(claims.drop_only, kept).outcome
         == claims.verdict(claims.magnitude, kept).outcome
         == claims.FAILED
     )
-    assert claims.verdict(claims.drop_only, flat(steps.QUICK, DropOnly=0.79)).outcome == claims.HELD
-    assert claims.verdict(claims.rescaled, flat(steps.QUICK, **{"magnitude, rescaled": 0.5})).outcome == claims.HELD
+    assert claims.verdict(claims.drop_only, flat(sizes.QUICK, DropOnly=0.79)).outcome == claims.HELD
+    assert claims.verdict(claims.rescaled, flat(sizes.QUICK, **{"magnitude, rescaled": 0.5})).outcome == claims.HELD
     # 2 sqrt(.9 .1 / 100) = 6 points: .85 is within, .83 is not.
     assert claims.tolerance(kept, "numbers") == pytest.approx(6.0)
-    assert claims.verdict(claims.dare_90, flat(steps.QUICK, DARE=0.85)).outcome == claims.HELD
-    assert claims.verdict(claims.dare_90, flat(steps.QUICK, DARE=0.83)).outcome == claims.FAILED
+    assert claims.verdict(claims.dare_90, flat(sizes.QUICK, DARE=0.85)).outcome == claims.HELD
+    assert claims.verdict(claims.dare_90, flat(sizes.QUICK, DARE=0.83)).outcome == claims.FAILED
     assert [one.outcome for one in claims.verdicts(kept)].count(claims.MISSING) == 2  # merges: one ability
 
 
 def test_the_largest_rate_has_no_gap_below():
-    found = flat(steps.QUICK)
+    found = flat(sizes.QUICK)
     assert claims.largest_rate(found, "numbers", "DARE") == 0.99
     for row in found["steps"]["drop"]["rows"]:
-        if row["at"].get(steps.DROP_RATE) == 0.9:
+        if row["at"].get(sizes.DROP_RATE) == 0.9:
             row["scores"]["test"]["numbers/exact_match"][0] = 0.1
     assert claims.largest_rate(found, "numbers", "DARE") == 0.5
 
 
-@pytest.mark.parametrize("size", [steps.STANDARD, steps.QUICK], ids=["standard", "quick"])
-def test_the_page_tells_what_was_run(size, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "missing"), [(sizes.STANDARD, 1), (sizes.FULL, 0), (sizes.QUICK, 5)], ids=["standard", "full", "quick"]
+)
+def test_the_page_tells_what_was_run(size, missing, tmp_path):
     pytest.importorskip("matplotlib")
     results = results_of(size)
     page.write_page(results, tmp_path)
     text = (tmp_path / page.PAGE).read_text()
     assert text.count("\n## ") == len(page.SECTIONS)
-    assert text.count("Not in this run.") == (3 if size is steps.QUICK else 0)
+    assert text.count("Not in this run") == missing
     assert json.loads((tmp_path / page.RESULTS).read_text()) == results
     pictures = {"drop.png", "packs.png", "merges.png"} if len(size.abilities) > 1 else {"drop.png", "packs.png"}
     assert {path.name for path in tmp_path.glob("*.png")} == pictures
@@ -464,14 +510,14 @@ def test_the_page_tells_what_was_run(size, tmp_path):
 
 def test_a_page_of_a_run_that_ended_early(tmp_path):
     """After every step there is a page, which says what is not in it."""
-    results = results_of(steps.STANDARD)
+    results = results_of(sizes.STANDARD)
     names, missing = [*results["steps"]], []
     for count in range(0, len(names) + 1, 3):
         partly = results | {"steps": {name: results["steps"][name] for name in names[:count]}}
-        missing.append(page.render(partly, tmp_path).count("Not in this run."))
+        missing.append(page.render(partly, tmp_path).count("Not in this run"))
         if not count % 15:
             page.write_page(partly, tmp_path / str(count))
-    assert missing == sorted(missing, reverse=True) and missing[0] == 7
+    assert missing == sorted(missing, reverse=True) and missing[0] == 9 and missing[-1] == 1
 
 
 def test_the_committed_page_follows_from_its_results():
@@ -496,10 +542,10 @@ def test_steps_are_kept_until_what_decides_about_them_changes(work, tmp_path, mo
 
     monkeypatch.setattr(running, "call", call)
     pace = measuring.Pace("float32", {})
-    step = steps.Step("look", "a look", ("inspect", "base", "numbers", "--json"), needs=("numbers",))
+    step = sizes.Step("look", "a look", ("inspect", "base", "numbers", "--json"), needs=("numbers",))
 
     def run(one=step):
-        made = running.Run(tmp_path, steps.QUICK, pace, 1, lambda line: None)
+        made = running.Run(tmp_path, sizes.QUICK, pace, 1, lambda line: None)
         made.all([one])
         return made
 
@@ -513,10 +559,10 @@ def test_steps_are_kept_until_what_decides_about_them_changes(work, tmp_path, mo
     run()
     assert len(calls) == 3
     answer.clear()
-    other = run(steps.Step("other", "another", ("inspect", "base", "json")))
+    other = run(sizes.Step("other", "another", ("inspect", "base", "json")))
     assert other.failed == ["another: `dare inspect base json` ended with 2: dare: no such model"]
     missing = run(
-        steps.Step("late", "a merge", ("sweep", "steps/late.yaml", "runs/late"), lambda found: found["x-grid"])
+        sizes.Step("late", "a merge", ("sweep", "steps/late.yaml", "runs/late"), lambda found: found["x-grid"])
     )
     assert missing.failed == ["a merge: not run, x-grid is missing"]
 
@@ -529,10 +575,10 @@ def test_a_quick_run_from_end_to_end(work, tmp_path, monkeypatch):
     few = training.Course(2, 2, 1e-3)
     monkeypatch.setitem(training.COURSES, "numbers", few)
     rows = {"validation": 2, "test": 4, "prose": 2}
-    size = steps.Size(
+    size = sizes.Size(
         lessons.ABILITIES[:1], rows, (1,), rates=(0.9,), headline=(), other_rates=(0.9,), batch=4, again=False
     )
-    monkeypatch.setattr(steps, "QUICK", size)
+    monkeypatch.setattr(sizes, "QUICK", size)
 
     def train(folder, names, **_):
         for name in names:
