@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from transformers import AutoTokenizer
 
-    from real import lessons, measuring, page, sizes, steps, training
+    from real import informed, lessons, measuring, page, sizes, steps, training
     from real.base import layers_of, make_base
     from real.running import Run
 
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = given.work.resolve()
     base = make_base(work / "base", model=given.model, say=say)
     size = replace(size, also=given.also or size.also, depth=min(size.depth, layers_of(base)))
-    lessons.write_data(work / "data", AutoTokenizer.from_pretrained(base), dict(size.rows), size.abilities)
+    lessons.write_data(
+        work / "data", AutoTokenizer.from_pretrained(base), dict(size.rows), size.abilities, training=informed.ROWS
+    )
     todo, names = steps.steps_of(size), steps.models_of(size)
     untrained = [one for one in names if not training.is_trained(base, work / one, *training.course_of(one))]
     jobs = given.jobs or default_jobs(given.device)

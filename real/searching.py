@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from real.informed import gram_path
 from real.lessons import PROSE
 from real.merging import BY_WEIGHT, chosen_weights, validated
 from real.sizes import DENSE, DROP_RATE, Document, Results, Size, Step, judges
@@ -17,13 +18,21 @@ BEST, GRID = "search-best", "search-weights"  # recipes of `search-test`, by nam
 
 # What a name stands for, on the recipe that starts the search (TIES by weight, DARE before it).
 PLAIN: Document = {"merge_method": "task_arithmetic", "parameters.keep": None, "parameters.normalize": None}
-METHODS: Mapping[str, Document] = {
-    "task arithmetic": PLAIN | {"sparsify": None},
-    "TIES, keep .2": {"parameters.keep": 0.2, "sparsify": None},
-    "TIES, keep .3": {"parameters.keep": 0.3, "sparsify": None},
-    "DARE, task arithmetic": PLAIN,
-    "DARE, TIES": {"parameters.keep": 1.0},
-}
+
+
+def methods(size: Size) -> dict[str, Document]:
+    """Names of the search's `method`, with the settings that they stand for."""
+    stats = {f"models.{at}.stats": gram_path(one) for at, one in enumerate(size.abilities)}
+    informed = PLAIN | {"merge_method": "regmean", "parameters.lambda": None} | stats
+    return {
+        "task arithmetic": PLAIN | {"sparsify": None},
+        "TIES, keep .2": {"parameters.keep": 0.2, "sparsify": None},
+        "TIES, keep .3": {"parameters.keep": 0.3, "sparsify": None},
+        "RegMean": informed | {"sparsify": None},
+        "DARE, task arithmetic": PLAIN,
+        "DARE, TIES": {"parameters.keep": 1.0},
+        "DARE, RegMean": informed,
+    }
 
 
 def written(size: Size, results: Results) -> Document:
@@ -47,7 +56,7 @@ def search_file(size: Size, results: Results) -> Document:
     return {
         "recipe": start,
         "space": {
-            "method": dict(METHODS),
+            "method": methods(size),
             "models.*.parameters.weight": weight,
             "parameters.lambda": {"low": 0.3, "high": 1.5},
             DROP_RATE: {"low": 0.1, "high": 0.9},

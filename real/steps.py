@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from real.informed import informed_steps
 from real.lessons import PROSE
 from real.merging import MERGES, chosen, equal_steps, merge_recipe, pair_steps, rounding_step, weight_steps
 from real.packing import lora_steps, pack_steps
@@ -23,7 +24,8 @@ def steps_of(size: Size) -> list[Step]:
     first, *others = size.abilities
     found = [*_looks(size), _drops(size), _others(size), *pack_steps(size, first)]
     if others:
-        found += [*lora_steps(size, first), *equal_steps(size), rounding_step(size), *weight_steps(size)]
+        found += [*lora_steps(size, first), *equal_steps(size), *informed_steps(size), rounding_step(size)]
+        found += weight_steps(size)
     found += [*_headline(size), _speed(size)]
     for one in others:
         found += pack_steps(size, one)

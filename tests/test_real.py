@@ -16,7 +16,7 @@ for needed in ("torch", "transformers", "tokenizers", "gguf", "num2words", "babe
     pytest.importorskip(needed)
 
 sys.path.insert(0, str(ROOT))
-from real import base, claims, lessons, measuring, merging, page, running, sizes, steps, training  # noqa: E402
+from real import base, claims, informed, lessons, measuring, merging, page, running, sizes, steps, training  # noqa: E402
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -385,6 +385,29 @@ def results_of(size):
     }  # fmt: skip
 
 
+def test_statistics_are_of_training_and_merge_with_the_defaults(work, tmp_path):
+    from transformers import AutoTokenizer
+
+    from darekit.recipe import read_recipe
+    from darekit.sweeps.grid import cells_of
+    from darekit.sweeps.reading import read_sweep
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "base")
+    lessons.write_data(tmp_path, tokenizer, {"validation": 3, "test": 4, "prose": 2}, training=5)
+    for one in lessons.ABILITIES:
+        own = (tmp_path / "training" / f"{one}.jsonl").read_text().splitlines()
+        others = "".join((tmp_path / f"{one}.{split}.jsonl").read_text() for split in ("validation", "test"))
+        assert len(own) == 5 and not {*own} & {*others.splitlines()}
+    *grams, sweep = informed.informed_steps(sizes.STANDARD)
+    assert [step.makes for step in grams] == [informed.gram_path(one) for one in sizes.STANDARD.abilities]
+    cells = [cell for cell in cells_of(read_sweep(sweep.file({})))[0] if cell.kind == "grid"]
+    assert [cell.at[sizes.DROP_RATE] for cell in cells] == [*informed.RATES]
+    for cell in cells:
+        recipe = read_recipe(cell.recipe.to_data())
+        assert recipe.merge_method == "regmean"
+        assert [entry.stats for entry in recipe.models] == [step.makes for step in grams]
+
+
 @pytest.mark.parametrize("size", [sizes.STANDARD, sizes.FULL, sizes.QUICK], ids=["standard", "full", "quick"])
 def test_the_budget_counts_the_cells_that_sweeps_have(size):
     from darekit.sweeps.grid import cells_of, essence
@@ -493,7 +516,7 @@ def test_the_largest_rate_has_no_gap_below():
 
 
 @pytest.mark.parametrize(
-    ("size", "missing"), [(sizes.STANDARD, 1), (sizes.FULL, 0), (sizes.QUICK, 5)], ids=["standard", "full", "quick"]
+    ("size", "missing"), [(sizes.STANDARD, 1), (sizes.FULL, 0), (sizes.QUICK, 6)], ids=["standard", "full", "quick"]
 )
 def test_the_page_tells_what_was_run(size, missing, tmp_path):
     pytest.importorskip("matplotlib")
@@ -517,7 +540,7 @@ def test_a_page_of_a_run_that_ended_early(tmp_path):
         missing.append(page.render(partly, tmp_path).count("Not in this run"))
         if not count % 15:
             page.write_page(partly, tmp_path / str(count))
-    assert missing == sorted(missing, reverse=True) and missing[0] == 9 and missing[-1] == 1
+    assert missing == sorted(missing, reverse=True) and missing[0] == 10 and missing[-1] == 1
 
 
 def test_the_committed_page_follows_from_its_results():

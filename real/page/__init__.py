@@ -19,6 +19,7 @@ SECTIONS = (
     ("The paper says, and here", headline.verdicts),
     ("Ways to drop", headline.curves),
     ("Merges", merges.merged),
+    ("Merges that know the inputs", merges.informed),
     ("A search for the best merge", merges.searched),
     ("Rounding", merges.rounding),
     ("Packs", packs.packed),

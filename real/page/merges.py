@@ -10,8 +10,10 @@ from statistics import fmean
 from typing import Any
 
 from real import claims
+from real import informed as informing
 from real.claims import dropped
 from real.lessons import PROSE
+from real.measuring import shown
 from real.merging import MERGES, ROUNDED, SMALL, best, chosen, chosen_weights, rounded
 from real.page.results import Results, size_of
 from real.page.words import evaluated, gaps, mean_gap, rate_word, table, told_gap
@@ -110,6 +112,70 @@ def _weights(results: Results, models: Sequence[str]) -> Iterator[str]:
     )  # fmt: skip
 
 
+# --- RegMean ---
+
+
+def informed(results: Results, page: Path) -> Iterator[str]:
+    """A merge by statistics, beside each model alone."""
+    models = claims.abilities(results)
+    cells = [row for row in claims.rows_of(results, "regmean", "grid", "undropped")]
+    yield (
+        f"The merges above know nothing but weights. [`regmean`](../recipes.md#statistics) also knows what the inputs of each linear layer look like: "
+        f"`dare stats gram` reads {informing.ROWS} rows of each model's own training data (no row of validation or test), and each layer of the merge is the "
+        "one that comes closest to what every model does on its own inputs, in closed form. Nothing is trained and nothing is chosen: all settings are the defaults. "
+        f"With DARE before it, all {len(models)} models are dropped at p (embeddings and norms stay dense)."
+    )
+    alone = {one: dropped(results, one, "DARE", 0).mean for one in models}
+    rows = []
+    for row in cells:
+        values = {one: claims.cell_of(row, one).mean for one in models}
+        kept = [
+            f"**{value:.1f}**" if claims.is_kept(results, one, value) else f"{value:.1f}"
+            for one, value in values.items()
+        ]
+        rate = row["at"][DROP_RATE]
+        name = f"RegMean, DARE p = {rate_word(rate)}" if rate else "RegMean"
+        rows.append((name, *kept, f"{fmean(values.values()):.1f}", f"{claims.cell_of(row, PROSE).mean:.1f}"))
+    with suppress(KeyError):
+        name, row = _best_plain(results, models)
+        values = [claims.cell_of(row, one).mean for one in models]
+        rows.append(
+            (
+                f"best of the merges above: {name}",
+                *(f"{one:.1f}" for one in values),
+                f"{fmean(values):.1f}",
+                f"{claims.cell_of(row, PROSE).mean:.1f}",
+            )
+        )
+    rows.append(
+        (
+            "each model alone, on its own task",
+            *(f"{one:.1f}" for one in alone.values()),
+            f"{fmean(alone.values()):.1f}",
+            "",
+        )
+    )
+    yield table(("on test", *models, "mean", "perplexity"), rows)
+    seconds = fmean(results["seconds"][f"gram-{one}"] for one in models)
+    yield f"**Bold**: within two standard errors of the model alone. The statistics of a model took {shown(seconds)}."
+
+
+def _best_plain(results: Results, models: Sequence[str]) -> tuple[str, Mapping[str, Any]]:
+    """The merge by weights alone with the highest mean on test: what RegMean is held against has the advantage."""
+    found = {
+        f"{method} {how} DARE": row
+        for method, pair in claims.merge_cells(results, "three", models).items()
+        for how, row in pair.items()
+    }
+    with suppress(KeyError):
+        found |= {
+            f"TIES, chosen weights, {row['at']['merge']}": row
+            for row in claims.rows_of(results, "weights-test", "grid", "undropped")
+        }
+    name = max(found, key=lambda one: claims.mean_of(found[one], models))
+    return name, found[name]
+
+
 # --- the search ---
 
 
@@ -123,7 +189,7 @@ def searched(results: Results, page: Path) -> Iterator[str]:
         return
     settings = results["settings"]
     yield (
-        f"`dare search`: {counts['trials']} candidates over method (task arithmetic, TIES with a keep of .2 or .3, each of them also after DARE), "
+        f"`dare search`: {counts['trials']} candidates over method (task arithmetic, TIES with a keep of .2 or .3, RegMean, each of them also after DARE), "
         f"a weight for each model with {settings['depth']} control points from the first layer to the last, lambda and drop rate. They are chosen on "
         f"validation ({settings['rows']['validation']} rows of each ability) by {_goals(found)}; test is asked once, for what was chosen. Rungs saved "
         f"{100 * counts['saved']:.0f} % of the rows."
@@ -265,6 +331,11 @@ def draw_merges(results: Results, page: Path) -> None:
         rows += [
             (f"TIES, chosen weights, {row['at']['merge']}", row)
             for row in claims.rows_of(results, "weights-test", "grid", "undropped")
+        ]
+    with suppress(KeyError):
+        rows += [
+            ("RegMean" + (f", DARE p = {rate_word(row['at'][DROP_RATE])}" if row["at"][DROP_RATE] else ""), row)
+            for row in claims.rows_of(results, "regmean", "grid", "undropped")
         ]
     with plotting.settings():
         figure, axes = plotting.new_figure(1, 1, width=7.4, height=0.42 * len(rows) + 1.4)
