@@ -16,22 +16,23 @@ FULL_ASKED = 0.6  # of a candidate's rows, on average: rungs stop the hopeless o
 GOAL: Document = {}  # `choose:` and what bounds it; without, the mean of the abilities
 BEST, GRID = "search-best", "search-weights"  # recipes of `search-test`, by name
 
-# What a name stands for, on the recipe that starts the search (TIES by weight, DARE before it).
-PLAIN: Document = {"merge_method": "task_arithmetic", "parameters.keep": None, "parameters.normalize": None}
+# What a name stands for, on the recipe that the search starts from: TIES by weight, nothing dropped.
+DROPPED: Document = {"sparsify": {"method": "dare", "drop_rate": 0.5, "keep_dense": [*DENSE]}}  # the rate is searched
+SUM: Document = {"merge_method": "task_arithmetic", "parameters.keep": None, "parameters.normalize": None}
 
 
 def methods(size: Size) -> dict[str, Document]:
     """Names of the search's `method`, with the settings that they stand for."""
     stats = {f"models.{at}.stats": gram_path(one) for at, one in enumerate(size.abilities)}
-    informed = PLAIN | {"merge_method": "regmean", "parameters.lambda": None} | stats
+    informed = SUM | {"merge_method": "regmean", "parameters.lambda": None} | stats
     return {
-        "task arithmetic": PLAIN | {"sparsify": None},
-        "TIES, keep .2": {"parameters.keep": 0.2, "sparsify": None},
-        "TIES, keep .3": {"parameters.keep": 0.3, "sparsify": None},
-        "RegMean": informed | {"sparsify": None},
-        "DARE, task arithmetic": PLAIN,
-        "DARE, TIES": {"parameters.keep": 1.0},
-        "DARE, RegMean": informed,
+        "task arithmetic": SUM,
+        "TIES, keep .2": {"parameters.keep": 0.2},
+        "TIES, keep .3": {"parameters.keep": 0.3},
+        "RegMean": informed,
+        "DARE, task arithmetic": SUM | DROPPED,
+        "DARE, TIES": {"parameters.keep": 1.0} | DROPPED,
+        "DARE, RegMean": informed | DROPPED,
     }
 
 
@@ -50,11 +51,9 @@ def written(size: Size, results: Results) -> Document:
 
 def search_file(size: Size, results: Results) -> Document:
     """Weights over depth, lambda, method and drop rate. Prose is no judge here: it is asked of what is found."""
-    start = written(size, results)
-    start["sparsify"] = {"method": "dare", "drop_rate": 0, "keep_dense": DENSE}
     weight: Document = {"low": 0.0, "high": 1.5} | ({"layers": size.depth} if size.depth > 1 else {})
     return {
-        "recipe": start,
+        "recipe": written(size, results),
         "space": {
             "method": methods(size),
             "models.*.parameters.weight": weight,

@@ -4,6 +4,7 @@ Nothing is downloaded."""
 
 import json
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,22 @@ for needed in ("torch", "transformers", "tokenizers", "gguf", "num2words", "babe
     pytest.importorskip(needed)
 
 sys.path.insert(0, str(ROOT))
-from real import base, claims, informed, lessons, measuring, merging, page, running, sizes, steps, training  # noqa: E402
+from real import (  # noqa: E402
+    base,
+    claims,
+    informed,
+    lessons,
+    measuring,
+    merging,
+    packing,
+    page,
+    running,
+    searching,
+    sizes,
+    steps,
+    training,
+)
+from real.page import headline, words  # noqa: E402
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -588,6 +604,155 @@ def test_steps_are_kept_until_what_decides_about_them_changes(work, tmp_path, mo
         sizes.Step("late", "a merge", ("sweep", "steps/late.yaml", "runs/late"), lambda found: found["x-grid"])
     )
     assert missing.failed == ["a merge: not run, x-grid is missing"]
+
+
+def test_a_search_that_asks_something_else_begins_anew(work, tmp_path, monkeypatch):
+    """`dare search` refuses a folder of another question; one that was only stopped is gone on from."""
+    (tmp_path / "data").mkdir()
+    seen = []
+
+    def call(words, folder, *, program, threads):
+        place = folder / "runs" / "search"
+        seen.append(place.is_dir())
+        place.mkdir(parents=True, exist_ok=True)
+        return 130, "", "interrupted"
+
+    monkeypatch.setattr(running, "call", call)
+    step = next(one for one in steps.steps_of(sizes.FULL) if one.name == "search")
+    run = running.Run(tmp_path, sizes.FULL, measuring.Pace("float32", {}), 2, lambda line: None)
+    run.results.update({name: one for name, one in results_of(sizes.FULL)["steps"].items() if name.endswith("-grid")})
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run.step(step)
+    (tmp_path / "numbers").mkdir()
+    (tmp_path / "numbers" / "training.json").write_text('{"fingerprint": "another"}')
+    with pytest.raises(KeyboardInterrupt):
+        run.step(step)
+    assert seen == [False, True, False]
+
+
+def test_the_search_is_one_that_dare_search_reads(work):
+    """Each method's candidate has what its name says; the recipe as written is the grid's choice."""
+    from darekit.searches.reading import read_search
+    from darekit.searches.space import candidate, midpoint
+
+    size = replace(sizes.FULL, depth=2)
+    document = searching.search_file(size, results_of(size)["steps"])
+    found = read_search(document)
+    for name in searching.METHODS:
+        recipe = candidate(found, midpoint(found.knobs) | {"method": name, sizes.DROP_RATE: 0.7})
+        assert (recipe.sparsify is not None) == name.startswith("DARE") and len(recipe.models) == 3
+        assert recipe.merge_method == ("ties" if "TIES" in name else "task_arithmetic")
+        assert recipe.sparsify is None or recipe.sparsify.parameters["drop_rate"] == 0.7
+    weights = merging.chosen_weights(results_of(size)["steps"], size.abilities)
+    assert [one["parameters"]["weight"] for one in document["recipe"]["models"]] == weights
+
+
+def test_differences_are_shown_row_by_row(tmp_path):
+    results = results_of(sizes.FULL)
+    text = page.render(results, tmp_path)
+    assert text.count("-1.0 ± 2.0") > 20  # what results_of makes up
+    assert words.told_gap(words.mean_gap({"a": (1.0, 3.0), "b": (3.0, 4.0)}, ["a", "b"])) == "+2.0 ± 2.5"
+    assert words.mean_gap({"a": (1.0, 3.0)}, ["a", "b"]) is None
+    old = json.loads(json.dumps(results))
+    for step in old["steps"].values():  # a run from before `dare eval` told them
+        step.pop("differences", None) if "evaluations" in step else None
+    assert "-1.0 ± 2.0" not in page.render(old, tmp_path)
+
+
+def test_what_moved_is_of_one_mask():
+    found = results_of(sizes.STANDARD)
+    for name, change in (("again-seed", -0.02), ("again-threads", 0.0)):
+        for row in found["steps"][name]["rows"]:
+            rate = row["at"].get(sizes.DROP_RATE, 0)
+            first = claims.rows_of(found, "drop", "grid", "undropped")
+            same = next(
+                one for one in first if one["at"]["model"] == "numbers" and one["at"].get(sizes.DROP_RATE, 0) == rate
+            ) if row["kind"] != "base" else row  # fmt: skip
+            value = same["scores"]["test"]["numbers/exact_match"][0] + change
+            row["scores"]["test"]["numbers/exact_match"] = [value, None, 1]
+    text = "\n".join(headline.again(found, PAGE))
+    assert "trained with seed 1 -2.0 points; judged by 2 threads +0.0 points" in text
+    assert "| moved by | -2.0 | -2.0 | -2.0 | -2.0 | -2.0 |" in text
+
+
+def test_a_loss_is_the_models_own(work):
+    """A model that scales or caps its logits is trained on them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "base")
+    inputs = next(training.batches(tokenizer, "numbers", training.Course(1, 2, 1e-3)))
+    assert (
+        training.loss_for(AutoModelForCausalLM.from_pretrained(work / "base").float(), inputs) is training.answer_loss
+    )
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=1.0, initializer_range=0.5,
+    )  # fmt: skip
+    assert training.loss_for(Gemma2ForCausalLM(config), inputs) is training.own_loss
+
+
+def test_a_state_that_does_not_fit_costs_no_training(work, tmp_path, monkeypatch, capsys):
+    import torch
+
+    def full(found, path):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    out = tmp_path / "numbers"
+    assert training.train(work / "base", out, "numbers", training.Course(2, 2, 1e-3), every=0)
+    assert "no state was kept at step 1: [Errno 28] No space left" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"numbers"}
+
+
+def test_a_command_is_stopped_before_we_are(tmp_path, monkeypatch):
+    """An interrupt that reaches only us reaches what we began, too: nothing goes on alone."""
+    import signal
+    import threading
+    import time
+
+    (tmp_path / "slow.py").write_text(
+        "import sys, time\nfrom pathlib import Path\nprint('begun', file=sys.stderr, flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    Path('kept').touch()\n    sys.exit(130)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    threading.Timer(2, lambda: signal.raise_signal(signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        running.call(["slow"], tmp_path, program="slow")
+    assert (tmp_path / "kept").exists() and time.monotonic() - began < 40
+
+
+@pytest.mark.check
+def test_the_long_steps_on_the_tiny_model(work, tmp_path, monkeypatch):
+    """Adapters, a search and the row-by-row evaluations, by the commands themselves."""
+    import shutil
+
+    shutil.copytree(work / "data", tmp_path / "data")
+    shutil.copytree(work / "base", tmp_path / "base")
+    (tmp_path / "base.json").write_text('{"source": "tiny"}')
+    for name in lessons.ABILITIES:
+        training.train(tmp_path / "base", tmp_path / name, name, training.Course(2, 2, 1e-3))
+    monkeypatch.setattr(searching, "TRIALS", 3)
+    monkeypatch.setattr(packing, "RANKS", (4,))
+    monkeypatch.setattr(
+        packing, "LORAS", {title: packing.LORAS[title] for title in ("LoRA, rank 4", "LoRA, energy .9")}
+    )
+    rows = {"validation": 3, "test": 4, "prose": 2}
+    size = sizes.Size(rows=rows, batch=4, again=False, also=sizes.ALSO, depth=2)
+    made_up_ones = results_of(size)["steps"]
+    wanted = ("pack-numbers-lossless", "lora-numbers", "loras-numbers", "paired-numbers", "paired-TIES", "search")
+    todo = [step for step in steps.steps_of(size) if step.name.startswith(wanted)]
+    run = running.Run(tmp_path, size, measuring.Pace("float32", {}), 1, lambda line: None)
+    run.results.update({name: one for name, one in made_up_ones.items() if name.endswith("-grid")})
+    for step in todo:
+        run.step(step)
+    assert not run.failed and {step.name for step in todo} <= run.results.keys()
+    results = results_of(size)
+    results["steps"] |= json.loads(json.dumps(run.results))
+    text = page.render(results, tmp_path)
+    assert "Not in this run" not in text and "energy .9" in text and "The search's best minus each" in text
 
 
 @pytest.mark.check

@@ -36,7 +36,7 @@ def merged(results: Results, page: Path) -> Iterator[str]:
         name.removesuffix("-grid") for name in results["steps"] if name.endswith("-grid") and name != "weights-grid"
     ]
     names = [name for name in names if f"{name}-test" in results["steps"]]
-    for name in sorted(names, key=lambda n: (n == "three", n)):
+    for name in sorted(names, key=lambda n: (n != "three", n)):
         own = models if name == "three" else name.split("-")
         grid = _chosen_settings(results, name, own)
         for method, pair in claims.merge_cells(results, name, own).items():
@@ -189,7 +189,7 @@ def searched(results: Results, page: Path) -> Iterator[str]:
         return
     settings = results["settings"]
     yield (
-        f"`dare search`: {counts['trials']} candidates over method (task arithmetic, TIES with a keep of .2 or .3, RegMean, each of them also after DARE), "
+        f"`dare search`: {counts['trials']} candidates over method (task arithmetic, TIES with a keep of .2 or .3, RegMean, DARE before each of them), "
         f"a weight for each model with {settings['depth']} control points from the first layer to the last, lambda and drop rate. They are chosen on "
         f"validation ({settings['rows']['validation']} rows of each ability) by {_goals(found)}; test is asked once, for what was chosen. Rungs saved "
         f"{100 * counts['saved']:.0f} % of the rows."

@@ -55,7 +55,7 @@ def told_gap(gap: Gap | None, digits: int = 1) -> str:
     """
     if gap is None:
         return ""
-    value, error = gap
+    value, error = round(gap[0], digits) + 0.0, gap[1]  # no -0.0
     return f"{value:+.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
