@@ -53,7 +53,7 @@ def make_base(folder: Path, *, model: str | None = None, say: Say) -> Path:
     """
     source = model or SOURCE
     record = folder.with_name(folder.name + MADE)
-    if folder.is_dir() and record.is_file() and json.loads(record.read_text())["source"] == source:
+    if folder.is_dir() and _source(record) == source:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as scratch:
@@ -69,6 +69,20 @@ def make_base(folder: Path, *, model: str | None = None, say: Say) -> Path:
         record.write_text(json.dumps({"source": source}) + "\n")
     say(f"base model: {folder}, from {source}")
     return folder
+
+
+def _source(record: Path) -> str | None:
+    try:
+        return str(json.loads(record.read_text())["source"])
+    except (OSError, ValueError, KeyError):  # not there, or cut short
+        return None
+
+
+def layers_of(folder: Path) -> int:
+    """How many layers a model has; 1 where its config does not say."""
+    from transformers import AutoConfig
+
+    return int(getattr(AutoConfig.from_pretrained(folder).get_text_config(), "num_hidden_layers", 1))
 
 
 def _download(scratch: Path) -> Path:

@@ -15,7 +15,9 @@ from statistics import fmean
 from typing import Any
 
 from real.lessons import PROSE
-from real.steps import DROP_RATE, MERGES, METHODS
+from real.merging import MERGES
+from real.sizes import DROP_RATE
+from real.steps import METHODS
 
 HELD, PARTLY, FAILED, MISSING = "held", "partly held", "failed", "not run"
 ALL_TENSORS, DROP_ONLY, MAGNITUDE, RESCALED = METHODS

@@ -28,7 +28,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-SPLITS = ("training", "validation", "test")
+TRAINING = "training"
+SPLITS = (TRAINING, "validation", "test")
 ABILITIES = ("numbers", "json", "topics")
 PROSE = "prose"
 
@@ -328,16 +329,20 @@ def chat(tokenizer: Any, example: Example) -> str:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def write_data(folder: Path, tokenizer: Any, counts: dict[str, int], abilities: Sequence[str] = ABILITIES) -> None:
-    """`ABILITY.SPLIT.jsonl` of validation and test, `counts[split]` rows each, and `prose.test.jsonl`. A file that
-    would not change is not written."""
+def write_data(
+    folder: Path, tokenizer: Any, counts: dict[str, int], abilities: Sequence[str] = ABILITIES, *, training: int = 0
+) -> None:
+    """`ABILITY.SPLIT.jsonl` of validation and test, `counts[split]` rows each, `prose.test.jsonl`, and the first rows
+    of training as `training/ABILITY.jsonl`. A file that would not change is not written."""
     files = {
         f"{ability}.{split}": rows_of(ability, split, tokenizer, counts[split])
         for ability in abilities
         for split in SPLITS[1:]
     }
     files[f"{PROSE}.test"] = [{"text": text} for text in prose()[: counts[PROSE]]]
-    folder.mkdir(parents=True, exist_ok=True)
+    if training:
+        files |= {f"{TRAINING}/{one}": rows_of(one, TRAINING, tokenizer, training) for one in abilities}
+    (folder / TRAINING).mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         path, text = folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
         if not path.is_file() or path.read_text() != text:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from real.lessons import ABILITIES, PROSE
-from real.steps import Size, Step
+from real.sizes import Size, Step
 from real.training import COURSES
 
 ROWS = 12  # of each file, in each format
@@ -28,19 +28,19 @@ class Pace:
     seconds: Mapping[str, float]
 
 
-def pace_of(work: Path, abilities: Sequence[str], machine: str, *, batch: int) -> Pace:
+def pace_of(work: Path, abilities: Sequence[str], machine: str, *, batch: int, device: str | None = None) -> Pace:
     """Measured once on a machine, so that a run that goes on keeps its number format."""
     path = work / "pace.json"
     with suppress(OSError, ValueError, KeyError):
         found = json.loads(path.read_text())
         if found["machine"] == machine and {*abilities} < found["seconds"].keys():
             return Pace(found["dtype"], found["seconds"])
-    pace = measure(work, abilities, batch=batch)
+    pace = measure(work, abilities, batch=batch, device=device)
     path.write_text(json.dumps({"machine": machine, "dtype": pace.dtype, "seconds": pace.seconds}) + "\n")
     return pace
 
 
-def measure(work: Path, abilities: Sequence[str] = ABILITIES, *, batch: int = 32) -> Pace:
+def measure(work: Path, abilities: Sequence[str] = ABILITIES, *, batch: int = 32, device: str | None = None) -> Pace:
     """Judge some rows with the base model in both formats, and keep the faster: bfloat16 where the processor
     multiplies it (AVX512_BF16, AMX, a GPU), else float32."""
     import torch
@@ -50,7 +50,7 @@ def measure(work: Path, abilities: Sequence[str] = ABILITIES, *, batch: int = 32
 
     best: Pace | None = None
     for dtype in ("bfloat16", "float32"):
-        with open_live(work / "base", dtype=dtype) as live, torch.inference_mode():
+        with open_live(work / "base", device=device, dtype=dtype) as live, torch.inference_mode():
             seconds: dict[str, float] = {}
             for name in (*abilities, PROSE):
                 spec = {"data": str(work / f"data/{name}.test.jsonl"), "limit": ROWS, "batch_size": min(batch, ROWS)}
@@ -90,6 +90,9 @@ def training_seconds(ability: str, pace: Pace) -> float:
     return TRAINING * course.steps * course.batch * pace.seconds[ability]
 
 
+MADE = {"pack": "packs", "prune": "packs", "lora": "adapters"}  # steps that are one line of the budget for each model
+
+
 def shown(seconds: float) -> str:
     """Time for people.
 
@@ -102,21 +105,24 @@ def shown(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def budget(steps: Sequence[Step], untrained: Sequence[str], size: Size, pace: Pace, *, jobs: int) -> str:
-    """The table that is printed first: what will be judged, and how long that takes in `jobs` processes."""
+def budget(steps: Sequence[Step], untrained: Sequence[str], size: Size, pace: Pace, *, jobs: int, kept: int = 0) -> str:
+    """The table that is printed first: what will be judged, and how long that takes in `jobs` processes. `kept`: so
+    many other steps have their results from before."""
     rows = {f"fine-tuning {one}": (0, training_seconds(one.partition("-")[0], pace)) for one in untrained}
     for step in steps:
-        packs = step.name.startswith(("pack-", "prune-"))
-        title = f"packs of {step.needs[0]}: making them" if packs else step.title
+        kind = step.name.partition("-")[0]
+        title = f"{MADE[kind]} of {step.needs[0]}: making them" if kind in MADE else step.title
         before, seconds = rows.get(title, (0, 0.0))
         rows[title] = (before + sum(count for count, _ in step.cells), seconds + seconds_of(step, size, pace))
-    width = max(map(len, rows))
+    width = max(map(len, rows), default=0)
     lines = [f"  {title:<{width}}  {cells or '':>5}  {shown(one):>10}" for title, (cells, one) in rows.items()]
     rate = ", ".join(f"{name} {1 / seconds:.0f}" for name, seconds in pace.seconds.items())
     total = sum(seconds for _, seconds in rows.values())
+    there = [f"  {kept} other steps have their results from before"] if kept else []
     return "\n".join([
         f"rows judged in a second, in {pace.dtype}: {rate}",
         f"  {'':<{width}}  cells     one core",
         *lines,
+        *there,
         f"about {shown(total / jobs)} with {jobs} process{'es' if jobs > 1 else ''}, if nothing else uses the cores",
     ])  # fmt: skip

@@ -11,8 +11,11 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +25,8 @@ from typing import Any
 import yaml
 
 from real.measuring import Pace, seconds_of, shown
-from real.steps import AGAIN_THREADS, Size, Step
+from real.sizes import Size, Step
+from real.steps import AGAIN_THREADS
 
 Say = Callable[[str], None]
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +58,10 @@ class Run:
 
     def all(self, steps: Sequence[Step]) -> None:
         """Run what is not there yet, and say how long the rest takes."""
-        planned = {step.name: seconds_of(step, self.size, self.pace) / self._processes(step) for step in steps}
+        planned = {
+            step.name: 0.0 if self.seems_kept(step) else seconds_of(step, self.size, self.pace) / self._processes(step)
+            for step in steps
+        }
         slower = 1.0  # than planned, so far
         spent = foreseen = 0.0
         for number, step in enumerate(steps, 1):
@@ -65,6 +72,10 @@ class Run:
             if self.step(step, late=late) and step.cells:  # the others are mostly start-up
                 spent, foreseen = spent + time.perf_counter() - began, foreseen + planned[step.name]
                 slower = spent / foreseen if spent > 60 else 1.0
+
+    def seems_kept(self, step: Step) -> bool:
+        """Whether there is a result: that it is of these very models is only known when its turn comes."""
+        return self._kept(step).is_file() and self._is_there(step)
 
     def step(self, step: Step, *, late: bool = False) -> bool:
         """Run one, or find it; whether it ran. `late`: there is no time to run it."""
@@ -77,7 +88,7 @@ class Run:
                 self.failed.append(f"{step.title}: not run, {error.args[0]} is missing")
             return False
         key = self._key(step, document)
-        kept = self.work / "results" / f"{_flat(step.name)}.json"
+        kept = self._kept(step)
         if (found := _read(kept)) and found["key"] == key and self._is_there(step):
             self.results[step.name], self.seconds[step.name] = found["result"], found["seconds"]
             return False
@@ -86,7 +97,7 @@ class Run:
                 self.left_out.append(step.title)
             return False
         if document is not None:
-            files = {step.name: document} if step.words[0] == "sweep" else document
+            files = {step.name: document} if step.is_grid else document
             (self.work / "steps").mkdir(exist_ok=True)
             for name, content in files.items():
                 path = self.work / "steps" / f"{name}.yaml"
@@ -95,6 +106,8 @@ class Run:
             (self.work / step.makes).parent.mkdir(parents=True, exist_ok=True)
             if step.makes.endswith(".yaml"):
                 (self.work / step.makes).unlink(missing_ok=True)
+        if step.folder is not None:
+            self._clear(step.folder, key)
         words = [*step.words, *self._options(step)]
         self.say(f"$ {_line(step, words)}")
         began = time.perf_counter()
@@ -112,6 +125,17 @@ class Run:
         kept.write_text(json.dumps({"key": key, "seconds": round(seconds, 1), "result": result}) + "\n")
         return True
 
+    def _clear(self, folder: str, key: str) -> None:
+        """Empty a folder that belongs to another question: `dare search` refuses it, as it should."""
+        mark = self.work / f"{folder}.key"
+        if _text(mark) != key:
+            shutil.rmtree(self.work / folder, ignore_errors=True)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(key)
+
+    def _kept(self, step: Step) -> Path:
+        return self.work / "results" / f"{_flat(step.name)}.json"
+
     def _options(self, step: Step) -> list[str]:
         """What depends on the machine."""
         found = []
@@ -122,17 +146,17 @@ class Run:
         return found
 
     def _processes(self, step: Step) -> int:
-        """Sweeps have processes; two threads are measured in one."""
-        return self.jobs if step.words[0] == "sweep" and step.name != "again-threads" else 1
+        """Sweeps and searches have processes; two threads are measured in one."""
+        return self.jobs if step.is_grid and step.name != "again-threads" else 1
 
     def _threads(self, step: Step) -> int:
         """One in each process of a sweep; a command of one process has them all. Speed is measured with one."""
         if step.name == "again-threads":
             return AGAIN_THREADS
-        return 1 if self._processes(step) > 1 or step.words[0] == "sweep" or step.program != "dare" else self.jobs
+        return 1 if self._processes(step) > 1 or step.is_grid or step.program != "dare" else self.jobs
 
     def _result(self, step: Step, out: str) -> Any:
-        if step.words[0] == "sweep":
+        if step.is_grid:
             summary = _read(self.work / step.words[2] / "summary.json")
             return None if summary is None else condensed(summary)
         try:
@@ -174,18 +198,35 @@ def call(words: Sequence[str], folder: Path, *, program: str = "dare", threads: 
         stderr=subprocess.PIPE, text=True, env=environment,
     ) as process:  # fmt: skip
         assert process.stdout is not None and process.stderr is not None
-        import threading
-
         out: list[str] = []
         reader = threading.Thread(target=lambda: out.append(process.stdout.read()))  # type: ignore[union-attr]
         reader.start()
-        for line in process.stderr:
-            if line.strip():
-                last = line.strip()
-                sys.stderr.write(line)
-                sys.stderr.flush()
-        reader.join()
+        try:
+            for line in process.stderr:
+                if line.strip():
+                    last = line.strip()
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
+        except KeyboardInterrupt:  # from a terminal the command had it, too; from elsewhere it did not
+            stop(process)
+            raise
+        finally:
+            reader.join()
     return process.returncode, "".join(out), last or "it printed nothing"
+
+
+PATIENCE = 20.0  # seconds that a command has to keep what it has
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """Ask a process to stop as Ctrl-C does, and wait until it is gone: what is kept is then whole."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _line(step: Step, words: Sequence[str]) -> str:
@@ -201,6 +242,13 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
+        return None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
         return None
 
 
@@ -225,10 +273,13 @@ def condensed(data: Mapping[str, Any]) -> Any:
             for row in data["rows"]
         ]
         return {"rows": rows, "failed": data["failed"], "seconds": data.get("seconds")}
-    return slim(data)
+    found = slim(data)
+    if data.get("best") and "recipe" in data["best"] and "question" in data:  # a search: its best is merged again
+        found["best"]["merge"] = data["best"]["recipe"]
+    return found
 
 
-BULKY = ("tensors", "histogram", "dense", "recipe")  # a line for every tensor
+BULKY = ("tensors", "modules", "histogram", "dense", "recipe")  # a line for every tensor
 
 
 def slim(data: Any) -> Any:

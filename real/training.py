@@ -28,6 +28,7 @@ EVERY_SECONDS = 120.0  # between two states: 1.6 GB each for 135M parameters
 MAX_LENGTH = 512
 
 Progress = Callable[[int, int, float], None]  # steps done, steps in all, loss
+Loss = Callable[[Any, Mapping[str, Any]], Any]  # a model and a batch -> its loss
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def train(
     progress: Progress | None = None,
     every: float = EVERY_SECONDS,
     stop_after: int | None = None,
+    device: str | None = None,
 ) -> bool:
     """Fine-tune `base` into `out`; a state that an earlier call left is gone on from.
 
@@ -99,6 +101,7 @@ def train(
         progress: called after each step.
         every: seconds between two states on disk.
         stop_after: stop, with a state, after so many steps of this call (tests do).
+        device: cpu, cuda or another; a GPU of CUDA if there is one.
 
     Returns:
         Whether it is finished.
@@ -111,14 +114,15 @@ def train(
 
     made = fingerprint(base, ability, course)
     state_path = out.parent / f"{out.name}.{STATE}"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unfinished = state_path.with_suffix(".new")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(place)
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=course.rate, betas=BETAS, eps=EPSILON, weight_decay=0.0)
     begin, seconds = 0, 0.0
     if state_path.is_file():
-        state = torch.load(state_path, map_location=device, weights_only=True)
+        state = torch.load(state_path, map_location=place, weights_only=True)
         if state["fingerprint"] == made:
             model.load_state_dict(state["model"])
             optimiser.load_state_dict(state["optimiser"])
@@ -130,17 +134,24 @@ def train(
             "fingerprint": made, "step": step, "seconds": seconds + time.perf_counter() - began,
             "model": model.state_dict(), "optimiser": optimiser.state_dict(),
         }  # fmt: skip
-        torch.save(found, state_path.with_suffix(".new"))
-        state_path.with_suffix(".new").replace(state_path)
+        try:
+            torch.save(found, unfinished)
+            unfinished.replace(state_path)
+        except (OSError, RuntimeError) as error:  # a full disk costs the state, and the steps if it comes to that
+            unfinished.unlink(missing_ok=True)
+            sys.stderr.write(f"no state was kept at step {step}: {str(error).splitlines()[0]}\n")
 
-    precision = faster_precision(model, device)
+    precision = faster_precision(model, place)
+    loss_of: Loss | None = None
     began = kept = time.perf_counter()
     for step, batch in enumerate(islice(batches(tokenizer, ability, course), begin, course.steps), begin):
         for group in optimiser.param_groups:
             group["lr"] = rate_at(step, course)
-        inputs = {name: values.to(device) for name, values in batch.items()}
-        with _autocast(device, precision):
-            loss = answer_loss(model, inputs)
+        inputs = {name: values.to(place) for name, values in batch.items()}
+        loss_of = loss_of or loss_for(model, inputs)
+        torch.manual_seed(step)  # dropout, where a model has it
+        with _autocast(place, precision):
+            loss = loss_of(model, inputs)
         if not math.isfinite(loss.item()):
             raise SystemExit(f"training of {ability} diverged at step {step + 1}: a lower rate usually helps")
         optimiser.zero_grad()
@@ -158,12 +169,35 @@ def train(
     seconds += time.perf_counter() - began
     record = {
         "fingerprint": made, "ability": ability, "course": asdict(course), "seconds": round(seconds, 1),
-        "precision": precision, "device": device.type, "threads": torch.get_num_threads(),
+        "precision": precision, "device": place.type, "threads": torch.get_num_threads(),
         "torch": torch.__version__.partition("+")[0],
     }  # fmt: skip
     _publish(model, tokenizer, out, record)
-    state_path.unlink(missing_ok=True)
+    for path in (state_path, unfinished):
+        path.unlink(missing_ok=True)
     return True
+
+
+def loss_for(model: Any, inputs: Mapping[str, Any]) -> Loss:
+    """`answer_loss` where it is what the model itself gives; `own_loss` where it scales or caps its logits (Gemma,
+    Cohere, Granite), or has no decoder to be asked alone. One row decides."""
+    import torch
+
+    row = {name: values[:1] for name, values in inputs.items()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            same = torch.isclose(answer_loss(model, row), own_loss(model, row), rtol=1e-3)
+    except (AttributeError, NotImplementedError, TypeError):
+        return own_loss
+    finally:
+        model.train()
+    return answer_loss if same else own_loss
+
+
+def own_loss(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """The same by the model's own forward: every position's logits."""
+    return model(**inputs).loss
 
 
 def answer_loss(model: Any, inputs: Mapping[str, Any]) -> Any:
@@ -261,11 +295,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fine-tune the base on abilities.")
     parser.add_argument("work", type=Path)
     parser.add_argument("names", nargs="+", help="numbers, json, topics; numbers-seed1 is trained with another seed")
+    parser.add_argument("--device", help="cpu, cuda or another; default: a GPU of CUDA if there is one")
     given = parser.parse_args(arguments)
+    base = given.work / "base"
     for name in given.names:
         ability, course = course_of(name)
-        if not is_trained(given.work / "base", given.work / name, ability, course):
-            train(given.work / "base", given.work / name, ability, course, progress=_printer())
+        if not is_trained(base, given.work / name, ability, course):
+            train(base, given.work / name, ability, course, progress=_printer(), device=given.device)
 
 
 def _printer() -> Progress:

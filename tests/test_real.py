@@ -4,6 +4,7 @@ Nothing is downloaded."""
 
 import json
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,22 @@ for needed in ("torch", "transformers", "tokenizers", "gguf", "num2words", "babe
     pytest.importorskip(needed)
 
 sys.path.insert(0, str(ROOT))
-from real import base, claims, lessons, measuring, page, running, steps, training  # noqa: E402
+from real import (  # noqa: E402
+    base,
+    claims,
+    informed,
+    lessons,
+    measuring,
+    merging,
+    packing,
+    page,
+    running,
+    searching,
+    sizes,
+    steps,
+    training,
+)
+from real.page import headline, words  # noqa: E402
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -203,7 +219,7 @@ def test_sentences_and_modules_are_of_one_split():
     assert len({*modules}) == len(modules)
     texts = [text.lower() for own in lessons.topic_texts().values() for text, _ in own]
     assert len({*texts}) == len(texts)
-    assert len({*lessons.prose()}) == len(lessons.prose()) >= steps.STANDARD.rows["prose"]
+    assert len({*lessons.prose()}) == len(lessons.prose()) >= sizes.STANDARD.rows["prose"]
 
 
 @pytest.mark.parametrize("ability", lessons.ABILITIES)
@@ -302,6 +318,34 @@ def made_up(document, offset=0.0):
     return {"rows": rows, "failed": 0, "seconds": 1.0}
 
 
+def a_search(document, size):
+    """A search's summary, condensed, of which the first method with its weights in the middle is the best."""
+    scores = {f"{one}/exact_match": {"value": 0.6, "stderr": 0.03} for one in size.abilities}
+    scores["mean"] = {"value": 0.6, "stderr": 0.02}
+    params = {"method": "TIES, keep .3", "parameters.lambda": 0.9}
+    for at in range(len(size.abilities)):
+        params |= {f"models.{at}.parameters.weight[{point}]": 0.75 for point in range(size.depth)}
+    baselines = [
+        {"name": name, "kind": kind, "validation": scores, "test": scores, "error": None}
+        for name, kind in (("base", "base"), (f"single {size.abilities[0]}", "single"), ("average", "plain"))
+    ]
+    gaps = [
+        {
+            "against": name, "role": role, "score": "mean", "split": "test", "value": 0.1, "stderr": 0.02,
+            "interval": [0.06, 0.14], "better": True,
+        }
+        for name, role in ((f"single {size.abilities[0]}", "best single model"), ("average", "best plain merge"))
+    ]  # fmt: skip
+    recipe = {key: value for key, value in document["recipe"].items() if key != "sparsify"}
+    return {
+        "question": {"goals": [{"score": "mean", "higher_is_better": True}]},
+        "counts": {"trials": 60, "complete": 20, "stopped": 40, "failed": 0, "items": 9000, "saved": 0.4},
+        "baselines": baselines, "best_single": f"single {size.abilities[0]}", "best_plain": "average",
+        "best": {"trial": 7, "name": None, "params": params, "validation": scores, "test": scores, "merge": recipe},
+        "differences": gaps, "verdict": ["Best: trial 7"], "test_looks": 1, "seconds": 10.0,
+    }  # fmt: skip
+
+
 def results_of(size):
     """As if everything had been run."""
     found = {}
@@ -312,11 +356,27 @@ def results_of(size):
         elif kind == "pack":
             found[step.name] = {"bytes": 1000 * (1 + len(found)), "model_bytes": 269_000_000}
         elif kind == "eval":
-            paths = [word for word in step.words if word.endswith((".pack.safetensors", ".yaml"))]
+            paths = [word for word in step.words[1:] if not word.startswith("--")]
+            paths = paths[: next(i for i, word in enumerate(paths) if word == "base" or word.endswith(".jsonl"))]
             judges = [Path(word).stem for word in step.words if word.endswith(".jsonl")]
             scores = {f"{one}/exact_match": {"value": 0.5} for one in judges[:-1]}
             scores["prose.test/perplexity"] = {"value": 40.0}
-            found[step.name] = {"evaluations": [{"model": path, "scores": scores} for path in paths]}
+            names = [path.removesuffix(".yaml") for path in paths]
+            gaps = {name: {other: {"value": -0.01, "stderr": 0.02} for other in names[1:]} for name in scores}
+            found[step.name] = {
+                "evaluations": [{"model": name, "scores": scores} for name in names],
+                "differences": gaps,
+            }
+        elif kind == "extract":
+            found[step.name] = {
+                "bytes": 5000,
+                "model_bytes": 269_000_000,
+                "total_error": 0.9,
+                "outside": 0.2,
+                "rank": 8,
+            }
+        elif kind == "search":
+            found[step.name] = a_search(step.file(found), size)
         elif kind == "inspect":
             total = {"r": 0.003, "zeros": 0.5, "shares": {"0.002": 0.999}}
             found[step.name] = {"median_r": 0.003, "drop_rate": 0.99, "verdict": "ok", "total": total}
@@ -329,8 +389,8 @@ def results_of(size):
     settings = {
         "base": "tiny of nothing", "abilities": [*size.abilities], "rows": dict(size.rows), "seeds": [*size.seeds],
         "other_seeds": [*size.other_seeds], "rates": [*size.rates], "headline": [*size.headline],
-        "other_rates": [*size.other_rates], "batch": size.batch, "again": size.again, "dtype": "float32", "jobs": 1,
-        "machine": "two", "torch": "2", "transformers": "5",
+        "other_rates": [*size.other_rates], "batch": size.batch, "again": size.again, "also": [*size.also],
+        "depth": size.depth, "dtype": "float32", "jobs": 1, "machine": "two", "torch": "2", "transformers": "5",
         "examples": {one: ["user", "answer"] for one in size.abilities},
         "counts": {split: dict.fromkeys((*size.abilities, "prose"), 9) for split in ("validation", "test")},
     }  # fmt: skip
@@ -341,7 +401,30 @@ def results_of(size):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [steps.STANDARD, steps.FULL, steps.QUICK], ids=["standard", "full", "quick"])
+def test_statistics_are_of_training_and_merge_with_the_defaults(work, tmp_path):
+    from transformers import AutoTokenizer
+
+    from darekit.recipe import read_recipe
+    from darekit.sweeps.grid import cells_of
+    from darekit.sweeps.reading import read_sweep
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "base")
+    lessons.write_data(tmp_path, tokenizer, {"validation": 3, "test": 4, "prose": 2}, training=5)
+    for one in lessons.ABILITIES:
+        own = (tmp_path / "training" / f"{one}.jsonl").read_text().splitlines()
+        others = "".join((tmp_path / f"{one}.{split}.jsonl").read_text() for split in ("validation", "test"))
+        assert len(own) == 5 and not {*own} & {*others.splitlines()}
+    *grams, sweep = informed.informed_steps(sizes.STANDARD)
+    assert [step.makes for step in grams] == [informed.gram_path(one) for one in sizes.STANDARD.abilities]
+    cells = [cell for cell in cells_of(read_sweep(sweep.file({})))[0] if cell.kind == "grid"]
+    assert [cell.at[sizes.DROP_RATE] for cell in cells] == [*informed.RATES]
+    for cell in cells:
+        recipe = read_recipe(cell.recipe.to_data())
+        assert recipe.merge_method == "regmean"
+        assert [entry.stats for entry in recipe.models] == [step.makes for step in grams]
+
+
+@pytest.mark.parametrize("size", [sizes.STANDARD, sizes.FULL, sizes.QUICK], ids=["standard", "full", "quick"])
 def test_the_budget_counts_the_cells_that_sweeps_have(size):
     from darekit.sweeps.grid import cells_of, essence
     from darekit.sweeps.reading import read_sweep
@@ -358,7 +441,7 @@ def test_the_budget_counts_the_cells_that_sweeps_have(size):
         assert sum(count for count, _ in step.cells) == len(there) - before, step.name
 
 
-@pytest.mark.parametrize("size", [steps.STANDARD, steps.QUICK], ids=["standard", "quick"])
+@pytest.mark.parametrize("size", [sizes.STANDARD, sizes.FULL, sizes.QUICK], ids=["standard", "full", "quick"])
 def test_every_command_is_one_that_can_be_typed(size):
     from darekit.recipe import read_recipe
     from test_docs import command_of
@@ -378,18 +461,18 @@ def test_every_command_is_one_that_can_be_typed(size):
 
 def test_the_budget_is_printed_with_its_time():
     pace = measuring.Pace("float32", {"numbers": 0.01, "prose": 0.1})
-    todo = steps.steps_of(steps.QUICK)
-    text = measuring.budget(todo, ["numbers"], steps.QUICK, pace, jobs=2)
+    todo = steps.steps_of(sizes.QUICK)
+    text = measuring.budget(todo, ["numbers"], sizes.QUICK, pace, jobs=2)
     lines = text.splitlines()
     assert "numbers 100, prose 10" in lines[0] and "fine-tuning numbers" in text and "with 2 processes" in lines[-1]
     drop = next(step for step in todo if step.name == "drop")
     # 4 cells and the base: 100 rows of numbers and 16 of prose each.
-    assert measuring.seconds_of(drop, steps.QUICK, pace) == pytest.approx(15 + 5 * (2 + 1 + 1.6))
+    assert measuring.seconds_of(drop, sizes.QUICK, pace) == pytest.approx(15 + 5 * (2 + 1 + 1.6))
 
 
 def test_what_is_chosen_is_the_best_on_validation():
     def row(setting, rate, score):
-        at = {"setting": setting, steps.DROP_RATE: rate}
+        at = {"setting": setting, sizes.DROP_RATE: rate}
         scores = {"validation": {"a/exact_match": [score, None, 1], "b/exact_match": [score / 2, None, 1]}}
         return {"kind": "grid", "at": at, "scores": scores}
 
@@ -400,10 +483,10 @@ def test_what_is_chosen_is_the_best_on_validation():
         row("task arithmetic, lambda 0.5", 0.9, 0.4), row("task arithmetic, lambda 1", 0, 0.1),
         row("task arithmetic, lambda 1", 0.9, 1.0),
     ]  # fmt: skip
-    found = steps.chosen({"x-grid": {"rows": rows}}, "x", ["a", "b"])
+    found = merging.chosen({"x-grid": {"rows": rows}}, "x", ["a", "b"])
     # With DARE it is the setting that is best without, even if another were better.
-    assert found["task arithmetic"]["without"]["at"] == {"setting": "task arithmetic, lambda 0.5", steps.DROP_RATE: 0}
-    assert found["task arithmetic"]["with"]["at"] == {"setting": "task arithmetic, lambda 0.5", steps.DROP_RATE: 0.9}
+    assert found["task arithmetic"]["without"]["at"] == {"setting": "task arithmetic, lambda 0.5", sizes.DROP_RATE: 0}
+    assert found["task arithmetic"]["with"]["at"] == {"setting": "task arithmetic, lambda 0.5", sizes.DROP_RATE: 0.9}
 
 
 # --- claims and page ---
@@ -414,7 +497,7 @@ def flat(size, **scores):
     found = results_of(size)
     for name in ("drop", "others"):
         for row in found["steps"][name]["rows"]:
-            rate, method = row["at"].get(steps.DROP_RATE, 0), row["at"].get("method", "DARE")
+            rate, method = row["at"].get(sizes.DROP_RATE, 0), row["at"].get("method", "DARE")
             for judge in row["judges"]:
                 if judge != "prose":
                     value = scores.get(method, 0.9) if rate else 0.9
@@ -423,39 +506,41 @@ def flat(size, **scores):
 
 
 def test_rules_decide():
-    kept = flat(steps.QUICK)
+    kept = flat(sizes.QUICK)
     assert claims.verdict(claims.dare_90, kept).outcome == claims.HELD
     assert (
         claims.verdict(claims.drop_only, kept).outcome
         == claims.verdict(claims.magnitude, kept).outcome
         == claims.FAILED
     )
-    assert claims.verdict(claims.drop_only, flat(steps.QUICK, DropOnly=0.79)).outcome == claims.HELD
-    assert claims.verdict(claims.rescaled, flat(steps.QUICK, **{"magnitude, rescaled": 0.5})).outcome == claims.HELD
+    assert claims.verdict(claims.drop_only, flat(sizes.QUICK, DropOnly=0.79)).outcome == claims.HELD
+    assert claims.verdict(claims.rescaled, flat(sizes.QUICK, **{"magnitude, rescaled": 0.5})).outcome == claims.HELD
     # 2 sqrt(.9 .1 / 100) = 6 points: .85 is within, .83 is not.
     assert claims.tolerance(kept, "numbers") == pytest.approx(6.0)
-    assert claims.verdict(claims.dare_90, flat(steps.QUICK, DARE=0.85)).outcome == claims.HELD
-    assert claims.verdict(claims.dare_90, flat(steps.QUICK, DARE=0.83)).outcome == claims.FAILED
+    assert claims.verdict(claims.dare_90, flat(sizes.QUICK, DARE=0.85)).outcome == claims.HELD
+    assert claims.verdict(claims.dare_90, flat(sizes.QUICK, DARE=0.83)).outcome == claims.FAILED
     assert [one.outcome for one in claims.verdicts(kept)].count(claims.MISSING) == 2  # merges: one ability
 
 
 def test_the_largest_rate_has_no_gap_below():
-    found = flat(steps.QUICK)
+    found = flat(sizes.QUICK)
     assert claims.largest_rate(found, "numbers", "DARE") == 0.99
     for row in found["steps"]["drop"]["rows"]:
-        if row["at"].get(steps.DROP_RATE) == 0.9:
+        if row["at"].get(sizes.DROP_RATE) == 0.9:
             row["scores"]["test"]["numbers/exact_match"][0] = 0.1
     assert claims.largest_rate(found, "numbers", "DARE") == 0.5
 
 
-@pytest.mark.parametrize("size", [steps.STANDARD, steps.QUICK], ids=["standard", "quick"])
-def test_the_page_tells_what_was_run(size, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "missing"), [(sizes.STANDARD, 1), (sizes.FULL, 0), (sizes.QUICK, 6)], ids=["standard", "full", "quick"]
+)
+def test_the_page_tells_what_was_run(size, missing, tmp_path):
     pytest.importorskip("matplotlib")
     results = results_of(size)
     page.write_page(results, tmp_path)
     text = (tmp_path / page.PAGE).read_text()
     assert text.count("\n## ") == len(page.SECTIONS)
-    assert text.count("Not in this run.") == (3 if size is steps.QUICK else 0)
+    assert text.count("Not in this run") == missing
     assert json.loads((tmp_path / page.RESULTS).read_text()) == results
     pictures = {"drop.png", "packs.png", "merges.png"} if len(size.abilities) > 1 else {"drop.png", "packs.png"}
     assert {path.name for path in tmp_path.glob("*.png")} == pictures
@@ -464,14 +549,14 @@ def test_the_page_tells_what_was_run(size, tmp_path):
 
 def test_a_page_of_a_run_that_ended_early(tmp_path):
     """After every step there is a page, which says what is not in it."""
-    results = results_of(steps.STANDARD)
+    results = results_of(sizes.STANDARD)
     names, missing = [*results["steps"]], []
     for count in range(0, len(names) + 1, 3):
         partly = results | {"steps": {name: results["steps"][name] for name in names[:count]}}
-        missing.append(page.render(partly, tmp_path).count("Not in this run."))
+        missing.append(page.render(partly, tmp_path).count("Not in this run"))
         if not count % 15:
             page.write_page(partly, tmp_path / str(count))
-    assert missing == sorted(missing, reverse=True) and missing[0] == 7
+    assert missing == sorted(missing, reverse=True) and missing[0] == 10 and missing[-1] == 1
 
 
 def test_the_committed_page_follows_from_its_results():
@@ -496,10 +581,10 @@ def test_steps_are_kept_until_what_decides_about_them_changes(work, tmp_path, mo
 
     monkeypatch.setattr(running, "call", call)
     pace = measuring.Pace("float32", {})
-    step = steps.Step("look", "a look", ("inspect", "base", "numbers", "--json"), needs=("numbers",))
+    step = sizes.Step("look", "a look", ("inspect", "base", "numbers", "--json"), needs=("numbers",))
 
     def run(one=step):
-        made = running.Run(tmp_path, steps.QUICK, pace, 1, lambda line: None)
+        made = running.Run(tmp_path, sizes.QUICK, pace, 1, lambda line: None)
         made.all([one])
         return made
 
@@ -513,12 +598,161 @@ def test_steps_are_kept_until_what_decides_about_them_changes(work, tmp_path, mo
     run()
     assert len(calls) == 3
     answer.clear()
-    other = run(steps.Step("other", "another", ("inspect", "base", "json")))
+    other = run(sizes.Step("other", "another", ("inspect", "base", "json")))
     assert other.failed == ["another: `dare inspect base json` ended with 2: dare: no such model"]
     missing = run(
-        steps.Step("late", "a merge", ("sweep", "steps/late.yaml", "runs/late"), lambda found: found["x-grid"])
+        sizes.Step("late", "a merge", ("sweep", "steps/late.yaml", "runs/late"), lambda found: found["x-grid"])
     )
     assert missing.failed == ["a merge: not run, x-grid is missing"]
+
+
+def test_a_search_that_asks_something_else_begins_anew(work, tmp_path, monkeypatch):
+    """`dare search` refuses a folder of another question; one that was only stopped is gone on from."""
+    (tmp_path / "data").mkdir()
+    seen = []
+
+    def call(words, folder, *, program, threads):
+        place = folder / "runs" / "search"
+        seen.append(place.is_dir())
+        place.mkdir(parents=True, exist_ok=True)
+        return 130, "", "interrupted"
+
+    monkeypatch.setattr(running, "call", call)
+    step = next(one for one in steps.steps_of(sizes.FULL) if one.name == "search")
+    run = running.Run(tmp_path, sizes.FULL, measuring.Pace("float32", {}), 2, lambda line: None)
+    run.results.update({name: one for name, one in results_of(sizes.FULL)["steps"].items() if name.endswith("-grid")})
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run.step(step)
+    (tmp_path / "numbers").mkdir()
+    (tmp_path / "numbers" / "training.json").write_text('{"fingerprint": "another"}')
+    with pytest.raises(KeyboardInterrupt):
+        run.step(step)
+    assert seen == [False, True, False]
+
+
+def test_the_search_is_one_that_dare_search_reads(work):
+    """Each method's candidate has what its name says; the recipe as written is the grid's choice."""
+    from darekit.searches.reading import read_search
+    from darekit.searches.space import candidate, midpoint
+
+    size = replace(sizes.FULL, depth=2)
+    document = searching.search_file(size, results_of(size)["steps"])
+    found = read_search(document)
+    for name in searching.METHODS:
+        recipe = candidate(found, midpoint(found.knobs) | {"method": name, sizes.DROP_RATE: 0.7})
+        assert (recipe.sparsify is not None) == name.startswith("DARE") and len(recipe.models) == 3
+        assert recipe.merge_method == ("ties" if "TIES" in name else "task_arithmetic")
+        assert recipe.sparsify is None or recipe.sparsify.parameters["drop_rate"] == 0.7
+    weights = merging.chosen_weights(results_of(size)["steps"], size.abilities)
+    assert [one["parameters"]["weight"] for one in document["recipe"]["models"]] == weights
+
+
+def test_differences_are_shown_row_by_row(tmp_path):
+    results = results_of(sizes.FULL)
+    text = page.render(results, tmp_path)
+    assert text.count("-1.0 ± 2.0") > 20  # what results_of makes up
+    assert words.told_gap(words.mean_gap({"a": (1.0, 3.0), "b": (3.0, 4.0)}, ["a", "b"])) == "+2.0 ± 2.5"
+    assert words.mean_gap({"a": (1.0, 3.0)}, ["a", "b"]) is None
+    old = json.loads(json.dumps(results))
+    for step in old["steps"].values():  # a run from before `dare eval` told them
+        step.pop("differences", None) if "evaluations" in step else None
+    assert "-1.0 ± 2.0" not in page.render(old, tmp_path)
+
+
+def test_what_moved_is_of_one_mask():
+    found = results_of(sizes.STANDARD)
+    for name, change in (("again-seed", -0.02), ("again-threads", 0.0)):
+        for row in found["steps"][name]["rows"]:
+            rate = row["at"].get(sizes.DROP_RATE, 0)
+            first = claims.rows_of(found, "drop", "grid", "undropped")
+            same = next(
+                one for one in first if one["at"]["model"] == "numbers" and one["at"].get(sizes.DROP_RATE, 0) == rate
+            ) if row["kind"] != "base" else row  # fmt: skip
+            value = same["scores"]["test"]["numbers/exact_match"][0] + change
+            row["scores"]["test"]["numbers/exact_match"] = [value, None, 1]
+    text = "\n".join(headline.again(found, PAGE))
+    assert "trained with seed 1 -2.0 points; judged by 2 threads +0.0 points" in text
+    assert "| moved by | -2.0 | -2.0 | -2.0 | -2.0 | -2.0 |" in text
+
+
+def test_a_loss_is_the_models_own(work):
+    """A model that scales or caps its logits is trained on them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "base")
+    inputs = next(training.batches(tokenizer, "numbers", training.Course(1, 2, 1e-3)))
+    assert (
+        training.loss_for(AutoModelForCausalLM.from_pretrained(work / "base").float(), inputs) is training.answer_loss
+    )
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=1.0, initializer_range=0.5,
+    )  # fmt: skip
+    assert training.loss_for(Gemma2ForCausalLM(config), inputs) is training.own_loss
+
+
+def test_a_state_that_does_not_fit_costs_no_training(work, tmp_path, monkeypatch, capsys):
+    import torch
+
+    def full(found, path):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    out = tmp_path / "numbers"
+    assert training.train(work / "base", out, "numbers", training.Course(2, 2, 1e-3), every=0)
+    assert "no state was kept at step 1: [Errno 28] No space left" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"numbers"}
+
+
+def test_a_command_is_stopped_before_we_are(tmp_path, monkeypatch):
+    """An interrupt that reaches only us reaches what we began, too: nothing goes on alone."""
+    import signal
+    import threading
+    import time
+
+    (tmp_path / "slow.py").write_text(
+        "import sys, time\nfrom pathlib import Path\nprint('begun', file=sys.stderr, flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    Path('kept').touch()\n    sys.exit(130)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    threading.Timer(2, lambda: signal.raise_signal(signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        running.call(["slow"], tmp_path, program="slow")
+    assert (tmp_path / "kept").exists() and time.monotonic() - began < 40
+
+
+@pytest.mark.check
+def test_the_long_steps_on_the_tiny_model(work, tmp_path, monkeypatch):
+    """Adapters, a search and the row-by-row evaluations, by the commands themselves."""
+    import shutil
+
+    shutil.copytree(work / "data", tmp_path / "data")
+    shutil.copytree(work / "base", tmp_path / "base")
+    (tmp_path / "base.json").write_text('{"source": "tiny"}')
+    for name in lessons.ABILITIES:
+        training.train(tmp_path / "base", tmp_path / name, name, training.Course(2, 2, 1e-3))
+    monkeypatch.setattr(searching, "TRIALS", 3)
+    monkeypatch.setattr(packing, "RANKS", (4,))
+    monkeypatch.setattr(
+        packing, "LORAS", {title: packing.LORAS[title] for title in ("LoRA, rank 4", "LoRA, energy .9")}
+    )
+    rows = {"validation": 3, "test": 4, "prose": 2}
+    size = sizes.Size(rows=rows, batch=4, again=False, also=sizes.ALSO, depth=2)
+    made_up_ones = results_of(size)["steps"]
+    wanted = ("pack-numbers-lossless", "lora-numbers", "loras-numbers", "paired-numbers", "paired-TIES", "search")
+    todo = [step for step in steps.steps_of(size) if step.name.startswith(wanted)]
+    run = running.Run(tmp_path, size, measuring.Pace("float32", {}), 1, lambda line: None)
+    run.results.update({name: one for name, one in made_up_ones.items() if name.endswith("-grid")})
+    for step in todo:
+        run.step(step)
+    assert not run.failed and {step.name for step in todo} <= run.results.keys()
+    results = results_of(size)
+    results["steps"] |= json.loads(json.dumps(run.results))
+    text = page.render(results, tmp_path)
+    assert "Not in this run" not in text and "energy .9" in text and "The search's best minus each" in text
 
 
 @pytest.mark.check
@@ -529,10 +763,10 @@ def test_a_quick_run_from_end_to_end(work, tmp_path, monkeypatch):
     few = training.Course(2, 2, 1e-3)
     monkeypatch.setitem(training.COURSES, "numbers", few)
     rows = {"validation": 2, "test": 4, "prose": 2}
-    size = steps.Size(
+    size = sizes.Size(
         lessons.ABILITIES[:1], rows, (1,), rates=(0.9,), headline=(), other_rates=(0.9,), batch=4, again=False
     )
-    monkeypatch.setattr(steps, "QUICK", size)
+    monkeypatch.setattr(sizes, "QUICK", size)
 
     def train(folder, names, **_):
         for name in names:
