@@ -646,6 +646,12 @@ def test_the_search_is_one_that_dare_search_reads(work):
         assert recipe.sparsify is None or recipe.sparsify.parameters["drop_rate"] == 0.7
     weights = merging.chosen_weights(results_of(size)["steps"], size.abilities)
     assert [one["parameters"]["weight"] for one in document["recipe"]["models"]] == weights
+    found = read_search(searching.informed_file(size))
+    for name in searching.INFORMED:
+        recipe = candidate(found, midpoint(found.knobs) | {"method": name, sizes.DROP_RATE: 0.7})
+        assert (recipe.sparsify is not None) == name.startswith("DARE") and recipe.merge_method == "regmean"
+        assert [entry.stats for entry in recipe.models] == [informed.gram_path(one) for one in size.abilities]
+        assert recipe.parameters["off_diagonal"] == 0.75
 
 
 def test_differences_are_shown_row_by_row(tmp_path):

@@ -17,7 +17,7 @@ from real.measuring import shown
 from real.merging import MERGES, ROUNDED, SMALL, best, chosen, chosen_weights, rounded
 from real.page.results import Results, size_of
 from real.page.words import evaluated, gaps, mean_gap, rate_word, table, told_gap
-from real.searching import BEST, GRID
+from real.searching import BEST, START
 from real.sizes import DROP_RATE
 
 
@@ -181,30 +181,49 @@ def _best_plain(results: Results, models: Sequence[str]) -> tuple[str, Mapping[s
 
 def searched(results: Results, page: Path) -> Iterator[str]:
     """What `dare search` found, on test, beside what it had to beat."""
-    found = results["steps"]["search"]
     models = claims.abilities(results)
+    weights = ""
+    with suppress(KeyError):
+        weights = f" ({' / '.join(f'{one:g}' for one in chosen_weights(results['steps'], models))})"
+    yield from _search(
+        results, "search", models, f"TIES with the grid's weights{weights}",
+        "method (task arithmetic, TIES with a keep of .2 or .3, DARE before either), a weight for each model with {depth} control points from the first "
+        "layer to the last, lambda and drop rate",
+    )  # fmt: skip
+    if "search-regmean" in results["steps"]:
+        yield "**RegMean.** The same question, where the merge knows the inputs:"
+        yield from _search(
+            results, "search-regmean", models, "RegMean by default",
+            "a weight for each model with {depth} control points, how far the Grams are shrunk, and drop rate",
+        )  # fmt: skip
+
+
+def _search(results: Results, step: str, models: Sequence[str], start: str, space: str) -> Iterator[str]:
+    """One search: what was asked, what was chosen, how it does on test."""
+    found = results["steps"][step]
     best_one, counts = found["best"], found["counts"]
     if best_one is None:
         yield "The search found no merge that could be judged: " + " ".join(found["verdict"])
         return
     settings = results["settings"]
     yield (
-        f"`dare search`: {counts['trials']} candidates over method (task arithmetic, TIES with a keep of .2 or .3, RegMean, DARE before each of them), "
-        f"a weight for each model with {settings['depth']} control points from the first layer to the last, lambda and drop rate. They are chosen on "
+        f"`dare search`: {counts['trials']} candidates over {space.format(depth=settings['depth'])}; it begins with {start}. They are chosen on "
         f"validation ({settings['rows']['validation']} rows of each ability) by {_goals(found)}; test is asked once, for what was chosen. Rungs saved "
         f"{100 * counts['saved']:.0f} % of the rows."
     )
     yield "Chosen: " + _recipe_words(best_one, models) + "."
     judged: dict[str, dict[str, float]] = {}
     with suppress(KeyError):
-        judged = evaluated(results, "search-test")
-    rows = [_search_row("the search's best", best_one["test"], models, judged.get(BEST, {}).get(PROSE))]
+        judged = evaluated(results, f"{step}-test")
+    rows = [_search_row("the search's best", best_one["test"], models, judged.get(f"{step}-{BEST}", {}).get(PROSE))]
     with suppress(KeyError):
-        grid = judged[GRID]
-        weights = " / ".join(f"{one:g}" for one in chosen_weights(results["steps"], models))
-        mean = fmean(grid[one] for one in models)
-        cells = (*(f"{grid[one]:.1f}" for one in models), f"{mean:.1f}", f"{grid[PROSE]:.1f}")
-        rows.append((f"TIES, the grid's weights ({weights})", *cells))
+        first = judged[f"{step}-{START}"]
+        cells = (
+            *(f"{first[one]:.1f}" for one in models),
+            f"{fmean(first[one] for one in models):.1f}",
+            f"{first[PROSE]:.1f}",
+        )
+        rows.append((start, *cells))
     for role, name in (("best plain merge", found["best_plain"]), ("best single model", found["best_single"])):
         baseline = next((one for one in found["baselines"] if one["name"] == name), None)
         if baseline is not None and baseline["test"]:
@@ -212,35 +231,30 @@ def searched(results: Results, page: Path) -> Iterator[str]:
     alone = [dropped(results, one, "DARE", 0).mean for one in models]
     rows.append(("each model alone, on its own task", *(f"{one:.1f}" for one in alone), f"{fmean(alone):.1f}", ""))
     yield table(("on test", *models, "mean", "perplexity"), rows)
-    apart = []
-    mine = gaps(results, "search-test", BEST) if judged else {}
-    if mine:
+    if mine := (gaps(results, f"{step}-test", f"{step}-{BEST}") if judged else {}):
         by_model = [told_gap(mine.get(one)) for one in models]
-        last = (told_gap(mean_gap(mine, models)), told_gap(mine.get(PROSE)))
-        apart.append(("TIES with the grid's weights", *by_model, *last))
-    for role in dict.fromkeys(one["role"] for one in found["differences"] if one["split"] == "test"):
-        own = {
-            one["score"]: (100 * one["value"], None if one["stderr"] is None else 100 * one["stderr"])
-            for one in found["differences"]
-            if one["role"] == role and one["split"] == "test"
-        }
-        against = next(one["against"] for one in found["differences"] if one["role"] == role)
-        by_model = [told_gap(own.get(f"{one}/exact_match")) for one in models]
-        apart.append((f"{role}: {against}", *by_model, told_gap(own.get("mean")), ""))
-    if apart:
-        yield "The search's best minus each, row by row: points, ± the standard error of the rows' own differences."
-        yield table(("minus", *models, "mean", "perplexity"), apart)
+        cells = (*by_model, told_gap(mean_gap(mine, models)), told_gap(mine.get(PROSE)))
+        yield f"The search's best minus {start}, row by row: points, ± the standard error of the rows' own differences."
+        yield table(("minus", *models, "mean", "perplexity"), [(start, *cells)])
     lowest = min(models, key=lambda one: best_one["test"][f"{one}/exact_match"]["value"])
     value = 100 * best_one["test"][f"{lowest}/exact_match"]["value"]
     looks = found["test_looks"]
     yield (
         f"Its weakest ability is `{lowest}` with {value:.1f} %. Test was used for {looks} choice{'' if looks == 1 else 's'} of this search."
     )
+    yield "In its own words: " + " ".join(found["verdict"])
+
+
+GOALS = {
+    "mean": "the mean of the abilities",
+    "relative mean": "the mean of the abilities, each as a share of what the model alone can do",
+    "relative min": "the least ability, as a share of what the model alone can do",
+}
 
 
 def _goals(found: Mapping[str, Any]) -> str:
     named = [goal["score"] for goal in found["question"]["goals"]]
-    return "the mean of the abilities" if named == ["mean"] else ", ".join(f"`{one}`" for one in named)
+    return ", ".join(GOALS.get(one, f"`{one}`") for one in named)
 
 
 def _search_row(
