@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do the checkpoints belong together? From headers, then from a sample of values, before a byte is written."""
 
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import darekit as dk
 import families
+from darekit.checkpoints import ArrayBytes, TensorInfo
 from darekit.errors import DataError, HomologyError
 from darekit.planning import homology
-from darekit.planning.homology import Norms
+from darekit.planning.homology import TAU, Norms
 from darekit.planning.matching import alignment
 from darekit.planning.opening import open_plan
 from darekit.recipe import read_recipe
@@ -286,6 +289,38 @@ def test_dropped_embeddings_are_noted(llamas, rate, dense, warns):
     sparsify = {"method": "dare", "drop_rate": rate, "keep_dense": dense}
     notes = dk.plan(families.recipe(llamas.path, k=1, sparsify=sparsify)).notes
     assert any("model.embed_tokens.weight is dropped" in note for note in notes) == warns
+
+
+def test_a_size_at_a_limit_is_still_allowed():
+    """r and rho are exact here: squared norms and noise are powers of two, or tenths squared."""
+    facts = {"name": "w", "parameters": 9, "base": 1.0, "drop_rate": 0.5}
+    at_stop = homology.judge("m", "base", [Norms(delta=homology.R_STOP**2, noise=0.0, **facts)])
+    assert at_stop.r == homology.R_STOP and at_stop.stop is None and at_stop.warning is None
+    loud = homology.judge("m", "base", [Norms(delta=0.0625, noise=homology.RHO_STOP / 0.25, **facts)])
+    assert loud.rho == homology.RHO_STOP and loud.stop is None and "is above 0.2" in loud.warning
+    quiet = homology.judge("m", "base", [Norms(delta=0.0625, noise=TAU / 0.25, **facts)])
+    assert quiet.rho == TAU and quiet.stop is None and quiet.warning is None
+    over = homology.judge("m", "base", [Norms(delta=1.0, noise=0.0, **facts)])
+    assert [one.to_data()["warning"] for one in (over, loud, quiet)] == [over.stop, loud.warning, None] != [None] * 3
+
+
+def test_integers_are_compared_where_a_model_has_them():
+    """A model may lack a tensor, and without a base the first one that has it is what others are compared with."""
+
+    def tensor(values):
+        array = np.array(values, np.int64)
+        return TensorInfo("steps", "I64", array.shape, ArrayBytes(array.view(np.uint8)))
+
+    def check(base, *models):
+        aligned = SimpleNamespace(name="steps", dtype="I64", base=base, models=models)
+        homology.check_integers([aligned], [f"m{k}" for k in range(len(models))])
+
+    check(tensor([1, 2]), None, tensor([1, 2]))
+    check(None, None, tensor([1, 2]), tensor([1, 2]))
+    with pytest.raises(DataError, match="of m2 differs from the base's"):
+        check(None, None, tensor([1, 2]), tensor([1, 3]))
+    with pytest.raises(DataError, match="of m1 differs"):
+        check(tensor([1, 2]), None, tensor([1, 2, 2]))
 
 
 def test_where_neither_side_has_a_value_nothing_differs():

@@ -230,6 +230,11 @@ def test_budgets_at_the_edges():
     assert spend([], [], 3) == []
 
 
+def test_what_is_left_of_a_budget_goes_to_what_moves_nothing():
+    assert spend([100, 1], [1.0, 0.0], 100.5) == [0.0, 0.5]
+    assert spend([100, 4], [1.0, 0.0], 103) == [0.0, 0.25]
+
+
 def test_a_tensor_of_one_element_has_its_share_of_a_budget():
     """By hand: what is kept of each goes as sqrt(cost / size), here 0.2 to 0.05; 2 of 13 elements are kept."""
     assert spend([1, 12], [0.04, 0.03], 2) == pytest.approx([1 - 2 * 0.2 / 0.8, 1 - 2 * 0.05 / 0.8])
