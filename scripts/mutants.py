@@ -80,6 +80,7 @@ class Mutant:
     end: int
     old: str
     new: str
+    text: str
     source: str
 
     @property
@@ -90,7 +91,8 @@ class Mutant:
     @property
     def told(self) -> str:
         """Where it is and what it does, in a line: what `equivalents.txt` has too."""
-        return f"{self.module}: {' '.join(self.old.split())} -> {' '.join(self.new.split()) or 'nothing'}"
+        change = f"{' '.join(self.old.split())} -> {' '.join(self.new.split()) or 'nothing'}"
+        return f"{self.module}: {change}, in `{self.text}`"
 
 
 # --- what may be changed
@@ -111,7 +113,8 @@ def mutants_of(module: str, text: str) -> Iterator[Mutant]:
         if isinstance(node, ast.expr):
             new = f"({new})"
         source = (raw[:begin] + new.encode() + raw[end:]).decode()
-        yield Mutant(module, node.lineno, node.end_lineno, raw[begin:end].decode(), shown, source)
+        first = lines[node.lineno - 1].decode().strip()
+        yield Mutant(module, node.lineno, node.end_lineno, raw[begin:end].decode(), shown, first, source)
 
 
 def _changes(tree: ast.Module) -> Iterator[tuple[Any, ast.AST | None]]:
@@ -132,6 +135,8 @@ def _children(node: ast.AST) -> list[ast.AST]:
             return []
         case ast.AnnAssign():
             return [node.value] if node.value else []
+        case ast.Call(func=ast.Attribute(attr="reshape")):  # any negative length is the one that is left over
+            return [node.func, *(one for one in node.args if not isinstance(one, ast.UnaryOp))]
         case ast.FunctionDef():
             defaults = [one for one in (*node.args.defaults, *node.args.kw_defaults) if one is not None]
             return [*node.body, *defaults]
@@ -362,19 +367,20 @@ def _next(session: Any, items: Sequence[Any], at: int) -> Any:
 
 
 def equivalents() -> dict[str, str]:
-    """What cannot be told from the original -> why."""
-    found = {}
+    """What cannot be told from the original -> why: a line, and an indented one."""
+    found, told = {}, ""
     for line in EQUIVALENTS.read_text(encoding="utf-8").splitlines() if EQUIVALENTS.exists() else ():
-        if line and not line.startswith("#"):
-            told, _, why = line.partition("  # ")
-            found[told.strip()] = why
+        if line.startswith(" "):
+            found[told] = line.strip()
+        elif not line.startswith("#"):
+            told = line
     return found
 
 
 def show(results: Sequence[dict[str, Any]], same: dict[str, str], every: Sequence[Mutant]) -> int:
     """A table by module, and a line for each survivor; returns how many there are."""
-    names = {mutant.name for mutant in every}
-    results = [one for one in results if one["name"] in names and one["told"] not in same]
+    told = {mutant.name: mutant.told for mutant in every}
+    results = [one for one in results if told.get(one["name"], "") not in {"", *same}]
     words = ("killed", "too long", "survived", "not reached", "not tried")
     print(f"{'module':32} {'places':>6} {'equal':>5} {'tried':>5}  " + "  ".join(words))
     rows = [(module, [one for one in results if one["module"] == module]) for module in TARGETS]
@@ -387,7 +393,7 @@ def show(results: Sequence[dict[str, Any]], same: dict[str, str], every: Sequenc
             print(f"{module:32} {len(places):6} {equal:5} {len(tried):5}  {numbers}")
     left = [one for one in results if one["outcome"] in ("survived", "not reached")]
     for one in left:
-        print(f"{one['outcome']}: line {one['line']} of {one['told']}")
+        print(f"{one['outcome']}: line {one['line']} of {told[one['name']]}")
     return len(left)
 
 
@@ -442,6 +448,7 @@ def main() -> int:
         for module in modules:
             importlib.import_module(f"darekit.{module}".replace("/", ".").removesuffix(".__init__"))
         files = [f"tests/test_{name}.py" for name in arguments.tests]
+        files += [f"src/darekit/{module}.py" for module in modules]  # the examples in their docstrings
         options = ["-q", "-s", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist"]
         pytest.main([*options, *files], plugins=[Session(waiting, found, arguments.minutes, modules)])
     return bool(show(list(results.values()), same, every))
