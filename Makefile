@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test check browser lint wheel test-wheel release-check changelog hooks paper real bench bench-packs docs families \
-    site \
+    site mutants \
     clean
 
 demo: $(VENV)/demo.stamp
@@ -80,6 +80,11 @@ docs: $(VENV)/dev.stamp
 
 site: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Breaks the heart of the package in one place at a time, to see whether tests notice; nothing is written but build/mutants.
+# `make mutants MUTANTS="--only planning/rates --tests rates homology"` takes a minute, all of it some hours.
+mutants: $(VENV)/dev.stamp
+	$(BIN)/python scripts/mutants.py $(MUTANTS)
 
 # The table of what transformers knows of its classes' tensors: six minutes on one core, after a new version is pinned.
 families: $(VENV)/dev.stamp

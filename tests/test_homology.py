@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do the checkpoints belong together? From headers, then from a sample of values, before a byte is written."""
 
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import darekit as dk
 import families
+from darekit.checkpoints import ArrayBytes, TensorInfo
 from darekit.errors import DataError, HomologyError
 from darekit.planning import homology
-from darekit.planning.homology import Norms
+from darekit.planning.homology import TAU, Norms
 from darekit.planning.matching import alignment
 from darekit.planning.opening import open_plan
 from darekit.recipe import read_recipe
@@ -288,6 +291,63 @@ def test_dropped_embeddings_are_noted(llamas, rate, dense, warns):
     assert any("model.embed_tokens.weight is dropped" in note for note in notes) == warns
 
 
+def test_a_size_at_a_limit_is_still_allowed():
+    """r and rho are exact here: squared norms and noise are powers of two, or tenths squared."""
+    facts = {"name": "w", "parameters": 9, "base": 1.0, "drop_rate": 0.5}
+    at_stop = homology.judge("m", "base", [Norms(delta=homology.R_STOP**2, noise=0.0, **facts)])
+    assert at_stop.r == homology.R_STOP and at_stop.stop is None and at_stop.warning is None
+    loud = homology.judge("m", "base", [Norms(delta=0.0625, noise=homology.RHO_STOP / 0.25, **facts)])
+    assert loud.rho == homology.RHO_STOP and loud.stop is None and "is above 0.2" in loud.warning
+    quiet = homology.judge("m", "base", [Norms(delta=0.0625, noise=TAU / 0.25, **facts)])
+    assert quiet.rho == TAU and quiet.stop is None and quiet.warning is None
+    over = homology.judge("m", "base", [Norms(delta=1.0, noise=0.0, **facts)])
+    assert [one.to_data()["warning"] for one in (over, loud, quiet)] == [over.stop, loud.warning, None] != [None] * 3
+
+
+def test_integers_are_compared_where_a_model_has_them():
+    """A model may lack a tensor, and without a base the first one that has it is what others are compared with."""
+
+    def tensor(values):
+        array = np.array(values, np.int64)
+        return TensorInfo("steps", "I64", array.shape, ArrayBytes(array.view(np.uint8)))
+
+    def check(base, *models):
+        aligned = SimpleNamespace(name="steps", dtype="I64", base=base, models=models)
+        homology.check_integers([aligned], [f"m{k}" for k in range(len(models))])
+
+    check(tensor([1, 2]), None, tensor([1, 2]))
+    check(None, None, tensor([1, 2]), tensor([1, 2]))
+    with pytest.raises(DataError, match="of m2 differs from the base's"):
+        check(None, None, tensor([1, 2]), tensor([1, 3]))
+    with pytest.raises(DataError, match="of m1 differs"):
+        check(tensor([1, 2]), None, tensor([1, 2, 2]))
+
+
+def sampled(dtype, before, after):
+    """Norms of one tensor, its base and its model given as arrays."""
+
+    def tensor(values):
+        return TensorInfo("w", dtype, values.shape, ArrayBytes(values.view(np.uint8)))
+
+    aligned = SimpleNamespace(name="w", base=tensor(before), models=(tensor(after),))
+    (found,) = homology.sample_norms([aligned], 0, lambda _: (0.5, 2.0))
+    return found
+
+
+def test_float64_is_sampled_in_float64():
+    """A delta of 1e-10 is no delta in float32."""
+    found = sampled("F64", np.ones(100), np.ones(100) + 1e-10)
+    assert found.r == pytest.approx(1e-10, rel=1e-5) and found.rho == 2 * found.r and found.parameters == 100
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_none_are_left_out_of_the_sample(bad):
+    before, after = np.full(5, 2, np.float32), np.full(5, 3, np.float32)
+    after[1] = bad
+    found = sampled("F32", before, after)
+    assert (found.delta, found.base) == (4.0, 16.0) and found.r == 0.5
+
+
 def test_where_neither_side_has_a_value_nothing_differs():
     """0 of 0 is no change; something of 0 is more than any share."""
     facts = {"name": "w", "parameters": 1, "drop_rate": 0.0, "noise": 0.0}
@@ -304,3 +364,23 @@ def test_only_a_rescaled_drop_makes_noise(llamas, more, noisy):
         found = {plan.rate_of(0, tensor) for tensor in plan.alignment.tensors}
     ((rate, noise),) = found
     assert rate == 0.5 and (noise > 0) == noisy
+
+
+@pytest.mark.parametrize(
+    ("sparsify", "noise"),
+    [({"method": "dare"}, 2.0), ({"method": "della"}, 2.0), ({"method": "dare", "rescale": {"q": 0.5}}, 0.8)],
+)
+def test_the_noise_of_a_drop(llamas, sparsify, noise):
+    """sqrt(p (1 - p)) / q at p = 0.8, where q is 1 - p unless it is given."""
+    recipe = families.recipe(llamas.path, 1, sparsify={"drop_rate": 0.8, **sparsify})
+    with open_plan(read_recipe(recipe)) as plan:
+        found = [plan.rate_of(0, tensor)[1] for tensor in plan.alignment.tensors]
+    assert found == pytest.approx([noise] * len(found))
+
+
+def test_a_model_that_asks_for_no_trim_keeps_all(llamas):
+    recipe = families.recipe(llamas.path, 2, merge_method="ties")
+    recipe["models"][0]["parameters"] = {"keep": [0.3, 0.6]}
+    with open_plan(read_recipe(recipe)) as plan:
+        keeps = [{settings.models[k].keep for settings in plan.settings.values()} for k in (0, 1)]
+    assert keeps[1] == {1.0} and min(keeps[0]) == 0.3 and max(keeps[0]) == 0.6

@@ -188,6 +188,19 @@ def test_auto_for_one_model_and_for_some_tensors(llamas):
         assert all(rates[1][name] > rates[0][name] for name in rates[0] if "mlp" in name)
 
 
+def test_auto_everywhere_is_auto(llamas):
+    data = auto(llamas)
+    shared = open_rates(data)
+    for entry in data["models"]:
+        entry["parameters"] = {"drop_rate": "auto"}
+    assert open_rates(data) == shared and any(shared[0].values())
+
+
+def open_rates(data):
+    with open_plan(read_recipe(data)) as plan:
+        return plan.rates
+
+
 def test_a_rate_is_never_above_what_was_seen_to_work():
     assert rate_within(0.0, TAU) == 0.0 and rate_within(math.inf, TAU) == 0.0
     assert rate_within(1e-6, TAU) == MOST
@@ -226,8 +239,14 @@ def test_budgets_at_the_edges():
     assert spend([10, 10], [0.0, 1.0], 5) == [1.0, 0.5]  # nothing is spent where nothing changed
     assert spend([10, 10], [0.0, 1.0], 15) == [0.5, 0.0]
     assert spend([10, 10], [math.inf, 1.0], 12) == [0.0, 0.8]  # a new tensor stays whole
+    assert spend([10, 10], [math.inf, 1.0], 5) == [0.5, 1.0]  # as far as it goes
     assert spend([10, 0], [1.0, 1.0], 100) == [0.0, 1.0]
     assert spend([], [], 3) == []
+
+
+def test_what_is_left_of_a_budget_goes_to_what_moves_nothing():
+    assert spend([100, 1], [1.0, 0.0], 100.5) == [0.0, 0.5]
+    assert spend([100, 4], [1.0, 0.0], 103) == [0.0, 0.25]
 
 
 def test_a_tensor_of_one_element_has_its_share_of_a_budget():
