@@ -47,13 +47,13 @@ def aligned(shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]
 
 
 class Blocks:
-    """Scratch of the fast lane's kernels: one block of draws, and of float32 for each model, the base, the sum and the
-    result; sums that are 0 between blocks."""
+    """Scratch of the fast lanes' kernels: one block of draws, and of float32 for each model, the base, the sum, the
+    result and two more; sums that are 0 between blocks."""
 
     def __init__(self) -> None:
         self.words: npt.NDArray[np.uint32] = aligned((BLOCK,), np.uint32)
         self.lanes: npt.NDArray[np.float64] = aligned((3, SUM_LANES), np.float64)
-        self.work: npt.NDArray[np.float32] = aligned((FEW + 3, BLOCK), np.float32)
+        self.work: npt.NDArray[np.float32] = aligned((FEW + 5, BLOCK), np.float32)
         self._deltas: npt.NDArray[np.float32] = aligned((0,), np.float32)
 
     def deltas(self, models: int, count: int) -> npt.NDArray[np.float32]:
@@ -113,7 +113,7 @@ class FusedStep:
         bounds = np.zeros((len(self.weights), 4), np.int64)
         for k, select in enumerate(self.selects):
             if select is not None:
-                bounds[k] = select.low, select.lows, select.high, select.highs
+                bounds[k] = select.bounds
         kernel, own = cpu.absorb_bf16, self.rounding or ()
         if self.rounding is not None:
             kernel = cpu.absorb_stochastic_bf16
@@ -130,7 +130,7 @@ class FusedStep:
             losses.add_blocks(start, raws.shape[1], counts, touched, squares)
         for k, select in enumerate(self.selects):
             if select is not None:
-                select.lows, select.highs = int(bounds[k, 1]), int(bounds[k, 3])
+                select.bounds = bounds[k]
         return kept
 
     @staticmethod

@@ -13,6 +13,8 @@ from darekit.engine.contracts import Stage, Tile
 from darekit.kernels import cpu
 from darekit.masks import BLOCK
 
+Bounds = npt.NDArray[np.int64]
+
 
 class Census:
     """One pass' counts of magnitudes: by their upper 16 bits, or exactly inside a window of bit patterns."""
@@ -26,11 +28,11 @@ class Census:
         # Half the bytes are half the page faults, and more of them stay in the caches.
         width = np.uint32 if count < 1 << 32 else np.int64
         self.counts: npt.NDArray[np.integer] = np.zeros(window[1] if window else 1 << 15, width)
-        self._exact = window is not None
+        self.exact = window is not None
 
     def count(self, delta: Tile) -> None:
         """Take one tile."""
-        if self._exact:
+        if self.exact:
             self.above += int(cpu.count_window(delta, self.first, self.counts))
         else:
             cpu.count_coarse(delta, self.counts)
@@ -41,7 +43,7 @@ class Census:
 
         False where a difference is NaN or Inf, and this census is then worthless.
         """
-        if self._exact:
+        if self.exact:
             above = int(cpu.survey_bf16(base_raw.view(np.uint16), raw, self.first, self.counts, delta))
             self.above += max(above, 0)
             return above >= 0
@@ -192,11 +194,20 @@ class Select(Stage):
             if self.high == self.low:  # one class of equals: `keep` of them survive, nothing above does
                 self.low_left, self.high, self.high_left = self.keep, self.low + 1, 0
 
+    @property
+    def bounds(self) -> Bounds:
+        """What `cpu.select` takes, (4,) int64: both boundaries, and of the elements equal to them how many are left."""
+        return np.array([self.low, self.lows, self.high, self.highs], np.int64)
+
+    @bounds.setter
+    def bounds(self, after: Bounds) -> None:
+        self.lows, self.highs = int(after[1]), int(after[3])
+
     def apply(self, delta: Tile, start: int) -> int:
-        bounds = np.array([self.low, self.lows, self.high, self.highs], np.int64)
-        kept = cpu.select(delta, bounds)
-        self.lows, self.highs = int(bounds[1]), int(bounds[3])
-        return int(kept)
+        bounds = self.bounds
+        kept = int(cpu.select(delta, bounds))
+        self.bounds = bounds
+        return kept
 
 
 class ShareOf(Select):
@@ -218,6 +229,17 @@ class ShareOf(Select):
         super().measure(delta, start)
         self.nonzero += int(np.count_nonzero(delta))
         self.seen += delta.size
+
+    def take_counts(self, scores: Tile, above: int, nonzero: int, count: int) -> None:
+        """`count` elements that a kernel has counted in this pass' census: so many above its window, so many not 0.
+
+        `scores`: they themselves, where they are counted by their upper bits.
+        """
+        self.counted.above += above
+        self.nonzero += nonzero
+        self.seen += count
+        if self._sampling:
+            self._pieces.append(scores)
 
     def settle(self) -> None:
         whole = self.seen == self.count

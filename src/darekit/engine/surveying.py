@@ -26,6 +26,8 @@ from darekit.methods.surveyed import DIVISOR_TINY, Survey, agreeing_mean, index_
 
 Mask = npt.NDArray[np.bool_]
 
+SURELY = 1.001  # times what float32 adds up to: no less than the sum of these squares
+
 
 def _variance(deltas: Floats) -> Floats:
     found = np.empty(deltas.shape[1], np.float32)
@@ -118,27 +120,28 @@ class Surveyor:
         self.step = step
         bound = partial(_bound, parameters=step.parameters)
         self._scores, self._squares, self._lines = bound(survey.scores), bound(survey.squares), survey.lines
-        self._weights, self._merge = bound(survey.weights), bound(survey.merge)
+        self._weights, self._alike, self._merge = bound(survey.weights), bound(survey.alike), bound(survey.merge)
         self._known = np.full(-(-step.count // max(1, step.row)) if survey.lines else 0, np.nan)
-        self._survivors: Highest | AtLeast | None = None
+        self.total, self.seen = 0.0, 0  # of a pass that selects: the deltas' squares, and elements
+        self.survivors: Highest | AtLeast | None = None
         if survey.threshold is not None:
-            self._survivors = AtLeast(step.count, survey.quantiles, survey.threshold)
+            self.survivors = AtLeast(step.count, survey.quantiles, survey.threshold)
         elif survey.keeps is not None:
             keeps = bound(survey.keeps)
             if keeps(step.count) is not None:
-                self._survivors = Highest(step.count, keeps)
-        self._found: tuple[Doubles, ...] | None = None if survey.squares and step.count else ()
-        self._parts: list[Products] = []
+                self.survivors = Highest(step.count, keeps)
+        self.found: tuple[Doubles, ...] | None = None if survey.squares and step.count else ()
+        self.parts: list[Products] = []
 
     @property
     def ready(self) -> bool:
         """False: wants a(nother) measuring pass."""
-        return self._selected and self._found is not None
+        return self._selected and self.found is not None
 
     @property
     def sampling(self) -> bool:
         """Whether that pass may skip most tiles."""
-        return self._survivors is not None and not self._selected and self._survivors.sampling
+        return self.survivors is not None and not self._selected and self.survivors.sampling
 
     @property
     def needs_base(self) -> bool:
@@ -147,49 +150,60 @@ class Surveyor:
 
     @property
     def _selected(self) -> bool:
-        return self._survivors is None or self._survivors.ready
+        return self.survivors is None or self.survivors.ready
 
     def begin(self) -> None:
         """A pass over the tensor starts."""
-        if self._survivors is not None:
-            self._survivors.begin()
-        self._parts = []
+        if self.survivors is not None:
+            self.survivors.begin()
+        self.parts = []
+        self.total, self.seen = 0.0, 0
 
     def measure(self, base: Floats, deltas: Floats, start: int) -> None:
         """One tile of a measuring pass, (n,) and (K, n); may overwrite the deltas."""
         if not self._selected:
-            assert self._survivors is not None
-            self._survivors.measure(self._scored(base, deltas, start), start)
+            assert self.survivors is not None
+            if self._alike is not None:
+                self.take_squares(float(np.square(deltas, dtype=np.float64).sum()), deltas.shape[1])
+            self.survivors.measure(self._scored(base, deltas, start), start)
             return
         assert self._squares is not None
         self._drop(base, deltas, start)
         rows = self._squares(deltas)
-        self._parts = self._parts or [Products(1, 0, self.step.count) for _ in rows]
-        for part, row in zip(self._parts, rows, strict=True):
+        self.parts = self.parts or [Products(1, 0, self.step.count) for _ in rows]
+        for part, row in zip(self.parts, rows, strict=True):
             part.add(row[None], start)
+
+    def take_squares(self, total: float, count: int) -> None:
+        """What the squares of the survivors among `count` elements add up to at most."""
+        self.total += total
+        self.seen += count
 
     def settle(self) -> None:
         """A measuring pass is over."""
         if not self._selected:
-            assert self._survivors is not None
-            self._survivors.settle()
+            assert self.survivors is not None
+            self.survivors.settle()
+            whole = self._selected and self.seen == self.step.count
+            if whole and self._alike is not None and self._alike(SURELY * self.total, self.step.count):
+                self.found = (self._weights(np.zeros(len(self.step.models)), self.step.count),)
         else:
-            sums = np.array([add_leaves(part.finish())[0] for part in self._parts])
-            self._found = (self._weights(sums, self.step.count),)
+            sums = np.array([add_leaves(part.finish())[0] for part in self.parts])
+            self.found = (self._weights(sums, self.step.count),)
 
     def merge(self, base: Floats, deltas: Floats, start: int) -> tuple[Floats, int]:
         """One tile, (n,) and (K, n), whose deltas are overwritten -> merged (n,), and how many elements survive."""
         kept = self._drop(base, deltas, start)
-        merged: Floats = self._merge(deltas, *(self._found or ()))
+        merged: Floats = self._merge(deltas, *(self.found or ()))
         return merged, kept
 
     @property
     def facts(self) -> dict[str, Any]:
         """What was found out, JSON-able: the lowest score that survives, and what the merge knows of each model."""
         found: dict[str, Any] = {}
-        if self._survivors is not None and self._survivors.lowest is not None:
-            found["threshold"] = self._survivors.lowest
-        for weights in self._found or ():
+        if self.survivors is not None and self.survivors.lowest is not None:
+            found["threshold"] = self.survivors.lowest
+        for weights in self.found or ():
             found["weights"] = weights.tolist()
         return found
 
@@ -207,9 +221,9 @@ class Surveyor:
         return found
 
     def _drop(self, base: Floats, deltas: Floats, start: int) -> int:
-        if self._survivors is None:
+        if self.survivors is None:
             return int(deltas.shape[1])
-        mask = self._survivors.tell(self._scored(base, deltas, start), start)
+        mask = self.survivors.tell(self._scored(base, deltas, start), start)
         cpu.keep_where(deltas, mask.view(np.uint8))
         return int(np.count_nonzero(mask))
 

@@ -18,6 +18,7 @@ from darekit.checkpoints.digests import TensorDigest
 from darekit.dtypes import Bytes, DType, Floats
 from darekit.engine.contracts import Stage
 from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, aligned, fuse, widened
+from darekit.engine.fused_surveys import FusedSurvey, fuse_survey
 from darekit.engine.informed import Combine, informed_combiner
 from darekit.engine.known import known_of
 from darekit.engine.losses import Losses, Piece
@@ -140,6 +141,7 @@ class StepRun:
         self.coefficients: dict[int, Doubles] = {}
         self.by_column: ByColumn | None = None
         self.surveyor = surveyor_of(step)
+        self.fused_survey = fuse_survey(step, self.surveyor)
         self.losses = Losses(step.owners if is_counted(step) else ())
         self._stream = np.uint64(stream_of(step.name) if step.rounding is not None else 0)
         # Of the last tile loaded: where it has NaN or Inf, and of each model's first stage, if it is already applied,
@@ -180,6 +182,10 @@ class StepRun:
     def _survey(self, surveyor: Surveyor | WholeSurveyor, stop: threading.Event) -> None:
         """One pass in which the merge method measures what all chains leave. NaN and Inf count as 0: the pass that
         merges lists them."""
+        if self.fused_survey is not None:
+            surveyor.begin()
+            if self._survey_bf16(self.fused_survey, surveyor, stop):
+                return
         for chain in self.chains:
             for stage in chain:
                 stage.begin()
@@ -196,6 +202,31 @@ class StepRun:
                 scratch.deltas[~np.isfinite(scratch.deltas)] = 0
             surveyor.measure(scratch.base, scratch.deltas, start)
         surveyor.settle()
+
+    def _survey_bf16(self, fused: FusedSurvey, surveyor: Surveyor | WholeSurveyor, stop: threading.Event) -> bool:
+        """The same in the fast lane; False if a value is NaN or Inf."""
+        starts, size = self._pieces(TILES * self.tile, surveyor.sampling)
+        for start in starts:
+            if stop.is_set():
+                return True
+            count = min(size, self.step.count - start)
+            base_raw, raws, _ = self._read_bf16(start, count)
+            if not fused.measure(base_raw, raws, start, self.hands.scratch.blocks):
+                return False
+        surveyor.settle()
+        return True
+
+    def _read_bf16(self, start: int, count: int) -> tuple[Bytes, npt.NDArray[np.uint16], Bytes]:
+        """Elements of base and models as they are stored, (2n,) uint8 and (K, n) uint16, and room for the output's."""
+        step = self.step
+        base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
+        if step.base is None:
+            base_raw[...] = 0
+        else:
+            self.read(step.base, step.begin + start, count, base_raw)
+        for model, raw in zip(step.models, raws, strict=True):
+            self.read(model, step.begin + start, count, raw.view(np.uint8))
+        return base_raw, raws, out
 
     def _measure(self, busy: dict[int, int], stop: threading.Event) -> None:
         """One pass in which each model's first stage that is not ready measures what the ones before it leave."""
@@ -267,10 +298,33 @@ class StepRun:
                     return
                 self._absorb(self.fused, start, min(size, end - start))
             return
+        if self.fused_survey is not None and self.tile % BLOCK == 0:
+            for start in range(begin, end, TILES * self.tile):
+                if stop.is_set():
+                    return
+                self._absorb_surveyed(self.fused_survey, start, min(TILES * self.tile, end - start))
+            return
         for start in range(begin, end, self.tile):
             if stop.is_set():
                 return
             self.merge_tile(start, min(self.tile, end - start))
+
+    def _absorb_surveyed(self, fused: FusedSurvey, start: int, count: int) -> None:
+        """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf."""
+        step, survivors = self.step, None
+        base_raw, raws, out = self._read_bf16(start, count)
+        if not self.hands.broken.is_set():
+            survivors = fused.absorb(base_raw, raws, step.begin + start, out, self.hands.scratch.blocks, self.losses)
+        if survivors is None:
+            for at in range(start, start + count, self.tile):
+                self.merge_tile(at, min(self.tile, start + count - at))
+            return
+        self.digests[BASE].update(base_raw)
+        for owner, raw in zip(step.owners, raws, strict=True):
+            self.digests[owner].update(raw.view(np.uint8))
+            self.kept[owner, 0] += count
+            self.kept[owner, 1] += survivors
+        self._write(out, start, 0)
 
     def _absorb(self, fused: FusedStep, start: int, count: int) -> None:
         """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf, and where rows

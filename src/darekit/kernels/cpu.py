@@ -117,8 +117,8 @@ def _copy_known(known, out):
 
 @kept_kernel
 def random_difference_bf16(raw, base, seed, stream, start, threshold, factor, out, kept):
-    """`difference_bf16` and `random_drop` in one pass over memory; -> NaN and Inf before the drop. How many elements are
-    kept is added to `kept`, (1,) int64."""
+    """`difference_bf16` and `random_drop` in one pass over memory: counts NaN and Inf in the difference; how many
+    elements survive is added to `kept`, (1,) int64."""
     words = _word_block()
     bad = 0
     done = 0

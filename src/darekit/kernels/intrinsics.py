@@ -141,7 +141,7 @@ def prefetch(typing: Any, address: Any) -> Any:
 
 
 def _block(number: Any) -> Any:
-    """A part that gives an array of one block on the stack: memory of numba's own would tie a kernel to its run time."""
+    """A part that gives an array of one block on the stack: numba's own memory would tie a kernel to its run time."""
     kind = types.Array(number, 1, "C")
 
     def typed(typing: Any) -> Any:

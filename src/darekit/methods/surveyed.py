@@ -42,6 +42,8 @@ class Survey:
             lowest that survives.
         squares: deltas, 0 where an element does not survive -> rows (R, ...) whose squares are added up.
         weights: the R sums, (R,) float64, and how many elements there are -> (K,) float64, what `merge` must know.
+        alike: what the R sums add up to at most, and how many elements there are -> whether `weights` are then the same
+            for any such sums, so that nobody needs to know them; None: they always matter.
         merge: those deltas, and `weights` where there are any -> the merged delta.
     """
 
@@ -53,6 +55,7 @@ class Survey:
     threshold: Callable[..., float] | None = None
     squares: Callable[..., Floats] | None = None
     weights: Callable[..., Doubles] | None = None
+    alike: Callable[..., bool] | None = None
 
 
 def passes_before(survey: Survey | None) -> int:
@@ -85,7 +88,8 @@ def _kept_share(nonzero: int, *, select_topk: float) -> int | None:
     return int(nonzero * select_topk) if select_topk < 1 else None
 
 
-def _themselves(deltas: Floats) -> Floats:
+def themselves(deltas: Floats) -> Floats:
+    """The deltas, (K, ...), whose energies are added up."""
     return deltas
 
 
@@ -108,6 +112,10 @@ def _by_energy(sums: Doubles, count: int, *, floor: float) -> Doubles:
     means = sums / max(1, count)
     total = float(means.sum())
     return np.full(len(means), 1 / len(means)) if total < floor or total == 0 else means / total
+
+
+def _count_alike(total: float, count: int, *, floor: float) -> bool:
+    return total < floor * max(1, count)
 
 
 def sce(
@@ -142,7 +150,9 @@ def sce(
     return agreeing_mean(deltas, _by_energy(sums, scores.size, floor=floor))
 
 
-SCE = Survey(scores=variance, keeps=_kept_share, squares=_themselves, weights=_by_energy, merge=agreeing_mean)
+SCE = Survey(
+    scores=variance, keeps=_kept_share, squares=themselves, weights=_by_energy, alike=_count_alike, merge=agreeing_mean
+)
 
 # --- arcee_fusion
 
