@@ -76,7 +76,7 @@ class _Making:
         self.added: dict[str, TensorInfo] = {}
         self.gone: set[str] = set()
         self.said: dict[str, object] = {}
-        self.notes: list[str] = []
+        self.notes: list[str] = [*config.notes, *found.notes]
 
     # Ties
 
