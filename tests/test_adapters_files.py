@@ -646,3 +646,17 @@ def test_on_the_hub(hub, here):
         families.same(families.load(f"out-{file}"), wanted)
     done = from_hub(hub, here, "inspect", "org/base", "org/base+org/base")
     assert done.returncode == 1 and "is a whole model, expected an adapter" in done.stderr
+
+
+def test_a_pack_on_a_base_with_an_adapter_is_unpacked_on_it(here):
+    """What is packed against base+adapter can be unpacked: on that, or exported, and on nothing else."""
+    report = dk.pack("base+a", "base+b", "p.safetensors", drop_rate=0.5, seed=1)
+    dk.unpack("base+a", "p.safetensors", "whole")
+    dk.drop("base+a", "base+b", "dropped", drop_rate=0.5, seed=1)
+    assert report.bytes and families.load("whole").keys() == families.load("base").keys()
+    for name, value in families.load("dropped").items():
+        assert np.allclose(value, families.load("whole")[name], atol=2e-4), name  # deltas of 16 bits
+    dk.export("p.safetensors", "out", base="base+a", to="dense")
+    families.same(families.load("out"), families.load("whole"))
+    with pytest.raises(HomologyError, match="packed against base\\+a"):
+        dk.unpack("base", "p.safetensors", "other")

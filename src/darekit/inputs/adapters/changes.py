@@ -141,8 +141,8 @@ class _Finding:
             lost += [f"{one} of target_modules" for one in modules]
         if lost:
             raise CheckpointError(
-                f"{self.ref}: by {self.config.where} it has trained {first_of(lost)}, and the file holds nothing of it: it is "
-                "incomplete; download or save it again"
+                f"{self.ref}: by {self.config.where} it has trained {first_of(lost)}, and the file holds nothing of "
+                "it: it is incomplete; download or save it again"
             )
 
     def _lacking(self) -> HomologyError:

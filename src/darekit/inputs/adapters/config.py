@@ -248,8 +248,8 @@ def _notes_on_unknown(values: _Values) -> Iterator[str]:
     if forms:
         raise Unsupported(
             f"{values.where} says {forms[0]}: true, which PEFT up to 0.21 does not know: it may be a form of adapters "
-            f"that is not read here. {_MERGED[0].upper()}{_MERGED[1:]}. If it says nothing about the weights, remove it "
-            "from the config"
+            f"that is not read here. {_MERGED[0].upper()}{_MERGED[1:]}. If it says nothing about the weights, remove "
+            "it from the config"
         )
     told = [*on, *(key for key, value in unknown.items() if isinstance(value, dict) and value)]
     if told:
@@ -310,14 +310,16 @@ def _of_mlx(values: _Values) -> AdapterConfig:
 # What is refused
 
 # Keys of adapter_config.json: of PEFT 0.21, of its first versions, and Unsloth's marker.
-_KNOWN = frozenset(
-    "alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config "
-    "enable_lora ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights "
-    "kasa_config layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_B_layout lora_bias "
-    "lora_dropout lora_ga_config megatron_config megatron_core merge_weights modules_to_save monteclora_config "
-    "peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules target_parameters "
-    "task_type trainable_token_indices use_bdlora use_dora use_qalora use_rslora velora_config".split()
-)
+_KNOWN = frozenset({
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias",
+    "corda_config", "enable_lora", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_B_layout", "lora_bias", "lora_dropout",
+    "lora_ga_config", "megatron_config", "megatron_core", "merge_weights", "modules_to_save", "monteclora_config",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora", "use_rslora", "velora_config",
+})  # fmt: skip
 
 _CONVERTED = ("LOHA", "LOKR", "VERA", "FOURIERFT", "SHIRA", "HIRA", "MISS", "C3A", "PSOFT", "WAVEFT")
 _BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA"}

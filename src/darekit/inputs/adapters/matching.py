@@ -84,9 +84,9 @@ class _Making:
         for name, change in self.found.changes.items():
             if change.terms and name.endswith("shared.weight") and (self.base.config or {}).get("is_encoder_decoder"):
                 self.notes.append(
-                    f"WARNING: the adapter has factors on {name}. Encoder and decoder look tokens up in embed_tokens of "
-                    "their own, which only begin with its values, so these factors had no part in the training; they "
-                    "are added to the stored table, as PEFT's merge_and_unload() does"
+                    f"WARNING: the adapter has factors on {name}. Encoder and decoder look tokens up in embed_tokens "
+                    "of their own, which only begin with its values, so these factors had no part in the training; "
+                    "they are added to the stored table, as PEFT's merge_and_unload() does"
                 )
 
     # Ties

@@ -51,8 +51,8 @@ def kinds_without(config: AdapterConfig, names: Names, changed: Container[str]) 
     ]  # fmt: skip
     return (
         f"WARNING: {config.where} names modules of which the file has no factors: it has them for "
-        f"{' and '.join(counts)}, and not for {first_of(without)}. These stay as the base has them. If nobody took them "
-        "out, the file is incomplete; download or save it again"
+        f"{' and '.join(counts)}, and not for {first_of(without)}. These stay as the base has them. If nobody took "
+        "them out, the file is incomplete; download or save it again"
     )
 
 
