@@ -109,8 +109,11 @@ def build_adapters(folder: Path, source: Path) -> None:
     (folder / "base").mkdir(parents=True, exist_ok=True)
     for path in (source / "base").iterdir():
         (folder / "base" / path.name).symlink_to(path.resolve())
-    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "base_model_name_or_path": "base"}
     layers = [tensor for tensor in tensors(1) if "_proj" in tensor.name]
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none",
+        "target_modules": sorted({tensor.name.split(".")[-2] for tensor in layers}), "base_model_name_or_path": "base",
+    }  # fmt: skip
     layout = [
         OutputTensor(f"base_model.model.{tensor.name.removesuffix('weight')}lora_{x}.weight", "BF16", shape)
         for tensor in layers

@@ -88,7 +88,21 @@ def int4(name: str, weight: np.ndarray) -> Parts:
     return {f"{name}_packed": packed, f"{name}_scale": scale, f"{name}_shape": np.array(weight.shape, np.int64)}
 
 
-FORMS: dict[str, Callable[[str, np.ndarray], Parts]] = {"fp8": fp8, "mxfp4": mxfp4, "int4": int4, "gpt-oss": blocks}
+def nf4(name: str, weight: np.ndarray) -> Parts:
+    """bitsandbytes: blocks of 64, scales in float32."""
+    groups = weight.reshape(-1, 64)
+    scale = np.abs(groups).max(axis=1)
+    found = np.searchsorted((codes.NF4[1:] + codes.NF4[:-1]) / 2, groups / scale[:, None]).astype(np.uint8)
+    packed = (found[:, 0::2] << 4 | found[:, 1::2]).reshape(-1, 1)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+    told = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return {name: packed, f"{name}.absmax": scale, f"{name}.quant_map": codes.NF4,
+            f"{name}.quant_state.bitsandbytes__nf4": told}  # fmt: skip
+
+
+FORMS: dict[str, Callable[[str, np.ndarray], Parts]] = {
+    "fp8": fp8, "mxfp4": mxfp4, "int4": int4, "nf4": nf4, "gpt-oss": blocks,
+}  # fmt: skip
 FORMATS = {np.dtype(np.uint8): "U8", np.dtype(np.float32): "F32", np.dtype(np.int32): "I32", np.dtype(np.int64): "I64"}
 
 

@@ -478,6 +478,11 @@ HOSTILE = {
     "IA3": (None, {"peft_type": "IA3"}, Unsupported, "merge_and_unload"),
     "a prompt": (None, {"peft_type": "PREFIX_TUNING"}, Unsupported, "there is nothing to merge"),
     "no type": (None, {"peft_type": 3}, Unsupported, "type 3"),
+    "a form of tomorrow": (None, {"use_tomorrow": True}, Unsupported, "use_tomorrow: true, which PEFT up to 0.21"),
+    "a module that is named in full": (
+        None, {"target_modules": ["model.layers.1.self_attn.k_proj", "q_proj", "down_proj"]},
+        CheckpointError, "model.layers.1.self_attn.k_proj of target_modules",
+    ),
 }  # fmt: skip
 
 
@@ -489,6 +494,46 @@ def test_a_file_that_is_not_what_it_says(case, here):
         merged("a")
     said(caught, words)
     assert not Path("out").exists()
+
+
+def _notes(**config):
+    if config:
+        lora.edit("a", **config)
+    return [note for note in lora.merge(Path("out"), "base", "a").notes if "WARNING" in note]
+
+
+def test_modules_that_were_lost_are_told(here):
+    assert not _notes()
+    whole = Path("a/adapter_model.safetensors").read_bytes()
+    lora.rewrite("a", lambda tensors: {n: v for n, v in tensors.items() if ".1.self_attn.q_proj" not in n})
+    (note,) = _notes()
+    assert "1 of 2 q_proj in model.layers, and not for model.layers.1.self_attn.q_proj." in note
+    assert not _notes(layers_to_transform=[0], target_modules=["q_proj"])
+    assert not _notes(layers_to_transform=None, target_modules=["q_proj", "down_proj"], exclude_modules=["q_proj"])
+    lora.edit("a", exclude_modules=None)
+    lora.rewrite("a", lambda tensors: {n: v for n, v in tensors.items() if "q_proj" not in n})
+    (note,) = _notes()
+    assert "none of 2 q_proj in model.layers" in note
+    Path("a/adapter_model.safetensors").write_bytes(whole)
+    # Of a regular expression nothing is known but what the file itself shows.
+    assert not _notes(target_modules=".*(q_proj|v_proj|down_proj)")
+    lora.rewrite("a", lambda tensors: {n: v for n, v in tensors.items() if ".0.mlp" not in n})
+    (note,) = _notes()
+    assert "1 of 2 down_proj" in note
+
+
+def test_settings_that_nobody_knows_are_told(here):
+    assert not _notes(unsloth_version="x", some_number=3, off=False, nothing={})
+    (note,) = _notes(mirrored=True, tomorrow_config={"a": 1})
+    assert "has mirrored, tomorrow_config, which PEFT up to 0.21 does not know" in note
+
+
+def test_every_key_of_peft_is_known():
+    from dataclasses import fields
+
+    from darekit.inputs.adapters.config import _KNOWN
+
+    assert {one.name for one in fields(peft.LoraConfig)} <= _KNOWN
 
 
 def test_experts_that_do_not_divide(tmp_path):
@@ -601,3 +646,17 @@ def test_on_the_hub(hub, here):
         families.same(families.load(f"out-{file}"), wanted)
     done = from_hub(hub, here, "inspect", "org/base", "org/base+org/base")
     assert done.returncode == 1 and "is a whole model, expected an adapter" in done.stderr
+
+
+def test_a_pack_on_a_base_with_an_adapter_is_unpacked_on_it(here):
+    """What is packed against base+adapter can be unpacked: on that, or exported, and on nothing else."""
+    report = dk.pack("base+a", "base+b", "p.safetensors", drop_rate=0.5, seed=1)
+    dk.unpack("base+a", "p.safetensors", "whole")
+    dk.drop("base+a", "base+b", "dropped", drop_rate=0.5, seed=1)
+    assert report.bytes and families.load("whole").keys() == families.load("base").keys()
+    for name, value in families.load("dropped").items():
+        assert np.allclose(value, families.load("whole")[name], atol=2e-4), name  # deltas of 16 bits
+    dk.export("p.safetensors", "out", base="base+a", to="dense")
+    families.same(families.load("out"), families.load("whole"))
+    with pytest.raises(HomologyError, match="packed against base\\+a"):
+        dk.unpack("base", "p.safetensors", "other")

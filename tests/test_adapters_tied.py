@@ -85,3 +85,9 @@ def test_a_bert_whose_decoder_is_trained(tmp_path):
     name = "base_model.model.cls.predictions.decoder.lora_{}.weight"
     assert np.allclose(moved, 1.5 * factors[name.format("B")] @ factors[name.format("A")], atol=1e-6)
     assert np.array_equal(found["cls.predictions.decoder.bias"], base["cls.predictions.bias"])
+
+
+def test_factors_on_a_table_that_nobody_calls_are_told(tmp_path):
+    adapter = lora.make(tmp_path, "a", "T5ForConditionalGeneration", target_modules=["shared", "q"])
+    notes = lora.merge(tmp_path / "out", tmp_path / "base", adapter).notes
+    assert any("factors on shared.weight" in note and "no part in the training" in note for note in notes)

@@ -4,6 +4,7 @@ refused with nothing written. Truths are numpy's own decomposition, in float64."
 
 import json
 import shutil
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -256,6 +257,55 @@ def test_odd_matrices(matrix):
     assert np.isfinite(found.a).all() and np.isfinite(found.b).all() and found.rank <= 3
     assert factors.residual(matrix, found) <= factors.square(matrix)
     assert found.rank == (0 if not matrix.any() else min(3, *matrix.shape))
+
+
+def _values(kind, count):
+    return {"flat": np.linspace(1.5, 0.5, count), "steep": np.arange(1, count + 1) ** -1.5,
+            "low": np.where(np.arange(count) < 30, 10.0 ** (-np.arange(count) / 10), 0)}[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(420, 420), (420, 640), (1000, 400)])
+@pytest.mark.parametrize("kind", ["flat", "steep", "low"])
+def test_rotated_factors_are_lapacks(shape, kind):
+    """Matrices that LAPACK is not asked for: all ranks are the optimum, values are exact, factors orthogonal."""
+    values = _values(kind, min(shape))
+    matrix = spectrum(shape, values)
+    found, known = factors.everything(matrix)
+    assert min(shape) > factors.LAPACKS
+    assert np.abs(known - values).max() <= 1e-6 * values[0]
+    assert found.rank == (30 if kind == "low" else min(shape))
+    for rank in (1, 20, found.rank):
+        optimum = np.sqrt(np.sum(values[rank:] ** 2))
+        lost = np.sqrt(factors.residual(matrix, found.cut(rank)))
+        assert abs(lost - optimum) <= 2e-6 * np.linalg.norm(values)
+    for one in (found.b.T, found.a):
+        unit = one / np.linalg.norm(one, axis=1, keepdims=True)
+        large = int(np.count_nonzero(values[: found.rank] > 1e-2 * values[0]))
+        assert np.abs(unit[:large] @ unit[:large].T - np.eye(large)).max() < 1e-4
+    again, _ = factors.everything(matrix.copy())
+    assert np.array_equal(found.a, again.a) and np.array_equal(found.b, again.b)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "rank"),
+    [(np.zeros((500, 400)), 0), (np.eye(400), 400), (np.ones((400, 700)), 1), (np.eye(900, 400) * 1e-19, 400),
+     (np.eye(400)[::-1] * np.arange(1, 401), 400), (np.eye(400, 800) * (np.arange(400) % 2)[:, None], 200)],
+)  # fmt: skip
+def test_odd_matrices_that_are_rotated(matrix, rank):
+    matrix = matrix.astype(np.float32)
+    found, values = factors.everything(matrix)
+    assert found.rank == rank and np.count_nonzero(values) <= values.size == 400
+    assert factors.residual(matrix, found) <= 1e-10 * factors.square(matrix)
+
+
+@pytest.mark.parametrize("shape", [(768, 768), (768, 1100), (2048, 600)])
+def test_a_whole_decomposition_holds_four_matrices(shape):
+    matrix = np.random.default_rng(3).standard_normal(shape, np.float32)
+    tracemalloc.start()
+    factors.everything(matrix)
+    peak = tracemalloc.get_traced_memory()[1] + matrix.nbytes
+    tracemalloc.stop()
+    assert peak <= 4 * matrix.nbytes and peak <= 1.15 * factors.memory(shape, None)
 
 
 def test_short_names_hit_nothing_else():

@@ -420,7 +420,7 @@ class TestNames:
 
     @pytest.mark.parametrize("name", ["m0+lora", "org/name+org/lora", "org/name@v1+org/lora"])
     def test_a_plus_that_names_an_adapter(self, name, here):
-        assert "LoRA adapter" in refusal(name) and "except as the base of a pack" in refusal(name)
+        assert "LoRA adapter" in refusal(name) and "packs that are opened from Python" in refusal(name)
 
     @pytest.mark.parametrize(
         ("base", "listed"),

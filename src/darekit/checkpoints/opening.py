@@ -251,8 +251,8 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
         model, _, adapter = ref.rpartition("+")
         raise CheckpointError(
             f"there is no checkpoint {ref!r}; if it means {model} with the LoRA adapter {adapter}: recipes and "
-            "commands read that where both are here or on the Hub, except as the base of a pack. If it means a "
-            f"directory: {tail}"
+            "commands read that where both are here or on the Hub; packs that are opened from Python want the base "
+            f"open. If it means a directory: {tail}"
         )
     if not isinstance(ref, str) or not looks_like_hub_id(ref):
         raise CheckpointError(

@@ -15,7 +15,7 @@ from darekit import kernels
 from darekit.checkpoints import FileRange, Source, TensorInfo, traits_of
 from darekit.dtypes import Bytes, Floats, dtype_named
 from darekit.errors import DataError
-from darekit.extraction.factors import Matrix, square
+from darekit.extraction.factors import Matrix
 from darekit.extraction.modules import Block
 from darekit.planning.matching.alignment import AlignedTensor
 
@@ -27,6 +27,7 @@ class Room(threading.local):
 
     def __init__(self) -> None:
         self.raw: Bytes = np.empty(8 * TILE, np.uint8)
+        self.other: Bytes = np.empty(2 * TILE, np.uint8)
         self.before: Matrix = np.empty(TILE, np.float32)
         self.whole: Matrix = np.empty(0, np.float32)
 
@@ -46,20 +47,20 @@ class Reader:
         self._one = threading.Lock()
         self._room = Room()
 
-    def matrix(self, blocks: Sequence[Block]) -> Matrix:
-        """Blocks of one width -> their delta, (rows, columns) float32, as they are stored; the thread's next call
-        writes into the same memory.
+    def matrix(self, blocks: Sequence[Block]) -> tuple[Matrix, float]:
+        """Blocks of one width -> their delta, (rows, columns) float32, as they are stored, and the square of its norm;
+        the thread's next call writes into the same memory.
 
         Raises:
             DataError: NaN or Inf.
         """
         whole = self._room.matrix(sum(block.shape[0] for block in blocks), blocks[0].shape[1])
-        at = 0
+        at, total = 0, 0.0
         for block in blocks:
             rows = whole[at : at + block.shape[0]]
-            self.into(rows.reshape(-1), block.tensor, block.begin)
+            total += self.into(rows.reshape(-1), block.tensor, block.begin)
             at += block.shape[0]
-        return whole
+        return whole, total
 
     def square(self, tensor: AlignedTensor) -> float:
         """||delta||^2 of a whole tensor, in float64.
@@ -73,23 +74,23 @@ class Reader:
         delta = np.empty(min(TILE, count), np.float32)
         with self._order(tensor):
             for start in range(0, count, TILE):
-                part = delta[: min(TILE, count - start)]
-                self._tile(part, tensor, start)
-                total += square(part)
+                total += self._tile(delta[: min(TILE, count - start)], tensor, start)
         return total
 
-    def into(self, target: Matrix, tensor: AlignedTensor, begin: int) -> None:
-        """(n,) float32, filled with the delta of n elements from `begin` on.
+    def into(self, target: Matrix, tensor: AlignedTensor, begin: int) -> float:
+        """(n,) float32, filled with the delta of n elements from `begin` on -> the square of its norm.
 
         Raises:
             DataError: NaN or Inf.
         """
+        total = 0.0
         with self._order(tensor):
             at, end = begin, begin + target.size
             while at < end:  # ends of tiles are those of the tensor: what is computed is computed once
                 stop = min(end, (at // TILE + 1) * TILE)
-                self._tile(target[at - begin : stop - begin], tensor, at)
+                total += self._tile(target[at - begin : stop - begin], tensor, at)
                 at = stop
+        return total
 
     def values(self, tensor: AlignedTensor) -> Iterator[Bytes]:
         """The model's values in the tensor's format, (n,) uint8 for each tile: rows that it lacks are the base's.
@@ -125,13 +126,13 @@ class Reader:
         ordered = model is not None and traits_of(model.source).ordered
         return self._one if ordered else nullcontext()
 
-    def _tile(self, target: Matrix, tensor: AlignedTensor, start: int) -> None:
+    def _tile(self, target: Matrix, tensor: AlignedTensor, start: int) -> float:
         base, model = tensor.base, tensor.models[0]
         assert base is not None and model is not None
         have = max(0, min(target.size, model.count - start, base.count - start))
         target[have:] = 0  # rows that either lacks do not differ
         target = target[:have]
-        known = traits_of(model.source).delta
+        known, found = traits_of(model.source).delta, None
         if known is not None and are_same(known.base, base.source):
             known.read_into(target, start)
             bad = kernels.count_nonfinite(target)
@@ -148,6 +149,11 @@ class Reader:
             with np.errstate(over="ignore", invalid="ignore"):
                 target[...] = wide[1] - wide[0]
             bad = kernels.count_nonfinite(target)
+        elif base.dtype == model.dtype == "BF16":
+            raws = self._room.raw[: 2 * have], self._room.other[: 2 * have]
+            for info, raw in zip((base, model), raws, strict=True):
+                info.source.read_into(raw, 2 * start)
+            bad, found = kernels.squared_difference(*raws, target)
         else:
             room, dtype = self._room, dtype_named(model.dtype)
             before = room.before[:have]
@@ -157,6 +163,7 @@ class Reader:
             bad = kernels.difference(raw, dtype, before, target)
         if bad:
             raise DataError(self._bad(tensor))
+        return kernels.square(target) if found is None else found
 
     def _bad(self, tensor: AlignedTensor) -> str:
         return (

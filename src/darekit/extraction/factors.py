@@ -9,13 +9,16 @@ that a tensor's factors depend on nothing but its values, on one machine.
 from __future__ import annotations
 
 import hashlib
-import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from darekit import kernels
 from darekit.masks import draws
 
 Matrix = npt.NDArray[np.float32]
@@ -25,12 +28,18 @@ Doubles = npt.NDArray[np.float64]
 # the error is 0.1 to 0.7 % above the optimum, whether the spectrum is flat or decays as i^-1.5.
 OVERSAMPLING, POWERS = 8, 2
 SMALL = 128  # rows or columns of matrices whose decomposition takes LAPACK no time
+LAPACKS = 384  # the same of matrices whose whole decomposition is left to LAPACK
+
+# Jacobi rotations: what an inner product of two columns may be, relative to their norms; the largest one that is
+# left when products are no longer taken in float32; and sweeps, of which 4 to 6 are usual.
+SETTLED, COARSE, SWEEPS = 1e-6, 0.05, 40
 
 # Singular values below this share of the largest are float32's own noise: an exactly low-rank delta keeps its rank.
 NOISE = 1e-6
 
+STRIP = 64  # rows of inner products that are looked at at once
+COLUMNS = 256  # and of a triangle that are made at once
 ROWS = 256  # that are multiplied at once where a residual is measured
-SUMMED = 8192  # elements whose squares are added up in float32
 
 SEED_TAG = b"darekit-extract-1\0"
 
@@ -81,37 +90,48 @@ def of_rank(matrix: Matrix, rank: int, key: int) -> Factors:
     >>> found.rank, bool(np.abs(found.b @ found.a - low).max() < 1e-4)
     (5, True)
     """
-    if not matrix.any():
-        return _nothing(matrix)
     if is_whole((matrix.shape[0], matrix.shape[1]), rank):
         return everything(matrix)[0].cut(rank)
     basis = _range_of(matrix, rank + OVERSAMPLING, key)
+    if not basis.shape[1]:
+        return Factors(basis, np.zeros((0, matrix.shape[1]), np.float32))
     return _balanced(basis, basis.T @ matrix, rank)
 
 
 def everything(matrix: Matrix) -> tuple[Factors, Doubles]:
-    """(out, in) float32 -> factors of its full rank, and its singular values, (min(out, in),) float64, by LAPACK.
+    """(out, in) float32 -> factors of its full rank, and its singular values, (min(out, in),) float64: 0 where they are
+    float32's noise.
 
     Raises:
         numpy.linalg.LinAlgError: the iteration does not converge.
+
+    >>> matrix = np.random.default_rng(0).normal(size=(500, 400)).astype(np.float32)
+    >>> found, values = everything(matrix)
+    >>> bool(np.abs(found.b @ found.a - matrix).max() < 1e-4), bool(np.all(np.diff(values) < 1e-3))
+    (True, True)
     """
     out, inner = matrix.shape
-    if 2 * out < inner:
-        found, known = everything(np.ascontiguousarray(matrix.T))
-        return _signed(found.a.T.copy(), found.b.T.copy()), known
-    if out > 2 * inner:  # of the triangle alone: half the memory of LAPACK's own way
-        basis, triangle = np.linalg.qr(matrix)
-        u, values, vt = np.linalg.svd(triangle)
-        u = basis @ u
-        del basis
-    else:
+    if out < inner:
+        found, known = everything(matrix.T)
+        return _signed(found.a.T, found.b.T), known
+    if inner <= LAPACKS:
         u, values, vt = np.linalg.svd(matrix, full_matrices=False)
-    known = values.astype(np.float64)
-    roots = np.sqrt(values[: _rank(known)])
-    u, vt = u[:, : roots.size], vt[: roots.size]
-    u *= roots
-    vt *= roots[:, None]
-    return _signed(u, vt), known
+        known = values.astype(np.float64)
+        roots = np.sqrt(values[: _rank(known)])
+        u, vt = u[:, : roots.size], vt[: roots.size]
+        u *= roots
+        vt *= roots[:, None]
+        return _signed(u, vt), known
+    tall = 2 * out > 3 * inner
+    own = _rotated(_triangle(matrix) if tall else np.array(matrix, order="F"))
+    other = own.T @ (matrix.T if tall else matrix)
+    known = np.zeros(inner)
+    known[: own.shape[1]] = np.sqrt(np.einsum("ij,ij->i", other, other, dtype=np.float64))
+    count = _rank(known)
+    own, other, roots = own[:, :count], other[:count], np.sqrt(known[:count]).astype(np.float32)
+    own *= roots
+    other /= roots[:, None]
+    return (_signed(other.T, own.T) if tall else _signed(own, other)), known
 
 
 def rank_of_energy(values: Doubles, energy: float) -> int:
@@ -128,18 +148,21 @@ def rank_of_energy(values: Doubles, energy: float) -> int:
 
 def residual(matrix: Matrix, factors: Factors) -> float:
     """||matrix - b a||^2, in float64; a block of rows at a time."""
-    total = 0.0
-    for begin in range(0, matrix.shape[0], ROWS):
-        left = matrix[begin : begin + ROWS] - factors.b[begin : begin + ROWS] @ factors.a
-        total += square(left)
+    if not matrix.flags.c_contiguous and matrix.T.flags.c_contiguous:
+        return residual(matrix.T, Factors(factors.a.T, factors.b.T))
+    rows, columns = matrix.shape
+    product, total = np.empty((min(ROWS, rows), columns), np.float32), 0.0
+    for begin in range(0, rows, ROWS):
+        part = np.ascontiguousarray(matrix[begin : begin + ROWS])
+        here = product[: part.shape[0]]
+        np.matmul(factors.b[begin : begin + ROWS], factors.a, out=here)
+        total += kernels.square_between(part.reshape(-1), here.reshape(-1))
     return total
 
 
 def square(matrix: Matrix) -> float:
-    """||matrix||^2. Sums of a few thousand are float32's (relative error about 1e-6), the rest is float64."""
-    flat = matrix.reshape(-1)
-    parts = (flat[begin : begin + SUMMED] for begin in range(0, flat.size, SUMMED))
-    return math.fsum(float(np.dot(part, part)) for part in parts)
+    """||matrix||^2, added up in float64."""
+    return kernels.square(np.ascontiguousarray(matrix).reshape(-1))
 
 
 def flops(shape: tuple[int, int], rank: int) -> float:
@@ -158,13 +181,23 @@ def svd_flops(shape: tuple[int, int]) -> float:
 
 
 def memory(shape: tuple[int, int], rank: int | None) -> int:
-    """Bytes that one matrix takes: itself, and what its decomposition needs; `rank` None: all singular values."""
+    """Bytes that one matrix takes: itself, and what its decomposition needs; `rank` None: all singular values.
+
+    >>> [round(memory(shape, None) / (4 * shape[0] * shape[1]), 1) for shape in ((1536, 1536), (38400, 1536))]
+    [3.5, 2.1]
+    """
     out, inner = shape
     whole, small = 4 * out * inner, min(out, inner)
-    if rank is None or is_whole(shape, rank):
-        return 6 * whole + 4 * 12 * small * small
-    columns = rank + OVERSAMPLING
-    return whole + columns * (4 * 3 + 8) * (out + inner)
+    if rank is not None and not is_whole(shape, rank):
+        columns = rank + OVERSAMPLING
+        return whole + columns * (4 * 3 + 8) * (out + inner)
+    if small <= LAPACKS:
+        return 4 * whole + 4 * 5 * small * small
+    large, pair = max(shape), 2 * -(-small // _blocks(small))
+    tall = 2 * large > 3 * small
+    height = small if tall else large
+    rotating = 4 * height * (small + pair) + max(8 * height * pair + 8 * pair * pair, 5 * 8 * pair * pair)
+    return whole + max((12 * small + 24 * COLUMNS) * small if tall else 0, rotating, 4 * small * (height + large))
 
 
 def _range_of(matrix: Matrix, columns: int, key: int) -> Matrix:
@@ -176,6 +209,117 @@ def _range_of(matrix: Matrix, columns: int, key: int) -> Matrix:
     for _ in range(POWERS):
         found = _orthonormal(matrix @ _orthonormal(matrix.T @ found))
     return _orthonormal(found)  # the second time makes it exact to float32
+
+
+def _triangle(matrix: Matrix) -> Matrix:
+    """(out, in) -> (in, in) float32 with the same right singular vectors, on its left: Cholesky's factor of the inner
+    products of its columns, in float64, block by block in one array."""
+    rows, size = matrix.shape
+    products = np.zeros((size, size))
+    blocks = [slice(begin, min(begin + COLUMNS, size)) for begin in range(0, size, COLUMNS)]
+    for begin in range(0, rows, ROWS):
+        wide = matrix[begin : begin + ROWS].astype(np.float64)
+        for block in blocks:
+            products[block, : block.stop] += wide[:, block].T @ wide[:, : block.stop]
+    # A shift of all squared values alike turns no vector, and keeps the factor from failing where values are 0.
+    shift = 4 * size * np.finfo(np.float64).eps * float(products.diagonal().max())
+    products[np.arange(size), np.arange(size)] += shift or 1.0
+    for block in blocks:
+        root = np.linalg.cholesky(products[block, block])
+        products[block, block] = root
+        below = products[block.stop :, block]
+        below[...] = below @ np.linalg.inv(root).T
+        for later in blocks:
+            if later.start >= block.stop:
+                products[later.start :, later] -= (
+                    products[later.start :, block] @ products[later, block].T
+                )  # fmt: skip
+        products[block, block.stop :] = 0
+    return np.asfortranarray(products, np.float32)
+
+
+def _rotated(work: Matrix) -> Matrix:
+    """(n, m) float32, which is overwritten, n >= m -> (n, r), orthonormal: its left singular vectors, those of large
+    values first, but for values that are float32's noise.
+
+    One-sided Jacobi rotations, of blocks of columns: these come to be u_i s_i. LAPACK's divide and conquer holds twice
+    as many matrices.
+    """
+    size = work.shape[1]
+    many = _blocks(size)
+    edges = [size * i // many for i in range(many + 1)]
+    pairs = [(i, j) for i in range(many) for j in range(i + 1, many)]
+    top, kind = float(np.sqrt(np.einsum("ij,ij->j", work, work, dtype=np.float64).max())), np.dtype(np.float32)
+    for _ in range(SWEEPS):
+        worst = 0.0
+        for i, j in pairs:
+            left, right = slice(edges[i], edges[i + 1]), slice(edges[j], edges[j + 1])
+            pair = np.concatenate([work[:, left], work[:, right]], axis=1)
+            wide = pair.astype(kind, copy=False)
+            products = wide.T @ wide
+            del wide
+            off, largest = _off(products, top)
+            worst, top = max(worst, off), max(top, largest)
+            if off > 1 or np.any(np.diff(products.diagonal()) > SETTLED * top * top):
+                _, vectors = np.linalg.eigh(products)
+                pair = pair @ vectors[:, ::-1].astype(np.float32)
+                work[:, left], work[:, right] = np.split(pair, [edges[i + 1] - edges[i]], axis=1)
+                del vectors
+        if worst <= 1:
+            break
+        if worst * SETTLED < COARSE:  # the last sweeps need products that are exact
+            kind = np.dtype(np.float64)
+    else:
+        raise np.linalg.LinAlgError(f"Jacobi rotations did not settle in {SWEEPS} sweeps")
+    del pair, products
+    return _settled(work, edges)
+
+
+def _blocks(size: int) -> int:
+    """Of columns that are rotated against each other."""
+    return max(6, -(-size // 512))
+
+
+def _off(products: npt.NDArray[np.floating[Any]], top: float) -> tuple[float, float]:
+    """Inner products of columns, whose largest norm is `top` -> how far the worst of them is from 0, where 1 is near
+    enough, and the largest norm here.
+
+    A column has errors of float32 relative to the largest column, and small ones are not asked to be more precise.
+    """
+    norms, worst = np.sqrt(products.diagonal().astype(np.float64)), 0.0
+    for begin in range(0, norms.size, STRIP):
+        own = norms[begin : begin + STRIP, None]
+        least, most = np.minimum(own, norms), np.maximum(own, norms)
+        allowed = SETTLED * most * np.maximum(least, top / 2)
+        shares = np.abs(products[begin : begin + STRIP]) / np.where(allowed > 0, allowed, 1)
+        shares[np.arange(len(own)), np.arange(begin, begin + len(own))] = 0
+        worst = max(worst, float(shares.max()))
+    return worst, float(norms.max())
+
+
+def _settled(work: Matrix, edges: Sequence[int]) -> Matrix:
+    """Nearly orthogonal columns, the largest first -> those above the noise, orthonormal, in the same memory.
+
+    Each block is freed of those before it: small columns have errors that are large beside them, large ones have not.
+    """
+    lengths = np.sqrt(np.einsum("ij,ij->j", work, work, dtype=np.float64))
+    count = int(np.count_nonzero(lengths > lengths.max(initial=0) * NOISE))
+    order = np.argsort(-lengths, kind="stable")
+    if np.any(order != np.arange(order.size)):
+        for begin in range(0, work.shape[0], STRIP):
+            work[begin : begin + STRIP] = work[begin : begin + STRIP, order]
+    work = work[:, :count]
+    work /= lengths[order[:count]].astype(np.float32)
+    for begin, end in pairwise(edge for edge in dict.fromkeys((*(e for e in edges if e < count), count))):
+        part, before = work[:, begin:end], work[:, :begin]
+        for _ in range(2):
+            if begin:
+                part -= before @ (before.T @ part)
+            wide = part.astype(np.float64)
+            root = np.linalg.cholesky(wide.T @ wide)
+            del wide
+            part[...] = part @ np.linalg.inv(root).T.astype(np.float32)
+    return work
 
 
 def _orthonormal(columns: Matrix) -> Matrix:
@@ -191,6 +335,8 @@ def _orthonormal(columns: Matrix) -> Matrix:
         if root.diagonal().min() > NOISE * root.diagonal().max():
             turned: Matrix = columns @ np.linalg.inv(root).T.astype(np.float32)
             return turned
+    if not products.shape[0]:
+        return columns
     squares, vectors = np.linalg.eigh(products)
     kept = squares > squares[-1] * NOISE**2
     turned = columns @ (vectors[:, kept] / np.sqrt(squares[kept])).astype(np.float32)
@@ -215,8 +361,10 @@ def _signed(b: Matrix, a: Matrix) -> Factors:
     """Each column's largest element is positive: of two equal ones the first. A singular vector's sign is free."""
     if not b.size:
         return Factors(b, a)
-    at = np.argmax(np.abs(b), axis=0)
-    signs = np.where(b[at, np.arange(b.shape[1])] < 0, np.float32(-1), np.float32(1))
+    columns = b.T
+    high, low, each = columns.argmax(axis=1), columns.argmin(axis=1), np.arange(len(columns))
+    rise, fall = columns[each, high], -columns[each, low]
+    signs = np.where((fall > rise) | ((fall == rise) & (low < high)), np.float32(-1), np.float32(1))
     b *= signs
     a *= signs[:, None]
     return Factors(b, a)
@@ -224,7 +372,3 @@ def _signed(b: Matrix, a: Matrix) -> Factors:
 
 def _rank(values: Doubles) -> int:
     return int(np.count_nonzero(values > values[0] * NOISE)) if values.size and values[0] else 0
-
-
-def _nothing(matrix: Matrix) -> Factors:
-    return Factors(np.zeros((matrix.shape[0], 0), np.float32), np.zeros((0, matrix.shape[1]), np.float32))

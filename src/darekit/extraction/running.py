@@ -241,16 +241,18 @@ class Delta(Protocol):
 
 @dataclass(frozen=True)
 class Full:
-    """A whole matrix, (out, in) float32. `key`: of the random matrix that finds its range."""
+    """A whole matrix, (out, in) float32, and the square of its norm. `key`: of the random matrix that finds its
+    range."""
 
     matrix: Matrix
+    norm: float
     key: int
 
     @staticmethod
     def of(target: Target, expert: int, reader: Reader) -> Full:
         """One of a module's matrices, read."""
-        stored = reader.matrix(target.matrices[expert])
-        return Full(stored.T if target.transposed else stored, factors.key_of(f"{target.name}.{expert}"))
+        stored, norm = reader.matrix(target.matrices[expert])
+        return Full(stored.T if target.transposed else stored, norm, factors.key_of(f"{target.name}.{expert}"))
 
     def of_rank(self, rank: int) -> Factors:
         """Its factors of a rank, or of its own where that is less."""
@@ -262,7 +264,7 @@ class Full:
 
     def square(self) -> float:
         """The square of its norm."""
-        return factors.square(self.matrix)
+        return self.norm
 
     def residual(self, found: Factors) -> float:
         """The square of what factors lack."""

@@ -7,12 +7,15 @@ than BF16) numpy does the work.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
 from darekit.dtypes import Bytes, DType, Floats, narrow
 from darekit.dtypes import widen as widen_any
 from darekit.kernels import cpu, rounding
+from darekit.kernels.lanes import SUMS
 
 Words = npt.NDArray[np.uint32]
 
@@ -35,6 +38,28 @@ def difference(raw: Bytes, dtype: DType, base: Floats, out: Floats) -> int:
     with np.errstate(over="ignore", invalid="ignore"):
         out -= base
     return count_nonfinite(out)
+
+
+def squared_difference(base_raw: Bytes, raw: Bytes, out: Floats) -> tuple[int, float]:
+    """BF16 `raw` minus `base_raw`, (n,) float32, in place in `out` -> how many are NaN or Inf, and the sum of squares,
+    which is worthless if there are any."""
+    sums = np.zeros(SUMS)
+    bad = cpu.squared_difference_bf16(base_raw.view(np.uint16), raw.view(np.uint16), out, sums)
+    return int(bad), math.fsum(sums)
+
+
+def square(values: Floats) -> float:
+    """(n,) float32, contiguous -> the sum of squares, added up in float64."""
+    sums = np.zeros(SUMS)
+    cpu.squares(values, sums)
+    return math.fsum(sums)
+
+
+def square_between(values: Floats, others: Floats) -> float:
+    """(n,) float32, contiguous -> the sum of squares of their differences, which take the place of `others`."""
+    sums = np.zeros(SUMS)
+    cpu.squares_between(values, others, sums)
+    return math.fsum(sums)
 
 
 def count_nonfinite(values: Floats) -> int:

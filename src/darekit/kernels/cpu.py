@@ -672,6 +672,51 @@ def products_bf16(base_raw, raws, base_row, deltas, start, leaf, sums, totals, w
     return bad
 
 
+@kernel
+def _add_squares(values, sums):
+    """(n,) float32 -> their squares, added to `sums`, (SUMS,) float64, by the element's index."""
+    whole = values.size - values.size % (4 * SUMS)
+    for begin in range(0, whole, 4 * SUMS):
+        part = values[begin : begin + 4 * SUMS]
+        _add_four(part, part, sums)
+    for begin in range(whole, values.size, SUMS):
+        part = values[begin : begin + SUMS]
+        for k in range(part.size):
+            sums[k] += np.float64(part[k]) * np.float64(part[k])
+
+
+@kept_kernel
+def squares(values, sums):
+    """(n,) float32 -> their squares, added to `sums`, (SUMS,) float64."""
+    _add_squares(values, sums)
+    return 0
+
+
+@kept_kernel
+def squares_between(values, others, sums):
+    """`squares` of (n,) float32 differences, on blocks that stay in L1; `others` is where they are computed."""
+    for begin in range(0, values.size, BLOCK):
+        one, other = values[begin : begin + BLOCK], others[begin : begin + BLOCK]
+        for i in range(one.size):
+            other[i] = one[i] - other[i]
+        _add_squares(other, sums)
+    return 0
+
+
+@kept_kernel
+def squared_difference_bf16(base_raw, raw, out, sums):
+    """(n,) uint16 base and model -> `out`, (n,) float32, and its `squares`, on blocks that stay in L1.
+
+    Returns how many differences are NaN or Inf; `sums` is then worthless.
+    """
+    bad = 0
+    for begin in range(0, base_raw.size, BLOCK):
+        part = out[begin : begin + BLOCK]
+        bad += _difference_both_bf16(base_raw[begin : begin + BLOCK], raw[begin : begin + BLOCK], part)
+        _add_squares(part, sums)
+    return bad
+
+
 @kept_kernel
 def count_bins(delta, bins, dropped_bits):
     """(n,) float32 -> bins[bits of |delta| >> dropped_bits] += 1."""

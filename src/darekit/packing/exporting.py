@@ -27,9 +27,8 @@ from darekit.machine import peak_rss
 from darekit.output.card import public_name
 from darekit.output.publishing import Progress
 from darekit.output.staging import open_brief_stage
-from darekit.packing.unpacking import unpack
+from darekit.packing.unpacking import open_bound, unpack
 from darekit.packs.format import PackedTensor
-from darekit.packs.opening import open_base
 from darekit.packs.reading import Pack, open_pack
 from darekit.packs.workers import run_all
 from darekit.wording import brief, size_of
@@ -133,7 +132,7 @@ def export(
             )  # fmt: skip
             counts = len(found.tensors), 0, len(found.tensors), 0
             return ExportReport(str(out), to, report.bytes_written, *counts, 0, report.peak_rss_bytes)
-        origin = open_base(base, pack)
+        origin = open_bound(base, pack)
         try:
             with open_pack(found.path, base=origin) as bound:
                 inputs = [found.path, *(file.path for file in origin.files)]

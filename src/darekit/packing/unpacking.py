@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from darekit.api import WriteOptions, options_of
+from darekit.checkpoints import Checkpoint
 from darekit.checkpoints.digests import LEAF
 from darekit.engine.steps import copied
 from darekit.errors import DataError
+from darekit.inputs import opening
 from darekit.output.publishing import Report, execute
 from darekit.packs.lane import READ_LEAVES
 from darekit.packs.opening import open_base
@@ -27,7 +29,7 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Unpac
     """Write the packed model as a directory of its own, with the bits that `dare drop` gives at the same seed.
 
     Args:
-        base: the checkpoint that was packed against.
+        base: the checkpoint that was packed against; `base+adapter` where it was one with an adapter on it.
         pack: the file.
         out: the directory to write.
         **options: how to write: threads, shard_size, overwrite, resume, tile, progress, say (see `WriteOptions`).
@@ -49,7 +51,7 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Unpac
         True
     """
     settings = options_of(options)
-    checkpoint = open_base(base, pack)
+    checkpoint = open_bound(base, pack)
     try:
         with open_pack(pack, base=checkpoint) as found:
             model = found.checkpoint()
@@ -73,6 +75,11 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Unpac
             return replace(report, kept={})  # of deltas, and here there were none
     finally:
         checkpoint.close()
+
+
+def open_bound(base: str | Path, pack: str | Path) -> Checkpoint:
+    """Open what a pack is to be bound to: a stored checkpoint, or one with adapters on it (`base+adapter`)."""
+    return opening.open_base(base) if isinstance(base, str) and "+" in base else open_base(base, pack)
 
 
 def _refuse_wrong(pack: Pack, records: Mapping[str, Mapping[str, Any]]) -> None:

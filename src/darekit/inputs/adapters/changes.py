@@ -13,10 +13,11 @@ from itertools import permutations
 
 from darekit.checkpoints import Checkpoint, TensorInfo
 from darekit.dtypes import dtype_named
-from darekit.errors import CheckpointError, HomologyError, PlanError
+from darekit.errors import CheckpointError, HomologyError, PlanError, Unsupported
 from darekit.inputs.adapters.config import AdapterConfig, Layout, first_of
 from darekit.inputs.adapters.names import Names, grouped
 from darekit.inputs.adapters.sources import Change, Put, Term
+from darekit.inputs.adapters.targets import kinds_without, named_modules_without
 
 # Linear layers that are stored [in, out]: transformers' Conv1D, in the families that have it.
 _CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -40,12 +41,14 @@ class Found:
         apart: the same of parameters that the base stores under no name of their own, by their names in memory.
         saved: names, as in the two above, of tensors that were trained as a whole in a copy of their own.
         before: what saved ones were before the training, by the same names: with a grown vocabulary's rows.
+        notes: what the user should know.
     """
 
     changes: dict[str, Change] = field(default_factory=dict)
     apart: dict[str, Change] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
     before: dict[str, TensorInfo] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def find_changes(
@@ -113,6 +116,9 @@ class _Finding:
         if self.missing:
             raise self._lacking()
         self._refuse_lost(wholes, {part for levels in modules.values() for parts in levels.values() for part in parts})
+        if self.config.form == "peft" and any(change.terms for change in self.found.changes.values()):
+            told = kinds_without(self.config, self.names, self.found.changes)
+            self.found.notes.extend([told] if told else [])
         return self.found
 
     def _refuse_lost(self, wholes: Parts, parts: Container[str]) -> None:
@@ -130,10 +136,13 @@ class _Finding:
         biased = any(name.endswith(".bias") for name in stored)
         if self.config.biases == "all" and biased and not any(name.endswith("bias") for name in wholes):
             lost.append("biases of bias: all")
+        if any(change.terms for change in self.found.changes.values()):
+            modules = named_modules_without(self.config, self.names, self.found.changes)
+            lost += [f"{one} of target_modules" for one in modules]
         if lost:
             raise CheckpointError(
-                f"{self.ref}: by {self.config.where} it has trained {first_of(lost)}, and the file holds none: it is "
-                "incomplete; download or save it again"
+                f"{self.ref}: by {self.config.where} it has trained {first_of(lost)}, and the file holds nothing of "
+                "it: it is incomplete; download or save it again"
             )
 
     def _lacking(self) -> HomologyError:
@@ -341,12 +350,18 @@ class _Finding:
                     parts["A"], parts["B"], self._scale_of(module, rank), flipped=self.config.form == "mlx",
                     put=Put(whole_place.matrices, whole_place.range.matrix, whole_place.range.begin),
                 )  # fmt: skip
-                self._refuse_magnitude(module, parts)
+                self._refuse_magnitude(module, parts, whole_place.stored)
                 self._add_term(whole_place.stored, whole_place.matrices, term)
                 return
         self.missing.append(f"{module}.weight")
 
-    def _refuse_magnitude(self, module: str, parts: Parts) -> None:
+    def _refuse_magnitude(self, module: str, parts: Parts, whole: str | None = None) -> None:
+        if "magnitude" in parts and whole is not None:
+            raise Unsupported(
+                f"{self.ref}: {module} has DoRA's magnitudes, and {self.base.ref} stores it as a part of {whole}: that "
+                "is read of plain LoRA alone. Merge the adapter into its base with PEFT's merge_and_unload(), and give "
+                "the result"
+            )
         if "magnitude" in parts:
             raise CheckpointError(f"{self.ref}: {module} has DoRA's magnitudes, which PEFT does not have for experts")
 

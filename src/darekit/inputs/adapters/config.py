@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
@@ -47,6 +47,10 @@ class AdapterConfig:
         version: of PEFT, as (0, 18, 1); None: it does not say.
         task: what the model was trained for, in PEFT's words.
         model_class: of the model that was trained, where it is said.
+        targets: ends of names of modules that have factors; none where it has a regular expression.
+        excludes: the same of modules that have none; None: a regular expression.
+        layers: numbers of the only layers that have factors; none: all have.
+        notes: what the user should know.
     """
 
     where: str
@@ -71,6 +75,10 @@ class AdapterConfig:
     version: tuple[int, ...] | None = None
     task: str | None = None
     model_class: str | None = None
+    targets: tuple[str, ...] = ()
+    excludes: tuple[str, ...] | None = ()
+    layers: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def scale_of(self, module: str, rank: int) -> float:
         """What a module's product is multiplied by: alpha / rank, or alpha / sqrt(rank). `rank`: of its factors.
@@ -209,7 +217,46 @@ def _of_peft(values: _Values) -> AdapterConfig:
         version=_version_in(values),
         task=values.text("task_type"),
         model_class=trained if isinstance(trained, str) else None,
+        targets=_ends_in(data.get("target_modules")) or (),
+        excludes=_ends_in(data.get("exclude_modules")),
+        layers=_layers_in(data.get("layers_to_transform")),
+        notes=tuple(_notes_on_unknown(values)),
     )
+
+
+def _ends_in(value: object) -> tuple[str, ...] | None:
+    """A list of modules' names; None for a regular expression."""
+    if isinstance(value, str):
+        return None
+    return tuple(one for one in value if isinstance(one, str)) if isinstance(value, list) else ()
+
+
+def _layers_in(value: object) -> tuple[int, ...]:
+    many = value if isinstance(value, list) else [value]
+    return tuple(one for one in many if type(one) is int)
+
+
+def _notes_on_unknown(values: _Values) -> Iterator[str]:
+    """Of settings that no PEFT has up to 0.21: what is switched on by its name is refused, other things are told.
+
+    Raises:
+        Unsupported: a form of adapters that nobody knew.
+    """
+    unknown = {key: value for key, value in values.data.items() if key not in _KNOWN}
+    on = [key for key, value in unknown.items() if value is True]
+    forms = [key for key in on if key.startswith("use_")]
+    if forms:
+        raise Unsupported(
+            f"{values.where} says {forms[0]}: true, which PEFT up to 0.21 does not know: it may be a form of adapters "
+            f"that is not read here. {_MERGED[0].upper()}{_MERGED[1:]}. If it says nothing about the weights, remove "
+            "it from the config"
+        )
+    told = [*on, *(key for key, value in unknown.items() if isinstance(value, dict) and value)]
+    if told:
+        yield (
+            f"WARNING: {values.where} has {first_of(told)}, which PEFT up to 0.21 does not know: it is read as plain "
+            "LoRA. If that says how the factors act, the result is wrong"
+        )
 
 
 def _tokens_in(values: _Values) -> dict[str, tuple[int, ...]]:
@@ -261,6 +308,18 @@ def _of_mlx(values: _Values) -> AdapterConfig:
 
 
 # What is refused
+
+# Keys of adapter_config.json: of PEFT 0.21, of its first versions, and Unsloth's marker.
+_KNOWN = frozenset({
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias",
+    "corda_config", "enable_lora", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_B_layout", "lora_bias", "lora_dropout",
+    "lora_ga_config", "megatron_config", "megatron_core", "merge_weights", "modules_to_save", "monteclora_config",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora", "use_rslora", "velora_config",
+})  # fmt: skip
 
 _CONVERTED = ("LOHA", "LOKR", "VERA", "FOURIERFT", "SHIRA", "HIRA", "MISS", "C3A", "PSOFT", "WAVEFT")
 _BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA"}

@@ -62,6 +62,7 @@ def match(
     names = Names(base)
     found = find_changes(config, tensors, base, ref, names, layout)
     made = _Making(config, base, ref, names, found)
+    made.warn_of_shared()
     made.settle_ties()
     made.add_heads()
     made.settle_vocabulary()
@@ -76,7 +77,17 @@ class _Making:
         self.added: dict[str, TensorInfo] = {}
         self.gone: set[str] = set()
         self.said: dict[str, object] = {}
-        self.notes: list[str] = []
+        self.notes: list[str] = [*config.notes, *found.notes]
+
+    def warn_of_shared(self) -> None:
+        """Factors on a table that no layer of an encoder-decoder looks anything up in."""
+        for name, change in self.found.changes.items():
+            if change.terms and name.endswith("shared.weight") and (self.base.config or {}).get("is_encoder_decoder"):
+                self.notes.append(
+                    f"WARNING: the adapter has factors on {name}. Encoder and decoder look tokens up in embed_tokens "
+                    "of their own, which only begin with its values, so these factors had no part in the training; "
+                    "they are added to the stored table, as PEFT's merge_and_unload() does"
+                )
 
     # Ties
 

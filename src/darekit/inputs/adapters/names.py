@@ -109,6 +109,10 @@ class Names:
             found = self._by_ending(parameters)
         return found
 
+    def in_memory(self) -> list[tuple[str, str]]:
+        """The base's tensors: their names in memory, and those that they are stored under."""
+        return [(self.facts.in_memory(key), stored) for key, stored in self._keys.items()]
+
     def key_of(self, parameter: str) -> str:
         """How the loader knows a parameter, without the base model's prefix."""
         return self.keys_of([parameter])[parameter]
