@@ -175,7 +175,9 @@ def _space(read: SearchFolder) -> Iterator[tuple[str, str]]:
         setting, bracket, part = name.partition("[")
         rows.setdefault((setting, words), []).append(part.removesuffix("]") if bracket else "")
     for (setting, words), parts in rows.items():
-        yield read.called(setting) + (f" [{', '.join(parts)}]" if any(parts) else ""), words
+        points = len(parts) > 1 and all(part.isdecimal() for part in parts)
+        told = f", {len(parts)} points over depth" if points else f", {', '.join(parts)}" if any(parts) else ""
+        yield read.called(setting) + told.replace("][", " point "), words
 
 
 def _failures(trials: Sequence[Trial]) -> Iterator[str]:
