@@ -131,7 +131,7 @@ def _left(passed: float, done: int, left: int) -> str:
 def outcome(line: Line, score: str) -> str:
     """What came of one, in words."""
     if line.state == "failed":
-        return f"failed: {(line.error or '').splitlines()[0][:120] if line.error else 'no reason given'}"
+        return f"failed: {line.error.splitlines()[0] if line.error else 'no reason given'}"
     value = _value(line, score)
     if line.state == "stopped":
         return f"stopped after {line.items} items{f', {value}' if value else ''}"
@@ -257,7 +257,7 @@ def show_space(search: Search, baselines: Sequence[Baseline], *, as_json: bool) 
         ("baselines", "; ".join(one.name for one in baselines)),
         ("first", ", ".join(filter(None, ("the recipe as written" if written else "", own, others)))),
         ("goals", ", ".join(search.goals) or _goal_of(search)),
-        ("constraints", "; ".join(map(str, search.limits))),
+        ("constraints", "; ".join(limit.told for limit in search.limits)),
         ("rungs", ", ".join(f"{share:.0%}" for share in search.rungs)),
     ])  # fmt: skip
 
