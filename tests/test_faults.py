@@ -161,7 +161,8 @@ def interrupt(monkeypatch, llamas):
 
 @pytest.mark.parametrize(
     "keys", [{}, {"merge_method": "ties", "parameters": {"keep": 0.3}},
-             {"merge_method": "ties", "parameters": {"keep": 0.3, "trim": "model"}}]
+             {"merge_method": "ties", "parameters": {"keep": 0.3, "trim": "model"}},
+             {"rounding": {"method": "stochastic", "seed": 4}, "parameters": {"lambda": 0.3}}]
 )  # fmt: skip
 def test_resume_redoes_only_what_is_unfinished(llamas, tmp_path, interrupt, keys):
     recipe = families.recipe(llamas.path, sparsify=SPARSIFY, **keys)
@@ -175,7 +176,11 @@ def test_resume_redoes_only_what_is_unfinished(llamas, tmp_path, interrupt, keys
     assert report.bytes_written == rest
     assert families.contents(tmp_path / "out") == families.contents(tmp_path / "whole" / "out")
     whole = dk.merge(recipe, tmp_path / "again")
-    assert report.kept == whole.kept
+    assert report.kept == whole.kept and report.rounding == whole.rounding
+    if "rounding" in keys:
+        dk.merge(recipe | {"rounding": "nearest"}, tmp_path / "nearest" / "out")
+        nearest, drawn = (families.contents(tmp_path / name / "out") for name in ("nearest", "whole"))
+        assert nearest["model.safetensors"] != drawn["model.safetensors"]
 
 
 def test_without_resume_the_unfinished_run_is_discarded(llamas, tmp_path, interrupt):

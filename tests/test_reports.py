@@ -412,7 +412,8 @@ def test_a_sweep_without_validation_chooses_nothing(tmp_path):
 
 
 def test_a_score_that_is_not_there_yet_does_not_stop_the_page(tmp_path):
-    page = sweep_page(write_sweep(tmp_path / "s", {**SWEEP, "choose": "sums/never"}))
+    judged = {split: {**SWEEP[split], "own": {"python": "judge.py:score"}} for split in ("validation", "test")}
+    page = sweep_page(write_sweep(tmp_path / "s", {**SWEEP, **judged, "choose": "own/never"}))
     assert any("never" in note for note in page.notes) and page.verdict.startswith("Validation chooses")
 
 
@@ -568,10 +569,10 @@ def test_a_search_says_its_verdict_first(tmp_path):
     assert titles == ["Scores over trials", "Differences rung by rung", "Importance", "Slices", "Parallel coordinates",
                       "Over depth", "By group of tensors"]  # fmt: skip
     facts = dict(page.facts)
-    assert facts["models.0.parameters.weight [0, 1, 2, 3]"] == "0.0 to 2.0"
-    assert facts["parameters.eps"] == "0.0001 to 1.0, log scale" and facts["rungs"] == "11 %, 33 %, 100 % of the items"
+    assert facts["math's weight, 4 points over depth"] == facts["chat's weight, attention, mlp"] == "0.0 to 2.0"
+    assert facts["eps"] == "0.0001 to 1.0, log scale" and facts["rungs"] == "11 %, 33 %, 100 % of the items"
     # lambda decides in these folders, so it is the first setting that is shown.
-    assert plots(page)[3].views[0].label == "parameters.lambda"
+    assert plots(page)[3].views[0].label == "lambda"
 
 
 def test_several_goals_have_a_front(tmp_path):

@@ -105,7 +105,7 @@ def test_the_best_recipe_merges_into_the_model_that_was_judged(place, real, tmp_
 def test_the_command_says_the_verdict_first_and_goes_on(place, tmp_path, dare):
     (tmp_path / "s.yaml").write_text(json.dumps(place))
     dry = dare("search", "s.yaml", "--dry-run")
-    assert dry.code == 0 and "models.0.parameters.weight[1]" in dry.out and "as written" in dry.out
+    assert dry.code == 0 and "m0's weight, 2 points over depth" in dry.out and "as written" in dry.out
     assert not (tmp_path / "s").exists()
     first = dare("search", "s.yaml", "--trials", 3)
     assert first.code == 0, first.err

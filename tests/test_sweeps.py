@@ -580,7 +580,12 @@ def test_mistakes_are_told_before_anything_runs(real, place, dare):
     for changes, says in (
         ({"test": {"all": {"data": "nowhere.jsonl"}}}, r"test.all: .*nowhere.jsonl"),
         ({"recipe": recipe(real.path) | {"models": [str(real.path / "m9")]}}, "m9"),
-        ({"choose": "speed"}, "choose: 'speed' is not a score"),
+        ({"choose": "speed"}, "choose: no judge gives 'speed'; under `test:` are: all"),
+        ({"choose": "all"}, "choose: all is a judge; name one of its scores: all/"),
+        (
+            {"test": {"all": {"data": "nowhere.jsonl"}}, "choose": "all/speed"},
+            "all has no score 'speed'; all has: exact",
+        ),
     ):
         with pytest.raises(DarekitError, match=says):
             dk.sweep(place.sweep(**changes), out)

@@ -15,7 +15,7 @@ from darekit.cli.display import LINES_EVERY, counted, print_table, time_of
 
 if TYPE_CHECKING:
     from darekit.searches.baselines import Baseline
-    from darekit.searches.data import Search
+    from darekit.searches.data import Knob, Search
     from darekit.searches.folders import Line
     from darekit.searches.verdicts import SearchResult
     from darekit.searches.working import Status
@@ -131,7 +131,7 @@ def _left(passed: float, done: int, left: int) -> str:
 def outcome(line: Line, score: str) -> str:
     """What came of one, in words."""
     if line.state == "failed":
-        return f"failed: {(line.error or '').splitlines()[0][:120] if line.error else 'no reason given'}"
+        return f"failed: {line.error.splitlines()[0] if line.error else 'no reason given'}"
     value = _value(line, score)
     if line.state == "stopped":
         return f"stopped after {line.items} items{f', {value}' if value else ''}"
@@ -232,7 +232,7 @@ def show_space(search: Search, baselines: Sequence[Baseline], *, as_json: bool) 
     """What a search would do."""
     from darekit.searches.points import first_points
     from darekit.searches.space import dimension_data
-    from darekit.trials.settings import all_spoken, data_of
+    from darekit.trials.settings import data_of, models_in
 
     space = dimension_data(search.knobs)
     written, given, spread = first_points(search)
@@ -247,9 +247,9 @@ def show_space(search: Search, baselines: Sequence[Baseline], *, as_json: bool) 
     for note in search.notes:
         print(tables.wrapped(f"note: {note}", "  "))
     print()
-    names = all_spoken([*space], data_of(search.recipe))
-    rows = [(names[name], _range(one)) for name, one in space.items()]
-    print_table(tables.table_of(("dimension", "range"), rows, 2))
+    models = models_in(data_of(search.recipe))
+    rows = [(_setting(knob, models), _range(space[knob.dimensions[0]])) for knob in search.knobs]
+    print_table(tables.table_of(("setting", "range"), rows, 2))
     print()
     own = f"{counted(len(given), 'candidate')} of the file" if given else ""
     others = f"{len(spread)} spread over the space" if spread else ""
@@ -257,9 +257,17 @@ def show_space(search: Search, baselines: Sequence[Baseline], *, as_json: bool) 
         ("baselines", "; ".join(one.name for one in baselines)),
         ("first", ", ".join(filter(None, ("the recipe as written" if written else "", own, others)))),
         ("goals", ", ".join(search.goals) or _goal_of(search)),
-        ("constraints", "; ".join(map(str, search.limits))),
+        ("constraints", "; ".join(limit.told for limit in search.limits)),
         ("rungs", ", ".join(f"{share:.0%}" for share in search.rungs)),
     ])  # fmt: skip
+
+
+def _setting(knob: Knob, models: Sequence[str]) -> str:
+    """A line of the space, and how many dimensions it has."""
+    from darekit.trials.settings import spoken
+
+    groups = f", each of {', '.join(knob.groups)}" if knob.groups else ""
+    return f"{spoken(knob.name, models)}{groups}" + (f", {knob.layers} points over depth" if knob.layers else "")
 
 
 def _goal_of(search: Search) -> str:

@@ -68,4 +68,10 @@ def seconds_of(text: str) -> float:
     if found is None:
         raise typer.BadParameter(f"{text!r} is not a time; write 90s, 30min or 2h", param_hint="--time")
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*(min|s|m|h|d)", found[0])
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if seconds == 0:
+        raise typer.BadParameter(
+            f"{text!r} leaves no time for any candidate; leave --time out for as many as --trials says",
+            param_hint="--time",
+        )
+    return seconds

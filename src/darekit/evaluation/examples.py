@@ -159,7 +159,7 @@ class Examples:
                 if forced is not None and batch[at].answer[:1] == (forced,):
                     hits[own.start] = True
                 loss[place], right[place] = losses[own].sum(), bool(hits[own].all())
-                _refuse_nonfinite(loss[place], "loss", batch[at])
+                _refuse_nonfinite(loss[place], "loss", batch[at], live)
         return loss, right, counts
 
     def _predicted(self, live: LiveModel, tokens: list[Tokens]) -> dict[str, Score]:
@@ -184,7 +184,7 @@ class Examples:
             logits = _logits_of(live, inputs).double().cpu().numpy()
             for at, place in enumerate(places):
                 outputs[place] = logits[at]
-                _refuse_nonfinite(logits[at].sum(), "output", batch[at])
+                _refuse_nonfinite(logits[at].sum(), "output", batch[at], live)
         return outputs, labels
 
     def _labelled(self, live: LiveModel, tokens: list[Tokens]) -> dict[str, Score]:
@@ -240,12 +240,9 @@ def _forced_first(live: LiveModel) -> int | None:
     return int(found) if live.task == SEQ2SEQ and isinstance(found, int) else None
 
 
-def _refuse_nonfinite(value: float, what: str, row: Tokens) -> None:
+def _refuse_nonfinite(value: float, what: str, row: Tokens, live: LiveModel) -> None:
     if not np.isfinite(value):
-        raise DataError(
-            f"{row.place}: the model's {what} is {value}. Its weights are broken, or too large for the dtype it "
-            "computes in: try --dtype float32"
-        )
+        raise DataError(f"{row.place}: the model's {what} is {value}: {live.suspects}")
 
 
 def form_of(row: Row) -> str:

@@ -23,10 +23,7 @@ def nan_refused(live: LiveModel) -> Iterator[None]:
     def look(module: Any, arguments: Any, output: Any) -> None:
         logits = getattr(output, "logits", None)
         if logits is not None and bool(torch.isnan(logits).any()):
-            raise DataError(
-                "the model's logits are NaN. Its weights are broken, or too large for the dtype it computes in: try "
-                "--dtype float32"
-            )
+            raise DataError(f"the model's logits are NaN: {live.suspects}")
 
     handle = live.model.register_forward_hook(look)
     try:

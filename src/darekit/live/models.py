@@ -59,6 +59,16 @@ class LiveModel:
         """The class and what it is, for messages."""
         return kind_of(self.model)
 
+    @property
+    def suspects(self) -> str:
+        """Why something that it computes may be NaN or infinite, and what to do, for messages."""
+        import torch
+
+        used = {one.dtype for one in self.model.parameters() if one.is_floating_point()}
+        if used & {torch.float16, torch.bfloat16}:
+            return "its weights are broken, or too large for the 16 bits that it computes in: try --dtype float32"
+        return "its weights are broken, or overflow even in float32"
+
     def put(self, plan: Plan, *, threads: int | None = None) -> None:
         """Replace the weights by those that the plan makes, to the bit that transformers would load from a merge.
 

@@ -44,8 +44,8 @@ def hidden_states(
             states: States = torch.stack([layer[real].float() for layer in layers]).cpu().numpy()
             if not np.isfinite(states).all():
                 raise DataError(
-                    f"the hidden states contain NaN or Inf in the batch that begins with {batch[0].place}: the weights "
-                    "are broken, or too large for the dtype that the model computes in: try --dtype float32"
+                    f"the model's hidden states contain NaN or Inf in the batch that begins with {batch[0].place}: "
+                    f"{live.suspects}"
                 )
             yield states
             done += len(batch)

@@ -118,7 +118,7 @@ def calibrate(
     layers = {name: layer for name, layer in watch.layers.items() if layer.tokens}
     for name, layer in layers.items():
         if not math.isfinite(layer.signal + layer.spread + layer.output):
-            raise DataError(f"NaN or Inf in the inputs of {name}: are the model's weights sound? Try --dtype float32")
+            raise DataError(f"the model has NaN or Inf in the inputs of {name}: {live.suspects}")
     unreached = tuple(name for name, layer in watch.layers.items() if not layer.tokens)
     return Calibration(layers, len(tokens), sum(len(one.ids) for one in tokens), unreached)
 

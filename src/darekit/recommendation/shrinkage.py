@@ -117,7 +117,7 @@ def _outputs(live: LiveModel, tokens: Sequence[Any], feed: Feed) -> Iterator[Any
         logits = logits.float()
         rows = logits[asking] if logits.dim() == 3 else logits
         if not bool(torch.isfinite(rows).all()):
-            raise DataError("the model's output has NaN or Inf; try --dtype float32")
+            raise DataError(f"the model's output has NaN or Inf: {live.suspects}")
         yield rows
 
 

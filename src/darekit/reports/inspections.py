@@ -13,7 +13,7 @@ from typing import Any
 from darekit.analysis.drawing import draw_inspection, octaves, place_of, sides_of
 from darekit.analysis.inspection import DECILES, Comparison, Inspection, TensorReport
 from darekit.analysis.interference import Interference, TensorInterference
-from darekit.analysis.records import read_inspection
+from darekit.analysis.records import RECORD, read_inspection
 from darekit.reports.charts import Line, Point, Square, curves, heat_map
 from darekit.reports.page import MINUS, Copy, Figure, Key, Number, Page, Plot, Section, Table, View
 from darekit.wording import and_, distinct_labels, label
@@ -48,6 +48,14 @@ def inspection_page(folder: Path) -> Page:
         tuple(_numbers(found)), tuple(_facts(found)), None, tuple(_sections(found)),
         tuple(f"{note}." for note in found.notes),
     )  # fmt: skip
+
+
+def pulls(folder: Path) -> tuple[Plot | Table, ...]:
+    """Of several models that were inspected into a folder, how they pull against each other; else nothing."""
+    if not (folder / RECORD).is_file():
+        return ()
+    found = _read(folder)
+    return tuple(_together(found, found.interference)) if found.interference and found.interference.tensors else ()
 
 
 def draw_inspection_folder(folder: Path, into: Path) -> list[Path]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from darekit.recipe.texts import recipe_text
 from darekit.reports.drawing import draw_search
-from darekit.reports.page import MINUS, Copy, Number, Page, Section, Table
+from darekit.reports.inspections import pulls
+from darekit.reports.page import MINUS, Copy, Number, Page, Plot, Section, Table
 from darekit.reports.search_folder import SearchFolder, Trial, number, read_search_folder
 from darekit.reports.search_plots import (
     Found,
@@ -29,7 +30,7 @@ from darekit.reports.search_plots import (
 )
 from darekit.reports.sweeps import judge_words, number_of
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED
-from darekit.searches.folders import SUMMARY
+from darekit.searches.folders import MODELS, SUMMARY
 
 _ROLES = {"best_single": "best single model", "best_plain": "best plain merge"}
 _WRITTEN = "as written"
@@ -54,7 +55,8 @@ def search_page(folder: Path) -> Page:
     notes = [*_failures(read.trials), *_failures(read.baselines), *map(str, read.summary.get("notes") or ())]
     return Page(
         "Search", read.name, verdict, tone, details, state, tuple(_numbers(found)), tuple(_facts(read)),
-        ("The search file", read.text) if read.text else None, tuple(_sections(found)), tuple(notes),
+        ("The search file", read.text) if read.text else None, tuple(_sections(found, pulls(folder / MODELS))),
+        tuple(notes),
     )  # fmt: skip
 
 
@@ -175,7 +177,9 @@ def _space(read: SearchFolder) -> Iterator[tuple[str, str]]:
         setting, bracket, part = name.partition("[")
         rows.setdefault((setting, words), []).append(part.removesuffix("]") if bracket else "")
     for (setting, words), parts in rows.items():
-        yield read.called(setting) + (f" [{', '.join(parts)}]" if any(parts) else ""), words
+        points = len(parts) > 1 and all(part.isdecimal() for part in parts)
+        told = f", {len(parts)} points over depth" if points else f", {', '.join(parts)}" if any(parts) else ""
+        yield read.called(setting) + told.replace("][", " point "), words
 
 
 def _failures(trials: Sequence[Trial]) -> Iterator[str]:
@@ -188,7 +192,7 @@ def _failures(trials: Sequence[Trial]) -> Iterator[str]:
         yield f"Failed: {titles[0]}{more}: {error}"
 
 
-def _sections(found: Found) -> Iterator[Section]:
+def _sections(found: Found, together: Sequence[Plot | Table]) -> Iterator[Section]:
     read = found.folder
     gained = [table for table in (_compared(found), _differences(read)) if table]
     if gained:
@@ -209,6 +213,8 @@ def _sections(found: Found) -> Iterator[Section]:
     depth = list(over_depth(found))
     if depth:
         yield Section("Over depth and groups", tuple(depth))
+    if together:
+        yield Section("How the models pull against each other", tuple(together))
     yield Section("Every trial", (_all(found),))
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from darekit.wording import label
+
 SAMPLERS = ("tpe", "cmaes", "nsga2", "random", "grid")
 RUNGS = (1 / 9, 2 / 9, 1 / 3, 2 / 3, 1.0)
 TRIALS = 60
@@ -90,7 +92,15 @@ class Limit:
     least: bool
 
     def __str__(self) -> str:
-        of = f" of {self.of}" if self.of else ""
+        return self._words(self.of)
+
+    @property
+    def told(self) -> str:
+        """For people: models by their short names."""
+        return self._words(label(self.of) if self.of else None)
+
+    def _words(self, whose: str | None) -> str:
+        of = f" of {whose}" if whose else ""
         return f"{self.score} at {'least' if self.least else 'most'} {self.factor:g}{of}"
 
 

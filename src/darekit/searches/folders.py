@@ -15,7 +15,7 @@ from darekit.searches.sheets import Sheet, from_bytes, to_bytes
 from darekit.trials.files import append, write_whole, write_whole_bytes
 
 RECORD, TRIALS, SUMMARY, BEST, TESTS = "search.json", "trials.jsonl", "summary.json", "best.yaml", "tests.jsonl"
-JOURNAL, ITEMS, LEASES = "journal.log", "items", "leases"
+JOURNAL, ITEMS, LEASES, MODELS = "journal.log", "items", "leases", "models"
 FORMAT = "darekit-search-1"
 TRIAL, BASELINE = "trial", "baseline"
 

@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from darekit.errors import PlanError
+from darekit.analysis.inspection import VOCABULARIES, inspect
+from darekit.analysis.records import RECORD, write_inspection
+from darekit.errors import DarekitError, PlanError
 from darekit.live.models import require_torch
 from darekit.pools.clusters import cluster_of, open_pool, require_ray
 from darekit.pools.processes import Pool
@@ -19,7 +21,7 @@ from darekit.recipe import Recipe
 from darekit.searches.asking import Answer, Asker, Task
 from darekit.searches.baselines import Baseline, baselines_of
 from darekit.searches.data import Search
-from darekit.searches.folders import LEASES, Folder, claim, remember
+from darekit.searches.folders import LEASES, MODELS, Folder, claim, remember
 from darekit.searches.leases import Leases
 from darekit.searches.points import check_points
 from darekit.searches.reading import read_search
@@ -29,7 +31,7 @@ from darekit.searches.studies import require_optuna
 from darekit.searches.verdicts import SearchResult
 from darekit.searches.working import Say, Watch, Work
 from darekit.trials.identities import digest_of, judges_identity, samples_of, trial_digest
-from darekit.trials.judging import check_judges, make_judges, search_of
+from darekit.trials.judging import check_judges, found_in, make_judges, search_of
 from darekit.trials.models import Place, origins_in, shared_threads
 from darekit.trials.settings import data_of, recipe_with
 
@@ -181,12 +183,30 @@ def run(
                     mark, bound, tensors, folder, held, places, whole, digest, watch or _ignore, say or _ignore, began
                 )
                 try:
-                    return work.run(baselines, seconds)
+                    result = work.run(baselines, seconds)
+                    if not result.interrupted:
+                        look_at_models(recipe_with(found.recipe, {}, set(), None), folders, out, say or _ignore)
+                    return result
                 except Unasked as missing:
                     if say:
                         say(f"{missing}; {missing.judge} is asked as a whole, and the baselines are judged again")
                     whole |= {missing.judge}
                     remember(out, record | {"whole": sorted(whole)})
+
+
+def look_at_models(recipe: Recipe, folders: Sequence[Path], out: Path, say: Say) -> None:
+    """Once, how the models' deltas stand to each other, for the page: `models/inspection.json`."""
+    models = tuple(dict.fromkeys(found_in(entry.model, folders) for entry in recipe.models))
+    if recipe.base_model is None or len(models) < 2 or recipe.slices or (out / MODELS / RECORD).exists():
+        return
+    try:
+        vocab = recipe.vocab if recipe.vocab in VOCABULARIES else "base"
+        first, second, *more = models
+        write_inspection(inspect(found_in(recipe.base_model, folders), first, second, *more, vocab=vocab), out / MODELS)
+    except KeyboardInterrupt:
+        return  # all else is written
+    except DarekitError as error:
+        say(f"the page will not show how the models pull against each other: {error}")
 
 
 def _ignore(_: Any) -> None:

@@ -288,7 +288,9 @@ class _Found:
                     error = f" ± {margin.stderr:.3f}" if margin.stderr is not None else ""
                     kept = "kept" if margin.value >= 0 else "missed"
                     told.append(f"{kept} on {split}, by {abs(margin.value):.3f}{error}")
-            found.append(f"Constraint {bound.limit}: {'; '.join(told)}." if told else f"Constraint: {bound.limit}.")
+            found.append(
+                f"Constraint {bound.limit.told}: {'; '.join(told)}." if told else f"Constraint: {bound.limit.told}."
+            )
         return found
 
 

@@ -163,8 +163,8 @@ class FisherPass:
             for _, value in parts:
                 if not math.isfinite(float(value.detach())):
                     raise DataError(
-                        f"{example.place}: the model's log-likelihood of this row is {float(value.detach())}; are its "
-                        "weights sound? In float16 it may overflow: try --dtype float32"
+                        f"{example.place}: the model's log-likelihood of this row is {float(value.detach())}: "
+                        f"{self.live.suspects}"
                     )
             self.spoilt = True  # until all of the example is in the sums
             for place, (factor, value) in enumerate(parts):
@@ -173,8 +173,7 @@ class FisherPass:
                     value.backward(retain_graph=place + 1 < len(parts))
             if bool(self._bad):
                 raise DataError(
-                    f"{example.place}: the gradient of this row has NaN or Inf; are the weights sound? In float16 it "
-                    "may overflow: try --dtype float32"
+                    f"{example.place}: of this row the model's gradient has NaN or Inf: {self.live.suspects}"
                 )
             self.spoilt = False
 
@@ -419,7 +418,7 @@ class GramPass:
         if bool(self._bad):
             raise DataError(
                 f"{batch[0].place} to {batch[-1].place}: the model's output, or the input of one of its layers, has "
-                "NaN or Inf; are its weights sound? In float16 it may overflow: try --dtype float32"
+                f"NaN or Inf: {self.live.suspects}"
             )
         self.spoilt = False
 
