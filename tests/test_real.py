@@ -719,15 +719,21 @@ def test_a_command_is_stopped_before_we_are(tmp_path, monkeypatch):
     import time
 
     (tmp_path / "slow.py").write_text(
-        "import sys, time\nfrom pathlib import Path\nprint('begun', file=sys.stderr, flush=True)\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    Path('kept').touch()\n    sys.exit(130)\n"
+        "import sys, time\nfrom pathlib import Path\ntry:\n    Path('begun').touch()\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    Path('kept').touch()\n    sys.exit(130)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    threading.Timer(2, lambda: signal.raise_signal(signal.SIGINT)).start()
+
+    def interrupt():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         running.call(["slow"], tmp_path, program="slow")
-    assert (tmp_path / "kept").exists() and time.monotonic() - began < 40
+    assert (tmp_path / "kept").exists() and time.monotonic() - began < 50
 
 
 @pytest.mark.check
