@@ -251,9 +251,11 @@ def test_a_bare_small_shard_size_is_asked_about(dare, recipe, tmp_path, size):
 
 def test_options_of_mergekit_become_ours_or_are_left_out_with_a_note():
     """The command line of `mergekit-yaml`, but for the command's name."""
-    words = "r.yml out --cuda --lazy-unpickle --out-shard-size 500M --random-seed 7 -j 2 --device=cuda:0 --no-quiet".split()
-    found = read_options(["merge", *words, "--transformers-cache", "D", "--dry-run"])
-    assert found.words == "merge r.yml out --shard-size 500MB --seed 7 --threads 2 --dry-run".split()
+    found = read_options([
+        "merge", "r.yml", "out", "--cuda", "--lazy-unpickle", "--out-shard-size", "500M", "--random-seed", "7",
+        "-j", "2", "--device=cuda:0", "--no-quiet", "--transformers-cache", "D", "--dry-run",
+    ])  # fmt: skip
+    assert " ".join(found.words) == "merge r.yml out --shard-size 500MB --seed 7 --threads 2 --dry-run"
     assert [note.partition(" is left out: ")[0] for note in found.notes] == [
         "--cuda", "--lazy-unpickle", "--device cuda:0", "--no-quiet",
     ]  # fmt: skip
@@ -262,20 +264,26 @@ def test_options_of_mergekit_become_ours_or_are_left_out_with_a_note():
     assert multi.words == ["merge", "r.yml", "out"] and "--stage" in multi.notes[0]
     # What would change the result is no option to leave out; other commands, and words that are no options, stay.
     assert "vocab: base" in str(read_options(["check", "r.yml", "--unsafe-truncate-embeddings"]).refused)
-    for line in (["drop", "a", "b", "c", "--cuda"], ["merge", "r.yml", "out", "--cudda"], ["merge", "r", "o", "-j"], []):
+    for line in (
+        ["drop", "a", "b", "c", "--cuda"],
+        ["merge", "r.yml", "out", "--cudda"],
+        ["merge", "r", "o", "-j"],
+        [],
+    ):
         assert read_options(line).words == [word if word != "-j" else "--threads" for word in line]
 
 
 def test_every_option_of_mergekit_is_known():
     """Those of mergekit 0.1.5's `mergekit-yaml --help` and `mergekit-multi --help`."""
-    switches = (
-        "allow-crimes trust-remote-code quiet cuda low-cpu-memory lazy-unpickle read-to-gpu multi-gpu gpu-rich "
-        "async-write copy-tokenizer clone-tensors write-model-card safe-serialization lazy"
-    ).split()
-    values = (
-        "transformers-cache lora-merge-cache lora-merge-dtype random-seed device num-threads write-threads "
-        "out-shard-size out-path intermediate-dir"
-    ).split()
+    switches = [
+        "allow-crimes", "trust-remote-code", "quiet", "cuda", "low-cpu-memory", "lazy-unpickle", "read-to-gpu",
+        "multi-gpu", "gpu-rich", "async-write", "copy-tokenizer", "clone-tensors", "write-model-card",
+        "safe-serialization", "lazy",
+    ]  # fmt: skip
+    values = [
+        "transformers-cache", "lora-merge-cache", "lora-merge-dtype", "random-seed", "device", "num-threads",
+        "write-threads", "out-shard-size", "out-path", "intermediate-dir",
+    ]  # fmt: skip
     for word in switches:
         for option in (f"--{word}", f"--no-{word}"):
             assert read_options(["merge", "r", "o", option]).words == ["merge", "r", "o"], option

@@ -110,7 +110,10 @@ def read_with(
     if seed is not None and not is_random(found):
         found = replace(found, notes=(*found.notes, NO_DRAW))
     changes = [f"{key}={value}" for key, value in (settings or {}).items()] + [f"seed={seed}"] * (seed is not None)
-    said = [*([f"stage {stage}"] if stage is not None else []), *([f"overridden: {', '.join(changes)}"] if changes else [])]
+    said = [
+        *([f"stage {stage}"] if stage is not None else []),
+        *([f"overridden: {', '.join(changes)}"] if changes else []),
+    ]
     return replace(found, text=f"# {'; '.join(said)}\n{recipe_text(found.to_data())}")
 
 

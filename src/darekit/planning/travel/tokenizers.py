@@ -202,8 +202,9 @@ def _agreed(
         return TokenizerChoice(base, tuple(notes))
     if counts or len(models) > 1 or len(owners) < len(tuned):
         notes.append(
-            f"the output has the tokenizer of {_whose([lead] if counts else owners)}, with its chat template, generation settings and ids "
-            f"of special tokens: the base's differs ({_told(found, lacks)}). tokenizer_source: base keeps the base's"
+            f"the output has the tokenizer of {_whose([lead] if counts else owners)}, with its chat template, "
+            f"generation settings and ids of special tokens: the base's differs ({_told(found, lacks)}). "
+            "tokenizer_source: base keeps the base's"
         )
     return TokenizerChoice(lead, tuple(notes))
 
@@ -247,8 +248,8 @@ def _with_template(lead: Checkpoint, apart: Sequence[tuple[Checkpoint, Differenc
     told = "; ".join(f"that of {label(model.ref)} differs in {_told(one, [])}" for model, one in others)
     choices = " or ".join(f"tokenizer_source: {'base' if model is base else model.ref}" for model, _ in others)
     return (
-        f"the output has the tokenizer, generation settings and ids of special tokens of {label(lead.ref)}, which alone "
-        f"has a chat template; {told}; choose it with {choices}"
+        f"the output has the tokenizer, generation settings and ids of special tokens of {label(lead.ref)}, which "
+        f"alone has a chat template; {told}; choose it with {choices}"
     )
 
 
