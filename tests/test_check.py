@@ -244,3 +244,15 @@ def test_a_model_in_the_cache_is_read_from_there(hubbed, hub):
     assert from_hub(hub, hubbed.path, "merge", "linear.yaml", "out").returncode == 0
     done = from_hub(hub, hubbed.path, "check", "linear.yaml", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["downloads"] == {}
+
+
+def test_a_mistyped_path_that_reads_like_a_model_on_the_hub_has_its_neighbours(family, dare, monkeypatch):
+    """As `dare merge` names them."""
+    shutil.copytree("m0", "models/llama-math")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for command in (("check", "recipe.yaml"), ("merge", "recipe.yaml", "out")):
+        family.write(GOOD | {"models": ["m0", "models/lama-math"]})
+        found = dare(*command)
+        said = " ".join((found.out + found.err).split())
+        assert found.code == 1 and "No local checkpoint either: looked for" in said
+        assert "did you mean" in said and "models/llama-math?" in said

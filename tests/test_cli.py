@@ -14,10 +14,13 @@ import pytest
 
 import darekit as dk
 import families
-from darekit.cli import options
+from darekit.cli import main, options
+from darekit.cli.mergekit_options import read_options
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.methods.parameters import Choice
 from darekit.recipe import Recipe, Sparsify
+
+ROOT = Path(__file__).resolve().parents[1]
 
 REPORT = {
     "seconds", "fsync_seconds", "bytes_read", "bytes_written", "peak_rss_bytes", "tensors", "parameters", "kept",
@@ -166,7 +169,7 @@ def test_seed_set_and_shard_size(dare, recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5kb", 1500), ("12345", 12345), ("7b", 7)],
+    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5kb", 1500), ("12345", 12345), ("7000b", 7000)],
 )
 def test_sizes(text, size):
     assert options.bytes_of(text) == size
@@ -237,9 +240,71 @@ def test_filters_and_patterns_that_match_nothing_are_said(dare, recipe, tmp_path
     assert not any("'*'" in line for line in said)
 
 
-def test_a_bare_small_shard_size_is_asked_about(dare, recipe, tmp_path):
-    found = dare("merge", recipe(), tmp_path / "out", "--shard-size", "5")
-    assert found.code == 2 and "5GB" in found.err
+@pytest.mark.parametrize("size", ["5", "5B"])  # 5B is 5e9 to mergekit
+def test_a_bare_small_shard_size_is_asked_about(dare, recipe, tmp_path, size):
+    found = dare("merge", recipe(), tmp_path / "out", "--shard-size", size)
+    assert found.code == 2 and "5GB" in found.err and "5 bytes" in found.err
+
+
+# --- mergekit's options
+
+
+def test_options_of_mergekit_become_ours_or_are_left_out_with_a_note():
+    """The command line of `mergekit-yaml`, but for the command's name."""
+    found = read_options([
+        "merge", "r.yml", "out", "--cuda", "--lazy-unpickle", "--out-shard-size", "500M", "--random-seed", "7",
+        "-j", "2", "--device=cuda:0", "--no-quiet", "--transformers-cache", "D", "--dry-run",
+    ])  # fmt: skip
+    assert " ".join(found.words) == "merge r.yml out --shard-size 500MB --seed 7 --threads 2 --dry-run"
+    assert [note.partition(" is left out: ")[0] for note in found.notes] == [
+        "--cuda", "--lazy-unpickle", "--device cuda:0", "--no-quiet",
+    ]  # fmt: skip
+    assert found.cache == "D" and found.refused is None
+    multi = read_options(["merge", "r.yml", "-I", "between", "--out-path", "out", "--no-lazy", "-vv"])
+    assert multi.words == ["merge", "r.yml", "out"] and "--stage" in multi.notes[0]
+    # What would change the result is no option to leave out; other commands, and words that are no options, stay.
+    assert "vocab: base" in str(read_options(["check", "r.yml", "--unsafe-truncate-embeddings"]).refused)
+    for line in (
+        ["drop", "a", "b", "c", "--cuda"],
+        ["merge", "r.yml", "out", "--cudda"],
+        ["merge", "r", "o", "-j"],
+        [],
+    ):
+        assert read_options(line).words == [word if word != "-j" else "--threads" for word in line]
+
+
+def test_every_option_of_mergekit_is_known():
+    """Those of mergekit 0.1.5's `mergekit-yaml --help` and `mergekit-multi --help`."""
+    switches = [
+        "allow-crimes", "trust-remote-code", "quiet", "cuda", "low-cpu-memory", "lazy-unpickle", "read-to-gpu",
+        "multi-gpu", "gpu-rich", "async-write", "copy-tokenizer", "clone-tensors", "write-model-card",
+        "safe-serialization", "lazy",
+    ]  # fmt: skip
+    values = [
+        "transformers-cache", "lora-merge-cache", "lora-merge-dtype", "random-seed", "device", "num-threads",
+        "write-threads", "out-shard-size", "out-path", "intermediate-dir",
+    ]  # fmt: skip
+    for word in switches:
+        for option in (f"--{word}", f"--no-{word}"):
+            assert read_options(["merge", "r", "o", option]).words == ["merge", "r", "o"], option
+    for word in values:
+        assert f"--{word}" not in read_options(["merge", "r", "o", f"--{word}", "1"]).words
+    page = (ROOT / "docs" / "mergekit.md").read_text()
+    assert [word for word in (*switches, *values, "unsafe-truncate-embeddings") if f"`{word}" not in page] == []
+
+
+def test_a_command_line_of_mergekit_runs(dare, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", "before")
+    line = [recipe(), tmp_path / "out", "--copy-tokenizer", "--allow-crimes", "--out-shard-size", "5B", "--cuda"]
+    monkeypatch.setattr(sys, "argv", ["dare", "merge", *map(str, line), "--transformers-cache", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code and (tmp_path / "out" / "model.safetensors").exists()
+    assert os.environ["HF_HUB_CACHE"] == str(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dare", "check", "r.yml", "--unsafe-truncate-embeddings"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
 
 
 def test_a_dry_run_finds_what_a_run_would_refuse(dare, llamas, tmp_path):

@@ -2,6 +2,7 @@
 """Recipes as models: the same bytes as with an intermediate checkpoint of the same format, and nothing written."""
 
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ import families
 from darekit.checkpoints import open_checkpoint, sample_digest, traits_of
 from darekit.engine.nested import Computed
 from darekit.errors import DataError, HomologyError, PlanError, RecipeError
+from darekit.output.card import front_matter
 from darekit.planning.checks import check
 from darekit.planning.opening import open_models, open_plan
 from darekit.recipe import read_recipe
@@ -149,6 +151,62 @@ def test_one_is_written_by_its_name(tmp_path, dare):
     assert dare("merge", tmp_path / "r.yaml", tmp_path / "out", "--stage", "a").code == 0
     missing = dare("merge", tmp_path / "r.yaml", tmp_path / "other", "--stage", "b")
     assert missing.code and "no stage is named 'b'; known: a" in missing.err
+
+
+DRAWN = """
+name: one
+base_model: base
+models: [m0, m1]
+merge_method: dare_ties
+parameters: {density: 0.5, weight: 0.5}
+---
+name: two
+base_model: base
+models: [one, m2]
+merge_method: task_arithmetic
+parameters: {weight: 0.5}
+"""
+
+
+def test_one_seed_for_all_stages_that_draw(tmp_path, dare):
+    """Also where the recipe itself draws nothing; the recipe in the output repeats it, whichever stage is written."""
+    (tmp_path / "r.yaml").write_text(DRAWN)
+    for out, options in (("zero", ()), ("seven", ("--seed", "7")), ("one", ("--seed", "7", "--stage", "one"))):
+        run = dare("merge", tmp_path / "r.yaml", tmp_path / out, *options, "--force")
+        assert run.code == 0 and "seed has no effect" not in run.err
+    zero, seven = families.load(tmp_path / "zero"), families.load(tmp_path / "seven")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (zero[name] != seven[name]).any()
+    for out in ("seven", "one"):
+        dk.merge(tmp_path / out / "darekit_recipe.yaml", tmp_path / f"{out} again", **OPTIONS)
+        families.same(families.load(tmp_path / f"{out} again"), families.load(tmp_path / out))
+    stage = dk.read_recipe(tmp_path / "r.yaml", seed=7, stage="one")
+    assert stage.text.startswith("# stage one; overridden: seed=7\n") and stage.sparsify.seed == 7
+    recipe = dk.read_recipe(tmp_path / "r.yaml", settings={"parameters.weight": 0.25}, seed=7)
+    (tmp_path / "text.yaml").write_text(recipe.text)
+    assert read_recipe(tmp_path / "text.yaml") == recipe and recipe.stages[0][1].sparsify.seed == 7
+
+
+def test_a_seed_that_draws_nothing_is_told(tmp_path):
+    (tmp_path / "r.yaml").write_text(DRAWN.replace("dare_ties", "ties").replace("density: 0.5, ", ""))
+    assert any("seed has no effect" in note for note in read_recipe(tmp_path / "r.yaml", seed=7).notes)
+    (tmp_path / "outer.yaml").write_text("models: [r.yaml, m2]\nmerge_method: linear\n")
+    notes = read_recipe(tmp_path / "outer.yaml", seed=7).notes
+    assert "the seed is that of this file's recipes: r.yaml keeps its own" in notes
+
+
+def test_the_card_names_the_models_that_recipes_are_made_of(tmp_path):
+    (tmp_path / "r.yaml").write_text(DRAWN)
+    (tmp_path / "outer.yaml").write_text("models: [r.yaml, m3]\nmerge_method: linear\n")
+    private = str(Path("m0").resolve())
+    (tmp_path / "stage.yaml").write_text(DRAWN.replace("[m0,", f"[{private},"))
+    for name in ("outer", "stage"):
+        dk.merge(tmp_path / f"{name}.yaml", tmp_path / name, **OPTIONS)
+    outer, stage = ((tmp_path / name / "README.md").read_text() for name in ("outer", "stage"))
+    assert sorted(front_matter(outer)["base_model"]) == ["base", "m0", "m1", "m2", "m3"]
+    assert "- `r.yaml`, merged from `m0`, `m1`, `base`, `m2`\n" in outer
+    assert sorted(front_matter(stage)["base_model"]) == ["base", "m0", "m1", "m2"]
+    assert "- `one`, merged from `m0`, `m1`, `base`\n" in stage and private not in stage
 
 
 def test_the_one_without_a_name_is_written_wherever_it_stands(tmp_path):

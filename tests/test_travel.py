@@ -172,6 +172,41 @@ def test_templates_alone_that_differ(family, dare):
     assert not (family / "agreed" / "chat_template.jinja").exists()
 
 
+def interpolated(dare, place, base, model, method="slerp", more="parameters: {t: 0.5}"):
+    lines = [f"base_model: {base}", f"models: [{base}, {model}]", f"merge_method: {method}", more]
+    (place / "recipe.yaml").write_text("\n".join(lines))
+    shutil.rmtree(place / "out", ignore_errors=True)
+    return dare("merge", "recipe.yaml", "out")
+
+
+def test_a_base_that_is_merged_is_asked_with_the_models(family, dare):
+    """slerp's base is one of its two models: their tokenizers agree, or it is told which of them the output has."""
+    chat(family / "m0")
+    for method, more in (("slerp", "parameters: {t: 0.5}"), ("linear", "parameters: {weight: 0.5}")):
+        for base, model in (("m0", "m1"), ("m1", "m0")):
+            fast(family / "m1", [*WORDS, *CHAT], SPECIAL)  # the same tokens, another end, no template
+            found = interpolated(dare, family, base, model, method, more)
+            assert found.code == 0 and has_all_of(family / "out", family / "m0")
+            choice = "base" if base == "m1" else "m1"
+            assert "alone has a chat template; that of m1 differs in eos_token" in flat(found.err)
+            assert f"choose it with tokenizer_source: {choice}" in flat(found.err)
+        fast(family / "m1", [*WORDS, "other", CHAT[1]], [*WORDS[:4], CHAT[1]])  # another token
+        for base, model in (("m0", "m1"), ("m1", "m0")):
+            found = interpolated(dare, family, base, model, method, more)
+            assert found.code == 0 and has_all_of(family / "out", family / base)
+            assert "The output has the base's tokenizer" in found.err
+            assert f"choose with tokenizer_source: {model}" in flat(found.err)
+
+
+def test_a_third_model_beside_slerps_two_gives_its_tokenizer(family, dare):
+    chat(family / "m0", family / "m1")
+    (family / "recipe.yaml").write_text(
+        "base_model: base\nmodels: [m0, m1]\nmerge_method: slerp\nparameters: {t: 0.5}\n"
+    )
+    found = dare("merge", "recipe.yaml", "out")
+    assert "base gives only config and tokenizer" in flat(found.err) and has_all_of(family / "out", family / "base")
+
+
 def test_generation_settings_of_one_model(family, dare):
     put(family / "m1", "generation_config.json", {"eos_token_id": 2, "temperature": 0.6})
     said = merge(dare, family)

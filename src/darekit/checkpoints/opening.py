@@ -240,13 +240,7 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
         for candidate in places_of(plain, search):
             if _exists(candidate):
                 return Location(candidate, _commit_of(candidate))
-    tail = "looked for " + ", ".join(str(candidate.absolute()) for candidate in tried)
-    near = _near_misses(tried)
-    bare, at, revision = str(ref).partition("@")
-    if isinstance(ref, str) and at and any(_exists(candidate) for candidate in places_of(bare or ".", search)):
-        tail += f"; {bare} is here, and a directory has no revisions: name it without @{revision} if it is the one"
-    elif near:
-        tail += f"; did you mean {' or '.join(near)}?"
+    tail = looked_for(ref, search)
     if isinstance(ref, str) and _names_adapter(ref):
         model, _, adapter = ref.rpartition("+")
         raise CheckpointError(
@@ -266,6 +260,17 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
         # A mistyped path reads like a Hub id, so the answer covers both.
         raise CheckpointError(f"{error}. No local checkpoint either: {tail}") from error
     return Location(snapshot.directory, snapshot.revision, snapshot.left)
+
+
+def looked_for(ref: str | Path, search: Sequence[Path]) -> str:
+    """Where a name was looked up on this machine in vain, and what is there that it may mean."""
+    tried = places_of(ref, search)
+    tail = "looked for " + ", ".join(str(candidate.absolute()) for candidate in tried)
+    near = _near_misses(tried)
+    bare, at, revision = str(ref).partition("@")
+    if isinstance(ref, str) and at and any(_exists(candidate) for candidate in places_of(bare or ".", search)):
+        return f"{tail}; {bare} is here, and a directory has no revisions: name it without @{revision} if it is the one"
+    return f"{tail}; did you mean {' or '.join(near)}?" if near else tail
 
 
 def _names_adapter(ref: str) -> bool:

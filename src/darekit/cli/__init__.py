@@ -8,6 +8,7 @@ the module of its own command alone: typer evaluates the annotations of every co
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from importlib import import_module
 from io import TextIOWrapper
@@ -15,6 +16,8 @@ from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
+
+from darekit.cli.mergekit_options import read_options
 
 # Panel of `dare --help` -> its commands, each with its module and function here; in the order in which users meet them.
 PANELS = {
@@ -120,8 +123,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model's name may hold what the terminal cannot show
+    given = read_options(sys.argv[1:])
+    if given.refused is not None:
+        print(f"dare: {given.refused}", file=sys.stderr)
+        raise SystemExit(2)
+    if given.cache is not None:
+        os.environ["HF_HUB_CACHE"] = given.cache
+    for note in given.notes:
+        print(f"note: {note}", file=sys.stderr)
     # Help, a misspelt word and no word need all commands.
     try:
-        build_app(*(word for word in sys.argv[1:2] if word in COMMANDS))(spelled_out(sys.argv[1:]))
+        build_app(*(word for word in sys.argv[1:2] if word in COMMANDS))(spelled_out(given.words))
     finally:
         gc.freeze()  # the interpreter's last collections need not look at what dies with the process

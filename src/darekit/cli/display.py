@@ -351,14 +351,19 @@ def _show_gradients(gradients: Sequence[Mapping[str, Any]], *, bars: bool) -> No
         return
     from darekit.cli.display_layers import spark
 
-    rows = []
-    for one in gradients:
+    def row(one: Mapping[str, Any], count: int) -> tuple[str, ...]:
         last = len(one["values"]) - 1
-        shown = sorted({round(i * last / (GRADIENT_LAYERS - 1)) for i in range(GRADIENT_LAYERS)})
+        shown = sorted({round(i * last / (count - 1)) for i in range(count)})
         values = "  ".join(f"{one['first'] + i}: {one['values'][i]:.4g}" for i in shown)
         along = (spark(one["values"]),) if bars else ()
-        rows.append((one["parameter"], one["model"] or "all", one["filter"], one["stack"], *along, values))
+        return (one["parameter"], one["model"] or "all", one["filter"], one["stack"], *along, values)
+
     heads = ("gradient", "model", "filter", "layers", *(("along them",) if bars else ()), "layer: value")
+    for count in range(GRADIENT_LAYERS, 2, -1):  # as many layers as the terminal has room for, and at least three
+        rows = [row(one, count) for one in gradients]
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        if sum(widths) + tables.SPACE * (len(heads) - 1) <= tables.columns():
+            break
     print()
     print_table(tables.table_of(heads, rows, len(heads)))
 

@@ -188,8 +188,8 @@ def bytes_of(text: str, option: str = "--shard-size") -> int:
         raise typer.BadParameter(f"{text!r} is not a size; write 5GB, 500MB or 2GiB", param_hint=option) from None
     if size < 1:
         raise typer.BadParameter(f"{text!r} is not a size; it must be above 0", param_hint=option)
-    if stripped.isdigit() and size < 1000:
-        raise typer.BadParameter(f"{text!r} would mean bytes; write 5GB, 500MB or 2GiB", param_hint=option)
+    if size < 1000:
+        raise typer.BadParameter(f"{text!r} would mean {size} bytes; write 5GB, 500MB or 2GiB", param_hint=option)
     return size
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from darekit.checkpoints import Checkpoint, InputFile, open_checkpoint
 from darekit.checkpoints.headers import Elsewhere, HeaderFile, has_values, without_values
 from darekit.checkpoints.hub import Snapshot, fetch_small, fetch_start, is_cached, looks_like_hub_id, weights_on_hub
+from darekit.checkpoints.opening import looked_for
 from darekit.checkpoints.refusals import ADAPTER_WEIGHTS
 from darekit.checkpoints.safetensors import HEADER_LIMIT
 from darekit.errors import CheckpointError, HoldsAdapter, HoldsPack, HomologyError, Unsupported
@@ -70,6 +71,10 @@ class Headers:
             small = fetch_small(ref)
         except HoldsAdapter as error:
             return self._open_adapter(opening, ref, Snapshot(error.path, error.path.name))
+        except Unsupported:  # it was found
+            raise
+        except CheckpointError as error:  # a mistyped path reads like a Hub id
+            raise CheckpointError(f"{error}. No local checkpoint either: {looked_for(ref, opening.search)}") from error
         if is_cached(small):
             return replace(open_checkpoint(small.directory), ref=ref, left=small.left)
         sizes = weights_on_hub(ref, small)

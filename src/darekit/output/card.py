@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,18 @@ def model_card(
     license: str | None = None,
     title: str,
     summary: Sequence[str] = (),
+    made_of: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
-    """A README.md. Models are given as in the recipe; of a local path only the last component is shown."""
+    """A README.md. Models are given as in the recipe; of a local path only the last component is shown.
+
+    `made_of`: of those that are recipes, the models that these are made of.
+    """
+    made_of = made_of or {}
     inputs = tuple(dict.fromkeys(([base_model] if base_model is not None else []) + list(models)))
-    names = {given: public_name(given) for given in inputs}
+    stored = [name for given in inputs for name in made_of.get(given, [given])]
+    names = {given: public_name(given) for given in (*inputs, *stored)}
     metadata: dict[str, Any] = {
-        "base_model": list(dict.fromkeys(names.values())),
+        "base_model": list(dict.fromkeys(names[given] for given in stored)),
         "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["merge", "darekit"],
@@ -65,7 +71,7 @@ def model_card(
         "",
         "Merged with darekit from",
         "",
-        *(f"- {_code(names[name])}" for name in dict.fromkeys(models)),
+        *(f"- {_code(names[name])}{_parts(name, made_of)}" for name in dict.fromkeys(models)),
         "",
         f"on the base {_code(names[base_model])}." if base_model is not None else "without a base model.",
         "",
@@ -88,6 +94,11 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _parts(name: str, made_of: Mapping[str, Sequence[str]]) -> str:
+    parts = dict.fromkeys(public_name(one) for one in made_of.get(name, ()))
+    return f", merged from {', '.join(map(_code, parts))}" if parts else ""
 
 
 def public_name(model: str) -> str:

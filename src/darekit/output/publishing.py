@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from darekit.checkpoints import OutputFile, index_json
+from darekit.checkpoints.companions import Companions
 from darekit.engine import execution
 from darekit.errors import CheckpointError, DataError, OutputError
 from darekit.machine import peak_rss
@@ -27,6 +28,7 @@ from darekit.output.staging import Stage, open_stage
 from darekit.planning.losses import names_of, rounding_lines, rounding_of, swallowed_notes
 from darekit.planning.plan import Plan
 from darekit.planning.travel.beside import companions_of
+from darekit.recipe.stages import input_names
 from darekit.wording import brief, size_of
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -238,15 +240,18 @@ def _kept(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, int
 
 def _write_companions(plan: Plan, directory: Path, title: str, rounding: Mapping[str, Any] | None) -> list[str]:
     recipe, found = plan.recipe, companions_of(plan)
+    listed = [entry.model for entry in recipe.models]
 
     def card() -> str:
+        recipes = {name: inner for name in input_names(recipe) if (inner := plan.recipe_named(name)) is not None}
         return model_card(
             base_model=recipe.base_model,
-            models=[entry.model for entry in recipe.models],
-            statistics=[entry.stats for entry in recipe.models if entry.stats],
+            models=[name for name in input_names(recipe) if name != recipe.base_model or name in listed],
+            made_of={name: _stored_names(inner) for name, inner in recipes.items()},
+            statistics=_statistics(plan),
             recipe_text=recipe.text,
             lock_name=LOCK_NAME,
-            license=agreed_license([checkpoint.companions for checkpoint in plan.checkpoints]),
+            license=agreed_license(_stored_companions(plan)),
             title=title,
             summary=[f"Rounding: {line}" for line in rounding_lines(rounding)],
         )
@@ -259,3 +264,23 @@ def _write_companions(plan: Plan, directory: Path, title: str, rounding: Mapping
         recipe_text=recipe.text,
         card=card,
     )
+
+
+def _stored_names(plan: Plan) -> list[str]:
+    """The stored models that a result is made of, through all recipes that are models of it."""
+    found = []
+    for name in input_names(plan.recipe):
+        inner = plan.recipe_named(name)
+        found += [name] if inner is None else _stored_names(inner)
+    return found
+
+
+def _stored_companions(plan: Plan) -> list[Companions]:
+    inner = {one.ref for one in plan.within}
+    own = [checkpoint.companions for checkpoint in plan.checkpoints if checkpoint.ref not in inner]
+    return own + [found for one in plan.within for found in _stored_companions(one.plan)]
+
+
+def _statistics(plan: Plan) -> list[str]:
+    own = [entry.stats for entry in plan.recipe.models if entry.stats]
+    return own + [name for one in plan.within for name in _statistics(one.plan)]

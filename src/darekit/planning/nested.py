@@ -21,6 +21,7 @@ from darekit.inputs.kinds import Opener, Opening
 from darekit.methods import SUM
 from darekit.planning.plan import Plan, Within
 from darekit.recipe import Recipe, read_recipe
+from darekit.wording import label
 
 SUFFIXES = (".yaml", ".yml")
 DEEPEST = 16  # recipes within recipes
@@ -89,7 +90,7 @@ def result_of(plan: Plan, ref: str) -> tuple[Checkpoint, Within]:
         files=plan.files,
         revision=None,
         companions=files,
-        notes=tuple(f"{ref}: {note}" for note in plan.notes),
+        notes=tuple(f"{label(ref)}: {note}" for note in plan.notes),
     )
     return result, Within(ref, plan, workshop)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from darekit.architectures.depth import Depths, depths_of
@@ -172,6 +173,13 @@ class Plan:
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Base (where there is one) and models."""
         return (*([self.base] if self.base else []), *self.models)
+
+    def recipe_named(self, name: str) -> Plan | None:
+        """The plan of a recipe that is a model of this one, by its name in the recipe; None of what is stored."""
+        parts = tuple(part for part in Path(name).parts if part not in (".", ".."))
+        return next(
+            (one.plan for one in self.within if one.ref == name or Path(one.ref).parts[-len(parts) :] == parts), None
+        )
 
     @property
     def files(self) -> tuple[InputFile, ...]:

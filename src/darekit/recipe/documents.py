@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,8 +202,25 @@ def _yaml_problem(error: yaml.MarkedYAMLError, name: str) -> str:
     problem = error.problem or str(error)
     if "single document" in (error.context or "") or "another document" in problem:
         return f"{where}: a second document starts here (`---`); this file is one document: split it"
-    hint = "; YAML indents with spaces, never with tabs" if r"'\t'" in problem else ""
-    return f"{where}: not YAML: {problem}{hint}"
+    return f"{where}: not YAML: {problem}{_yaml_hint(error, problem)}"
+
+
+def _yaml_hint(error: yaml.MarkedYAMLError, problem: str) -> str:
+    """What is likely wrong, as the parser itself does not say it."""
+    text = error.problem_mark.buffer if error.problem_mark else None
+    if text and re.search(r"(?m)^[ \t]+---[ \t]*$", text):
+        return "; a line `---` between two documents begins in the first column, and so do the documents' keys"
+    began = f" (it begins on line {error.context_mark.line + 1})" if error.context_mark else ""
+    if r"'\t'" in problem:
+        return "; YAML indents with spaces, never with tabs"
+    if "expected <block end>" in problem or "mapping values are not allowed" in problem:
+        return (
+            f"; the keys of one block begin in the same column{began if 'block' in problem else ''}, those of a list's "
+            "entry under its first key (`- model: A`, and `parameters:` below the m of model)"
+        )
+    if "expected ',' or" in problem:
+        return f"; a bracket is not closed{began}"
+    return ""
 
 
 class _Walker:

@@ -21,7 +21,11 @@ def drops(recipe: Recipe) -> bool:
 
 
 def is_random(recipe: Recipe) -> bool:
-    """Whether its result depends on the seed."""
+    """Whether its result, or that of a stage of it, depends on the seed."""
+    return _is_drawn(recipe) or any(is_random(stage) for _, stage in recipe.stages)
+
+
+def _is_drawn(recipe: Recipe) -> bool:
     return draws_masks(recipe) or recipe.rounding == STOCHASTIC
 
 
@@ -35,7 +39,9 @@ def seed_of(recipe: Recipe) -> int | None:
     if draws_masks(recipe):
         assert recipe.sparsify is not None
         return recipe.sparsify.seed
-    return recipe.rounding_seed if is_random(recipe) else None
+    if _is_drawn(recipe):
+        return recipe.rounding_seed
+    return next((seed for _, stage in recipe.stages if (seed := seed_of(stage)) is not None), None)
 
 
 def essence(recipe: Recipe) -> Recipe:

@@ -26,14 +26,18 @@ from darekit.recipe.documents import (
     suggest,
 )
 from darekit.recipe.entries import gather
+from darekit.recipe.essence import is_random
 from darekit.recipe.names import find_model, same_model
 from darekit.recipe.parameters import block_at, read_seed
-from darekit.recipe.stages import read_stage, stages_of
+from darekit.recipe.stages import read_stage, stages_of, stored_names
+from darekit.recipe.texts import recipe_text
 from darekit.recipe.tokens import TokensReader, read_chat_template
 from darekit.recipe.values import AUTO, BySlice, Value, is_glob, scalars_of
 from darekit.recipe.words import AUTOMATIC, Words, check_names
+from darekit.wording import and_, label
 
 ROUNDINGS = (NEAREST, STOCHASTIC)
+NO_DRAW = "seed has no effect: nothing is drawn at random in this recipe"
 _ROUNDING_KEYS = ("method", "seed")
 
 
@@ -50,7 +54,7 @@ def read_recipe(
     Args:
         source: a recipe file, or its data.
         settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`; an empty value removes a key.
-        seed: replaces `sparsify.seed`.
+        seed: replaces `sparsify.seed`, in every stage that draws at random.
         lenient: warn of keys that are not known and of settings without effect, instead of refusing the recipe.
         stage: of a recipe of several stages (documents with a `name:`), which one; the last if not given.
 
@@ -91,11 +95,31 @@ def read_with(
     chosen = last if stage is None else named.get(stage)
 
     def read(document: Document) -> Recipe:
-        if document is chosen:
-            document = override(document, settings or {}, seed)
-        return reader(document, search)
+        own = settings or {} if document is chosen else {}
+        if not named:
+            return reader(override(document, own, seed), search)
+        recipe = reader(override(document, own, None), search)
+        # One seed for all stages that draw, so that a stage can be written alone.
+        return reader(override(document, own, seed), search) if seed is not None and is_random(recipe) else recipe
 
-    return read_stage(named, last, stage, read)
+    found = read_stage(named, last, stage, read)
+    if seed is not None and (files := [name for name in stored_names(found) if name.endswith((".yaml", ".yml"))]):
+        found = replace(found, notes=(*found.notes, _own_seeds(files)))
+    if not named or (stage is None and seed is None and not settings):
+        return found
+    if seed is not None and not is_random(found):
+        found = replace(found, notes=(*found.notes, NO_DRAW))
+    changes = [f"{key}={value}" for key, value in (settings or {}).items()] + [f"seed={seed}"] * (seed is not None)
+    said = [
+        *([f"stage {stage}"] if stage is not None else []),
+        *([f"overridden: {', '.join(changes)}"] if changes else []),
+    ]
+    return replace(found, text=f"# {'; '.join(said)}\n{recipe_text(found.to_data())}")
+
+
+def _own_seeds(files: Sequence[str]) -> str:
+    keep = "keeps its own" if len(files) == 1 else "keep their own"
+    return f"the seed is that of this file's recipes: {and_([label(name) for name in files])} {keep}"
 
 
 def search_path(source: object) -> tuple[Path, ...]:
@@ -543,4 +567,4 @@ def _notes(recipe: Recipe, seeded: bool, search: Sequence[Path]) -> Iterator[str
         yield f"{recipe.merge_method} without keep{of}: no trim (the TIES paper keeps 0.2)"
     random = recipe.sparsify is not None and SPARSIFIERS[recipe.sparsify.method].random
     if ((seeded and recipe.rounding == NEAREST) or "seed" in given) and not random:
-        yield "seed has no effect: nothing is drawn at random in this recipe"
+        yield NO_DRAW

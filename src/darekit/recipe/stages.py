@@ -97,10 +97,14 @@ def names_in(recipe: Recipe) -> set[str]:
     return names | ({recipe.base_model} if recipe.base_model is not None else set())
 
 
+def input_names(recipe: Recipe) -> list[str]:
+    """Every model that gives a recipe weights: models as listed, then bases."""
+    bases = [recipe.base_model, *(one.base[0] for one in recipe.slices if one.base)]
+    return [name for name in (*(entry.model for entry in recipe.models), *dict.fromkeys(bases)) if name is not None]
+
+
 def stored_names(recipe: Recipe) -> list[str]:
     """Every model that a recipe and its stages name and that is no stage itself: models as listed, then bases."""
     stages = dict(recipe.stages)
-    bases = [recipe.base_model, *(one.base[0] for one in recipe.slices if one.base)]
-    names = [name for name in (*(entry.model for entry in recipe.models), *dict.fromkeys(bases)) if name is not None]
-    own = [name for name in names if name not in stages]
+    own = [name for name in input_names(recipe) if name not in stages]
     return [*own, *(name for stage in stages.values() for name in stored_names(stage))]

@@ -306,9 +306,10 @@ def _compare_shapes(views: Sequence[View], vocab: str, roles: Roles) -> dict[str
         raise HomologyError(
             "The vocabularies differ:\n  "
             + "\n  ".join(vocabularies[:4])
-            + "\nChoose what to do with the extra rows: `vocab: base` drops them, `vocab: pad` keeps them from the "
-            "models that have them. These are keys of a recipe (`dare merge --set vocab=pad`; other commands have "
-            "--vocab); set tokenizer_source to match"
+            + "\nIf the models have tokens of their own: `tokenizer_source: union` matches rows by token and keeps all "
+            "tokens (base, or a model: that one's). By number: `vocab: base` drops the extra rows, `vocab: pad` keeps "
+            "them from the models that have them. These are keys of a recipe (`dare merge --set "
+            "tokenizer_source=union`; other commands have --vocab)"
         )
     return rows
 

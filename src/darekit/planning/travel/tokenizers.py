@@ -2,7 +2,8 @@
 """Whose tokenizer an output gets, and with it the chat template, the generation settings and the ids of special tokens.
 
 They belong together, so all of them come from one checkpoint: the one that the recipe names; else the fine-tuned
-models', where these agree with one another and the base is another or has none; else the base's.
+models', where these agree with one another and the base is another or has none; else the base's. A base that is itself
+one of the models that are merged, as slerp's, is asked with them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from darekit.checkpoints.tokenizers import (
     summary_of,
 )
 from darekit.errors import PlanError
+from darekit.methods import MERGE_METHODS
 from darekit.recipe import Recipe
 from darekit.wording import and_, label
 
@@ -64,7 +66,10 @@ def choose_tokenizer(
     if owner is not None:
         return _matched(recipe, owner, [*([base] if base else []), *models])
     source = named_source(recipe, base, models)
-    choice = _agreed(base, models, rows) if source is None else TokenizerChoice(source)
+    if source is None and base is not None and has_tokenizer(base) and _only_lends(recipe):
+        source = base
+    counts = base is not None and _is_merged(recipe, base, models)
+    choice = _agreed(base, models, rows, counts=counts) if source is None else TokenizerChoice(source)
     return TokenizerChoice(choice.source, (*choice.notes, *_unfitting(choice.source, base, rows)))
 
 
@@ -141,14 +146,34 @@ def _matched(recipe: Recipe, owner: Checkpoint, inputs: Sequence[Checkpoint]) ->
     )
 
 
-def _agreed(base: Checkpoint | None, models: Sequence[Checkpoint], rows: int | None) -> TokenizerChoice:
-    tuned = [model for model in models if base is None or not _is_same(model, base)] or list(models)
+def _is_merged(recipe: Recipe, base: Checkpoint, models: Sequence[Checkpoint]) -> bool:
+    """Whether the base is one of the models that are merged, and not only what they are compared with."""
+    method = MERGE_METHODS[recipe.merge_method]
+    if method.base_row or (method.needs_base and method.models == (1, 1)):
+        return True
+    return any(_is_same(model, base) for model in models)
+
+
+def _only_lends(recipe: Recipe) -> bool:
+    """Whether the base is a third model beside the two that are merged, which gives what is beside the weights."""
+    method, starts = MERGE_METHODS[recipe.merge_method], {one.base[0] for one in recipe.slices if one.base}
+    return method.base_row and method.models == (1, 1) and bool(starts) and recipe.base_model not in starts
+
+
+def _agreed(
+    base: Checkpoint | None, models: Sequence[Checkpoint], rows: int | None, *, counts: bool = False
+) -> TokenizerChoice:
+    """`counts`: the base is one of those that are to agree."""
+    tuned = [model for model in models if base is None or not _is_same(model, base)]
+    tuned = [base, *tuned] if base is not None and counts else tuned or list(models)
     owners = [model for model in tuned if has_tokenizer(model)]
     if not owners:
         return _of_the_base(base, tuned)
     lead = max(owners, key=_completeness)  # the first of the most complete
     apart = [(model, _difference(lead, model)) for model in owners if model is not lead]
     if any(_matters(one) for _, one in apart):
+        if counts and _template(lead) and not any(one.tokens or _template(model) for model, one in apart):
+            return TokenizerChoice(lead, (_with_template(lead, apart, base),))
         return _undecided(base, lead, tuned, apart)
     notes = [] if len(owners) == len(tuned) else [_without(tuned, owners)]
     for model, one in apart:
@@ -164,7 +189,7 @@ def _agreed(base: Checkpoint | None, models: Sequence[Checkpoint], rows: int | N
     found = _difference(base, lead)
     lacks = [*_lacks(base, lead)]
     if not (_matters(found) or found.parts or lacks):
-        return TokenizerChoice(lead if len(models) == 1 else base, tuple(notes))
+        return TokenizerChoice(lead if len(models) == 1 and not counts else base, tuple(notes))
     size = _size(lead)
     if rows is not None and size > rows >= _size(base):
         notes.append(
@@ -175,10 +200,11 @@ def _agreed(base: Checkpoint | None, models: Sequence[Checkpoint], rows: int | N
         return TokenizerChoice(base, tuple(notes))
     if not size and rows_of({}, None, [lead]) != rows:  # tokens that nobody can count, for another number of rows
         return TokenizerChoice(base, tuple(notes))
-    if len(models) > 1 or len(owners) < len(tuned):
+    if counts or len(models) > 1 or len(owners) < len(tuned):
         notes.append(
-            f"the output has the tokenizer of {_whose(owners)}, with its chat template, generation settings and ids "
-            f"of special tokens: the base's differs ({_told(found, lacks)}). tokenizer_source: base keeps the base's"
+            f"the output has the tokenizer of {_whose([lead] if counts else owners)}, with its chat template, "
+            f"generation settings and ids of special tokens: the base's differs ({_told(found, lacks)}). "
+            "tokenizer_source: base keeps the base's"
         )
     return TokenizerChoice(lead, tuple(notes))
 
@@ -204,7 +230,8 @@ def _undecided(
     told = [
         f"{label(lead.ref)} and {label(model.ref)} in {_told(one, [])}" for model, one in apart if _matters(one)
     ]  # fmt: skip
-    choices = " or ".join(dict.fromkeys(f"tokenizer_source: {one.ref}" for one in tuned if has_tokenizer(one)))
+    others = [one for one in tuned if has_tokenizer(one) and one is not base]
+    choices = " or ".join(dict.fromkeys(f"tokenizer_source: {one.ref}" for one in others))
     what = "chat templates" if all(_only_template(one) for _, one in apart if _matters(one)) else "tokenizers"
     return TokenizerChoice(
         source,
@@ -212,6 +239,17 @@ def _undecided(
             f"the {what} of the models differ: {'; '.join(told)}. The output has {whose} tokenizer, chat template "
             f"and ids of special tokens, which what the others were trained with may not fit; choose with {choices}",
         ),
+    )
+
+
+def _with_template(lead: Checkpoint, apart: Sequence[tuple[Checkpoint, Difference]], base: Checkpoint | None) -> str:
+    """Of models with the same tokens, one alone has a chat template."""
+    others = [(model, one) for model, one in apart if _matters(one)]
+    told = "; ".join(f"that of {label(model.ref)} differs in {_told(one, [])}" for model, one in others)
+    choices = " or ".join(f"tokenizer_source: {'base' if model is base else model.ref}" for model, _ in others)
+    return (
+        f"the output has the tokenizer, generation settings and ids of special tokens of {label(lead.ref)}, which "
+        f"alone has a chat template; {told}; choose it with {choices}"
     )
 
 
