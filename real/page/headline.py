@@ -87,8 +87,9 @@ def first(results: Results, page: Path) -> Iterator[str]:
     yield table(header, [_limits(results, one) for one in models])
     files = [(TASKS[one], *found) for one in models if (found := smallest(results, one))]
     if files:
-        yield "The smallest pack that stays within them, and the smallest file of magnitude's that is no smaller (positions and values, without loss):"
-        yield table(("ability", "pack", "MB", "exact match", "magnitude, MB", "exact match"), files, words=2)
+        yield "The smallest pack that stays within them, and the smallest file of magnitude's that is no smaller (positions and values, without loss). *Row by row*: points from the model itself, ± the standard error of the rows' own differences."
+        header = ("ability", "pack", "MB", "exact match", "row by row", "magnitude, MB", "exact match")
+        yield table(header, files, words=2)
     with suppress(KeyError):
         yield from _row_by_row(results, models)
 
@@ -196,7 +197,7 @@ def again(results: Results, page: Path) -> Iterator[str]:
     error = claims.tolerance(results, one) / 2
     yield (
         f"The headline of `{one}` once more, with one mask, the same in all rows; {results['settings']['rows']['test']} rows of test, of which "
-        f"a score has a standard error of {error:.1f} points. Most that moved: "
+        f"a score has a standard error of {error:.1f} points. The largest moves: "
         + "; ".join(f"{title} {gap:+.1f} points" for title, gap in most.items())
         + "."
     )

@@ -14,7 +14,7 @@ from real.lessons import PROSE
 from real.packing import LORAS, PACKS, lora_path, pack_path
 from real.packing import MAGNITUDE as PRUNED
 from real.page.results import Results
-from real.page.words import evaluated, gaps, table, told_gap
+from real.page.words import Gap, evaluated, gaps, is_worse, table, told_gap
 
 
 def pack_entries(results: Results, model: str) -> list[tuple[str, float, float, float]]:
@@ -42,21 +42,27 @@ def pack_entries(results: Results, model: str) -> list[tuple[str, float, float, 
     return found
 
 
+def pack_gaps(results: Results, model: str, title: str) -> dict[str, Gap]:
+    """How far a pack is from the lossless one, which is the model itself, row by row."""
+    return gaps(results, f"packs-{model}", Path(pack_path(model, title)).name)
+
+
 def smallest(results: Results, model: str) -> tuple[str, ...]:
     """The smallest pack that keeps the ability, and the smallest of magnitude that is no smaller than it: title, size,
-    exact match; size, exact match. Empty where packs were not judged."""
+    exact match, how far apart row by row; size, exact match. Empty where packs were not judged."""
     try:
         entries = pack_entries(results, model)
     except KeyError:
         return ()
     good = [one for one in entries if claims.is_kept(results, model, one[2])]
     if not good:
-        return ("none", "", "", "", "")
+        return ("none", "", "", "", "", "")
     title, size, exact, _ = min(good, key=lambda one: one[1])
     larger = [one for one in entries if one[0] in PRUNED and one[1] >= size]
     beside = min(larger, key=lambda one: one[1]) if larger else None
     own = ("", "") if beside is None else (f"{beside[1] / 1e6:.2f}", f"{beside[2]:.1f}")
-    return (title, f"{size / 1e6:.2f}", f"{exact:.1f}", *own)
+    apart = told_gap(pack_gaps(results, model, title).get(model))
+    return (title, f"{size / 1e6:.2f}", f"{exact:.1f}", apart, *own)
 
 
 def packed(results: Results, page: Path) -> Iterator[str]:
@@ -70,7 +76,7 @@ def packed(results: Results, page: Path) -> Iterator[str]:
         "`magnitude`: the largest changes of each tensor, with their positions, as a lossless pack. All tensors are dropped but for the row "
         "that says so. **Bold**: within two standard errors of the fine-tuned model."
     )
-    rows, paired = [], []
+    rows, paired, worse = [], [], []
     for title in (*PACKS, *PRUNED):
         cells: list[str] = []
         apart: list[str] = []
@@ -83,7 +89,9 @@ def packed(results: Results, page: Path) -> Iterator[str]:
             kept = claims.is_kept(results, one, entry[2])
             exact = f"**{entry[2]:.1f}**" if kept else f"{entry[2]:.1f}"
             cells += [f"{entry[1] / 1e6:.2f} ({whole / entry[1]:.0f}x)", exact, f"{entry[3]:.1f}"]
-            found = gaps(results, f"packs-{one}", Path(pack_path(one, title)).name)
+            found = pack_gaps(results, one, title)
+            if kept and one in found and is_worse(found[one]):
+                worse.append(f"{one} at {title}")
             apart += [told_gap(found.get(one)), told_gap(found.get(PROSE))]
         if any(cells):
             rows.append((title, *cells))
@@ -92,7 +100,15 @@ def packed(results: Results, page: Path) -> Iterator[str]:
     header = ["stored as", *(word for one in models for word in (f"{one}, MB", "exact", "perplexity"))]
     yield table(header, rows)
     if paired:
-        yield "The same row by row, against the lossless pack, which is the model itself: points, ± the standard error of the rows' own differences."
+        yield (
+            "The same row by row, against the lossless pack, which is the model itself: points, ± the standard error of the rows' own differences. "
+            "It is the sharper look: "
+            + (
+                f"bold above, but worse by more than two of these errors: {'; '.join(worse)}."
+                if worse
+                else "nothing that is bold above is worse by more than two of these errors."
+            )
+        )
         yield table(["stored as", *(word for one in models for word in (f"{one}, exact", "perplexity"))], paired)
     if (page / "packs.png").is_file():
         yield "![Exact match over the size of the file](packs.png)"

@@ -59,6 +59,11 @@ def told_gap(gap: Gap | None, digits: int = 1) -> str:
     return f"{value:+.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
+def is_worse(gap: Gap) -> bool:
+    """Whether a difference is below 0 by more than two of its standard errors."""
+    return gap[1] is not None and gap[0] < -2 * gap[1]
+
+
 # --- what `dare eval` found ---
 
 
