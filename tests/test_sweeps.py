@@ -1,8 +1,10 @@
 """Sweeps: the strict file, the grid and what is added to it, cells against merges on disk, resuming, choosing."""
 
 import json
+import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,11 @@ import pytest
 
 import darekit as dk
 from darekit.errors import DarekitError, OutputError, RecipeError
+from darekit.evaluation.judges import judge_of
+from darekit.evaluation.scores import difference
+from darekit.live.models import open_live
 from darekit.recipe.essence import essence
+from darekit.sweeps.effects import difference_of
 from darekit.sweeps.grid import cells_of
 from darekit.sweeps.reading import read_sweep
 from darekit.sweeps.reports import short_tables
@@ -624,3 +630,41 @@ def test_plots_are_the_same_for_the_same_data(real, place):
     looks = [plotting.line_style(i) for i in range(7)]
     for key in ("color", "marker", "linestyle"):
         assert len({str(look[key]) for look in looks}) == 7
+
+
+# --- settings compared row by row
+
+
+@llama
+def test_settings_are_compared_row_by_row(real, place):
+    """By judges of data every cell keeps what each row did, and a resumed sweep finds it again."""
+    for name, start in (("a", 0), ("b", 7)):
+        rows = [{"prompt": f"w{3 + i % 60} w{4 + i % 50} ", "completion": f"w{5 + (i * 7) % 80}"} for i in range(40)]
+        (place.path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[start:]))
+    judges = {name: {"data": str(place.path / f"{name}.jsonl")} for name in ("a", "b")}
+    asked = place.sweep(validation=judges, test=judges, seeds=[1, 2], choose="a/loss")
+    first = dk.sweep(asked, place.path / "out", device="cpu", plots=False)
+    data = json.loads((place.path / "out" / "summary.json").read_text())
+    assert {one["split"] for one in data["differences"]} == {"validation", "test"}
+    assert len(data["differences"]) == 2 * (len(data["rows"]) - 1)
+    assert all(one["paired"] and one["stderr"] > 0 for one in data["differences"])
+    # Of one cell against another, without seeds: what `Score` itself says of two models on the same rows.
+    summary = summarise(first.sweep, first.finished)
+    base = next(row for row in summary.rows if row.kind == "base")
+    single = next(row for row in summary.rows if row.alone and row.kind != "base")
+    judge = judge_of(judges["a"])
+    scores = []
+    for name in ("base", "m0"):
+        with open_live(place.models / name, device="cpu") as live:
+            scores.append(judge(live)["loss"])
+    value, error = difference(scores[1], scores[0])
+    found = difference_of(first.out, single, base, "test", "a/loss")
+    assert found.value == pytest.approx(value, abs=1e-9) and found.stderr == pytest.approx(error, rel=1e-9)
+    apart = math.hypot(*(score.stderr for score in scores))
+    assert found.paired and found.stderr < apart
+    # Where the rows are not known, errors add up.
+    shutil.rmtree(first.out / "items")
+    found = difference_of(first.out, single, base, "test", "a/loss")
+    assert not found.paired and found.stderr == pytest.approx(apart)
+    again = dk.sweep(asked, first.out, device="cpu", plots=False)
+    assert [one.digest for one in again.finished] == [one.digest for one in first.finished]

@@ -94,7 +94,7 @@ def show_sweep(result: SweepResult, *, as_json: bool) -> None:
     if summary.unlike:  # before any number that it is about
         tables.print_headline("note", f"{summary.unlike}.", "yellow")
         print()
-    for table in short_tables(result.sweep, summary):
+    for table in short_tables(result.sweep, summary, result.out):
         _show(table)
     said = {f"{note}." for note in result.notes}  # when the sweep began
     for line in words_of(result, summary):

@@ -17,6 +17,7 @@ from darekit.reports.charts import Line, Point, Square, curves, heat_map, ticks_
 from darekit.reports.page import MINUS, Copy, Key, Number, Page, Plot, Section, Table, View
 from darekit.sweeps.data import SPLITS, Axis, Sweep
 from darekit.sweeps.drawing import draw_sweep
+from darekit.sweeps.effects import difference_of
 from darekit.sweeps.folders import SweepFolder, read_sweep_folder
 from darekit.sweeps.store import FAILED, OK, Finished
 from darekit.sweeps.summaries import Figure, Row, Summary, figure_of, roles_of, shown_label, summarise, title_of
@@ -154,14 +155,16 @@ def _verdict(found: _Found) -> tuple[str, str, tuple[str, ...]]:
     words = f"Validation chooses {chosen.title}: {score} {shown(chosen, split, score)} on {split}."
     if split != "test":
         details.append("There are no `test:` judges: this number was used to choose, so it is too good.")
-    beside, tone = ("", "plain") if single is None else compared(chosen, single, split, score, summary.higher)
+    out = found.folder.result.out
+    beside, tone = ("", "plain") if single is None else compared(chosen, single, split, score, summary.higher, out)
     if beside:
         details.insert(0, beside)
     return words, tone, tuple(details)
 
 
-def compared(one: Row, other: Row, split: str, score: str, higher: bool) -> tuple[str, str]:
-    """Whether a setting is better than a model alone, in words, and how that is to be taken."""
+def compared(one: Row, other: Row, split: str, score: str, higher: bool, out: Path | None = None) -> tuple[str, str]:
+    """Whether a setting is better than a model alone, in words, and how that is to be taken; row by row, where the
+    folder has what each row of data did."""
     mine, theirs = one.scores.get(split, {}).get(score), other.scores.get(split, {}).get(score)
     if mine is None or theirs is None:
         return "", "plain"
@@ -171,8 +174,11 @@ def compared(one: Row, other: Row, split: str, score: str, higher: bool) -> tupl
     if None in errors:
         way = "better than" if gain > 0 else "no better than"
         return f"By this number it is {way} {name}; without standard errors nobody can say whether by chance.", "plain"
-    error = math.hypot(*(e or 0.0 for e in errors))
-    size = f"the difference is {number_of(gain)} ± {number_of(error)}"
+    error, how = math.hypot(*(e or 0.0 for e in errors)), ""
+    paired = None if out is None else difference_of(out, one, other, split, score)
+    if paired is not None and paired.paired and paired.stderr is not None:
+        error, how = paired.stderr, ", row by row"
+    size = f"the difference is {number_of(gain)} ± {number_of(error)}{how}"
     if gain > CLEAR * error:
         return f"It is better than {name}: {size}.", "good"
     if gain < -CLEAR * error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from darekit.sweeps.data import SPLITS, UNDROPPED, Sweep
+from darekit.sweeps.effects import difference_of, differences_of
 from darekit.sweeps.store import CELLS, PLOTS, SUMMARY, TABLES
 from darekit.sweeps.summaries import Row, Summary, figure_of, roles_of, shown, shown_label, summarise, title_of
 from darekit.trials.files import write_whole
@@ -29,10 +30,11 @@ class Table:
     words: int
 
 
-def tables_of(sweep: Sweep, summary: Summary) -> tuple[Table, ...]:
-    """What validation chose; the chosen score over the x axis, for each split; every setting with every score."""
+def tables_of(sweep: Sweep, summary: Summary, out: Path | None = None) -> tuple[Table, ...]:
+    """What validation chose; the chosen score over the x axis, for each split; every setting with every score. `out`:
+    where rows' effects are kept, if settings are to be compared row by row."""
     crossed = (table for score in _compared(summary) for table in _crossed(sweep, summary, score))
-    return tuple(table for table in (_chosen(sweep, summary), *crossed, _all(sweep, summary)) if table)
+    return tuple(table for table in (_chosen(sweep, summary, out), *crossed, _all(sweep, summary)) if table)
 
 
 def _compared(summary: Summary) -> tuple[str, ...]:
@@ -40,10 +42,10 @@ def _compared(summary: Summary) -> tuple[str, ...]:
     return summary.abilities if summary.unlike else (summary.score,)
 
 
-def short_tables(sweep: Sweep, summary: Summary) -> tuple[Table, ...]:
+def short_tables(sweep: Sweep, summary: Summary, out: Path | None = None) -> tuple[Table, ...]:
     """Those that a terminal shows: the choice, and the test split (else validation)."""
     crossed = [table for score in _compared(summary) for table in list(_crossed(sweep, summary, score))[-1:]]
-    return tuple(table for table in (_chosen(sweep, summary), *(crossed or [_all(sweep, summary)])) if table)
+    return tuple(table for table in (_chosen(sweep, summary, out), *(crossed or [_all(sweep, summary)])) if table)
 
 
 def _splits(sweep: Sweep) -> list[str]:
@@ -55,7 +57,7 @@ def _score(row: Row, split: str, score: str) -> str:
     return shown(found) if found else "failed" if row.failed else ""
 
 
-def _chosen(sweep: Sweep, summary: Summary) -> Table | None:
+def _chosen(sweep: Sweep, summary: Summary, out: Path | None) -> Table | None:
     if summary.chosen is None:
         return None
     shown_scores = [
@@ -66,12 +68,29 @@ def _chosen(sweep: Sweep, summary: Summary) -> Table | None:
     lines = [("chosen", summary.chosen), *(("best of its kind", row) for row in rows)]
     lines += [("best single model", summary.single)] if summary.single else []
     lines += [("nothing fine-tuned", row) for row in summary.rows if row.kind == "base"][:1]
+    last = _splits(sweep)[-1]
+    gaps = [_gap(out, summary, row, last) for _, row in lines]
     return Table(
         f"Chosen by {summary.score} on validation",
-        ("", "setting", *(f"{score}, {split}" for split, score in shown_scores)),
-        tuple((what, row.title, *(_score(row, split, score) for split, score in shown_scores)) for what, row in lines),
+        ("", "setting", *(f"{score}, {split}" for split, score in shown_scores),
+         *([f"chosen minus this, {last}"] if any(gaps) else [])),
+        tuple(
+            (what, row.title, *(_score(row, split, score) for split, score in shown_scores),
+             *([gap] if any(gaps) else []))
+            for (what, row), gap in zip(lines, gaps, strict=True)
+        ),
         2,
-    )
+    )  # fmt: skip
+
+
+def _gap(out: Path | None, summary: Summary, row: Row, split: str) -> str:
+    """How far the chosen setting is above another, with the standard error of that: `+0.040 ± 0.009`."""
+    if out is None or summary.chosen is None or row is summary.chosen:
+        return ""
+    found = difference_of(out, summary.chosen, row, split, summary.score)
+    if found is None or found.stderr is None or not found.paired:
+        return ""
+    return f"{found.value:+.3f} ± {found.stderr:.3f}"
 
 
 def _crossed(sweep: Sweep, summary: Summary, score: str) -> Iterator[Table]:
@@ -125,6 +144,11 @@ def words_of(result: SweepResult, summary: Summary) -> tuple[str, ...]:
     seeds = len(result.sweep.seeds)
     if seeds > 1:
         lines.append(f"± is the standard deviation over {seeds} mask seeds; without it nothing was drawn.")
+    if summary.chosen is not None and any(
+        "minus" in head for head in _headed(_chosen(result.sweep, summary, result.out))
+    ):
+        lines.append("The ± of a difference is its standard error: of the rows of data, which both settings answered, "
+                     "and of the masks.")  # fmt: skip
     if summary.chosen is None and "validation" not in result.sweep.judges:
         lines.append("No setting is chosen: there are no judges under `validation:`. The best cell of a test split is "
                      "not a fair estimate of its setting.")  # fmt: skip
@@ -144,6 +168,10 @@ def words_of(result: SweepResult, summary: Summary) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def _headed(table: Table | None) -> tuple[str, ...]:
+    return () if table is None else table.header
+
+
 def markdown(table: Table) -> str:
     """A table as Markdown."""
     rule = "|" + "---|" * table.words + "---:|" * (len(table.header) - table.words)
@@ -159,12 +187,14 @@ def data_of(result: SweepResult, summary: Summary) -> dict[str, Any]:
         return {"kind": row.kind, "at": dict(row.at), "models": list(row.models), "judges": list(row.judges),
                 "scores": scores, "failed": row.failed, "warnings": list(row.warnings)}  # fmt: skip
 
+    differences = differences_of(result.out, summary)
     return {
         "out": str(result.out),
         "score": summary.score,
         "higher_is_better": summary.higher,
         "chosen": row_data(summary.chosen) if summary.chosen else None,
         "chosen_by_name": [row_data(row) for row in summary.by_name],
+        "differences": differences,
         "best_single_model": row_data(summary.single) if summary.single else None,
         "rows": [row_data(row) for row in summary.rows],
         "failed": [{"cell": one.cell.title, "error": one.outcome.error} for one in result.failed],
@@ -179,7 +209,7 @@ def write_reports(result: SweepResult, *, plots: bool) -> None:
     parts = [f"# {result.sweep.layout.title or result.sweep.name}"]
     if summary.unlike:
         parts.append(f"**Note: {summary.unlike}.**")
-    for table in tables_of(result.sweep, summary):
+    for table in tables_of(result.sweep, summary, result.out):
         parts += [f"## {table.title}", markdown(table)]
     parts += ["\n\n".join(words_of(result, summary))]
     write_whole(result.out / TABLES, "\n\n".join(parts) + "\n")

@@ -16,6 +16,7 @@ from darekit.pools.processes import Lost
 from darekit.recipe import Recipe
 from darekit.recipe.essence import essence
 from darekit.sweeps.data import SPLITS, Cell, Sweep
+from darekit.sweeps.effects import effects_of, put_effects
 from darekit.sweeps.grid import cells_of
 from darekit.sweeps.reading import read_sweep
 from darekit.sweeps.records import record_of, refuse_other, refuse_search, write_record
@@ -161,6 +162,7 @@ def _evaluations(count: int) -> str:
 
 
 def _keep(store: Store, unit: _Unit, outcome: Outcome) -> None:
+    put_effects(store.path.parent, unit.digest, outcome.effects)  # first: a line promises them
     store.add([Finished(cell, outcome, unit.digest) for cell in unit.cells])
 
 
@@ -215,6 +217,7 @@ class _Evaluator:
         began = time.perf_counter()
         warnings: list[str] = []
         scores: dict[str, dict[str, dict[str, Any]]] = {}
+        effects: dict[tuple[str, str], Any] = {}
         try:
             # A sweep is meant to pass the points where a merge refuses, and to show what happens there.
             live = self.bench.put(recipe, say=warnings.append)
@@ -223,10 +226,11 @@ class _Evaluator:
                     if name in self.judges[split]:
                         found = asked(name, self.judges[split][name], live)
                         scores.setdefault(split, {}).update((key, one.to_data()) for key, one in found.items())
+                        effects |= effects_of(split, found)
         except Exception as failure:  # also a judge's, torch's, transformers': the other cells must not suffer
             self.bench.drop()
             return Outcome(FAILED, scores, tuple(warnings), reason_of(failure), time.perf_counter() - began)
-        return Outcome(OK, scores, tuple(warnings), None, time.perf_counter() - began)
+        return Outcome(OK, scores, tuple(warnings), None, time.perf_counter() - began, effects)
 
 
 def _evaluated(

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Outcome:
         warnings: notes and warnings given during the run.
         error: why it failed; None where it did not.
         seconds: of the evaluation.
+        effects: (split, score) -> of each row of data, what it adds to the score; where that is known, and only of
+            what was just evaluated.
     """
 
     status: str
@@ -38,6 +40,7 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     error: str | None = None
     seconds: float = 0.0
+    effects: Mapping[tuple[str, str], Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
