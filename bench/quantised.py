@@ -30,8 +30,8 @@ from safetensors.numpy import save_file
 
 import darekit as dk
 import family
-from darekit import quantised as codes
 from darekit.checkpoints import open_checkpoint
+from darekit.checkpoints.quantised import formulas as codes
 
 LAYERS, VOCABULARY = 8, 19200  # half of the family
 EXPERTS, EXPERT_LAYERS = 8, 3

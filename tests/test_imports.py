@@ -60,18 +60,14 @@ FLOORS = (
     ("cli",),
     ("reports",),
     ("recommendation", "searches", "sweeps", "testing"),
-    ("trials",),
-    ("analysis", "demo", "evaluation", "extraction", "packing", "statistics"),
-    ("api", "live", "register"),
-    ("memory", "output"),
+    ("demo", "packing", "trials"),
+    ("analysis", "api", "evaluation", "extraction", "register", "statistics"),
+    ("live", "memory", "output"),
     ("planning",),
-    ("inputs",),
-    ("engine", "packs"),
-    ("recipe", "tokens"),
-    ("checkpoints",),
-    ("kernels",),
-    ("dtypes", "methods", "plotting", "pools", "quantised"),
-    ("architectures", "code", "errors", "machine", "masks", "notebooks", "version", "wording"),
+    ("engine", "inputs", "packs", "tokens"),
+    ("checkpoints", "recipe"),
+    ("kernels", "methods", "plotting", "pools"),
+    ("architectures", "code", "dtypes", "errors", "machine", "masks", "version", "wording"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 
@@ -164,8 +160,7 @@ def test_the_root_holds_few_modules():
     """What everybody imports, and what nobody looks for in a room."""
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "_version"}
     assert loose == {
-        "api", "code", "dtypes", "errors", "machine", "masks", "memory", "notebooks", "plotting", "quantised",
-        "register", "version", "wording",
+        "api", "code", "dtypes", "errors", "machine", "masks", "memory", "plotting", "register", "version",
     }  # fmt: skip
 
 
@@ -379,7 +374,7 @@ ASIDE = {
     "darekit.planning.stacks.stack", "darekit.planning.statistics", "darekit.planning.tokens",
     "darekit.planning.travel.beside", "darekit.planning.travel.merged", "darekit.planning.travel.templates",
     "darekit.recipe.schema", "darekit.tokens.documents", "darekit.tokens.joining",
-    "darekit.engine.sampling", "darekit.kernels.quantised", "darekit.planning.losses", "darekit.quantised",
+    "darekit.engine.sampling", "darekit.kernels.quantised", "darekit.planning.losses",
     "huggingface_hub", "llvmlite", "numba", "rich.console", "tokenizers", "torch", "transformers",
 }  # fmt: skip
 

@@ -13,9 +13,10 @@ from darekit.checkpoints import open_checkpoint, sample_digest
 from darekit.errors import CheckpointError, HoldsPack, PlanError
 from darekit.inputs import opening
 from darekit.inputs.kinds import Opener
-from darekit.inputs.opening import OPENERS, only_on_base, open_base, open_model
+from darekit.inputs.opening import open_base, open_model
 from darekit.inputs.slices import layers, renamed
 from darekit.planning import opening as planned
+from darekit.planning.opening import OPENERS, only_on_base
 
 STORED = OPENERS[-1:]
 
@@ -69,16 +70,16 @@ def test_a_name_is_looked_up_in_the_working_directory_and_then_in_search(llamas,
 def test_a_pack_needs_its_base_and_is_none(llamas, packed):
     kind, found = only_on_base(packed)
     assert (kind.kind, found) == ("a pack", packed) and only_on_base(llamas.path / "m0") is None
-    with closing(open_base(llamas.path / "base")) as base:
+    with closing(open_base(llamas.path / "base", openers=OPENERS)) as base:
         for ref in (packed, str(packed), packed.parent):
-            with closing(open_model(ref, base)) as model:
+            with closing(open_model(ref, base, openers=OPENERS)) as model:
                 assert model.ref == str(packed) and opening.packed_seed(model) is not None
             with pytest.raises(
                 PlanError, match=r"is a pack: it can only be used with its base; name the base .* `dare unpack"
             ):
-                open_model(ref, None)
+                open_model(ref, None, openers=OPENERS)
             with pytest.raises(HoldsPack, match="is a darekit pack, which is a delta and not a checkpoint"):
-                open_base(ref)
+                open_base(ref, openers=OPENERS)
             with pytest.raises(HoldsPack):  # nobody here opens packs
                 open_model(ref, base, openers=STORED)
         assert opening.packed_seed(base) is None

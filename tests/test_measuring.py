@@ -18,7 +18,7 @@ import oracle
 from darekit.checkpoints import ArrayBytes
 from darekit.dtypes import DTYPES
 from darekit.engine import execution, measuring, tiles
-from darekit.engine.steps import Input, Step
+from darekit.engine.steps import Input, Merge
 from darekit.errors import CheckpointError, DataError, RecipeError
 from darekit.methods import MERGE_METHODS, MergeMethod, Switch
 from darekit.planning.plan import make_plan
@@ -191,8 +191,8 @@ def test_products_are_sums_of_float64(dtype, rows):
     def entry(array):
         return Input(ArrayBytes(oracle.raw_of(array)), kind, n)
 
-    step = Step(
-        "w", "merge", kind, (n,), 0, n, 0, 0, entry(values[0]), tuple(map(entry, values[1:])), tuple(range(rows - 1)),
+    step = Merge(
+        "w", kind, (n,), 0, n, 0, 0, entry(values[0]), tuple(map(entry, values[1:])), tuple(range(rows - 1)),
         (1.0,) * (rows - 1), ((),) * (rows - 1), "slerp", {"t": 0.5},
     )  # fmt: skip
     stop = execution.threading.Event()
@@ -210,8 +210,8 @@ def test_products_are_sums_of_float64(dtype, rows):
 
 def measured_job(count, tile=65536):
     zeros = Input(ArrayBytes(np.zeros(4 * count, np.uint8)), DTYPES["F32"], count)
-    step = Step(
-        "w", "merge", DTYPES["F32"], (count,), 0, count, 0, 0, zeros, (zeros,), (0,), (1.0,), ((),), "slerp",
+    step = Merge(
+        "w", DTYPES["F32"], (count,), 0, count, 0, 0, zeros, (zeros,), (0,), (1.0,), ((),), "slerp",
         {"t": 0.5},
     )  # fmt: skip
     return execution.Job([step], tile)
@@ -221,14 +221,14 @@ def test_a_measured_tensor_is_shared_by_threads_in_both_passes(monkeypatch):
     monkeypatch.setattr(execution, "SPAN", 65536)
     job = measured_job(3 * 65536)
     queue = execution.Queue([job])
-    assert job.measuring and len(job.spans) == 3
+    assert job.measured is not None and len(job.spans) == 3
     spans = [queue.take(thread)[1:] for thread in (0, 1, 2)]
     for span in spans:
         job.add_products(span[0], np.zeros((1, 3)))
     assert [job.end() for _ in spans] == [False, False, True]
-    job.settle()
+    job.settle(job.measured)
     queue.put(job)
-    assert not job.measuring and [queue.take(thread)[1:] for thread in (2, 1, 0)] == spans
+    assert job.measured is None and [queue.take(thread)[1:] for thread in (2, 1, 0)] == spans
     assert queue.take(0) is None
 
 
@@ -367,8 +367,8 @@ def test_rows_are_cut_into_spans(monkeypatch):
     register(monkeypatch, products="models", base_row=True, vectors=by_rows)
     monkeypatch.setattr(execution, "SPAN", 65536)
     zeros = Input(ArrayBytes(np.zeros(2 * 300 * 1536, np.uint8)), DTYPES["BF16"], 300 * 1536)
-    step = Step(
-        "w", "merge", DTYPES["BF16"], (300, 1536), 0, 300 * 1536, 0, 0, zeros, (zeros,), (0,), (1.0,), ((),), "halves",
+    step = Merge(
+        "w", DTYPES["BF16"], (300, 1536), 0, 300 * 1536, 0, 0, zeros, (zeros,), (0,), (1.0,), ((),), "halves",
         {"rows": True},
     )  # fmt: skip
     spans = execution.Job([step], 65536).spans

@@ -79,6 +79,8 @@ def release(tmp_path):
         (tmp_path / "dist" / name).touch()
     (tmp_path / "CHANGELOG.md").write_text("# Changes\n\n## 7.8.9, 2030-01-01\n")
     (tmp_path / "CITATION.cff").write_text("version: 7.8.9\n")
+    for name in ("README.md", "CONTRIBUTING.md"):
+        (tmp_path / name).write_text("git clone https://example.org\n")
     (tmp_path / "pyproject.toml").write_text('fallback-version = "7.8.9"  # twice\n\nSource = "https://example.org"\n')
     return tmp_path, lambda tag="v7.8.9": run("bash", tmp_path / ".ci" / "release", tag)
 
@@ -95,6 +97,8 @@ def test_a_release_whose_files_agree_is_ready(release):
         ("changelog.d/+more.added.md", "More.\n", "changelog.d/ has changes"),
         ("CITATION.cff", "version: 7.8.8\n", "CITATION.cff has another version"),
         ("pyproject.toml", 'fallback-version = "7.8.9"\n# Source = ""\n', "[project.urls]"),
+        ("README.md", "git clone REPOSITORY darekit\n", "README.md still says REPOSITORY"),
+        ("CONTRIBUTING.md", "git clone REPOSITORY darekit\n", "CONTRIBUTING.md still says REPOSITORY"),
         ("pyproject.toml", 'fallback-version = "7.8.9.dev0"\nSource = "https://example.org"\n', "fallback"),
     ],
 )

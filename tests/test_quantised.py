@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import coded
 import families
-from darekit import quantised
 from darekit.checkpoints import open_checkpoint, sample_digest, traits_of
 from darekit.checkpoints.headers import HeaderFile
+from darekit.checkpoints.quantised import formulas
 from darekit.checkpoints.quantised.sources import identity_of
 from darekit.errors import Unsupported
 from darekit.kernels import quantised as kernels
@@ -236,10 +236,10 @@ def test_compressed_tensors_decodes_the_same(number, tmp_path):
 
 
 CODINGS = {
-    "F8_E4M3": (quantised.eights("F8_E4M3"), kernels.E4M3), "F8_E5M2": (quantised.eights("F8_E5M2"), kernels.LOOKED_UP),
-    "I8": (quantised.eights("I8"), kernels.INT8), "E2M1": (quantised.E2M1, kernels.E2M1),
-    "NF4": (quantised.NF4, kernels.LOOKED_UP),
-    **{f"INT{bits}": (quantised.integers(bits), kernels.integers(bits)) for bits in range(1, 9)},
+    "F8_E4M3": (formulas.eights("F8_E4M3"), kernels.E4M3), "F8_E5M2": (formulas.eights("F8_E5M2"), kernels.LOOKED_UP),
+    "I8": (formulas.eights("I8"), kernels.INT8), "E2M1": (formulas.E2M1, kernels.E2M1),
+    "NF4": (formulas.NF4, kernels.LOOKED_UP),
+    **{f"INT{bits}": (formulas.integers(bits), kernels.integers(bits)) for bits in range(1, 9)},
 }  # fmt: skip
 
 
@@ -260,7 +260,7 @@ def test_the_kernel_is_the_definition(data):
     place, scratch = (start, columns, *block, 0, 0, factor), np.empty((2, kernels.BLOCK), np.float32)
     given = np.empty((0, 0), np.float32) if none else zeros
     zeros = np.zeros_like(zeros) if none else zeros
-    expected = quantised.worth(codes, table, zeros, scales, start, columns, block, (0, 0), factor)
+    expected = formulas.worth(codes, table, zeros, scales, start, columns, block, (0, 0), factor)
     found, narrow = np.empty(count, np.float32), np.empty(count, np.uint16)
     kernels.worth(codes, table, how, given, scales, *place, found, scratch)
     assert alike(found, expected)
@@ -297,7 +297,7 @@ def test_halves_of_bytes(skip, count, high):
     raw = RNG.integers(0, 256, (count + skip + 1) // 2 + 1).astype(np.uint8)
     found = np.empty(count, np.uint8)
     kernels.nibbles(raw, high, skip, found)
-    assert np.array_equal(found, quantised.nibbles(raw, high)[skip : skip + count])
+    assert np.array_equal(found, formulas.nibbles(raw, high)[skip : skip + count])
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 24), (264, 72), (40, 520)])
@@ -310,7 +310,7 @@ def test_bytes_are_transposed(shape):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_words_hold_codes_one_behind_the_other(bits):
     codes = RNG.integers(0, 1 << bits, (3, 77)).astype(np.uint8)
-    assert np.array_equal(quantised.unpacked(coded.words(codes, bits).view(np.uint32), bits, 77), codes)
+    assert np.array_equal(formulas.unpacked(coded.words(codes, bits).view(np.uint32), bits, 77), codes)
 
 
 def test_cells_tell_the_error_of_rounding(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import darekit as dk
 import families
 from conftest import _tokenizer
+from darekit.engine.steps import Copy
 from darekit.errors import DataError, OutputError, PlanError, RecipeError
 from darekit.planning.homology import p_max, weighted_median
 from darekit.planning.opening import open_plan
@@ -331,4 +332,4 @@ def test_tensors_that_the_base_has_as_zeros_are_not_dropped(tmp_path):
 def test_nothing_dropped_is_the_model(trained):
     """The plan that is calibrated has the fine-tuned model's own bytes."""
     with open_plan(drop_recipe(str(trained.base), str(trained.tuned), drop_rate=0.0)) as plan:
-        assert all(step.verbatim or step.kind == "copy" for step in plan.steps)
+        assert all(isinstance(step, Copy) or step.verbatim for step in plan.steps)

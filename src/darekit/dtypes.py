@@ -15,8 +15,6 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from darekit.errors import Unsupported
-
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating]
 
@@ -68,17 +66,8 @@ FLOAT_DTYPES: tuple[str, ...] = tuple(name for name, entry in DTYPES.items() if 
 
 
 def dtype_named(name: str) -> DType:
-    """Look up a format by its safetensors name.
-
-    Raises:
-        Unsupported: the format is not one of `DTYPES`.
-    """
-    if name == POWERS.name:
-        return POWERS
-    try:
-        return DTYPES[name]
-    except KeyError:
-        raise Unsupported(f"number format {name!r} is not supported; darekit reads {', '.join(DTYPES)}") from None
+    """Look up a format by its safetensors name, one of `DTYPES` or `POWERS`: no header with another one is read."""
+    return POWERS if name == POWERS.name else DTYPES[name]
 
 
 def dtype_from_torch_name(name: str) -> DType | None:

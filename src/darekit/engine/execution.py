@@ -24,11 +24,12 @@ import xxhash
 from darekit.checkpoints import traits_of
 from darekit.checkpoints.digests import LEAF, TensorDigest, tensor_digest
 from darekit.engine import tiles
+from darekit.engine.copying import copy
 from darekit.engine.costs import HEAVY, matrix_memory
 from darekit.engine.losses import Losses, record_of
 from darekit.engine.measuring import ByColumn, Doubles, measure, measure_columns, settled, told
 from darekit.engine.stages import build, tile_of
-from darekit.engine.steps import Step, is_counted, is_measured, vectors_of
+from darekit.engine.steps import Copy, Merge, Step, is_counted, is_measured, vectors_of
 from darekit.engine.tiles import BASE, OUT, TILE, ScratchPool, Sink, StepRun, Tally
 from darekit.engine.trimming import settle_model_trim
 from darekit.errors import DataError, MethodError
@@ -137,9 +138,9 @@ def execute(
                 return
             if not job.end():
                 continue
-            if job.measuring:
+            if job.measured is not None:
                 with _told(job.name):
-                    job.settle()
+                    job.settle(job.measured)
                 queue.put(job)
                 continue
             record = job.record()
@@ -210,7 +211,7 @@ class Queue:
             if job.divisible:
                 self._files.setdefault(job.steps[0].output, deque()).extend((job, *span) for span in job.spans)
         self._taken: dict[object, int] = {}  # by whom: the file
-        self._coming = sum(job.measuring for job in jobs)  # those that are still to come again
+        self._coming = sum(job.measured is not None for job in jobs)  # those that are still to come again
         self._changed = threading.Condition()
 
     def take(self, taker: object) -> Span | None:
@@ -249,8 +250,8 @@ class Queue:
 class Job:
     """One output tensor on its way: its steps, how it may be cut, and what its finished parts add up to.
 
-    `measuring`: its spans are to be measured before they are merged. (A tensor that one thread does alone is measured
-    there.)
+    `measured`: its step, as long as its spans are to be measured before they are merged. (A tensor that one thread does
+    alone is measured there.)
     """
 
     def __init__(self, steps: Sequence[Step], tile: int) -> None:
@@ -263,7 +264,8 @@ class Job:
         self.spans = [(0, count)]
         if span is not None and count > span:
             self.spans = [(begin, min(begin + span, count)) for begin in range(0, count, span)]
-        self.measuring = self.divisible and is_measured(steps[0])
+        first = steps[0]
+        self.measured: Merge | None = first if self.divisible and is_measured(first) else None
         self._lines = f"{vectors_of(steps[0])}s"
         self._lock = threading.Lock()
         self._open = len(self.spans)
@@ -303,11 +305,10 @@ class Job:
             self._open -= 1
             return not self._open
 
-    def settle(self) -> None:
-        """All spans are measured: from now on they are merged."""
-        (step,) = self.steps
+    def settle(self, step: Merge) -> None:
+        """All spans of the step are measured: from now on they are merged."""
         merging, found = settled(step, np.concatenate([self._products[begin] for begin in sorted(self._products)]))
-        self.steps, self.measuring, self._open = (merging,), False, len(self.spans)
+        self.steps, self.measured, self._open = (merging,), None, len(self.spans)
         self._products, self._coefficients = {}, {0: found[None]}
 
     def record(self) -> dict[str, Any]:
@@ -337,22 +338,24 @@ class Job:
 def span_of(step: Step, tile: int) -> int | None:
     """How many elements of a step one thread takes at a time; None: one thread must do all of it."""
     size = tile_of(step, tile)
-    if MERGE_METHODS[step.method].rows or (size != tile and size >= step.count) or (size == tile and SPAN % tile):
+    if (size != tile and size >= step.count) or (size == tile and SPAN % tile):
         return None
-    inputs = (*step.models, *([step.base] if step.base else []))
-    if any(entry.count != step.count for entry in inputs):  # one thread then digests what is cut off as well
+    if any(entry.count != step.count for entry in step.inputs):  # one thread then digests what is cut off as well
         return None
-    if any(traits_of(entry.source).ordered for entry in inputs):
+    if any(traits_of(entry.source).ordered for entry in step.inputs):
         return None
-    stages = [build(spec, step) for chain in step.chains for spec in chain]
-    if (
-        vectors_of(step) == "column"
-        or MERGE_METHODS[step.method].survey
-        or not all(stage.ready and not stage.ordered for stage in stages)
-    ):
+    if isinstance(step, Merge) and not _is_divisible(step):
         return None
     grain = LEAF if size == tile else math.lcm(LEAF, step.row)  # digests are cut at leaves
     return max(1, SPAN // grain) * grain
+
+
+def _is_divisible(step: Merge) -> bool:
+    """Whether tiles of it can be merged without what was seen of the tiles before them."""
+    method = MERGE_METHODS[step.method]
+    if method.rows or method.survey or vectors_of(step) == "column":
+        return False
+    return all(stage.ready and not stage.ordered for stage in (build(s, step) for chain in step.chains for s in chain))
 
 
 def _measured(found: Doubles, lines: str) -> dict[str, Any]:
@@ -383,18 +386,18 @@ class Worker:
         """Elements begin .. end of a tensor that can be cut; all of one that cannot."""
         digests: dict[int, TensorDigest] = {}
         kept: Counter[tuple[int, int]] = Counter()
-        if job.measuring:
-            (step,) = job.steps
-            job.add_products(begin, measure(StepRun(step, self, digests, kept), begin, end, stop))
+        if job.measured is not None:
+            job.add_products(begin, measure(StepRun(job.measured, self, digests, kept), begin, end, stop))
             return
         coefficients: dict[int, Doubles] = {}
         facts: dict[str, Any] = {}
         losses: list[Losses] = []
         for step in job.steps:
+            if isinstance(step, Copy):
+                copy(step, self, digests, begin, end, stop)
+                continue
             run = StepRun(step, self, digests, kept)
-            if step.kind == "copy":
-                run.copy(begin, end, stop)
-            elif len(job.spans) > 1:
+            if len(job.spans) > 1:
                 run.merge(begin, end, stop)
             elif matrix_memory(step) > HEAVY:  # its algebra runs on all processors anyway
                 with self.one_at_a_time:

@@ -21,7 +21,7 @@ from darekit.engine.known import known_of
 from darekit.engine.losses import Losses
 from darekit.engine.selection import Select
 from darekit.engine.stages import RandomDrop
-from darekit.engine.steps import Step
+from darekit.engine.steps import Merge
 from darekit.kernels import cpu
 from darekit.kernels.lanes import SAMPLED, SUM_LANES
 from darekit.masks import BLOCK, DROP_ALL, stream_of
@@ -143,10 +143,10 @@ class FusedStep:
         return np.array([raws.shape[1]])
 
 
-def fuse(step: Step, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
+def fuse(step: Merge, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
     """The step's constants, if the one kernel can do all of it; `chains`: each model's stages."""
-    inputs = (*step.models, *([step.base] if step.base else []))
-    if step.kind != "merge" or (step.base is not None and step.on_weights) or step.wide:
+    inputs = step.inputs
+    if (step.base is not None and step.on_weights) or step.wide:
         return None
     if len(chains) > FEW:
         return None

@@ -13,7 +13,7 @@ import numpy as np
 from darekit import kernels
 from darekit.dtypes import Bytes, Floats
 from darekit.engine.costs import columns_of
-from darekit.engine.steps import Input, Step
+from darekit.engine.steps import Input, Merge
 from darekit.errors import DataError
 from darekit.methods import MERGE_METHODS
 from darekit.methods.informed import NormalEquations, fisher, shares_of
@@ -23,7 +23,7 @@ Read = Callable[[Input, int, int, Bytes], Bytes]  # input, first element, elemen
 Combine = Callable[[Floats, Floats, int], Floats]  # deltas (K, n), scratch (n,), first element -> merged (n,)
 
 
-def informed_combiner(step: Step, read: Read) -> Combine:
+def informed_combiner(step: Merge, read: Read) -> Combine:
     """The step's merge method with its constants and its statistics."""
     return RegMeanTiles(step, read) if MERGE_METHODS[step.method].statistics == "gram" else FisherTiles(step, read)
 
@@ -31,7 +31,7 @@ def informed_combiner(step: Step, read: Read) -> Combine:
 class FisherTiles:
     """`fisher`, element by element. A model with fewer rows than the step has a Fisher of 0 in those it lacks."""
 
-    def __init__(self, step: Step, read: Read) -> None:
+    def __init__(self, step: Merge, read: Read) -> None:
         self.step, self.read = step, read
         self.weights, self.sizes = np.array(step.weights, np.float64), np.array(step.sizes, np.float64)
 
@@ -55,7 +55,7 @@ class FisherTiles:
 class RegMeanTiles:
     """`regmean`, some rows at a time; the sum of the Grams is factorised before the first."""
 
-    def __init__(self, step: Step, read: Read) -> None:
+    def __init__(self, step: Merge, read: Read) -> None:
         self.step, self.read = step, read
         self.equations: NormalEquations | None = None
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from darekit.checkpoints import Delta, traits_of
 from darekit.dtypes import Floats
-from darekit.engine.steps import Input, Step
+from darekit.engine.steps import Input, Merge
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Known:
             out -= base
 
 
-def known_of(step: Step, model: Input) -> Known | None:
+def known_of(step: Merge, model: Input) -> Known | None:
     """What there is for a step of this precision; None: the source's bytes are all that is known."""
     traits = traits_of(model.source)
     as_stored = step.verbatim and step.dtype.name == model.dtype.name

@@ -21,7 +21,7 @@ from darekit.checkpoints.digests import LEAF
 from darekit.dtypes import Floats
 from darekit.engine.fused import TILES
 from darekit.engine.known import is_finer
-from darekit.engine.steps import Step
+from darekit.engine.steps import Merge
 from darekit.errors import DataError
 from darekit.kernels import cpu
 from darekit.kernels.lanes import SUMS
@@ -46,7 +46,7 @@ class Rows:
     count: int
 
     @staticmethod
-    def of(step: Step) -> Rows:
+    def of(step: Merge) -> Rows:
         """As the step's method has it. Models with a stage in any chain are base + delta."""
         method = MERGE_METHODS[step.method]
         base, deltas = method.base_row and step.base is not None, method.products == "deltas" and step.base is not None
@@ -120,8 +120,8 @@ def measure(run: StepRun, begin: int, end: int, stop: threading.Event) -> Double
     return found.finish()
 
 
-def _is_fast(step: Step) -> bool:
-    inputs = (*step.models, *([step.base] if step.base else []))
+def _is_fast(step: Merge) -> bool:
+    inputs = step.inputs
     return not step.wide and not any(step.chains) and not any(map(is_finer, step.models)) and all(
         entry.dtype.name == "BF16" and entry.count >= step.begin + step.count for entry in inputs
     )  # fmt: skip
@@ -180,7 +180,7 @@ def without_bad(rows: Floats, bad_at: npt.NDArray[np.bool_] | None) -> Floats:
     return rows
 
 
-def coefficients(step: Step, products: Doubles) -> Doubles:
+def coefficients(step: Merge, products: Doubles) -> Doubles:
     """(..., pairs) products -> (..., R) coefficients, by the step's method.
 
     Raises:
@@ -200,7 +200,7 @@ def coefficients(step: Step, products: Doubles) -> Doubles:
     return found
 
 
-def _parts(step: Step, found: Doubles) -> tuple[Doubles, Doubles]:
+def _parts(step: Merge, found: Doubles) -> tuple[Doubles, Doubles]:
     """(..., R) coefficients -> of the deltas, (..., K), and of the base in what is added to it, (...)."""
     rows = Rows.of(step)
     own = found[..., int(rows.base) :]
@@ -209,7 +209,7 @@ def _parts(step: Step, found: Doubles) -> tuple[Doubles, Doubles]:
     return own, found.sum(axis=-1) - 1  # sum c_k (base + delta_k) is base + (sum c_k - 1) base + sum c_k delta_k
 
 
-def settled(step: Step, leaves: Doubles) -> tuple[Step, Doubles]:
+def settled(step: Merge, leaves: Doubles) -> tuple[Merge, Doubles]:
     """A measured step, its leaves' products in order (leaves, pairs) -> the weighted sum that it is, and the rows'
     coefficients, (R,)."""
     found = coefficients(step, add_leaves(leaves))
@@ -231,7 +231,7 @@ class ByColumn:
     base_weight: Floats
 
     @staticmethod
-    def of(step: Step, products: Doubles) -> tuple[ByColumn, Doubles]:
+    def of(step: Merge, products: Doubles) -> tuple[ByColumn, Doubles]:
         """A measured step, (columns, pairs) products -> how it is merged, and the coefficients, (columns, R)."""
         # Some at a time: a method makes arrays as large as these.
         starts = range(0, len(products), COLUMNS)
@@ -255,7 +255,7 @@ class ByColumn:
 
 
 def merge_rows(
-    step: Step, base: Floats, deltas: Floats, bad_at: npt.NDArray[np.bool_] | None
+    step: Merge, base: Floats, deltas: Floats, bad_at: npt.NDArray[np.bool_] | None
 ) -> tuple[Floats, Doubles]:
     """One tile of a step in which each row has its own coefficients: (n,) base, (K, n) deltas (models, where there is
     no base) -> merged (n,), and the coefficients (rows, R)."""

@@ -22,11 +22,12 @@ from darekit.checkpoints import Traits, traits_of
 from darekit.checkpoints.digests import TensorDigest
 from darekit.checkpoints.sources import refuse_outside
 from darekit.dtypes import Bytes
+from darekit.engine.copying import copy
 from darekit.engine.costs import bytes_to_read
 from darekit.engine.execution import Worker, explain, settle_run, span_of
 from darekit.engine.measuring import measure, settled
 from darekit.engine.stages import tile_of
-from darekit.engine.steps import TRIM_MODEL, Step, is_measured
+from darekit.engine.steps import TRIM_MODEL, Copy, Merge, Step, is_measured
 from darekit.engine.tiles import TILE, StepRun
 from darekit.engine.trimming import settle_model_trim
 from darekit.errors import DataError
@@ -85,7 +86,8 @@ class Workshop:
         self._steps: dict[str, list[Step]] = {}
         for step in steps:
             self._steps.setdefault(step.name, []).append(replace(step, output=0, offset=0))
-        self._trims = any(spec.method == TRIM_MODEL for step in steps for chain in step.chains for spec in chain)
+        merged = [step for step in steps if isinstance(step, Merge)]
+        self._trims = any(spec.method == TRIM_MODEL for step in merged for chain in step.chains for spec in chain)
         self._lock = threading.Lock()
         self._local = threading.local()
         self._active: OrderedDict[str, Computed] = OrderedDict()
@@ -119,7 +121,7 @@ class Workshop:
         found: tuple[Worker, _Window] = self._local.hands
         return found
 
-    def run_of(self, key: str, step: Step) -> StepRun:
+    def run_of(self, key: str, step: Merge) -> StepRun:
         """This thread's run of a step whose tiles need no order."""
         worker, _ = self.hands()
         runs: OrderedDict[str, StepRun] = self._local.runs
@@ -175,10 +177,10 @@ class Computed:
         self.size = steps[0].dtype.itemsize
         self.count = math.prod(steps[0].shape)
         self.nbytes = self.count * self.size
-        copied = len(steps) == 1 and steps[0].kind == "copy"
-        self._free = copied or (len(steps) == 1 and span_of(steps[0], TILE) is not None)
-        inputs = [one for step in steps for one in (*step.models, *([step.base] if step.base else []))]
-        files = tuple(dict.fromkeys(file for one in inputs for file in traits_of(one.source).files))
+        one = steps[0] if len(steps) == 1 else None
+        self._free = one is not None and (isinstance(one, Copy) or span_of(one, TILE) is not None)
+        inputs = [entry for step in steps for entry in step.inputs]
+        files = tuple(dict.fromkeys(file for entry in inputs for file in traits_of(entry.source).files))
         self.traits = Traits(
             files=files, identity=identity, ordered=not self._free, grain=max(tile_of(step, TILE) for step in steps),
             cost=bytes_to_read(steps) / max(1, self.nbytes),
@@ -233,15 +235,18 @@ class Computed:
     def _read_anywhere(self, buffer: Bytes, offset: int) -> None:
         step = self._settled()
         worker, window = self.workshop.hands()
-        run = self.workshop.run_of(self.name, step)
-        tile = run.tile * self.size
+        run = self.workshop.run_of(self.name, step) if isinstance(step, Merge) else None
+        tile = tile_of(step, TILE) * self.size
         begin, end = offset, offset + buffer.nbytes
         first, last = -(-begin // tile) * tile, end if end == self.nbytes else end // tile * tile
 
         def compute(target: Bytes, at: int) -> None:
             window.target, window.begin = target, at
-            action: Callable[..., None] = run.copy if step.kind == "copy" else run.merge
-            action(at // self.size, (at + target.nbytes) // self.size, _NEVER)
+            low, high = at // self.size, (at + target.nbytes) // self.size
+            if run is not None:
+                run.merge(low, high, _NEVER)
+            elif isinstance(step, Copy):
+                copy(step, worker, _NoDigests(), low, high, _NEVER)
             self.workshop.refuse_failed(worker)
 
         if first < last:
@@ -284,10 +289,10 @@ class Computed:
             self._parts = []
             at = 0
             for step in self.workshop.steps_of(self.name):
+                assert isinstance(step, Merge)  # a copy needs no order
                 run = StepRun(step, worker, _NoDigests(), Counter())
-                if step.kind != "copy":
-                    settle_run(run, _NEVER)
-                    self.workshop.refuse_failed(worker)
+                settle_run(run, _NEVER)
+                self.workshop.refuse_failed(worker)
                 self._parts.append(_Part(run, at, at + step.count))
                 at += step.count
         for part in self._parts:
@@ -304,10 +309,7 @@ class Computed:
         tile = np.empty(count * self.size, np.uint8)
         window.target, window.begin = tile, self._at * self.size
         part.run.hands = worker  # of the thread that reads now
-        if part.run.step.kind == "copy":
-            part.run.copy(start, start + count, _NEVER)
-        else:
-            part.run.merge_tile(start, count)
+        part.run.merge_tile(start, count)
         self.workshop.refuse_failed(worker)
         self._tile = self._at * self.size, tile
         self._at += count
@@ -316,11 +318,13 @@ class Computed:
 def sources_of(workshop: Workshop, identities: Mapping[str, bytes]) -> Iterator[tuple[str, Any]]:
     """Each tensor of a recipe, and where its bytes come from: of one that is a model's own, from there."""
     for name, identity in identities.items():
-        steps = workshop.planned(name)
-        inputs = (*steps[0].models, *([steps[0].base] if steps[0].base and steps[0].kind == "copy" else []))
-        own = steps[0].verbatim or steps[0].kind == "copy"
-        same = len(inputs) == 1 and inputs[0].dtype.name == steps[0].dtype.name and inputs[0].count == steps[0].count
-        if len(steps) == 1 and own and same and steps[0].count == math.prod(steps[0].shape):
-            yield name, inputs[0].source
+        step, *more = workshop.planned(name)
+        if isinstance(step, Merge):
+            own = step.models if step.verbatim else ()
+        else:
+            own = step.inputs
+        same = len(own) == 1 and own[0].dtype.name == step.dtype.name and own[0].count == step.count
+        if same and not more and step.count == math.prod(step.shape):
+            yield name, own[0].source
         else:
             yield name, Computed(workshop, name, identity)

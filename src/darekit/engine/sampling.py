@@ -17,7 +17,7 @@ from darekit.dtypes import Bytes
 from darekit.engine.execution import Worker, settle_run
 from darekit.engine.losses import record_of
 from darekit.engine.stages import scope_of
-from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step, is_counted, vectors_of
+from darekit.engine.steps import TRIM, TRIM_MODEL, Input, Merge, StageSpec, Step, is_counted, vectors_of
 from darekit.engine.tiles import TILE, StepRun
 from darekit.masks import BLOCK
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
@@ -46,7 +46,7 @@ def sampled_records(steps: Sequence[Step]) -> list[dict[str, Any]]:
     return found
 
 
-def head_of(step: Step) -> tuple[Step, int] | None:
+def head_of(step: Merge) -> tuple[Merge, int] | None:
     """A step on its first elements, a block or whole rows of them, and how many elements it stands for; None where the
     method must have all of the tensor."""
     method, scope = MERGE_METHODS[step.method], scope_of(step)

@@ -18,7 +18,7 @@ from darekit.checkpoints import Places
 from darekit.dtypes import Bytes, DType
 from darekit.engine.contracts import Stage, Tile
 from darekit.engine.selection import Select
-from darekit.engine.steps import TRIM, TRIM_AT, TRIM_MODEL, StageSpec, Step, is_per_row, is_trim
+from darekit.engine.steps import TRIM, TRIM_AT, TRIM_MODEL, Merge, StageSpec, Step, is_per_row, is_trim
 from darekit.kernels import cpu
 from darekit.masks import DROP_ALL, stream_of, threshold_of
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, Scope
@@ -31,7 +31,7 @@ from darekit.methods.sparsifiers import (
 )
 
 
-def build(spec: StageSpec, step: Step) -> Stage:
+def build(spec: StageSpec, step: Merge) -> Stage:
     """Spec and step -> a fresh stage, ready for the step's first pass."""
     p = spec.parameters
     if spec.method == TRIM_AT:
@@ -61,7 +61,7 @@ def build(spec: StageSpec, step: Step) -> Stage:
     return stage
 
 
-def _stream(spec: StageSpec, step: Step) -> int:
+def _stream(spec: StageSpec, step: Merge) -> int:
     return stream_of(spec.stream or step.name)
 
 
@@ -70,7 +70,7 @@ def _runs(places: Places | None, start: int, count: int) -> Iterable[tuple[int, 
     return ((0, count, start),) if places is None else places.runs(start, count)
 
 
-def _draws(spec: StageSpec, step: Step, start: int, count: int) -> npt.NDArray[np.uint32]:
+def _draws(spec: StageSpec, step: Merge, start: int, count: int) -> npt.NDArray[np.uint32]:
     """(count,) draws of the elements from `start` on."""
     seed, stream, found = np.uint64(spec.seed), np.uint64(_stream(spec, step)), np.empty(count, np.uint32)
     for offset, many, place in _runs(spec.places, start, count):
@@ -113,7 +113,7 @@ class RandomDrop(Stage):
 class RankedDrop(Stage):
     """`della`: ranks within rows. Keep probability and factor depend on the rank alone, so both are tables."""
 
-    def __init__(self, spec: StageSpec, step: Step, rescale: bool) -> None:
+    def __init__(self, spec: StageSpec, step: Merge, rescale: bool) -> None:
         self.spec, self.step, self.row = spec, step, step.row
         rate, window = spec.parameters["drop_rate"], spec.parameters["window"]
         ranks = np.arange(self.row, dtype=np.float64)
@@ -216,7 +216,7 @@ class Whole(Stage):
     The step's tiles are then as large as the method's scope asks for (`tile_of`).
     """
 
-    def __init__(self, spec: StageSpec, step: Step) -> None:
+    def __init__(self, spec: StageSpec, step: Merge) -> None:
         self.spec, self.step = spec, step
 
     def apply(self, delta: Tile, start: int) -> int:
@@ -240,6 +240,8 @@ def tile_of(step: Step, wanted: int) -> int:
 
     Where the merge method takes a number of rows of its own, that many, or the whole tensor.
     """
+    if not isinstance(step, Merge):
+        return wanted
     scope, method = scope_of(step), MERGE_METHODS[step.method]
     if scope == "tensor":
         return max(1, step.count)
@@ -250,7 +252,7 @@ def tile_of(step: Step, wanted: int) -> int:
     return wanted
 
 
-def scope_of(step: Step) -> Scope:
+def scope_of(step: Merge) -> Scope:
     """How much of a tensor a step's stages and its method must see at once."""
     method = MERGE_METHODS[step.method]
     scopes: list[str] = ["tensor" if step.transposed else "row" if is_per_row(step) else method.scope]

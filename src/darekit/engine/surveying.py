@@ -19,7 +19,7 @@ from darekit.dtypes import Floats
 from darekit.engine.contracts import Stage, Tile
 from darekit.engine.measuring import Doubles, Products, add_leaves
 from darekit.engine.selection import Select, ShareOf
-from darekit.engine.steps import Step
+from darekit.engine.steps import Merge
 from darekit.kernels import cpu
 from darekit.methods import MERGE_METHODS
 from darekit.methods.surveyed import DIVISOR_TINY, Survey, agreeing_mean, index_of, passes_before, variance
@@ -114,7 +114,7 @@ class AtLeast(Stage):
 class Surveyor:
     """One step whose method surveys it: what was found out so far."""
 
-    def __init__(self, step: Step, survey: Survey) -> None:
+    def __init__(self, step: Merge, survey: Survey) -> None:
         self.step = step
         bound = partial(_bound, parameters=step.parameters)
         self._scores, self._squares, self._lines = bound(survey.scores), bound(survey.squares), survey.lines
@@ -219,7 +219,7 @@ class WholeSurveyor:
 
     ready, sampling, needs_base = True, False, False
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Merge) -> None:
         self.step, self._function = step, MERGE_METHODS[step.method].function
         self._with_base = "base" in inspect.signature(self._function).parameters
 
@@ -245,17 +245,17 @@ class WholeSurveyor:
         return merged.reshape(-1), int(np.count_nonzero(merged))
 
 
-def surveyor_of(step: Step) -> Surveyor | WholeSurveyor | None:
+def surveyor_of(step: Merge) -> Surveyor | WholeSurveyor | None:
     """Who surveys a step; None where its method asks for nothing."""
     survey = MERGE_METHODS[step.method].survey
-    if step.kind != "merge" or survey is None:
+    if survey is None:
         return None
     return WholeSurveyor(step) if step.wide else Surveyor(step, survey)
 
 
-def passes_of(step: Step) -> int:
+def passes_of(step: Merge) -> int:
     """How often all of a step is read before it is merged (samples not counted)."""
-    return 0 if step.kind != "merge" or step.wide else passes_before(MERGE_METHODS[step.method].survey)
+    return 0 if step.wide else passes_before(MERGE_METHODS[step.method].survey)
 
 
 def _bound(part: Callable[..., Any] | None, parameters: Mapping[str, Any]) -> Any:

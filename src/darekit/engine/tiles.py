@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -25,7 +24,7 @@ from darekit.engine.losses import Losses, Piece
 from darekit.engine.measuring import ByColumn, Doubles, merge_rows
 from darekit.engine.selection import Select
 from darekit.engine.stages import build, scope_of, tile_of
-from darekit.engine.steps import Input, Step, is_counted, is_per_row
+from darekit.engine.steps import Input, Merge, Step, is_counted, is_per_row
 from darekit.engine.surveying import Surveyor, WholeSurveyor, surveyor_of
 from darekit.kernels import cpu
 from darekit.masks import BLOCK, stream_of
@@ -127,10 +126,10 @@ class Hands(Protocol):
 
 
 class StepRun:
-    """One step being run by one thread: its stages' state, its scratch, and the digests it feeds."""
+    """One merge being run by one thread: its stages' state, its scratch, and the digests it feeds."""
 
     def __init__(
-        self, step: Step, hands: Hands, digests: MutableMapping[int, TensorDigest], kept: Counter[tuple[int, int]]
+        self, step: Merge, hands: Hands, digests: MutableMapping[int, TensorDigest], kept: Counter[tuple[int, int]]
     ) -> None:
         self.hands, self.kept = hands, kept
         self.tile = tile_of(step, hands.tile)
@@ -147,23 +146,21 @@ class StepRun:
         # the survivors.
         self.bad_at: npt.NDArray[np.bool_] | None = None
         self.taken: list[int | None] = []
-        self.inputs = [*([(BASE, step.base)] if step.base else []), *zip(step.owners, step.models, strict=True)]
-        unread = {step.owners[k] for k, known in enumerate(self.known) if known is not None}
-        for key, entry in self.inputs:
-            if key not in unread:
-                digests.setdefault(key, TensorDigest(entry.dtype.itemsize))
-        self.relayed = len(self.inputs) == 1 and _is_relayed(step, self.inputs[0][1])
-        # A relayed tensor has one digest, its input's and its output's.
-        digests.setdefault(OUT, digests[self.inputs[0][0]] if self.relayed else TensorDigest(step.dtype.itemsize))
+        if step.base is not None:
+            digests.setdefault(BASE, TensorDigest(step.base.dtype.itemsize))
+        for owner, model, known in zip(step.owners, step.models, self.known, strict=True):
+            if known is None:  # its bytes are read
+                digests.setdefault(owner, TensorDigest(model.dtype.itemsize))
+        digests.setdefault(OUT, TensorDigest(step.dtype.itemsize))
         self.digests = digests
 
-    def become(self, step: Step) -> None:
+    def become(self, step: Merge) -> None:
         """Go on as this step, which has the same inputs and chains: its coefficients are known now."""
         self.step = step
         # Not `self.read`: the cycle would keep a solve's matrices in memory until Python's collector comes by.
         if step.statistics:
-            self.combine = informed_combiner(step, partial(_read, self.hands.tally))
-        elif step.kind == "merge" and not (MERGE_METHODS[step.method].products or MERGE_METHODS[step.method].survey):
+            self.combine = informed_combiner(step, partial(read, self.hands.tally))
+        elif not (MERGE_METHODS[step.method].products or MERGE_METHODS[step.method].survey):
             self.combine = combiner(step)
         self.fused = fuse(step, self.chains)
 
@@ -446,7 +443,7 @@ class StepRun:
 
     def read(self, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:
         """Raw bytes of elements start .. start + count, as far as the input has them."""
-        return _read(self.hands.tally, entry, start, count, buffer)
+        return read(self.hands.tally, entry, start, count, buffer)
 
     def _blame(self, k: int, raw: Bytes, scratch: Scratch, final: bool) -> None:
         """Find out which input a NaN or Inf came from, and remember where this tile has any."""
@@ -487,54 +484,22 @@ class StepRun:
         return kernels.round_to(scratch.merged, self.step.dtype, out, self._words(start, count))
 
     def _write(self, out: Bytes, start: int, overflowed: int) -> None:
-        step = self.step
-        if overflowed:
-            self.hands.tally.overflow[step.name] += overflowed
-            self.hands.broken.set()
-            return
-        if not self.relayed:
-            self.digests[OUT].update(out)
-        self.hands.outputs[step.output].write(out, step.offset + (step.begin + start) * step.dtype.itemsize)
-        self.hands.tally.bytes_written += out.size
-
-    def copy(self, begin: int, end: int, stop: threading.Event) -> None:
-        """Elements begin .. end of a tensor that is not merged: the base's bytes (in the output's format, where that of
-        a float is another), when all agree; or those of the step's `giver`."""
-        step = self.step
-        (first, origin), *others = sorted(self.inputs, key=lambda entry: entry[0] != step.giver)
-        converted = origin.dtype.name != step.dtype.name
-        size = min(self.tile, end - begin) * max(entry.dtype.itemsize for _, entry in self.inputs)
-        rooms = self.hands.scratch.rows(2 if others else 1, size)
-        for start in range(begin, end, self.tile):
-            if stop.is_set():
-                return
-            count = min(self.tile, end - start)
-            raw = self.read(origin, step.begin + start, count, rooms[0])
-            self.digests[first].update(raw)
-            for key, entry in others:
-                other = self.read(entry, step.begin + start, count, rooms[1])
-                self.digests[key].update(other)
-                if step.giver is None and not np.array_equal(raw, other):
-                    self.hands.tally.differing[key, step.name] += 1
-                    self.hands.broken.set()
-            if self.hands.broken.is_set():
-                continue
-            overflowed = 0
-            if converted:
-                scratch = self.hands.scratch.get(0, count, step.wide)
-                kernels.widen(raw, origin.dtype, scratch.base)
-                raw = scratch.out[: count * step.dtype.itemsize]
-                overflowed = kernels.round_to(scratch.base, step.dtype, raw)
-            self._write(raw, start, overflowed)
+        put(self.step, self.hands, out, start, overflowed, self.digests[OUT])
 
 
-def _is_relayed(step: Step, origin: Input) -> bool:
-    """Whether the output tensor is made of all bytes of its one input, and of nothing else."""
-    whole = step.begin == 0 and step.count == math.prod(step.shape) == origin.count
-    return step.kind == "copy" and whole and origin.dtype.name == step.dtype.name
+def put(step: Step, hands: Hands, out: Bytes, start: int, overflowed: int, digest: TensorDigest | None) -> None:
+    """A tile's result, from element `start` of the step on, to where it belongs; none where some of it `overflowed`."""
+    if overflowed:
+        hands.tally.overflow[step.name] += overflowed
+        hands.broken.set()
+        return
+    if digest is not None:
+        digest.update(out)
+    hands.outputs[step.output].write(out, step.offset + (step.begin + start) * step.dtype.itemsize)
+    hands.tally.bytes_written += out.size
 
 
-def _read(tally: Tally, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:
+def read(tally: Tally, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:
     """Raw bytes of elements start .. start + count, as far as the input has them."""
     size = entry.dtype.itemsize
     raw = buffer[: max(0, min(count, entry.count - start)) * size]
@@ -544,7 +509,7 @@ def _read(tally: Tally, entry: Input, start: int, count: int, buffer: Bytes) -> 
     return raw
 
 
-def combiner(step: Step) -> Combine:
+def combiner(step: Merge) -> Combine:
     """The step's merge method with its constants: deltas (K, n), scratch (n,), first element -> merged (n,)."""
     weights = np.array(step.weights, np.float64)
     narrow = weights.astype(np.float32)

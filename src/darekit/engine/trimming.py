@@ -18,7 +18,7 @@ import numpy as np
 
 from darekit.dtypes import Floats
 from darekit.engine.selection import Census, Select
-from darekit.engine.steps import TRIM_AT, TRIM_MODEL, StageSpec, Step
+from darekit.engine.steps import TRIM_AT, TRIM_MODEL, Merge, StageSpec, Step
 from darekit.engine.tiles import SAMPLED_PIECES, ScratchPool, Sink, StepRun, Tally
 from darekit.errors import PlanError
 
@@ -29,7 +29,7 @@ def settle_model_trim(steps: Sequence[Step], *, threads: int, tile: int, allow_n
     Raises:
         PlanError: a float64 tensor, which cannot be trimmed this way.
     """
-    concerned = [step for step in steps if any(spec.method == TRIM_MODEL for chain in step.chains for spec in chain)]
+    concerned = [step for step in steps if isinstance(step, Merge) and _trims(step)]
     if not concerned:
         return list(steps)
     wide = next((step.name for step in concerned if step.wide), None)
@@ -47,7 +47,7 @@ def settle_model_trim(steps: Sequence[Step], *, threads: int, tile: int, allow_n
 
     equals: dict[tuple[str, int], int] = {}
 
-    def count_equals(step: Step, k: int, delta: Floats) -> None:
+    def count_equals(step: Merge, k: int, delta: Floats) -> None:
         magnitude = delta.view(np.uint32) & np.uint32(0x7FFFFFFF)
         found = int(np.count_nonzero(magnitude == np.uint32(selects[k].low)))
         with ties_lock:
@@ -57,8 +57,11 @@ def settle_model_trim(steps: Sequence[Step], *, threads: int, tile: int, allow_n
     _visit(concerned, count_equals, threads=threads, tile=tile, sampled=False, allow_nonfinite=allow_nonfinite)
 
     left = {k: select.low_left for k, select in selects.items()}
-    settled = []
+    settled: list[Step] = []
     for step in steps:
+        if not isinstance(step, Merge):
+            settled.append(step)
+            continue
         chains = list(step.chains)
         for k, _ in _trims(step):
             here = min(left[k], equals.get((step.name, k), 0))
@@ -89,7 +92,7 @@ class _Counting:
         self.selects = selects
         self.parts: dict[tuple[int, int], Census] = {}
 
-    def __call__(self, step: Step, k: int, delta: Floats) -> None:
+    def __call__(self, step: Merge, k: int, delta: Floats) -> None:
         if k not in self.selects:
             return
         key = threading.get_ident(), k
@@ -106,7 +109,7 @@ class _Counting:
             select.settle()
 
 
-def _trims(step: Step) -> list[tuple[int, StageSpec]]:
+def _trims(step: Merge) -> list[tuple[int, StageSpec]]:
     return [
         (owner, spec)
         for owner, chain in zip(step.owners, step.chains, strict=False)
@@ -116,8 +119,8 @@ def _trims(step: Step) -> list[tuple[int, StageSpec]]:
 
 
 def _visit(
-    steps: Sequence[Step],
-    see: Callable[[Step, int, Floats], None],
+    steps: Sequence[Merge],
+    see: Callable[[Merge, int, Floats], None],
     *,
     threads: int,
     tile: int,
@@ -128,7 +131,7 @@ def _visit(
     stop, broken = threading.Event(), threading.Event()
     local = threading.local()
 
-    def visit(step: Step) -> None:
+    def visit(step: Merge) -> None:
         hands = getattr(local, "hands", None)
         if hands is None:
             hands = local.hands = _Hands(tile, allow_nonfinite, broken)

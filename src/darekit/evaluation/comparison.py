@@ -89,7 +89,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: every score of every model."""
-        from darekit.notebooks import shown_as_html
+        from darekit.wording.notebooks import shown_as_html
 
         rows = [
             (one.model, *("failed" if one.error is not None else shown(one.scores.get(name)) for name in self.names))
@@ -447,7 +447,7 @@ def _evaluate_one(
             plan, force=True, say=lambda line: say(f"{name}: {line}")
         )  # what does not belong together is measured too
         if judges_directory(judge):
-            with _directory(plan, search) as folder:
+            with _directory(plan) as folder:
                 scores = judge.judge_directory(folder)  # type: ignore[attr-defined]
         else:
             live = build(plan, device=device, dtype=dtype)
@@ -460,17 +460,21 @@ def _evaluate_one(
 
 
 @contextmanager
-def _directory(plan: Plan, search: Sequence[Path]) -> Iterator[Path]:
+def _directory(plan: Plan) -> Iterator[Path]:
     """The model's own directory where it has one; else it is merged into a temporary one."""
     single = plan.models[0].directory if plan.base is None and len(plan.models) == 1 else None
     if single is not None:
         yield single
         return
-    from darekit.api import Options, run
+    from darekit.output.publishing import execute
 
     with tempfile.TemporaryDirectory(prefix="darekit-") as folder:
-        run(plan.recipe, Path(folder) / "model", Options(force=True), search=search)
-        yield Path(folder) / "model"
+        out = Path(folder) / "model"
+        execute(
+            plan, out, threads=None, tile=None, overwrite=False, resume=False, allow_nonfinite=False, progress=None,
+            say=lambda line: None,
+        )  # fmt: skip
+        yield out
 
 
 def _parts(judge: Judge) -> Iterator[tuple[str, Judge]]:

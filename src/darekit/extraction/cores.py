@@ -23,7 +23,7 @@ import numpy as np
 from darekit.checkpoints import ArrayBytes, Checkpoint, Source, TensorInfo, traits_of
 from darekit.dtypes import dtype_named
 from darekit.engine.nested import Computed, Workshop
-from darekit.engine.steps import TRIM, Input, StageSpec, Step
+from darekit.engine.steps import TRIM, Input, Merge, StageSpec
 from darekit.errors import DataError
 from darekit.extraction.deltas import are_same
 from darekit.extraction.factors import NOISE, Doubles, Factors, Matrix
@@ -175,7 +175,7 @@ class _Inputs:
     None for one that is not merged."""
 
     sources: tuple[AdaptedSource | None, ...]
-    step: Step | None
+    step: Merge | None
 
 
 def _inputs_of(model: TensorInfo, base: TensorInfo) -> _Inputs | None:
@@ -188,7 +188,9 @@ def _inputs_of(model: TensorInfo, base: TensorInfo) -> _Inputs | None:
         return None
     steps = source.workshop.planned(source.name)
     step = steps[0]
-    if len(steps) > 1 or step.kind != "merge" or step.base is None or not are_same(step.base.source, base.source):
+    if len(steps) > 1 or not isinstance(step, Merge):
+        return None
+    if step.base is None or not are_same(step.base.source, base.source):
         return None
     found: list[AdaptedSource | None] = []
     for entry in step.models:
@@ -209,7 +211,7 @@ def _adds_to(source: AdaptedSource, base: Source) -> bool:
     return delta is not None and are_same(source.base.source, base)
 
 
-def _is_sum(step: Step) -> bool:
+def _is_sum(step: Merge) -> bool:
     """Whether the merged delta is a sum of deltas with coefficients that are known."""
     if step.verbatim:
         return True
@@ -218,7 +220,7 @@ def _is_sum(step: Step) -> bool:
     return not step.on_weights or bool(step.parameters.get("normalize"))
 
 
-def _coefficients(step: Step) -> list[float]:
+def _coefficients(step: Merge) -> list[float]:
     if step.verbatim:
         return [1.0]
     divisor = total_weight(np.array(step.weights)) if step.parameters.get("normalize") else 1.0
@@ -226,7 +228,7 @@ def _coefficients(step: Step) -> list[float]:
     return [factor * weight / float(divisor) for weight in step.weights]
 
 
-def _can_merge(step: Step) -> bool:
+def _can_merge(step: Merge) -> bool:
     """Whether the engine can merge cores in place of the tensor."""
     method = MERGE_METHODS[step.method]
     specs = [spec for chain in step.chains for spec in chain]
@@ -248,7 +250,7 @@ def _sum(coefficients: Sequence[float], pairs: Sequence[Pair | None], matrices: 
     return Stack(np.concatenate(lefts, axis=2), np.concatenate(rights, axis=1))
 
 
-def _merged(step: Step, pairs: Sequence[Pair | None], matrices: tuple[int, int, int]) -> Stack:
+def _merged(step: Merge, pairs: Sequence[Pair | None], matrices: tuple[int, int, int]) -> Stack:
     """Core space: every delta in the basis that all share, merged there."""
     many, rows, columns = matrices
     found = [pair for pair in pairs if pair is not None]
@@ -276,7 +278,7 @@ def _basis(columns: Matrix) -> Doubles:
     return u * np.where(u[at, np.arange(u.shape[1])] < 0, -1.0, 1.0)
 
 
-def _run(step: Step, cores: Sequence[Matrix]) -> Matrix:
+def _run(step: Merge, cores: Sequence[Matrix]) -> Matrix:
     """The step, on cores (E, q, q') in place of the tensors' deltas, by the engine itself."""
     dtype, shape, count = dtype_named("F32"), cores[0].shape, cores[0].size
     inputs = tuple(Input(ArrayBytes(one.reshape(-1).view(np.uint8)), dtype, count) for one in cores)

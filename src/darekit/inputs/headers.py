@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,6 @@ from darekit.checkpoints.safetensors import HEADER_LIMIT
 from darekit.errors import CheckpointError, HoldsAdapter, HoldsPack, HomologyError, Unsupported
 from darekit.inputs.adapters.opening import open_on
 from darekit.inputs.kinds import Opener, Opening
-from darekit.inputs.opening import OPENERS
 
 if TYPE_CHECKING:
     from darekit.inputs.adapters.files import AdapterFiles
@@ -31,29 +31,31 @@ class Headers:
     """Opens what is on the Hub and not on this machine by its headers.
 
     Attributes:
+        kinds: all other kinds of input.
         folder: an empty directory, where headers are kept as long as the models are open.
         asked: what values were asked of, as `Elsewhere` notes it.
         missing: bytes of weights that a merge would download, by model.
     """
 
+    kinds: Sequence[Opener]
     folder: Path
     asked: dict[str, set[str]] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
 
     @property
     def openers(self) -> tuple[Opener, ...]:
-        """All kinds of input, these before the others."""
+        """All kinds of input, those on the Hub before the others."""
         return (
             Opener("a pack of a base that is not here", self._find_pack, self._refuse_pack),
             Opener("a model on the Hub", _find, self._open),
-            *OPENERS,
+            *self.kinds,
         )
 
     def _find_pack(self, opening: Opening) -> str | Path | None:
         """A pack is checked against values of its base."""
         if opening.base is None or has_values(opening.base):
             return None
-        packs = [one for one in OPENERS if one.needs_base and not one.finds_base]
+        packs = [one for one in self.kinds if one.needs_base and not one.finds_base]
         return next((found for one in packs if (found := one.find(opening)) is not None), None)
 
     def _refuse_pack(self, opening: Opening) -> Checkpoint:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way in: whatever a user may name as a model or a base -> an open checkpoint.
+"""Whatever a user may name as a model or a base -> an open checkpoint.
 
 Each kind of input is an `Opener`, and the first in the list that recognises a name opens it. A new kind is a file in
-this room and a line in `OPENERS`. Rooms above may put openers of their own before them.
+this room and a line in `OPENERS`. Packs and recipes are models too: `planning/opening.py`, through which every command
+opens, puts these before them.
 """
 
 from __future__ import annotations
@@ -14,22 +15,6 @@ from darekit.checkpoints import Checkpoint, open_checkpoint, traits_of
 from darekit.errors import HoldsAdapter, HoldsPack, PlanError
 from darekit.inputs.adapters.opening import ALONE, PAIR, open_from_hub
 from darekit.inputs.kinds import Opener, Opening, found_by, open_by
-from darekit.packs.opening import find_pack
-
-
-def _find_pack(opening: Opening) -> Path | None:
-    return find_pack(opening.ref, opening.search)
-
-
-def _open_pack(opening: Opening) -> Checkpoint:
-    from darekit.packs.reading import open_pack
-
-    found = open_pack(opening.ref)
-    try:
-        return found.checkpoint(opening.base)
-    except BaseException:
-        found.close()
-        raise
 
 
 def _open_stored(opening: Opening) -> Checkpoint:
@@ -43,23 +28,15 @@ def _open_stored(opening: Opening) -> Checkpoint:
         return open_from_hub(opening)
 
 
-OPENERS = (
-    Opener(
-        "a pack", _find_pack, _open_pack, needs_base=True,
-        instead="or write the whole model with `dare unpack BASE {ref} OUT`",
-    ),
-    PAIR,
-    ALONE,
-    Opener("a checkpoint", lambda opening: opening.ref, _open_stored),
-)  # fmt: skip
+OPENERS = (PAIR, ALONE, Opener("a checkpoint", lambda opening: opening.ref, _open_stored))
 
 
 def open_model(
     ref: str | Path,
     base: Checkpoint | None,
     *,
+    openers: Sequence[Opener],
     search: Sequence[Path] = (),
-    openers: Sequence[Opener] = OPENERS,
     layout: str | None = None,
 ) -> Checkpoint:
     """Open what stands for a model. Closing it leaves `base` open. `layout`: of an adapter's experts.
@@ -78,7 +55,7 @@ def open_model(
     return found
 
 
-def open_base(ref: str | Path, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS) -> Checkpoint:
+def open_base(ref: str | Path, *, openers: Sequence[Opener], search: Sequence[Path] = ()) -> Checkpoint:
     """Open what other models are compared with.
 
     Raises:
@@ -88,7 +65,7 @@ def open_base(ref: str | Path, *, search: Sequence[Path] = (), openers: Sequence
 
 
 def only_on_base(
-    ref: str | Path, *, search: Sequence[Path] = (), openers: Sequence[Opener] = OPENERS
+    ref: str | Path, *, openers: Sequence[Opener], search: Sequence[Path] = ()
 ) -> tuple[Opener, str | Path] | None:
     """Of what is a model only on top of its base: its opener, and what was found under the name; None of all else."""
     opener, opening = found_by(Opening(ref, None, search, openers))

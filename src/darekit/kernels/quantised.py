@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fast twins of the functions in `darekit.quantised`, to the bit, and into BF16 in the same pass.
+"""Fast twins of the functions in `checkpoints/quantised/formulas.py`, to the bit, and into BF16 in the same pass.
 
 What a code is worth is computed where it follows from its bits, which takes a quarter of the time of looking it up in a
 table (0.06 ns against 0.24). Scales are spread over a block of elements first: loops over one group of 16 or 32 are too
@@ -30,7 +30,7 @@ OF_FORMATS = {"F8_E4M3": E4M3, "F8_E5M2": LOOKED_UP, "I8": INT8}
 
 
 def integers(bits: int) -> How:
-    """How codes of `darekit.quantised.integers` become numbers."""
+    """How codes of `formulas.integers` become numbers."""
     return np.array([3, 0, 1 << (bits - 1)], np.int64)
 
 
@@ -113,7 +113,7 @@ def _worth_block(
 def worth(
     codes, table, how, zeros, scales, start, columns, block_rows, block_columns, top, left, factor, out, scratch
 ):  # fmt: skip
-    """`darekit.quantised.worth` -> `out`, (n,) float32; block and corner in two numbers each.
+    """`formulas.worth` -> `out`, (n,) float32; block and corner in two numbers each.
 
     `how`: what the table says as arithmetic, one of this module's; `zeros`: (0, 0) for none; scratch (2, BLOCK)
     float32.
@@ -146,7 +146,7 @@ def worth_bf16(
 
 @kept_kernel
 def nibbles(raw, high_first, skip, out):
-    """`darekit.quantised.nibbles` without the first `skip` (0 or 1) of them -> `out`, (n,) uint8."""
+    """`formulas.nibbles` without the first `skip` (0 or 1) of them -> `out`, (n,) uint8."""
     first = np.uint8(4) if high_first else np.uint8(0)
     second = np.uint8(np.uint8(4) - first)
     if not out.size:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from darekit.checkpoints import companions
+from darekit.checkpoints.writing import write_beside
 from darekit.errors import CheckpointError, DarekitError, PlanError, Unsupported
 from darekit.live.loading import state_of
-from darekit.output.companions import write_companions
 from darekit.planning.plan import Plan
 from darekit.planning.travel.beside import companions_of
 
@@ -42,10 +42,7 @@ def skeleton(plan: Plan, device: str | None, dtype: str | None) -> tuple[Any, An
         found = companions_of(plan)
         if found.config is None:
             raise CheckpointError(f"{plan.checkpoints[0].ref} has no config.json, so its architecture is unknown")
-        write_companions(
-            Path(folder), config=found.config, files=found.files, chat_template=found.chat_template, recipe_text="",
-            card=lambda: "",
-        )  # fmt: skip
+        write_beside(Path(folder), config=found.config, files=found.files, chat_template=found.chat_template)
         with _unknown_told(plan.checkpoints[0].ref):
             cls, config = _class_of(folder, found.config)
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")

@@ -15,7 +15,7 @@ from darekit.architectures.groups import MEANING
 from darekit.checkpoints import InputFile, traits_of
 from darekit.checkpoints.digests import checkpoint_digest
 from darekit.dtypes import STOCHASTIC
-from darekit.engine.steps import ENGINE_FORMAT
+from darekit.engine.steps import ENGINE_FORMAT, Merge
 from darekit.inputs.statistics import Statistics
 from darekit.methods import MERGE_METHODS
 from darekit.planning.losses import rounding_of
@@ -35,7 +35,7 @@ def resolved_parameters(plan: Plan) -> list[Mapping[str, Any]]:
     varying = [name for name, value in recipe.parameters.items() if not is_scalar(value)]
     groups: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
     for step in plan.steps:
-        if step.kind != "merge" or step.begin:
+        if not isinstance(step, Merge) or step.begin:
             continue
         method, settings = MERGE_METHODS[step.method], plan.settings[step.name]
         told = settings.merge if method.products else varying

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 
 from darekit.api import WriteOptions, options_of
 from darekit.checkpoints.digests import LEAF
+from darekit.engine.steps import copied
 from darekit.errors import DataError
 from darekit.output.publishing import Report, execute
 from darekit.packs.lane import READ_LEAVES
@@ -55,7 +56,7 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Unpac
             recipe = read_recipe({"models": [{"model": str(pack)}], "merge_method": "linear"})
             plan = make_plan(recipe, None, [model], shard_size=settings.shard_size, verbatim=True)
             # Bits are copied, NaN and all: there is nothing to merge.
-            steps = tuple(replace(step, kind="copy") for step in plan.steps)
+            steps = tuple(map(copied, plan.steps))
             plan = replace(plan, steps=steps)
             report = execute(
                 plan,

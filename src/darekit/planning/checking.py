@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from darekit.errors import DarekitError, HomologyError
 from darekit.inputs.headers import Headers
 from darekit.planning.matching.alignment import Heads, align
-from darekit.planning.opening import Inputs, open_inputs, open_nested
+from darekit.planning.opening import OPENERS, Inputs, open_inputs, open_nested
 from darekit.planning.plan import SHARD_SIZE, Plan
 from darekit.planning.problems import Collected
 from darekit.recipe import Recipe
@@ -47,7 +47,7 @@ def check_recipe(recipe: Recipe, *, search: Sequence[Path] = (), shard_size: int
     """
     problems = Collected()
     with ExitStack() as opened:
-        headers = Headers(Path(opened.enter_context(TemporaryDirectory(prefix="darekit-"))))
+        headers = Headers(OPENERS, Path(opened.enter_context(TemporaryDirectory(prefix="darekit-"))))
         openers = (open_nested(recipe, headers.openers), *headers.openers)
         inputs = opened.enter_context(open_inputs(recipe, search=search, openers=openers, problems=problems))
         plan = None

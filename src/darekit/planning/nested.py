@@ -15,9 +15,10 @@ from typing import Any
 
 from darekit.checkpoints import Checkpoint, TensorInfo, natural_key
 from darekit.checkpoints.companions import Companions
-from darekit.engine.steps import Step
+from darekit.engine.steps import Merge, StageSpec, Step
 from darekit.errors import PlanError, RecipeError
 from darekit.inputs.kinds import Opener, Opening
+from darekit.methods import SUM
 from darekit.planning.plan import Plan, Within
 from darekit.recipe import Recipe, read_recipe
 from darekit.wording import label
@@ -142,15 +143,22 @@ def identity_of(plan: Plan, steps: Sequence[Step]) -> bytes:
     made = []
     for step in steps:
         tensor = tensors[step.name]
+        chains: Sequence[Sequence[StageSpec]] = ((),) * len(step.owners)
+        how: list[Any] = ["copy", SUM, {}, [], 1.0, 0.0, False]
+        if isinstance(step, Merge):
+            chains = step.chains
+            how = [
+                "merge", step.method, _plain(step.parameters), list(step.weights), step.factor, step.base_weight,
+                step.on_weights,
+            ]  # fmt: skip
         models = [
             [*of(first + k, tensor.models[k]), [[s.method, _plain(s.parameters), s.seed, s.stream] for s in chain]]
-            for k, chain in zip(step.owners, step.chains or ((),) * len(step.owners), strict=True)
+            for k, chain in zip(step.owners, chains, strict=True)
         ]
         made.append([
-            step.begin, step.count, step.dtype.name, step.kind, step.method, _plain(step.parameters),
-            list(step.weights), step.factor, step.base_weight, step.on_weights,
+            step.begin, step.count, step.dtype.name, *how,
             None if step.base is None else of(0, tensor.base), models,
-            *([] if step.rounding is None else [step.rounding]),
+            *([step.rounding] if isinstance(step, Merge) and step.rounding is not None else []),
         ])  # fmt: skip
     text = json.dumps(made, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(TAG + text.encode(), digest_size=16).digest()

@@ -12,7 +12,7 @@ from darekit.architectures.depth import LAYER_WORDS, Depths, along
 from darekit.architectures.groups import ONE_TERM, is_kept_dense
 from darekit.checkpoints import Checkpoint, OutputTensor
 from darekit.dtypes import DTYPES, STOCHASTIC
-from darekit.engine.steps import Step
+from darekit.engine.steps import Merge, Step
 from darekit.inputs.opening import packed_seed
 from darekit.methods import SPARSIFIERS
 from darekit.planning.draft import Draft
@@ -103,7 +103,8 @@ def wide_notes(recipe: Recipe, outputs: Sequence[OutputTensor]) -> Iterator[str]
 
 def rounding_notes(recipe: Recipe, steps: Sequence[Step]) -> Iterator[str]:
     """Stochastic rounding where nothing is rounded."""
-    if recipe.rounding == STOCHASTIC and all(step.rounding is None for step in steps):
+    merges = [step for step in steps if isinstance(step, Merge)]
+    if recipe.rounding == STOCHASTIC and all(step.rounding is None for step in merges):
         yield (
             "rounding: stochastic has no effect: the output's format holds what is computed as it is. It matters where "
             "the output is bfloat16, float16 or float8"

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open everything that a command or a recipe names: every command opens models through here."""
+"""The one way in: everything that a command or a recipe names is opened through here.
+
+Kinds of input that are files are in `inputs/`. Packs, which are on a floor with it, and recipes, which must be planned
+to be read, come in here.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from darekit.checkpoints import Checkpoint
 from darekit.errors import CheckpointError, PlanError
 from darekit.inputs import opening
-from darekit.inputs.kinds import Opener
-from darekit.inputs.opening import OPENERS
+from darekit.inputs.kinds import Opener, Opening
 from darekit.machine import without_collector
+from darekit.packs.opening import find_pack
 from darekit.planning.nested import SUFFIXES, opener_of, result_of
 from darekit.planning.plan import SHARD_SIZE, Plan, Within, make_plan
 from darekit.planning.problems import Problems
@@ -30,6 +34,30 @@ class _Closes(Protocol):
 
 
 Closable = TypeVar("Closable", bound=_Closes)
+
+
+def _find_pack(opening: Opening) -> Path | None:
+    return find_pack(opening.ref, opening.search)
+
+
+def _open_pack(opening: Opening) -> Checkpoint:
+    from darekit.packs.reading import open_pack
+
+    found = open_pack(opening.ref)
+    try:
+        return found.checkpoint(opening.base)
+    except BaseException:
+        found.close()
+        raise
+
+
+OPENERS = (
+    Opener(
+        "a pack", _find_pack, _open_pack, needs_base=True,
+        instead="or write the whole model with `dare unpack BASE {ref} OUT`",
+    ),
+    *opening.OPENERS,
+)  # fmt: skip
 
 
 @contextmanager
@@ -82,7 +110,7 @@ def open_unrounded(
     if str(base).endswith(SUFFIXES):
         raise PlanError(f"{base} is a recipe: a delta is taken from a stored checkpoint; merge it first")
     with ExitStack() as opened:
-        origin = opened.enter_context(closing(opening.open_base(base, search=search)))
+        origin = opened.enter_context(closing(opening.open_base(base, search=search, openers=OPENERS)))
         if isinstance(model, Recipe):
             found = whole(model, "the recipe", search, ())
         else:

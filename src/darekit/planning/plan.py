@@ -25,7 +25,7 @@ from darekit.checkpoints import (
 )
 from darekit.dtypes import STOCHASTIC
 from darekit.engine.costs import bytes_to_read, peak_memory
-from darekit.engine.steps import Step
+from darekit.engine.steps import Merge, Step
 from darekit.errors import DataError, PlanError
 from darekit.masks import effective_seeds, rounding_seed
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
@@ -153,7 +153,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from darekit.notebooks import shown_as_html
+        from darekit.wording.notebooks import shown_as_html
 
         sparsify = f"{self.recipe.sparsify.method}, then " if self.recipe.sparsify else ""
         facts = [
@@ -213,7 +213,7 @@ class Plan:
     def bytes_in(self) -> int:
         """What is read at least once: bytes behind all input tensors, and of the statistics that are used."""
         tensors = [info for checkpoint in self.checkpoints for info in checkpoint.tensors.values()]
-        used = [entry for step in self.steps for entry in step.statistics]
+        used = [entry for step in self.steps if isinstance(step, Merge) for entry in step.statistics]
         behind = sum(round(info.nbytes * traits_of(info.source).cost) for info in tensors)
         return behind + sum(entry.count * entry.dtype.itemsize for entry in used)
 
@@ -342,7 +342,7 @@ def make_plan(
     rounding = rounding_seed(recipe.rounding_seed, digests) if recipe.rounding == STOCHASTIC else None
     if rounding is not None:
         steps = rounded(steps, rounding)
-        rounding = rounding if any(step.rounding is not None for step in steps) else None
+        rounding = rounding if any(isinstance(step, Merge) and step.rounding is not None for step in steps) else None
     opened = (note for checkpoint in ((base, *models) if base else models) for note in checkpoint.notes)
     notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *given.notes, *notes_of(draft)]
     notes += rate_notes(models, rates)

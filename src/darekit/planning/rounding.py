@@ -2,7 +2,8 @@
 """What quantisation has changed: a delta to or from a quantised model holds the error of rounding to its codes.
 
 How large that error is follows from the codes alone, without the weights that were quantised: each stands for an
-interval (`darekit.quantised.cells`), and what was rounded into it is off by its width over the root of 12, on average.
+interval (`cells` of `checkpoints/quantised/formulas.py`), and what was rounded into it is off by its width over the
+root of 12, on average.
 """
 
 from __future__ import annotations

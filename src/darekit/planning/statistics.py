@@ -8,7 +8,7 @@ from typing import Any
 
 from darekit.checkpoints import Checkpoint, TensorInfo
 from darekit.checkpoints.headers import has_values
-from darekit.engine.steps import Input, Step
+from darekit.engine.steps import Input, Merge, Step
 from darekit.errors import HomologyError, PlanError
 from darekit.inputs.statistics import FISHER, Statistics
 from darekit.methods import MERGE_METHODS
@@ -101,7 +101,7 @@ def statistics_notes(recipe: Recipe, steps: Sequence[Step], statistics: Sequence
     kind = MERGE_METHODS[recipe.merge_method].statistics
     if kind is None:
         return
-    merged = [step for step in steps if step.kind == "merge" and step.begin == 0]
+    merged = [step for step in steps if isinstance(step, Merge) and step.begin == 0]
     plain = [step.name for step in merged if not step.statistics]
     if len(plain) == len(merged):
         yield (

@@ -11,7 +11,7 @@ from typing import Any
 
 from darekit.checkpoints import Placement, Places, TensorInfo, traits_of
 from darekit.dtypes import dtype_named
-from darekit.engine.steps import TRIM, TRIM_MODEL, Input, StageSpec, Step
+from darekit.engine.steps import TRIM, TRIM_MODEL, Copy, Input, Merge, StageSpec, Step
 from darekit.errors import PlanError
 from darekit.methods import AVERAGE, MERGE_METHODS, SPARSIFIERS, SUM
 from darekit.methods.sparsifiers import kept_count
@@ -33,35 +33,31 @@ def steps_of(draft: Draft, tensor: AlignedTensor, output: int, place: Placement)
     inputs = {k: Input.of(info) for k, info in enumerate(tensor.models) if info is not None}
     base = Input.of(tensor.base) if tensor.base else None
     count = math.prod(tensor.shape)
-    make = partial(
-        Step,
-        name=tensor.name,
-        dtype=dtype_named(place.dtype),
-        shape=tensor.shape,
-        output=output,
-        offset=place.offset,
-    )
-    everything = partial(make, begin=0, count=count, models=tuple(inputs.values()), owners=tuple(inputs))
+    place_of: dict[str, Any] = {
+        "name": tensor.name, "dtype": dtype_named(place.dtype), "shape": tensor.shape, "output": output,
+        "offset": place.offset,
+    }  # fmt: skip
+    everything = {**place_of, "begin": 0, "count": count, "models": tuple(inputs.values()), "owners": tuple(inputs)}
     if not is_float(tensor.dtype) or tensor.copied or not inputs:  # integers, and what only the base has
-        yield everything(kind="copy", base=base, giver=draft.counters.get(tensor.name))
+        yield Copy(**everything, base=base, giver=draft.counters.get(tensor.name))
     elif tensor.head:  # the one model's own
-        yield everything(
-            kind="merge", base=None, weights=(1.0,), chains=((),), method=AVERAGE, parameters={"normalize": True},
+        yield Merge(
+            **everything, base=None, weights=(1.0,), chains=((),), method=AVERAGE, parameters={"normalize": True},
             verbatim=True,
         )  # fmt: skip
     elif draft.roles.get(tensor.name) == "statistic":
-        yield everything(kind="merge", base=base, **_average_of(draft.settings[tensor.name], tuple(inputs)))
+        yield Merge(**everything, base=base, **_average_of(draft.settings[tensor.name], tuple(inputs)))
     else:
-        yield from _merge_of(draft, tensor, make, base, inputs).steps(count)
+        yield from _merge_of(draft, tensor, partial(Merge, **place_of), base, inputs).steps(count)
 
 
 def rounded(steps: Iterable[Step], seed: int) -> list[Step]:
     """The same, rounded stochastically where the output's format does not hold what is computed; copies are not."""
-    return [replace(step, rounding=seed) if _loses_digits(step) else step for step in steps]
+    return [replace(step, rounding=seed) if isinstance(step, Merge) and _loses_digits(step) else step for step in steps]
 
 
-def _loses_digits(step: Step) -> bool:
-    if step.kind != "merge" or (step.verbatim and step.models[0].dtype.name == step.dtype.name):
+def _loses_digits(step: Merge) -> bool:
+    if step.verbatim and step.models[0].dtype.name == step.dtype.name:
         return False
     return step.dtype.itemsize < (8 if step.wide else 4)
 
@@ -89,7 +85,7 @@ def _average_of(settings: Settings, owners: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _merge_of(
-    draft: Draft, tensor: AlignedTensor, make: Callable[..., Step], base: Input | None, inputs: Mapping[int, Input]
+    draft: Draft, tensor: AlignedTensor, make: Callable[..., Merge], base: Input | None, inputs: Mapping[int, Input]
 ) -> _Merge:
     settings = draft.settings[tensor.name]
     models = {k: found for k, found in enumerate(settings.models) if found is not None}
@@ -121,7 +117,7 @@ class _Merge:
 
     draft: Draft
     name: str
-    make: Callable[..., Step]
+    make: Callable[..., Merge]
     base: Input | None
     inputs: Mapping[int, Input]
     models: Mapping[int, ModelSettings]
@@ -131,7 +127,7 @@ class _Merge:
     parameters: Mapping[str, Any]
     informed: Mapping[str, Any] | None
 
-    def steps(self, count: int) -> Iterator[Step]:
+    def steps(self, count: int) -> Iterator[Merge]:
         """The rows that the base has, then those that it lacks, or all of them where there is no base: these are the
         average of the models that have them."""
         begin = 0
@@ -143,7 +139,7 @@ class _Merge:
                 yield self._beyond_base(begin, end)
                 begin = end
 
-    def _on_base(self, base: Input, count: int) -> Step:
+    def _on_base(self, base: Input, count: int) -> Merge:
         owners = tuple(self.inputs)
         chains = self._chains(owners, count)
         first = owners[0]
@@ -151,7 +147,6 @@ class _Merge:
         # What the one model's delta is multiplied by, where there is but one.
         scale = self.scale * (1.0 if self.parameters.get("normalize") else self.models[first].weight)
         return self.make(
-            kind="merge",
             begin=0,
             count=count,
             base=base,
@@ -174,7 +169,7 @@ class _Merge:
             ),
         )
 
-    def _beyond_base(self, begin: int, end: int) -> Step:
+    def _beyond_base(self, begin: int, end: int) -> Merge:
         owners = tuple(k for k, entry in self.inputs.items() if entry.count >= end)
         common = self.base is None and begin == 0  # rows of all models; those that only some have are never dropped
         chains = tuple(self._chain(k, end) if common else () for k in owners)
@@ -185,7 +180,6 @@ class _Merge:
         scale = 1.0 if parameters.get("normalize") else self.models[owners[0]].weight
         method = self.method if own else AVERAGE
         return self.make(
-            kind="merge",
             begin=begin,
             count=end - begin,
             base=None,

@@ -196,8 +196,8 @@ class Recipe:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from darekit.notebooks import shown_as_html
         from darekit.recipe.texts import recipe_text
+        from darekit.wording.notebooks import shown_as_html
 
         facts = [("base", self.base_model)] if self.base_model is not None else []
         facts += [("models", ", ".join(entry.model for entry in self.models))]

@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from darekit.notebooks import shown_as_html
 from darekit.recipe import Recipe, read_recipe
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED
 from darekit.searches.baselines import BASE, Baseline
@@ -26,6 +25,7 @@ from darekit.trials.files import write_whole
 from darekit.trials.judging import found_in, search_of
 from darekit.trials.settings import data_of
 from darekit.wording import brief
+from darekit.wording.notebooks import shown_as_html
 
 INTERVAL = 1.959963984540054  # standard errors: 95 %, two-sided
 

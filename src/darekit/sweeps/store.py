@@ -209,7 +209,7 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: each cell with its scores."""
-        from darekit.notebooks import shown_as_html
+        from darekit.wording.notebooks import shown_as_html
 
         names = dict.fromkeys(
             (split, name) for split in reversed(SPLITS) for one in self.finished

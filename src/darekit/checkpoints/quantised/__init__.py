@@ -3,5 +3,5 @@
 
 `naming` knows what belongs together, by names and formats; `told` what a config says; `building` makes a source of each
 tensor, after all that headers can tell was checked; `codes`, `scales` and `sources` read and decode. What a code is
-worth is defined in `darekit.quantised`.
+worth is defined in `formulas`, in plain numpy.
 """

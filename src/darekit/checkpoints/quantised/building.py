@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from darekit import quantised
 from darekit.checkpoints.checkpoint import TensorInfo
 from darekit.checkpoints.documents import parse_object, shorten
 from darekit.checkpoints.headers import HeaderFile
+from darekit.checkpoints.quantised import formulas
 from darekit.checkpoints.quantised.codes import Codes, Halves, Whole, packed
+from darekit.checkpoints.quantised.formulas import Singles
 from darekit.checkpoints.quantised.naming import Match
 from darekit.checkpoints.quantised.scales import Grid, Nested, Ordered, Scales, Zeros
 from darekit.checkpoints.quantised.sources import Flipped, Scaled, Shelf, Stored
@@ -24,7 +25,6 @@ from darekit.checkpoints.sources import FileRange
 from darekit.dtypes import DType, dtype_named
 from darekit.errors import CheckpointError, Unsupported
 from darekit.kernels import quantised as kernels
-from darekit.quantised import Singles
 
 POWERS = ("U8", "F8_E8M0")
 NUMBERS = ("F32", "F16", "BF16", "F64")
@@ -229,14 +229,14 @@ def _coding(kind: str) -> tuple[Singles, kernels.How]:
     """What codes of a kind are worth: a table of 256, of which all tensors share one, and the same as arithmetic."""
     how = kernels.LOOKED_UP
     if kind in kernels.OF_FORMATS:
-        return quantised.eights(kind), kernels.OF_FORMATS[kind]
+        return formulas.eights(kind), kernels.OF_FORMATS[kind]
     if kind == "E2M1":
-        table, how = quantised.E2M1, kernels.E2M1
+        table, how = formulas.E2M1, kernels.E2M1
     elif kind.startswith("INT"):
         bits = int(kind.removeprefix("INT"))
-        table, how = quantised.integers(bits), kernels.integers(bits)
+        table, how = formulas.integers(bits), kernels.integers(bits)
     else:
-        table = quantised.NF4 if kind == "NF4" else quantised.FP4
+        table = formulas.NF4 if kind == "NF4" else formulas.FP4
     return np.pad(table, (0, 256 - table.size)), how
 
 
@@ -293,7 +293,7 @@ def _rows(weight: Weight) -> Decoded:
     layout = Layout(codes.shape[0], codes.shape[1], (1, max(1, codes.shape[1])), 1, "one scale for each row")
     return _scaled(
         weight, codes.shape, layout, Whole(codes.source), "I8",
-        Scales(scales, 1, weight.match.name), "INT8 of bitsandbytes", factor=float(quantised.INT8_STEP), anything=True,
+        Scales(scales, 1, weight.match.name), "INT8 of bitsandbytes", factor=float(formulas.INT8_STEP), anything=True,
     )  # fmt: skip
 
 
@@ -408,7 +408,7 @@ def _bitsandbytes(weight: Weight) -> Decoded:
             f"{codes.nbytes:,} bytes of codes and {absmax.count:,} scales do not fit the shape {shape} and the "
             f"blocksize {block} of {weight['state'].name}"
         )
-    _refuse_other_table(weight, "map", quantised.NF4 if kind == "nf4" else quantised.FP4)
+    _refuse_other_table(weight, "map", formulas.NF4 if kind == "nf4" else formulas.FP4)
     grid: Grid = Scales(absmax, absmax.count, weight.match.name)
     double = "outer" in weight.parts
     if double:

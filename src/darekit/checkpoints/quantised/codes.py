@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from darekit import quantised
+from darekit.checkpoints.quantised import formulas
 from darekit.checkpoints.sources import Source
 from darekit.dtypes import Bytes
 from darekit.kernels import quantised as kernels
@@ -90,7 +90,7 @@ class Words:
         first, last = start // self.columns, -(-(start + count) // self.columns)
         raw = np.empty((last - first) * self.row * 4, np.uint8)
         self.source.read_into(raw, first * self.row * 4)
-        found = quantised.unpacked(raw.view("<u4").reshape(last - first, self.row), self.bits, self.columns)
+        found = formulas.unpacked(raw.view("<u4").reshape(last - first, self.row), self.bits, self.columns)
         return found.reshape(-1)[start - first * self.columns :][:count]
 
 

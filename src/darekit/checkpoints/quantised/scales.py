@@ -9,11 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
-from darekit import quantised
 from darekit.checkpoints.checkpoint import TensorInfo
+from darekit.checkpoints.quantised import formulas
+from darekit.checkpoints.quantised.formulas import Singles
 from darekit.dtypes import Bytes, dtype_named, widen
 from darekit.errors import DataError
-from darekit.quantised import Singles
 
 
 class Grid(Protocol):
@@ -46,7 +46,7 @@ def read_part(info: TensorInfo, width: int, rows: tuple[int, int], columns: tupl
 def widened(raw: Bytes, dtype: str) -> Singles:
     """Raw bytes of numbers, or of powers of two (E8M0, and bytes) -> (n,) float32."""
     if dtype in ("U8", "F8_E8M0"):
-        return quantised.powers(raw)
+        return formulas.powers(raw)
     values = np.empty(raw.size // dtype_named(dtype).itemsize, np.float32)
     widen(raw, dtype_named(dtype), values)
     return values
@@ -166,8 +166,8 @@ class Zeros:
         last = min(-(-rows[1] // 32) * self.bits, self.info.shape[-2])
         words = read_part(self.info, self.width, (first // 32 * self.bits, last), (0, self.width))
         down = np.ascontiguousarray(words.view("<u4").reshape(-1, self.width).T)
-        codes = quantised.unpacked(down, self.bits, rows[1] - first)
-        worth = quantised.integers(self.bits)[codes[columns[0] : columns[1], rows[0] - first :]]
+        codes = formulas.unpacked(down, self.bits, rows[1] - first)
+        worth = formulas.integers(self.bits)[codes[columns[0] : columns[1], rows[0] - first :]]
         return np.ascontiguousarray(worth.T)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from darekit import quantised
 from darekit.checkpoints.checkpoint import SAMPLE_BYTES, TensorInfo
+from darekit.checkpoints.quantised import formulas
 from darekit.checkpoints.quantised.codes import Codes, Desk
+from darekit.checkpoints.quantised.formulas import Singles
 from darekit.checkpoints.quantised.scales import Grid, read_part, refuse_impossible, widened
 from darekit.checkpoints.sources import Source, Traits, refuse_outside, traits_of
 from darekit.dtypes import Bytes, DType, narrow
 from darekit.errors import DataError
 from darekit.kernels import quantised as kernels
-from darekit.quantised import Singles
 
 TAG = b"darekit-dequantised-1\0"  # frozen: seeds depend on it, see `identity_of`
 TILES = 4 * 65536  # elements that are decoded in one call of a kernel, as many as the engine's fast lane asks for
@@ -99,36 +100,10 @@ class Stored:
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled:
-    """A tensor whose codes lie in the order of its elements.
-
-    Attributes:
-        stored: what is stored of it.
-        codes: one for each element.
-        table: what each is worth.
-        how: the same as arithmetic, for kernels.
-        scales: one for each block.
-        zeros: subtracted before; None: nothing is.
-        rows: of a matrix of those that lie one behind the other: blocks do not reach into the next.
-        columns: of a row.
-        block: rows and columns of elements that share a scale.
-        factor: of all elements.
-        desk: where threads decode.
-        anything: whether codes that are not 0 may have a scale of 0: bitsandbytes gives zeros any code.
-    """
+class Coded(ABC):
+    """A tensor of codes, which decodes itself when it is read. `stored`: what is stored of it."""
 
     stored: Stored
-    codes: Codes
-    table: Singles
-    how: kernels.How
-    scales: Grid
-    zeros: Grid | None
-    rows: int
-    columns: int
-    block: tuple[int, int]
-    desk: Desk
-    factor: float = 1.0
-    anything: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -149,8 +124,54 @@ class Scaled:
         refuse_outside(buffer, offset, self.nbytes)
         read_elements(self._decode, buffer, offset, self.stored.dtype.itemsize)
 
+    def rounding(self) -> tuple[float, float]:
+        """From a sample: about the squared norm of what rounding to these codes has changed, and that of the tensor."""
+        return self._rounding
+
+    @cached_property
+    def _rounding(self) -> tuple[float, float]:
+        return self._sampled()
+
+    @abstractmethod
     def _decode(self, start: int, raw: Bytes) -> None:
         """Whole elements from one on, into (n,) uint8."""
+
+    @abstractmethod
+    def _sampled(self) -> tuple[float, float]:
+        """What `rounding` keeps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(Coded):
+    """A tensor whose codes lie in the order of its elements.
+
+    Attributes:
+        codes: one for each element.
+        table: what each is worth.
+        how: the same as arithmetic, for kernels.
+        scales: one for each block.
+        zeros: subtracted before; None: nothing is.
+        rows: of a matrix of those that lie one behind the other: blocks do not reach into the next.
+        columns: of a row.
+        block: rows and columns of elements that share a scale.
+        factor: of all elements.
+        desk: where threads decode.
+        anything: whether codes that are not 0 may have a scale of 0: bitsandbytes gives zeros any code.
+    """
+
+    codes: Codes
+    table: Singles
+    how: kernels.How
+    scales: Grid
+    zeros: Grid | None
+    rows: int
+    columns: int
+    block: tuple[int, int]
+    desk: Desk
+    factor: float = 1.0
+    anything: bool = False
+
+    def _decode(self, start: int, raw: Bytes) -> None:
         size, dtype = self.stored.dtype.itemsize, self.stored.dtype
         scratch = self.desk.room("scratch", 8 * kernels.BLOCK).view(np.float32).reshape(2, kernels.BLOCK)
         end = start + raw.nbytes // size
@@ -202,7 +223,7 @@ class Scaled:
         """By the definition."""
         begin, columns, height, width, top, left = place
         zeros = np.zeros_like(scales) if zeros is None else zeros
-        return quantised.worth(
+        return formulas.worth(
             codes, table, zeros, scales, begin, columns, (height, width), (top, left), np.float32(factor)
         )
 
@@ -215,13 +236,8 @@ class Scaled:
                 "quantised"
             )
 
-    def rounding(self) -> tuple[float, float]:
-        """From a sample: about the squared norm of what rounding to these codes has changed, and that of the tensor."""
-        return self._rounding
-
-    @cached_property
-    def _rounding(self) -> tuple[float, float]:
-        widths, error, square = quantised.cells(self.table), 0.0, 0.0
+    def _sampled(self) -> tuple[float, float]:
+        widths, error, square = formulas.cells(self.table), 0.0, 0.0
         for start, count in sampled_at(self.stored.count, self.rows * self.columns):
             codes, zeros, scales, place = self._read(start, count)
             values = self._worth(codes, self.table, zeros, scales, place, self.factor)
@@ -285,41 +301,20 @@ class Shelf:
 
 
 @dataclass(frozen=True, eq=False)
-class Flipped:
+class Flipped(Coded):
     """Matrices that were packed down their columns: (e, n, g, b) bytes of two codes each -> (e, 2 g b, n).
 
     Attributes:
-        stored: what is stored of it.
         blocks: the codes, the first of two in the lower bits.
         scales: (e, n, g) powers of two, one for 2 b codes.
         shape: (e, n, g, b).
         shelf: where matrices are kept that were read.
     """
 
-    stored: Stored
     blocks: Source
     scales: TensorInfo
     shape: tuple[int, int, int, int]
     shelf: Shelf
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return self.stored.nbytes
-
-    @cached_property
-    def traits(self) -> Traits:
-        """Those of what is stored."""
-        return self.stored.traits(self.rounding)
-
-    def read_into(self, buffer: Bytes, offset: int) -> None:
-        """(n,) uint8, filled with the n bytes that begin at byte `offset` of the tensor.
-
-        Raises:
-            DataError: a scale is NaN.
-        """
-        refuse_outside(buffer, offset, self.nbytes)
-        read_elements(self._decode, buffer, offset, self.stored.dtype.itemsize)
 
     def _decode(self, start: int, raw: Bytes) -> None:
         size, dtype, (_, n, g, b) = self.stored.dtype.itemsize, self.stored.dtype, self.shape
@@ -334,7 +329,7 @@ class Flipped:
             words = part.view(np.uint16) if direct else np.empty(stop - done, np.uint16)
             with self.shelf.matrix((id(self), expert), partial(self._read, expert)) as found:
                 kernels.flipped_bf16(
-                    found.pairs, quantised.E2M1, kernels.E2M1, found.scales, 2 * b, begin, words, scratch
+                    found.pairs, formulas.E2M1, kernels.E2M1, found.scales, 2 * b, begin, words, scratch
                 )
             if not direct:  # BF16 holds every product of these codes and powers of two, but for the smallest
                 rounded = np.empty(part.nbytes, np.uint8)
@@ -359,21 +354,16 @@ class Flipped:
         refuse_impossible(found, self.scales.name, self.stored.name)
         return found.reshape(many, g)
 
-    def rounding(self) -> tuple[float, float]:
-        """From a sample: about the squared norm of what rounding to these codes has changed, and that of the tensor."""
-        return self._rounding
-
-    @cached_property
-    def _rounding(self) -> tuple[float, float]:
+    def _sampled(self) -> tuple[float, float]:
         _, _, g, b = self.shape
-        widths, error, square = quantised.cells(quantised.E2M1), 0.0, 0.0
+        widths, error, square = formulas.cells(formulas.E2M1), 0.0, 0.0
         rows = self.shape[0] * self.shape[1]
         many = min(rows, max(1, SAMPLED_ELEMENTS // max(1, 2 * g * b)))
         for start in dict.fromkeys(i * (rows - many) // (SAMPLED - 1) for i in range(SAMPLED if rows else 0)):
             raw = np.empty(many * g * b, np.uint8)
             self.blocks.read_into(raw, start * g * b)
-            codes, scales = quantised.nibbles(raw, False), np.repeat(self._scales(start, many).reshape(-1), 2 * b)
-            square += float(np.square(quantised.E2M1[codes] * scales, dtype=np.float64).sum())
+            codes, scales = formulas.nibbles(raw, False), np.repeat(self._scales(start, many).reshape(-1), 2 * b)
+            square += float(np.square(formulas.E2M1[codes] * scales, dtype=np.float64).sum())
             error += float(np.square(widths[codes] * scales, dtype=np.float64).sum()) / 12
         return error, square
 
