@@ -437,7 +437,7 @@ def test_the_readme_takes_its_numbers_from_the_pages_that_it_links_to():
 
 
 def test_measurements_find_their_places(tmp_path):
-    for page, parts in ((bench.PAGE, ("bench",)), (bench_packs.PAGE, ("sizes", "speeds", "gpu"))):
+    for page, parts in ((bench.PAGE, ("bench", "adapters")), (bench_packs.PAGE, ("sizes", "speeds", "gpu"))):
         text = page.read_text(encoding="utf-8")
         for part in parts:
             begin, end = f"<!-- {part}:begin -->\n", f"\n<!-- {part}:end -->"

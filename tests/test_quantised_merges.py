@@ -7,10 +7,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+import transformers
 
 import coded
 import darekit as dk
 import families
+import tiny
 from darekit.errors import DarekitError, HomologyError
 from darekit.planning import checks
 
@@ -258,3 +261,33 @@ def test_a_live_model_is_what_is_decoded(here):
             found[name] = {key: value.float() for key, value in build(plan, device="cpu").model.state_dict().items()}
     assert found["base-8"].keys() == found["base-16"].keys()
     assert all(torch.equal(value, found["base-16"][key]) for key, value in found["base-8"].items())
+
+
+def test_a_gpt_oss_in_shards_is_what_transformers_makes_of_it(tmp_path):
+    """Codes in one shard, their scales in another; transformers decodes it while it loads."""
+    tiny.build("GptOssForCausalLM", hidden_size=64, intermediate_size=64).to(torch.bfloat16).save_pretrained(
+        tmp_path / "plain"
+    )
+    parts = {}
+    for name, value in families.load(tmp_path / "plain").items():
+        stored = coded.blocks(name, np.asarray(value, np.float32))[0] if name.endswith("_proj") else {name: value}
+        parts |= stored
+    (tmp_path / "coded").mkdir()
+    shards = {name: f"model-0000{1 + name.endswith('_scales')}-of-00002.safetensors" for name in parts}
+    for file in set(shards.values()):
+        families.write_safetensors(tmp_path / "coded" / file, {n: v for n, v in parts.items() if shards[n] == file})
+    index = {"metadata": {}, "weight_map": shards}
+    (tmp_path / "coded" / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "coded" / "config.json").write_text(json.dumps(config))
+    dk.merge({"models": [str(tmp_path / "coded")], "merge_method": "linear"}, tmp_path / "decoded")
+    decoded = json.loads((tmp_path / "decoded" / "config.json").read_text())
+    assert len(set(shards.values())) == 2 and "quantization_config" not in decoded
+    told = transformers.Mxfp4Config(dequantize=True)
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "coded", dtype=torch.bfloat16, quantization_config=told
+    ).state_dict()
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.bfloat16).state_dict()
+    assert found.keys() == wanted.keys()
+    assert [name for name in found if not torch.equal(found[name], wanted[name])] == []

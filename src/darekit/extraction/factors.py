@@ -249,13 +249,15 @@ def _rotated(work: Matrix) -> Matrix:
     many = _blocks(size)
     edges = [size * i // many for i in range(many + 1)]
     pairs = [(i, j) for i in range(many) for j in range(i + 1, many)]
-    top, kind = float(np.sqrt(np.einsum("ij,ij->j", work, work, dtype=np.float64).max())), np.dtype(np.float32)
+    top, exact = float(np.sqrt(np.einsum("ij,ij->j", work, work, dtype=np.float64).max())), False
+    work /= np.float32(top or 1)  # squares stay within float32
+    top = 1.0
     for _ in range(SWEEPS):
         worst = 0.0
         for i, j in pairs:
             left, right = slice(edges[i], edges[i + 1]), slice(edges[j], edges[j + 1])
             pair = np.concatenate([work[:, left], work[:, right]], axis=1)
-            wide = pair.astype(kind, copy=False)
+            wide = pair.astype(np.float64) if exact else pair
             products = wide.T @ wide
             del wide
             off, largest = _off(products, top)
@@ -267,8 +269,7 @@ def _rotated(work: Matrix) -> Matrix:
                 del vectors
         if worst <= 1:
             break
-        if worst * SETTLED < COARSE:  # the last sweeps need products that are exact
-            kind = np.dtype(np.float64)
+        exact = exact or worst * SETTLED < COARSE  # the last sweeps need products that are exact
     else:
         raise np.linalg.LinAlgError(f"Jacobi rotations did not settle in {SWEEPS} sweeps")
     del pair, products

@@ -79,7 +79,9 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Unpac
 
 def open_bound(base: str | Path, pack: str | Path) -> Checkpoint:
     """Open what a pack is to be bound to: a stored checkpoint, or one with adapters on it (`base+adapter`)."""
-    return opening.open_base(base) if isinstance(base, str) and "+" in base else open_base(base, pack)
+    if isinstance(base, str) and "+" in base:
+        return opening.open_base(base, openers=opening.OPENERS)
+    return open_base(base, pack)
 
 
 def _refuse_wrong(pack: Pack, records: Mapping[str, Mapping[str, Any]]) -> None:
