@@ -197,14 +197,13 @@ def test_the_fast_lane_of_surveys_gives_the_same_bits_and_records(k, parameters,
         monkeypatch.setattr(Select, "SAMPLE_FROM", 1 << 18 if large else 1 << 30)
         results = []
         for fast in (True, False):
+            arguments = {"method": dk.merge_method("sce", **parameters), "seeds": SEEDS[:k]}
             with monkeypatch.context() as patch:
                 records = recorded(patch)
                 if not fast:
                     patch.setattr(tiles, "fuse_survey", lambda step, surveyor: None)
-                found = dk.merge_tensors(
-                    {"w": base}, [{"w": m} for m in models], method=dk.merge_method("sce", **parameters), seeds=SEEDS[:k],
-                    **({} if fast else {"tile": 3000}),
-                )  # fmt: skip
+                    arguments["tile"] = 3000
+                found = dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)
                 results.append((found["w"], dict(records)))
         same_bits(results[0][0], results[1][0])
         assert results[0][1] == results[1][1]
