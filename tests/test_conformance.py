@@ -184,6 +184,70 @@ def test_the_fast_lane_without_a_base_and_for_one_model(large, monkeypatch):
         same_bits(dk.merge_tensors({"w": base}, [{"w": models[0]}], method=method)["w"], models[0])
 
 
+SCE = ({"select_topk": 0.1}, {"select_topk": 0.3, "floor": 0}, {"floor": 0}, {"select_topk": 0}, {"lambda": 0.7})
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("parameters", SCE)
+def test_the_fast_lane_of_surveys_gives_the_same_bits_and_records(k, parameters, monkeypatch):
+    """With and without the pass that adds up energies, and whether windows are found by sampling or not."""
+    rng = np.random.default_rng(21)
+    base, models = oracle.family(rng, (700, 1001), "BF16", k=k)
+    for large in (True, False):
+        monkeypatch.setattr(Select, "SAMPLE_FROM", 1 << 18 if large else 1 << 30)
+        results = []
+        for fast in (True, False):
+            arguments = {"method": dk.merge_method("sce", **parameters), "seeds": SEEDS[:k]}
+            with monkeypatch.context() as patch:
+                records = recorded(patch)
+                if not fast:
+                    patch.setattr(tiles, "fuse_survey", lambda step, surveyor: None)
+                    arguments["tile"] = 3000
+                found = dk.merge_tensors({"w": base}, [{"w": m} for m in models], **arguments)
+                results.append((found["w"], dict(records)))
+        same_bits(results[0][0], results[1][0])
+        assert results[0][1] == results[1][1]
+
+
+def test_energies_are_added_up_only_where_they_matter(monkeypatch):
+    """Below the floor models count alike, and nobody reads them once more to find out by how much."""
+    rng = np.random.default_rng(22)
+    base, models = oracle.family(rng, (300, 1001), "BF16")
+    passes = []
+    for floor in (1e6, 0, 1e-12):
+        with monkeypatch.context() as patch:
+            runs = recorded(patch, "bytes_read")
+            dk.merge_tensors({"w": base}, [{"w": m} for m in models], method=dk.sce(select_topk=0.2, floor=floor))
+        passes.append(runs["bytes_read"] / (4 * base.nbytes))
+    assert passes[0] + 1 == passes[1] == passes[2]
+
+
+def recorded(patch, name="records"):
+    """What the engine says of the next merge: its tensors' records, or something else."""
+    run, kept = execution.run, {}
+
+    def watched(*arguments, **options):
+        done = run(*arguments, **options)
+        kept.update(done.records if name == "records" else {name: getattr(done, name)})
+        return done
+
+    patch.setattr(execution, "run", watched)
+    return kept
+
+
+@pytest.mark.parametrize("parameters", [{"select_topk": 0.3}, {"select_topk": 0.3, "floor": 0}])
+def test_the_fast_lane_of_surveys_gives_way_where_a_value_is_not_finite(parameters):
+    rng = np.random.default_rng(23)
+    base, models = oracle.family(rng, 600_000, "BF16")
+    spoilt = models[1].copy()
+    spoilt[[5, 150_000, 599_999]] = np.nan, np.inf, -np.inf
+    given = [{"w": models[0]}, {"w": spoilt}, {"w": models[2]}]
+    arguments = {"method": dk.merge_method("sce", **parameters), "seeds": SEEDS, "allow_nonfinite": True}
+    found, general = (dk.merge_tensors({"w": base}, given, tile=tile, **arguments)["w"] for tile in (65536, 5000))
+    same_bits(found, general)
+    assert np.array_equal(found[[5, 150_000, 599_999]], base[[5, 150_000, 599_999]])
+
+
 def test_more_models_than_the_fast_lane_takes():
     rng = np.random.default_rng(13)
     base, models = oracle.family(rng, (130, 517), "BF16", k=9)

@@ -353,8 +353,7 @@ def test_importing_the_package_is_light():
 
 
 def test_the_list_of_loaded_modules_can_show_heavy_ones():
-    code = "import numpy as np; from darekit.kernels import cpu; cpu.scale(np.ones(3, np.float32), np.float32(2))"
-    modules, _, _ = loaded(code)
+    modules, _, _ = loaded("from darekit.kernels import cpu; cpu.scale.compile()")
     assert {"numpy", "numba"} <= modules and "torch" not in modules
 
 
@@ -410,6 +409,40 @@ def test_a_merge_loads_what_it_needs_and_no_more(llamas, tmp_path):
     modules, returned, said = loaded(PLAN, recipe)
     assert returned == 0, said
     assert "darekit.planning.plan" in modules and not modules & ASIDE
+
+
+DRY = """
+import json, sys
+import darekit as dk
+from darekit.planning.losses import sample_rounding
+for recipe in json.loads(sys.argv[1]):
+    with dk.plan(recipe) as plan:
+        assert sample_rounding(plan) is not None, recipe
+"""
+DARE = {"method": "dare", "drop_rate": 0.5}
+DRY_RUNS = [
+    {"merge_method": "ties", "sparsify": DARE, "parameters": {"keep": 0.2}},
+    {"merge_method": "ties", "sparsify": DARE, "parameters": {"keep": 0.2, "trim": "model"}},
+    {"merge_method": "linear", "sparsify": {**DARE, "rescale": "l1"}},
+    {"merge_method": "ties", "sparsify": {**DARE, "method": "della"}},
+    {"merge_method": "linear", "sparsify": {"method": "breadcrumbs", "drop_rate": 0.5}},
+    {"merge_method": "sce", "parameters": {"select_topk": 0.3}},
+    {"merge_method": "sce", "sparsify": DARE},
+    {"merge_method": "ram"},
+    {"merge_method": "ramplus_tl"},
+    {"merge_method": "model_stock", "parameters": {"filter_wise": True}},
+    {"merge_method": "ties", "sparsify": DARE, "dtype": "float32"},
+    {"merge_method": "linear", "rounding": "stochastic", "sparsify": DARE, "parameters": {"lambda": 0.5}},
+]  # fmt: skip
+
+
+def test_what_a_dry_run_merges_of_a_sample_needs_no_numba(llamas):
+    """With kernels that a run before has kept: importing numba took more time than all else."""
+    recipes = json.dumps([families.recipe(llamas.path, sparsify=None) | more for more in DRY_RUNS])
+    for _ in range(2):
+        modules, returned, said = loaded(DRY, recipes)
+        assert returned == 0, said
+    assert "darekit.engine.sampling" in modules and "numba" not in modules
 
 
 def test_what_a_plain_merge_leaves_aside_exists():

@@ -16,7 +16,7 @@ from darekit.engine.fused import FEW, Blocks
 from darekit.engine.known import is_finer
 from darekit.engine.losses import Losses
 from darekit.engine.measuring import Products
-from darekit.engine.steps import Step
+from darekit.engine.steps import Merge
 from darekit.engine.surveying import Highest, Surveyor, WholeSurveyor
 from darekit.kernels import surveys
 from darekit.kernels.lanes import SAMPLED, SUMS
@@ -31,7 +31,7 @@ AT_ALL = np.array([0, 1, 1 << 31, 0], np.int64)  # bounds where nothing is selec
 class FusedSurvey:
     """A step's surveyor, fed from raw bytes: (2n,) uint8 of the base and (K, n) uint16 of the models each time."""
 
-    def __init__(self, step: Step, surveyor: Surveyor) -> None:
+    def __init__(self, step: Merge, surveyor: Surveyor) -> None:
         self.step, self.surveyor = step, surveyor
         self._alike = (np.float32(1),) * len(step.models)  # weights where none are needed: K alone
         self._survivors = surveyor.survivors if isinstance(surveyor.survivors, Highest) else None
@@ -94,7 +94,7 @@ def _parts(many: int, count: int) -> list[Products]:
     return parts
 
 
-def fuse_survey(step: Step, surveyor: Surveyor | WholeSurveyor | None) -> FusedSurvey | None:
+def fuse_survey(step: Merge, surveyor: Surveyor | WholeSurveyor | None) -> FusedSurvey | None:
     """The step's fast lane, if its survey is one by variance, and its inputs and output are plain BF16."""
     survey = MERGE_METHODS[step.method].survey
     if survey is None or not isinstance(surveyor, Surveyor) or step.base is None or step.on_weights:
