@@ -81,6 +81,7 @@ class Mutant:
     old: str
     new: str
     text: str
+    owner: tuple[str, ...]
     source: str
 
     @property
@@ -92,7 +93,7 @@ class Mutant:
     def told(self) -> str:
         """Where it is and what it does, in a line: what `equivalents.txt` has too."""
         change = f"{' '.join(self.old.split())} -> {' '.join(self.new.split()) or 'nothing'}"
-        return f"{self.module}: {change}, in `{self.text}`"
+        return f"{'.'.join((self.module, *self.owner))}: {change}, in `{self.text}`"
 
 
 # --- what may be changed
@@ -105,7 +106,8 @@ def mutants_of(module: str, text: str) -> Iterator[Mutant]:
     for line in lines:
         starts.append(starts[-1] + len(line))
     raw = text.encode()
-    for node, changed in sorted(_changes(ast.parse(text)), key=lambda one: (one[0].lineno, one[0].col_offset)):
+    tree = ast.parse(text)
+    for node, changed in sorted(_changes(tree), key=lambda one: (one[0].lineno, one[0].col_offset)):
         begin = starts[node.lineno - 1] + node.col_offset
         end = starts[node.end_lineno - 1] + node.end_col_offset
         new = "pass" if changed is None else ast.unparse(changed)
@@ -114,7 +116,16 @@ def mutants_of(module: str, text: str) -> Iterator[Mutant]:
             new = f"({new})"
         source = (raw[:begin] + new.encode() + raw[end:]).decode()
         first = lines[node.lineno - 1].decode().strip()
-        yield Mutant(module, node.lineno, node.end_lineno, raw[begin:end].decode(), shown, first, source)
+        yield Mutant(
+            module,
+            node.lineno,
+            node.end_lineno,
+            raw[begin:end].decode(),
+            shown,
+            first,
+            _owner(tree, node.lineno),
+            source,
+        )
 
 
 def _changes(tree: ast.Module) -> Iterator[tuple[Any, ast.AST | None]]:
@@ -239,7 +250,7 @@ def implant(mutant: Mutant) -> bool:
     changed.__file__ = module.__file__
     exec(compile(mutant.source, str(module.__file__), "exec"), changed.__dict__)
     old, new = vars(module), vars(changed)
-    owner = _owner(ast.parse(mutant.source), mutant.line)
+    owner = mutant.owner
     for word in owner[:-1]:
         old, new = vars(old[word]), vars(new[word])
     if owner and (into := _function(old[owner[-1]])) is not None:
@@ -312,7 +323,7 @@ class Session:
         """Tests that run a line of it, the quick ones first; of what runs while a module is imported: all of its."""
         lines = self.lines[mutant.module]
         span = range(mutant.line, mutant.end + 1)
-        if not _owner(ast.parse(mutant.source), mutant.line):
+        if not mutant.owner:
             span = range(1, 1 + max(lines, default=0))
         names = set().union(*(lines[line] for line in span if line in lines))
         return sorted(names, key=lambda at: self.seconds[at])

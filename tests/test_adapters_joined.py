@@ -3,6 +3,8 @@
 nothing that an adapter brings beside its factors is lost."""
 
 import json
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -248,3 +250,17 @@ def test_one_adapter_can_be_made_smaller(three, tmp_path):
             u, s, vt = np.linalg.svd(delta(three, "b", one.module))
             best = (u[:, :2] * s[:2]) @ vt[:2]
             assert np.linalg.norm(product(tmp_path / "out", one.module) - best) <= 1e-5 * s[0]
+
+
+def test_a_recipe_for_an_adapter_is_judged_as_the_model_that_it_makes(three, tmp_path):
+    """A judge of folders gets the merged model, the very bytes that the recipe without `output: adapter` writes."""
+    data = recipe(three, "a", "c")
+    dk.merge({key: value for key, value in data.items() if key != "output"}, tmp_path / "model")
+    (tmp_path / "judge.py").write_text(
+        "import json, pathlib, sys, zlib\n"
+        "print(json.dumps({'sum': zlib.crc32(pathlib.Path(sys.argv[1], 'model.safetensors').read_bytes())}))\n"
+    )
+    judge = {"command": [sys.executable, str(tmp_path / "judge.py")]}
+    (found,) = dk.evaluate([data], judge=judge).evaluations
+    expected = zlib.crc32((tmp_path / "model" / "model.safetensors").read_bytes())
+    assert found.error is None and found.scores["sum"].value == expected

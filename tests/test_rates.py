@@ -196,6 +196,24 @@ def test_auto_everywhere_is_auto(llamas):
     assert open_rates(data) == shared and any(shared[0].values())
 
 
+def test_what_cannot_be_sampled_is_not_dropped(llamas, tmp_path):
+    """Tensors that are computed from the first element on: a few chunks of one would cost all of it."""
+    inner = tmp_path / "inner.yaml"
+    inner.write_text(json.dumps(families.recipe(llamas.path, k=2, merge_method="ties", parameters={"keep": 0.5})))
+    with open_plan(read_recipe(auto(llamas) | {"models": [str(inner)]})) as plan:
+        assert not plan.rates[0]
+        assert {plan.rate_of(0, tensor) for tensor in plan.alignment.tensors} == {(0.0, 0.0)}
+
+
+def test_integers_have_no_settings(llamas, tmp_path):
+    for name, tensors in (("base", llamas.base), ("m0", llamas.models[0])):
+        families.save(tmp_path / name, {**tensors, "steps": np.arange(3)}, families.config())
+    recipe = families.recipe(tmp_path, k=1, sparsify={"method": "dare", "drop_rate": 0.5})
+    with open_plan(read_recipe(recipe)) as plan:
+        assert plan.settings["steps"].models == (None,)
+        assert all(found.models[0].rate == 0.5 for name, found in plan.settings.items() if name != "steps")
+
+
 def open_rates(data):
     with open_plan(read_recipe(data)) as plan:
         return plan.rates
