@@ -416,7 +416,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, metavar="N", help="so many mutants, drawn from all")
     parser.add_argument("--minutes", type=float, help="stop after so many")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "mutants", help="where results are kept")
-    parser.add_argument("--again", action="store_true", help="try survivors of earlier runs again")
+    parser.add_argument("--again", action="store_true", help="only what survived earlier runs")
     parser.add_argument("--show", action="store_true", help="only say what earlier runs found")
     arguments = parser.parse_args()
 
@@ -433,12 +433,10 @@ def main() -> int:
         for mutant in mutants_of(module, (ROOT / "src" / "darekit" / f"{module}.py").read_text(encoding="utf-8"))
     ]
     chosen = random.Random(0).sample(every, min(len(every), arguments.sample or len(every)))
+    left = {name for name, one in results.items() if one["outcome"] in ("survived", "not reached")}
     waiting = [
         mutant for mutant in chosen
-        if mutant.told not in same and (
-            mutant.name not in results
-            or (arguments.again and results[mutant.name]["outcome"] in ("survived", "not reached"))
-        )
+        if mutant.told not in same and (mutant.name in left if arguments.again else mutant.name not in results)
     ]  # fmt: skip
 
     def found(mutant: Mutant, outcome: str, by: str, seconds: float) -> None:
