@@ -151,7 +151,7 @@ def fuse(step: Merge, chains: Sequence[Sequence[Stage]]) -> FusedStep | None:
     if len(chains) > FEW:
         return None
     kernel = MERGE_METHODS[step.method].kernel
-    if kernel is None:
+    if kernel not in ("sum", "elect"):
         return None
     if any(entry.dtype.name != "BF16" or entry.count < step.begin + step.count for entry in inputs):
         return None

@@ -22,11 +22,21 @@ from darekit.engine.selection import Select, ShareOf
 from darekit.engine.steps import Merge
 from darekit.kernels import cpu
 from darekit.methods import MERGE_METHODS
-from darekit.methods.surveyed import DIVISOR_TINY, Survey, agreeing_mean, index_of, passes_before, variance
+from darekit.methods.surveyed import (
+    DIVISOR_TINY,
+    Survey,
+    agreeing_mean,
+    amplified,
+    index_of,
+    passes_before,
+    shared_and_unique,
+    variance,
+)
 
 Mask = npt.NDArray[np.bool_]
 
-SURELY = 1.001  # times what float32 adds up to: no less than the sum of these squares
+# Times what float32 adds up to, and so much for each element: no less than the sum of the squares, denormal ones too.
+SURELY, AT_LEAST = 1.001, 1e-36
 
 
 def _variance(deltas: Floats) -> Floats:
@@ -41,8 +51,22 @@ def _agreeing_mean(deltas: Floats, weights: Doubles) -> Floats:
     return found
 
 
+def _shared_and_unique(deltas: Floats, *, epsilon: float) -> Floats:
+    found = np.empty((2 * len(deltas), deltas.shape[1]), np.float32)
+    cpu.shared_and_unique(deltas, np.float32(epsilon), found)
+    return found
+
+
+def _amplified(deltas: Floats, factors: Doubles, *, epsilon: float) -> Floats:
+    found = np.empty(deltas.shape[1], np.float32)
+    cpu.changed_mean(deltas, factors.astype(np.float32), np.float32(epsilon), found)
+    return found
+
+
 # Fast twins of parts of surveys, to the bit, on float32.
-TWINS: dict[Callable[..., Any], Callable[..., Any]] = {variance: _variance, agreeing_mean: _agreeing_mean}
+TWINS: dict[Callable[..., Any], Callable[..., Any]] = {
+    variance: _variance, agreeing_mean: _agreeing_mean, shared_and_unique: _shared_and_unique, amplified: _amplified,
+}  # fmt: skip
 
 
 class Highest(ShareOf):
@@ -185,7 +209,8 @@ class Surveyor:
             assert self.survivors is not None
             self.survivors.settle()
             whole = self._selected and self.seen == self.step.count
-            if whole and self._alike is not None and self._alike(SURELY * self.total, self.step.count):
+            most = SURELY * self.total + AT_LEAST * self.seen
+            if whole and self._alike is not None and self._alike(most, self.step.count):
                 self.found = (self._weights(np.zeros(len(self.step.models)), self.step.count),)
         else:
             sums = np.array([add_leaves(part.finish())[0] for part in self.parts])
@@ -276,8 +301,7 @@ def _bound(part: Callable[..., Any] | None, parameters: Mapping[str, Any]) -> An
     """A part of a survey, or its fast twin, with those of the method's parameters that it takes."""
     if part is None:
         return None
-    if part in TWINS:
-        return TWINS[part]
     return partial(
-        part, **{name: parameters[name] for name in inspect.signature(part).parameters if name in parameters}
+        TWINS.get(part, part),
+        **{name: parameters[name] for name in inspect.signature(part).parameters if name in parameters},
     )

@@ -589,6 +589,14 @@ def combiner(step: Merge) -> Combine:
             return merged
 
         return add_up
+    if kernel == "changes":
+        ones, epsilon = np.ones(len(weights), np.float32), np.float32(step.parameters["epsilon"])
+
+        def average(deltas: Floats, merged: Floats, start: int) -> Floats:
+            cpu.changed_mean(deltas, ones, epsilon, merged)
+            return merged
+
+        return average
     entry = MERGE_METHODS[step.method]
     function, row = entry.function, step.row if len(step.shape) > 1 else step.count
     more = (weights,) if entry.weighted else ()

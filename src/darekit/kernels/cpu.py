@@ -292,6 +292,57 @@ def agreeing_mean(deltas, weights, least, out):
 
 
 @kept_kernel
+def changed_mean(deltas, factors, epsilon, out):
+    """(K, n) float32, (K,) float32 -> `out`, (n,) float32: of each element, the mean of the deltas larger than
+    `epsilon`; where there is one, it times its model's factor."""
+    alone, many = _float_block(), _float_block()
+    for begin in range(0, out.size, BLOCK):
+        count = min(BLOCK, out.size - begin)
+        merged = out[begin : begin + count]
+        for i in range(count):
+            alone[i] = np.float32(0)
+            many[i] = np.float32(0)
+            merged[i] = np.float32(0)
+        for k in range(factors.size):
+            factor, delta = factors[k], deltas[k, begin : begin + count]
+            for i in range(count):
+                here = abs(delta[i]) > epsilon
+                part = delta[i] if here else np.float32(0)
+                merged[i] += part
+                alone[i] += np.float32(factor * part)
+                many[i] += np.float32(1) if here else np.float32(0)
+        for i in range(count):
+            mean = merged[i] / (many[i] if many[i] > np.float32(1) else np.float32(1))
+            merged[i] = alone[i] if many[i] == np.float32(1) else mean
+    return 0
+
+
+@kept_kernel
+def shared_and_unique(deltas, epsilon, out):
+    """(K, n) float32 -> `out`, (2 K, n) float32: 1 where a delta larger than `epsilon` is one of several, then where it
+    is the only one."""
+    many = _float_block()
+    models = deltas.shape[0]
+    for begin in range(0, deltas.shape[1], BLOCK):
+        count = min(BLOCK, deltas.shape[1] - begin)
+        for i in range(count):
+            many[i] = np.float32(0)
+        for k in range(models):
+            delta = deltas[k, begin : begin + count]
+            for i in range(count):
+                many[i] += np.float32(1) if abs(delta[i]) > epsilon else np.float32(0)
+        for k in range(models):
+            delta = deltas[k, begin : begin + count]
+            shared, unique = out[k, begin : begin + count], out[models + k, begin : begin + count]
+            for i in range(count):
+                here = np.float32(1) if abs(delta[i]) > epsilon else np.float32(0)
+                alone = many[i] == np.float32(1)
+                shared[i] = np.float32(0) if alone else here
+                unique[i] = here if alone else np.float32(0)
+    return 0
+
+
+@kept_kernel
 def keep_where(deltas, mask):
     """(K, n) float32 in place: 0 where `mask`, (n,) uint8 of 0 and 1, is 0."""
     for k in range(deltas.shape[0]):

@@ -54,7 +54,8 @@ class Sparsifier:
 class MergeMethod:
     """K deltas -> one.
 
-    `kernel`: how the engine does it in float32: a weighted `sum`, or `elect` signs first; None: through the function.
+    `kernel`: how the engine does it in float32: a weighted `sum`, `elect` signs first, or the mean of the `changes`
+    alone; None: through the function.
     `models`: how many it takes besides the base, at least and at most. `trims`: each delta is first trimmed to its
     largest `keep` fraction. `keeps_one`: of a single delta with weight 1 it makes that delta, so that an untouched
     model can be copied to the bit. `mean_if`: the switch without which it is no mean, and so not the same of models as
@@ -76,7 +77,7 @@ class MergeMethod:
     function: Callable[..., Any]
     scope: Scope = "element"
     needs_base: bool = True
-    kernel: Literal["sum", "elect"] | None = None
+    kernel: Literal["sum", "elect", "changes"] | None = None
     models: tuple[int, float] = (1, float("inf"))
     trims: bool = False
     keeps_one: bool = False
@@ -187,7 +188,7 @@ MERGE_METHODS: dict[str, MergeMethod] = {
         MergeMethod(surveyed.sce, "tensor", survey=surveyed.SCE),
         MergeMethod(merging.nearswap, models=(1, 1)),
         MergeMethod(surveyed.arcee_fusion, "tensor", models=(1, 1), survey=surveyed.ARCEE_FUSION),
-        MergeMethod(merging.ram),
+        MergeMethod(merging.ram, kernel="changes"),
         MergeMethod(surveyed.ramplus_tl, "tensor", survey=surveyed.RAMPLUS_TL),
         MergeMethod(informed.fisher, needs_base=False, keeps_one=True, statistics="fisher"),
         MergeMethod(

@@ -211,7 +211,7 @@ ARCEE_FUSION = Survey(lines=divergence, scores=importance, quantiles=QUARTILES, 
 # --- ramplus_tl
 
 
-def _shared_and_unique(deltas: Floats, *, epsilon: float) -> Floats:
+def shared_and_unique(deltas: Floats, *, epsilon: float) -> Floats:
     """(K, ...) -> (2 K, ...) float32: 1 where a delta changes what others change too, then where it alone does."""
     changed, many = changes(deltas, epsilon)
     return np.concatenate([changed & (many > 1), changed & (many == 1)]).astype(np.float32)
@@ -223,7 +223,8 @@ def _factors(sums: Doubles, count: int, *, r: float, alpha: float, epsilon: floa
     return factors
 
 
-def _amplified(deltas: Floats, factors: Doubles, *, epsilon: float) -> Floats:
+def amplified(deltas: Floats, factors: Doubles, *, epsilon: float) -> Floats:
+    """(K, ...), (K,) -> (...): the mean of the deltas that change an element; where one does, it times its factor."""
     changed, many = changes(deltas, epsilon)
     number = deltas.dtype.type
     total, alone = np.zeros(deltas.shape[1:], deltas.dtype), np.zeros(deltas.shape[1:], deltas.dtype)
@@ -246,9 +247,9 @@ def ramplus_tl(
     Source: RAM+ (arXiv 2601.13572), per tensor as in mergekit: unique parts times
     1 + r min(shared_k / unique_k, alpha), where these are the numbers of model k's shared and unique elements.
     """
-    squares = _shared_and_unique(deltas, epsilon=epsilon)
+    squares = shared_and_unique(deltas, epsilon=epsilon)
     sums = squares.astype(np.float64).reshape(len(squares), -1).sum(axis=1)
-    return _amplified(deltas, _factors(sums, deltas[0].size, r=r, alpha=alpha, epsilon=epsilon), epsilon=epsilon)
+    return amplified(deltas, _factors(sums, deltas[0].size, r=r, alpha=alpha, epsilon=epsilon), epsilon=epsilon)
 
 
-RAMPLUS_TL = Survey(squares=_shared_and_unique, weights=_factors, merge=_amplified)
+RAMPLUS_TL = Survey(squares=shared_and_unique, weights=_factors, merge=amplified)
