@@ -5,7 +5,8 @@
 
 The yardstick multiplies each matrix of the family (float32, in memory) with as many columns, as many times, as the
 range finder does, on as many threads with BLAS to themselves. It reads and writes nothing, takes no inner products and
-computes no small decomposition: all of that counts against `dare extract`. Both run in turn; minima are compared.
+computes no small decomposition: all of that counts against `dare extract`. Both run in turn; minima are compared, of
+the time on the clock and of that of the processors, which other work on the machine changes less.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from threadpoolctl import threadpool_limits
 import family
 from darekit.extraction.factors import OVERSAMPLING, POWERS, flops, svd_flops
 
-PROGRAM = "from darekit.cli import main; main()"
+PROGRAM = """
+import json, sys, time
+import darekit as dk
+base, model, out, threads, word, amount = sys.argv[1:]
+began = time.process_time()
+kept = {word: int(amount) if word == "rank" else float(amount)}
+report = dk.extract(base, model, out, save=[], threads=int(threads), **kept)
+found = {"seconds": report.seconds, "processors": time.process_time() - began, "peak": report.peak_rss_bytes}
+print(json.dumps(found | {"error": report.error}))
+"""
 
 
 def shapes() -> list[tuple[int, int]]:
@@ -35,8 +45,8 @@ def shapes() -> list[tuple[int, int]]:
     ]
 
 
-def products(rank: int, threads: int) -> float:
-    """Seconds for the products that `of_rank` and `residual` take of all modules."""
+def products(rank: int, threads: int) -> tuple[float, float]:
+    """Seconds for the products that `of_rank` and `residual` take of all modules: on the clock, and of processors."""
     rng, columns = np.random.default_rng(0), rank + OVERSAMPLING
     matrices = {shape: rng.standard_normal(shape, np.float32) * np.float32(5e-4) for shape in set(shapes())}
 
@@ -48,21 +58,20 @@ def products(rank: int, threads: int) -> float:
             matrix.T @ left
         left[:, :rank] @ right[:, :rank].T
 
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, sorted(shapes(), reverse=True)))
-    return time.perf_counter() - began
+    return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
-def extract(folder: Path, threads: int, *amount: str) -> tuple[float, dict[str, float]]:
-    """Seconds of the whole command, and its report."""
+def extract(folder: Path, threads: int, word: str, amount: float) -> dict[str, float]:
+    """What `PROGRAM` prints, in a process of its own, and `whole`: seconds of the process."""
     out = folder / "adapter"
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-c", PROGRAM, "extract", str(folder / "base"), str(folder / "math"), str(out), *amount,
-               "--threads", str(threads), "--json", "--save", "none"]  # fmt: skip
+    command = [sys.executable, "-c", PROGRAM, str(folder / "base"), str(folder / "math"), str(out), str(threads), word]
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return time.perf_counter() - began, json.loads(done.stdout)
+    done = subprocess.run([*command, str(amount)], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout) | {"whole": time.perf_counter() - began}
 
 
 def main() -> None:
@@ -75,35 +84,40 @@ def main() -> None:
     parser.add_argument("--products", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.products:  # in a process of its own: a child's peak memory is at least its parent's
-        print(products(given.rank, given.threads))
+        print(*products(given.rank, given.threads))
         return
     folder = given.scratch / "family"
     family.build(folder)
     alone = [sys.executable, __file__, str(given.scratch), "--products", "--rank", str(given.rank),
              "--threads", str(given.threads)]  # fmt: skip
     total = sum(flops(shape, given.rank) for shape in shapes())
-    plain, whole, inner, peak = [], [], [], 0.0
+    plain, found = [], []
+    extract(folder, given.threads, "rank", given.rank)  # compiles the kernels, if need be
     for _ in range(given.pairs):
-        plain.append(float(subprocess.run(alone, capture_output=True, text=True, check=True).stdout))
-        seconds, report = extract(folder, given.threads, "--rank", str(given.rank))
-        whole.append(seconds)
-        inner.append(report["seconds"])
-        peak = max(peak, report["peak_rss_bytes"])
-    print(f"rank {given.rank}: products alone {min(plain):.2f} s, {total / min(plain) / 1e9:.0f} GFLOP/s")
+        told = subprocess.run(alone, capture_output=True, text=True, check=True).stdout.split()
+        plain.append(tuple(map(float, told)))
+        found.append(extract(folder, given.threads, "rank", given.rank))
+    clock, work = map(min, zip(*plain, strict=True))
+    seconds, processors, whole = (min(one[key] for one in found) for key in ("seconds", "processors", "whole"))
+    peak, error = max(one["peak"] for one in found), found[0]["error"]
+    pace = total / clock / 1e9
+    print(f"rank {given.rank}: products alone {clock:.2f} s, {pace:.0f} GFLOP/s; {work:.2f} s of processors")
     print(
-        f"extract {min(inner):.2f} s ({min(plain) / min(inner):.0%} of that rate), whole command {min(whole):.2f} s, "
-        f"peak {peak / 1e6:.0f} MB, error {report['error']:.3f}"
+        f"extract {seconds:.2f} s ({clock / seconds:.0%} of that rate), {processors:.2f} s of processors "
+        f"({work / processors:.0%}), whole command {whole:.2f} s, peak {peak / 1e6:.0f} MB, error {error:.3f}"
     )
     if given.energy:
         # All singular values of the whole family take an hour of processor time: one layer of it tells the same.
         family.LAYERS, family.VOCABULARY = 1, 4096
         family.build(given.scratch / "layer")
-        work = sum(svd_flops(shape) for shape in shapes())
-        for word, amount in (("rank", str(given.rank)), ("energy", str(given.energy))):
-            seconds, report = extract(given.scratch / "layer", given.threads, f"--{word}", amount)
-            peak, pace = report["peak_rss_bytes"] / 1e6, work / report["seconds"] / 1e9
-            told = f", about {pace:.0f} GFLOP/s" if word == "energy" else ""
-            print(f"one layer, {word} {amount}: {report['seconds']:.1f} s{told}, peak {peak:.0f} MB")
+        flop = sum(svd_flops(shape) for shape in shapes())
+        for word, amount in (("rank", given.rank), ("energy", given.energy)):
+            one = extract(given.scratch / "layer", given.threads, word, amount)
+            told = f", about {flop / one['seconds'] / 1e9:.0f} GFLOP/s" if word == "energy" else ""
+            print(
+                f"one layer, {word} {amount}: {one['seconds']:.1f} s{told}, {one['processors']:.1f} s of processors, "
+                f"peak {one['peak'] / 1e6:.0f} MB"
+            )
 
 
 if __name__ == "__main__":
