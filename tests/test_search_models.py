@@ -115,7 +115,11 @@ def test_the_command_says_the_verdict_first_and_goes_on(place, tmp_path, dare):
     assert more.data["counts"]["trials"] == 5 and not more.err
     other = dare("search", "s.yaml", "--trials", 5, "--dtype", "bfloat16")
     assert other.code == 1 and "holds the results of another search:\n  dtype: null there" in other.err
-    for wrong, says in ((["--time", "soon"], "is not a time; write 90s, 30min or 2h"), (["--trials", 0], "--trials")):
+    for wrong, says in (
+        (["--time", "soon"], "is not a time; write 90s, 30min or 2h"),
+        (["--time", "0s"], "leaves no time"),
+        (["--trials", 0], "--trials"),
+    ):
         done = dare("search", "s.yaml", *wrong)
         assert done.code == 2 and says in " ".join(done.err.split())
 

@@ -705,11 +705,12 @@ def test_a_search_has_a_page_and_shows_itself(place):
     assert (page.verdict, *page.details) == tuple(found.summary["verdict"])
     assert page.title == found.summary["name"] and page.state == "" and page.source and "lambda" in page.source[1]
     facts = dict(page.facts)
-    assert facts["parameters.lambda"] == "0.0 to 1.5" and "models.0.parameters.weight [attention, mlp]" in facts
+    assert facts["lambda"] == "0.0 to 1.5" and "m0's weight, attention, mlp" in facts
     assert "judge.py:score" in facts["validation"] and facts["test used"] == "for 1 choice"
     titles = [part.title for section in page.sections for part in section.parts]
     drawn = {"Scores over trials", "Differences rung by rung", "Slices", "Parallel coordinates", "By group of tensors"}
-    assert drawn <= {*titles}
+    assert drawn <= {*titles} and {"Do they pull the same way?", "Interference by layer"} <= {*titles}
+    assert (found.out / "models" / "inspection.json").exists()
     [every] = [p for s in page.sections for p in s.parts if p.title.startswith("Every trial")]
     assert len(every.rows) == 12 and {row[1].split(" ")[0] for row in every.rows} == {"complete", "stopped"}
     html = found._repr_html_()
