@@ -396,7 +396,7 @@ def test_not_a_file(tmp_path):
         ("a: [1\nb: 2\n", "line 2: not YAML"),
         ("models:\n- model: a\n  range: [0, 8\ndtype: x\n", "a bracket is not closed (it begins on line 3)"),
         ("models:\n  - model: a\n  parameters:\n    weight: 1\n", "below the m of model"),
-        ("models:\n- model: a\n   weight: 1\n", "line 3: not YAML: mapping values are not allowed here; the keys of one"),
+        ("models:\n- model: a\n   weight: 1\n", "line 3: not YAML: mapping values are not allowed here; the keys"),
         ("    name: a\n    models: [b]\n    ---\n    models: [a]\n", "a line `---` between two documents begins in"),
         ("models: [a]\n---\nmodels: [b]\n", "documents 1 and 2 of 2 have no name"),
         ("models: [a]\nmerge_method: ties\nmodels: [b]\n", "line 3: models is given twice (first on line 1)"),
@@ -574,6 +574,11 @@ def test_bad_numbers(refuse, value, fragment):
 def test_infinite_numbers(refuse):
     for value in (".inf", "1e999", "-1e999"):
         refuse(f"models: [a]\nmerge_method: linear\nparameters: {{weight: {value}}}", "must be a finite number")
+
+
+def test_a_method_of_one_slice_is_told_where_it_belongs(refuse):
+    text = "slices:\n- sources: [{model: a, layer_range: [0, 2]}]\n  merge_method: passthrough\n"
+    refuse(text, "no merge_method", "move that of slices.0 to the top level")
 
 
 @pytest.mark.parametrize("seed", ["-1", "1.0", "1e3", "true", "18446744073709551616", "x", "[1]"])

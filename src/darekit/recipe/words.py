@@ -84,7 +84,10 @@ def check_names(document: Document, *, lenient: bool = False) -> tuple[Document,
     if "merge_method" not in data or not any(form in data for form in FORMS):
         _raise_unknown(document, unknown)
         missing = "merge_method" if "merge_method" not in data else "models"
-        fail(document, (), f"no {missing}; a recipe needs models (or slices, or modules) and merge_method")
+        slices = data["slices"] if isinstance(data.get("slices"), list) else []
+        inner = next((i for i, one in enumerate(slices) if isinstance(one, dict) and missing in one), None)
+        hint = "" if inner is None else f". It is one for all slices: move that of slices.{inner} to the top level"
+        fail(document, (), f"no {missing}; a recipe needs models (or slices, or modules) and merge_method{hint}")
     layout = layout_of(document)
     words = _words_of(document)
     for one in layout:
