@@ -15,7 +15,7 @@ from darekit.dtypes import DTYPES
 from darekit.engine import execution, tiles
 from darekit.engine.selection import Select
 from darekit.errors import RecipeError
-from darekit.methods import MERGE_METHODS
+from darekit.methods import MERGE_METHODS, spherical
 
 SHAPES = ((1,), (3,), (65,), (1025,), (3, 1), (1, 3), (130, 517), (2, 5, 64), ())
 CLOSE = {"BF16": 2**-8, "F16": 2**-10, "F32": 3e-6, "F64": 1e-11}
@@ -419,6 +419,13 @@ def test_the_mean_of_three_points_of_a_great_circle():
     np.testing.assert_allclose(found, [math.cos(0.6), math.sin(0.6)], rtol=1e-12)
     average = sum(points)
     assert abs(math.atan2(average[1], average[0]) - 0.6) > 0.01
+
+
+def test_a_model_opposite_to_the_mean_does_not_pull():
+    """There is no shortest way to it; the mean has the direction of the other two, and the mean of all norms."""
+    rows = np.array([[3.0, 4.0], [6.0, 8.0], [-3.0, -4.0]])
+    found = spherical.karcher(rows @ rows.T) @ rows
+    np.testing.assert_allclose(found, np.array([0.6, 0.8]) * (5 + 10 + 5) / 3, rtol=1e-12)
 
 
 def test_tensors_without_a_direction_have_no_say_in_karcher():
