@@ -184,8 +184,9 @@ def run(
                 )
                 try:
                     result = work.run(baselines, seconds)
-                    if not result.interrupted:
-                        look_at_models(recipe_with(found.recipe, {}, set(), None), folders, out, say or _ignore)
+                    with held.held(MODELS) as mine:  # of several processes one
+                        if mine and not result.interrupted:
+                            look_at_models(recipe_with(found.recipe, {}, set(), None), folders, out, say or _ignore)
                     return result
                 except Unasked as missing:
                     if say:
