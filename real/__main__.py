@@ -151,9 +151,11 @@ def train(
     Raises:
         SystemExit: one failed; what was finished is kept, and the others go on from their last state.
     """
+    from real.running import threads_of
+
     waiting = [*names]
     running: dict[str, subprocess.Popen[bytes]] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(jobs if len(names) == 1 else 1)}
+    environment = {**os.environ, **threads_of(jobs if len(names) == 1 else 1)}
     told = time.perf_counter()
     try:
         while waiting or running:

@@ -28,7 +28,7 @@ LORAS: Mapping[str, tuple[str, ...]] = {
     **{f"LoRA, rank {rank}": ("--rank", f"{rank}") for rank in RANKS},
     "LoRA, energy .9": ("--energy", "0.9"),
 }
-ENERGY_SECONDS = 240.0  # all singular values of every matrix; ranks take a few seconds
+ENERGY_SECONDS = 120.0  # all singular values of every matrix; ranks take a few seconds
 
 
 def pack_path(model: str, title: str) -> str:
@@ -88,7 +88,7 @@ def lora_steps(size: Size, one: str) -> Iterator[Step]:
     for title in titles:
         path = lora_path(one, title)
         words = ("extract", "base", one, path, *LORAS[title], "--dtype", "bfloat16", "--force", "--overwrite", "--json")
-        seconds = ENERGY_SECONDS if "energy" in title else 12.0
+        seconds = ENERGY_SECONDS if "energy" in title else 20.0
         yield Step(f"lora-{one}-{title}", f"{one} as {title}", words, seconds=seconds, makes=path, needs=(one,))
     adapters = [f"base+{lora_path(one, title)}" for title in titles]
     words = (

@@ -189,7 +189,7 @@ def call(words: Sequence[str], folder: Path, *, program: str = "dare", threads: 
     begin = ["-m", "darekit"] if program == "dare" else ["-m", program]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    environment["OMP_NUM_THREADS"] = str(threads)
+    environment |= threads_of(threads)
     last = ""
     with subprocess.Popen(
         [sys.executable, *begin, *words], cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -211,6 +211,12 @@ def call(words: Sequence[str], folder: Path, *, program: str = "dare", threads: 
         finally:
             reader.join()
     return process.returncode, "".join(out), last or "it printed nothing"
+
+
+def threads_of(count: int) -> dict[str, str]:
+    """What tells torch how many threads to have. Several wait asleep: where others use the cores too, threads that spin
+    until the last one is there take its time away."""
+    return {"OMP_NUM_THREADS": str(count), **({"OMP_WAIT_POLICY": "passive"} if count > 1 else {})}
 
 
 PATIENCE = 20.0  # seconds that a command has to keep what it has
