@@ -304,6 +304,12 @@ def test_a_size_at_a_limit_is_still_allowed():
     assert [one.to_data()["warning"] for one in (over, loud, quiet)] == [over.stop, loud.warning, None] != [None] * 3
 
 
+def test_a_model_is_identical_only_if_every_tensor_is():
+    same, other = (Norms("w", 9, delta, 1.0, 0.0, 0.0) for delta in (0.0, 1e-6))
+    assert "is identical to base" in homology.judge("m", "base", [same, same]).warning
+    assert homology.judge("m", "base", [same, other]).warning is None
+
+
 def test_integers_are_compared_where_a_model_has_them():
     """A model may lack a tensor, and without a base the first one that has it is what others are compared with."""
 
