@@ -175,7 +175,8 @@ def test_a_quantised_merge_needs_no_numba_when_its_kernels_are_kept(tmp_path):
         (tmp_path / name / "config.json").write_text('{"torch_dtype": "bfloat16"}')
         program = (
             "import sys, darekit as dk\n"
-            f"dk.merge({{'models': ['{tmp_path / name}'], 'merge_method': 'linear'}}, '{tmp_path}/out', overwrite=True)\n"
+            f"recipe = {{'models': ['{tmp_path / name}'], 'merge_method': 'linear'}}\n"
+            f"dk.merge(recipe, '{tmp_path}/out', overwrite=True)\n"
             "print('numba' in sys.modules)"
         )
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
