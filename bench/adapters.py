@@ -168,7 +168,7 @@ def main() -> None:
         f"{both.seconds / least.seconds:.0f} times as long, and {(both.written - least.written) / 1e9:.1f} GB of "
         f"copies that nobody needs. Until its output is on the disk `dare merge` takes "
         f"{min(cost.seconds for cost in synced):.2f} s. The two results differ by {distance(folder):.3f} of what the "
-        "merge changes, which is what rounding the copies to BF16 costs.",
+        "merge changes: the copies are rounded to BF16, and mergekit calculates in it.",
     ]
     text = "\n".join(lines)
     print(text)

@@ -162,3 +162,26 @@ def test_threads_that_come_first_together(monkeypatch):
     for thread in threads:
         thread.join()
     assert found == [6.0] * 8
+
+
+def test_a_quantised_merge_needs_no_numba_when_its_kernels_are_kept(tmp_path):
+    import coded
+    import families
+
+    weight = np.random.default_rng(0).standard_normal((256, 256), np.float32)
+    for name, form in (("fp8", coded.eights), ("rows", lambda n, w: coded.eights(n, w, (1, 256), scale="_scale"))):
+        (tmp_path / name).mkdir()
+        families.write_safetensors(tmp_path / name / "model.safetensors", form("a.up_proj.weight", weight)[0])
+        (tmp_path / name / "config.json").write_text('{"torch_dtype": "bfloat16"}')
+        program = (
+            "import sys, darekit as dk\n"
+            f"recipe = {{'models': ['{tmp_path / name}'], 'merge_method': 'linear'}}\n"
+            f"dk.merge(recipe, '{tmp_path}/out', overwrite=True)\n"
+            "print('numba' in sys.modules)"
+        )
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        found = [
+            subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+            for _ in range(2)
+        ]
+        assert found[1].stdout.split()[-1] == "False", found[1].stdout

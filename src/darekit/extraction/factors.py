@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A matrix as a product of two thin ones: truncated singular value decompositions, and how much they leave out.
 
-Arrays only. A budget (energy, error) needs all singular values: LAPACK. A rank needs the first few: a randomised range
+Arrays only. A budget (energy, error) needs all singular values: Jacobi rotations in place, which hold less than half of
+what LAPACK's decomposition would; small matrices are left to it. A rank needs the first few: a randomised range
 finder with power iterations (Halko, Martinsson, Tropp, arXiv 0909.4061), whose random matrix follows from a key, so
 that a tensor's factors depend on nothing but its values, on one machine.
 """

@@ -36,8 +36,8 @@ BLAS_BYTES = 40 << 20  # buffers that OpenBLAS keeps for each thread
 THIN_BYTES = 32 << 20  # what a thread takes for factors of adapters, roughly
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 
-# How fast LAPACK is at a singular value decomposition, and the range finder at its products, for each flop, compared
-# with a product of large matrices: measured with OpenBLAS.
+# How fast a whole decomposition is for each flop that LAPACK's would take, and the range finder at its products,
+# compared with a product of large matrices: measured with OpenBLAS.
 SVD_PACE, RANGE_PACE = 0.3, 0.7
 
 

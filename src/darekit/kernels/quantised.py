@@ -79,7 +79,9 @@ def _spread(grid, start, columns, block_rows, block_columns, top, left, out):
         end = min(columns, column + out.size - done)
         line = grid[row // block_rows - top]
         if block_columns == 1:
-            out[done : done + end - column] = line[column - left : end - left]
+            own, part = line[column - left : end - left], out[done : done + end - column]
+            for i in range(part.size):  # what slices are assigned by may raise, and needs numba at every run
+                part[i] = own[i]
             done += end - column
             continue
         group = column // block_columns
