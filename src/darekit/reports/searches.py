@@ -31,6 +31,7 @@ from darekit.reports.search_plots import (
 from darekit.reports.sweeps import judge_words, number_of
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED
 from darekit.searches.folders import MODELS, SUMMARY
+from darekit.wording import label
 
 _ROLES = {"best_single": "best single model", "best_plain": "best plain merge"}
 _WRITTEN = "as written"
@@ -146,7 +147,8 @@ def _facts(read: SearchFolder) -> Iterator[tuple[str, str]]:
         yield from [("base", str(recipe["base_model"]))] if recipe.get("base_model") else []
         yield from [("models", ", ".join(map(str, models)))] if models else []
     for one in question.get("constraints") or ():
-        yield "constraint", ", ".join(f"{key} {value}" for key, value in one.items() if value is not None)
+        of = f" of {label(str(one['of']))}" if one.get("of") else ""
+        yield "constraint", f"{one.get('score')} at {'least' if one.get('least') else 'most'} {one.get('bound')}{of}"
     yield from _space(read)
     for key in ("sampler", "seed"):
         if question.get(key) is not None:
