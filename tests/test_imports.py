@@ -432,7 +432,7 @@ DRY_RUNS = [
     {"merge_method": "ramplus_tl"},
     {"merge_method": "model_stock", "parameters": {"filter_wise": True}},
     {"merge_method": "ties", "sparsify": DARE, "dtype": "float32"},
-    {"merge_method": "linear", "rounding": "stochastic", "sparsify": DARE, "parameters": {"lambda": 0.5}},
+    {"merge_method": "task_arithmetic", "rounding": "stochastic", "sparsify": DARE, "parameters": {"lambda": 0.5}},
 ]  # fmt: skip
 
 
