@@ -56,7 +56,7 @@ FENCE = re.compile(
     re.M | re.S,
 )
 RUN = ("run", "run in sh", "run on the Hub")
-OTHERS_FLAGS = {"--random-seed"}  # mergekit's
+OTHERS_FLAGS = {"--random-seed", "--also"}  # of mergekit, and of `python -m real`
 # Where a command can begin: a line, a prompt, after another command, after variables.
 DARE_LINE = re.compile(r"^(?:.*?(?:&&|[;|$(])[ \t]*)?[ \t]*(?:\w+=\S*[ \t]+)*(?:\S*/)?(dare[ \t].*)$", re.M)
 

@@ -185,7 +185,7 @@ def memory(shape: tuple[int, int], rank: int | None) -> int:
     """Bytes that one matrix takes: itself, and what its decomposition needs; `rank` None: all singular values.
 
     >>> [round(memory(shape, None) / (4 * shape[0] * shape[1]), 1) for shape in ((1536, 1536), (38400, 1536))]
-    [3.5, 2.1]
+    [3.4, 2.0]
     """
     out, inner = shape
     whole, small = 4 * out * inner, min(out, inner)
