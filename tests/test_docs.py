@@ -38,6 +38,7 @@ import run as bench
 from darekit import cli
 from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, sample_digest
 from darekit.checkpoints.digests import TensorDigest, checkpoint_digest, tensor_digest
+from darekit.cli import mergekit_options
 from darekit.masks import draws, effective_seeds, kept, stream_of, threshold_of
 from darekit.recipe import read_recipe
 from hub_server import TOKEN, Hub
@@ -56,7 +57,11 @@ FENCE = re.compile(
     re.M | re.S,
 )
 RUN = ("run", "run in sh", "run on the Hub")
-OTHERS_FLAGS = {"--random-seed", "--also"}  # of mergekit, and of `python -m real`
+OTHERS_FLAGS = {
+    "--also",  # of `python -m real`; the others are mergekit's
+    *mergekit_options.SAME, *mergekit_options.SWITCHES, *mergekit_options.VALUES,
+    mergekit_options.CACHE, mergekit_options.OUT_PATH, mergekit_options.TRUNCATE,
+}  # fmt: skip
 # Where a command can begin: a line, a prompt, after another command, after variables.
 DARE_LINE = re.compile(r"^(?:.*?(?:&&|[;|$(])[ \t]*)?[ \t]*(?:\w+=\S*[ \t]+)*(?:\S*/)?(dare[ \t].*)$", re.M)
 
