@@ -130,6 +130,49 @@ def test_arguments_that_c_cannot_take_go_to_numba(fresh, folder):
     assert sorted((folder / "darekit").iterdir()) == before
 
 
+def test_a_part_from_another_file_is_not_taken_as_it_was(tmp_path, monkeypatch):
+    """numba keeps a kernel by its own file, and all that it calls with it: `cpu.py` changed, `surveys.py` did not."""
+    monkeypatch.setenv("DAREKIT_KERNEL_CACHE", "1")
+    whole = tmp_path / "whole.py"
+    whole.write_text("def whole(x):\n    return part(x[0])\n")
+    found = []
+    for number in (1.0, 2.0, 1.0):
+        monkeypatch.setattr(compiling, "_sources", lambda number=number: bytes([int(number)]))
+        (tmp_path / "part.py").write_text(f"def part(x):\n    return x + {number}\n")
+        names = {}
+        for path in (tmp_path / "part.py", whole):
+            exec(compile(path.read_text(), path, "exec"), names)
+            names[path.stem] = compiling.Kernel(names[path.stem], compiling.CACHED)
+        found.append(names["whole"](np.zeros(1)))
+    assert found == [1.0, 2.0, 1.0]
+    assert len(list(tmp_path.rglob("whole.whole*.nbi"))) == 2, "the third run takes the first one's"
+
+
+def test_what_kept_code_is_known_by(monkeypatch):
+    import llvmlite
+    import llvmlite.binding as llvm
+
+    seen = set()
+
+    def place(module=compiling, name="_sources", change=None):
+        with monkeypatch.context() as patch:
+            if change is not None:
+                patch.setattr(module, name, change)
+            compiling._about.cache_clear()
+            seen.add(compiling._place(cpu.scale.function, ("f1", "f")).name)
+        compiling._about.cache_clear()
+
+    place()
+    place()
+    assert len(seen) == 1
+    place(name="_sources", change=lambda: b"others")
+    place(name="_about_numba", change=lambda: b"another release")
+    place(llvmlite, "__version__", "0.0.1")
+    place(llvm, "get_host_cpu_name", lambda: "another")
+    place(llvm, "get_host_cpu_features", lambda: llvm.FeatureMap(sse=True))
+    assert len(seen) == 6
+
+
 def test_threads_that_come_first_together(monkeypatch):
     """A kernel is seen as compiled only when those that it calls are; numba cannot type the others."""
     import numba

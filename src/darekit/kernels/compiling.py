@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, update_wrapper
+from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -74,7 +75,11 @@ class Kernel:
             if isinstance(other, Kernel | Intrinsic) and other is not self:
                 names[name] = other.compile()
         twin = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-        return update_wrapper(twin, function)
+        update_wrapper(twin, function)
+        # numba looks for changes in the function's own file alone, and its caches are named after the function. What
+        # stands in other files is a part of the code as well.
+        twin.__qualname__ += f"_{_sources().hex()}"
+        return twin
 
 
 @dataclass(frozen=True)
@@ -270,7 +275,7 @@ def _loaded(code: bytes, kinds: tuple[str, ...], symbol: str) -> Callable[..., i
 
 
 def _place(function: Callable[..., Any], kinds: tuple[str, ...]) -> Path:
-    """Where the code of a kernel for these arguments, this source, processor and LLVM is kept."""
+    """Where the code of a kernel for these arguments, this source, processor, numba and LLVM is kept."""
     source = Path(function.__code__.co_filename)
     state = hashlib.blake2b(digest_size=16)
     for one in (_about(source), " ".join(kinds).encode()):
@@ -285,13 +290,32 @@ def _about(source: Path) -> bytes:
     import llvmlite
     import llvmlite.binding as llvm
 
+    return _digest(
+        source.read_bytes(), _sources(), _about_numba(), llvmlite.__version__, sys.platform, llvm.get_process_triple(),
+        llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), size=16,
+    )  # fmt: skip
+
+
+@cache
+def _sources() -> bytes:
+    """What all kernels are made of, in short: any of them may be a part of any other, and constants are, too."""
     here = Path(__file__).parent
-    about = [
-        *(path.read_bytes() for path in (source, *sorted(here.glob("*.py")), here.parent / "masks.py")),
-        llvmlite.__version__, sys.platform, llvm.get_process_triple(), llvm.get_host_cpu_name(),
-        llvm.get_host_cpu_features().flatten(),
-    ]  # fmt: skip
-    state = hashlib.blake2b(digest_size=16)
+    paths = (*sorted(here.glob("*.py")), here.parent / "masks.py")
+    return _digest(*(path.read_bytes() for path in paths if path.is_file()), size=8)  # a frozen program has none
+
+
+def _about_numba() -> bytes:
+    """numba's version, as its own file has it: importing numba to ask for it is what kept kernels do without.
+
+    Its releases that go with one of llvmlite's differ in what they make of a kernel.
+    """
+    found = find_spec("numba")
+    assert found is not None and found.origin is not None
+    return Path(found.origin).with_name("_version.py").read_bytes()
+
+
+def _digest(*about: bytes | str, size: int) -> bytes:
+    state = hashlib.blake2b(digest_size=size)
     for one in about:
         state.update(one if isinstance(one, bytes) else one.encode())
         state.update(b"\0")
