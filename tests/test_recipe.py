@@ -397,7 +397,10 @@ def test_not_a_file(tmp_path):
         ("models:\n- model: a\n  range: [0, 8\ndtype: x\n", "a bracket is not closed (it begins on line 3)"),
         ("models:\n  - model: a\n  parameters:\n    weight: 1\n", "below the m of model"),
         ("models:\n- model: a\n   weight: 1\n", "line 3: not YAML: mapping values are not allowed here; the keys"),
-        ("# pasted\n    name: a\n    models: [b]\n    ---\n    models: [a]\n", "a line `---` between two documents begins in"),
+        (
+            "# pasted\n    name: a\n    models: [b]\n    ---\n    models: [a]\n",
+            "a line `---` between two documents begins in",
+        ),
         ("models: [a]\n---\nmodels: [b]\n", "documents 1 and 2 of 2 have no name"),
         ("models: [a]\nmerge_method: ties\nmodels: [b]\n", "line 3: models is given twice (first on line 1)"),
         ("models:\n - model: a\n   model: b\n", "line 3: models.0.model is given twice (first on line 2)"),

@@ -141,7 +141,7 @@ def informed(results: Results, page: Path) -> Iterator[str]:
         values = [claims.cell_of(row, one).mean for one in models]
         rows.append(
             (
-                f"best of the merges above: {name}",
+                f"best merge by weights alone: {name}",
                 *(f"{one:.1f}" for one in values),
                 f"{fmean(values):.1f}",
                 f"{claims.cell_of(row, PROSE).mean:.1f}",
