@@ -406,6 +406,7 @@ def test_tables_call_a_models_setting_by_its_name(real, place):
     assert title_of("models.1.parameters.weight") == "models.1.parameters.weight"
 
 
+@llama
 def test_the_tables_of_a_fixed_drop_rate_show_the_grid_beside_what_was_added(real, place):
     data, out = place.sweep(k=2, axes={"parameters.lambda": [0.5, 1]}), place.path / "out"
     result = dk.sweep(data, out, plots=False)

@@ -337,7 +337,8 @@ def figure_of(sweep: Sweep, summary: Summary, split: str) -> Figure | None:
     runs = max(row.scores[split][score].runs for row in rows)
     return Figure(
         sweep.layout.title or sweep.name, x.name, title_of(x.name, summary.models), f"{score} on {split}",
-        title_of(lines.name, summary.models) if lines else "", tuple(point.label for point in x.points), tuple(drawn), runs,
+        title_of(lines.name, summary.models) if lines else "", tuple(point.label for point in x.points), tuple(drawn),
+        runs,
     )  # fmt: skip
 
 
