@@ -42,7 +42,7 @@ def searched(space, recipe=None, **more):
 START = """recipe:
   {base_model: b, models: [m0, m1], merge_method: task_arithmetic, sparsify: {method: dare, drop_rate: 0.5}}
 validation: {a: {data: a.jsonl}, chat: {data: c.jsonl}}
-test: {a: {data: b.jsonl}}
+test: {a: {data: b.jsonl}, chat: {data: d.jsonl}}
 """
 SPACE = "space: {parameters.lambda: {low: 0.5, high: 1}}\n"
 
@@ -59,7 +59,7 @@ SPACE = "space: {parameters.lambda: {low: 0.5, high: 1}}\n"
         (f"{START}{SPACE}seed: 1\n", r"line 6: seed is not known; write seeds: 1 for masks, or sampler: \{seed: N\}"),
         (f"{START}space: {{parameters.lambda: 0.5}}\n", "line 5: space.parameters.lambda: expected a range such as"),
         (f"{START}space: {{parameters.lambda: {{low: 1, high: 1}}}}\n", "the range from 1 to 1 is empty"),
-        (f"{START}space: {{parameters.lambda: {{low: 1}}}}\n", "lambda.high: expected a number, found None"),
+        (f"{START}space: {{parameters.lambda: {{low: 1}}}}\n", r"lambda lacks high; write \{low: NUMBER, high: NU"),
         (f"{START}space: {{parameters.lambda: {{low: 1e-3, high: 1}}}}\n", "write it with a point, as 1.0e-5"),
         (f"{START}space: {{parameters.lambda: {{low: 0, high: 1, log: true}}}}\n", "log: needs low above 0, found 0"),
         (f"{START}space: {{parameters.lambda: {{low: 0, high: 1, logs: true}}}}\n", r"did you mean 'log'"),
@@ -87,6 +87,9 @@ SPACE = "space: {parameters.lambda: {low: 0.5, high: 1}}\n"
         (f"{START}{SPACE}try:\n- {{parameters.lambda: 2}}\n", "line 7: .*: 2 is not in the range from 0.5 to 1"),
         (f"{START}space: {{m: {{A: , B: {{merge_method: ties}}}}}}\ntry:\n- {{m: C}}\n",
          r"line 7: try.0.m: 'C' is not one of A, B"),
+        (START.replace("test: {a:", "test: {c:") + SPACE, "line 4: test lacks a: candidates are chosen by the mean of"),
+        (f"{START.replace('test: {a:', 'test: {c:')}{SPACE}choose: a/exact_match\n",
+         "test lacks a: candidates are chosen by a/exact_match, which could not be reported; add what is missing"),
         (START.replace("chat", "min") + SPACE, "validation.min is a reserved name"),
         (f"{START}{SPACE}at_least: {{chat: 0.95 of m3}}\n", "'m3' is not a model of the recipe"),
         (f"{START}{SPACE}at_least: {{chat: most of m1}}\n", "expected a number, or a share such as 0.95 of base"),

@@ -121,6 +121,25 @@ def place(llamas, tmp_path, monkeypatch):
     return Place()
 
 
+class OtherTests(Fake):
+    """On the test data there is one judge more, or scores have another name."""
+
+    def __init__(self, more=(), metric="exact_match"):
+        super().__init__()
+        self.more, self.metric = more, metric
+
+    def __call__(self, task):
+        self.names = ("a", "b", *(self.more if task.split == "test" else ()))
+        self.now = self.metric if task.split == "test" else "exact_match"
+        return super().__call__(task)
+
+    def ask(self, recipe, before, share):
+        sheet = super().ask(recipe, before, share)
+        items, sizes = ({name.replace("exact_match", self.now): value for name, value in one.items()}
+                        for one in (sheet.items, sheet.sizes))  # fmt: skip
+        return Sheet(items, sheet.whole, sizes)
+
+
 def _itself(fake):
     return fake
 
@@ -391,6 +410,29 @@ def test_without_test_judges_validation_is_said_to_flatter(place):
         o["split"] == "validation" for o in found.summary["differences"]
     )
     assert any("flatter" in line for line in found.summary["verdict"])
+
+
+@pytest.mark.parametrize("choose", ["a", None])
+def test_test_judges_that_validation_lacks_are_asked_too(place, choose):
+    """They are reported, and no part of what is chosen by: also not of the mean."""
+    judge = {"python": "judge.py:score"}
+    data = place.search(choose=choose, trials=3, test={"a": judge, "b": judge, "more": judge})
+    data = {key: value for key, value in data.items() if value is not None}
+    found = place.run(data, fake=OtherTests(more=("more",)))
+    tested = found.summary["best"]["test"]
+    assert "more/exact_match" in tested
+    if choose is None:
+        both = [tested[f"{name}/exact_match"]["value"] for name in "ab"]
+        assert tested["mean"]["value"] == pytest.approx(sum(both) / 2)
+    assert all(one["split"] == "test" for one in found.summary["differences"])
+
+
+def test_test_judges_that_name_their_scores_differently_are_no_traceback(place):
+    found = place.run(place.search(trials=3), fake=OtherTests(metric="accuracy"))
+    head, *rest = found.summary["verdict"]
+    assert "Best on validation: " in head
+    assert "The judges under `test:` give no a/exact_match, only a/accuracy" in " ".join(rest)
+    assert all(one["split"] == "validation" for one in found.summary["differences"])
 
 
 def test_the_test_data_are_asked_once_for_each_choice(place):

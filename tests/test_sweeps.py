@@ -21,7 +21,7 @@ from darekit.sweeps.grid import cells_of
 from darekit.sweeps.reading import read_sweep
 from darekit.sweeps.reports import short_tables
 from darekit.sweeps.store import CELLS
-from darekit.sweeps.summaries import figure_of, summarise
+from darekit.sweeps.summaries import figure_of, summarise, title_of
 
 torch = pytest.importorskip("torch")
 llama = pytest.mark.parametrize("real", ["llama"], indirect=True)
@@ -389,6 +389,21 @@ def test_judges_that_point_two_ways_are_said_first_and_all_shown(real, place):
     found = summarise(chosen.sweep, chosen.finished)
     assert (found.unlike, found.score, found.higher) == ("", "lost/lost", False)
     assert found.abilities == ("lost/lost", "total/total")
+
+
+@llama
+def test_tables_call_a_models_setting_by_its_name(real, place):
+    """Files keep the dotted key; where an axis is about other models from cell to cell, so do headings."""
+    weights = {"models.1.parameters.weight": [0.5, 1]}
+    result = dk.sweep(place.sweep(k=2, axes=weights), place.path / "out", plots=False)
+    page = (place.path / "out" / "tables.md").read_text()
+    assert "m1's weight 0.5" in page and "models.1" not in page
+    assert "m1's weight 1" in [row.title for row in summarise(result.sweep, result.finished).rows]
+    rows = json.loads((place.path / "out" / "summary.json").read_text())["rows"]
+    assert {"models.1.parameters.weight": 0.5} in [row["at"] for row in rows]
+    assert figure_of(result.sweep, summarise(result.sweep, result.finished), "test").across == "m1's weight"
+    assert title_of("models.1.model", ["m0", "m1"]) == "models.1.model"
+    assert title_of("models.1.parameters.weight") == "models.1.parameters.weight"
 
 
 @llama

@@ -187,7 +187,7 @@ def show_result(result: SearchResult, *, as_json: bool) -> None:
     front = f"{len(summary['front'])} candidates that nobody dominates" if summary["front"] else ""
     volume = f", hypervolume {summary['hypervolume']:.4g}" if summary["hypervolume"] is not None else ""
     tables.print_facts([
-        ("judged", f"{counts['trials']} candidates: {asked}{reused}{saved}"),
+        ("judged", f"{counted(counts['trials'], 'candidate')}: {asked}{reused}{saved}"),
         ("front", f"{front}{volume}" if front else ""),
         ("took", time_of(summary["seconds"])),
     ])  # fmt: skip

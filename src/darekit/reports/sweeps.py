@@ -207,7 +207,10 @@ def _numbers(found: _Found) -> tuple[Number, ...]:
 
 def _facts(found: _Found) -> tuple[tuple[str, str], ...]:
     sweep, summary = found.sweep, found.summary
-    facts = [(title_of(axis.name), ", ".join(shown_label(point.label) for point in axis.points)) for axis in sweep.axes]
+    facts = [
+        (title_of(axis.name, summary.models), ", ".join(shown_label(point.label) for point in axis.points))
+        for axis in sweep.axes
+    ]
     if sweep.seeds:
         facts.append(("mask seeds", ", ".join(map(str, sweep.seeds))))
     recipes = [one.cell.recipe for one in found.folder.result.finished]
@@ -298,7 +301,9 @@ def _curves(found: _Found) -> Plot | None:
         how += f" {_PANELS} of {_PANELS + more} panels are drawn; the table below has all settings."
     x, lines = roles_of(found.sweep)
     assert x is not None
-    title = f"Scores over {title_of(x.name)}" + (f", a line for each {title_of(lines.name)}" if lines else "")
+    models = found.summary.models
+    title = f"Scores over {title_of(x.name, models)}"
+    title += f", a line for each {title_of(lines.name, models)}" if lines else ""
     return Plot(title, how, tuple(views))
 
 
@@ -322,7 +327,7 @@ def _curves_view(found: _Found, figure: Figure, score: str, split: str) -> View:
         drawn.append((panel, lines))
     y = {"title": f"{score}, {split}", "range": range_of(heights)}
     panels = tuple(
-        (panel.title, curves(lines, {"title": title_of(figure.x), **ticks}, y,
+        (panel.title, curves(lines, {"title": figure.across, **ticks}, y,
                              [(name, height, looks[name]) for name, height in panel.levels]))
         for panel, lines in drawn
     )  # fmt: skip
@@ -352,18 +357,19 @@ def says(found: _Found, row: Row) -> tuple[str, ...]:
 
 def _maps(found: _Found) -> Iterator[Plot]:
     wide = [axis for axis in found.sweep.axes if len(axis.points) > 1]
+    titles = {axis.name: title_of(axis.name, found.summary.models) for axis in wide}
     views = []
     for (one, other), (score, split) in itertools.product(itertools.combinations(wide, 2), _views(found)):
         figure = _map(found, other, one, score, split)
         if figure is not None:
-            name = f"{score}, {split}" + (f": {title_of(one.name)} by {title_of(other.name)}" if len(wide) > 2 else "")
+            name = f"{score}, {split}" + (f": {titles[one.name]} by {titles[other.name]}" if len(wide) > 2 else "")
             views.append(View(name, (("", figure),)))
     if views:
         how = "Each square is the mean over the mask seeds."
         if len(wide) > 2:
             how = "Each square is the best of all settings that share its two values, which the pointer names."
         how += " Settings that one of the two does not concern are not in it."
-        title = "Heat map" if len(wide) > 2 else f"{title_of(wide[0].name)} by {title_of(wide[1].name)}"
+        title = "Heat map" if len(wide) > 2 else f"{titles[wide[0].name]} by {titles[wide[1].name]}"
         yield Plot(title, how, tuple(views))
 
 
@@ -389,7 +395,8 @@ def _map(found: _Found, across: Axis, down: Axis, score: str, split: str) -> Any
     }  # fmt: skip
     return heat_map(
         [shown_label(p.label) for p in across.points], [shown_label(p.label) for p in down.points], squares,
-        title_of(across.name), title_of(down.name), score, low=min(values), high=max(values), reverse=not higher,
+        title_of(across.name, found.summary.models), title_of(down.name, found.summary.models), score,
+        low=min(values), high=max(values), reverse=not higher,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from darekit.searches.points import point_of
 from darekit.searches.space import candidate, midpoint, used_knobs, weight_knobs
 from darekit.trials.judging import check_score, read_judges, read_recipe_place
 from darekit.trials.settings import recipe_with
+from darekit.wording import and_
 
 KEYS = ("recipe", "space", "seeds", "constraints", "try", "at_least", "at_most", "choose", "sampler", "rungs", "round",
         "trials", "storage", "validation", "test")  # fmt: skip
@@ -78,6 +79,7 @@ def read_search(source: str | Path | Mapping[str, Any]) -> Search:
         fail(document, ("sampler",), " nsga2 is for several goals; with one, write tpe, or name them: choose: [A, B]")
     if found.sampler == "cmaes" and len(found.goals) > 1:
         fail(document, ("sampler",), " cmaes knows one goal only; with several write nsga2 or tpe")
+    _check_test(document, found)
     _check_candidates(document, found)
     return found
 
@@ -211,6 +213,8 @@ def _read_range(document: Document, path: Key, key: str, raw: Mapping[str, Any])
 def _number(document: Document, path: Key, raw: Mapping[str, Any], name: str) -> float:
     value = raw.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if name not in raw:
+            fail(document, path, f" lacks {name}; write {{low: NUMBER, high: NUMBER}}")
         hint = "; write it with a point, as 1.0e-5" if _scientific(value) else ""
         fail(document, (*path, name), f"expected a number, found {shown(value)}{hint}")
     return float(value)
@@ -336,7 +340,7 @@ def _read_points(document: Document, knobs: tuple[Knob, ...], recipe: Recipe) ->
             keys = [f"models.{k}.{suffix}" for k in range(len(recipe.models))] if name.startswith(EVERY) else [name]
             for key in keys:
                 if key not in by_name:
-                    written = [_written_as(document, knob.name) for knob in knobs]
+                    written = [*dict.fromkeys(_written_as(document, knob.name) for knob in knobs)]
                     fail(document, path, f" is no setting of the space{suggest(name, written, 'there are')}")
                 try:
                     point |= point_of(by_name[key], value)
@@ -386,6 +390,24 @@ def _known_score(
     wish = wish_in(score)
     for part in (score,) if wish is None else wish.parts:
         check_score(document, path, part, judges, search, "under `validation:`")
+
+
+def _check_test(document: Document, search: Search) -> None:
+    """Complain where `test:` lacks a judge without which the choice cannot be reported."""
+    if "test" not in search.judges:
+        return
+    names = search.judges["validation"]
+    for goal in search.goals or ("",):
+        wish = wish_in(goal) if goal else None
+        parts = (wish.parts if wish is not None else (goal,) if goal else ()) or names
+        missing = [name for name in names if name not in search.judges["test"]
+                   and name in {part.partition("/")[0] for part in parts}]  # fmt: skip
+        if missing:
+            chosen = goal or (f"the mean of {and_([*names])}" if len(names) > 1 else missing[0])
+            fail(
+                document, ("test",), f" lacks {and_(missing)}: candidates are chosen by {chosen}, which could not be "
+                "reported; add what is missing under the same name, or write choose: with scores that both have",
+            )  # fmt: skip
 
 
 _OF = re.compile(r"([-+]?[0-9.]+(?:e[-+]?\d+)?)\s*(?:of\s+(.+))?", re.I)

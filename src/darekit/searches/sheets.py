@@ -47,7 +47,9 @@ class Sheet:
                     one = self.items.get(name)
                     score = self.whole[name] if one is None else one.score
                     found[name] = {**score.to_data(), "items": None if one is None else len(one)}
-        return with_blends(found, (mean_of(found), *blends), self.asked or None)
+        wanted = tuple(blends)
+        own = None if any(one.name == MEAN for one in wanted) else mean_of(found)  # never that of fewer judges
+        return with_blends(found, (own, *wanted), self.asked or None)
 
     def of(self, score: str) -> Score | None:
         """One score; None where it was not asked."""

@@ -167,8 +167,13 @@ class _Found:
 
     @property
     def split(self) -> str:
-        """What the report is about: the test data, as soon as the choice was asked them."""
-        return "test" if self.best is not None and self.tested(self.best) is not None else "validation"
+        """What the report is about: the test data, as soon as the choice was asked them and they tell of each goal."""
+        tested = None if self.best is None else self.tested(self.best)
+        return "validation" if tested is None or self._untold(tested) else "test"
+
+    def _untold(self, tested: Mapping[str, Any]) -> list[str]:
+        """Goals of which the test judges gave no score: they may name their scores differently."""
+        return [goal.score for goal in self.standings.goals if goal.score not in tested]
 
     def candidate(self, line: Line) -> dict[str, Any]:
         return {"trial": line.trial, "name": line.name, "params": dict(line.params), "recipe": dict(line.recipe),
@@ -208,6 +213,12 @@ class _Found:
                     })  # fmt: skip
         return found
 
+    def _reported(self) -> Mapping[str, Any]:
+        """The best's scores on the split that the report is about."""
+        assert self.best is not None
+        tested = self.tested(self.best) if self.split == "test" else None
+        return self.best.scores if tested is None else tested
+
     # --- words
 
     def verdict(self) -> list[str]:
@@ -223,7 +234,13 @@ class _Found:
             head = [f"None of {count} beats {who}. {head[0]}", "The space, or the number of trials, may be too small."]
         head += self._abilities()
         head += [self._sentence(one) for one in self.differences()]
-        if self.split == "validation" and "test" in self.search.judges:
+        tested = self.tested(self.best)
+        if tested is not None and self._untold(tested):
+            head.append(
+                f"The judges under `test:` give no {and_(self._untold(tested))}, only {and_([*tested])}: what was "
+                "chosen cannot be reported. Validation scores flatter what was chosen by them."
+            )
+        elif self.split == "validation" and "test" in self.search.judges:
             head.append("The test data have not been used yet. Validation scores flatter what was chosen by them.")
         elif self.split == "validation":
             head.append("There are no judges under `test:`: validation scores flatter what was chosen by them.")
@@ -238,8 +255,7 @@ class _Found:
         return [*head, *self._limits()]
 
     def _headline(self, who: str) -> str:
-        assert self.best is not None
-        scores = self.tested(self.best) or self.best.scores
+        scores = self._reported()
         told = ", ".join(f"{goal.score} {_shown(scores[goal.score])}" for goal in self.standings.goals)
         found = [one for one in self.differences() if one["score"] == self.standings.goals[0].score]
         on = f"on {self.split}: {told}"
@@ -260,8 +276,7 @@ class _Found:
 
     def _abilities(self) -> list[str]:
         """Each judge's first score, where the goal is made of several: a mean hides one that is lost."""
-        assert self.best is not None
-        scores = self.tested(self.best) or self.best.scores
+        scores = self._reported()
         names = [name for goal in self.standings.goals if goal.blend is not None for name in goal.blend.units]
         told = [f"{name} {_shown(scores[name])}" for name in dict.fromkeys(names) if name in scores]
         return [f"One by one on {self.split}: {', '.join(told)}."] if told else []

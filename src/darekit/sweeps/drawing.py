@@ -9,7 +9,7 @@ from typing import Any
 
 from darekit import plotting
 from darekit.sweeps.data import DROP_RATE
-from darekit.sweeps.summaries import Figure, Panel, shown_label, title_of
+from darekit.sweeps.summaries import Figure, Panel, shown_label
 
 _COLUMNS = 3
 
@@ -43,7 +43,7 @@ def draw_sweep(found: Figure, stem: Path) -> tuple[Path, Path]:
             if i % columns:
                 axes.tick_params(labelleft=False)
             if i + columns >= len(found.panels):  # beside each other, long ones would run into each other
-                axes.set_xlabel(_x_label(found, even) if columns == 1 else title_of(found.x))
+                axes.set_xlabel(_x_label(found, even) if columns == 1 else found.across)
         figure.supylabel(found.y, fontsize=11)
         figure.suptitle(found.title, fontsize=13)
         ordered = {k: v for k, v in handles.items() if k not in _LEVELS} | {
@@ -95,7 +95,7 @@ def _limits(found: Figure) -> tuple[float, float]:
 
 
 def _x_label(found: Figure, even: bool) -> str:
-    words = title_of(found.x)
+    words = found.across
     if found.x == DROP_RATE:
         words += ": share of each delta that is dropped"
     return words + (" (evenly spaced, not to scale)" if even and isinstance(found.ticks[0], int | float) else "")

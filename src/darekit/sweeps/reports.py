@@ -121,8 +121,8 @@ def _crossed(sweep: Sweep, summary: Summary, score: str) -> Iterator[Table]:
         rows += [
             (*(place or (row.title,)), _score(row, split, score), *[""] * (len(labels) - 1)) for place, row in lone
         ]
-        header = (*([title_of(axis.name) for axis in rest] or [""]),
-                  *(f"{title_of(x.name)} {shown_label(one)}" if i == 0 else shown_label(one)
+        header = (*([title_of(axis.name, summary.models) for axis in rest] or [""]),
+                  *(f"{title_of(x.name, summary.models)} {shown_label(one)}" if i == 0 else shown_label(one)
                     for i, one in enumerate(labels)))  # fmt: skip
         yield Table(f"{score} on {split}", header, tuple(rows), max(1, len(rest)))
 

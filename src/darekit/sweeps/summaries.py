@@ -15,7 +15,8 @@ from darekit.recipe.essence import is_single
 from darekit.sweeps.data import DROP_RATE, SPLITS, UNDROPPED, Axis, Sweep
 from darekit.sweeps.store import OK, Finished
 from darekit.trials.judging import MEAN, judge_in
-from darekit.wording import label
+from darekit.trials.settings import spoken
+from darekit.wording import distinct_labels, label
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Row:
             return f"{label(self.models[0])} (the base)"
         if self.kind == "single":
             return f"{label(self.models[0])} alone"
-        parts = [said(name, value) for name, value in self.at.items()]
+        models = distinct_labels(self.models)
+        parts = [said(name, value, models) for name, value in self.at.items()]
         return ", ".join([*parts, UNDROPPED] if self.beside else parts) or self.kind
 
 
@@ -68,6 +70,7 @@ class Summary:
         chosen: what validation chooses; None without validation, or where every setting failed.
         by_name: the same for each combination of the named axes, where there are several.
         single: the best of the models alone (by validation, else by test).
+        models: short names of the models in the grid's recipes; empty where these differ from cell to cell.
     """
 
     rows: tuple[Row, ...]
@@ -78,6 +81,7 @@ class Summary:
     chosen: Row | None
     by_name: tuple[Row, ...]
     single: Row | None
+    models: tuple[str, ...] = ()
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -115,10 +119,11 @@ def summarise(sweep: Sweep, finished: Sequence[Finished]) -> Summary:
             groups.setdefault(tuple(row.at.get(name) for name in named), []).append(row)
         by_name = [best for group in groups.values() if (best := _best(group, split, score, higher))]
     singles = [row for row in rows if row.kind != "base" and row.alone]
+    families = {row.models for row in grid}
     return Summary(
         tuple(rows), score, higher, unlike(sweep, directions), directions, chosen,
         tuple(by_name) if len(by_name) > 1 else (),
-        _best(singles, split, score, higher),
+        _best(singles, split, score, higher), tuple(distinct_labels(families.pop())) if len(families) == 1 else (),
     )  # fmt: skip
 
 
@@ -223,14 +228,20 @@ _TITLES = {
 }
 
 
-def title_of(axis: str) -> str:
-    """What people call an axis."""
+def title_of(axis: str, models: Sequence[str] = ()) -> str:
+    """What people call an axis. `models`: the short names of a recipe's, where they are the same everywhere.
+
+    >>> title_of("models.0.parameters.weight", ["math", "chat"])
+    "math's weight"
+    """
+    if models and axis.startswith("models.") and not axis.endswith(".model"):
+        return spoken(axis, models)
     return _TITLES.get(axis, axis.removeprefix("parameters.").removeprefix("sparsify."))
 
 
-def said(axis: str, value: Any) -> str:
+def said(axis: str, value: Any, models: Sequence[str] = ()) -> str:
     """A place on an axis: `drop rate p 0.9`; a name stands for itself."""
-    return value if isinstance(value, str) else f"{title_of(axis)} {shown_label(value)}"
+    return value if isinstance(value, str) else f"{title_of(axis, models)} {shown_label(value)}"
 
 
 def shown_label(value: Any) -> str:
@@ -273,10 +284,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """One plot. `ticks`: the labels of the x axis, in order."""
+    """One plot. `across`: what people call the x axis; `ticks`: its labels, in order."""
 
     title: str
     x: str
+    across: str
     y: str
     lines: str
     ticks: tuple[Any, ...]
@@ -318,14 +330,15 @@ def figure_of(sweep: Sweep, summary: Summary, split: str) -> Figure | None:
             ) for name, group in groups.items()
         )  # fmt: skip
         title = ", ".join(
-            said(axis.name, value)
+            said(axis.name, value, summary.models)
             for axis, value in zip(rest, place, strict=True) if value is not None and len(axis.points) > 1
         )  # fmt: skip
         drawn.append(Panel(title, curves, _levels(summary, members, split, score)))
     runs = max(row.scores[split][score].runs for row in rows)
     return Figure(
-        sweep.layout.title or sweep.name, x.name, f"{score} on {split}", title_of(lines.name) if lines else "",
-        tuple(point.label for point in x.points), tuple(drawn), runs,
+        sweep.layout.title or sweep.name, x.name, title_of(x.name, summary.models), f"{score} on {split}",
+        title_of(lines.name, summary.models) if lines else "", tuple(point.label for point in x.points), tuple(drawn),
+        runs,
     )  # fmt: skip
 
 
