@@ -69,6 +69,21 @@ def test_nothing_needs_to_be_kept(fresh, folder, monkeypatch):
     run(fresh())
 
 
+def test_where_nothing_can_be_written_kernels_serve_one_run(monkeypatch):
+    """As in a container whose file system is read-only, without a home: numba itself refuses to compile there."""
+    from numba.core import caching
+
+    monkeypatch.setenv("DAREKIT_KERNEL_CACHE", "1")
+    monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="no locator"):
+        caching.FunctionCache(cpu.scale.function)
+    monkeypatch.setattr(compiling, "_folder", lambda source: (_ for _ in ()).throw(RuntimeError("no home")))
+    for kind in (compiling.Kernel, KeptKernel):
+        values = np.ones(3, np.float32)
+        kind(cpu.scale.function, compiling.CACHED)(values, np.float32(2))
+        assert values.tolist() == [2, 2, 2]
+
+
 @pytest.mark.parametrize(("said", "kept"), [("0", False), ("1", True), ("", True)])
 def test_the_cache_can_be_turned_off(fresh, tmp_path, monkeypatch, said, kept):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))

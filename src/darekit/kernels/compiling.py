@@ -63,8 +63,11 @@ class Kernel:
 
         with _LOCK:
             if self.compiled is None:
-                options = self.options if cached() else {**self.options, "cache": False}
-                self.compiled = njit(**options)(self._among_dispatchers())
+                twin, unkept = self._among_dispatchers(), {**self.options, "cache": False}
+                try:
+                    self.compiled = njit(**(self.options if cached() else unkept))(twin)
+                except RuntimeError:  # numba finds no folder that it may write to, and refuses to work without
+                    self.compiled = njit(**unkept)(twin)
             return self.compiled
 
     def _among_dispatchers(self) -> Callable[..., Any]:
