@@ -592,7 +592,7 @@ rungs: [1/9, 1/3, 1]
 round: 3
 trials: 20
 validation: {a: {data: a.jsonl}, chat: {python: "judge.py:score"}}
-test: {a: {data: b.jsonl}}
+test: {a: {data: b.jsonl}, chat: {python: "judge.py:score"}}
 """
 
 
