@@ -18,6 +18,7 @@ from darekit.errors import DataError, OutputError, RecipeError
 from darekit.evaluation.items import Items
 from darekit.evaluation.scores import Score
 from darekit.pools.processes import open_processes
+from darekit.searches import leases as leases_module
 from darekit.searches import running
 from darekit.searches.asking import FAILED, Answer, count_of, judged
 from darekit.searches.folders import Folder
@@ -638,7 +639,7 @@ def test_a_process_that_was_killed_is_noticed_and_its_trial_judged_by_another(pl
     first.wait()
     assert at == "line" or [*(place.path / "out" / "leases").glob("trial-*")]
     second = process("second")
-    assert second.wait(60) == 0
+    assert second.wait(120) == 0
     log = (place.path / "log-second").read_text()
     assert "FINISHED 16" in log
     assert at == "line" or "was left by a process that died; its candidate will be judged again" in log
@@ -649,6 +650,16 @@ def test_a_process_that_was_killed_is_noticed_and_its_trial_judged_by_another(pl
     place.run(place.search(trials=16), "alone")  # as if nothing had happened
     assert params == [json.dumps(one["params"]) for one in trials(place.path / "alone")]
     assert not [*(place.path / "out" / "leases").glob("trial-*")]
+
+
+def test_a_lease_that_a_dead_process_left_on_a_finished_trial_is_cleared(place):
+    place.run(place.search(trials=4), "out")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = place.path / "out" / "leases" / "trial-1"
+    left.write_text(json.dumps({"host": leases_module._host(), "pid": dead.pid, "token": "0"}))
+    place.run(place.search(trials=5), "out")
+    assert not left.exists() and len(trials(place.path / "out")) == 5
 
 
 @pytest.mark.check

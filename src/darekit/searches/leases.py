@@ -114,6 +114,11 @@ class Leases:
         names = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
         return sum(self.state(name) == HELD for name in names)
 
+    def orphans(self) -> list[str]:
+        """What belongs to processes that are dead."""
+        names = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
+        return [name for name in names if self.state(name) == ORPHAN]
+
     def _now(self) -> float:
         """The time by the clock that stamps files here."""
         self._clock.touch()

@@ -177,7 +177,12 @@ class Study:
         others are queued again -> their numbers."""
         found = []
         with quiet():
-            for trial in self._study.get_trials(deepcopy=False):
+            trials = self._study.get_trials(deepcopy=False)
+            finished = {lease_of(trial.number) for trial in trials if trial.state.is_finished()}
+            for name in finished & {*self.leases.orphans()}:  # told, but not given back any more
+                with self.leases.held(name):
+                    pass
+            for trial in trials:
                 if trial.state.name != "RUNNING" or trial.number in self._own:
                     continue
                 state = self.leases.state(lease_of(trial.number))
