@@ -56,7 +56,7 @@ def opening(results: Results) -> Iterator[str]:
     count = len(settings["abilities"])
     yield "# A real language model"
     yield (
-        f"<!-- Written by real/page.py from results.json. -->\n{settings['base'].partition(' of ')[0]}, fine-tuned "
+        f"<!-- Written by real/page/ from results.json. -->\n{settings['base'].partition(' of ')[0]}, fine-tuned "
         f"{'on one task' if count == 1 else f'on {count} tasks that it cannot do'}, then dropped, merged and packed, by commands "
         "that anybody can type. `make real` does all of it again from PyPI alone, without a GPU; `make real QUICK=1` one task "
         "of it. The [paper's own experiments](../paper/README.md) are done again on models of half a million parameters, "
