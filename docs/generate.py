@@ -32,7 +32,7 @@ from darekit.methods import (
     Number,
     Parameter,
 )
-from darekit.methods.surveyed import passes_before
+from darekit.methods.kinds import passes_before
 from darekit.recipe.mergekit import PRODUCTS
 
 HERE = Path(__file__).resolve().parent

@@ -13,6 +13,7 @@ from typing import Annotated
 import numpy as np
 import numpy.typing as npt
 
+from darekit.methods.kinds import MergeMethod
 from darekit.methods.parameters import Number, Switch
 
 Deltas = npt.NDArray[np.floating]
@@ -136,3 +137,21 @@ def ram(deltas: Deltas, *, epsilon: Epsilon = 1e-5) -> Deltas:
         total += np.where(here, delta, deltas.dtype.type(0))
     result: Deltas = total / np.maximum(many, 1).astype(deltas.dtype)
     return result
+
+
+METHODS = (
+    MergeMethod(linear, needs_base=False, kernel="sum", keeps_one=True, mean_if="normalize"),
+    MergeMethod(
+        passthrough,
+        needs_base=False,
+        kernel="sum",
+        models=(1, 1),
+        keeps_one=True,
+        weight_word="scale",
+        sums_models=True,
+    ),
+    MergeMethod(task_arithmetic, kernel="sum", keeps_one=True),
+    MergeMethod(ties, kernel="elect", trims=True, keeps_one=True),
+    MergeMethod(nearswap, models=(1, 1)),
+    MergeMethod(ram, kernel="changes"),
+)  # fmt: skip
