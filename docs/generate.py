@@ -189,7 +189,7 @@ def command_page(word: str) -> str:
     return "\n".join(lines)
 
 
-EXAMPLES_HEAD = "They run in the folder `demo/` that `make demo` leaves ([the demo](../demo.md))."
+EXAMPLES_HEAD = "These run in the folder `demo/` that `make demo` leaves ([the demo](../demo.md))."
 MARKERS = {"run": "<!-- run -->", "hub": "<!-- run on the Hub -->", "shown": ""}
 
 

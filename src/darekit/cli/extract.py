@@ -38,13 +38,13 @@ def extract(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     rank: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rank of every module.")] = None,
     energy: Annotated[
-        float | None, typer.Option(metavar="X", help="Instead: share of each delta's squared norm to keep, 0.95.")
+        float | None, typer.Option(metavar="X", help="Instead of --rank: share of each delta's squared norm to keep, such as 0.95.")
     ] = None,
     error: Annotated[
-        float | None, typer.Option(metavar="X", help="Instead: how much of each delta's norm may be lost, 0.05.")
+        float | None, typer.Option(metavar="X", help="Instead of --rank: how much of each delta's norm may be lost, such as 0.05.")
     ] = None,
     max_rank: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="The most that --energy or --error may ask for.")
+        int | None, typer.Option(min=1, metavar="N", help="Largest rank that --energy or --error may choose.")
     ] = None,
     dtype: Annotated[FactorType, typer.Option(help="Number format of the factors.")] = FactorType.FLOAT32,
     save: Annotated[
@@ -56,7 +56,7 @@ def extract(
     ] = None,
     server: Annotated[
         Server | None,
-        typer.Option("--for", help="Keep to what this server loads: nothing saved whole, rank <= 512."),
+        typer.Option("--for", help="Write only what this server loads: nothing saved whole, rank <= 512."),
     ] = None,
     out_kind: Annotated[OutKind, typer.Option(help="Format of the adapter.")] = OutKind.PEFT,
     vocab: Annotated[

@@ -25,7 +25,7 @@ Settings = Annotated[
 ]
 Lenient = Annotated[
     bool,
-    typer.Option("--lenient", help="Warn of unknown keys and settings without effect, as mergekit ignores them."),
+    typer.Option("--lenient", help="Only warn about unknown keys and settings without effect, which mergekit ignores."),
 ]
 Stage = Annotated[
     str | None,
@@ -50,7 +50,7 @@ Jobs = Annotated[
         min=1,
         max=256,
         metavar="N",
-        help="Processes to run, or workers on a cluster; each holds one model. Default: 1; on a cluster its room.",
+        help="Processes to run, or workers on a cluster; each holds one model. Default: 1, or on a cluster as many as fit.",
     ),
 ]
 Ray = Annotated[
@@ -58,7 +58,7 @@ Ray = Annotated[
     typer.Option(
         "--ray",
         metavar="[ADDRESS]",
-        help="Work on the Ray cluster at ADDRESS (or RAY_ADDRESS); without one, on a cluster that is started here.",
+        help="Run on the Ray cluster at ADDRESS (or RAY_ADDRESS); without an address, start one on this machine.",
     ),
 ]
 GpusPerWorker = Annotated[

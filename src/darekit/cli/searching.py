@@ -25,7 +25,7 @@ def search(
         typer.Option(min=1, metavar="N", help="Candidates to judge, all runs together; default: the file's, or 60."),
     ] = None,
     time: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Begin no candidate after this time: 90s, 30min, 2h.")
+        str | None, typer.Option(metavar="TIME", help="Start no new candidate after this time: 90s, 30min, 2h.")
     ] = None,
     jobs: Jobs = None,
     ray: Ray = None,
