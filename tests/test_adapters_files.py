@@ -151,13 +151,13 @@ def test_a_base_that_it_does_not_name(here):
 def test_what_is_not_there(here):
     with pytest.raises(CheckpointError, match="there is no adapter 'gone'"):
         merged("base+gone")
-    with pytest.raises(CheckpointError, match=r"whole model, expected an adapter behind the plus|there is no adapter"):
+    with pytest.raises(CheckpointError, match=r"whole model, expected an adapter after the plus|there is no adapter"):
         merged("base+a-merged")
 
 
 def test_an_order_of_experts_for_what_is_no_adapter(here):
     models = [{"model": "a-merged", "experts_layout": "peft"}]
-    with pytest.raises(PlanError, match="is no adapter, so it has no experts_layout"):
+    with pytest.raises(PlanError, match="is not an adapter, so it has no experts_layout"):
         dk.merge({"base_model": "base", "models": models, "merge_method": "task_arithmetic"}, "out")
 
 
@@ -545,7 +545,7 @@ def test_experts_that_do_not_divide(tmp_path):
         tensors[name.format("B")] = tensors[name.format("B")][:, :-1].copy()
 
     lora.rewrite(adapter, change)
-    with pytest.raises(CheckpointError, match=r"15 ranks of all experts together, which 4 experts .* do not divide"):
+    with pytest.raises(CheckpointError, match=r"15 ranks for all experts together, which is no multiple of 4"):
         lora.merge(tmp_path / "out", tmp_path / "base", adapter)
 
 

@@ -256,7 +256,7 @@ def test_options_of_mergekit_become_ours_or_are_left_out_with_a_note():
         "-j", "2", "--device=cuda:0", "--no-quiet", "--transformers-cache", "D", "--dry-run",
     ])  # fmt: skip
     assert " ".join(found.words) == "merge r.yml out --shard-size 500MB --seed 7 --threads 2 --dry-run"
-    assert [note.partition(" is left out: ")[0] for note in found.notes] == [
+    assert [note.partition(" is ignored: ")[0] for note in found.notes] == [
         "--cuda", "--lazy-unpickle", "--device cuda:0", "--no-quiet",
     ]  # fmt: skip
     assert found.cache == "D" and found.refused is None
@@ -359,7 +359,7 @@ def test_inspect_recommend_and_the_recipe_say_one_number_and_what_it_costs(dare,
     names = (tmp_path / "base", tmp_path / "m0")
     for command, more in (("inspect", ()), ("inspect", (tmp_path / "m1",)), ("recommend", ())):
         text = " ".join(dare(command, *names, *more).out.split())
-        assert "0.999," in text and "general language pays before the ability does" in text
+        assert "0.999," in text and "general language suffers before the ability does" in text
         assert "99.9 %" not in text and "p = 0.9998" not in text
         data = dare(command, *names, *more, "--json").data
         assert {one["drop_rate"] for one in data.get("models", [data])} == {0.99}

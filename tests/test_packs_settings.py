@@ -57,7 +57,7 @@ def test_vocabularies_that_are_refused(llamas, tmp_path, dare):
         dk.pack(base, tuned, out, lossless=True, vocab="base")
     for idle, said in (
         ({"seed": 3}, "seed = 3 would do nothing"),
-        ({"bits": 4, "keep_dense": ["norms"]}, r"bits = 4, keep_dense = .* would do nothing; leave them out"),
+        ({"bits": 4, "keep_dense": ["norms"]}, r"bits = 4, keep_dense = .* would have no effect; leave them out"),
     ):
         with pytest.raises(PlanError, match=said):
             dk.pack(base, tuned, out, lossless=True, **idle)

@@ -387,7 +387,7 @@ def test_what_only_values_tell_is_not_guessed_from_headers(tmp_path):
     stored = families.load_file(GOLDEN / "nf4.safetensors")
     stored.pop("expected")
     folder = checkpoint(tmp_path, stored)
-    with pytest.raises(Unsupported, match=r"its shape is in a\.weight\.quant_state.*download the model first"):
+    with pytest.raises(Unsupported, match=r"its shape is stored in a\.weight\.quant_state.*download the model first"):
         open_checkpoint(folder, open_file=lambda path: HeaderFile(path, path.stat().st_size))
 
 

@@ -91,7 +91,7 @@ def test_weights_that_are_turned_while_the_model_runs(place, read_, tmp_path):
         with closing(open_checkpoint(folder)) as opened:
             assert W in opened.tensors
     else:
-        assert f'transform_config ("R1") that turns activations ({place})' in refusal_on_opening(folder, Unsupported)
+        assert f'transform_config ("R1") that rotates activations ({place})' in refusal_on_opening(folder, Unsupported)
 
 
 def refusal_on_opening(folder, error):

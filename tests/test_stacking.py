@@ -85,7 +85,7 @@ def test_layers_that_are_merged_must_be_of_one_kind():
     one, other = ({"num_hidden_layers": 2, "layer_types": types} for types in ([S, F], [F, F]))
     layers = [[Source(one, i, 2), Source(other, i, 2)] for i in range(2)]
     found = restacked(one, "text", [*layers, layers[1]], 2)
-    assert any("layer 0 is merged of layers that layer_types tells apart" in problem for problem in found.problems)
+    assert any("layer 0 is merged from layers that layer_types tells apart" in problem for problem in found.problems)
 
 
 def test_parts_and_unmoved_layers():

@@ -129,8 +129,8 @@ def weights_on_hub(ref: str, snapshot: Snapshot, wanted: Sequence[Sequence[str]]
         siblings = api.model_info(repository, revision=snapshot.revision, files_metadata=True).siblings
     except Exception as error:  # as in _fetch
         raise CheckpointError(
-            f"{ref} is not in the local cache, or only in part, and the Hub does not say what it has ({_name(error)}). "
-            f"With a network run `hf download {repository}`; or give a local directory"
+            f"{ref} is not in the local cache, or only in part, and the Hub could not be asked ({_name(error)}). Once "
+            f"there is a network, run `hf download {repository}`; or give a local directory"
         ) from error
     sizes = {one.rfilename: one.size or 0 for one in siblings or ()}
     for patterns in _wanted(snapshot.directory) if wanted is None else wanted:
@@ -353,8 +353,8 @@ def _about_network(ref: str, repository: str, revision: str | None, *, incomplet
     state = "only in part in the local cache" if incomplete else "not in the local cache"
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
     return (
-        f"{ref} is {state} ({constants.HF_HUB_CACHE}), and {reason}. With a network run `{command}`; or give a local "
-        "directory"
+        f"{ref} is {state} ({constants.HF_HUB_CACHE}), and {reason}. Once there is a network, run "
+        f"`{command}`; or give a local directory"
     )
 
 

@@ -76,7 +76,7 @@ def open_checkpoint(
     if location.path.is_dir() and (adapters := [name for name in list_names(directory) if is_adapter(name)]):
         notes.append(
             f"{label(str(directory))} holds a whole model and an adapter ({some(adapters)}): the model is read as it "
-            f"is, without the adapter; to mean the adapter, name {directory / adapters[0]}"
+            f"is, without the adapter; to use the adapter, name {directory / adapters[0]}"
         )
     with ExitStack() as opened:
         files: list[InputFile] = []
@@ -244,9 +244,9 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
     if isinstance(ref, str) and _names_adapter(ref):
         model, _, adapter = ref.rpartition("+")
         raise CheckpointError(
-            f"there is no checkpoint {ref!r}; if it means {model} with the LoRA adapter {adapter}: recipes and "
-            "commands read that where both are here or on the Hub; packs that are opened from Python want the base "
-            f"open. If it means a directory: {tail}"
+            f"there is no checkpoint {ref!r}. If it means {model} with the LoRA adapter {adapter}: recipes and "
+            "commands take that if both are here or on the Hub; packs opened from Python need a base that is open. "
+            f"If it means a directory: {tail}"
         )
     if not isinstance(ref, str) or not looks_like_hub_id(ref):
         raise CheckpointError(
@@ -269,7 +269,7 @@ def looked_for(ref: str | Path, search: Sequence[Path]) -> str:
     near = _near_misses(tried)
     bare, at, revision = str(ref).partition("@")
     if isinstance(ref, str) and at and any(_exists(candidate) for candidate in places_of(bare or ".", search)):
-        return f"{tail}; {bare} is here, and a directory has no revisions: name it without @{revision} if it is the one"
+        return f"{tail}; {bare} is here, but a directory has no revisions: to use it, leave out @{revision}"
     return f"{tail}; did you mean {' or '.join(near)}?" if near else tail
 
 

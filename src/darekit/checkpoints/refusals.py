@@ -141,7 +141,7 @@ _MLX = (
 )
 _TENSORS = (
     "Dequantise first, in Python, with the library that quantised it ({library}): load it in transformers, put "
-    "`{call}` in the place of each quantised weight, and save_pretrained that; " + _ORIGINAL
+    "`{call}` in place of each quantised weight, and save_pretrained that; " + _ORIGINAL
 )
 # What is to be done, by `quant_method`.
 _WAYS = {
@@ -286,8 +286,8 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
     merged = f"{directory.name}-merged"
     if "peft_type" not in config and (_is_mlx(directory, config) or _has_part(names, "lora_a")):
         return (
-            f"{directory} is an adapter that mlx-lm trained, not a whole model. In a recipe it is a model beside its "
-            f"base, or with it: BASE+{directory}. Elsewhere, fuse it into its base first:\n\n"
+            f"{directory} is an adapter that mlx-lm trained, not a whole model. In a recipe, list it as a model "
+            f"beside its base, or write BASE+{directory}. Elsewhere, fuse it into its base first:\n\n"
             f"    mlx_lm.fuse --model {base or 'BASE'} --adapter-path {directory} --save-path {merged}\n\n"
             f"and give {merged} instead (a quantised base must be dequantised in that step: see `mlx_lm.fuse --help`)"
         )
@@ -311,8 +311,8 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
     code.append(f"model.merge_and_unload().save_pretrained({merged!r})")
     lines = "\n".join(f"    {line}" for line in code)
     return (
-        f"{directory} is a LoRA/PEFT adapter, not a whole model. In a recipe it is a model beside its base, or "
-        f"with it: BASE+{directory}. Elsewhere, merge it into its base first, in Python:\n\n{lines}"
+        f"{directory} is a LoRA/PEFT adapter, not a whole model. In a recipe, list it as a model beside its "
+        f"base, or write BASE+{directory}. Elsewhere, merge it into its base first, in Python:\n\n{lines}"
         f"\n\nand give {merged} instead"
     )
 
@@ -380,8 +380,8 @@ def _settings(path: Path) -> dict[str, Any]:
 # What training leaves behind
 
 FOREIGN = {
-    ".gguf": "GGUF files hold weights for llama.cpp, mostly quantised; give the original checkpoint in safetensors, or "
-    "where there is none, dequantise it: load model and tokenizer with transformers (and the package gguf), "
+    ".gguf": "GGUF files hold weights for llama.cpp, mostly quantised; give the original checkpoint in safetensors, "
+    "or, if there is none, dequantise it: load model and tokenizer with transformers (and the package gguf), "
     "from_pretrained(FOLDER, gguf_file=NAME), and save both with `save_pretrained`",
     ".pt": "it may hold any Python object; save the model with `save_pretrained` and give that directory",
     ".pth": "it may hold any Python object; save the model with `save_pretrained` and give that directory",

@@ -25,7 +25,8 @@ from darekit.cli.options import (
 def check(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
     out: Annotated[
-        Path | None, typer.Argument(help="Where the output would go: check that it fits and that nothing is in the way.")
+        Path | None,
+        typer.Argument(help="Where the output would go: also check that it fits and nothing is in the way."),
     ] = None,
     seed: Seed = None,
     settings: Settings = None,

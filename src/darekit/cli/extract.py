@@ -38,10 +38,12 @@ def extract(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     rank: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rank of every module.")] = None,
     energy: Annotated[
-        float | None, typer.Option(metavar="X", help="Instead of --rank: share of each delta's squared norm to keep, such as 0.95.")
+        float | None,
+        typer.Option(metavar="X", help="Instead of --rank: share of each delta's squared norm to keep, such as 0.95."),
     ] = None,
     error: Annotated[
-        float | None, typer.Option(metavar="X", help="Instead of --rank: how much of each delta's norm may be lost, such as 0.05.")
+        float | None,
+        typer.Option(metavar="X", help="Instead of --rank: how much of each delta's norm may be lost, such as 0.05."),
     ] = None,
     max_rank: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Largest rank that --energy or --error may choose.")

@@ -222,7 +222,7 @@ def _join(
 
     if resume or allow_nonfinite:
         word = "--resume" if resume else "--allow-nonfinite"
-        raise PlanError(f"{word} is of merges that write a model, and this recipe says output: adapter; leave it out")
+        raise PlanError(f"{word} is for merges that write a model, but this recipe has output: adapter; leave it out")
     terms = terms_of(
         rank=None, energy=None, error=None, max_rank=None, dtype="float32", save=None, server=None, out_kind="peft",
         recipe=recipe,

@@ -50,7 +50,7 @@ Jobs = Annotated[
         min=1,
         max=256,
         metavar="N",
-        help="Processes to run, or workers on a cluster; each holds one model. Default: 1, or on a cluster as many as fit.",
+        help="Processes to run, or workers on a cluster; each holds one model. Default: 1; on a cluster, what fits.",
     ),
 ]
 Ray = Annotated[

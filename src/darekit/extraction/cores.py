@@ -292,7 +292,7 @@ def _run(step: Merge, cores: Sequence[Matrix]) -> Matrix:
     merged = np.empty(count, np.float32)
     Computed(workshop, step.name, b"").read_into(merged.view(np.uint8), 0)
     if not np.isfinite(merged).all():
-        raise DataError(f"{step.name}: NaN or Inf came of merging the adapters' cores")
+        raise DataError(f"{step.name}: merging the adapters' cores gave NaN or Inf")
     return merged.reshape(shape)
 
 

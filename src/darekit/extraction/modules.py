@@ -163,13 +163,13 @@ def select(
             if module.rpartition(".")[2] in REFUSED.get(facts.model_type or "", ()):
                 found.left_out.append(LeftOut(tensor, kind, "PEFT refuses adapters on this layer"))
             elif parts is None:
-                why = "transformers makes another matrix of it in memory"
+                why = "transformers turns it into another matrix in memory"
                 found.left_out.append(LeftOut(tensor, kind, why))
             else:
                 found.targets += parts
         else:
             what = "a convolution" if last == "weight" else f"a parameter of shape {list(tensor.shape)}"
-            found.left_out.append(LeftOut(tensor, kind, f"{what} is no matrix times its input"))
+            found.left_out.append(LeftOut(tensor, kind, f"{what} is not a matrix times its input"))
     for parameter, blocks in experts.items():
         _stack(found, parameter, blocks)
     _complete(found, tensors)
@@ -241,11 +241,11 @@ def _save(
         why = "vLLM takes no modules that are saved whole" if for_vllm else f"not saved unless asked for (save {kind})"
         found.left_out.append(LeftOut(tensor, kind, why))
     elif facts.conversion(tensor.name) is not None:
-        found.left_out.append(LeftOut(tensor, kind, "transformers makes another tensor of it in memory"))
+        found.left_out.append(LeftOut(tensor, kind, "transformers turns it into another tensor in memory"))
     elif last in ("weight", "bias"):
         found.saved.append(Saved(name, tensor, kind, None if kind == "biases" else module))
     else:
-        found.left_out.append(LeftOut(tensor, kind, "PEFT saves modules whole, and this parameter is no module's own"))
+        found.left_out.append(LeftOut(tensor, kind, "PEFT saves whole modules, and this parameter is not one"))
 
 
 def _complete(found: Selection, tensors: Mapping[str, AlignedTensor]) -> None:
@@ -301,7 +301,7 @@ def _stack(found: Selection, parameter: str, blocks: Mapping[tuple[int, int], Bl
     whole = len(blocks) == len(experts) * len(kinds) and experts == list(range(len(experts)))
     last = parameter.rpartition(".")[2]
     if not whole or last not in EXPERT_PARAMETERS or len({block.shape[1] for block in blocks.values()}) > 1:
-        why = "its experts are not all there, or not alike"
+        why = "its experts are incomplete, or differ in shape"
         found.left_out += [LeftOut(block.tensor, "matrices", why) for block in blocks.values()]
         return
     matrices = tuple(tuple(blocks[expert, kind] for kind in kinds) for expert in experts)

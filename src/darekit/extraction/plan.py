@@ -274,7 +274,7 @@ def _notes(terms: Terms, found: Selection, model: Checkpoint) -> Iterator[str]:
     small = [side for side in sides if terms.rank is not None and side <= terms.rank]
     if small:
         yield (
-            f"rank {terms.rank} is as much as {len(small)} of {len(sides)} modules have: their deltas are kept whole "
+            f"rank {terms.rank} is the full rank of {len(small)} of {len(sides)} modules: their deltas are kept whole "
             f"(rank {min(small)}{f' to {max(small)}' if max(small) > min(small) else ''})"
         )
     whole = sum(math.prod(one.shape) * len(one.matrices) for one in found.targets)

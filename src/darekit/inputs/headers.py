@@ -61,8 +61,8 @@ class Headers:
     def _refuse_pack(self, opening: Opening) -> Checkpoint:
         assert opening.base is not None
         raise Unsupported(
-            f"{opening.ref} is stored relative to its base, and of {opening.base.ref} only the headers are here: "
-            f"download that first with `hf download {opening.base.ref.partition('@')[0]}`"
+            f"{opening.ref} is stored relative to its base, but only headers of {opening.base.ref} are here: "
+            f"download it first with `hf download {opening.base.ref.partition('@')[0]}`"
         )
 
     def _open(self, opening: Opening) -> Checkpoint:
@@ -80,7 +80,7 @@ class Headers:
         sizes = weights_on_hub(ref, small)
         if pickled := [name for name in sizes if not name.endswith(".safetensors")]:
             raise Unsupported(
-                f"{ref} has its weights in {pickled[0]}, which has no header that could be read alone: download it "
+                f"{ref} has its weights in {pickled[0]}, which has no header that can be read by itself: download it "
                 f"first with `hf download {ref.partition('@')[0]}`, or name a revision with safetensors"
             )
         place = self.folder / ref
@@ -112,7 +112,7 @@ class Headers:
         (name,) = sizes
         if not name.endswith(".safetensors"):
             raise Unsupported(
-                f"{ref} has its weights in {name}, which has no header that could be read alone: download it first "
+                f"{ref} has its weights in {name}, which has no header that can be read by itself: download it first "
                 f"with `hf download {ref.partition('@')[0]}`"
             )
         place = self.folder / ref

@@ -68,8 +68,8 @@ def notes_of(draft: Draft) -> Iterator[str]:
     if name:
         yield (
             f"{name} is dropped at p = {rate:g}: noise does not average out for one-hot inputs. keep_dense: "
-            "[embeddings, norms] preserves more. It makes a merge no larger, but a pack 2.5 to 3.8 times, for at most "
-            "one point of ability on a model of 135M parameters"
+            "[embeddings, norms] preserves more. It does not enlarge a merge, but makes a pack 2.5 to 3.8 times as "
+            "large, for at most one point of ability on a model of 135M parameters"
         )
 
 
@@ -106,7 +106,7 @@ def rounding_notes(recipe: Recipe, steps: Sequence[Step]) -> Iterator[str]:
     merges = [step for step in steps if isinstance(step, Merge)]
     if recipe.rounding == STOCHASTIC and all(step.rounding is None for step in merges):
         yield (
-            "rounding: stochastic has no effect: the output's format holds what is computed as it is. It matters where "
+            "rounding: stochastic has no effect: the output's format stores what is computed exactly. It matters where "
             "the output is bfloat16, float16 or float8"
         )
 

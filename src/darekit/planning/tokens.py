@@ -205,15 +205,15 @@ class _Matching:
         other = self._other(model)
         tokenizer = self._tokenizer(other)
         if tokenizer is None:
-            raise PlanError(
-                f"{model} is to give the tokens (tokenizer_source), but no tokenizer lies beside its weights"
-            )
+            raise PlanError(f"tokenizer_source names {model}, but there is no tokenizer beside its weights")
         return Member(model, other, tokenizer.size, tokenizer)
 
     def _other(self, name: str) -> Checkpoint:
         found = self.others.get(name)
         if found is None:
-            raise PlanError(f"{name}, which is to give tokens or rows, is not open here: list it among the models")
+            raise PlanError(
+                f"{name} is named as a source of tokens or rows, but is not open here: list it among the models"
+            )
         return found
 
     # What becomes of the rows

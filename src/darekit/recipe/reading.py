@@ -143,7 +143,7 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
     )
     rounding, rounding_seed = _read_rounding(document)
     if rounding == STOCHASTIC and plain["output"] == "adapter":
-        fail(document, ("rounding",), " is of models: with output: adapter, write nearest, or remove it")
+        fail(document, ("rounding",), " applies to models: with output: adapter, write nearest, or remove it")
     found = gather(document, words, search)
     seed = 0  # of the recipe
     notes, shared = [*ignored, *found.notes], found.shared
@@ -369,7 +369,7 @@ def _read_rank(document: Document) -> int | None:
     if type(raw) is not int or raw < 1:
         fail(document, ("rank",), f" must be a whole number above 0, found {shown(raw)}")
     if document.data.get("output") != "adapter":
-        fail(document, ("rank",), " is of an adapter: write output: adapter, or remove it")
+        fail(document, ("rank",), " applies to adapters: write output: adapter, or remove it")
     return raw
 
 
@@ -445,7 +445,7 @@ def _check_output(document: Document, recipe: Recipe) -> None:
         return
     if recipe.base_model is None or recipe.slices:
         what = "has no base_model" if not recipe.slices else "stacks slices"
-        fail(document, ("output",), f" is adapter, which is put on a base as it is, and this recipe {what}")
+        fail(document, ("output",), f" is adapter, which is put on a base as it is, but this recipe {what}")
     if recipe.sparsify is not None and recipe.sparsify.on == "weights":
         fail(document, ("output",), " is adapter, which holds deltas, and sparsify is on: weights")
 

@@ -254,7 +254,7 @@ def _top() -> dict[str, Schema]:
             "type": "string",
         },
         "keep_float32": {
-            "description": "Under a 16-bit `dtype`: whether tensors stay float32 that are so in a 16-bit model.",
+            "description": "Under a 16-bit `dtype`: whether tensors that are float32 in a 16-bit model stay float32.",
             **switch(True, False),
             "default": True,
         },
@@ -405,7 +405,7 @@ def _layers() -> dict[str, Schema]:
 
 
 _LAYOUT: Schema = {
-    "description": "Of an adapter: the order in which its factors B have their experts, where it does not say so.",
+    "description": "For an adapter: the order of the experts in its factors B, if its config does not say.",
     "enum": list(LAYOUTS),
 }
 

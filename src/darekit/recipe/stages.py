@@ -79,7 +79,7 @@ def read_stage(
         used = [name for name in named if name in names_in(recipe) and name not in inner]
         for name in used:
             if name in path:
-                raise RecipeError(f"{document.name}: stages that are made of each other: {' > '.join((*path, name))}")
+                raise RecipeError(f"{document.name}: stages that contain each other: {' > '.join((*path, name))}")
             if name not in done:
                 done[name] = finished(named[name], (*path, name))
         return replace(recipe, stages=(*recipe.stages, *((name, done[name]) for name in used)))

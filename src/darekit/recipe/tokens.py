@@ -145,7 +145,7 @@ class TokensReader:
             if not isinstance(force, bool | None):
                 fail(self.document, (*here, "force"), f" must be true or false, found {shown(force)}")
             if force and entry.get("source") is None:
-                fail(self.document, here, " has force and no source: say whose row all models are to have")
+                fail(self.document, here, " has force and no source: say whose row all models get")
             found[token] = self._row((*here, "source"), entry.get("source"), token, bool(force))
         return found
 

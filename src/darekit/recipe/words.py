@@ -156,7 +156,7 @@ def _explain_top(key: str) -> str:
     if key in ("experts", "shared_experts", "gate_mode", "experts_per_token"):
         return "belongs to mergekit-moe, which makes a mixture of experts of models; darekit merges models of one form"
     if key == "genome":
-        return "belongs to mergekit-evolve, which searches for parameters; here: `dare sweep`"
+        return "belongs to mergekit-evolve, which searches for parameters; here: `dare search`"
     if key == "stats":
         return "is not a top-level key; each model has its own: `- {model: name, stats: name.safetensors}`"
     if key in SPARSIFY_KEYS or any(key in entry.parameters for entry in SPARSIFIERS.values()):

@@ -232,7 +232,7 @@ class Scaled(Coded):
         if np.any(self._worth(codes, self.table, zeros, (scales == 0).astype(np.float32), place, 1.0) != 0):
             raise DataError(
                 f"{self.stored.name}: a scale in {self.scales.parts[0].name} is 0, and the codes that it scales are "
-                "not: what they were is lost. The file is damaged; download it again, or give the checkpoint that was "
+                "not: their values are lost. The file is damaged; download it again, or give the checkpoint that was "
                 "quantised"
             )
 

@@ -141,7 +141,7 @@ class _Finding:
             lost += [f"{one} of target_modules" for one in modules]
         if lost:
             raise CheckpointError(
-                f"{self.ref}: by {self.config.where} it has trained {first_of(lost)}, and the file holds nothing of "
+                f"{self.ref}: {self.config.where} says that it trained {first_of(lost)}, but the file has nothing of "
                 "it: it is incomplete; download or save it again"
             )
 
@@ -359,8 +359,8 @@ class _Finding:
         if "magnitude" in parts and whole is not None:
             raise Unsupported(
                 f"{self.ref}: {module} has DoRA's magnitudes, and {self.base.ref} stores it as a part of {whole}: that "
-                "is read of plain LoRA alone. Merge the adapter into its base with PEFT's merge_and_unload(), and give "
-                "the result"
+                "is supported for plain LoRA only. Merge the adapter into its base with PEFT's merge_and_unload(), and "
+                "give the result"
             )
         if "magnitude" in parts:
             raise CheckpointError(f"{self.ref}: {module} has DoRA's magnitudes, which PEFT does not have for experts")
@@ -437,8 +437,9 @@ class _Finding:
             )
         if a.shape[0] % many:
             raise CheckpointError(
-                f"{self.ref}: the factors of {parameter} have {a.shape[0]} ranks of all experts together, which "
-                f"{many} experts of {self.base.ref} do not divide: the adapter is of another base, or damaged"
+                f"{self.ref}: the factors of {parameter} have {a.shape[0]} ranks for all experts together, which "
+                f"is no multiple of {many}, the experts of {self.base.ref}: the adapter belongs to another base, or is "
+                "damaged"
             )
         product = b.shape[0], a.shape[1]
         if product not in ((rows, columns), (columns, rows)):
@@ -468,8 +469,8 @@ class _Finding:
             return True
         if self.config.version is None:
             raise PlanError(
-                f"{self.ref}: the matrices of {parameter} are square, and without peft_version in its config nobody "
-                "can say which way its factors lie (PEFT 0.19 changed it): add the version that wrote it, as "
+                f"{self.ref}: the matrices of {parameter} are square, and without peft_version in its config it "
+                "is unknown which way its factors lie (PEFT 0.19 changed it): add the version that wrote it, as "
                 '"peft_version": "0.19.0"'
             )
         return self.config.version < (0, 19)

@@ -92,11 +92,11 @@ class AdapterConfig:
         if said is not None and said != rank:
             raise CheckpointError(
                 f"{self.where}: {module} has rank {said} by the config, but its factors have rank {rank}: config and "
-                "weights are not of one adapter"
+                "weights do not belong together"
             )
         alpha = self.alphas.get(_first_match(self.alphas, module) or "", self.alpha)
         if alpha is None:
-            raise CheckpointError(f"{self.where} has no lora_alpha, from which the scale of the product follows")
+            raise CheckpointError(f"{self.where} has no lora_alpha, which gives the scale of the product")
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -247,15 +247,15 @@ def _notes_on_unknown(values: _Values) -> Iterator[str]:
     forms = [key for key in on if key.startswith("use_")]
     if forms:
         raise Unsupported(
-            f"{values.where} says {forms[0]}: true, which PEFT up to 0.21 does not know: it may be a form of adapters "
-            f"that is not read here. {_MERGED[0].upper()}{_MERGED[1:]}. If it says nothing about the weights, remove "
+            f"{values.where} says {forms[0]}: true, which PEFT up to 0.21 does not know: it may be a form of adapter "
+            f"that cannot be read. {_MERGED[0].upper()}{_MERGED[1:]}. If it says nothing about the weights, remove "
             "it from the config"
         )
     told = [*on, *(key for key, value in unknown.items() if isinstance(value, dict) and value)]
     if told:
         yield (
             f"WARNING: {values.where} has {first_of(told)}, which PEFT up to 0.21 does not know: it is read as plain "
-            "LoRA. If that says how the factors act, the result is wrong"
+            "LoRA. If it changes how the factors act, the result is wrong"
         )
 
 
@@ -334,11 +334,11 @@ def _refuse_kinds(values: _Values) -> None:
         raise Unsupported(about_prompt(values.where, str(kind)))
     if kind in _CONVERTED:
         raise Unsupported(
-            f"{values.where}: a PEFT adapter of type {kind}, of which only LoRA is read here. PEFT (0.18 and later) "
+            f"{values.where}: a PEFT adapter of type {kind}; only LoRA can be read. PEFT (0.18 and later) "
             f"converts it: load it on its base with PeftModel.from_pretrained, call "
             f"`peft.save_as_lora(OUT, model, rank=R)`, and give OUT; or {_MERGED}"
         )
-    raise Unsupported(f"{values.where}: a PEFT adapter of type {shorten(kind)}, of which only LoRA is read: {_MERGED}")
+    raise Unsupported(f"{values.where}: a PEFT adapter of type {shorten(kind)}; only LoRA can be read: {_MERGED}")
 
 
 def _refuse_forms(values: _Values) -> None:
@@ -371,9 +371,9 @@ def _refuse_forms(values: _Values) -> None:
     for key, (what, way) in forms.items():
         if data.get(key):
             raise Unsupported(
-                f"{values.where}: {what}, so there is no whole model that is the same{way}"
+                f"{values.where}: {what}, so no whole model is equivalent to it{way}"
                 if key != "use_bdlora"
-                else f"{values.where}: {what}, which is not read{way}"
+                else f"{values.where}: {what}, which is not supported{way}"
             )
 
 

@@ -84,8 +84,8 @@ class _Making:
         for name, change in self.found.changes.items():
             if change.terms and name.endswith("shared.weight") and (self.base.config or {}).get("is_encoder_decoder"):
                 self.notes.append(
-                    f"WARNING: the adapter has factors on {name}. Encoder and decoder look tokens up in embed_tokens "
-                    "of their own, which only begin with its values, so these factors had no part in the training; "
+                    f"WARNING: the adapter has factors on {name}. Encoder and decoder look tokens up in their own "
+                    "embed_tokens, which only start from its values, so these factors were not trained; "
                     "they are added to the stored table, as PEFT's merge_and_unload() does"
                 )
 
@@ -202,8 +202,8 @@ class _Making:
         ]
         if random:
             self.notes.append(
-                f"WARNING: a {kind} has {', '.join(random)}, of which neither {self.base.ref} nor the adapter stores "
-                "anything: it starts from random values, other ones than in the training. Train with it in "
+                f"WARNING: a {kind} has {', '.join(random)}, which neither {self.base.ref} nor the adapter "
+                "stores: it starts from random values, not from those of the training. Train with it in "
                 "modules_to_save, or give a base that has it"
             )
 

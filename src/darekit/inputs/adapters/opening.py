@@ -80,7 +80,7 @@ def _put_on(opening: Opening, right: str, base: Checkpoint) -> Checkpoint:
     found = open_by(replace(opening, ref=right, base=base, together=True))
     if not is_adapted(found):
         found.close()
-        raise CheckpointError(f"{opening.ref}: {right} is a whole model, expected an adapter behind the plus")
+        raise CheckpointError(f"{opening.ref}: {right} is a whole model, expected an adapter after the plus")
     return replace(found, ref=str(opening.ref))
 
 

@@ -36,7 +36,7 @@ def adapted(
         if is_idle(matched.changes.values()):
             found.append(
                 "WARNING: every factor B is 0, so this adapter changes nothing: it was saved before it was trained, or "
-                "its weights are under other names than those that were trained"
+                "its trained weights were saved under other names"
             )
     config = _config(base, matched)
     return Checkpoint(

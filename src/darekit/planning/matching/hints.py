@@ -42,7 +42,7 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
                 if found.operations[0].name == "MergeModulelist"
                 else f"{label(memory.ref)} stores {found.target} as it is in memory, and {label(stored.ref)} as the "
                 f"Hub has it; transformers makes one of the other by {and_([one.name for one in found.operations])}, "
-                "which moves values, and they are not merged across that"
+                "which moves values; such tensors are not merged with each other"
             )
             yield (
                 f"{told}. Load the one that differs with {_class_of(memory)} and save it again with `save_pretrained("

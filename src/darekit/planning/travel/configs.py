@@ -82,8 +82,8 @@ def config_notes(
         more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         whose = "the base" if giver is base else label(giver.ref)
         yield (
-            f"the configs differ, so the models compute other functions of their weights: {'; '.join(told)}{more}. The "
-            f"output has the config of {whose}; deltas of models that compute otherwise may do harm"
+            f"the configs differ, so the models compute different functions of their weights: {'; '.join(told)}{more}. "
+            f"The output has the config of {whose}; deltas of models that compute differently may do harm"
         )
 
 
