@@ -417,11 +417,14 @@ def test_the_readme_fits_on_few_screens():
     assert [line for line in lines if len(line) > 110 and not line.startswith("|")] == []
 
 
-def test_the_readme_lists_every_command():
+def test_the_readme_lists_commands_that_exist_and_leads_to_all():
+    """A new command need not be in it: the generated docs/cli.md has all."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text[text.index("## Commands") : text.index("## Compared")]
     cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
-    assert sorted(re.findall(r"`(?:dare )?([a-z]+)`", " ".join(cells))) == sorted(cli.COMMANDS)
+    named = re.findall(r"`(?:dare )?([a-z]+)`", " ".join(cells))
+    assert len(named) > 20 and len({*named}) == len(named) and {*named} <= {*cli.COMMANDS}
+    assert "[docs/cli.md](docs/cli.md)" in table
 
 
 def test_the_readme_takes_its_numbers_from_the_pages_that_it_links_to():

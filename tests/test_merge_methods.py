@@ -5,17 +5,20 @@ Nothing here calls a method's own function: the truths work on vectors, where th
 """
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import darekit as dk
 import oracle
+from darekit import testing
 from darekit.dtypes import DTYPES
 from darekit.engine import execution, tiles
 from darekit.engine.selection import Select
 from darekit.errors import RecipeError
-from darekit.methods import MERGE_METHODS, spherical
+from darekit.methods import MERGE_METHODS, merging, spherical
 
 SHAPES = ((1,), (3,), (65,), (1025,), (3, 1), (1, 3), (130, 517), (2, 5, 64), ())
 CLOSE = {"BF16": 2**-8, "F16": 2**-10, "F32": 3e-6, "F64": 1e-11}
@@ -211,6 +214,25 @@ def test_every_method_is_its_formula(case, with_base, dtype):
         expected = TRUTHS[method](wide[0] if with_base else None, wide[1:], weights, **parameters)
         scale = max(np.abs(x).max(initial=0) for x in (*wide, expected))
         np.testing.assert_allclose(found.astype(np.float64), expected, rtol=CLOSE[dtype], atol=2 * CLOSE[dtype] * scale)
+
+
+def test_the_examples_of_contributing_are_methods(monkeypatch):
+    """What a contributor copies: functions, entries of the table, and a truth."""
+    text = (Path(__file__).resolve().parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    mean, mean_entry, closest, closest_entry, its_truth = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    for module, function, entry in ((merging, mean, mean_entry), (spherical, closest, closest_entry)):
+        names = dict(vars(module))
+        exec(function, names)
+        (one,) = eval(f"({entry.strip()})", names)
+        monkeypatch.setitem(MERGE_METHODS, one.name, one)
+        testing.equals_formula(testing.Subject(None, (one.name, {})))
+    monkeypatch.setitem(globals(), "TRUTHS", {})
+    monkeypatch.setitem(globals(), "CASES", [])
+    exec(its_truth, globals())
+    assert len(CASES) == len(TRUTHS) == 1
+    base, models = family(np.random.default_rng(31), (130, 517), "F64", 3)
+    expected = TRUTHS[one.name](base, models, None)
+    np.testing.assert_allclose(merged(one.name, {}, base, models), expected, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
