@@ -27,7 +27,7 @@ def adapted(
 
     Raises:
         DataError: its values are NaN or Inf.
-        CheckpointError, HomologyError: they do not belong together; see `changes.match`.
+        CheckpointError, HomologyError: they do not belong together; see `matching.match`.
     """
     matched = match(adapter.config, adapter.tensors, base, ref, layout)
     found = [*notes, *matched.notes]
