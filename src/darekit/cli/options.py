@@ -140,6 +140,23 @@ class PackVocab(StrEnum):
     BASE = "base"
 
 
+KeepDense = Annotated[
+    list[str] | None, typer.Option(help="Tensors not to drop: embeddings, norms, biases, heads, or a glob pattern.")
+]
+Tau = Annotated[
+    float | None,
+    typer.Option(min=0.001, max=1, metavar="X", help="With -p auto: how far a layer's output may move; default 0.2."),
+]
+VocabOption = Annotated[
+    Vocab, typer.Option(help="If vocabularies differ: refuse, cut to the base's rows, or keep extra rows.")
+]
+HeadsOption = Annotated[HeadsOf | None, typer.Option(help="Copy the heads (classifiers, lm_head) from one of the two.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest available.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Dtype to compute in; default: float32 on a CPU, else the model's own.")
+]
+
+
 def drop_rate_of(text: str | None) -> float | str | None:
     """`0.9` or `auto`; anything else is a usage error."""
     if text is None or text == "auto":

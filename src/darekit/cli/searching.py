@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli.analysis import Device, Dtype
-from darekit.cli.options import DryRun, GpusPerWorker, Jobs, Json, Ray, Threads, errors_told
+from darekit.cli.options import Device, DryRun, Dtype, GpusPerWorker, Jobs, Json, Ray, Threads, errors_told
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
