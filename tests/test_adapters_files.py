@@ -507,7 +507,7 @@ def test_modules_that_were_lost_are_told(here):
     whole = Path("a/adapter_model.safetensors").read_bytes()
     lora.rewrite("a", lambda tensors: {n: v for n, v in tensors.items() if ".1.self_attn.q_proj" not in n})
     (note,) = _notes()
-    assert "1 of 2 q_proj in model.layers, and not for model.layers.1.self_attn.q_proj." in note
+    assert "1 of 2 q_proj in model.layers, but not for model.layers.1.self_attn.q_proj, which stay" in note
     assert not _notes(layers_to_transform=[0], target_modules=["q_proj"])
     assert not _notes(layers_to_transform=None, target_modules=["q_proj", "down_proj"], exclude_modules=["q_proj"])
     lora.edit("a", exclude_modules=None)

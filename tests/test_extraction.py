@@ -493,7 +493,7 @@ def test_only_norms_that_differ_are_no_adapter(dare, llamas, tmp_path):
                for name, value in llamas.base.items()}  # fmt: skip
     model = families.save(tmp_path / "m", tensors, families.config())
     done = dare("extract", llamas.path / "base", model, tmp_path / "out", "--rank", "4")
-    assert done.code == 1 and "no matrices differ" in done.err and not (tmp_path / "out").exists()
+    assert done.code == 1 and "not matrices differ" in " ".join(done.err.split()) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
