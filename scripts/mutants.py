@@ -224,10 +224,12 @@ def _owner(tree: ast.Module, line: int) -> tuple[str, ...]:
         body = found.body
 
 
-def _function(one: Any) -> Any:
-    """The function behind what a name stands for; None: there is none."""
+def _function(one: Any, line: int) -> Any:
+    """The function behind what a name stands for, of a property the one that has this line; None: there is none."""
     if isinstance(one, property):
-        one = one.fget
+        found = [one for one in (one.fget, one.fset, one.fdel) if one is not None]
+        begun = [one for one in found if one.__code__.co_firstlineno <= line] or found[:1]
+        one = max(begun, key=lambda one: one.__code__.co_firstlineno)
     elif isinstance(one, cached_property):
         one = one.func
     elif isinstance(one, staticmethod | classmethod):
@@ -253,8 +255,8 @@ def implant(mutant: Mutant) -> bool:
     owner = mutant.owner
     for word in owner[:-1]:
         old, new = vars(old[word]), vars(new[word])
-    if owner and (into := _function(old[owner[-1]])) is not None:
-        source = _function(new[owner[-1]])
+    if owner and (into := _function(old[owner[-1]], mutant.line)) is not None:
+        source = _function(new[owner[-1]], mutant.line)
         into.__code__, into.__defaults__, into.__kwdefaults__ = (
             source.__code__,
             source.__defaults__,

@@ -49,6 +49,20 @@ def test_each_mutant_is_one_change():
     assert len({one.name for one in found}) == len(found)
 
 
+def test_a_setter_is_broken_where_it_stands():
+    from darekit.engine.selection import Select
+
+    module = "engine/selection"
+    text = (ROOT / "src" / "darekit" / f"{module}.py").read_text(encoding="utf-8")
+    one = next(one for one in mutants.mutants_of(module, text) if one.text.startswith("self.lows, self.highs = int("))
+    getter, setter = Select.bounds.fget.__code__, Select.bounds.fset.__code__
+    try:
+        assert mutants.implant(one)
+        assert Select.bounds.fget.__code__ is getter and Select.bounds.fset.__code__ is not setter
+    finally:
+        Select.bounds.fset.__code__ = setter
+
+
 def test_every_place_of_the_heart_can_be_compiled():
     for module in mutants.TARGETS:
         text = (ROOT / "src" / "darekit" / f"{module}.py").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from darekit.engine.selection import Census, Select
+from darekit.engine.selection import Census, Select, ShareOf
 
 KINDS = ("normal", "few", "equal", "zeros", "falling")
 
@@ -63,6 +63,30 @@ def test_selection_is_sorting(kind, sample_from, monkeypatch):
                 found, kept, _ = selected(Select(count, top, min(keep, count - top)), array, tile)
                 assert (found == expected).all(), (count, top, keep, tile)
                 assert kept == min(keep, count - top)
+
+
+def test_neighbours_of_a_class_of_equals_are_not_in_it():
+    """Both boundaries lie in one class, and the number just above it is dropped with the largest."""
+    one = np.float32(1)
+    array = np.array([one, np.nextafter(one, np.float32(2)), one, one, np.nextafter(one, np.float32(0)), one])
+    for top, keep in ((3, 2), (2, 3), (1, 2), (2, 1)):
+        found, kept, _ = selected(Select(6, top, keep), array, 4)
+        assert (found == largest(array, top, keep)).all() and kept == keep
+
+
+@pytest.mark.parametrize("sample_from", [1 << 30, 1000])
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_share_of_what_is_not_0(kind, share, sample_from, monkeypatch):
+    monkeypatch.setattr(ShareOf, "SAMPLE_FROM", sample_from)
+    for count in (1, 65, 5000):
+        array = values(kind, count)
+        keep = int(np.count_nonzero(array) * share)
+        for tile in (97, count):
+            found, kept, _ = selected(ShareOf(count, lambda many: int(many * share)), array, tile)
+            assert (found == largest(array, 0, keep)).all() and kept == keep
+    nothing = ShareOf(0, lambda many: many)
+    assert nothing.ready
 
 
 def test_a_good_guess_saves_a_pass_and_a_bad_one_costs_one(monkeypatch):
@@ -135,3 +159,19 @@ def test_censuses_of_parts_add_up():
     half = int(np.float32(0.5).view(np.uint32))
     assert exact.at_rank(above) is None and exact.at_rank(above + here + 1) is None
     assert exact.at_rank(above + 1) == (half, here, 1) and exact.at_rank(above + here) == (half, here, here)
+
+
+def test_ranks_in_a_window_are_those_of_sorting():
+    array = np.abs(values("normal", 3000))
+    patterns = np.sort(array.view(np.uint32))[::-1].astype(np.int64)
+    for first, width in ((0x3F00 << 16, 0x40 << 16), (0x3F80 << 16, 0x20 << 16)):  # 0.5 to 0.75, and 1 to 1.25
+        census = Census((first, width), 3000)
+        census.count(array.copy())
+        inside = patterns[(patterns >= first) & (patterns < first + width)]
+        above = int((patterns >= first + width).sum())
+        assert inside.size > 100 and census.above == above
+        assert census.at_rank(above) is None and census.at_rank(above + inside.size + 1) is None
+        for at in (0, 1, inside.size // 2, inside.size - 2, inside.size - 1):
+            place, here, within = census.at_rank(above + at + 1)
+            assert place == inside[at] and here == (inside == inside[at]).sum()
+            assert within == at - int((inside > inside[at]).sum()) + 1

@@ -105,6 +105,11 @@ def test_the_best_compromise_has_the_best_mean_rank():
     )
     assert len(three.front) == 3 and three.best.trial == 1  # ranks 0 2 2, 1 1 0 and 2 0 1
     assert Standings((RIGHT, SLOW), (), ()).best is None
+    # Who is dominated has no say: among all three, the second would have the better ranks.
+    assert Standings((RIGHT, SLOW), (), (line(0, 1.0, 0.9), line(1, 0.8, 0.4), line(2, 0.7, 0.5))).best.trial == 0
+    # Two that are equal have the same rank, the better one: sums 3, 3 and 2.
+    equal = (line(0, 0.1, 0.1, 0.8), line(1, 0.9, 0.2, 0.1), line(2, 0.9, 0.3, 0.9))
+    assert Standings((RIGHT, SLOW, THIRD), (), equal).best.trial == 2
 
 
 def test_baselines_are_compared_by_the_first_goal_whatever_the_constraints_say():
