@@ -223,6 +223,20 @@ def test_sums_of_squares_keep_their_digits_in_tiles_of_any_size(coarse):
     assert abs(found[1] / (count * (1 + 2**-7) ** 2) - 1) < 1e-5
 
 
+def test_a_floor_below_tiny_squares_is_no_floor():
+    """Squares of 1e-38 lie above a floor of 1e-40: models count by their energies, as without a floor."""
+    base, models = oracle.family(np.random.default_rng(23), (65, 100), "BF16")
+    base = np.zeros_like(base)
+    models = [(1e-19 * k * np.sign(m.astype(np.float32))).astype(base.dtype) for k, m in enumerate(models, 1)]
+
+    def found(floor):
+        how = {"method": dk.sce(select_topk=0.5, floor=floor)}
+        return dk.merge_tensors({"w": base}, [{"w": m} for m in models], **how)["w"]
+
+    same_bits(found(1e-40), found(0))
+    assert not np.array_equal(oracle.raw_of(found(1)), oracle.raw_of(found(0)))
+
+
 def test_energies_are_added_up_only_where_they_matter(monkeypatch):
     """Below the floor models count alike, and nobody reads them once more to find out by how much."""
     rng = np.random.default_rng(22)
