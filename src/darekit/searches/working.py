@@ -16,12 +16,13 @@ from darekit.searches.asking import COMPLETE, FAILED, Answer, Rung, Task
 from darekit.searches.baselines import BASE, PLAIN, SINGLE, WRITTEN, Baseline
 from darekit.searches.data import TRIALS, Search
 from darekit.searches.folders import BASELINE, TRIAL, Folder, Line, line_of
+from darekit.searches.goals import Known, bounds_of, goals_of, named_sheets
 from darekit.searches.leases import HELD, Leases, wait_a_little
 from darekit.searches.points import written_point
 from darekit.searches.racing import Bound, Goal, is_feasible
 from darekit.searches.sheets import Sheet, with_blends
 from darekit.searches.space import Tensors, candidate
-from darekit.searches.standings import Standings, bounds_of, goals_of, named_sheets
+from darekit.searches.standings import Standings
 from darekit.searches.studies import Study
 from darekit.searches.verdicts import SearchResult, write_summary
 from darekit.trials.settings import recipe_with
@@ -110,16 +111,10 @@ class Work:
         except KeyboardInterrupt:
             self.say("interrupted before the baselines were judged; the same command goes on")
             raise
-        scores = next((line.scores for _, line in judged if line.state == COMPLETE), None)
-        if scores is None:
+        if not self.goals:
             first = judged[0][1]
             raise DataError(f"{self.search.name}: no baseline could be judged; {first.title}: {first.error}")
-        singles = [line.scores for one, line in judged if one.kind == SINGLE and line.state == COMPLETE]
-        self.goals = goals_of(self.search, scores, self.whole, singles)
-        read = ((one, self.folder.sheet(line.digest)) for one, line in judged if line.state == COMPLETE)
-        sheets = [(one, sheet) for one, sheet in read if sheet is not None]
-        self.bounds = bounds_of(self.search, scores, self.whole, named_sheets(sheets), singles)
-        self._feasible = {one.name: is_feasible(sheet, self.bounds) for one, sheet in sheets}
+        self._feasible = {one.name: is_feasible(sheet, self.bounds) for one, sheet in self._sheets(judged)}
         self.study = Study(self.search, self.goals, self.folder.out, self.leases, self.mark)
         try:
             self._search(seconds)
@@ -166,6 +161,7 @@ class Work:
                 for one in baselines
                 if one.name not in there or (there[one.name].state == FAILED and one.name not in self._failed)
             ]
+            self._settle_goals(baselines, there)
             if not left:
                 return [(one, there[one.name]) for one in baselines]
             mine = [one for one in left if self.leases.take(f"baseline-{digests[one.name]}")]
@@ -183,8 +179,8 @@ class Work:
                 line = line_of(BASELINE, one.name, answer, {}, one.recipe.to_data(), digests[one.name], None)
                 self.folder.add(line, answer.sheet)
                 self.leases.release(f"baseline-{digests[one.name]}")
-                if line.state == COMPLETE and not self.goals:
-                    self.goals = goals_of(self.search, line.scores, self.whole)  # mistakes in them, before all the rest
+                there[one.name] = line
+                self._settle_goals(baselines, there)  # mistakes in them, before all the rest
                 if line.state == FAILED:
                     self._failed.add(one.name)
                     self.say(f"{one.name} failed: {line.error}")
@@ -192,6 +188,28 @@ class Work:
                     self.say(f"{one.name}: {warning}")
                 done += 1
                 self._status("baselines", done, len(baselines), line)
+
+    def _settle_goals(self, baselines: Sequence[Baseline], there: Mapping[str, Line]) -> None:
+        """The goals and constraints, as far as the baselines that were judged tell. `there`: their lines, by name.
+
+        Raises:
+            Unasked, RecipeError: as `goals_of` and `bounds_of`, as soon as it is known.
+        """
+        judged = [(one, there[one.name]) for one in baselines if one.name in there]
+        complete = [(one, line) for one, line in judged if line.state == COMPLETE]
+        if not complete:
+            return
+        known = Known(complete[0][1].scores, self.whole)
+        if all(one.name in there for one in baselines if one.kind in (BASE, SINGLE)):
+            singles = [line.scores for one, line in complete if one.kind == SINGLE]
+            known = replace(known, singles=singles, sheets=named_sheets(self._sheets(complete)))
+        self.goals = goals_of(self.search, known)
+        self.bounds = bounds_of(self.search, known)
+
+    def _sheets(self, judged: Sequence[tuple[Baseline, Line]]) -> list[tuple[Baseline, Sheet]]:
+        """Of those that were judged in full, the answers."""
+        read = ((one, self.folder.sheet(line.digest)) for one, line in judged if line.state == COMPLETE)
+        return [(one, sheet) for one, sheet in read if sheet is not None]
 
     # --- candidates
 
