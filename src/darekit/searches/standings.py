@@ -20,12 +20,14 @@ class Standings:
     lines: tuple[Line, ...]
 
     @property
+    def judged(self) -> list[Line]:
+        """Those that were judged in full, by every goal."""
+        return [one for one in self.lines if one.state == COMPLETE and all(g.score in one.scores for g in self.goals)]
+
+    @property
     def able(self) -> list[Line]:
         """Those that can be chosen."""
-        return [
-            one for one in self.lines
-            if one.state == COMPLETE and one.feasible is not False and all(g.score in one.scores for g in self.goals)
-        ]  # fmt: skip
+        return [one for one in self.judged if one.feasible is not False]
 
     @property
     def best(self) -> Line | None:

@@ -42,6 +42,8 @@ class Status:
         best: of these, the best; None as long as there is none.
         score: the goal by which it is.
         fresh: what has just been judged; None at the beginning of a phase.
+        at_once: how many are judged at the same time.
+        seconds_left: until no candidate is begun any more; None: there is no such time.
     """
 
     phase: str
@@ -51,6 +53,8 @@ class Status:
     best: Line | None = None
     score: str = ""
     fresh: Line | None = None
+    at_once: int = 1
+    seconds_left: float | None = None
 
 
 Watch = Callable[[Status], None]
@@ -89,6 +93,7 @@ class Work:
     bounds: tuple[Bound, ...] = ()
     reused: int = 0
     total: int = 0
+    ends: float | None = None
     _done: int = 0
     _failed: set[str] = field(default_factory=set)
     _feasible: dict[str | int, bool | None] = field(default_factory=dict)
@@ -222,13 +227,17 @@ class Work:
             self.study.remember_first()
         told = False
         self.total = total
+        self.ends = None if seconds is None else self.began + seconds
+        done = self.study.counts().done
+        if done < total:
+            self._status("search", done, total)
         while True:
             orphans = self.study.take_orphans(self._settle)
             for number in orphans:
                 self.say(f"trial {number} was left by a process that died; its candidate will be judged again")
             counts = self.study.counts()
             left = total - counts.done - counts.running
-            if seconds is not None and time.perf_counter() - self.began > seconds and counts.done:
+            if self.ends is not None and time.perf_counter() > self.ends and counts.done:
                 return
             if left > 0:
                 self._round(min(left, self.search.round or self.pool.size))
@@ -359,11 +368,14 @@ class Work:
             yield lost[i], Answer(FAILED, error=answer.why) if isinstance(answer, Lost) else answer
 
     def _status(self, phase: str, done: int, total: int, fresh: Line | None = None) -> None:
+        status = Status(phase, done, total, fresh=fresh, at_once=self.pool.size)
         if phase == "search":
             standings = self.standings()
-            self.watch(Status(phase, done, total, standings.lines, standings.best, self.goals[0].score, fresh))
-        else:
-            self.watch(Status(phase, done, total, fresh=fresh))
+            left = None if self.ends is None else max(0.0, self.ends - time.perf_counter())
+            status = replace(
+                status, lines=standings.lines, best=standings.best, score=self.goals[0].score, seconds_left=left
+            )
+        self.watch(status)
 
 
 def _recipe_of(line: Line) -> Recipe:
