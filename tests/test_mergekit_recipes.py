@@ -416,6 +416,7 @@ def test_forms_that_mergekit_reads(tmp_path: Path):
     path.write_text("\n".join(lines))
     with pytest.raises(RecipeError, match="line 11: dtype is given twice"):
         read_recipe(path)
+    assert read_recipe(path, lenient=True).dtype == "F16"
 
 
 def test_filters_behind_one_for_all_are_left_out_with_a_warning():
@@ -440,3 +441,95 @@ def test_passthrough_of_several_models_names_slices():
     sources = [{"model": name, "layer_range": [0, 4]} for name in ("m0", "m1")]
     with pytest.raises(RecipeError, match="each source is a slice of its own"):
         read_recipe({"slices": [{"sources": sources}], "merge_method": "passthrough"})
+
+
+def test_of_a_key_given_twice_the_last_counts_leniently(tmp_path: Path):
+    """Whole blocks and nested keys, as YAML's readers have it; errors behind it name the line that counts."""
+    text = """\
+        base_model: b
+        models:
+        - model: m0
+          parameters: {weight: 0.25, density: 0.5, weight: 0.75}
+        merge_method: ties
+        parameters: {normalize: false, lambda: 0.5}
+        parameters:
+          int8_mask: true
+          lambda: 2
+        """
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dedent(text))
+    recipe = read_recipe(path, lenient=True)
+    assert recipe.models[0].parameters == {"weight": 0.75, "keep": 0.5}
+    assert recipe.parameters == {"lambda": 2.0}
+    assert [note for note in recipe.notes if "given twice" in note] == [
+        "WARNING: models.0.parameters.weight is given twice: line 4 counts, as in mergekit, and line 4 is ignored "
+        "(--lenient)",
+        "WARNING: parameters is given twice: line 7 counts, as in mergekit, and line 6 is ignored (--lenient)",
+    ]
+    path.write_text(dedent(text).replace("lambda: 2", "lambda: two"))
+    with pytest.raises(RecipeError, match=r"line 9: parameters\.lambda must be a number"):
+        read_recipe(path, lenient=True)
+
+
+UNION = {"models": ["m0", "m1"], "base_model": "m0", "merge_method": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        ({"tokenizer": {"source": "union", "preserve_embeddings": True}}, "tokenizer.preserve_embeddings"),
+        ({"tokenizer": {"tokens": {"<s>": {"source": "m1", "forced": True}}}}, "tokenizer.tokens.<s>.forced"),
+        (
+            {"tokenizer": {"tokens": {"<s>": {"source": {"kind": "zero", "model": "m0"}}}}},
+            "tokenizer.tokens.<s>.source.model",
+        ),
+        ({"base_model": {"model": {"path": "m0", "sha": "1"}}}, "base_model.model.sha"),
+        ({"models": [{"model": {"model": "m0", "weights": 1}}, "m1"]}, "models.0.model.weights"),
+        ({"tokenizer_source": {"model": {"path": "m1"}, "x": 1}}, "tokenizer_source.x"),
+    ],
+)
+def test_unknown_words_of_tokenizers_and_names(data, word):
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(UNION | data)
+    assert f"{word} is not known" in str(caught.value)
+    recipe = read_recipe(UNION | data, lenient=True)
+    assert any(note.startswith(f"{word} is not known") and "(--lenient)" in note for note in recipe.notes)
+    assert recipe.base_model == "m0" and [entry.model for entry in recipe.models] == ["m0", "m1"]
+
+
+def test_values_of_tokenizers_as_mergekit_reads_them():
+    """Numbers and switches in quotes, and mappings for a model's name."""
+    name = {"model": {"path": "m1"}}
+    block = {"source": name, "pad_to_multiple_of": "16", "tokens": {"<s>": {"source": name, "force": "yes"}}}
+    tokens = read_recipe(UNION | {"tokenizer": block}).tokens
+    assert tokens is not None and (tokens.source, tokens.pad_to_multiple_of) == ("m1", 16)
+    assert tokens.rows["<s>"].model == "m1" and tokens.rows["<s>"].force is True
+
+
+@pytest.mark.parametrize(
+    ("data", "word", "place"),
+    [
+        ({"parameters": {"dtype": "bfloat16"}}, "parameters.dtype", "at the top level"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of", "under `tokenizer:`"),
+        (
+            {"models": [{"model": "m0", "layer_range": [0, 4]}, "m1"]},
+            "models.0.layer_range",
+            "beside `model:` in a slice's `sources:`",
+        ),
+        (
+            {"models": [{"model": "m0", "parameters": {"weight": 1, "filter": "mlp"}}, "m1"]},
+            "models.0.parameters.filter",
+            "in an entry of a parameter's list, `- {filter: mlp, value: 0.5}`",
+        ),
+    ],
+)
+def test_words_of_other_places(data, word, place):
+    notes = read_recipe({"models": ["m0", "m1"], "merge_method": "linear"} | data).notes
+    assert f"WARNING: {word} has no effect, as in mergekit: it would have one {place}" in notes
+
+
+def test_empty_forms_say_nothing():
+    plain = {"models": ["m0", "m1"], "merge_method": "linear"}
+    assert read_recipe(plain | {"slices": [], "modules": {}}).models == read_recipe(plain).models
+    with pytest.raises(RecipeError, match="expected a list of at least one"):
+        read_recipe({"slices": [], "merge_method": "linear"})

@@ -78,8 +78,9 @@ def read_recipe(
         darekit.errors.RecipeError: ...
     """
     return read_with(
-        lambda document, search: read_document(document, search, lenient=lenient), source, settings, seed, stage
-    )
+        lambda document, search: read_document(document, search, lenient=lenient),
+        source, settings, seed, stage, lenient=lenient,
+    )  # fmt: skip
 
 
 def read_with(
@@ -88,10 +89,13 @@ def read_with(
     settings: Mapping[str, Any] | None,
     seed: int | None,
     stage: str | None,
+    *,
+    lenient: bool = False,
 ) -> Recipe:
     """As `read_recipe`; `reader`: reads one document, given where relative names are looked up."""
     search = search_path(source)
-    named, last = stages_of([open_data(source)] if isinstance(source, Mapping) else open_documents(Path(source)))
+    opened = [open_data(source)] if isinstance(source, Mapping) else open_documents(Path(source), lenient=lenient)
+    named, last = stages_of(opened)
     chosen = last if stage is None else named.get(stage)
 
     def read(document: Document) -> Recipe:
@@ -146,7 +150,7 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
         fail(document, ("rounding",), " applies to models: with output: adapter, write nearest, or remove it")
     found = gather(document, words, search)
     seed = 0  # of the recipe
-    notes, shared = [*ignored, *found.notes], found.shared
+    notes, shared = [*document.notes, *ignored, *found.notes], found.shared
     models = [(entry.path, entry.name, entry.own) for entry in found.entries]
     if words.sparsify is None:
         parts = mergekit.translate(
