@@ -235,7 +235,7 @@ def _sparse(delta, draws, *, drop_rate: DropRate):
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        (lambda deltas, weights: deltas[0], "'<lambda>' is no name"),
+        (lambda deltas, weights: deltas[0], "'<lambda>' cannot be a name in recipes"),
         (len, "only a function can be a method"),
     ],
 )
