@@ -20,7 +20,7 @@ from darekit.checkpoints.checkpoint import SAMPLE_BYTES, TensorInfo
 from darekit.checkpoints.quantised import formulas
 from darekit.checkpoints.quantised.codes import Codes, Desk
 from darekit.checkpoints.quantised.formulas import Singles
-from darekit.checkpoints.quantised.scales import Grid, read_part, refuse_impossible, widened
+from darekit.checkpoints.quantised.scales import Grid, read_part, refuse_impossible
 from darekit.checkpoints.sources import Source, Traits, refuse_outside, traits_of
 from darekit.dtypes import Bytes, DType, narrow
 from darekit.errors import DataError
