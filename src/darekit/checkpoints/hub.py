@@ -38,8 +38,8 @@ HUB_FILE = re.compile(
 )
 VARIANTS = ("*.safetensors.index.*.json", "pytorch_model.bin.index.*.json")  # of indices: fp16
 SMALL = (
-    companions.CONFIG, companions.CARD, ADAPTER_CONFIG, ADAPTER_INDEX, *INDEX.values(), *VARIANTS, *companions.TOKENIZER,
-    *companions.TEMPLATES, *companions.PROCESSOR, *companions.MODEL, *companions.CODE,
+    companions.CONFIG, companions.CARD, ADAPTER_CONFIG, ADAPTER_INDEX, *INDEX.values(), *VARIANTS,
+    *companions.TOKENIZER, *companions.TEMPLATES, *companions.PROCESSOR, *companions.MODEL, *companions.CODE,
 )  # fmt: skip
 
 

@@ -483,13 +483,15 @@ class _Finding:
                 f"{self.ref}: {parameter} has factors of shapes {list(a.shape)} and {list(b.shape)}, whose products "
                 f"are {list(product)}, but those of {self.base.ref} are {[rows, columns]}. {self._other_base()}"
             )
-        swap = self._is_swapped(parameter) if rows == columns else product != (rows, columns)
+        stored = self.names.find([parameter]).get(parameter)
+        flat = stored is not None and len(self.base.tensors[stored].shape) == 2  # biases of experts: one matrix
+        square = rows == columns and not flat
+        swap = self._is_swapped(parameter) if square else product != (rows, columns)
         rank = a.shape[0] // many
         term = Term(
             a, b, self._scale_of(parameter, rank), swap=swap, experts=many,
             slow=many > 1 and rank > 1 and self._layout(parameter) == "grouped",
         )  # fmt: skip
-        stored = self.names.find([parameter]).get(parameter)
         if stored is not None:
             self._add_term(stored, (many, rows, columns), term)
             return
