@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any, NoReturn
 
 from darekit.methods import MERGE_METHODS, SCALE, SEED, SPARSIFIERS, WEIGHT, Choice, Number, Parameter, Switch
+from darekit.recipe.documents import Document, Key
 from darekit.recipe.values import Value, chained, mapped, scalars_of
 
 Refuse = Callable[[tuple[str | int, ...], str], NoReturn]
@@ -147,6 +148,27 @@ def complement(density: float) -> float:
     (0.1, 0.9, 0.7)
     """
     return float(1 - Decimal(repr(float(density))))
+
+
+def with_densities(document: Document) -> Document:
+    """The recipe with every density above 1 as 1, which it is in mergekit; a note says so of each."""
+    notes: list[str] = []
+
+    def walk(value: Any, path: Key) -> Any:
+        if isinstance(value, list):
+            return [walk(one, (*path, i)) for i, one in enumerate(value)]
+        if isinstance(value, dict):
+            return {key: walk(one, (*path, key)) for key, one in value.items()}
+        if "density" not in path or isinstance(value, bool) or not isinstance(value, int | float) or not value > 1:
+            return value
+        notes.append(
+            f"WARNING: {'.'.join(map(str, path))} is {value}: no more than all can be kept, so it counts as 1, as in "
+            "mergekit (--lenient)"
+        )
+        return 1.0
+
+    data = {key: walk(value, (key,)) for key, value in document.data.items()}
+    return dataclasses.replace(document, data=data, notes=(*document.notes, *notes)) if notes else document
 
 
 @dataclass(frozen=True, slots=True)
