@@ -123,10 +123,11 @@ def test_rescale():
         return recipe.sparsify.parameters["rescale"]
 
     for method in PRODUCTS:
-        assert rescale(method, True) == rescale(method, "paper") == "paper"
+        assert rescale(method, "paper") == "paper"
+        assert rescale(method, True) == ("paper" if PRODUCTS[method].random else "l1")
         assert rescale(method, False) == rescale(method, "none") == "none"
         assert rescale(method, "l1") == "l1"
-    assert any("mergekit's is `rescale: l1`" in n for n in make("breadcrumbs", {"density": 0.5}, rescale=True).notes)
+    assert any("restores the delta's L1 norm" in n for n in make("breadcrumbs", {"density": 0.5}, rescale=True).notes)
     assert "parameters.rescale must be one of true, false, paper, l1, none" in refused("dare_ties", {}, rescale="L2")
 
 
@@ -562,3 +563,15 @@ def test_densities_above_1():
     assert [note.split()[1] for note in recipe.notes if "counts as 1" in note] == [
         "models.0.parameters.density.0.value.1", "models.0.parameters.density.1.value", "parameters.density",
     ]  # fmt: skip
+
+
+def test_a_key_of_any_name_may_hold_what_aliases_repeat(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    text = "defs:\n- &own {weight: 0.5}\nbase_model: b\nmerge_method: ties\nmodels:\n- {model: m0, parameters: *own}\n"
+    path.write_text(text)
+    recipe = read_recipe(path)
+    assert recipe.models[0].parameters == {"weight": 0.5}
+    assert "defs is ignored, as mergekit does: what it holds counts where its anchors are used" in recipe.notes
+    path.write_text(text.replace("*own", "{weight: 0.5}"))
+    with pytest.raises(RecipeError, match="line 1: defs is not known"):
+        read_recipe(path)

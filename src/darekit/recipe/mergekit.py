@@ -287,9 +287,11 @@ def _translate_product(
     if "gamma" in parts.shared:
         parts.sparsify["gamma"] = parts.shared.pop("gamma")
     if rescale is not None:
-        parts.sparsify["rescale"] = {"true": "paper", "false": "none"}.get(str(rescale), rescale)
+        # What is chosen by size has no expectation that 1/density would keep: mergekit's meaning is the only one.
+        meant = "paper" if product.random else "l1"
+        parts.sparsify["rescale"] = {"true": meant, "false": "none"}.get(str(rescale), rescale)
     if rescale == "true" and not product.random:
-        parts.notes.append(f"{method}: rescale: true scales by 1/density here; mergekit's is `rescale: l1`")
+        parts.notes.append(f"{method}: rescale: true restores the delta's L1 norm, as in mergekit (rescale: l1)")
     parts.shared.setdefault("normalize", product.normalize)
     if MERGE_METHODS[product.merge].trims:
         parts.shared["keep"] = 1.0
