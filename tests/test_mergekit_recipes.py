@@ -123,10 +123,11 @@ def test_rescale():
         return recipe.sparsify.parameters["rescale"]
 
     for method in PRODUCTS:
-        assert rescale(method, True) == rescale(method, "paper") == "paper"
+        assert rescale(method, "paper") == "paper"
+        assert rescale(method, True) == ("paper" if PRODUCTS[method].random else "l1")
         assert rescale(method, False) == rescale(method, "none") == "none"
         assert rescale(method, "l1") == "l1"
-    assert any("mergekit's is `rescale: l1`" in n for n in make("breadcrumbs", {"density": 0.5}, rescale=True).notes)
+    assert any("restores the delta's L1 norm" in n for n in make("breadcrumbs", {"density": 0.5}, rescale=True).notes)
     assert "parameters.rescale must be one of true, false, paper, l1, none" in refused("dare_ties", {}, rescale="L2")
 
 
@@ -533,3 +534,44 @@ def test_empty_forms_say_nothing():
     assert read_recipe(plain | {"slices": [], "modules": {}}).models == read_recipe(plain).models
     with pytest.raises(RecipeError, match="expected a list of at least one"):
         read_recipe({"slices": [], "merge_method": "linear"})
+
+
+def test_keys_without_a_value_as_programs_write_them(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "merge_method: linear\nmodels: [a, b]\nbase_model:\ndtype: null\nout_dtype: ~\nslices:\ntokenizer:\n"
+    )
+    recipe = read_recipe(path)
+    assert (recipe.base_model, recipe.dtype, recipe.slices) == (None, None, ())
+    assert [note.split()[0] for note in recipe.notes if "has no value" in note] == ["base_model", "dtype", "out_dtype"]
+    path.write_text("merge_method: ties\nmodels: [a, b]\nbase_model:\n")
+    with pytest.raises(RecipeError, match="line 3: base_model has no value"):
+        read_recipe(path)
+
+
+def test_densities_above_1():
+    """As in mergekit, all is kept; but only leniently: it may be a percentage."""
+    own = {"density": [{"filter": "mlp", "value": [0.5, 2]}, {"value": 1.2}]}
+    data = {"models": [{"model": "m0", "parameters": own}, "m1"], "base_model": "b", "merge_method": "dare_ties"}
+    shared = {"parameters": {"density": 50, "weight": 2}}
+    with pytest.raises(RecipeError, match=r"must be in \[0, 1\], found 2; a percentage"):
+        read_recipe(data | shared)
+    recipe = read_recipe(data | shared, lenient=True)
+    assert recipe.models[0].parameters["drop_rate"] == filters_of(("mlp", Gradient((0.5, 0.0))), ("*", 0.0))
+    assert recipe.models[1].parameters["drop_rate"] == 0.0
+    assert recipe.parameters["weight"] == 2
+    assert [note.split()[1] for note in recipe.notes if "counts as 1" in note] == [
+        "models.0.parameters.density.0.value.1", "models.0.parameters.density.1.value", "parameters.density",
+    ]  # fmt: skip
+
+
+def test_a_key_of_any_name_may_hold_what_aliases_repeat(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    text = "defs:\n- &own {weight: 0.5}\nbase_model: b\nmerge_method: ties\nmodels:\n- {model: m0, parameters: *own}\n"
+    path.write_text(text)
+    recipe = read_recipe(path)
+    assert recipe.models[0].parameters == {"weight": 0.5}
+    assert "defs is ignored, as mergekit does: what it holds counts where its anchors are used" in recipe.notes
+    path.write_text(text.replace("*own", "{weight: 0.5}"))
+    with pytest.raises(RecipeError, match="line 1: defs is not known"):
+        read_recipe(path)

@@ -317,6 +317,15 @@ def test_a_dry_run_shows_the_stack(deep, tmp_path, dare):
     ]  # fmt: skip
 
 
+def test_modules_that_name_every_tensor(deep, tmp_path):
+    """Nothing is left for a base, and there may be none."""
+    models = [{"model": "m0", "parameters": {"weight": 1}}, {"model": "m1", "parameters": {"weight": 3}}]
+    plain = {"models": models, "merge_method": "linear"}
+    dk.merge(plain, tmp_path / "plain", **OPTIONS)
+    dk.merge({"modules": {"text_decoder": {"models": models}}, "merge_method": "linear"}, tmp_path / "out", **OPTIONS)
+    families.same(families.load(tmp_path / "out"), families.load(tmp_path / "plain"))
+
+
 def test_words_that_are_ignored_are_on_the_page():
     from pathlib import Path
 

@@ -14,7 +14,7 @@ from darekit.checkpoints import Checkpoint, OutputTensor
 from darekit.dtypes import DTYPES, STOCHASTIC
 from darekit.engine.steps import Merge, Step
 from darekit.inputs.opening import packed_seed
-from darekit.methods import SPARSIFIERS
+from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.planning.draft import Draft
 from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.rates import MOST
@@ -49,6 +49,7 @@ def notes_of(draft: Draft) -> Iterator[str]:
         )
     yield from _idle(draft)
     yield from _gradient_notes(draft)
+    yield from _trimmed_away(draft)
     if recipe.sparsify is None or recipe.sparsify.on == "weights":
         return
     rates = {settings.rate for _, _, settings in draft.merged()}
@@ -71,6 +72,20 @@ def notes_of(draft: Draft) -> Iterator[str]:
             "[embeddings, norms] preserves more. It does not enlarge a merge, but makes a pack 2.5 to 3.8 times as "
             "large, for at most one point of ability on a model of 135M parameters"
         )
+
+
+def _trimmed_away(draft: Draft) -> Iterator[str]:
+    """Models of which a trim leaves nothing somewhere."""
+    if not MERGE_METHODS[draft.recipe.merge_method].trims:
+        return
+    many: dict[int, list[bool]] = {}
+    for _, model, settings in draft.merged():
+        many.setdefault(model, []).append(settings.keep == 0)
+    for model, gone in many.items():
+        if any(gone):
+            where = "" if all(gone) else f" in {sum(gone)} of {len(gone)} tensors"
+            word = "WARNING: " if all(gone) else ""
+            yield f"{word}keep 0 (of mergekit's, density 0) leaves nothing of {label(draft.models[model].ref)}{where}"
 
 
 def _is_looked_up(tensor: AlignedTensor) -> bool:

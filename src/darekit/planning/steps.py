@@ -229,9 +229,12 @@ class _Merge:
             stages.append(StageSpec(recipe.sparsify.method, values, seed, *self.streams[model]))
         if MERGE_METHODS[recipe.merge_method].trims:
             keep = settings.keep
-            if keep <= 0:
-                raise PlanError(f"keep 0 leaves nothing of {self.name}; use a value above 0 (1 for no trim)")
-            if keep < 1 and recipe.parameters.get("trim") == "model":
+            whole = recipe.parameters.get("trim") == "model"
+            if keep == 0 and whole:
+                raise PlanError(f"keep 0 leaves nothing of {self.name}; with trim: model use a value above 0")
+            if keep == 0:  # as at one end of a gradient: no count of the largest elements, which is at least 1
+                stages.append(StageSpec("drop_only", {"drop_rate": 1.0}, 0, *self.streams[model]))
+            elif keep < 1 and whole:
                 stages.append(StageSpec(TRIM_MODEL, {"keep": keep}))
             elif keep < 1:
                 stages.append(StageSpec(TRIM, {"keep_count": kept_count(keep, count)}))

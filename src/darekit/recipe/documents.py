@@ -30,13 +30,17 @@ _MALFORMED = (ValueError, KeyError, IndexError, AttributeError, TypeError, Overf
 
 @dataclass(frozen=True)
 class Document:
-    """Plain data, where each of its keys stands ("line 7"), its text, and what a lenient reading let pass."""
+    """Plain data, where each of its keys stands ("line 7"), and its text.
+
+    `notes`: what was let pass; `repeated`: top-level keys of which an alias elsewhere uses something.
+    """
 
     name: str
     data: dict[str, Any]
     places: Mapping[Key, str]
     text: str
     notes: tuple[str, ...] = ()
+    repeated: frozenset[str] = frozenset()
 
 
 def fail(document: Document, path: Key, message: str) -> NoReturn:
@@ -182,7 +186,7 @@ def _parse(text: str, name: str, kind: str, *, single: bool = False, lenient: bo
                 )
             walker = _Walker(loader, name, lenient=lenient)
             data = cast(dict[str, Any], walker.build(node, ()))
-            found.append(Document(name, data, walker.places, text, tuple(walker.notes)))
+            found.append(Document(name, data, walker.places, text, tuple(walker.notes), frozenset(walker.repeated)))
         return found
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_yaml_problem(error, name)) from None
@@ -230,10 +234,15 @@ class _Walker:
         self.loader, self.name, self.lenient, self.count = loader, name, lenient, 0
         self.places: dict[Key, str] = {}
         self.notes: list[str] = []
+        self.first: dict[int, Key] = {}  # where a node comes up first: an alias is the same node again
+        self.repeated: set[str] = set()
 
     def build(self, node: yaml.Node, path: Key) -> Any:
         self.count += 1
         line = node.start_mark.line + 1
+        first = self.first.setdefault(id(node), path)
+        if first[:1] != path[:1]:
+            self.repeated.add(str(first[0]))
         if self.count > _LARGEST_COUNT or len(path) > _DEEPEST:
             raise RecipeError(
                 f"{self.name} line {line}: too large or too deep once its aliases are expanded (at most "

@@ -86,9 +86,14 @@ def why_ignored(path: Key, method: str, entry: MergeMethod, *, inside: bool) -> 
         return f"{place} is ignored, as mergekit does: a revision is written as `model: org/name@revision`"
     around = next((part for part in reversed(path[:-1]) if isinstance(part, str)), None)
     if len(path) == 1 and (word.startswith(("x-", "_", ".")) or word in ANCHORS):
-        return f"{place} is ignored, as mergekit does: what it holds counts where its anchors are used"
+        return anchored(path)
     words = {"sources": SOURCE_WORDS, "models": SOURCE_WORDS, "slices": SLICE_WORDS}.get(around or "", OPTIONS)
     return f"{place} is ignored, as mergekit does" if word in words else None
+
+
+def anchored(path: Key) -> str:
+    """The note for a key that holds what YAML's anchors repeat."""
+    return f"{'.'.join(map(str, path))} is ignored, as mergekit does: what it holds counts where its anchors are used"
 
 
 def without(document: Document, paths: Iterable[Key]) -> Document:

@@ -27,6 +27,7 @@ from darekit.recipe.documents import (
 )
 from darekit.recipe.entries import gather
 from darekit.recipe.essence import is_random
+from darekit.recipe.ignored import without
 from darekit.recipe.names import find_model, same_model
 from darekit.recipe.parameters import block_at, read_seed
 from darekit.recipe.stages import read_stage, stages_of, stored_names
@@ -135,6 +136,9 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
     """One document, which knows no other; errors as `read_recipe`. `search`: where relative names are looked up."""
     document = _spell_out(document)
     document, words, ignored = check_names(document, lenient=lenient)
+    document = _without_empty(document, words)
+    if lenient and words.sparsify is None:
+        document = mergekit.with_densities(document)
     # First what depends on nothing else, so that whoever collects errors meets all of it.
     plain: dict[str, Any] = dict(
         dtype=_read_dtype(document),
@@ -194,6 +198,16 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
     )
     _check_whole(document, recipe, [path for path, _, _ in models])
     return replace(recipe, notes=(*notes, *_notes(recipe, seeded, search)))
+
+
+def _without_empty(document: Document, words: Words) -> Document:
+    """Keys of mergekit's that have no value, as programs write them, are as if they were not there."""
+    empty = [key for key in ("base_model", "dtype", "out_dtype") if document.data.get(key, "") is None]
+    empty = [key for key in empty if words.sparsify is None and not (key == "base_model" and words.needs_base)]
+    if not empty:
+        return document
+    notes = [f"{key} has no value: as if it were not there" for key in empty]
+    return replace(without(document, [(key,) for key in empty]), notes=(*document.notes, *notes))
 
 
 def _where_present(own: Mapping[str, Value], model: int, slices: Sequence[Slice]) -> dict[str, Value]:

@@ -163,7 +163,9 @@ def _parameter(parameter: Parameter, *, auto: bool) -> Schema:
             return about | {"anyOf": _per_tensor([*switch(True, False)["anyOf"], {"enum": [0, 1]}])}
         case Choice(of=of):
             booleans = [word == "true" for word in of if word in ("true", "false")]
-            return about | {"anyOf": [{"enum": [*of]}, switch(*booleans)]} if booleans else about | {"enum": [*of]}
+            if not booleans:
+                return about | {"enum": [*of]}
+            return about | {"anyOf": [{"enum": [*of]}, switch(*booleans), {"enum": [*map(int, booleans)]}]}
 
 
 class _Builder:
@@ -214,7 +216,8 @@ def _block(properties: Mapping[str, Schema]) -> Schema:
 def _top() -> dict[str, Schema]:
     """Top-level keys; those that say what is merged, and `sparsify`, are placeholders."""
     known: dict[str, Schema] = {
-        "base_model": _NAME | {"description": "The checkpoint that all models were fine-tuned from."},
+        "base_model": _NAME
+        | {"description": "The checkpoint that all models were fine-tuned from.", "type": ["string", "null"]},
         "stages": {"description": "Recipes that are models of this one, by name.", "type": "object"},
         "models": {},
         "slices": {},
@@ -340,7 +343,7 @@ def _literals(owner: type, name: str) -> list[str]:
 def _dtype(description: str) -> Schema:
     names = [DTYPES[name].torch_name for name in FLOAT_DTYPES]
     prefixed = {"type": "string", "pattern": rf"^torch\.({'|'.join(names)})$"}
-    return {"description": description, "anyOf": [{"enum": names}, prefixed]}
+    return {"description": description, "anyOf": [{"enum": names}, prefixed, {"type": "null"}]}
 
 
 def _models(entry: Schema) -> Schema:
