@@ -20,7 +20,7 @@ from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.rates import MOST
 from darekit.recipe import Place, Recipe, Value, is_exact
 from darekit.recipe.values import filters_of, gradients_of
-from darekit.wording import label
+from darekit.wording import and_, label
 
 if TYPE_CHECKING:
     from darekit.planning.stacks.stack import Tower
@@ -76,6 +76,20 @@ def notes_of(draft: Draft) -> Iterator[str]:
 def _is_looked_up(tensor: AlignedTensor) -> bool:
     """Whether it is a table of which rows are used one at a time; a vision model's positions are added as a whole."""
     return tensor.group == "embeddings" and len(tensor.shape) == 2
+
+
+def equal_notes(models: Sequence[Checkpoint], digests: Sequence[bytes]) -> Iterator[str]:
+    """Models of other names that are one and the same, as after a copy in the wrong place; `digests`: their samples."""
+    alike: dict[bytes, dict[str, str]] = {}
+    for model, digest in zip(models, digests, strict=True):
+        place = str(model.directory.absolute()) if model.directory is not None else model.ref
+        alike.setdefault(digest, {}).setdefault(place, label(model.ref))
+    for names in alike.values():
+        if len(names) > 1:
+            yield (
+                f"{and_(list(names.values()))} are identical wherever they were sampled: are they the right models? "
+                "Each counts as a separate model"
+            )
 
 
 def rate_notes(models: Sequence[Checkpoint], rates: Sequence[Mapping[str, float]]) -> Iterator[str]:
