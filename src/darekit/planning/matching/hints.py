@@ -41,12 +41,10 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
             )
         words = [name.split(".") for name in names]
         if any(word in path for path in words for word in _VALUE_HEADS):
-            wrapped = (
-                ", under the names of TRL's wrapper" if ["pretrained_model"] in [path[:1] for path in words] else ""
-            )
+            wrapped = ", under the names of its wrapper," if "pretrained_model" in {path[0] for path in words} else ""
             yield (
-                f"{label(one.ref)} was saved with the value head of a training by reinforcement{wrapped}. No other program "
-                "looks for it: save the model without, in TRL by `model.pretrained_model.save_pretrained(...)`"
+                f"{label(one.ref)} was saved{wrapped} with the value head of a training by reinforcement. No other "
+                "program looks for it: save the model without, in TRL by `model.pretrained_model.save_pretrained(...)`"
             )
     if second := _second_copy(extra, view):
         yield (
