@@ -285,7 +285,7 @@ def test_a_pipeline_of_diffusers_is_merged_part_by_part(place, dare):
         (place / name / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     code, text = merge(dare, place)
     assert code == 1
-    assert "base is a pipeline of diffusers, not one model: merge its parts one by one (base/unet)" in text
+    assert f"base is a pipeline of diffusers, not one model: merge its parts one by one ({place}/base/unet)" in text
     recipe = {"base_model": "base/unet", "models": ["m0/unet", "m1/unet"], "merge_method": "linear"}
     assert any("diffusion_pytorch_model.safetensors: rename" in note for note in darekit.plan(recipe).notes)
 
