@@ -326,3 +326,85 @@ def test_tensors_that_do_not_correspond_have_a_cause(place, dare, change, config
     code, text = merge(dare, place)
     assert code == 1
     assert says in text
+
+
+def test_a_text_model_is_told_how_it_goes_into_one_with_vision(place, dare):
+    more = {"vision_tower.patch.weight": (4, 4), "multi_modal_projector.weight": (4, families.HIDDEN)}
+    for name in ("base", "m0", "m1"):
+        tensors = {n: t for n, t in families.load(place / name).items() if n != "lm_head.weight"}
+        families.write_safetensors(place / name / "model.safetensors", tensors)
+    for name in ("base", "m1"):
+        tensors = {f"language_model.{n}": t for n, t in families.load(place / name).items()}
+        tensors |= {n: np.ones(shape, np.float32) for n, shape in more.items()}
+        families.write_safetensors(place / name / "model.safetensors", tensors)
+        parts = {"text_config": {"model_type": "gemma3_text"}, "vision_config": {"a": 1}}
+        edit(place / name, model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"], **parts)
+    edit(place / "m0", model_type="gemma3_text", architectures=["Gemma3ForCausalLM"])
+    code, text = merge(dare, place, models="m0")
+    assert code == 1
+    assert "`modules: {text_decoder: {models: [m0]}}`" in text
+    assert "save_pretrained" not in text  # its class would make new weights for what is missing
+    lines = ["base_model: base", "merge_method: linear", "modules: {text_decoder: {models: [m0]}}"]
+    (place / "recipe.yaml").write_text("\n".join(lines))
+    assert dare("merge", "recipe.yaml", "out").code == 0
+    assert more.keys() < families.load(place / "out").keys()
+    done = dare("drop", "m0", "m1", "out2", "-p", "0.5")
+    assert done.code == 1
+    assert "m0 has only the text part of m1" in " ".join(done.err.split())
+
+
+# --- weights that leave nothing
+
+
+def test_a_single_model_of_weight_0_is_not_the_output(place, dare):
+    (place / "recipe.yaml").write_text(
+        "base_model: base\nmodels: [{model: m0, parameters: {weight: 0}}]\nmerge_method: linear\n"
+    )
+    done = dare("merge", "recipe.yaml", "zero")
+    assert done.code == 0
+    assert "all weights are 0: the output is the base" in done.err
+    ours, base = families.load(place / "zero"), families.load(place / "base")
+    assert all(np.array_equal(ours[name], base[name]) for name in base)
+
+
+def test_one_tensor_of_weight_0_stays_the_bases(place, dare):
+    weight = "[{filter: mlp, value: 0}, {value: 1}]"
+    (place / "recipe.yaml").write_text(
+        f"base_model: base\nmodels: [{{model: m0, parameters: {{weight: {weight}}}}}]\nmerge_method: linear\n"
+    )
+    assert dare("merge", "recipe.yaml", "some").code == 0
+    ours, base, tuned = (families.load(place / name) for name in ("some", "base", "m0"))
+    assert all(np.array_equal(ours[name], (base if "mlp" in name else tuned)[name]) for name in base)
+
+
+def test_weights_that_add_up_to_0_are_told(place, dare):
+    (place / "recipe.yaml").write_text(
+        "base_model: base\nmerge_method: linear\nmodels:\n"
+        "- {model: m0, parameters: {weight: 1}}\n- {model: m1, parameters: {weight: -1}}\n"
+    )
+    done = dare("merge", "recipe.yaml", "out")
+    assert done.code == 0
+    assert "normalize has nothing to divide by" in " ".join(done.err.split())
+
+
+# --- what the system has against a name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pack", "base", "m0", "LONG.safetensors", "--lossless"),
+        ("merge", "LONG", "out"),
+        ("recommend", "base", "LONG"),
+        ("inspect", "LONG", "m0"),
+        ("eval", "m0", "--data", "LONG"),
+        ("report", "LONG"),
+        ("drop", "base", "m0", "LONG", "-p", "0.5"),
+        ("extract", "base", "m0", "LONG", "--rank", "2"),
+    ],
+)
+def test_names_that_are_too_long_end_in_one_line(place, dare, words):
+    done = dare(*(word.replace("LONG", "a" * 300) for word in words))
+    assert done.code == 1
+    assert "File name too long" in " ".join(done.err.split())
+    assert "Traceback" not in done.err

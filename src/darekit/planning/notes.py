@@ -15,6 +15,7 @@ from darekit.dtypes import DTYPES, STOCHASTIC
 from darekit.engine.steps import Merge, Step
 from darekit.inputs.opening import packed_seed
 from darekit.methods import SPARSIFIERS
+from darekit.methods.merging import WEIGHTS_TINY
 from darekit.planning.draft import Draft
 from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.rates import MOST
@@ -47,6 +48,7 @@ def notes_of(draft: Draft) -> Iterator[str]:
             "output: adapter is for `dare merge` and `dare extract`; here the recipe stands for the whole merged model"
             + (", of full rank" if recipe.rank is not None else "")
         )
+    yield from _weight_notes(draft)
     yield from _idle(draft)
     yield from _gradient_notes(draft)
     if recipe.sparsify is None or recipe.sparsify.on == "weights":
@@ -70,6 +72,25 @@ def notes_of(draft: Draft) -> Iterator[str]:
             f"{name} is dropped at p = {rate:g}: noise does not average out for one-hot inputs. keep_dense: "
             "[embeddings, norms] preserves more. It makes a merge no larger, but a pack 2.5 to 3.8 times, for at most "
             "one point of ability on a model of 135M parameters"
+        )
+
+
+def _weight_notes(draft: Draft) -> Iterator[str]:
+    """Weights that leave nothing of the models, or nothing to divide by."""
+    weights = [
+        (tensor.name, [one.weight for one in found.models if one is not None], bool(found.merge.get("normalize")))
+        for tensor in draft.alignment.tensors
+        for found in (draft.settings[tensor.name],)
+        if tensor.name not in draft.roles and any(found.models)
+    ]
+    if weights and not any(weight for _, found, _ in weights for weight in found):
+        yield "all weights are 0" + (": the output is the base" if draft.alignment.tensors[0].base else "")
+        return
+    zero = [name for name, found, divided in weights if divided and any(found) and abs(sum(found)) < WEIGHTS_TINY]
+    if zero:
+        yield (
+            f"the weights add up to 0 in {len(zero)} {'tensor' if len(zero) == 1 else 'tensors'} (as {zero[0]}), so "
+            "normalize has nothing to divide by: they are used as they are"
         )
 
 

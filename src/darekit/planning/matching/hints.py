@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from darekit.architectures.families import Conversion
+from darekit.architectures.parts import part_named
 from darekit.planning.matching.naming import View
 from darekit.wording import and_, label
 
@@ -51,6 +52,17 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
             f"{label(view.ref)} holds every weight twice, the second time with {second!r} before the name, as averages "
             "of a training are kept: save the one that you mean, alone"
         )
+    if missing and not extra and _are_whole_parts(missing, reference):
+        yield (
+            f"{label(view.ref)} has only the text part of {label(reference.ref)}, which is a model of several parts: a "
+            f"recipe with `modules: {{text_decoder: {{models: [{view.ref}]}}}}` in the place of `models` merges that "
+            "part, and keeps the others from the base"
+        )
+    if extra and not missing and _are_whole_parts(extra, view):
+        yield (
+            f"{label(reference.ref)} has only the text part of {label(view.ref)}, which is a model of several parts: "
+            "the base of all its parts is the one that it was fine-tuned from, parts included; give that"
+        )
     composite = [*map(_is_composite, (view, reference))]
     if not (missing and extra) and len({*composite}) == 1:
         yield from _other_architecture(view, reference)
@@ -83,6 +95,13 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
         if {name.removeprefix(prefix) for name in ours} & set(theirs):
             yield f"Names differ by the prefix {prefix!r}: save both with the same class ({_class_of(reference)})"
     yield from _other_architecture(view, reference)
+
+
+def _are_whole_parts(names: Sequence[str], owner: View) -> bool:
+    """Whether these are all tensors of some parts of a composite model, and none of its text."""
+    parts = {part_named(name) for name in names}
+    own = [name for name in owner.checkpoint.tensors if part_named(name) in parts]
+    return "text" not in parts and len(own) <= len(names) < len(owner.checkpoint.tensors)
 
 
 def _second_copy(extra: Sequence[str], view: View) -> str | None:
