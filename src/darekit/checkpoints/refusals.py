@@ -384,7 +384,10 @@ def _settings(path: Path) -> dict[str, Any]:
         return {}
 
 
-# What training leaves behind
+# What training, other programs and interrupted downloads leave behind
+
+PARTIAL = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download")
+PIPELINE = "model_index.json"  # of diffusers
 
 FOREIGN = {
     ".gguf": "GGUF files hold weights for llama.cpp, mostly quantised; give the original checkpoint in safetensors, "
@@ -397,6 +400,11 @@ FOREIGN = {
     "`save_pretrained`",
     ".msgpack": "it holds weights of Flax; load it with transformers 4 and from_flax=True, and save it with "
     "`save_pretrained`",
+    ".onnx": "it holds a graph for inference; give the checkpoint from which it was exported",
+    ".ot": "it holds weights for rust-bert; give the checkpoint from which it was converted",
+    ".nemo": "it is an archive of NeMo's; convert it with NeMo's script for Hugging Face, and give that directory",
+    ".npz": "it holds arrays of numpy's; save the model in safetensors",
+    **dict.fromkeys(PARTIAL, "the download is incomplete; run it again, and give the folder when it is done"),
 }
 
 
@@ -406,6 +414,13 @@ def advise(directory: Path, names: Sequence[str]) -> str | None:
         return about_adapter(directory)
     if state := _about_state(directory, names):
         return state
+    if PIPELINE in names:
+        parts = [str(directory / name) for name in sorted(_folders(directory, names)) if _holds_model(directory / name)]
+        return (
+            f"{directory} is a pipeline of diffusers, not one model: merge its parts one by one"
+            + (f" ({some(parts, 4)})" if parts else "")
+            + f", and copy {PIPELINE} and the folders that are no models beside the results"
+        )
     if deeper := _find_deeper(directory, names):
         last = deeper[-1]
         more = f" (the last of {len(deeper)}: {some([str(path) for path in deeper])})" if len(deeper) > 1 else ""

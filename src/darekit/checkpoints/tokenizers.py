@@ -322,7 +322,7 @@ def chat_template(beside: Companions) -> str | None:
 def read_json(beside: Companions, name: str) -> dict[str, Any]:
     """A JSON object among the companion files; an empty one where there is none that can be read."""
     try:
-        value = json.loads(content_of(beside[name]).decode("utf-8"))
+        value = json.loads(content_of(beside[name]).decode("utf-8-sig"))
     except (KeyError, OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

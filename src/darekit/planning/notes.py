@@ -15,12 +15,13 @@ from darekit.dtypes import DTYPES, STOCHASTIC
 from darekit.engine.steps import Merge, Step
 from darekit.inputs.opening import packed_seed
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods.merging import WEIGHTS_TINY
 from darekit.planning.draft import Draft
 from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.rates import MOST
 from darekit.recipe import Place, Recipe, Value, is_exact
 from darekit.recipe.values import filters_of, gradients_of
-from darekit.wording import label
+from darekit.wording import and_, label
 
 if TYPE_CHECKING:
     from darekit.planning.stacks.stack import Tower
@@ -47,6 +48,7 @@ def notes_of(draft: Draft) -> Iterator[str]:
             "output: adapter is for `dare merge` and `dare extract`; here the recipe stands for the whole merged model"
             + (", of full rank" if recipe.rank is not None else "")
         )
+    yield from _weight_notes(draft)
     yield from _idle(draft)
     yield from _gradient_notes(draft)
     yield from _trimmed_away(draft)
@@ -88,9 +90,42 @@ def _trimmed_away(draft: Draft) -> Iterator[str]:
             yield f"{word}keep 0 (of mergekit's, density 0) leaves nothing of {label(draft.models[model].ref)}{where}"
 
 
+def _weight_notes(draft: Draft) -> Iterator[str]:
+    """Weights that leave nothing of the models, or nothing to divide by."""
+    weights = [
+        (tensor.name, [one.weight for one in found.models if one is not None], bool(found.merge.get("normalize")))
+        for tensor in draft.alignment.tensors
+        for found in (draft.settings[tensor.name],)
+        if tensor.name not in draft.roles and any(found.models)
+    ]
+    if weights and not any(weight for _, found, _ in weights for weight in found):
+        yield "all weights are 0" + (": the output is the base" if draft.alignment.tensors[0].base else "")
+        return
+    zero = [name for name, found, divided in weights if divided and any(found) and abs(sum(found)) < WEIGHTS_TINY]
+    if zero:
+        yield (
+            f"the weights add up to 0 in {len(zero)} {'tensor' if len(zero) == 1 else 'tensors'} (as {zero[0]}), so "
+            "normalize has nothing to divide by: they are used as they are"
+        )
+
+
 def _is_looked_up(tensor: AlignedTensor) -> bool:
     """Whether it is a table of which rows are used one at a time; a vision model's positions are added as a whole."""
     return tensor.group == "embeddings" and len(tensor.shape) == 2
+
+
+def equal_notes(models: Sequence[Checkpoint], digests: Sequence[bytes]) -> Iterator[str]:
+    """Models of other names that are one and the same, as after a copy in the wrong place; `digests`: their samples."""
+    alike: dict[bytes, dict[str, str]] = {}
+    for model, digest in zip(models, digests, strict=True):
+        place = str(model.directory.absolute()) if model.directory is not None else model.ref
+        alike.setdefault(digest, {}).setdefault(place, label(model.ref))
+    for names in alike.values():
+        if len(names) > 1:
+            yield (
+                f"{and_(list(names.values()))} are identical wherever they were sampled: are they the right models? "
+                "Each counts as a separate model"
+            )
 
 
 def rate_notes(models: Sequence[Checkpoint], rates: Sequence[Mapping[str, float]]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Copy, Input, Merge, StageSpec, Step
 from darekit.errors import PlanError
 from darekit.methods import AVERAGE, MERGE_METHODS, SPARSIFIERS, SUM
+from darekit.methods.merging import total_weight
 from darekit.methods.sparsifiers import kept_count
 from darekit.planning.buffers import WHOLE
 from darekit.planning.draft import Draft
@@ -144,8 +145,9 @@ class _Merge:
         chains = self._chains(owners, count)
         first = owners[0]
         weights = self._weights(owners)
-        # What the one model's delta is multiplied by, where there is but one.
-        scale = self.scale * (1.0 if self.parameters.get("normalize") else self.models[first].weight)
+        # What the one model's delta is multiplied by, where there is but one: a weight of 0 is divided by no sum.
+        weight = self.models[first].weight
+        scale = self.scale * (weight / total_weight([weight]) if self.parameters.get("normalize") else weight)
         return self.make(
             begin=0,
             count=count,
