@@ -30,7 +30,8 @@ from darekit.wording.notebooks import shown_as_html
 
 INTERVAL = 1.959963984540054  # standard errors: 95 %, two-sided
 
-ROLES = ("best single model", "best plain merge", "recipe as written")
+AS_WRITTEN = "recipe as written"
+ROLES = ("best single model", "best plain merge", AS_WRITTEN)
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,8 @@ class _Found:
         """What was chosen, or that there was nothing to choose by."""
         assert self.best is not None
         who = f"trial {self.best.trial}" if self.best.kind == TRIAL else str(self.best.name)
+        if self.best is self.rivals[ROLES.index(AS_WRITTEN)]:
+            who = f"the {AS_WRITTEN}"
         judged = self.standings.judged
         trials = [line for line in judged if line.kind == TRIAL]
         if self._same(judged):
@@ -319,7 +322,7 @@ class _Found:
 
     def _sentence(self, one: Mapping[str, Any]) -> str:
         sign = "+" if one["value"] >= 0 else ""
-        role = f" ({one['role']})" if one["role"] != ROLES[2] else ""
+        role = f" ({one['role']})" if one["role"] != AS_WRITTEN else ""
         text = f"Against {_rival(one)}{role}: {one['score']} {sign}{one['value']:.3f}"
         if one["interval"] is None:
             return f"{text}, with an unknown error."
@@ -347,7 +350,7 @@ class _Found:
 
 def _rival(one: Mapping[str, Any]) -> str:
     """With whom something is compared, in a sentence."""
-    return "the recipe as written" if one["role"] == ROLES[2] else str(one["against"])
+    return f"the {AS_WRITTEN}" if one["role"] == AS_WRITTEN else str(one["against"])
 
 
 def _interval(one: Difference) -> list[float] | None:
