@@ -18,7 +18,7 @@ TIED_BY_PEFT = ("embed_tokens", "lm_head")  # one of a pair must be called so (0
 # Model type -> the names of its convolutions, where they are plain: a stored weight does not say whether its layer has
 # groups, or is transposed, on which the factors depend. A test asks transformers' classes.
 PLAIN_CONVOLUTIONS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("whisper", "clap_audio_model"), ("conv1", "conv2")),
+    "whisper": ("conv1", "conv2"),
     **dict.fromkeys(("clip", "clip_vision_model", "siglip", "siglip_vision_model"), ("patch_embedding",)),
     **dict.fromkeys(("vit", "deit", "dinov2"), ("projection",)),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("proj",)),
