@@ -414,7 +414,7 @@ _LAYOUT: Schema = {
 def _entry(parameters: Schema | None = None) -> Schema:
     """One of the models, as a mapping."""
     about = {"description": "A directory, a .safetensors file, or org/name[@revision] on the Hub."}
-    properties = {
+    properties: dict[str, Schema] = {
         "model": {"anyOf": [_NAME, {"type": "object"}]} | about,
         "parameters": {"description": "Parameters of this model alone.", "type": ["object", "null"]},
         "stats": {
