@@ -575,3 +575,34 @@ def test_a_key_of_any_name_may_hold_what_aliases_repeat(tmp_path: Path):
     path.write_text(text.replace("*own", "{weight: 0.5}"))
     with pytest.raises(RecipeError, match="line 1: defs is not known"):
         read_recipe(path)
+
+
+def test_what_a_missing_t_may_be_confused_with():
+    data = {"merge_method": "slerp", "base_model": "m0"}
+    weights = [{"model": f"m{i}", "parameters": {"weight": 0.5}} for i in range(2)]
+    with pytest.raises(
+        RecipeError, match=r"slerp needs t, .* \(models\.0\.parameters\.weight.* has no effect with slerp"
+    ):
+        read_recipe(data | {"models": weights})
+    own = ["m0", {"model": "m1", "parameters": {"t": 0.5}}]
+    with pytest.raises(RecipeError, match=r"slerp needs t, .*t is one for all models; write it under the top-level"):
+        read_recipe(data | {"models": own})
+
+
+def test_a_model_card_is_no_recipe(tmp_path: Path):
+    path = tmp_path / "README.md"
+    path.write_text("---\ntags: [merge]\n---\n# A card\n\n```yaml\nmerge_method: linear\n```\n")
+    with pytest.raises(RecipeError, match="is this a model card"):
+        read_recipe(path)
+
+
+def test_a_stage_that_is_misspelt(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    text = "name: first\nmerge_method: linear\nmodels: [a]\n---\nmerge_method: linear\nmodels: [firts]\n"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="no stage and no checkpoint 'firts'; did you mean 'first'"):
+        read_recipe(path)
+    (tmp_path / "firts").mkdir()
+    assert read_recipe(path).models[0].model == "firts"
+    path.write_text(text.replace("firts", "org/first"))
+    assert read_recipe(path).models[0].model == "org/first"

@@ -212,6 +212,8 @@ def _yaml_problem(error: yaml.MarkedYAMLError, name: str) -> str:
 def _yaml_hint(error: yaml.MarkedYAMLError, problem: str) -> str:
     """What is likely wrong, as the parser itself does not say it."""
     text = error.problem_mark.buffer if error.problem_mark else None
+    if text and "```" in text:
+        return "; is this a model card? Save what stands between ``` and ``` as a file of its own"
     if text and re.search(r"(?m)^[ \t]+---[ \t]*$", text):
         return "; a line `---` between two documents begins in the first column, and so do the documents' keys"
     began = f" (it begins on line {error.context_mark.line + 1})" if error.context_mark else ""

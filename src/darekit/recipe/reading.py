@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from darekit.architectures.groups import GROUPS, ONE_TERM
 from darekit.dtypes import DTYPES, FLOAT_DTYPES, NEAREST, STOCHASTIC, Rounding, dtype_from_torch_name
-from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods import MERGE_METHODS, SPARSIFIERS, WEIGHT
 from darekit.recipe import mergekit
 from darekit.recipe.data import LAYOUTS, ModelEntry, Recipe, Slice, Sparsify
 from darekit.recipe.documents import (
@@ -196,7 +196,7 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
         text=document.text,
         **plain,
     )
-    _check_whole(document, recipe, [path for path, _, _ in models])
+    _check_whole(document, recipe, [path for path, _, _ in models], ignored)
     return replace(recipe, notes=(*notes, *_notes(recipe, seeded, search)))
 
 
@@ -414,10 +414,10 @@ def _read_heads(document: Document, base: str | None, models: Sequence[str], sea
 # --- what belongs together ---
 
 
-def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key]) -> None:
+def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key], ignored: Sequence[str]) -> None:
     method, sparsify = MERGE_METHODS[recipe.merge_method], recipe.sparsify
     on_delta = sparsify is not None and sparsify.on == "delta"
-    _check_number(document, recipe)
+    _check_number(document, recipe, ignored)
     bases = [one.base and one.base[0] for one in recipe.slices] or [recipe.base_model]
     if any(base is None for base in bases) and (method.needs_base or on_delta):
         who = recipe.merge_method if method.needs_base else f"sparsify with {sparsify.method}"  # type: ignore[union-attr]
@@ -479,8 +479,11 @@ def _to_stack(recipe: Recipe, count: int) -> str:
     )
 
 
-def _check_number(document: Document, recipe: Recipe) -> None:
-    """As many models as the method takes, in every slice, and the parameters that it must have."""
+def _check_number(document: Document, recipe: Recipe, ignored: Sequence[str]) -> None:
+    """As many models as the method takes, in every slice, and the parameters that it must have.
+
+    `ignored`: notes of what was left out; one of them may tell why a parameter is missing.
+    """
     method = MERGE_METHODS[recipe.merge_method]
     low, high = method.models
     counts = [(len(recipe.models), recipe.base_model)]
@@ -502,10 +505,12 @@ def _check_number(document: Document, recipe: Recipe) -> None:
             )  # fmt: skip
     for parameter in method.parameters.values():
         if parameter.default is None and parameter.name not in recipe.parameters:
+            words = (parameter.name, WEIGHT.name)
+            why = next((note for word in words for note in ignored if note.split()[0].endswith(f".{word}")), "")
             fail(
                 document, (),
                 f"{recipe.merge_method} needs {parameter.name}, {parameter.kind.help}: add `parameters: "
-                f"{{{parameter.name}: ...}}`",
+                f"{{{parameter.name}: ...}}`{f' ({why})' if why else ''}",
             )  # fmt: skip
 
 
