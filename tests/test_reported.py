@@ -430,3 +430,21 @@ def test_no_value_of_a_config_or_tokenizer_stops_a_plan(place, value):
         (place / "m0/tokenizer.json").write_text(json.dumps({**whole, **changed}))
         with darekit.plan(recipe) as plan:
             companions_of(plan)
+
+
+def test_an_adapter_one_folder_deeper_is_named(place, dare):
+    (place / "run/default").mkdir(parents=True)
+    (place / "run/default/adapter_config.json").write_text("{}")
+    code, text = merge(dare, place, models="base+run")
+    assert code == 1
+    assert "run itself is no adapter; there is one in" in text
+    assert "run/default. Give base+" in text
+
+
+def test_a_working_directory_that_is_gone(place, dare, monkeypatch):
+    (place / "gone").mkdir()
+    monkeypatch.chdir(place / "gone")
+    (place / "gone").rmdir()
+    done = dare("inspect", "base", "m0")
+    assert done.code == 1
+    assert "the working directory does not exist any more" in done.err
