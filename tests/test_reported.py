@@ -10,6 +10,7 @@ import pytest
 
 import darekit
 import families
+from darekit.planning.travel.beside import companions_of
 
 NLI = {"0": "entailment", "1": "neutral", "2": "contradiction"}
 TURNED = {"0": "contradiction", "1": "neutral", "2": "entailment"}
@@ -408,3 +409,42 @@ def test_names_that_are_too_long_end_in_one_line(place, dare, words):
     assert done.code == 1
     assert "File name too long" in " ".join(done.err.split())
     assert "Traceback" not in done.err
+
+
+# --- JSON of strangers, well-formed and of the wrong kinds
+
+
+@pytest.mark.parametrize("value", [True, 5, "x", ["a"], [None], [[1]], {"a": 1}, {"0": None}, 10**30])
+def test_no_value_of_a_config_or_tokenizer_stops_a_plan(place, value):
+    whole = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}}, "added_tokens": []}
+    for name in ("base", "m1"):
+        (place / name / "tokenizer.json").write_text(json.dumps(whole))
+    recipe = {"base_model": "base", "models": ["m0", "m1"], "merge_method": "linear"}
+    config = config_of(place / "m0")
+    for key in ("model_type", "architectures", "rope_scaling", "id2label", "label2id", "eos_token_id", "text_config"):
+        (place / "m0/config.json").write_text(json.dumps({**config, key: value}))
+        with darekit.plan(recipe) as plan:
+            companions_of(plan)
+    (place / "m0/config.json").write_text(json.dumps(config))
+    for changed in ({"added_tokens": value}, {"model": value}, {"model": {"vocab": value}}, {"normalizer": value}):
+        (place / "m0/tokenizer.json").write_text(json.dumps({**whole, **changed}))
+        with darekit.plan(recipe) as plan:
+            companions_of(plan)
+
+
+def test_an_adapter_one_folder_deeper_is_named(place, dare):
+    (place / "run/default").mkdir(parents=True)
+    (place / "run/default/adapter_config.json").write_text("{}")
+    code, text = merge(dare, place, models="base+run")
+    assert code == 1
+    assert "run itself is no adapter; there is one in" in text
+    assert "run/default. Give base+" in text
+
+
+def test_a_working_directory_that_is_gone(place, dare, monkeypatch):
+    (place / "gone").mkdir()
+    monkeypatch.chdir(place / "gone")
+    (place / "gone").rmdir()
+    done = dare("inspect", "base", "m0")
+    assert done.code == 1
+    assert "the working directory does not exist any more" in done.err

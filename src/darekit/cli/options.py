@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -237,8 +238,17 @@ def errors_told(resumes: bool = False) -> Iterator[None]:
         raise typer.Exit(1) from None
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         if error.filename is None:
+            if not _has_directory():
+                raise _told(error, "the working directory does not exist any more: run from another one") from None
             raise
         raise _told(error, f"{error.filename}: {error.strerror or error}") from None
+
+
+def _has_directory() -> bool:
+    try:
+        return bool(Path.cwd())
+    except OSError:
+        return False
 
 
 def _told(error: Exception, message: str) -> typer.Exit:

@@ -99,7 +99,9 @@ def _weight_notes(draft: Draft) -> Iterator[str]:
         if tensor.name not in draft.roles and any(found.models)
     ]
     if weights and not any(weight for _, found, _ in weights for weight in found):
-        yield "all weights are 0" + (": the output is the base" if draft.alignment.tensors[0].base else "")
+        based = any(tensor.base is not None for tensor in draft.alignment.tensors)
+        result = "the output is the base" if based else "without a base, the output is 0 everywhere"
+        yield f"all weights are 0: {result}"
         return
     zero = [name for name, found, divided in weights if divided and any(found) and abs(sum(found)) < WEIGHTS_TINY]
     if zero:
