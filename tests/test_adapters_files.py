@@ -444,7 +444,7 @@ HOSTILE = {
         put("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight", np.ones((4, 32), np.float32)),
         {}, HomologyError, "does not have: model.layers.7.self_attn.q_proj.weight (near it: ",
     ),
-    "names of nothing": (put("whatever.alpha", np.ones(1, np.float32)), {}, HomologyError, "whatever.alpha"),
+    "names of nothing": (put("whatever.gain", np.ones(1, np.float32)), {}, HomologyError, "whatever.gain"),
     "a NaN for alpha": (None, {"lora_alpha": float("nan")}, CheckpointError, "expected a finite number"),
     "a text for alpha": (None, {"lora_alpha": "8"}, CheckpointError, "expected a finite number"),
     "an alpha beyond float32": (None, {"lora_alpha": 1e300}, CheckpointError, "scale"),
@@ -798,4 +798,4 @@ def test_what_lies_beside_an_adapter(here):
     Path("a/adapter_model.safetensors").rename("a/pytorch_lora_weights.safetensors")
     with pytest.raises(Unsupported) as caught:
         merged("a")
-    said(caught, "once its file is called adapter_model.safetensors, with adapter_config.json beside it")
+    said(caught, "once its file is called adapter_model.safetensors, with adapter_config.json next to it")

@@ -128,6 +128,11 @@ def look_beside(directory: Path, *, listed: bool = False) -> Beside:
     return Beside({name: directory / name for name in (*known, *further)}, {**damaged, **left})
 
 
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a companion file belongs to the tokenizer."""
+    return bool(_matches([name], TOKENIZER))
+
+
 def _damage(directory: Path, name: str, size: int) -> str | None:
     """Why a companion file is not what its name says, as far as its first and last bytes tell: half a tokenizer.json
     keeps a whole model from loading, and who has no tokenizer can be given another's."""

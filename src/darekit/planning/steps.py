@@ -13,7 +13,7 @@ from darekit.checkpoints import Placement, Places, TensorInfo, traits_of
 from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Copy, Input, Merge, StageSpec, Step
 from darekit.errors import PlanError
-from darekit.methods import AVERAGE, MERGE_METHODS, SPARSIFIERS, SUM
+from darekit.methods import AVERAGE, DROP, MERGE_METHODS, SPARSIFIERS, SUM
 from darekit.methods.merging import total_weight
 from darekit.methods.sparsifiers import kept_count
 from darekit.planning.buffers import WHOLE
@@ -235,7 +235,7 @@ class _Merge:
             if keep == 0 and whole:
                 raise PlanError(f"keep 0 leaves nothing of {self.name}; with trim: model use a value above 0")
             if keep == 0:  # as at one end of a gradient: no count of the largest elements, which is at least 1
-                stages.append(StageSpec("drop_only", {"drop_rate": 1.0}, 0, *self.streams[model]))
+                stages.append(StageSpec(DROP, {"drop_rate": 1.0}, 0, *self.streams[model]))
             elif keep < 1 and whole:
                 stages.append(StageSpec(TRIM_MODEL, {"keep": keep}))
             elif keep < 1:
