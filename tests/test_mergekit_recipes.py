@@ -538,13 +538,12 @@ def test_empty_forms_say_nothing():
 
 def test_keys_without_a_value_as_programs_write_them(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(
-        "merge_method: linear\nmodels: [a, b]\nbase_model:\ndtype: null\nout_dtype: ~\nslices:\ntokenizer:\n"
-    )
+    empty = ["base_model:", "dtype: null", "out_dtype: ~", "slices:", "tokenizer:"]
+    path.write_text("\n".join(["merge_method: linear", "models: [a, b]", *empty]))
     recipe = read_recipe(path)
     assert (recipe.base_model, recipe.dtype, recipe.slices) == (None, None, ())
     assert [note.split()[0] for note in recipe.notes if "has no value" in note] == ["base_model", "dtype", "out_dtype"]
-    path.write_text("merge_method: ties\nmodels: [a, b]\nbase_model:\n")
+    path.write_text("\n".join(["merge_method: ties", "models: [a, b]", "base_model:"]))
     with pytest.raises(RecipeError, match="line 3: base_model has no value"):
         read_recipe(path)
 
@@ -567,7 +566,8 @@ def test_densities_above_1():
 
 def test_a_key_of_any_name_may_hold_what_aliases_repeat(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
-    text = "defs:\n- &own {weight: 0.5}\nbase_model: b\nmerge_method: ties\nmodels:\n- {model: m0, parameters: *own}\n"
+    lines = ["defs:", "- &own {weight: 0.5}", "base_model: b", "merge_method: ties", "models:"]
+    text = "\n".join([*lines, "- {model: m0, parameters: *own}"])
     path.write_text(text)
     recipe = read_recipe(path)
     assert recipe.models[0].parameters == {"weight": 0.5}
