@@ -50,7 +50,7 @@ TARGETS = (
     "planning/losses", "planning/matching/alignment", "recipe/values",
     "packs/quantization", "packs/steps", "packs/frames",
     "checkpoints/quantised/formulas", "checkpoints/quantised/scales",
-    "trials/judging", "searches/racing", "searches/standings",
+    "trials/judging", "trials/scores", "searches/racing", "searches/standings", "searches/goals",
 )  # fmt: skip
 
 # Files of tests that ask them, in tests/ without `test_` and `.py`.

@@ -63,6 +63,11 @@ def test_usage_errors_are_2(dare, arguments, said):
     assert result.code == 2 and said.lower() in " ".join(result.err.replace("│", " ").split()).lower()
 
 
+def test_a_recipe_without_a_command(dare):
+    result = dare("recipe.yaml", "out")
+    assert result.code == 2 and "`dare merge recipe.yaml OUT` merges it" in result.err
+
+
 def test_refusals_are_1_and_one_message(dare, llamas, recipe, tmp_path):
     (tmp_path / "busy").mkdir()
     (tmp_path / "busy" / "config.json").write_text("{}")

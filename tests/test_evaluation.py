@@ -158,6 +158,61 @@ def test_lm_eval_runs_local_tasks_without_a_network(causal, kind, tmp_path, monk
     assert not offline
 
 
+FILTERED = """
+task: local_filtered
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows/write.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["nothing"], max_gen_toks: 3, do_sample: false}
+filter_list:
+  - {name: strict, filter: [{function: take_first}]}
+  - {name: first-word, filter: [{function: regex, regex_pattern: "(w[0-9]+)"}, {function: take_first}]}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+GROUP = """
+group: local_group
+task: [local_choice, local_filtered]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
+
+
+def test_the_scores_of_tasks_are_known_before_they_are_asked(causal, tmp_path, offline):
+    """Also those of filters and of groups; not those of a task whose own code makes them."""
+    with open_live(causal.llama / "m0", device="cpu") as live:
+        local_tasks(tmp_path, live)
+        (tmp_path / "filtered.yaml").write_text(FILTERED)
+        (tmp_path / "group.yaml").write_text(GROUP)
+        judge = load_tasks(["local_group", "local_write"], include=[tmp_path])
+        known = judge.score_names()
+        found = {*judge(live)}
+    assert found <= {*known} and {*known} - found <= {f"local_group/acc,{one}" for one in ("strict", "first-word")}
+    assert {"local_filtered/exact_match,strict", "local_filtered/exact_match,first-word"} <= {*known}
+    (tmp_path / "helper.py").write_text("def own(doc, results):\n    return {'any': 1.0}\n")
+    own = WRITE.replace("local_write", "local_own") + "process_results: !function helper.own\n"
+    (tmp_path / "own.yaml").write_text(own)
+    assert load_tasks(["local_own"], include=[tmp_path]).score_names() == ()
+    assert not offline
+
+
+def test_a_score_that_tasks_do_not_have_is_refused_before_a_model_is_opened(causal, tmp_path, dare, offline):
+    with open_live(causal.llama / "m0", device="cpu") as live:
+        local_tasks(tmp_path, live)
+    recipe = {"base_model": str(causal.llama / "base"), "models": [str(causal.llama / "m0")],
+              "merge_method": "task_arithmetic"}  # fmt: skip
+    judges = {"all": {"tasks": ["local_choice"], "include": str(tmp_path)}}
+    sweep = {"recipe": recipe, "axes": {"parameters.lambda": [0.5, 1]}, "test": judges}
+    search = {"recipe": recipe, "space": {"parameters.lambda": {"low": 0, "high": 1}}, "validation": judges}
+    says = "has no score 'local_choice/acc_norm'; did you mean 'local_choice/acc'?"
+    for command, data in (("sweep", sweep), ("search", search)):
+        (tmp_path / "s.yaml").write_text(json.dumps(data | {"choose": "all/local_choice/acc_norm"}))
+        done = dare(command, tmp_path / "s.yaml", tmp_path / "out")
+        assert done.code == 1 and says in " ".join(done.err.split()), done.err
+        assert not (tmp_path / "out").exists()
+
+
 def test_lm_eval_refuses_what_it_cannot_judge(causal, real, tmp_path):
     with open_live(causal.llama / "m0", device="cpu") as live:
         local_tasks(tmp_path, live)

@@ -373,9 +373,22 @@ def test_a_legend_hides_what_it_names(pages, show):
     assert until(lambda: browser.execute_script(lines) == there)
 
 
-@pytest.mark.parametrize("kind", ["sweep", "inspection"])
+WIDTHS = "return [...document.querySelectorAll('.view:not([hidden]) .chart svg.main-svg')].map(x => x.clientWidth)"
+# Notes how wide plots are while the page is printed.
+ON_PAPER = """
+const found = {widths: []};
+addEventListener("beforeprint", () => {
+  found.widths = [...document.querySelectorAll(".view:not([hidden]) .chart svg.main-svg")].map((x) => x.clientWidth);
+});
+window.printed = found;
+"""
+
+
+@pytest.mark.parametrize("kind", ["sweep", "search", "inspection"])
 def test_it_prints(kind, pages, show):
     browser = show(pages[kind], theme="dark")
+    before = browser.execute_script(WIDTHS)
+    browser.execute_script(ON_PAPER)
     raw = browser.execute_cdp_cmd(
         "Page.printToPDF", {"printBackground": False, "paperWidth": 8.27, "paperHeight": 11.69}
     )
@@ -384,6 +397,10 @@ def test_it_prints(kind, pages, show):
     assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 12
     # On paper everything is light, and the screen is dark again afterwards.
     assert not browser.execute_script("return document.documentElement.dataset.theme")
+    # Plots are as wide as paper, whatever the window, and as wide as the window again.
+    on_paper = browser.execute_script("return window.printed.widths")
+    assert len(on_paper) == len(before) and max(on_paper) <= 660 < max(before)
+    until(lambda: browser.execute_script(WIDTHS) == before)
     assert screenshot(browser)[-1, 2].mean() < 60
 
 

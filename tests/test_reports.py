@@ -45,7 +45,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)><b>&\"'"
 class Reader(HTMLParser):
     """Elements, the text of each kind of element, and whether all of them are closed in order."""
 
-    VOID = frozenset({"meta", "img", "br", "input", "link", "hr"})
+    VOID = frozenset({"meta", "img", "br", "wbr", "input", "link", "hr"})
     SVG = frozenset({"path", "circle"})  # written as <path/>
 
     def __init__(self):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -98,11 +99,61 @@ def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
         for done in (0, 1, 1, 3, 4):  # nothing of the beginning, of the end, and of what was said
             progress(done, 4)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(", about ")[0] for line in lines] == [f"sweeping: {n} of 4 evaluations" for n in (1, 3)]
+    first, second = lines  # the first took whatever it took to open models
+    assert first == "sweeping: 1 of 4 evaluations" and second.startswith("sweeping: 3 of 4 evaluations, about 0.")
     monkeypatch.setattr(display, "LINES_EVERY", 30.0)
     with display.progress_bar("merging", quiet=False) as progress:
         progress(1, 2)
     assert capsys.readouterr().err == ""  # what is short says nothing
+
+
+def status(phase, done, total, seconds=0.0, **more):
+    """What a search's watcher is told; `seconds`: of what has just been judged."""
+    from darekit.searches.folders import BASELINE, TRIAL, Line
+    from darekit.searches.working import Status
+
+    scores = {"a": {"value": 0.5, "stderr": None, "higher_is_better": True, "items": 4}}
+    trial = phase == "search"
+    who = (TRIAL, done - 1, None) if trial else (BASELINE, None, "base")
+    fresh = Line(*who, "complete", {}, {}, scores=scores, seconds=seconds)
+    best = replace(fresh, trial=0) if trial else None
+    return Status(phase, done, total, (), best, "a", None if more.pop("begin", False) else fresh, **more)
+
+
+def test_the_time_left_is_said_once_it_is_known(capsys, monkeypatch):
+    """Opening models and judging baselines took 100 s, the first candidate 50 s, and the next ones 2 s each."""
+    from darekit.cli import display_search
+
+    now = [1000.0]
+    monkeypatch.setattr(display_search.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(display_search, "LINES_EVERY", 0.0)
+    watch = display_search._Lines()
+    told = []
+    for after, one in (
+        (0, status("baselines", 0, 2, begin=True)), (90, status("baselines", 1, 2, 90)),
+        (10, status("baselines", 2, 2, 10)),
+        (1, status("search", 0, 60, begin=True)), (0, status("search", 1, 60)), (50, status("search", 2, 60, 50.0)),
+        *((2, status("search", done, 60, 2.0)) for done in range(3, 8)),
+        (2, status("search", 8, 60, 2.0, seconds_left=9.0)),
+    ):  # fmt: skip
+        now[0] += after
+        watch(one)
+        told += capsys.readouterr().err.splitlines()
+    left = [line.partition(", about ")[2] for line in told if line[0].isdigit() and "trial" in line]
+    assert left == ["", "", "", "", "1 min 50 s left", "1 min 48 s left", "1 min 46 s left", "9.00 s left"]
+    assert "searching: 60 candidates" in told
+
+
+def test_the_first_of_several_workers_are_left_out_of_the_time_left():
+    from darekit.cli.pace import Pace
+
+    pace = Pace(begun=20, first=3, enough=3)
+    found = []
+    for done, now in ((21, 60), (22, 61), (23, 62), (24, 70), (25, 71), (26, 72), (26, 74)):
+        pace.note(done, now)
+        found.append(pace.left(60 - done, now))
+    assert found[:5] == [None] * 5 and found[5] == pytest.approx(34 * 10 / 3)
+    assert found[6] == pytest.approx(34 * 10 / 3 - 2) and pace.left(0, 80) is None and pace.left(34, 1e9) == 0
 
 
 def test_groups_that_are_kept_dense_as_a_rule_need_not_be_there(llamas, dare, tmp_path):

@@ -36,8 +36,10 @@ class Fake:
     """Judges a recipe by its numbers: it answers an item rightly if the item is easier than the recipe is good, with
     some luck. `calls`: a file that gets a line for each recipe."""
 
-    def __init__(self, calls=None, slow=0.0, fail=None, whole=False, kill=None, noise=0.05, names=("a", "b")):
-        self.calls, self.slow, self.fail, self.whole, self.kill = calls, slow, fail, whole, kill
+    def __init__(
+        self, calls=None, slow=0.0, fail=None, whole=False, kill=None, noise=0.05, names=("a", "b"), plain=False
+    ):
+        self.calls, self.slow, self.fail, self.whole, self.kill, self.plain = calls, slow, fail, whole, kill, plain
         self.noise, self.names = noise, names
 
     @property
@@ -66,6 +68,8 @@ class Fake:
             items[f"{name}/exact_match"] = Items(values, np.ones(count))
             sizes[f"{name}/exact_match"] = ITEMS
         whole = {"w/loss": Score(1 - self.quality(recipe, "a"), 0.01, False)} if self.whole else {}
+        if self.plain:  # the same, not item by item
+            return Sheet({}, {name: one.score for name, one in items.items()}, {})
         return Sheet(items, whole, sizes)
 
     def answers(self, recipe, name):
@@ -174,7 +178,7 @@ def test_a_search_finds_what_is_best_and_says_what_it_beats(place):
     counts = summary["counts"]
     assert counts["trials"] == 12 == counts["complete"] + counts["stopped"] and counts["stopped"] > 3
     assert counts["saved"] > 0.2 and summary["test_looks"] == 1
-    assert [one.phase for one in watched if one.fresh is None] == ["baselines", "test", "test", "test", "test"]
+    assert [one.phase for one in watched if one.fresh is None] == ["baselines", "search", *["test"] * 4]
     assert watched[-5].done == watched[-5].total == 12
 
 
@@ -296,6 +300,83 @@ def test_a_goal_that_is_no_score_lists_those_that_there_are(place):
     assert len(kept) == 2, "found by the first baseline, item by item and as a whole"
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"choose": "a/exact_mach"},
+            r"choose: a/exact_mach: 'a/exact_mach' is not a score; did you mean 'a/exact_match'",
+        ),
+        ({"at_least": {"b/los": 0.5}}, r"b/los at least 0.5: 'b/los' is not a score; there are: a/exact_match, b/exac"),
+        ({"at_most": {"min": "0.9 of m1"}, "choose": {"mean": ["a", "b/acc"]}}, r"'b/acc' is not a score"),
+    ],
+)
+def test_a_mistake_in_goals_is_told_by_the_first_baseline_and_can_be_corrected(place, change, says):
+    calls = place.path / "calls"
+    fake = Fake(calls=calls, plain=True)  # with a judge that is asked as a whole, once is enough to know
+    with pytest.raises(RecipeError, match=says):
+        place.run(place.search(**change), fake=fake)
+    assert len(calls.read_text().splitlines()) == 1
+    found = place.run(place.search(trials=2), fake=fake)  # the same folder
+    assert found.summary["counts"]["trials"] == 2
+    recipes = [json.dumps(one["recipe"]) for one in lines(found.out) if one["kind"] == "baseline"]
+    assert len(recipes) == len({*recipes}), "what was judged before the mistake was found is not judged again"
+    with pytest.raises(OutputError, match="choose: "):
+        place.run(place.search(trials=2, choose="b"), fake=fake)  # now there are candidates, which followed it
+
+
+@pytest.mark.parametrize("key", ["choose", "at_least"])
+def test_shares_of_what_no_model_has_are_refused_before_the_plain_merges(place, key):
+    class Nothing(Fake):
+        @staticmethod
+        def quality(recipe, name):
+            return -1.0 if recipe["merge_method"] == "linear" and len(recipe["models"]) == 1 else 0.9
+
+    change = {key: "relative mean" if key == "choose" else {"relative min": 0.9}}
+    calls = place.path / "calls"
+    with pytest.raises(
+        RecipeError, match="no model alone has more than 0 in a/exact_match, so there is nothing to tak"
+    ):
+        place.run(place.search(**change), fake=Nothing(calls=calls))
+    assert len(calls.read_text().splitlines()) == 3  # the base, and two models
+
+
+def test_a_model_that_a_constraint_names_and_that_fails_is_told_before_the_plain_merges(place, llamas):
+    class Broken(Fake):
+        def __call__(self, task):
+            data = task.recipe.to_data()
+            broken = len(data["models"]) == 1 and data["models"][0]["model"].endswith("m1")
+            return Answer(FAILED, error="not this one") if broken else super().__call__(task)
+
+    with pytest.raises(RecipeError, match=r"b at least 0.9 of .*m1: .* could not be judged"):
+        place.run(place.search(at_least={"b": "0.9 of m1"}), fake=Broken())
+    assert [one["name"] for one in lines(place.path / "out")] == ["base", "single m0", "single m1"]
+
+
+def test_what_judges_never_give_is_refused_before_anything_is_judged(place):
+    """Rows say which scores there are, also those of judges in judges, and those under `test:`."""
+    (place.path / "a.jsonl").write_text('{"prompt": "w3", "completion": "w4"}\n')
+    (place.path / "text.jsonl").write_text('{"text": "w3 w4 w5"}\n')
+    rows, text = {"data": "a.jsonl"}, {"data": "text.jsonl"}
+    both = {"one": rows, "two": text}
+    for validation, test, choose, says in (
+        (
+            {"a": both},
+            {"a": both},
+            "a/two/exact_match",
+            r"validation.a has no score 'two/exact_match'; did you mean 'one",
+        ),
+        ({"a": rows}, {"a": text}, "a/exact_match", r"test.a has no score 'exact_match'; a has: loss, perplexity"),
+        ({"a": rows}, {"a": text}, {"min": ["a/loss", "a/exact_match"]}, r"test.a has no score 'exact_match'"),
+    ):
+        data = place.search(validation=validation, test=test, choose=choose)
+        with pytest.raises(RecipeError, match=says):
+            place.run(data)
+        with pytest.raises(RecipeError, match=says):
+            running.check_search(read_search(data), place.path / "out")
+    assert not (place.path / "out").exists()
+
+
 def test_lower_is_better_for_a_loss(place):
     judge = {"python": "judge.py:score"}
     data = place.search(choose="w", validation={"w": judge}, test={"w": judge}, trials=10)
@@ -401,6 +482,39 @@ def test_a_baseline_that_nobody_beats_is_the_best(place):
     assert found.summary["best"]["trial"] is None and found.summary["best"]["name"] == "task arithmetic"
     assert found.summary["verdict"][0].startswith("None of 3 candidates beats ")
     assert "task arithmetic" in (found.out / "best.yaml").read_text()
+
+
+@pytest.mark.parametrize(("quality", "choose"), [(-1.0, "a"), (-1.0, ["a", "b"]), (2.0, "mean")])
+def test_scores_that_are_all_the_same_are_no_finding(place, quality, choose):
+    class Same(Fake):
+        @staticmethod
+        def quality(recipe, name):
+            return quality
+
+    found = place.run(place.search(trials=3, choose=choose), fake=Same())
+    head, held, why, *rest = found.summary["verdict"]
+    value = "0.000" if quality < 0 else "1.000"
+    assert head.startswith("Nothing was found: the scores do not tell 3 candidates and 6 baselines apart. All have ")
+    assert head.endswith(f" {value} on validation.") and held == "best.yaml holds base, for want of a better one."
+    assert ("Not even a model alone does anything right" in why) == (quality < 0)
+    assert not any("beats" in line for line in rest)
+
+
+def test_candidates_that_are_all_the_same_are_said_to_be(place):
+    class Fixed(Fake):
+        @staticmethod
+        def quality(recipe, name):
+            return 0.3 if recipe["merge_method"] == "linear" else 0.7
+
+        def answers(self, recipe, name):
+            return (np.arange(ITEMS) < self.quality(recipe, name) * ITEMS).astype(float)
+
+    words = place.run(place.search(trials=3), fake=Fixed()).summary["verdict"]
+    assert any(
+        line == "All candidates have a/exact_match 0.700: what was varied makes no difference." for line in words
+    )
+    words = place.run(place.search(trials=3), "other").summary["verdict"]
+    assert not any("makes no difference" in line for line in words)
 
 
 def test_without_test_judges_validation_is_said_to_flatter(place):

@@ -392,6 +392,43 @@ def test_judges_that_point_two_ways_are_said_first_and_all_shown(real, place):
 
 
 @llama
+def test_a_score_that_no_judge_gives_is_told_by_the_first_cell_and_can_be_corrected(real, place):
+    file = place.path / "judges.py"
+    judges = {name: {"python": f"{file}:{name}"} for name in ("total", "lost")}
+    both = {"validation": judges, "test": judges}
+    out = place.path / "out"
+    for changes, says in (
+        (
+            {"choose": "total/totl"},
+            r"choose: 'total/totl' is not a score; did you mean 'total/total'\? There are: total",
+        ),
+        (
+            {"choose": "mean"},
+            r"choose: there is no mean of total/total \(higher is better\), lost/lost \(lower is bett",
+        ),
+        (
+            {"choose": "total/total", "plot": {"score": "lost/los"}},
+            r"plot.score: 'lost/los' is not a score; did you mean",
+        ),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            dk.sweep(place.sweep(**both, **changes), out, plots=False)
+        assert place.calls() == 2, "one cell, by the judges of both splits; and found on disk from then on"
+    result = dk.sweep(place.sweep(**both, choose="total/total"), out, plots=False)
+    assert len({one.digest for one in result.finished}) * 2 == place.calls()  # the first cell was kept
+
+
+@llama
+def test_a_score_of_the_test_judges_alone_chooses_nothing(real, place):
+    file = place.path / "judges.py"
+    data = place.sweep(
+        validation={"all": {"python": f"{file}:total"}}, test={"all": {"python": f"{file}:lost"}}, choose="all/lost"
+    )
+    with pytest.raises(RecipeError, match="choose: 'all/lost' is not a score; there are: all/total"):
+        dk.sweep(data, place.path / "out", plots=False)
+
+
+@llama
 def test_tables_call_a_models_setting_by_its_name(real, place):
     """Files keep the dotted key; where an axis is about other models from cell to cell, so do headings."""
     weights = {"models.1.parameters.weight": [0.5, 1]}
@@ -603,6 +640,10 @@ def test_mistakes_are_told_before_anything_runs(real, place, dare):
         ({"recipe": recipe(real.path) | {"models": [str(real.path / "m9")]}}, "m9"),
         ({"choose": "speed"}, "choose: no judge gives 'speed'; under `test:` are: all"),
         ({"choose": "all"}, "choose: all is a judge; name one of its scores: all/"),
+        ({"choose": "mean"}, "choose: there is one judge, so no mean; name one of its scores, or leave this out"),
+        ({"choose": "relative min"}, "'relative min' is for a search: a sweep chooses by one score, or by mean"),
+        ({"choose": "average"}, r"no judge gives 'average'; did you mean 'mean'\?"),
+        ({"plot": {"score": "al/total"}}, r"plot.score: no judge gives 'al/total'; did you mean 'all'\?"),
         (
             {"test": {"all": {"data": "nowhere.jsonl"}}, "choose": "all/speed"},
             "all has no score 'speed'; all has: exact",

@@ -20,6 +20,7 @@ from darekit.checkpoints.documents import read_object
 from darekit.checkpoints.quantised.naming import undecoded
 from darekit.checkpoints.refusals import (
     ADAPTER_CONFIG,
+    ADAPTER_INDEX,
     ADAPTER_WEIGHTS,
     about_adapter,
     quantisation_in,
@@ -37,8 +38,8 @@ HUB_FILE = re.compile(
 )
 VARIANTS = ("*.safetensors.index.*.json", "pytorch_model.bin.index.*.json")  # of indices: fp16
 SMALL = (
-    companions.CONFIG, companions.CARD, ADAPTER_CONFIG, *INDEX.values(), *VARIANTS, *companions.TOKENIZER,
-    *companions.TEMPLATES, *companions.PROCESSOR, *companions.MODEL, *companions.CODE,
+    companions.CONFIG, companions.CARD, ADAPTER_CONFIG, ADAPTER_INDEX, *INDEX.values(), *VARIANTS,
+    *companions.TOKENIZER, *companions.TEMPLATES, *companions.PROCESSOR, *companions.MODEL, *companions.CODE,
 )  # fmt: skip
 
 
@@ -111,7 +112,8 @@ def fetch_adapter(ref: str, *, cache: Path | None = None) -> Path:
     match = HUB_ID.fullmatch(ref)
     if match is None:
         raise CheckpointError(f"{ref!r} is not a Hub id; expected org/name or org/name@revision")
-    patterns = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, *companions.TOKENIZER, *companions.TEMPLATES)
+    shards = ADAPTER_INDEX, "adapter_model-*-of-*.safetensors"
+    patterns = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, *shards, *companions.TOKENIZER, *companions.TEMPLATES)
     return _fetch(ref, match["repository"], match["revision"], cache, patterns, partial=True)
 
 

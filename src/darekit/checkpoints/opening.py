@@ -126,7 +126,8 @@ def _choose(path: Path) -> Weights:
 
 def _read_config(directory: Path) -> dict[str, object] | None:
     path = directory / CONFIG
-    return read_object(path, strict=False) if path.exists() else None
+    # A dangling link counts, as one of weights does: whoever made it meant the model to have a config.
+    return read_object(path, strict=False) if path.exists() or path.is_symlink() else None
 
 
 def _as_decoded(
@@ -234,7 +235,8 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
     tried = places_of(ref, search)
     for candidate in tried:
         if _exists(candidate):
-            return Location(candidate, _commit_of(candidate))
+            found = _snapshot_of(candidate)
+            return Location(found, _commit_of(found))
     plain = str(ref).removesuffix("@main")
     if isinstance(ref, str) and plain != ref:  # the revision that a name without one means
         for candidate in places_of(plain, search):
@@ -290,6 +292,19 @@ def _commit_of(path: Path) -> str | None:
     """The commit of a path inside the Hub's cache: models--org--name/snapshots/COMMIT."""
     directory = path if path.is_dir() else path.parent
     return directory.name if directory.parent.name == "snapshots" and COMMIT.fullmatch(directory.name) else None
+
+
+def _snapshot_of(path: Path) -> Path:
+    """Of a model's folder in the Hub's cache (models--org--name), the snapshot that a name without a revision means;
+    any other path as it is."""
+    if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
+        return path
+    try:
+        commit = (path / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return path
+    found = path / "snapshots" / commit
+    return found if COMMIT.fullmatch(commit) and found.is_dir() else path
 
 
 def _near_misses(tried: Sequence[Path]) -> list[str]:

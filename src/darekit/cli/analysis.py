@@ -179,7 +179,7 @@ def sweep(
                 display_analysis.show_cells(cells, notes, as_json=as_json)
                 return
 
-            with display.progress_bar("sweeping", quiet=as_json, unit="evaluations") as progress:
+            with display.progress_bar("sweeping", quiet=as_json, unit="evaluations", at_once=jobs or 1) as progress:
                 result = run_sweep(
                     found, place, jobs=jobs, ray=ray, gpus_per_worker=gpus_per_worker,
                     threads=threads, device=device, dtype=dtype, plots=not no_plots,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from darekit.architectures.groups import ONE_TERM
 from darekit.cli import tables
 from darekit.cli.display_adapters import LEGEND, adapters_data, adapters_table
+from darekit.cli.pace import Pace
 from darekit.wording import size_of
 
 if TYPE_CHECKING:
@@ -65,30 +66,42 @@ def time_of(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _progress_lines(label: str, unit: str | None) -> Callable[[int, int], None]:
+def left_told(seconds: float | None) -> str:
+    """How long something will still take, to stand after how far it is; nothing where it is not known.
+
+    >>> left_told(75.2), left_told(None)
+    (', about 1 min 15 s left', '')
+    """
+    return "" if seconds is None else f", about {time_of(seconds)} left"
+
+
+def _progress_lines(label: str, unit: str | None, at_once: int) -> Callable[[int, int], None]:
     """Where there is no terminal: a line at most every half minute, so what is short says nothing."""
-    began = time.monotonic()
-    last, most = began, 0
+    last, most = time.monotonic(), 0
+    pace = Pace(first=1 if unit is None else at_once)
     lock = Lock()
 
     def advance(done: int, total: int) -> None:
         nonlocal last, most
         with lock:
             now = time.monotonic()
+            pace.note(done, now)
             if now - last < LINES_EVERY or done <= most or done >= total:
                 return
             last, most = now, done
+            left = left_told(pace.left(total - done, now))
         part = f"{size_of(done)} of {size_of(total)}" if unit is None else f"{done} of {total} {unit}"
-        left = time_of((now - began) / done * (total - done))
-        print(f"{label}: {part}, about {left} left", file=sys.stderr, flush=True)
+        print(f"{label}: {part}{left}", file=sys.stderr, flush=True)
 
     return advance
 
 
 @contextmanager
-def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(
+    label: str, *, quiet: bool, unit: str | None = None, at_once: int = 1
+) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on standard error with the time left and bytes and rate, or a count of `unit`; without a terminal a line
-    now and then."""
+    now and then. `at_once`: how many units are worked on at the same time."""
     if quiet:
         yield None
         return
@@ -96,7 +109,7 @@ def progress_bar(label: str, *, quiet: bool, unit: str | None = None) -> Iterato
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _progress_lines(label, unit)
+        yield _progress_lines(label, unit, at_once)
         return
     from rich.progress import (
         BarColumn,

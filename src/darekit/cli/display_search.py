@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from darekit.cli import tables
-from darekit.cli.display import LINES_EVERY, counted, print_table, time_of
+from darekit.cli.display import LINES_EVERY, counted, left_told, print_table, time_of
+from darekit.cli.pace import Pace
 
 if TYPE_CHECKING:
     from darekit.searches.baselines import Baseline
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from darekit.searches.verdicts import SearchResult
     from darekit.searches.working import Status
 
+ENOUGH = 3  # candidates after which it can be said how long the others will take: some are stopped early, some not
 _PHASES = {"baselines": "judging the baselines", "search": "searching", "test": "evaluating on test data"}
 _UNITS = {"baselines": "baseline", "search": "candidate", "test": "model"}
 
@@ -44,34 +46,59 @@ def watched(*, quiet: bool) -> Iterator[Callable[[Status], None] | None]:
         yield screen
 
 
+class _Course:
+    """How long the phase that a search is in will still take."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._pace = Pace()
+        self._ends: float | None = None
+
+    def note(self, status: Status, now: float) -> bool:
+        """Something was finished, or a phase began -> whether it is one that has not been seen."""
+        new = status.phase != self._phase
+        if new:
+            self._phase = status.phase
+            begun = status.done - (status.fresh is not None)
+            self._pace = Pace(begun, status.at_once, max(ENOUGH, status.at_once))
+        if status.fresh is None or status.fresh.seconds > 0:  # equal to another one, it took no time
+            self._pace.note(status.done, now)
+        self._ends = None if status.seconds_left is None else now + status.seconds_left
+        return new
+
+    def left(self, status: Status, now: float) -> str:
+        """In words; nothing as long as it is not known."""
+        found = self._pace.left(status.total - status.done, now)
+        if found is not None and self._ends is not None:
+            found = min(found, max(0.0, self._ends - now))
+        return left_told(found)
+
+
 class _Lines:
     """Where there is no terminal."""
 
     def __init__(self) -> None:
-        self._said = self._began = time.monotonic()
+        self._said = time.monotonic()
         self._best: Line | None = None
-        self._first = 0
-        self._phase = ""
+        self._course = _Course()
 
     def __call__(self, status: Status) -> None:
         now = time.monotonic()
         line = status.fresh
+        new = self._course.note(status, now)
         if line is None:
-            self._began, self._first = now, status.done
-            if status.phase != self._phase and status.total:
+            if new and status.total:
                 self._tell(f"{_PHASES[status.phase]}: {counted(status.total, _UNITS[status.phase])}", now)
-            self._phase = status.phase
             return
         if status.phase == "search":
             leads = status.best is not None and (self._best is None or status.best.key != self._best.key)
             self._best = status.best
             if not leads and now - self._said < LINES_EVERY and status.done < status.total:
                 return
-        left = _left(now - self._began, status.done - self._first, status.total - status.done)
         told = f"{status.done}/{status.total} {line.title}: {outcome(line, status.score)}"
         if status.phase == "search" and status.best is not None:
-            told += f"; best so far: {status.best.title}, {_value(status.best, status.score)}{left}"
-        self._tell(told, now)
+            told += f"; best so far: {status.best.title}, {_value(status.best, status.score)}"
+        self._tell(told + self._course.left(status, now), now)
 
     def _tell(self, text: str, now: float) -> None:
         self._said = now
@@ -83,15 +110,11 @@ class _Screen:
 
     def __init__(self) -> None:
         self._status: Status | None = None
-        self._began = time.monotonic()
-        self._phase = ""
-        self._first = 0
+        self._course = _Course()
         self._last: Line | None = None
 
     def __call__(self, status: Status) -> None:
-        if status.phase != self._phase:
-            self._phase, self._began = status.phase, time.monotonic()
-            self._first = status.done - (status.fresh is not None)
+        self._course.note(status, time.monotonic())
         self._last = status.fresh or self._last
         self._status = status
 
@@ -105,12 +128,11 @@ class _Screen:
         status = self._status
         if status is None:
             return Text("opening models")
-        passed = time.monotonic() - self._began
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
             _PHASES[status.phase], ProgressBar(status.total or 1, status.done, width=30),
             f"{status.done}/{counted(status.total, _UNITS[status.phase])}"
-            f"{_left(passed, status.done - self._first, status.total - status.done)}",
+            f"{self._course.left(status, time.monotonic())}",
         )  # fmt: skip
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim")
@@ -122,10 +144,6 @@ class _Screen:
         if self._last is not None:
             facts.add_row("  last", f"{self._last.title}: {outcome(self._last, status.score)}")
         return Group(bar, facts)
-
-
-def _left(passed: float, done: int, left: int) -> str:
-    return f", about {time_of(passed / done * left)} left" if done > 0 and left > 0 else ""
 
 
 def outcome(line: Line, score: str) -> str:

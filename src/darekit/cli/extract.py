@@ -56,6 +56,10 @@ def extract(
             help="What to save whole: norms, biases, heads, routers, embeddings; or none. Default: all but embeddings.",
         ),
     ] = None,
+    factors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KINDS", help="What else gets factors, as PEFT has them: embeddings, convolutions."),
+    ] = None,
     server: Annotated[
         Server | None,
         typer.Option("--for", help="Write only what this server loads: nothing saved whole, rank <= 512."),
@@ -91,7 +95,7 @@ def extract(
         if dry_run:
             terms = terms_of(
                 rank=rank, energy=energy, error=error, max_rank=max_rank, dtype=dtype.value, save=kinds, server=word,
-                out_kind=out_kind.value, recipe=recipe_in(model),
+                out_kind=out_kind.value, recipe=recipe_in(model), factors=listed(factors or []),
             )  # fmt: skip
             with planned(base, model, terms, vocab=vocab.value, threads=threads, force=force) as plan:
                 for line in plan.notes:
@@ -101,8 +105,8 @@ def extract(
         with display.progress_bar("extracting", quiet=as_json) as progress:
             report = extract_adapter(
                 base, model, out, rank=rank, energy=energy, error=error, max_rank=max_rank, dtype=dtype.value,
-                save=kinds, server=word, out_kind=out_kind.value, vocab=vocab.value, threads=threads,
-                overwrite=overwrite, force=force, progress=progress, say=display.say_note,
+                save=kinds, factors=listed(factors or []), server=word, out_kind=out_kind.value, vocab=vocab.value,
+                threads=threads, overwrite=overwrite, force=force, progress=progress, say=display.say_note,
             )  # fmt: skip
         display_extract.show_report(report, as_json=as_json)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -223,19 +224,38 @@ def overrides_of(settings: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def errors_told(resumes: bool = False) -> Iterator[None]:
-    """An error on purpose becomes its message and exit code 1; anything else is a bug and shows its stack."""
+    """An error on purpose becomes its message and exit code 1, and so does what the system has against a file that was
+    named; anything else is a bug and shows its stack."""
     try:
         yield
     except DarekitError as error:
-        from darekit.cli import tables
-
-        if "--json" in sys.argv:
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        print(tables.told(f"dare: {error}"), file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise _told(error, str(error)) from None
     except KeyboardInterrupt:
         told = "; nothing was written to OUT (--resume continues)" if resumes else ""
         print(f"dare: interrupted{told}", file=sys.stderr)
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        if error.filename is None:
+            if not _has_directory():
+                raise _told(error, "the working directory does not exist any more: run from another one") from None
+            raise
+        raise _told(error, f"{error.filename}: {error.strerror or error}") from None
+
+
+def _has_directory() -> bool:
+    try:
+        return bool(Path.cwd())
+    except OSError:
+        return False
+
+
+def _told(error: Exception, message: str) -> typer.Exit:
+    """The message is printed; what ends the command."""
+    from darekit.cli import tables
+
+    if "--json" in sys.argv:
+        print(json.dumps({"error": type(error).__name__, "message": message}))
+    print(tables.told(f"dare: {message}"), file=sys.stderr)
+    return typer.Exit(1)

@@ -73,6 +73,10 @@ class Examples:
                 return self._labelled(live, tokens)
             return self._predicted(live, tokens)
 
+    def score_names(self) -> tuple[str, ...]:
+        """Names of the scores that there can be: some are a classifier's, others a regressor's."""
+        return METRICS[self.form]
+
     def sizes(self) -> Mapping[str, int]:
         """All rows are one group of items."""
         return {"": len(self.rows)}

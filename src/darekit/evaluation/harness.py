@@ -98,6 +98,21 @@ class Harness:
         self.details = self._details(found)
         return scores_of(_scores(found), f"lm-eval on {', '.join(self.names)}")
 
+    def score_names(self) -> tuple[str, ...]:
+        """Names of the scores that there can be; nothing where a task's own code decides about them."""
+        tasks = self.loaded["tasks"]
+        if not all(map(_tells_metrics, tasks.values())):
+            return ()
+        found: dict[str, None] = {}
+        for name, task in tasks.items():
+            filters = [one.name for one in task._filters]
+            found |= dict.fromkeys(_named(name, metric, one) for metric in task.aggregation() for one in filters)
+        every = {one.name: None for task in tasks.values() for one in task._filters}
+        for name, group in (self.loaded.get("groups") or {}).items():
+            for one in group.aggregate_metric_list or ():
+                found |= dict.fromkeys(_named(name, one.metric, chosen) for chosen in one.filter_list or every)
+        return tuple(found)
+
     def sizes(self) -> Mapping[str, int]:
         """Task -> how many questions it has, or are asked of it."""
         tasks = self.loaded["tasks"]
@@ -423,6 +438,23 @@ def _load_error(
     return RecipeError(f"{what} cannot be loaded: {said}")
 
 
+def _tells_metrics(task: Any) -> bool:
+    """Whether a task has the metrics that its file lists, and no others: its own functions may return any."""
+    from lm_eval.api.task import ConfigurableTask
+
+    functions = getattr(task, "_metric_fn_list", {}).values()
+    return (
+        type(task) is ConfigurableTask
+        and task.config.process_results is None
+        and all(str(getattr(one, "__module__", "")).startswith("lm_eval.") for one in functions)
+    )
+
+
+def _named(task: str, metric: str, chosen: str) -> str:
+    """A score's name. `chosen`: the filter."""
+    return f"{task}/{metric}" + (f",{chosen}" if chosen != "none" else "")
+
+
 def _scores(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     scores: dict[str, dict[str, Any]] = {}
     for task, metrics in found["results"].items():
@@ -432,7 +464,7 @@ def _scores(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             if not comma or metric.endswith("_stderr") or isinstance(value, str | bool):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{filter_name}")
-            scores[f"{task}/{metric}" + (f",{filter_name}" if filter_name != "none" else "")] = {
+            scores[_named(task, metric, filter_name)] = {
                 "value": float(value),
                 "stderr": None if stderr is None or isinstance(stderr, str) else float(stderr),
                 "higher_is_better": higher.get(metric, True),

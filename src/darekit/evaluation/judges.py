@@ -60,6 +60,13 @@ class Several:
         """Every judge's scores, where all of them judge a directory."""
         return self._named({name: judge.judge_directory(folder) for name, judge in self.judges.items()})  # type: ignore[attr-defined]
 
+    def score_names(self) -> tuple[str, ...]:
+        """Names of the scores that there can be; nothing where one of the judges does not know its own."""
+        known = {name: names_of(judge) for name, judge in self.judges.items()}
+        if not all(known.values()):
+            return ()
+        return tuple(f"{name}/{score}" for name, scores in known.items() for score in scores)
+
     def _named(self, found: Mapping[str, Mapping[str, Score]]) -> dict[str, Score]:
         return {f"{name}/{score}": value for name, scores in found.items() for score, value in scores.items()}
 
@@ -71,6 +78,12 @@ class Several:
 def identity_of(judge: Judge) -> Any:
     """What decides about a judge's scores, in JSON-able form; two runs with equal ones need not both be made."""
     return judge.identity() if hasattr(judge, "identity") else repr(judge)
+
+
+def names_of(judge: Judge) -> tuple[str, ...]:
+    """Names of the scores that a judge can have, one of which may be missing (a regressor has no accuracy); nothing
+    where only a run shows them."""
+    return judge.score_names() if hasattr(judge, "score_names") else ()
 
 
 def judges_directory(judge: Judge) -> bool:
@@ -110,18 +123,19 @@ def judge_of(
     raise RecipeError(f"a judge must be one of {', '.join(KEYS)}, or several by name; found {spec!r}")
 
 
-def check_judge(spec: Any, *, search: Sequence[Path] = ()) -> None:
-    """Complain about a judge that cannot be, without the data of lm-eval's tasks (which may have to be downloaded).
+def check_judge(spec: Any, *, search: Sequence[Path] = ()) -> Judge | None:
+    """Complain about a judge that cannot be, without the data of lm-eval's tasks (which may have to be downloaded) ->
+    the judge; None of tasks.
 
     Raises:
         DarekitError: as `judge_of`.
     """
     if not isinstance(spec, Mapping) or "tasks" not in spec:
-        judge_of(spec, search=search)
-        return
+        return judge_of(spec, search=search)
     _kind_of(spec)
     find_tasks(_listed(spec["tasks"]), **_found_by(spec, search))
     _asked_as(spec)
+    return None
 
 
 def metrics_of(spec: Any, *, search: Sequence[Path] = ()) -> tuple[str, ...]:

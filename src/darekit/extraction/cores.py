@@ -27,7 +27,7 @@ from darekit.engine.steps import TRIM, Input, Merge, StageSpec
 from darekit.errors import DataError
 from darekit.extraction.deltas import are_same
 from darekit.extraction.factors import NOISE, Doubles, Factors, Matrix
-from darekit.extraction.modules import Block, Target
+from darekit.extraction.targets import Block, Target
 from darekit.inputs.adapters.products import Pair
 from darekit.inputs.adapters.sources import AdaptedSource
 from darekit.methods import MERGE_METHODS, SPARSIFIERS

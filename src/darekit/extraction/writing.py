@@ -182,6 +182,7 @@ def extract(
     max_rank: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     save: Collection[str] | None = None,
+    factors: Collection[str] = (),
     server: Literal["vllm"] | None = None,
     out_kind: Literal["peft"] = "peft",
     vocab: Literal["strict", "base"] = "strict",
@@ -208,6 +209,7 @@ def extract(
         dtype: of the factors.
         save: kinds of tensors that are saved whole: norms, biases, heads, routers, embeddings; all but the embeddings
             if not given. What is no matrix and not saved is left out.
+        factors: what gets factors besides layers of matrices, as PEFT has them: embeddings, convolutions.
         server: vllm: keep to what vLLM loads: nothing saved whole, ranks up to 512, no factors of embeddings.
         out_kind: the only one there is: peft.
         vocab: what to do with vocabularies that differ: strict refuses, base keeps to the rows of the base.
@@ -240,7 +242,7 @@ def extract(
     recipe = recipe_in(model)
     terms = terms_of(
         rank=rank, energy=energy, error=error, max_rank=max_rank, dtype=dtype, save=save, server=server,
-        out_kind=out_kind, recipe=recipe,
+        out_kind=out_kind, recipe=recipe, factors=factors,
     )  # fmt: skip
     return run_extraction(
         base, model, Path(out), terms, vocab=vocab, threads=threads, overwrite=overwrite, force=force,

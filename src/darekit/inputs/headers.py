@@ -13,7 +13,7 @@ from darekit.checkpoints import Checkpoint, InputFile, open_checkpoint
 from darekit.checkpoints.headers import Elsewhere, HeaderFile, has_values, without_values
 from darekit.checkpoints.hub import Snapshot, fetch_small, fetch_start, is_cached, looks_like_hub_id, weights_on_hub
 from darekit.checkpoints.opening import looked_for
-from darekit.checkpoints.refusals import ADAPTER_WEIGHTS
+from darekit.checkpoints.refusals import ADAPTER_INDEX, ADAPTER_WEIGHTS
 from darekit.checkpoints.safetensors import HEADER_LIMIT
 from darekit.errors import CheckpointError, HoldsAdapter, HoldsPack, HomologyError, Unsupported
 from darekit.inputs.adapters.opening import open_on
@@ -106,6 +106,11 @@ class Headers:
 
     def _open_adapter(self, opening: Opening, ref: str, small: Snapshot) -> Checkpoint:
         """An adapter on the Hub on its base."""
+        if (small.directory / ADAPTER_INDEX).exists():
+            raise Unsupported(
+                f"{ref} is an adapter in several files, whose headers are not read alone: download it first with "
+                f"`hf download {ref.partition('@')[0]}`"
+            )
         if any((small.directory / name).exists() for name in ADAPTER_WEIGHTS):
             return open_on(opening, small.directory)
         sizes = weights_on_hub(ref, small, [(name,) for name in ADAPTER_WEIGHTS])

@@ -17,6 +17,7 @@ MERGE_METHODS: dict[str, MergeMethod] = {
 }
 
 AVERAGE = merging.linear.__name__  # what is done where a method has nothing to say
+DROP = sparsifiers.drop_only.__name__  # what leaves nothing at a rate of 1
 SUM = merging.task_arithmetic.__name__  # what a method with coefficients becomes when they are known
 
 MERGE_ALIASES: dict[str, str] = {"average": "linear"}
@@ -32,6 +33,7 @@ SEED = Parameter("seed", Number("effective seed of the model's mask, used as it 
 
 __all__ = [
     "AVERAGE",
+    "DROP",
     "MERGE_ALIASES",
     "MERGE_METHODS",
     "SCALE",

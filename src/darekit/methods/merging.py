@@ -8,6 +8,7 @@ of a whole tensor beforehand (TIES' trim) is a stage of its own, so that these f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -25,7 +26,7 @@ WEIGHTS_TINY = 1e-8
 DISTANCE_TINY = 1e-6  # smallest distance that `nearswap` divides by, as mergekit has it
 
 
-def total_weight(weights: Weights) -> float:
+def total_weight(weights: Weights | Sequence[float]) -> float:
     """Sum of the weights; 1 where it vanishes, as mergekit has it."""
     total = float(np.sum(weights))
     return total if abs(total) >= WEIGHTS_TINY else 1.0

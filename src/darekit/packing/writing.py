@@ -620,8 +620,8 @@ def _companions(plan: Plan) -> Iterator[tuple[str, bytes]]:
     """Name -> content of the small files that make the result an ordinary model directory; what `dare drop` copies."""
     travel = plan.travel
     config = matching(travel.config.companions, (CONFIG,))
-    if travel.config.config is not None and travel.tokenizer is not travel.config:
-        right = with_ids(travel.config.config, travel.tokenizer.config)
+    if travel.config.config is not None and (travel.labels or travel.tokenizer is not travel.config):
+        right = {**with_ids(travel.config.config, travel.tokenizer.config), **travel.labels}
         if right != travel.config.config:
             config = {CONFIG: (json.dumps(right, indent=2, ensure_ascii=False) + "\n").encode()}
     for name, content in {**config, **travel.files}.items():

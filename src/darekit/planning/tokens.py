@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from darekit.architectures.families import facts_of
 from darekit.checkpoints import Checkpoint, TensorInfo
-from darekit.checkpoints.companions import Companions
+from darekit.checkpoints.companions import Companions, is_of_tokenizer
 from darekit.checkpoints.places import ELSEWHERE, Rows
 from darekit.checkpoints.tokenizers import Tokenizer, files_digest
 from darekit.dtypes import dtype_named
@@ -168,6 +168,12 @@ class _Matching:
         return members
 
     def _tokenizer(self, checkpoint: Checkpoint) -> Tokenizer | None:
+        for name, why in checkpoint.left.items():
+            if is_of_tokenizer(name):
+                raise PlanError(
+                    f"the tokenizer of {checkpoint.ref} cannot be read: its {name} was left out, because {why}. Or "
+                    "remove tokenizer_source (and tokenizer) to match rows by number"
+                )
         tokenizer = Tokenizer.of(checkpoint)
         if tokenizer is not None and tokenizer.fault is not None:
             raise PlanError(

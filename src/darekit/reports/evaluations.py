@@ -135,6 +135,8 @@ def _sections(found: EvaluationFolder) -> Iterator[Section]:
         f"Every score; ± is one standard error{starred}", ("model", *comparison.names), rows, 1,
         copies if any(copies) else (), (), False,
     )  # fmt: skip
-    how = "Bars are one standard error. Point at a model for its recipe, click to copy it."
-    parts = (Plot("Scores", how, tuple(views)), table) if views else (table,)
+    pointer = "Point at a model for its recipe, click to copy it."
+    parts = (
+        (Plot("Scores", "Bars are one standard error.", tuple(views), pointer=pointer), table) if views else (table,)
+    )
     yield Section("Scores", parts)

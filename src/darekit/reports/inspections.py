@@ -175,8 +175,8 @@ def _r_map(found: _Found) -> Plot:
         View(name, (("", _map(grid, grids, "r", low=low, high=max(high, low * 1.01), log=True)),))
         for name, grid in zip(found.names, grids, strict=True)
     )
-    how = f"r = ‖delta‖ / ‖base‖ by kind of tensor and layer: how far fine-tuning moved each. {_CLICK}"
-    return Plot("r of every tensor", how, views, None, "Model")
+    how = "r = ‖delta‖ / ‖base‖ by kind of tensor and layer: how far fine-tuning moved each."
+    return Plot("r of every tensor", how, views, None, "Model", _CLICK)
 
 
 def shares_of(one: Inspection) -> dict[str, float]:
@@ -201,9 +201,9 @@ def _share_map(found: _Found) -> Plot:
     )
     how = (
         "How much of the whole delta lies in each tensor, as a share of its squared length. Large tensors have more of "
-        f"it at the same r. {_CLICK}"
+        "it at the same r."
     )
-    return Plot("Share of the change", how, views, None, "Model")
+    return Plot("Share of the change", how, views, None, "Model", _CLICK)
 
 
 def _tensor_table(found: _Found) -> Table:
@@ -318,4 +318,4 @@ def _by_layer(found: Interference, said: Sequence[str]) -> Plot:
         size = max(0.1, *(abs(s.value) for s in grid.values()))
         figure = _map(grid, [grid], "cosine", low=-size, high=size, diverging=True)
         views.append(View(f"cosine of {pair}", (("", figure),)))
-    return Plot("Interference by layer", f"By kind of tensor and layer. {_CLICK}", tuple(views))
+    return Plot("Interference by layer", "By kind of tensor and layer.", tuple(views), pointer=_CLICK)

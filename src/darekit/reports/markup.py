@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 _UNITS = re.compile(r" (?=± ?\d|%)|(?<=±) (?=\d)")
 
+_BREAKS = re.compile(r"(?<=\w)([/_])(?=\w)")  # after which the name of a score may go on in the next line
+
 _DASHES = {"solid": "", "dash": "7 4", "dashdot": "7 3 2 3", "dot": "2 3", "longdash": "11 4",
            "longdashdot": "11 3 2 3", "8px,2px,2px,2px,2px,2px": "8 2 2 2 2 2"}  # fmt: skip
 
@@ -218,7 +220,8 @@ def _plot(plot: Plot, figures: list[Any], number: _Numbers[Copy]) -> Iterator[st
             )
             figures.append(figure)
         yield "</div></div>\n"
-    yield f"<figcaption>{_text(plot.how)}</figcaption>\n"
+    pointer = f' <span class="pointer">{_text(plot.pointer)}</span>' if plot.pointer else ""
+    yield f"<figcaption>{_text(plot.how)}{pointer}</figcaption>\n"
     if plot.table is not None:
         yield from _table(plot.table, number)
     yield "</figure>\n"
@@ -247,7 +250,8 @@ def _table(table: Table, number: _Numbers[Copy]) -> Iterator[str]:
     sortable = len(table.rows) > 2
     for i, word in enumerate(table.header):
         side = "" if i < table.words else ' class="number"'
-        text = f'<button type="button" data-sort="{i}">{escape(word)}</button>' if sortable and word else escape(word)
+        text = _BREAKS.sub(r"\1<wbr>", escape(word))
+        text = f'<button type="button" data-sort="{i}">{text}</button>' if sortable and word else text
         yield f'<th scope="col"{side}>{text}</th>'
     buttons = any(table.copies)
     yield '<th scope="col" class="act"><span class="unseen">Copy</span></th>' if buttons else ""

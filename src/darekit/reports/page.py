@@ -89,6 +89,7 @@ class Plot:
         views: what may be chosen; the first is shown.
         table: the same as numbers.
         choice: what is chosen among the views, in a word.
+        pointer: what pointing and clicking do; not said on paper.
     """
 
     title: str
@@ -96,6 +97,7 @@ class Plot:
     views: tuple[View, ...]
     table: Table | None = None
     choice: str = "Show"
+    pointer: str = ""
 
 
 @dataclass(frozen=True)

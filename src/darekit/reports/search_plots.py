@@ -112,11 +112,9 @@ def course(found: Found) -> Plot | None:
             *(Key(name, look, marks=False) for name, _, look in levels),
         ]
         views.append(View(goal.score, (("", figure),), tuple(keys)))
-    how = (
-        "Each mark is a candidate. Those that were stopped were asked fewer items, so their scores are less certain. "
-        "Point at one for its recipe, click to copy it."
-    )
-    return Plot("Scores over trials", how, tuple(views), None, "Goal") if views else None
+    how = "Each mark is a candidate. Those that were stopped were asked fewer items, so their scores are less certain."
+    pointer = "Point at one for its recipe, click to copy it."
+    return Plot("Scores over trials", how, tuple(views), None, "Goal", pointer) if views else None
 
 
 def _best_so_far(found: Found, goal: Goal) -> dict[str, Any]:

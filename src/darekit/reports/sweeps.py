@@ -293,10 +293,7 @@ def _curves(found: _Found) -> Plot | None:
             views.append(_curves_view(found, figure, score, split))
     if not views:
         return None
-    how = (
-        "Bars are one standard error, of the questions and of the masks together. Point at a setting for its recipe, "
-        "click to copy it."
-    )
+    how = "Bars are one standard error, of the questions and of the masks together."
     if more:
         how += f" {_PANELS} of {_PANELS + more} panels are drawn; the table below has all settings."
     x, lines = roles_of(found.sweep)
@@ -304,7 +301,7 @@ def _curves(found: _Found) -> Plot | None:
     models = found.summary.models
     title = f"Scores over {title_of(x.name, models)}"
     title += f", a line for each {title_of(lines.name, models)}" if lines else ""
-    return Plot(title, how, tuple(views))
+    return Plot(title, how, tuple(views), pointer="Point at a setting for its recipe, click to copy it.")
 
 
 def _curves_view(found: _Found, figure: Figure, score: str, split: str) -> View:

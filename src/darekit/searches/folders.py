@@ -18,6 +18,7 @@ RECORD, TRIALS, SUMMARY, BEST, TESTS = "search.json", "trials.jsonl", "summary.j
 JOURNAL, ITEMS, LEASES, MODELS = "journal.log", "items", "leases", "models"
 FORMAT = "darekit-search-1"
 TRIAL, BASELINE = "trial", "baseline"
+GOALS = ("choose", "limits")  # in the record: what candidates are held against
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ def claim(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         raise OutputError(f"{path} cannot be read: {error.strerror}; choose another OUT") from None
     except ValueError:
         raise OutputError(f"{path} is not the record of a search: choose another OUT") from None
+    there |= {key: wanted[key] for key in GOALS if key not in there}
     differ = [
         f"{at}: {_brief(old)} there, {_brief(new)} here"
         for key in wanted
@@ -226,6 +228,13 @@ def claim(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         told = "".join(f"\n  {line}" for line in differ)
         raise OutputError(f"{out} holds the results of another search:{told}\nChoose another OUT")
     return there
+
+
+def forget_goals(folder: Folder, record: Mapping[str, Any]) -> None:
+    """Goals or constraints have turned out to be a mistake: once corrected, they are this search's, and the baselines
+    that were judged are not judged again. Where there are candidates, nothing is forgotten: they followed the goals."""
+    if not any(line.kind == TRIAL for line in folder.lines):
+        remember(folder.out, {key: value for key, value in record.items() if key not in (*GOALS, "whole")})
 
 
 def remember(out: Path, record: Mapping[str, Any]) -> None:

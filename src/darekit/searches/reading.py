@@ -19,7 +19,8 @@ from darekit.searches.blends import LEAST, wish_in
 from darekit.searches.data import AUTO, RUNGS, SAMPLERS, Knob, Limit, Numbers, Search
 from darekit.searches.points import point_of
 from darekit.searches.space import candidate, midpoint, used_knobs, weight_knobs
-from darekit.trials.judging import check_score, read_judges, read_recipe_place
+from darekit.trials.judging import read_judges, read_recipe_place
+from darekit.trials.scores import WORDS, check_score, word_meant
 from darekit.trials.settings import recipe_with
 from darekit.wording import and_
 
@@ -379,8 +380,11 @@ def _goal_in(document: Document, raw: Any) -> str:
         if wish is not None and not wish.parts and 1 < len(names) == len({*names}):
             return f"{word} of {', '.join(names)}"
     if not isinstance(raw, str):
+        word = next(iter(raw)) if isinstance(raw, dict) and len(raw) == 1 else ""
+        meant = word_meant(str(word))
+        hint = f"; did you mean {meant!r}?" if meant not in (None, word) else ""
         fail(document, ("choose",), "expected the name of a score, or of several, or what to make of them, as "
-             f"min, or {{relative mean: [A, B]}}; found {shown(raw)}")  # fmt: skip
+             f"min, or {{relative mean: [A, B]}}; found {shown(raw)}{hint}")  # fmt: skip
     return raw
 
 
@@ -389,7 +393,7 @@ def _known_score(
 ) -> None:
     wish = wish_in(score)
     for part in (score,) if wish is None else wish.parts:
-        check_score(document, path, part, judges, search, "under `validation:`")
+        check_score(document, path, part, judges, search, "under `validation:`", WORDS)
 
 
 def _check_test(document: Document, search: Search) -> None:

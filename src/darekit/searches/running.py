@@ -13,7 +13,7 @@ from typing import Any
 
 from darekit.analysis.inspection import VOCABULARIES, inspect
 from darekit.analysis.records import RECORD, write_inspection
-from darekit.errors import DarekitError, PlanError
+from darekit.errors import DarekitError, PlanError, RecipeError
 from darekit.live.models import require_torch
 from darekit.pools.clusters import cluster_of, open_pool, require_ray
 from darekit.pools.processes import Pool
@@ -21,12 +21,12 @@ from darekit.recipe import Recipe
 from darekit.searches.asking import Answer, Asker, Task
 from darekit.searches.baselines import Baseline, baselines_of
 from darekit.searches.data import Search
-from darekit.searches.folders import LEASES, MODELS, Folder, claim, remember
+from darekit.searches.folders import LEASES, MODELS, Folder, claim, forget_goals, remember
+from darekit.searches.goals import Unasked, check_goals
 from darekit.searches.leases import Leases
 from darekit.searches.points import check_points
 from darekit.searches.reading import read_search
 from darekit.searches.space import Tensors, bind, dimension_data
-from darekit.searches.standings import Unasked
 from darekit.searches.studies import require_optuna
 from darekit.searches.verdicts import SearchResult
 from darekit.searches.working import Say, Watch, Work
@@ -121,8 +121,9 @@ def check_search(found: Search, out: Path, *, dtype: str | None = None) -> tuple
     """
     require_optuna(found.sampler)
     folders = search_of(found.recipe, found.search)
-    check_judges(found.name, found.judges, found.search)
+    made = check_judges(found.name, found.judges, found.search)
     baselines = baselines_of(found)
+    check_goals(found, made, baselines)
     samples_of([one.recipe for one in baselines], folders)
     return _bound(found, folders)[0], baselines
 
@@ -158,8 +159,10 @@ def run(
     began = time.perf_counter()
     folders = search_of(found.recipe, found.search)
     # Mistakes in judges are found before anything runs; each place makes its own.
-    judged = judges_identity(found.judges, make_judges(found.name, found.judges, found.search), found.search)
+    made = make_judges(found.name, found.judges, found.search)
+    judged = judges_identity(found.judges, made, found.search)
     baselines = baselines_of(found)
+    check_goals(found, made, baselines)
     inputs = samples_of([one.recipe for one in baselines], folders)
     bound, tensors = _bound(found, folders)
     if trials is not None:
@@ -193,6 +196,9 @@ def run(
                         say(f"{missing}; {missing.judge} is asked as a whole, and the baselines are judged again")
                     whole |= {missing.judge}
                     remember(out, record | {"whole": sorted(whole)})
+                except RecipeError:  # a goal, or a constraint, that no judge can give
+                    forget_goals(folder, record)
+                    raise
 
 
 def look_at_models(recipe: Recipe, folders: Sequence[Path], out: Path, say: Say) -> None:

@@ -30,7 +30,8 @@ from darekit.wording.notebooks import shown_as_html
 
 INTERVAL = 1.959963984540054  # standard errors: 95 %, two-sided
 
-ROLES = ("best single model", "best plain merge", "recipe as written")
+AS_WRITTEN = "recipe as written"
+ROLES = ("best single model", "best plain merge", AS_WRITTEN)
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,7 @@ def _hypervolume(standings: Standings) -> float | None:
     def point(line: Line) -> tuple[float, ...]:
         return tuple(s * standings.value(line, goal) for s, goal in zip(signs, standings.goals, strict=True))
 
-    complete = [
-        one for one in standings.lines if one.state == COMPLETE and all(g.score in one.scores for g in standings.goals)
-    ]
+    complete = standings.judged
     if not complete:
         return None
     base = next((point(one) for one in complete if one.name == BASE), None)
@@ -228,10 +227,7 @@ class _Found:
         if self.best is None:
             why = " keeps the constraints" if self.standings.bounds else " could be judged in full"
             return [f"Nothing was chosen: of {count} and the baselines, none{why}.", *self._limits()]
-        who = f"trial {self.best.trial}" if self.best.kind == TRIAL else self.best.name
-        head = [self._headline(str(who))]
-        if self.best.kind != TRIAL:
-            head = [f"None of {count} beats {who}. {head[0]}", "The space, or the number of trials, may be too small."]
+        head = self._opening(count)
         head += self._abilities()
         head += [self._sentence(one) for one in self.differences()]
         tested = self.tested(self.best)
@@ -253,6 +249,49 @@ class _Found:
         if self.interrupted:
             head.append(f"Interrupted after {count}; run the same command to continue.")
         return [*head, *self._limits()]
+
+    def _opening(self, count: str) -> list[str]:
+        """What was chosen, or that there was nothing to choose by."""
+        assert self.best is not None
+        who = f"trial {self.best.trial}" if self.best.kind == TRIAL else str(self.best.name)
+        if self.best is self.rivals[ROLES.index(AS_WRITTEN)]:
+            who = f"the {AS_WRITTEN}"
+        judged = self.standings.judged
+        trials = [line for line in judged if line.kind == TRIAL]
+        if self._same(judged):
+            counts = [(len(trials), "candidate"), (len(judged) - len(trials), "baseline")]
+            told = " and ".join(f"{number} {word}{'s' * (number > 1)}" for number, word in counts if number)
+            return [
+                f"Nothing was found: the scores do not tell {told} apart. All have {self._values(judged[0])} on "
+                "validation.",
+                f"best.yaml holds {who}, for want of a better one.", self._suspicion(),
+            ]  # fmt: skip
+        head = [self._headline(who)]
+        if self.best.kind != TRIAL:
+            head = [f"None of {count} beats {who}. {head[0]}", "The space, or the number of trials, may be too small."]
+        if self._same(trials) and not any(line.state == STOPPED for line in self.standings.lines):
+            head.append(f"All candidates have {self._values(trials[0])}: what was varied makes no difference.")
+        return head
+
+    def _same(self, lines: Sequence[Line]) -> bool:
+        """Whether several candidates have the same scores."""
+        return len(lines) > 1 and len({tuple(self.standings.values(line).values()) for line in lines}) == 1
+
+    def _values(self, line: Line) -> str:
+        return ", ".join(f"{name} {value:.3f}" for name, value in self.standings.values(line).items())
+
+    def _suspicion(self) -> str:
+        """What to look at where all scores are equal."""
+        assert self.best is not None
+        scores = [self.best.scores[goal.score] for goal in self.standings.goals]
+        if all(score["value"] == 0 and score["higher_is_better"] for score in scores):
+            return (
+                "Not even a model alone does anything right: does the judge ask as these models were trained to be "
+                "asked? `dare eval MODEL --samples DIR` shows their answers."
+            )
+        return (
+            "A judge that gives all models the same score asks for what all of them can do, or does not look at them."
+        )
 
     def _headline(self, who: str) -> str:
         scores = self._reported()
@@ -283,7 +322,7 @@ class _Found:
 
     def _sentence(self, one: Mapping[str, Any]) -> str:
         sign = "+" if one["value"] >= 0 else ""
-        role = f" ({one['role']})" if one["role"] != ROLES[2] else ""
+        role = f" ({one['role']})" if one["role"] != AS_WRITTEN else ""
         text = f"Against {_rival(one)}{role}: {one['score']} {sign}{one['value']:.3f}"
         if one["interval"] is None:
             return f"{text}, with an unknown error."
@@ -311,7 +350,7 @@ class _Found:
 
 def _rival(one: Mapping[str, Any]) -> str:
     """With whom something is compared, in a sentence."""
-    return "the recipe as written" if one["role"] == ROLES[2] else str(one["against"])
+    return f"the {AS_WRITTEN}" if one["role"] == AS_WRITTEN else str(one["against"])
 
 
 def _interval(one: Difference) -> list[float] | None:

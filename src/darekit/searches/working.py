@@ -16,12 +16,13 @@ from darekit.searches.asking import COMPLETE, FAILED, Answer, Rung, Task
 from darekit.searches.baselines import BASE, PLAIN, SINGLE, WRITTEN, Baseline
 from darekit.searches.data import TRIALS, Search
 from darekit.searches.folders import BASELINE, TRIAL, Folder, Line, line_of
+from darekit.searches.goals import Known, bounds_of, goals_of, named_sheets
 from darekit.searches.leases import HELD, Leases, wait_a_little
 from darekit.searches.points import written_point
 from darekit.searches.racing import Bound, Goal, is_feasible
 from darekit.searches.sheets import Sheet, with_blends
 from darekit.searches.space import Tensors, candidate
-from darekit.searches.standings import Standings, bounds_of, goals_of, named_sheets
+from darekit.searches.standings import Standings
 from darekit.searches.studies import Study
 from darekit.searches.verdicts import SearchResult, write_summary
 from darekit.trials.settings import recipe_with
@@ -41,6 +42,8 @@ class Status:
         best: of these, the best; None as long as there is none.
         score: the goal by which it is.
         fresh: what has just been judged; None at the beginning of a phase.
+        at_once: how many are judged at the same time.
+        seconds_left: until no candidate is begun any more; None: there is no such time.
     """
 
     phase: str
@@ -50,6 +53,8 @@ class Status:
     best: Line | None = None
     score: str = ""
     fresh: Line | None = None
+    at_once: int = 1
+    seconds_left: float | None = None
 
 
 Watch = Callable[[Status], None]
@@ -88,6 +93,7 @@ class Work:
     bounds: tuple[Bound, ...] = ()
     reused: int = 0
     total: int = 0
+    ends: float | None = None
     _done: int = 0
     _failed: set[str] = field(default_factory=set)
     _feasible: dict[str | int, bool | None] = field(default_factory=dict)
@@ -110,16 +116,10 @@ class Work:
         except KeyboardInterrupt:
             self.say("interrupted before the baselines were judged; run the same command to continue")
             raise
-        scores = next((line.scores for _, line in judged if line.state == COMPLETE), None)
-        if scores is None:
+        if not self.goals:
             first = judged[0][1]
             raise DataError(f"{self.search.name}: no baseline could be judged; {first.title}: {first.error}")
-        singles = [line.scores for one, line in judged if one.kind == SINGLE and line.state == COMPLETE]
-        self.goals = goals_of(self.search, scores, self.whole, singles)
-        read = ((one, self.folder.sheet(line.digest)) for one, line in judged if line.state == COMPLETE)
-        sheets = [(one, sheet) for one, sheet in read if sheet is not None]
-        self.bounds = bounds_of(self.search, scores, self.whole, named_sheets(sheets), singles)
-        self._feasible = {one.name: is_feasible(sheet, self.bounds) for one, sheet in sheets}
+        self._feasible = {one.name: is_feasible(sheet, self.bounds) for one, sheet in self._sheets(judged)}
         self.study = Study(self.search, self.goals, self.folder.out, self.leases, self.mark)
         try:
             self._search(seconds)
@@ -166,6 +166,7 @@ class Work:
                 for one in baselines
                 if one.name not in there or (there[one.name].state == FAILED and one.name not in self._failed)
             ]
+            self._settle_goals(baselines, there)
             if not left:
                 return [(one, there[one.name]) for one in baselines]
             mine = [one for one in left if self.leases.take(f"baseline-{digests[one.name]}")]
@@ -183,8 +184,8 @@ class Work:
                 line = line_of(BASELINE, one.name, answer, {}, one.recipe.to_data(), digests[one.name], None)
                 self.folder.add(line, answer.sheet)
                 self.leases.release(f"baseline-{digests[one.name]}")
-                if line.state == COMPLETE and not self.goals:
-                    self.goals = goals_of(self.search, line.scores, self.whole)  # mistakes in them, before all the rest
+                there[one.name] = line
+                self._settle_goals(baselines, there)  # mistakes in them, before all the rest
                 if line.state == FAILED:
                     self._failed.add(one.name)
                     self.say(f"{one.name} failed: {line.error}")
@@ -192,6 +193,28 @@ class Work:
                     self.say(f"{one.name}: {warning}")
                 done += 1
                 self._status("baselines", done, len(baselines), line)
+
+    def _settle_goals(self, baselines: Sequence[Baseline], there: Mapping[str, Line]) -> None:
+        """The goals and constraints, as far as the baselines that were judged tell. `there`: their lines, by name.
+
+        Raises:
+            Unasked, RecipeError: as `goals_of` and `bounds_of`, as soon as it is known.
+        """
+        judged = [(one, there[one.name]) for one in baselines if one.name in there]
+        complete = [(one, line) for one, line in judged if line.state == COMPLETE]
+        if not complete:
+            return
+        known = Known(complete[0][1].scores, self.whole)
+        if all(one.name in there for one in baselines if one.kind in (BASE, SINGLE)):
+            singles = [line.scores for one, line in complete if one.kind == SINGLE]
+            known = replace(known, singles=singles, sheets=named_sheets(self._sheets(complete)))
+        self.goals = goals_of(self.search, known)
+        self.bounds = bounds_of(self.search, known)
+
+    def _sheets(self, judged: Sequence[tuple[Baseline, Line]]) -> list[tuple[Baseline, Sheet]]:
+        """Of those that were judged in full, the answers."""
+        read = ((one, self.folder.sheet(line.digest)) for one, line in judged if line.state == COMPLETE)
+        return [(one, sheet) for one, sheet in read if sheet is not None]
 
     # --- candidates
 
@@ -204,13 +227,17 @@ class Work:
             self.study.remember_first()
         told = False
         self.total = total
+        self.ends = None if seconds is None else self.began + seconds
+        done = self.study.counts().done
+        if done < total:
+            self._status("search", done, total)
         while True:
             orphans = self.study.take_orphans(self._settle)
             for number in orphans:
                 self.say(f"trial {number} was left by a process that died; its candidate will be judged again")
             counts = self.study.counts()
             left = total - counts.done - counts.running
-            if seconds is not None and time.perf_counter() - self.began > seconds and counts.done:
+            if self.ends is not None and time.perf_counter() > self.ends and counts.done:
                 return
             if left > 0:
                 self._round(min(left, self.search.round or self.pool.size))
@@ -341,11 +368,14 @@ class Work:
             yield lost[i], Answer(FAILED, error=answer.why) if isinstance(answer, Lost) else answer
 
     def _status(self, phase: str, done: int, total: int, fresh: Line | None = None) -> None:
+        status = Status(phase, done, total, fresh=fresh, at_once=self.pool.size)
         if phase == "search":
             standings = self.standings()
-            self.watch(Status(phase, done, total, standings.lines, standings.best, self.goals[0].score, fresh))
-        else:
-            self.watch(Status(phase, done, total, fresh=fresh))
+            left = None if self.ends is None else max(0.0, self.ends - time.perf_counter())
+            status = replace(
+                status, lines=standings.lines, best=standings.best, score=self.goals[0].score, seconds_left=left
+            )
+        self.watch(status)
 
 
 def _recipe_of(line: Line) -> Recipe:

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from darekit.evaluation.judges import metrics_of
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_source, shown, suggest
-from darekit.sweeps.data import DROP_RATE, Axis, Layout, Point, Sweep
-from darekit.trials.judging import MEAN, check_score, read_judges, read_recipe_place
+from darekit.sweeps.data import DROP_RATE, SPLITS, Axis, Layout, Point, Sweep
+from darekit.trials.judging import MEAN, Specs, read_judges, read_recipe_place
+from darekit.trials.scores import WORDS, check_score, word_meant
 
 KEYS = ("recipe", "axes", "seeds", "validation", "test", "choose", "plot")
 _LAYOUT = ("x", "lines", "score", "title")
@@ -38,20 +39,33 @@ def read_sweep(source: str | Path | Mapping[str, Any]) -> Sweep:
     choose = data.get("choose")
     if choose is not None and not isinstance(choose, str):
         fail(document, ("choose",), f"expected the name of a score, found {shown(choose)}")
-    if choose is not None and choose != MEAN:
-        split = "validation" if "validation" in judges else "test"
-        check_score(document, ("choose",), choose, judges[split], search, f"under `{split}:`")
-        if "/" not in choose:
-            known = metrics_of(judges[split][choose], search=search)
-            fail(
-                document,
-                ("choose",),
-                f"{choose} is a judge; name one of its scores: {choose}/{(known or ('SCORE',))[0]}",
-            )
+    if choose is not None:
+        _check_score(
+            document, ("choose",), choose, judges, SPLITS[:1] if "validation" in judges else SPLITS[1:], search
+        )
     return Sweep(
         name, read_recipe_place(document, search), axes, _read_seeds(document), judges, choose,
-        _read_layout(document, axes), search, document.text, tuple(notes),
+        _read_layout(document, axes, judges, search), search, document.text, tuple(notes),
     )  # fmt: skip
+
+
+def _check_score(
+    document: Document, path: Key, score: str, judges: Specs, splits: Sequence[str], search: tuple[Path, ...]
+) -> None:
+    """Complain about a score that no judge of these splits gives, as far as that is known before they are asked."""
+    if score == MEAN:
+        if len({name for named in judges.values() for name in named}) == 1:
+            fail(document, path, f"there is one judge, so no {MEAN}; name one of its scores, or leave this out")
+        return
+    judge = score.partition("/")[0]
+    there = [split for split in splits if split in judges]
+    split = next((one for one in there if judge in judges[one]), there[0])
+    if judge not in judges[split] and word_meant(score) in WORDS[1:]:
+        fail(document, path, f"{score!r} is for a search: a sweep chooses by one score, or by {MEAN}")
+    check_score(document, path, score, judges[split], search, f"under `{split}:`")
+    if "/" not in score:
+        known = metrics_of(judges[split][judge], search=search)
+        fail(document, path, f"{judge} is a judge; name one of its scores: {judge}/{(known or ('SCORE',))[0]}")
 
 
 def _explain(document: Document, key: str) -> None:
@@ -145,7 +159,7 @@ def _read_seeds(document: Document) -> tuple[int, ...]:
     return seeds
 
 
-def _read_layout(document: Document, axes: tuple[Axis, ...]) -> Layout:
+def _read_layout(document: Document, axes: tuple[Axis, ...], judges: Specs, search: tuple[Path, ...]) -> Layout:
     raw = document.data.get("plot", {})
     if not isinstance(raw, dict):
         fail(document, ("plot",), f"expected {{x: AXIS, lines: AXIS}}, found {shown(raw)}")
@@ -161,4 +175,6 @@ def _read_layout(document: Document, axes: tuple[Axis, ...]) -> Layout:
                 ("plot", key),
                 f"{value!r} is not an axis{did_you_mean(value, names)}; axes: {', '.join(names)}",
             )
+        if key == "score":
+            _check_score(document, ("plot", key), value, judges, SPLITS, search)
     return Layout(**raw)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.errors import PlanError
+from darekit.evaluation.judges import Judge
 from darekit.pools.clusters import Cluster, cluster_of, open_pool, require_ray
 from darekit.pools.processes import Lost
 from darekit.recipe import Recipe
@@ -21,10 +22,11 @@ from darekit.sweeps.grid import cells_of
 from darekit.sweeps.reading import read_sweep
 from darekit.sweeps.records import record_of, refuse_other, refuse_search, write_record
 from darekit.sweeps.store import FAILED, OK, Finished, Outcome, Store, SweepResult, open_store
-from darekit.sweeps.summaries import unlike_of
+from darekit.sweeps.summaries import check_scores, unlike_of
 from darekit.trials.identities import judges_identity, samples_of, trial_digest
 from darekit.trials.judging import asked, check_judges, make_judges, search_of
 from darekit.trials.models import Bench, Place, origins_in, reason_of, shared_threads
+from darekit.trials.scores import check_known
 
 
 @dataclass
@@ -135,7 +137,8 @@ def sweep(
                 _keep(store, unit, outcomes[unit.digest])
         origins = origins_in([unit.recipe for unit in todo])
         place = Place(search, device, dtype, shared_threads(threads, jobs or 1), origins)
-        heard: list[Finished] = []
+        heard = [Finished(one.cells[0], outcomes[one.digest], one.digest) for one in units if one.digest in outcomes]
+        check_scores(found, heard)
         warned: str | None = None
         if progress and todo:
             progress(0, len(todo))
@@ -144,6 +147,7 @@ def sweep(
             _keep(store, unit, outcome)
             if warned is None:  # said as soon as it is known: the other cells may take hours
                 heard.append(Finished(unit.cells[0], outcome, unit.digest))
+                check_scores(found, heard)
                 warned = unlike_of(found, heard)
                 if warned:
                     tell(warned)
@@ -180,9 +184,16 @@ def check_sweep(
     refuse_search(out)
     if not overwrite:
         refuse_other(out, sweep, cells, dtype)
-    check_judges(sweep.name, sweep.judges, sweep.search)
+    _check_names(sweep, check_judges(sweep.name, sweep.judges, sweep.search))
     samples_of([cell.recipe for cell in cells], search_of(sweep.recipe, sweep.search))
     return cells, notes
+
+
+def _check_names(sweep: Sweep, judges: Mapping[str, Mapping[str, Judge]]) -> None:
+    """Complain about the score by which settings are chosen, where its judge is known never to give it."""
+    split = "validation" if "validation" in sweep.judges else "test"
+    if sweep.choose is not None:
+        check_known(f"{sweep.name}: choose: {sweep.choose}", sweep.choose, judges.get(split, {}), split)
 
 
 # --- what is evaluated once ---
@@ -192,6 +203,7 @@ def _units(sweep: Sweep, cells: Sequence[Cell], search: Sequence[Path], dtype: s
     """Mistakes in judges and missing models are found here, before anything runs; each process makes its own."""
     made = make_judges(sweep.name, sweep.judges, sweep.search)
     inputs = samples_of([cell.recipe for cell in cells], search)
+    _check_names(sweep, made)
     judges = judges_identity(sweep.judges, made, sweep.search)
     units: dict[str, _Unit] = {}
     for cell in cells:

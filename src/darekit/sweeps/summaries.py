@@ -10,11 +10,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from darekit.errors import RecipeError
-from darekit.recipe.documents import suggest
 from darekit.recipe.essence import is_single
 from darekit.sweeps.data import DROP_RATE, SPLITS, UNDROPPED, Axis, Sweep
 from darekit.sweeps.store import OK, Finished
 from darekit.trials.judging import MEAN, judge_in
+from darekit.trials.scores import suggest_score
 from darekit.trials.settings import spoken
 from darekit.wording import distinct_labels, label
 
@@ -100,15 +100,14 @@ def summarise(sweep: Sweep, finished: Sequence[Finished]) -> Summary:
     """Cells -> rows and the choice.
 
     Raises:
-        RecipeError: `choose` names no score that there is.
+        RecipeError: `choose` or `plot.score` names no score that there is.
     """
+    check_scores(sweep, finished)
     directions = _directions(sweep, finished)
     rows = _rows(sweep, finished, directions)
     score = sweep.choose or (MEAN if MEAN in directions else next(iter(directions), ""))
-    if directions and score not in directions:
-        raise RecipeError(f"{sweep.name}: choose: {score!r} is not a score{suggest(score, [*directions], 'there are')}")
     higher = directions.get(score) is not False
-    split = "validation" if "validation" in sweep.judges else "test"
+    split = _deciding(sweep)
     grid = [row for row in rows if row.kind in ("grid", "undropped")]
     chosen, by_name = None, []
     if split == "validation":
@@ -127,6 +126,32 @@ def summarise(sweep: Sweep, finished: Sequence[Finished]) -> Summary:
     )  # fmt: skip
 
 
+def _deciding(sweep: Sweep) -> str:
+    """The split by which settings are compared."""
+    return "validation" if "validation" in sweep.judges else "test"
+
+
+def check_scores(sweep: Sweep, finished: Sequence[Finished]) -> None:
+    """Complain about scores that a sweep names and its judges do not give, as soon as the cells that are there tell.
+
+    Raises:
+        RecipeError: `choose` or `plot.score` is no score; with what there is.
+    """
+    named = (("choose", sweep.choose, (_deciding(sweep),)), ("plot.score", sweep.layout.score, SPLITS))
+    for key, score, splits in named:
+        if score is None:
+            continue
+        asked = SPLITS if score == MEAN else splits
+        judges = {name for split in asked for name in sweep.judges.get(split, {})}
+        wanted = judges if score == MEAN else judges & {judge_in(score)}
+        there = _directions(sweep, finished, asked)
+        if not there or score in there or not wanted <= {judge_in(name) for name in there}:
+            continue
+        if score == MEAN:
+            raise RecipeError(f"{sweep.name}: {key}: there is no mean of {_ways(there)}; name one of the scores")
+        raise RecipeError(f"{sweep.name}: {key}: {score!r} is not a score{suggest_score(score, [*there], 'there are')}")
+
+
 def unlike(sweep: Sweep, directions: Mapping[str, bool | None]) -> str:
     """Judges whose first scores do not point one way have no mean: by what is compared then, and what to write."""
     firsts: dict[str, str] = {}
@@ -135,12 +160,17 @@ def unlike(sweep: Sweep, directions: Mapping[str, bool | None]) -> str:
     if sweep.choose or MEAN in directions or len(firsts) < 2:
         return ""
     by, *others = firsts.values()
-    ways = {True: "higher is better", False: "lower is better", None: "neither way is better"}
-    listed = ", ".join(f"{name} ({ways[directions[name]]})" for name in (by, *others))
     return (
-        f"settings are compared by {by} alone, the first judge's: there is no mean of {listed}. Write which score "
-        f"counts: choose: {others[0]}, for example, or choose: {by} to leave it so"
+        f"settings are compared by {by} alone, the first judge's: there is no mean of {_ways(directions)}. Write "
+        f"which score counts: choose: {others[0]}, for example, or choose: {by} to leave it so"
     )
+
+
+def _ways(directions: Mapping[str, bool | None]) -> str:
+    """Each judge's first score, and which way it is better."""
+    ways = {True: "higher is better", False: "lower is better", None: "neither way is better"}
+    firsts = {judge_in(name): name for name in reversed([*directions]) if name != MEAN}
+    return ", ".join(f"{name} ({ways[directions[name]]})" for name in directions if name in firsts.values())
 
 
 def unlike_of(sweep: Sweep, finished: Sequence[Finished]) -> str | None:
@@ -150,13 +180,14 @@ def unlike_of(sweep: Sweep, finished: Sequence[Finished]) -> str | None:
     return unlike(sweep, directions) if judges <= {judge_in(name) for name in directions} else None
 
 
-def _directions(sweep: Sweep, finished: Sequence[Finished]) -> dict[str, bool | None]:
+def _directions(sweep: Sweep, finished: Sequence[Finished], splits: Sequence[str] = SPLITS) -> dict[str, bool | None]:
+    """Score -> whether more is better, of all that cells have on these splits; with their mean, where they have one."""
     found: dict[str, bool | None] = {}
     first: dict[str, bool | None] = {}
     order = dict.fromkeys(name for judges in sweep.judges.values() for name in judges)
     for judge in order:
         for one in finished:
-            for scores in one.outcome.scores.values():
+            for scores in (one.outcome.scores.get(split, {}) for split in splits):
                 mine = {name: value["higher_is_better"] for name, value in scores.items() if judge_in(name) == judge}
                 if mine and one.outcome.status == OK:
                     first.setdefault(judge, next(iter(mine.values())))
@@ -299,8 +330,6 @@ class Figure:
 def figure_of(sweep: Sweep, summary: Summary, split: str) -> Figure | None:
     """The chosen score over the x axis: a line for each point of the lines' axis, a panel for each of the rest."""
     score = sweep.layout.score or summary.score
-    if summary.directions and score not in summary.directions:
-        raise RecipeError(f"{sweep.name}: plot.score: {score!r} is not a score{suggest(score, [*summary.directions])}")
     x, lines = roles_of(sweep)
     if x is None:
         return None

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from darekit.errors import DarekitError, DataError
-from darekit.evaluation.judges import Judge, check_judge, judge_of, metrics_of
+from darekit.evaluation.judges import Judge, check_judge, judge_of
 from darekit.evaluation.scores import Score
 from darekit.live.models import LiveModel
-from darekit.recipe.documents import Document, Key, fail, shown, suggest
+from darekit.recipe.documents import Document, fail, shown
 
 SPLITS = ("validation", "test")
 MEAN = "mean"
@@ -46,23 +46,6 @@ def _read_split(document: Document, split: str) -> Mapping[str, Any]:
         if name in (MEAN, *SPLITS):
             fail(document, (split, name), " is a reserved name; use another one")
     return cast(dict[str, Any], raw)
-
-
-def check_score(
-    document: Document, path: Key, score: str, judges: Mapping[str, Any], search: Sequence[Path], where: str
-) -> None:
-    """Complain about a score that no judge gives: `reverse/exact_mach`, or `revers`. `where`: whose judges, in words.
-
-    Raises:
-        RecipeError: so it is; with line, and what there is.
-    """
-    judge, _, metric = score.partition("/")
-    if judge not in judges:
-        fail(document, path, f"no judge gives {score!r}{suggest(judge, [*judges], f'{where} are')}")
-    known = metrics_of(judges[judge], search=search)
-    if metric and known and metric not in known:
-        near = suggest(metric, known, f"{judge} has")
-        fail(document, path, f"{judge} has no score {metric!r}{near}")
 
 
 def read_recipe_place(document: Document, search: tuple[Path, ...]) -> Path | Mapping[str, Any]:
@@ -104,16 +87,20 @@ def make_judges(who: str, specs: Specs, search: Sequence[Path]) -> dict[str, dic
     return made
 
 
-def check_judges(who: str, specs: Specs, search: Sequence[Path]) -> None:
-    """Complain about judges that cannot be, without the data of lm-eval's tasks.
+def check_judges(who: str, specs: Specs, search: Sequence[Path]) -> dict[str, dict[str, Judge]]:
+    """Complain about judges that cannot be, without the data of lm-eval's tasks -> those that need none.
 
     Raises:
         DarekitError: as `make_judges`.
     """
+    made: dict[str, dict[str, Judge]] = {}
     for split, named in specs.items():
         for name, spec in named.items():
             with _named(who, split, name):
-                check_judge(spec, search=search)
+                judge = check_judge(spec, search=search)
+            if judge is not None:
+                made.setdefault(split, {})[name] = judge
+    return made
 
 
 @contextmanager

@@ -293,8 +293,17 @@ def _of_mlx(values: _Values) -> AdapterConfig:
         values.wrong("fine_tune_type", "lora, dora or full")
     settings = _Values(values.mapping("lora_parameters") or values.data, values.where)
     rank, scale = settings.data.get("rank"), settings.data.get("scale", 10.0 if "rank" in settings.data else None)
-    if "alpha" in settings.data and "scale" not in settings.data and rank:  # versions before 0.19 (alpha / rank)
-        scale = settings.number("alpha", settings.data["alpha"]) / settings.rank("rank", rank)
+    if settings.data.get("alpha") is not None and rank:
+        alpha = settings.number("alpha", settings.data["alpha"]) / settings.rank("rank", rank)
+        if "scale" not in settings.data:
+            scale = alpha
+        elif alpha != 1 and "num_layers" not in values.data:  # what lora_layers is called since alpha means nothing
+            raise CheckpointError(
+                f"{values.where} has both alpha and scale in lora_parameters: the first versions of mlx-lm multiplied "
+                f"the product by scale x alpha / rank ({settings.number('scale', scale) * alpha:g}), later ones by "
+                f"scale alone ({scale:g}), and nothing says which trained this. Put the number that holds "
+                "into scale, and remove alpha"
+            )
     if scale is None and kind != "full":
         raise CheckpointError(f"{values.where} has no scale in lora_parameters, by which mlx multiplies the product")
     return AdapterConfig(
@@ -328,8 +337,14 @@ _MERGED = "merge it into its base with PEFT's merge_and_unload(), save that, and
 
 def _refuse_kinds(values: _Values) -> None:
     kind = values.data.get("peft_type")
-    if kind == "LORA" or (kind is None and "r" in values.data):
+    if str(kind).upper() == "LORA" or (kind is None and "r" in values.data):
         return
+    if kind is None:
+        raise Unsupported(
+            f"{values.where} is no config of PEFT's LoRA or of mlx-lm: it has {first_of([*values.data]) or 'no keys'}, "
+            "expected peft_type, r and lora_alpha, or lora_parameters. Save the adapter in one of these formats "
+            "with the tool that trained it, or merge it there, and give the result"
+        )
     if kind in PROMPTS:
         raise Unsupported(about_prompt(values.where, str(kind)))
     if kind in _CONVERTED:

@@ -63,10 +63,21 @@
     toImageButtonOptions: { format: "svg" },
   };
 
+  // On paper a plot is as wide as the page, whatever the window, and low enough for two on a page.
+  const PAPER = { alone: 650, beside: 312, height: 0.78 }; // pixels of A4 and letter, less margins
+  let printing = false;
+
+  function sized(layout, chart) {
+    if (!printing) return layout;
+    const width = chart.closest(".panels").classList.contains("many") ? PAPER.beside : PAPER.alone;
+    return { ...layout, width, height: Math.round(layout.height * PAPER.height) };
+  }
+
   function draw(chart) {
     const figure = figures[Number(chart.dataset.figure)];
     const colours = getComputedStyle(root);
     const shown = painted(figure, "", colours);
+    shown.layout = sized(shown.layout, chart);
     const off = chart.hiddenNames || [];
     for (const trace of shown.data) if (off.includes(trace.name)) trace.visible = "legendonly";
     const first = !chart.data;
@@ -225,12 +236,14 @@
   addEventListener("beforeprint", () => {
     before = root.dataset.theme;
     root.dataset.theme = "light";
+    printing = true;
     drawAll();
   });
   addEventListener("afterprint", () => {
     if (before) root.dataset.theme = before;
     else delete root.dataset.theme;
-    drawAll();
+    printing = false;
+    drawAll().then(() => document.querySelectorAll(".view:not([hidden]) .chart").forEach((one) => Plotly.Plots.resize(one)));
   });
 
   drawAll().then(() => { root.dataset.ready = "true"; });
