@@ -68,6 +68,9 @@ def test_scales_of_scales():
     bad.read((0, 1), (0, 16))
     with pytest.raises(DataError, match="negative"):
         bad.read((0, 1), (0, 50))
+    huge = Nested(info(codes), info(np.full(256, 1e38, np.float32)), info(outer * 1e3), 16, np.float32(0), "w")
+    with np.errstate(over="ignore"), pytest.raises(DataError, match="s are NaN or Inf"):
+        huge.read((0, 1), (0, 50))
     lost = Nested(info(codes), info(np.full(256, np.nan, np.float32)), info(outer), 16, np.float32(0), "w")
     with pytest.raises(DataError, match="NaN"):
         lost.read((0, 1), (0, 50))
