@@ -32,7 +32,7 @@ from darekit.methods import (
     Number,
     Parameter,
 )
-from darekit.methods.surveyed import passes_before
+from darekit.methods.kinds import passes_before
 from darekit.recipe.mergekit import PRODUCTS
 
 HERE = Path(__file__).resolve().parent
@@ -189,7 +189,7 @@ def command_page(word: str) -> str:
     return "\n".join(lines)
 
 
-EXAMPLES_HEAD = "They run in the folder `demo/` that `make demo` leaves ([the demo](../demo.md))."
+EXAMPLES_HEAD = "These run in the folder `demo/` that `make demo` leaves ([the demo](../demo.md))."
 MARKERS = {"run": "<!-- run -->", "hub": "<!-- run on the Hub -->", "shown": ""}
 
 

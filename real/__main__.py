@@ -194,7 +194,7 @@ def _why(log: Path, code: int) -> str:
     said = [line for line in log.read_text().splitlines() if line.strip() and not line.startswith("{")]
     if code < 0:
         name = signal.Signals(-code).name
-        return f"it was killed ({name}; out of memory?); the same command goes on from its last state"
+        return f"it was killed ({name}; out of memory?); run the same command to continue from its last state"
     return said[-1] if said else "it said nothing"
 
 
@@ -242,6 +242,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; run the same command to continue from here")
     except OSError as problem:  # a full disk, a folder that may not be written
-        sys.exit(f"{problem}; once this is mended, the same command goes on from here")
+        sys.exit(f"{problem}; once this is mended, run the same command to continue from here")

@@ -151,13 +151,13 @@ def test_a_base_that_it_does_not_name(here):
 def test_what_is_not_there(here):
     with pytest.raises(CheckpointError, match="there is no adapter 'gone'"):
         merged("base+gone")
-    with pytest.raises(CheckpointError, match=r"whole model, expected an adapter behind the plus|there is no adapter"):
+    with pytest.raises(CheckpointError, match=r"whole model, expected an adapter after the plus|there is no adapter"):
         merged("base+a-merged")
 
 
 def test_an_order_of_experts_for_what_is_no_adapter(here):
     models = [{"model": "a-merged", "experts_layout": "peft"}]
-    with pytest.raises(PlanError, match="is no adapter, so it has no experts_layout"):
+    with pytest.raises(PlanError, match="is not an adapter, so it has no experts_layout"):
         dk.merge({"base_model": "base", "models": models, "merge_method": "task_arithmetic"}, "out")
 
 
@@ -444,7 +444,7 @@ HOSTILE = {
         put("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight", np.ones((4, 32), np.float32)),
         {}, HomologyError, "does not have: model.layers.7.self_attn.q_proj.weight (near it: ",
     ),
-    "names of nothing": (put("whatever.alpha", np.ones(1, np.float32)), {}, HomologyError, "whatever.alpha"),
+    "names of nothing": (put("whatever.gain", np.ones(1, np.float32)), {}, HomologyError, "whatever.gain"),
     "a NaN for alpha": (None, {"lora_alpha": float("nan")}, CheckpointError, "expected a finite number"),
     "a text for alpha": (None, {"lora_alpha": "8"}, CheckpointError, "expected a finite number"),
     "an alpha beyond float32": (None, {"lora_alpha": 1e300}, CheckpointError, "scale"),
@@ -507,7 +507,7 @@ def test_modules_that_were_lost_are_told(here):
     whole = Path("a/adapter_model.safetensors").read_bytes()
     lora.rewrite("a", lambda tensors: {n: v for n, v in tensors.items() if ".1.self_attn.q_proj" not in n})
     (note,) = _notes()
-    assert "1 of 2 q_proj in model.layers, and not for model.layers.1.self_attn.q_proj." in note
+    assert "1 of 2 q_proj in model.layers, but not for model.layers.1.self_attn.q_proj, which stay" in note
     assert not _notes(layers_to_transform=[0], target_modules=["q_proj"])
     assert not _notes(layers_to_transform=None, target_modules=["q_proj", "down_proj"], exclude_modules=["q_proj"])
     lora.edit("a", exclude_modules=None)
@@ -545,7 +545,7 @@ def test_experts_that_do_not_divide(tmp_path):
         tensors[name.format("B")] = tensors[name.format("B")][:, :-1].copy()
 
     lora.rewrite(adapter, change)
-    with pytest.raises(CheckpointError, match=r"15 ranks of all experts together, which 4 experts .* do not divide"):
+    with pytest.raises(CheckpointError, match=r"15 ranks for all experts together, which is no multiple of 4"):
         lora.merge(tmp_path / "out", tmp_path / "base", adapter)
 
 
@@ -660,3 +660,142 @@ def test_a_pack_on_a_base_with_an_adapter_is_unpacked_on_it(here):
     families.same(families.load("out"), families.load("whole"))
     with pytest.raises(HomologyError, match="packed against base\\+a"):
         dk.unpack("base", "p.safetensors", "other")
+
+
+# --- as others write them
+
+
+def test_in_shards(here):
+    """As transformers saves large adapters."""
+    wanted = merged("a")
+    tensors = families.load_file("a/adapter_model.safetensors")
+    names = sorted(tensors)
+    parts = {f"adapter_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, own in parts.items():
+        families.write_safetensors(Path("a") / file, {name: tensors[name] for name in own})
+    Path("a/adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        merged("a")
+    said(caught, "no weights: expected", "or shards with adapter_model.safetensors.index.json")
+    index = Path("a/adapter_model.safetensors.index.json")
+    places = {name: file for file, own in parts.items() for name in own}
+    index.write_text(json.dumps({"weight_map": places}))
+    families.same(merged("a"), wanted)
+    families.same(merged("a/adapter_model-00002-of-00002.safetensors"), wanted)
+    for wrong, words in (
+        ({"x": "adapter_model-00001-of-00002.safetensors", **places}, "lists x, which no shard holds"),
+        ({name: places[name] for name in names[1:]}, "which a shard holds: shards of two adapters"),
+        ({**places, "x": "adapter_model-00003-of-00003.safetensors"}, "adapter_model-00003-of-00003.safetensors"),
+        ({"x": "../model.safetensors"}, "expected a weight_map"),
+        ({}, "expected a weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(CheckpointError) as caught:
+            merged("a")
+        said(caught, words)
+
+
+def _renamed(change):
+    return lambda tensors: {change(name): value for name, value in tensors.items()}
+
+
+def _with_another(tensors):
+    """`.default` and `.other` in one file."""
+    return {
+        name.replace(".weight", f".{adapter}.weight"): value
+        for name, value in tensors.items()
+        for adapter in ("default", "other")
+    }
+
+
+def _with_alphas(tensors):
+    modules = dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors)
+    return tensors | {f"{module}.alpha": np.float32(8).reshape(1) for module in modules}
+
+
+def _like_kohya(name):
+    module, _, end = name.removeprefix("base_model.model.").rpartition(".lora_")
+    return f"lora_unet_{module.replace('.', '_')}.lora_{'down' if end[0] == 'A' else 'up'}.weight"
+
+
+OTHERS = {
+    "diffusers": (_renamed(lambda n: n.replace("lora_A", "lora.down").replace("lora_B", "lora.up")), "as diffusers or"),
+    "kohya": (_renamed(_like_kohya), "as diffusers or kohya's scripts do (lora_unet_"),
+    "an alpha for each module": (_with_alphas, "put these numbers into alpha_pattern"),
+    "two adapters": (_with_another, "holds more than one adapter"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_names_of_others_are_refused_by_whose_they_are(case, here):
+    change, words = OTHERS[case]
+    lora.rewrite("a", change)
+    with pytest.raises((Unsupported, CheckpointError)) as caught:
+        merged("a")
+    said(caught, words)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda n: n.replace("base_model.model.", "base_model.model.base_model.model.", 1),
+        lambda n: n.removeprefix("base_model.model."),
+        lambda n: f"_orig_mod.{n}",
+        lambda n: n.replace(".weight", ".my-adapter.weight"),
+    ],
+)
+def test_names_around_the_names(change, here):
+    """Of wrappers in wrappers, compilers and adapters with names of their own."""
+    wanted = merged("a")
+    lora.rewrite("a", _renamed(change))
+    families.same(merged("a"), wanted)
+
+
+def test_configs_of_the_wild(here):
+    """Keys that are null, that old versions had, or that are missing."""
+    wanted = merged("a")
+    config = json.loads(Path("a/adapter_config.json").read_text())
+    for changed in (
+        config | {"peft_type": "lora"},
+        config | {"enable_lora": None, "merge_weights": False, "target_modules": "all-linear"},
+        config
+        | dict.fromkeys(("task_type", "rank_pattern", "modules_to_save", "revision", "use_dora", "peft_version")),
+        {key: config[key] for key in ("r", "lora_alpha")},
+    ):
+        Path("a/adapter_config.json").write_text(json.dumps(changed))
+        families.same(merged("a"), wanted)
+    for changed in ({"base_model": "x/y"}, {"rank": 4, "alpha": 8, "dropout": 0.0}):
+        Path("a/adapter_config.json").write_text(json.dumps(changed))
+        with pytest.raises(Unsupported) as caught:
+            merged("a")
+        said(caught, f"it has {', '.join(changed)}, expected peft_type, r and lora_alpha, or lora_parameters")
+
+
+def test_an_alpha_of_mlx_beside_its_scale():
+    """Its first versions multiplied by both; what num_layers is in has later ones."""
+    both = {"rank": 8, "alpha": 16, "scale": 10.0}
+    with pytest.raises(CheckpointError) as caught:
+        read_config({"lora_layers": 4, "lora_parameters": both}, "c")
+    said(caught, "both alpha and scale", "(20)", "alone (10)")
+    assert read_config({"num_layers": 4, "lora_parameters": both}, "c").scale == 10
+    assert read_config({"lora_layers": 4, "lora_parameters": both | {"alpha": 8}}, "c").scale == 10
+    assert read_config({"lora_layers": 4, "lora_parameters": {"rank": 8, "scale": 10}}, "c").scale == 10
+    assert read_config({"lora_layers": 4, "lora_parameters": {"rank": 8, "alpha": 16}}, "c").scale == 2
+
+
+def test_what_lies_beside_an_adapter(here):
+    wanted = merged("a")
+    families.write_safetensors(
+        Path("a/value_head.safetensors"), {"v_head.summary.weight": np.ones((1, 32), np.float32)}
+    )
+    for name in ("optimizer.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"):
+        Path("a", name).write_bytes(b"{}")
+    report = lora.merge(Path("out"), "base", "a")
+    families.same(families.load("out"), wanted)
+    assert [note for note in report.notes if "value_head.safetensors, a reward model's head" in note]
+    # A file of another name is not found, and the refusal says so.
+    Path("a/value_head.safetensors").unlink()
+    Path("a/adapter_model.safetensors").rename("a/pytorch_lora_weights.safetensors")
+    with pytest.raises(Unsupported) as caught:
+        merged("a")
+    said(caught, "once its file is called adapter_model.safetensors, with adapter_config.json next to it")

@@ -101,7 +101,7 @@ def test_a_file_without_what_was_trained_is_refused(tmp_path, settings, word, sa
 
 
 def test_an_adapter_beside_a_whole_model_is_not_passed_over(tmp_path):
-    """The folder is the model, and a note says how to mean the adapter."""
+    """The folder is the model, and a note says how to use the adapter."""
     adapter = lora.make(tmp_path, "a", target_modules=["q_proj"])
     shutil.copy(tmp_path / "base" / "model.safetensors", adapter)
     report = lora.merge(tmp_path / "model", tmp_path / "base", adapter)

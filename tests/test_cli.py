@@ -14,7 +14,7 @@ import pytest
 
 import darekit as dk
 import families
-from darekit.cli import main, options
+from darekit.cli import PANELS, main, options
 from darekit.cli.mergekit_options import read_options
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.methods.parameters import Choice
@@ -63,6 +63,11 @@ def test_usage_errors_are_2(dare, arguments, said):
     assert result.code == 2 and said.lower() in " ".join(result.err.replace("│", " ").split()).lower()
 
 
+def test_a_recipe_without_a_command(dare):
+    result = dare("recipe.yaml", "out")
+    assert result.code == 2 and "`dare merge recipe.yaml OUT` merges it" in result.err
+
+
 def test_refusals_are_1_and_one_message(dare, llamas, recipe, tmp_path):
     (tmp_path / "busy").mkdir()
     (tmp_path / "busy" / "config.json").write_text("{}")
@@ -100,13 +105,7 @@ def test_help_lists_commands_in_the_order_in_which_a_user_meets_them(dare):
     index = (Path(__file__).parents[1] / "docs" / "cli.md").read_text()
     headings = [title or name for title, name in re.findall(r"^## (.+)$|^\| \[`dare (\w+)`\]", index, re.M)]
     listed = listed[listed.index("Merge and drop") :]
-    assert listed == [
-        "Merge and drop", "merge", "drop", "extract",
-        "Before you merge", "check", "inspect", "recommend", "similarity", "methods", "schema",
-        "Packs", "pack", "unpack", "verify", "info", "export", "push", "pull",
-        "Statistics and evaluation", "stats", "eval", "sweep", "search", "report",
-        "See it work", "demo",
-    ]  # fmt: skip
+    assert listed == [word for panel, commands in PANELS.items() for word in (panel, *commands)]
     assert headings == listed  # the reference has the same
 
 
@@ -256,7 +255,7 @@ def test_options_of_mergekit_become_ours_or_are_left_out_with_a_note():
         "-j", "2", "--device=cuda:0", "--no-quiet", "--transformers-cache", "D", "--dry-run",
     ])  # fmt: skip
     assert " ".join(found.words) == "merge r.yml out --shard-size 500MB --seed 7 --threads 2 --dry-run"
-    assert [note.partition(" is left out: ")[0] for note in found.notes] == [
+    assert [note.partition(" is ignored: ")[0] for note in found.notes] == [
         "--cuda", "--lazy-unpickle", "--device cuda:0", "--no-quiet",
     ]  # fmt: skip
     assert found.cache == "D" and found.refused is None
@@ -359,7 +358,7 @@ def test_inspect_recommend_and_the_recipe_say_one_number_and_what_it_costs(dare,
     names = (tmp_path / "base", tmp_path / "m0")
     for command, more in (("inspect", ()), ("inspect", (tmp_path / "m1",)), ("recommend", ())):
         text = " ".join(dare(command, *names, *more).out.split())
-        assert "0.999," in text and "general language pays before the ability does" in text
+        assert "0.999," in text and "general language suffers before the ability does" in text
         assert "99.9 %" not in text and "p = 0.9998" not in text
         data = dare(command, *names, *more, "--json").data
         assert {one["drop_rate"] for one in data.get("models", [data])} == {0.99}

@@ -312,12 +312,14 @@ def defined_in(path):
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
-def test_the_way_of_one_tensor_is_five_files_with_what_they_are_said_to_define():
+@pytest.mark.parametrize("way", ["One tensor, from disk to disk", "The same tensor", "A candidate of a search"])
+def test_a_way_through_the_house_is_five_files_with_what_they_are_said_to_define(way):
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").replace("\\", "")
-    way = text[text.index("## One tensor") : text.index("## Where a new thing goes")]
+    (way,) = re.findall(rf"^## {way}(.*?)(?=^## )", text, re.M | re.S)
     stops = re.findall(r"^\d\. \[[^]]+\]\(\.\./([^)]+)\)(.*?)(?=^\d\. |\n\n)", way, re.M | re.S)
     assert len({path for path, _ in stops}) == len(stops) == 5
-    anywhere = set().union(*(defined_in(path) for path in (ROOT / "src").rglob("*.py"))) | {"trim"}
+    anywhere = set().union(*(defined_in(path) for path in (ROOT / "src").rglob("*.py")))
+    anywhere |= {"trim", "PAIR", "ALONE", "OPENERS"}
     for path, said in stops:
         names = [part for name in re.findall(r"`([A-Za-z_][\w.]*)`", said) for part in name.split(".")
                  if not name.endswith(".py")]  # fmt: skip
@@ -417,11 +419,14 @@ def test_the_readme_fits_on_few_screens():
     assert [line for line in lines if len(line) > 110 and not line.startswith("|")] == []
 
 
-def test_the_readme_lists_every_command():
+def test_the_readme_lists_commands_that_exist_and_leads_to_all():
+    """A new command need not be in it: the generated docs/cli.md has all."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text[text.index("## Commands") : text.index("## Compared")]
     cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
-    assert sorted(re.findall(r"`(?:dare )?([a-z]+)`", " ".join(cells))) == sorted(cli.COMMANDS)
+    named = re.findall(r"`(?:dare )?([a-z]+)`", " ".join(cells))
+    assert len(named) > 20 and len({*named}) == len(named) and {*named} <= {*cli.COMMANDS}
+    assert "[docs/cli.md](docs/cli.md)" in table
 
 
 def test_the_readme_takes_its_numbers_from_the_pages_that_it_links_to():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -402,6 +403,29 @@ def test_mergekits_gradients_are_made_of_merges_with_scalars(deep, tmp_path, met
         return recipe(0.75 - 0.5 * depth, [{"filter": "mlp", "value": mlp}, {"value": 0.5}])
 
     families.same(families.load(tmp_path / "out"), layer_by_layer(deep, tmp_path, start, scalars))
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float32, np.float64])
+def test_a_density_of_0_leaves_nothing_of_a_model(tmp_path, kind):
+    """As at one end of a gradient: the tensor is merged as if the model were none of them."""
+    rng = np.random.default_rng(3)
+    base = families.llama(rng, kind, layers=3)
+    families.save(tmp_path / "base", base, families.config(layers=3))
+    for i in range(2):
+        families.save(tmp_path / f"m{i}", families.tuned(rng, base), families.config(layers=3))
+    start = families.recipe(tmp_path, k=2, merge_method="ties")
+    ends = [{"model": str(tmp_path / f"m{i}"), "parameters": {"density": own, "weight": 0.5}}
+            for i, own in enumerate(([0, 0, 0.5], 0.25))]  # fmt: skip
+    report = dk.merge(start | {"models": ends}, tmp_path / "out", force=True)
+    assert any(note.startswith("keep 0 (of mergekit's, density 0) leaves nothing of m0 in ") for note in report.notes)
+    dk.merge(start | {"models": ends[1:]}, tmp_path / "one", force=True)
+    found, one = families.load(tmp_path / "out"), families.load(tmp_path / "one")
+    assert not np.array_equal(found["model.layers.2.mlp.up_proj.weight"], one["model.layers.2.mlp.up_proj.weight"])
+    families.same(*({name: a for name, a in each.items() if "layers.2." not in name} for each in (found, one)))
+    nothing = [{**ends[0], "parameters": {"density": 0}}]
+    report = dk.merge(start | {"models": nothing}, tmp_path / "base-again", force=True)
+    assert "WARNING: keep 0 (of mergekit's, density 0) leaves nothing of m0" in report.notes
+    families.same(families.load(tmp_path / "base-again"), base)
 
 
 def test_gradients_in_memory(deep):

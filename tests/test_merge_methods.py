@@ -5,17 +5,20 @@ Nothing here calls a method's own function: the truths work on vectors, where th
 """
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import darekit as dk
 import oracle
+from darekit import testing
 from darekit.dtypes import DTYPES
 from darekit.engine import execution, tiles
 from darekit.engine.selection import Select
 from darekit.errors import RecipeError
-from darekit.methods import MERGE_METHODS, spherical
+from darekit.methods import MERGE_METHODS, merging, spherical
 
 SHAPES = ((1,), (3,), (65,), (1025,), (3, 1), (1, 3), (130, 517), (2, 5, 64), ())
 CLOSE = {"BF16": 2**-8, "F16": 2**-10, "F32": 3e-6, "F64": 1e-11}
@@ -45,7 +48,21 @@ def arc(a, b, t):
 
 # --- the formulas: float64 tensors (base None: there is none), weights -> float64
 
+TRUTHS, CASES = {}, []
 
+
+def truth(*cases):
+    """What stands below is the formula of the method of that name; `cases`: parameters with which both are compared."""
+
+    def known(formula):
+        TRUTHS[formula.__name__] = formula
+        CASES.extend((formula.__name__, parameters) for parameters in cases)
+        return formula
+
+    return known
+
+
+@truth({}, {"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True})
 def nuslerp(base, models, weights, nuslerp_flatten=True, nuslerp_row_wise=False):
     origin = 0 if base is None else base
     a, b = (m - origin for m in models)
@@ -60,6 +77,7 @@ def nuslerp(base, models, weights, nuslerp_flatten=True, nuslerp_row_wise=False)
     return origin + turn(found)
 
 
+@truth({}, {"normalize_weights": False})
 def multislerp(base, models, weights, normalize_weights=True, eps=1e-8):
     origin = 0 if base is None else base
     points = [m - origin for m in models]
@@ -74,6 +92,7 @@ def multislerp(base, models, weights, normalize_weights=True, eps=1e-8):
     return origin + norm * (math.cos(size) * pole + math.sin(size) / size * step)
 
 
+@truth({}, {"max_iter": 2, "tol": 1e-9})
 def karcher(base, models, weights, max_iter=10, tol=1e-5):
     points = ([] if base is None else [base]) + list(models)
     units = [unit(p) for p in points]
@@ -92,6 +111,7 @@ def karcher(base, models, weights, max_iter=10, tol=1e-5):
     return sum(map(length, points)) / len(points) * mean
 
 
+@truth({}, {"select_topk": 0.3}, {"select_topk": 0.7, "floor": 0})
 def sce(base, models, weights, select_topk=1.0, floor=1e-6):
     deltas = np.array([m - base for m in models]).reshape(len(models), -1)
     if select_topk < 1:
@@ -107,12 +127,14 @@ def sce(base, models, weights, select_topk=1.0, floor=1e-6):
     return base + ((deltas * share).sum(axis=0) / np.maximum(share.sum(axis=0), 1e-6)).reshape(base.shape)
 
 
+@truth({"t": 0.01})
 def nearswap(base, models, weights, t):
     (model,) = models
     near = np.abs(model - base) <= t
     return np.where(near, model, base + t * np.sign(model - base))
 
 
+@truth({})
 def arcee_fusion(base, models, weights):
     (model,) = models
     rows = [x.reshape(-1, x.shape[-1] if x.shape else 1) for x in (base, model)]
@@ -123,6 +145,7 @@ def arcee_fusion(base, models, weights):
     return np.where(scores >= middle + 1.5 * (high - low), rows[1], rows[0]).reshape(base.shape)
 
 
+@truth({"epsilon": 0.02, "alpha": 2.0})
 def ramplus_tl(base, models, weights, r=0.1, alpha=0.2, epsilon=1e-5):
     deltas = np.array([m - base for m in models])
     changed = np.abs(deltas) > epsilon
@@ -135,32 +158,14 @@ def ramplus_tl(base, models, weights, r=0.1, alpha=0.2, epsilon=1e-5):
     return base + found
 
 
+@truth({"epsilon": 0.02})
 def ram(base, models, weights, epsilon=1e-5):
     return ramplus_tl(base, models, weights, r=0, epsilon=epsilon)
 
 
-TRUTHS = {
-    one.__name__: one for one in (nuslerp, multislerp, karcher, sce, nearswap, arcee_fusion, ram, ramplus_tl)
-}  # fmt: skip
-CASES = [
-    ("nuslerp", {}),
-    ("nuslerp", {"nuslerp_flatten": False}),
-    ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
-    ("multislerp", {}),
-    ("multislerp", {"normalize_weights": False}),
-    ("karcher", {}),
-    ("karcher", {"max_iter": 2, "tol": 1e-9}),
-    ("sce", {}),
-    ("sce", {"select_topk": 0.3}),
-    ("sce", {"select_topk": 0.7, "floor": 0}),
-    ("nearswap", {"t": 0.01}),
-    ("arcee_fusion", {}),
-    ("ram", {"epsilon": 0.02}),
-    ("ramplus_tl", {"epsilon": 0.02, "alpha": 2.0}),
-]
-MODELS = {"nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
-NEEDS_BASE = ("sce", "nearswap", "arcee_fusion", "ram", "ramplus_tl")
-UNWEIGHTED = ("karcher", *NEEDS_BASE)
+MODELS = {name: int(min(3, one.models[1])) for name, one in MERGE_METHODS.items()}
+NEEDS_BASE = [name for name, one in MERGE_METHODS.items() if one.needs_base]
+UNWEIGHTED = [name for name, one in MERGE_METHODS.items() if not one.weighted]
 
 
 ELSEWHERE = {"slerp", "model_stock"}  # in test_measuring.py
@@ -170,8 +175,8 @@ def test_what_measures_or_surveys_has_a_truth():
     """The conformance test calls a method's own function, so it cannot tell whether the formula is right."""
     built_in = {name for name, one in MERGE_METHODS.items() if (one.products or one.survey) and one.foreign is None}
     missing = built_in - {*TRUTHS} - ELSEWHERE
-    assert not missing, f"write {', '.join(sorted(missing))} out in float64, and put it into TRUTHS and CASES"
-    assert {*TRUTHS} == {method for method, _ in CASES}
+    assert not missing, f"write {', '.join(sorted(missing))} out in float64, on vectors, as a `truth` in this file"
+    assert {*TRUTHS} == {method for method, _ in CASES}, "a truth that is compared with nothing"
 
 
 def merged(method, parameters, base, models, weights=None, **more):
@@ -200,7 +205,7 @@ def test_every_method_is_its_formula(case, with_base, dtype):
     if not with_base and method in NEEDS_BASE:
         return
     rng = np.random.default_rng(1)
-    k = MODELS.get(method, 3)
+    k = MODELS[method]
     for shape in SHAPES:
         base, models = family(rng, shape, dtype, k)
         weights = None if method in UNWEIGHTED else WEIGHTS[:k]
@@ -211,11 +216,30 @@ def test_every_method_is_its_formula(case, with_base, dtype):
         np.testing.assert_allclose(found.astype(np.float64), expected, rtol=CLOSE[dtype], atol=2 * CLOSE[dtype] * scale)
 
 
+def test_the_examples_of_contributing_are_methods(monkeypatch):
+    """What a contributor copies: functions, entries of the table, and a truth."""
+    text = (Path(__file__).resolve().parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    mean, mean_entry, closest, closest_entry, its_truth = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    for module, function, entry in ((merging, mean, mean_entry), (spherical, closest, closest_entry)):
+        names = dict(vars(module))
+        exec(function, names)
+        (one,) = eval(f"({entry.strip()})", names)
+        monkeypatch.setitem(MERGE_METHODS, one.name, one)
+        testing.equals_formula(testing.Subject(None, (one.name, {})))
+    monkeypatch.setitem(globals(), "TRUTHS", {})
+    monkeypatch.setitem(globals(), "CASES", [])
+    exec(its_truth, globals())
+    assert len(CASES) == len(TRUTHS) == 1
+    base, models = family(np.random.default_rng(31), (130, 517), "F64", 3)
+    expected = TRUTHS[one.name](base, models, None)
+    np.testing.assert_allclose(merged(one.name, {}, base, models), expected, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_tensors_without_elements(case):
     method, parameters = case
     for shape, dtype in (((0,), "F32"), ((5, 0), "BF16"), ((0, 5), "F32"), ((0, 5), "F64"), ((3, 0, 2), "F32")):
-        base, models = family(np.random.default_rng(0), shape, dtype, MODELS.get(method, 3))
+        base, models = family(np.random.default_rng(0), shape, dtype, MODELS[method])
         assert merged(method, parameters, base, models).shape == shape
 
 
@@ -224,7 +248,7 @@ def test_tensors_without_elements(case):
 def test_threads_tiles_and_spans_change_no_bit(case, dtype, monkeypatch):
     method, parameters = case
     rng = np.random.default_rng(2)
-    k = MODELS.get(method, 3)
+    k = MODELS[method]
     for shape in ((300, 377), (3, 70, 10), (70001,)):
         base, models = family(rng, shape, dtype, k)
         weights = None if method in UNWEIGHTED else WEIGHTS[:k]
@@ -269,7 +293,7 @@ MERGEKITS = [
 
 @pytest.mark.parametrize(("method", "with_base", "parameters", "theirs"), MERGEKITS)
 def test_mergekits_numbers(method, with_base, parameters, theirs):
-    k = MODELS.get(method, 3)
+    k = MODELS[method]
     weights = None if method in UNWEIGHTED else WEIGHTS[:k]
     found = merged(method, parameters, BASE if with_base else None, TUNED[:k], weights)
     np.testing.assert_allclose(found.reshape(-1), theirs, rtol=1e-6, atol=1e-6)
@@ -343,7 +367,7 @@ def test_equal_deltas_have_no_variance(k):
 def test_a_survey_that_samples_finds_the_same(method, dtype, monkeypatch):
     """Also where the sample misleads: its pieces are unlike the rest."""
     rng = np.random.default_rng(22)
-    base, models = family(rng, (301, 177), dtype, MODELS.get(method, 3))
+    base, models = family(rng, (301, 177), dtype, MODELS[method])
     models[0][:40] = base[:40]
     parameters = {"select_topk": 0.2} if method == "sce" else {}
     expected = merged(method, parameters, base, models, threads=1)
@@ -385,7 +409,7 @@ def test_ram_drops_what_changed_too_little():
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_nan_counts_as_unchanged_where_that_is_allowed(method, dtype):
     parameters = {"nearswap": {"t": 0.01}, "sce": {"select_topk": 0.4}}.get(method, {})
-    base, models = family(np.random.default_rng(25), (50, 60), dtype, MODELS.get(method, 3))
+    base, models = family(np.random.default_rng(25), (50, 60), dtype, MODELS[method])
     models[0][3, 4] = np.nan
     with pytest.raises(dk.DarekitError, match="model 0: w: 1 values"):
         merged(method, parameters, base, models)
@@ -448,7 +472,7 @@ def test_many_nearly_equal_models_keep_their_digits():
 @pytest.mark.parametrize(("method", "parameters"), [case for case in CASES if case[0] != "nuslerp"])
 def test_any_sparsifier_comes_before(method, parameters, sparsify):
     """The models are then base + sparsified delta."""
-    base, models = family(np.random.default_rng(9), (50, 60), "F32", MODELS.get(method, 3))
+    base, models = family(np.random.default_rng(9), (50, 60), "F32", MODELS[method])
     seeds = list(range(len(models)))
     sparse = [
         dk.merge_tensors({"w": base}, [{"w": m}], sparsify=sparsify, seeds=[s], method="task_arithmetic")["w"]

@@ -403,9 +403,9 @@ def test_the_language_model_of_a_model_with_vision_is_another_model(tmp_path):
     _base, (model,) = saved(tmp_path, config, hub, k=1)
     text = {n.removeprefix("language_model."): a for n, a in model.items() if n.startswith("language_model.")}
     families.save(tmp_path / "m0", text, of("Gemma3ForCausalLM"))
-    with pytest.raises(HomologyError, match=r"several parts .*Gemma3ForConditionalGeneration") as error:
+    with pytest.raises(HomologyError, match=r"several parts: .*modules: \{text_decoder: ") as error:
         merged(tmp_path, k=1)
-    assert "AutoModelForCausalLM" not in str(error.value)
+    assert "save_pretrained" not in str(error.value)  # loaded in the class of the base, it would get new towers
 
 
 # --- experts

@@ -225,7 +225,7 @@ def test_the_one_without_a_name_is_written_wherever_it_stands(tmp_path):
         ("name: a\nmodels: [m0]\nmerge_method: linear\n---\nname: a\nmodels: [m1]\nmerge_method: linear\n",
          "line 5: name 'a' is the name of an earlier document"),
         ("name: a\nmodels: [b]\nmerge_method: linear\n---\nname: b\nmodels: [a]\nmerge_method: linear\n",
-         "made of each other: b > a > b"),
+         "contain each other: b > a > b"),
         ("name: a\nmodels: [m0]\nmerge_method: lineer\n---\nmodels: [a]\nmerge_method: linear\n",
          "did you mean 'linear'"),
         ("- a\n---\nmodels: [a]\nmerge_method: linear\n", "found a list"),
@@ -241,7 +241,7 @@ def test_recipes_of_each_other(tmp_path):
     for one, other in (("a", "b"), ("b", "c"), ("c", "a")):
         (tmp_path / f"{one}.yaml").write_text(f"models: [{other}.yaml]\nmerge_method: linear\n")
     with (
-        pytest.raises(RecipeError, match=r"recipes that are made of each other: .*b\.yaml > .*c\.yaml > .*a\.yaml > "),
+        pytest.raises(RecipeError, match=r"recipes that contain each other: .*b\.yaml > .*c\.yaml > .*a\.yaml > "),
         open_plan(read_recipe(tmp_path / "a.yaml"), search=[tmp_path]),
     ):
         pass

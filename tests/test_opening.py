@@ -416,11 +416,11 @@ class TestNames:
     def test_a_revision_of_a_directory(self, here):
         stored("org/name", w=np.zeros(2, np.float32))
         assert open_checkpoint("org/name@main").directory == Path("org/name")
-        assert "org/name is here, and a directory has no revisions: name it without @v1" in refusal("org/name@v1")
+        assert "org/name is here, but a directory has no revisions: to use it, leave out @v1" in refusal("org/name@v1")
 
     @pytest.mark.parametrize("name", ["m0+lora", "org/name+org/lora", "org/name@v1+org/lora"])
     def test_a_plus_that_names_an_adapter(self, name, here):
-        assert "LoRA adapter" in refusal(name) and "packs that are opened from Python" in refusal(name)
+        assert "LoRA adapter" in refusal(name) and "packs opened from Python" in refusal(name)
 
     @pytest.mark.parametrize(
         ("base", "listed"),

@@ -56,13 +56,13 @@ def test_vocabularies_that_are_refused(llamas, tmp_path, dare):
     with pytest.raises(HomologyError, match="vocabularies differ"):
         dk.pack(base, tuned, out, lossless=True, vocab="base")
     for idle, said in (
-        ({"seed": 3}, "seed = 3 would do nothing"),
-        ({"bits": 4, "keep_dense": ["norms"]}, r"bits = 4, keep_dense = .* would do nothing; leave them out"),
+        ({"seed": 3}, "seed = 3 would have no effect"),
+        ({"bits": 4, "keep_dense": ["norms"]}, r"bits = 4, keep_dense = .* would have no effect; leave them out"),
     ):
         with pytest.raises(PlanError, match=said):
             dk.pack(base, tuned, out, lossless=True, **idle)
     said = dare("pack", base, tuned, out, "--lossless", "--seed", 3)
-    assert said.code == 1 and "seed = 3 would do nothing" in " ".join(said.err.split()) and not out.exists()
+    assert said.code == 1 and "seed = 3 would have no effect" in " ".join(said.err.split()) and not out.exists()
     assert dare("pack", base, tuned, out, "-p", "0.9", "--vocab", "pad").code == 2
     assert dare("pack", base, tuned, out, "-p", "0.9", "--vocab", "base").code == 0
 

@@ -2,6 +2,8 @@
 """What makes a project of the package: what it exports, its version, workflows, hooks, fragments of the changelog."""
 
 import ast
+import inspect
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -50,6 +52,22 @@ print("importlib.metadata" in sys.modules)
 """
     code, said = run(sys.executable, "-c", code)
     assert code == 0 and said.split("\n")[:2] == ["[]", "False"], said
+
+
+def documented():
+    """Name -> object, of everything that the API's pages show."""
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        for name in re.findall(r"^::: (darekit[\w.]*)", page.read_text(encoding="utf-8"), re.M):
+            yield name, pkgutil.resolve_name(name)
+
+
+def test_every_public_function_has_an_example():
+    """Doctests run them: everything in `__all__`, and every function of the API's pages."""
+    public = {f"darekit.{name}": getattr(darekit, name) for name in darekit.__all__}
+    shown = dict(documented())
+    assert {name for name in public if name != "darekit.DarekitError"} <= {*shown}
+    public |= {name: one for name, one in shown.items() if inspect.isfunction(one)}
+    assert [name for name, one in public.items() if ">>> " not in (inspect.getdoc(one) or "")] == []
 
 
 # --- the version

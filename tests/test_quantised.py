@@ -132,6 +132,22 @@ def test_threads_read_the_same(tmp_path):
         assert len(info.source.shelf._kept) <= 4
 
 
+@pytest.mark.parametrize("rows", [256, 251])  # transposed by words, and not
+def test_every_code_times_every_power_of_two(rows, tmp_path):
+    """Sums of exponents where products are normal numbers, and products of floats where they are not: the same bits."""
+    every = np.arange(rows)
+    scales = np.stack((every % 255, 2 + every % 251, 1 + every % 252, every % 253), axis=-1).astype(np.uint8)[None]
+    blocks = np.empty((1, rows, 4, 16), np.uint8)
+    blocks[0, :, :, :8] = np.arange(8, dtype=np.uint8) * 17 + 8 * 16  # each code with each scale
+    blocks[0, :, :, 8:] = np.arange(8, dtype=np.uint8) * 16 + np.arange(8, 16, dtype=np.uint8)
+    name = "l.mlp.experts.down_proj"
+    found = read(checkpoint(tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": scales}))[name]
+    codes = np.stack((blocks & 15, blocks >> 4), axis=-1).reshape(1, rows, 4, 32)
+    with np.errstate(over="ignore"):
+        values = formulas.E2M1[codes] * formulas.powers(scales)[..., None]
+        equal(found, values.reshape(1, rows, 128).swapaxes(1, 2).astype(BF16))
+
+
 @pytest.mark.parametrize("name", ["nf4", "nf4-double", "fp4", "int8"])
 def test_bitsandbytes_known_answers(name, tmp_path):
     """Files and answers are those of bitsandbytes 0.50.2: quantize_4bit and dequantize_4bit, and of int8 the same."""
@@ -387,7 +403,7 @@ def test_what_only_values_tell_is_not_guessed_from_headers(tmp_path):
     stored = families.load_file(GOLDEN / "nf4.safetensors")
     stored.pop("expected")
     folder = checkpoint(tmp_path, stored)
-    with pytest.raises(Unsupported, match=r"its shape is in a\.weight\.quant_state.*download the model first"):
+    with pytest.raises(Unsupported, match=r"its shape is stored in a\.weight\.quant_state.*download the model first"):
         open_checkpoint(folder, open_file=lambda path: HeaderFile(path, path.stat().st_size))
 
 

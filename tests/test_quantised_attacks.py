@@ -38,7 +38,7 @@ def eights(**changes):
         (eights(**{S: np.ones((0, 2), np.float32)}), {}, "do not fit"),
         (eights(**{S: np.ones(256, np.float32)}), {}, "do not fit"),
         (eights(**{S: np.ones((3, 2), np.int32)}), {}, "is I32, expected F32"),
-        (eights(**{f"{W}_scale": np.ones((3, 2), np.float32)}), {}, "two scales of*Which of them"),
+        (eights(**{f"{W}_scale": np.ones((3, 2), np.float32)}), {}, "two scales of*not known which of them"),
         (eights(**{"l.k_proj.weight": SMALL.astype(coded.E4M3)}), FP8, "l.k_proj.weight is F8_E4M3 without scales"),
         (eights(**{"l.k_proj.weight_scale_inv": np.ones((1, 1), np.float32)}), FP8, "whose other parts are missing"),
         (eights(**{"l.k_proj.weight_packed": np.ones((4, 4), np.int32)}), FP8, "l.k_proj.weight_packed is part of"),
@@ -91,7 +91,7 @@ def test_weights_that_are_turned_while_the_model_runs(place, read_, tmp_path):
         with closing(open_checkpoint(folder)) as opened:
             assert W in opened.tensors
     else:
-        assert f'transform_config ("R1") that turns activations ({place})' in refusal_on_opening(folder, Unsupported)
+        assert f'transform_config ("R1") that rotates activations ({place})' in refusal_on_opening(folder, Unsupported)
 
 
 def refusal_on_opening(folder, error):

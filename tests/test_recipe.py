@@ -211,7 +211,7 @@ def test_bad_dtypes(refuse):
     refuse(f"{start}dtype: fp16", "did you mean 'float16'?")
     refuse(f"{start}dtype: bfloat61", "did you mean 'bfloat16'?")
     refuse(f"{start}out_dtype: 16", "line 3: out_dtype must be one of float64")
-    refuse(f"{start}dtype:", "dtype must be one of")
+    refuse(f"{start}sparsify: {{method: dare, drop_rate: 0.5, on: weights}}\ndtype:", "dtype must be one of")
     refuse(f"{start}dtype: int8\nout_dtype: bfloat16", "line 3: dtype must be")
 
 

@@ -220,7 +220,7 @@ def test_a_name_that_is_taken():
 
 @pytest.mark.parametrize("name", ["", "on", "null", "True", "1e5", "two words", "a:b", "trim_model", "_x", "é", "base"])
 def test_a_name_that_no_recipe_could_say(name):
-    with pytest.raises(MethodError, match="is no name that a recipe could say"):
+    with pytest.raises(MethodError, match="cannot be a name in recipes"):
         dk.register.merge_method(name=name)(strongest)
 
 
@@ -235,7 +235,7 @@ def _sparse(delta, draws, *, drop_rate: DropRate):
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        (lambda deltas, weights: deltas[0], "'<lambda>' is no name"),
+        (lambda deltas, weights: deltas[0], "'<lambda>' cannot be a name in recipes"),
         (len, "only a function can be a method"),
     ],
 )
@@ -304,9 +304,9 @@ def test_a_sparsifier_without_a_drop_rate():
         dk.register.sparsifier(signs)
     with pytest.raises(MethodError, match="needs the keyword-only argument drop_rate: DropRate"):
         dk.register.sparsifier(some)
-    with pytest.raises(MethodError, match="said to be random, so it must take draws"):
+    with pytest.raises(MethodError, match="declared random, so it must take draws"):
         dk.register.sparsifier(random=True, name="some")(none)
-    with pytest.raises(MethodError, match="unbiased is said of a random drop"):
+    with pytest.raises(MethodError, match="unbiased means a random drop"):
         dk.register.sparsifier(unbiased=True, name="some")(none)
 
 
@@ -326,7 +326,7 @@ def test_too_few_or_too_many_models():
         (lambda deltas: deltas, r"w: bad must return an array of numbers of shape \(6,\), found .* \(1, 6\)"),
         (lambda deltas: 1.0, "found 1.0"),
         (lambda deltas: deltas[0] > 0, "found an array of bool"),
-        (lambda deltas: deltas[0] * np.nan, "bad made NaN or Inf of 6 finite numbers"),
+        (lambda deltas: deltas[0] * np.nan, "bad turned 6 finite numbers into NaN or Inf"),
         (lambda deltas: deltas[0][7], r"bad failed at .*test_register.py:\d+: IndexError"),
         (lambda deltas: deltas.fill(0), "its arguments are read-only"),
     ],

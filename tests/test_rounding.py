@@ -404,7 +404,7 @@ def test_what_is_refused(llamas, rounding, said):
 
 
 def test_an_adapter_is_not_rounded_so(llamas):
-    with pytest.raises(RecipeError, match="is of models"):
+    with pytest.raises(RecipeError, match="applies to models"):
         dk.read_recipe(families.recipe(llamas.path, **RECIPE) | {"output": "adapter"})
 
 

@@ -126,7 +126,9 @@ def test_rows_of_another_format_are_rounded():
 
 def test_rows_of_another_size_are_refused():
     table = RowTable(np.array([0, 1]), np.array([0, 0]))
-    with pytest.raises(HomologyError, match="w: token rows of shape \\[1, 5\\] cannot stand among those of \\[1, 4\\]"):
+    with pytest.raises(
+        HomologyError, match="w: token rows of shape \\[1, 5\\] do not fit among rows of shape \\[1, 4\\]"
+    ):
         gathered(0, table, [info(np.zeros((1, 4), np.float32)), info(np.zeros((1, 5), np.float32))], 0)
 
 

@@ -148,6 +148,8 @@ def test_no_sweep_of_the_project_is_flagged(tmp_path):
         "models: [a, 2024-01-01]\nmerge_method: linear\nparameters: {normalize: yes, weight: 1_000.5}\n",
         "models: [a]\nmerge_method: linear\nparameters: {normalize: 1.0, rescale: off, int8_mask: no}\n",
         "models: [a]\nmerge_method: linear\nparameters: {seed: 1_000, rescale: none}\n",
+        "base_model:\nmodels: [a]\nmerge_method: linear\ndtype:\nout_dtype: ~\n"
+        "parameters: {rescale: 0, dtype: float16}\n",
         "models: [a]\nmerge_method: linear\nsparsify: {method: dare, drop_rate: .5e+0, on: weights}\n"
         "dtype: torch.float8_e5m2\n",
         "base_model: b\nmodels: [b, {model: a, parameters: {drop_rate: 0.5}}]\nmerge_method: ties\n"
@@ -195,7 +197,7 @@ START = "base_model: b\nmodels: [a]\n"
         "base_model: b\nmodels: [{parameters: {weight: 1}}]\nmerge_method: ties\n",
         "base_model: b\nmodels: [{model: a, weight: 1}]\nmerge_method: ties\n",
         "base_model: b\nmodels: [7]\nmerge_method: ties\n",
-        "base_model:\nmodels: [a]\nmerge_method: linear\n",
+        "base_model: 5\nmodels: [a]\nmerge_method: linear\n",
         "models: [a]\nmerge_method: ties\n",
         "models: [a]\nmerge_method: dare_linear\nparameters: {density: 0.5}\n",
         "models: [a]\nmerge_method: linear\nsparsify: {method: dare, drop_rate: 0.5}\n",
@@ -265,7 +267,7 @@ START = "base_model: b\nmodels: [a]\n"
         f"{START}merge_method: ties\ntokenizer: {{pad_to_multiple_of: 0}}\n",
         f"{START}merge_method: ties\nchat_template: chatlm\n",
         f"{START}merge_method: ties\nheads: [a]\n",
-        f"{START}merge_method: ties\nslices: []\n",
+        "base_model: b\nmerge_method: ties\nslices: []\n",
         "recipe: r.yaml\naxes: {sparsify.drop_rate: [0.5]}\ntest: {a: {data: a.jsonl}}\n",
         "[a, b]\n",
     ],

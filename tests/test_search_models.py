@@ -110,7 +110,7 @@ def test_the_command_says_the_verdict_first_and_goes_on(place, tmp_path, dare):
     first = dare("search", "s.yaml", "--trials", 3)
     assert first.code == 0, first.err
     assert first.out.splitlines()[0].startswith("Best") and "dare merge s/best.yaml MERGED" in first.out
-    assert "judging what must be beaten: 7 baselines" in first.err and "1/3 trial 0" in first.err
+    assert "judging the baselines: 7 baselines" in first.err and "1/3 trial 0" in first.err
     more = dare("search", "s.yaml", "--trials", 5, "--json")
     assert more.data["counts"]["trials"] == 5 and not more.err
     other = dare("search", "s.yaml", "--trials", 5, "--dtype", "bfloat16")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes of slices: which layer goes where, by numpy; parameters by slice; what is refused."""
 
+import itertools
 import json
 import re
 
@@ -316,13 +317,23 @@ def test_a_dry_run_shows_the_stack(deep, tmp_path, dare):
     ]  # fmt: skip
 
 
+def test_modules_that_name_every_tensor(deep, tmp_path):
+    """Nothing is left for a base, and there may be none."""
+    models = [{"model": "m0", "parameters": {"weight": 1}}, {"model": "m1", "parameters": {"weight": 3}}]
+    plain = {"models": models, "merge_method": "linear"}
+    dk.merge(plain, tmp_path / "plain", **OPTIONS)
+    dk.merge({"modules": {"text_decoder": {"models": models}}, "merge_method": "linear"}, tmp_path / "out", **OPTIONS)
+    families.same(families.load(tmp_path / "out"), families.load(tmp_path / "plain"))
+
+
 def test_words_that_are_ignored_are_on_the_page():
     from pathlib import Path
 
     from darekit.recipe import ignored
 
     page = (Path(__file__).parent.parent / "docs" / "mergekit.md").read_text()
-    for word in (*ignored.PARAMETERS, *ignored.OPTIONS, *ignored.SLICE_WORDS, *ignored.SOURCE_WORDS):
+    words = (ignored.PARAMETERS, ignored.OPTIONS, ignored.SLICE_WORDS, ignored.SOURCE_WORDS, ignored.ELSEWHERE)
+    for word in itertools.chain(*words):
         assert f"`{word}`" in page, word
 
 

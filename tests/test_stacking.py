@@ -69,7 +69,7 @@ def test_what_a_config_says_follows_the_layers(config, order, wanted):
 @pytest.mark.parametrize(
     ("config", "order", "told"),
     [
-        ({"first_k_dense_replace": 1}, [0, 1, 0, 1], "first_k_dense_replace is 1): of layers 2"),
+        ({"first_k_dense_replace": 1}, [0, 1, 0, 1], "first_k_dense_replace is 1): for layers 2"),
         ({"layer_group_size": 2}, [1, 0], "layer_group_size is 2"),
         ({"num_kv_shared_layers": 2}, [0, 1, 0], "num_kv_shared_layers is 2"),
         ({"hidden_size_per_layer_input": 256}, [0, 1], "hidden_size_per_layer_input"),
@@ -85,7 +85,7 @@ def test_layers_that_are_merged_must_be_of_one_kind():
     one, other = ({"num_hidden_layers": 2, "layer_types": types} for types in ([S, F], [F, F]))
     layers = [[Source(one, i, 2), Source(other, i, 2)] for i in range(2)]
     found = restacked(one, "text", [*layers, layers[1]], 2)
-    assert any("layer 0 is merged of layers that layer_types tells apart" in problem for problem in found.problems)
+    assert any("layer 0 is merged from layers that layer_types tells apart" in problem for problem in found.problems)
 
 
 def test_parts_and_unmoved_layers():
@@ -179,7 +179,7 @@ def test_dense_layers_among_experts_are_refused(tmp_path):
     pair(tmp_path, "DeepseekV3ForCausalLM", 3)
     recipe = {"slices": slices_of([("m0", 0, 3), ("m1", 0, 3)]), "merge_method": "passthrough"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    with pytest.raises(PlanError, match=r"which layers have experts \(first_k_dense_replace is 1\): of layers 3"):
+    with pytest.raises(PlanError, match=r"which layers have experts \(first_k_dense_replace is 1\): for layers 3"):
         dk.merge(tmp_path / "recipe.yaml", tmp_path / "out", **OPTIONS)
     recipe["slices"] = slices_of([("m0", 0, 3), ("m1", 1, 3)])
     loads(tmp_path, "DeepseekV3ForCausalLM", recipe)

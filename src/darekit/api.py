@@ -96,7 +96,7 @@ def merge(
         out: the directory to write; must not exist yet, unless `overwrite`.
         seed: replaces the recipe's seed.
         settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`; for a `Recipe`, use `read_recipe`.
-        lenient: warn of unknown keys and of settings without effect, instead of refusing the recipe.
+        lenient: warn about unknown keys and settings without effect instead of refusing the recipe.
         stage: of a recipe of several stages, which one; the last if not given.
         rounding: replaces the recipe's `rounding`: nearest, stochastic, or `{"method": "stochastic", "seed": 7}`.
         **options: how to run: threads, shard_size, overwrite, resume, force, allow_nonfinite, tile, progress, say
@@ -152,7 +152,7 @@ def plan(
         recipe: a recipe file, its data, or a `Recipe`.
         seed: replaces the recipe's seed.
         settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`.
-        lenient: warn of unknown keys and of settings without effect, instead of refusing the recipe.
+        lenient: warn about unknown keys and settings without effect instead of refusing the recipe.
         stage: of a recipe of several stages, which one; the last if not given.
         shard_size: largest output file in bytes.
 
@@ -285,7 +285,7 @@ def run(recipe: Recipe, out: Path, options: Options, *, search: Sequence[Path] =
 
     if recipe.output == "adapter":
         raise PlanError(
-            "this recipe says output: adapter, and here a model is written: use `dare merge`, or from Python "
+            "this recipe has output: adapter, but this call writes a model: use `dare merge`, or from Python "
             "dk.extract(None, recipe, out)"
         )
     if options.allow_nonfinite and recipe.base_model is None:

@@ -148,7 +148,7 @@ def similarity(
     with open_plan(original) as plan:
         live = build(plan, device=device, dtype=dtype)
     if live.task == SEQ2SEQ:
-        raise DataError(f"{live.kind}: hidden states are compared of decoders and of encoders, not of both together")
+        raise DataError(f"{live.kind}: hidden states are compared for decoders or encoders, not for both together")
     refuse_unreadable(live, rows)
     if live.tokenizer is None:
         raise DataError(f"{model} has no tokenizer, so it cannot read {data}")

@@ -69,7 +69,7 @@ def unwrapped(name: str) -> str:
     while name.startswith(WRAPPERS_BEFORE):
         name = name.removeprefix(next(w for w in WRAPPERS_BEFORE if name.startswith(w)))
     for word in WRAPPERS_WITHIN:
-        if word in name:
+        while f".{word}" in name:  # one within another, too
             name = name.replace(f".{word}", ".")
     return name
 

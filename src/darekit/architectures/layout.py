@@ -138,7 +138,7 @@ def _converted(
         made = _followed(operation.name, operation.parameters, made, live[target])
     rows = list(made.values())
     if len(rows) != 1 or len(rows[0]) != 1 or rows[0][0].shape != live[target]:
-        raise _Opaque(f"{target} has another shape than what is made of the stored tensors")
+        raise _Opaque(f"{target} has a different shape from what the stored tensors make")
     return {name: (Part(target, steps),) for name, steps in rows[0][0].parts.items()}
 
 

@@ -156,8 +156,8 @@ class _Work:
             self.config[key] = self.many
         if not found and self.many != self.count:
             self.notes.append(
-                f"config.json says nowhere that there are {self.count} layers ({', '.join(COUNTS[:4])}, ...): set the "
-                f"number of layers to {self.many} yourself"
+                f"no key of config.json says that there are {self.count} layers ({', '.join(COUNTS[:4])}, ...): set "
+                f"the number of layers to {self.many} yourself"
             )
 
     def _values(self, what: str, value_of: Callable[[Source], Hashable]) -> list[Any]:
@@ -169,7 +169,7 @@ class _Work:
                 told = " and ".join(
                     f"{value!r} in layer {one.index}" for value, one in zip(found, sources, strict=True)
                 )
-                self.problems.append(f"layer {i} is merged of layers that {what} tells apart: {told}")
+                self.problems.append(f"layer {i} is merged from layers that {what} tells apart: {told}")
             values.append(found[0])
         return values
 
@@ -198,7 +198,7 @@ class _Work:
             return True
         if not isinstance(value, list) or self.count < 3 or "layer" not in key:
             return False
-        self.notes.append(f"{key} has as many values as there are layers: they follow the layers")
+        self.notes.append(f"{key} has one value for each layer: they follow the layers")
         return True
 
     def _expand_attention_types(self) -> None:
@@ -225,8 +225,8 @@ class _Work:
         listed = ", ".join(map(str, wrong[:8])) + (", ..." if wrong[8:] else "")
         said = _shown({key: self.config[key] for key in rule.keys if key in self.config})
         self.problems.append(
-            f"{rule.name} ({said}): of layers {listed} it says other things than they are ({wanted[wrong[0]]}, not "
-            f"{told(self.config)[wrong[0]]}), and config.json has no list for it"
+            f"{rule.name} ({said}): for layers {listed} it is wrong (they are {wanted[wrong[0]]}, not "
+            f"{told(self.config)[wrong[0]]}), and config.json has no list that could say so"
         )
 
 

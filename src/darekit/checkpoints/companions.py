@@ -67,7 +67,12 @@ CODE = ("*.py",)  # copied only where a config's auto_map refers to code
 Content = Path | bytes  # where a companion file lies, or what it says
 Companions = Mapping[str, Content]  # by name, relative to the model's directory, with forward slashes
 
-ALL = (CONFIG, CARD, *TOKENIZER, *TEMPLATES, *PROCESSOR, *MODEL, *CODE)
+LISTED = (*TOKENIZER, *TEMPLATES, *PROCESSOR, *MODEL)
+ALL = (CONFIG, CARD, *LISTED, *CODE)
+
+POINTER = b"version https://git-lfs"
+POINTER_SIZE = (40, 1024)  # bytes; a Git LFS pointer has some 130, and never more than 1024
+DANGLING = -1
 
 # What is on no list travels within these limits.
 SMALL = 16_000_000  # bytes of one file
@@ -86,14 +91,17 @@ NOT_COMPANIONS = (
     *WEIGHTS, "*.index.json", "*.index.*.json", "adapter_config.json", "training_args*", "trainer_*", "*_results.json",
     "events.out.*", "rng_state*", "optimizer*", "*.log", "*.out", "*.err", "latest", "checkpoint", "*.py", "*.pyc",
     "*.ipynb", "*.sh", "*.lock", "README*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.pdf",
-    "darekit*", "mergekit_config.y*ml", ".*", "*~",
+    "darekit*", "mergekit_config.y*ml", ".*", "*~", "*.part", "*.partial", "*.incomplete", "*.crdownload", "*.aria2",
+    "*.download", "*.tmp", "*.bak", "*.tfevents*", "thumbs.db", "desktop.ini", "token", "*_token", "credentials*",
+    "secrets*", "*.pem", "*.key",
 )  # fmt: skip
 LEGAL = ("license*", "notice*", "copying*")  # even where it is a page of text
 # Folders of other things: the same model for other programs, and what a training run leaves.
 NOT_FOLDERS = (
     "onnx", "openvino*", "original", "coreml", "tflite", "gguf", "mlx", "flax", "tensorrt*", "metal", "checkpoint-*",
-    "global_step*", "pytorch_model_fsdp*", "optimizer*", "runs", "logs", "wandb", "tensorboard", "eval*",
-    "__pycache__", "venv", "node_modules", "src", "scripts", "assets", "images", "figures", "docs", ".*", "*.mlpackage",
+    "checkpoints", "global_step*", "pytorch_model_fsdp*", "optimizer*", "runs", "logs", "tb_logs", "lightning_logs",
+    "mlruns", "aim", "wandb", "tensorboard", "eval*", "__pycache__", "venv", "node_modules", "src", "scripts", "assets",
+    "images", "figures", "docs", ".*", "*.mlpackage",
 )  # fmt: skip
 
 
@@ -113,9 +121,36 @@ def companions_in(directory: Path) -> Companions:
 def look_beside(directory: Path, *, listed: bool = False) -> Beside:
     """The companion files in a directory; with `listed` only those on the lists (it may hold anything else too)."""
     sizes = dict(_listed_files(directory) if listed else _files(directory, "", DEPTH, [LOOKED_AT]))
-    known = _matches(sizes, ALL)
-    further, left = ((), {}) if listed else travels({n: size for n, size in sizes.items() if n not in known})
-    return Beside({name: directory / name for name in (*known, *further)}, left)
+    damaged = {name: why for name, size in sizes.items() if (why := _damage(directory, name, size))}
+    whole = {name: size for name, size in sizes.items() if name not in damaged}
+    known = _matches(whole, ALL)
+    further, left = ((), {}) if listed else travels({n: size for n, size in whole.items() if n not in known})
+    return Beside({name: directory / name for name in (*known, *further)}, {**damaged, **left})
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a companion file belongs to the tokenizer."""
+    return bool(_matches([name], TOKENIZER))
+
+
+def _damage(directory: Path, name: str, size: int) -> str | None:
+    """Why a companion file is not what its name says, as far as its first and last bytes tell: half a tokenizer.json
+    keeps a whole model from loading, and who has no tokenizer can be given another's."""
+    if size < 0:
+        return "it is a link to a file that does not exist"
+    is_json = name.endswith(".json") and name != CONFIG and any(_matches([name], ALL))
+    if not is_json and not POINTER_SIZE[0] <= size <= POINTER_SIZE[1]:
+        return None
+    with suppress(OSError), (directory / name).open("rb") as file:
+        begin = file.read(64)
+        if begin.startswith(POINTER):
+            return "it is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory"
+        if is_json:
+            file.seek(max(0, size - 64))
+            begin, end = begin.removeprefix(b"\xef\xbb\xbf").lstrip(), file.read().rstrip()
+            if begin.startswith((b"{", b"[", b"<")) and not end.endswith((b"}", b"]")):
+                return "it is no whole JSON document: download it again"
+    return None
 
 
 def travels(sizes: Mapping[str, int]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -182,7 +217,8 @@ def _listed_files(directory: Path) -> Iterator[tuple[str, int]]:
 
 
 def _files(directory: Path, prefix: str, depth: int, room: list[int]) -> Iterator[tuple[str, int]]:
-    """Name and size of each file, folders last; `room`: how many entries may still be looked at."""
+    """Name and size of each file, folders last; `DANGLING` is the size of a listed one that is a link to nothing.
+    `room`: how many entries may still be looked at."""
     folders = []
     with suppress(OSError), os.scandir(directory) as entries:  # no such folder, or one that may not be listed
         for entry in entries:
@@ -192,6 +228,8 @@ def _files(directory: Path, prefix: str, depth: int, room: list[int]) -> Iterato
             with suppress(OSError):
                 if entry.is_file():
                     yield prefix + entry.name, entry.stat().st_size
+                elif entry.is_symlink() and not entry.is_dir() and _matches([prefix + entry.name], LISTED):
+                    yield prefix + entry.name, DANGLING
                 elif depth and entry.is_dir(follow_symlinks=False) and not _is_other_folder(entry.name):
                     folders.append(entry.name)
     for name in sorted(folders):

@@ -13,13 +13,15 @@ from darekit.errors import CheckpointError
 
 DOCUMENT_LIMIT = 100_000_000  # bytes; the largest index files of published models have some 10 MB
 
+BOM = b"\xef\xbb\xbf"  # what editors on Windows put before UTF-8 text
+
 # Brackets, braces and commas in one document. The format allows 100 MB of header, which would be 1.7 million empty
 # tensors: 11 s and 1 GB to parse. A tensor has about 8 such characters; the largest models have 0.1 million tensors.
 MARK_LIMIT = 1_000_000
 
 
 def parse_object(text: bytes, where: str, *, strict: bool) -> dict[str, Any]:
-    """UTF-8 JSON text of one object -> dict; `where` opens every message.
+    """UTF-8 JSON text of one object -> dict; `where` opens every message. A byte order mark before it is no fault.
 
     `strict` also refuses duplicate keys and NaN or Infinity, which are not JSON. A config.json is read without: the
     published ones of Mamba models hold Infinity.
@@ -42,6 +44,7 @@ def parse_object(text: bytes, where: str, *, strict: bool) -> dict[str, Any]:
             f"{where} holds about {marks:,} values, expected at most {MARK_LIMIT:,}. If the model really has so many "
             "tensors, save it in more shards"
         )
+    text = text.removeprefix(BOM)
     try:
         if strict:
             found = json.loads(text.decode(), object_pairs_hook=without_duplicates, parse_constant=refuse_constant)

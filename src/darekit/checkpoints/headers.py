@@ -48,7 +48,7 @@ class Elsewhere:
         """
         self.asked.setdefault(self.ref, set()).add(self.name)
         raise NotFetched(
-            f"{self.ref}, tensor {self.name}: its values are asked for, but only its header was fetched; download the "
+            f"{self.ref}, tensor {self.name}: its values are needed, but only its header was fetched; download the "
             f"model first: `hf download {self.ref.partition('@')[0]}`"
         )
 

@@ -20,6 +20,7 @@ from darekit.checkpoints.documents import read_object
 from darekit.checkpoints.quantised.naming import undecoded
 from darekit.checkpoints.refusals import (
     ADAPTER_CONFIG,
+    ADAPTER_INDEX,
     ADAPTER_WEIGHTS,
     about_adapter,
     quantisation_in,
@@ -37,8 +38,8 @@ HUB_FILE = re.compile(
 )
 VARIANTS = ("*.safetensors.index.*.json", "pytorch_model.bin.index.*.json")  # of indices: fp16
 SMALL = (
-    companions.CONFIG, companions.CARD, ADAPTER_CONFIG, *INDEX.values(), *VARIANTS, *companions.TOKENIZER,
-    *companions.TEMPLATES, *companions.PROCESSOR, *companions.MODEL, *companions.CODE,
+    companions.CONFIG, companions.CARD, ADAPTER_CONFIG, ADAPTER_INDEX, *INDEX.values(), *VARIANTS,
+    *companions.TOKENIZER, *companions.TEMPLATES, *companions.PROCESSOR, *companions.MODEL, *companions.CODE,
 )  # fmt: skip
 
 
@@ -111,7 +112,8 @@ def fetch_adapter(ref: str, *, cache: Path | None = None) -> Path:
     match = HUB_ID.fullmatch(ref)
     if match is None:
         raise CheckpointError(f"{ref!r} is not a Hub id; expected org/name or org/name@revision")
-    patterns = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, *companions.TOKENIZER, *companions.TEMPLATES)
+    shards = ADAPTER_INDEX, "adapter_model-*-of-*.safetensors"
+    patterns = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, *shards, *companions.TOKENIZER, *companions.TEMPLATES)
     return _fetch(ref, match["repository"], match["revision"], cache, patterns, partial=True)
 
 
@@ -129,8 +131,8 @@ def weights_on_hub(ref: str, snapshot: Snapshot, wanted: Sequence[Sequence[str]]
         siblings = api.model_info(repository, revision=snapshot.revision, files_metadata=True).siblings
     except Exception as error:  # as in _fetch
         raise CheckpointError(
-            f"{ref} is not in the local cache, or only in part, and the Hub does not say what it has ({_name(error)}). "
-            f"With a network run `hf download {repository}`; or give a local directory"
+            f"{ref} is not in the local cache, or only in part, and the Hub could not be asked ({_name(error)}). Once "
+            f"there is a network, run `hf download {repository}`; or give a local directory"
         ) from error
     sizes = {one.rfilename: one.size or 0 for one in siblings or ()}
     for patterns in _wanted(snapshot.directory) if wanted is None else wanted:
@@ -353,8 +355,8 @@ def _about_network(ref: str, repository: str, revision: str | None, *, incomplet
     state = "only in part in the local cache" if incomplete else "not in the local cache"
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
     return (
-        f"{ref} is {state} ({constants.HF_HUB_CACHE}), and {reason}. With a network run `{command}`; or give a local "
-        "directory"
+        f"{ref} is {state} ({constants.HF_HUB_CACHE}), and {reason}. Once there is a network, run "
+        f"`{command}`; or give a local directory"
     )
 
 

@@ -76,7 +76,7 @@ def open_checkpoint(
     if location.path.is_dir() and (adapters := [name for name in list_names(directory) if is_adapter(name)]):
         notes.append(
             f"{label(str(directory))} holds a whole model and an adapter ({some(adapters)}): the model is read as it "
-            f"is, without the adapter; to mean the adapter, name {directory / adapters[0]}"
+            f"is, without the adapter; to use the adapter, name {directory / adapters[0]}"
         )
     with ExitStack() as opened:
         files: list[InputFile] = []
@@ -126,7 +126,8 @@ def _choose(path: Path) -> Weights:
 
 def _read_config(directory: Path) -> dict[str, object] | None:
     path = directory / CONFIG
-    return read_object(path, strict=False) if path.exists() else None
+    # A dangling link counts, as one of weights does: whoever made it meant the model to have a config.
+    return read_object(path, strict=False) if path.exists() or path.is_symlink() else None
 
 
 def _as_decoded(
@@ -234,7 +235,8 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
     tried = places_of(ref, search)
     for candidate in tried:
         if _exists(candidate):
-            return Location(candidate, _commit_of(candidate))
+            found = _snapshot_of(candidate)
+            return Location(found, _commit_of(found))
     plain = str(ref).removesuffix("@main")
     if isinstance(ref, str) and plain != ref:  # the revision that a name without one means
         for candidate in places_of(plain, search):
@@ -244,9 +246,9 @@ def _locate(ref: str | Path, search: Sequence[Path]) -> Location:
     if isinstance(ref, str) and _names_adapter(ref):
         model, _, adapter = ref.rpartition("+")
         raise CheckpointError(
-            f"there is no checkpoint {ref!r}; if it means {model} with the LoRA adapter {adapter}: recipes and "
-            "commands read that where both are here or on the Hub; packs that are opened from Python want the base "
-            f"open. If it means a directory: {tail}"
+            f"there is no checkpoint {ref!r}. If it means {model} with the LoRA adapter {adapter}: recipes and "
+            "commands take that if both are here or on the Hub; packs opened from Python need a base that is open. "
+            f"If it means a directory: {tail}"
         )
     if not isinstance(ref, str) or not looks_like_hub_id(ref):
         raise CheckpointError(
@@ -269,7 +271,7 @@ def looked_for(ref: str | Path, search: Sequence[Path]) -> str:
     near = _near_misses(tried)
     bare, at, revision = str(ref).partition("@")
     if isinstance(ref, str) and at and any(_exists(candidate) for candidate in places_of(bare or ".", search)):
-        return f"{tail}; {bare} is here, and a directory has no revisions: name it without @{revision} if it is the one"
+        return f"{tail}; {bare} is here, but a directory has no revisions: to use it, leave out @{revision}"
     return f"{tail}; did you mean {' or '.join(near)}?" if near else tail
 
 
@@ -290,6 +292,19 @@ def _commit_of(path: Path) -> str | None:
     """The commit of a path inside the Hub's cache: models--org--name/snapshots/COMMIT."""
     directory = path if path.is_dir() else path.parent
     return directory.name if directory.parent.name == "snapshots" and COMMIT.fullmatch(directory.name) else None
+
+
+def _snapshot_of(path: Path) -> Path:
+    """Of a model's folder in the Hub's cache (models--org--name), the snapshot that a name without a revision means;
+    any other path as it is."""
+    if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
+        return path
+    try:
+        commit = (path / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return path
+    found = path / "snapshots" / commit
+    return found if COMMIT.fullmatch(commit) and found.is_dir() else path
 
 
 def _near_misses(tried: Sequence[Path]) -> list[str]:

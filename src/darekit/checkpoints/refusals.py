@@ -19,6 +19,8 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLED_ADAPTER = "adapter_model.bin"
 ADAPTER_WEIGHTS = (ADAPTER, "adapters.safetensors", PICKLED_ADAPTER)  # the first that is there is read
+ADAPTER_INDEX = "adapter_model.safetensors.index.json"  # transformers cuts large ones into shards
+ADAPTER_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
 MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.(?:safetensors|npz)")
 
 _WHOLE = ("pytorch_model", "diffusion_pytorch_model")  # how pickled files that hold a model begin: no training_args.bin
@@ -141,7 +143,7 @@ _MLX = (
 )
 _TENSORS = (
     "Dequantise first, in Python, with the library that quantised it ({library}): load it in transformers, put "
-    "`{call}` in the place of each quantised weight, and save_pretrained that; " + _ORIGINAL
+    "`{call}` in place of each quantised weight, and save_pretrained that; " + _ORIGINAL
 )
 # What is to be done, by `quant_method`.
 _WAYS = {
@@ -266,7 +268,7 @@ _OF_ADAPTER = re.compile(
 
 def is_adapter(name: str) -> bool:
     """Whether a file is named like an adapter's weights."""
-    return name in (ADAPTER, PICKLED_ADAPTER) or MLX_ADAPTER.fullmatch(name) is not None
+    return name in (ADAPTER, PICKLED_ADAPTER) or any(one.fullmatch(name) for one in (ADAPTER_SHARD, MLX_ADAPTER))
 
 
 def refuse_adapter(names: Sequence[str], path: Path) -> None:
@@ -286,8 +288,8 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
     merged = f"{directory.name}-merged"
     if "peft_type" not in config and (_is_mlx(directory, config) or _has_part(names, "lora_a")):
         return (
-            f"{directory} is an adapter that mlx-lm trained, not a whole model. In a recipe it is a model beside its "
-            f"base, or with it: BASE+{directory}. Elsewhere, fuse it into its base first:\n\n"
+            f"{directory} is an adapter that mlx-lm trained, not a whole model. In a recipe, list it as a model "
+            f"beside its base, or write BASE+{directory}. Elsewhere, fuse it into its base first:\n\n"
             f"    mlx_lm.fuse --model {base or 'BASE'} --adapter-path {directory} --save-path {merged}\n\n"
             f"and give {merged} instead (a quantised base must be dequantised in that step: see `mlx_lm.fuse --help`)"
         )
@@ -310,9 +312,14 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
         )
     code.append(f"model.merge_and_unload().save_pretrained({merged!r})")
     lines = "\n".join(f"    {line}" for line in code)
+    named = f"In a recipe, list it as a model beside its base, or write BASE+{directory}. Elsewhere, merge it"
+    if not any(is_adapter(path.name) for path in directory.iterdir()):
+        named = (
+            f"A recipe takes it as a model beside its base once its file is called {ADAPTER}, with {ADAPTER_CONFIG} "
+            "next to it. Or merge it"
+        )
     return (
-        f"{directory} is a LoRA/PEFT adapter, not a whole model. In a recipe it is a model beside its base, or "
-        f"with it: BASE+{directory}. Elsewhere, merge it into its base first, in Python:\n\n{lines}"
+        f"{directory} is a LoRA/PEFT adapter, not a whole model. {named} into its base first, in Python:\n\n{lines}"
         f"\n\nand give {merged} instead"
     )
 
@@ -377,11 +384,14 @@ def _settings(path: Path) -> dict[str, Any]:
         return {}
 
 
-# What training leaves behind
+# What training, other programs and interrupted downloads leave behind
+
+PARTIAL = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download")
+PIPELINE = "model_index.json"  # of diffusers
 
 FOREIGN = {
-    ".gguf": "GGUF files hold weights for llama.cpp, mostly quantised; give the original checkpoint in safetensors, or "
-    "where there is none, dequantise it: load model and tokenizer with transformers (and the package gguf), "
+    ".gguf": "GGUF files hold weights for llama.cpp, mostly quantised; give the original checkpoint in safetensors, "
+    "or, if there is none, dequantise it: load model and tokenizer with transformers (and the package gguf), "
     "from_pretrained(FOLDER, gguf_file=NAME), and save both with `save_pretrained`",
     ".pt": "it may hold any Python object; save the model with `save_pretrained` and give that directory",
     ".pth": "it may hold any Python object; save the model with `save_pretrained` and give that directory",
@@ -390,6 +400,11 @@ FOREIGN = {
     "`save_pretrained`",
     ".msgpack": "it holds weights of Flax; load it with transformers 4 and from_flax=True, and save it with "
     "`save_pretrained`",
+    ".onnx": "it holds a graph for inference; give the checkpoint from which it was exported",
+    ".ot": "it holds weights for rust-bert; give the checkpoint from which it was converted",
+    ".nemo": "it is an archive of NeMo's; convert it with NeMo's script for Hugging Face, and give that directory",
+    ".npz": "it holds arrays of numpy's; save the model in safetensors",
+    **dict.fromkeys(PARTIAL, "the download is incomplete; run it again, and give the folder when it is done"),
 }
 
 
@@ -399,6 +414,13 @@ def advise(directory: Path, names: Sequence[str]) -> str | None:
         return about_adapter(directory)
     if state := _about_state(directory, names):
         return state
+    if PIPELINE in names:
+        parts = [str(directory / name) for name in sorted(_folders(directory, names)) if _holds_model(directory / name)]
+        return (
+            f"{directory} is a pipeline of diffusers, not one model: merge its parts one by one"
+            + (f" ({some(parts, 4)})" if parts else "")
+            + f", and copy {PIPELINE} and the folders that are no models beside the results"
+        )
     if deeper := _find_deeper(directory, names):
         last = deeper[-1]
         more = f" (the last of {len(deeper)}: {some([str(path) for path in deeper])})" if len(deeper) > 1 else ""

@@ -29,6 +29,12 @@ ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 QUANTISED = ("F6_E2M3", "F6_E3M2", "F4")  # number formats that mean nothing by themselves
 SINGLE = "model.safetensors"
 LFS_POINTER = b"version https://git-lfs"
+# How files of other formats begin that were given this one's name.
+OTHERS = {
+    b"PK\x03\x04": "it is a zip archive, as torch.save writes. If it holds a model, name it pytorch_model.bin",
+    b"GGUF": "it is a GGUF file under another name. Give the original checkpoint",
+    b"\x89HDF": "it is an HDF5 file, as TensorFlow's weights are. Save the model in safetensors",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +184,18 @@ def _check_length(file: InputFile, length: int) -> None:
                 f"{where} is not a safetensors file: its header has {length} bytes, expected at least 2"
             )
         return
-    if file.read(0, min(file.size, 64)).startswith(LFS_POINTER):
+    begin = file.read(0, min(file.size, 64))
+    if begin.startswith(LFS_POINTER):
         raise CheckpointError(
             f"{where} is a Git LFS pointer, not the weights themselves: run `git lfs pull` in its directory"
+        )
+    if told := next((words for start, words in OTHERS.items() if begin.startswith(start)), None):
+        raise CheckpointError(f"{where} is not a safetensors file: {told}")
+    if length > HEADER_LIMIT and begin[:8].isascii() and begin[:8].decode("ascii").isprintable():
+        text = shorten(begin[:24].decode("ascii", "replace"))
+        raise CheckpointError(
+            f"{where} is not a safetensors file: it begins with the text {text}, as a web page or an error message "
+            "does that was saved in its place. Download it again"
         )
     if length > HEADER_LIMIT:
         raise CheckpointError(

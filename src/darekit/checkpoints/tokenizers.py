@@ -238,7 +238,7 @@ def read_tokenizer(beside: Companions, form: str | None = None) -> Tokenizer | N
     chosen = form if form in forms else forms[0]
     try:
         with without_collector():
-            read = FORMS[chosen][1](beside)
+            read = _checked(FORMS[chosen][1](beside))
         fault = None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RecursionError) as error:
         read, fault = _Read({}, {"files": files_digest(beside) or ""}), f"{type(error).__name__}: {error}"
@@ -322,7 +322,7 @@ def chat_template(beside: Companions) -> str | None:
 def read_json(beside: Companions, name: str) -> dict[str, Any]:
     """A JSON object among the companion files; an empty one where there is none that can be read."""
     try:
-        value = json.loads(content_of(beside[name]).decode("utf-8"))
+        value = json.loads(content_of(beside[name]).decode("utf-8-sig"))
     except (KeyError, OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -336,6 +336,19 @@ class _Read:
     vocabulary: Mapping[str, int]
     parts: Mapping[str, str]
     added: Sequence[Json] = ()
+
+
+def _checked(read: _Read) -> _Read:
+    """What was read, if it is made of what it should be made of: JSON may hold anything.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not set(map(type, read.vocabulary.values())) <= {int}:
+        raise ValueError("the vocabulary has ids that are no whole numbers")
+    if not isinstance(read.added, list | tuple) or not all(isinstance(entry, dict) for entry in read.added):
+        raise ValueError("added_tokens is no list of tokens")
+    return read
 
 
 def _fast(beside: Companions) -> _Read:

@@ -36,7 +36,7 @@ def pieces_of(model: bytes) -> list[tuple[str, float, int]]:
                     kind = entry
             found.append((text, score, kind))
     if not found:
-        raise ValueError("no pieces, so it is no SentencePiece model")
+        raise ValueError("no pieces, so it is not a SentencePiece model")
     return found
 
 
@@ -95,7 +95,7 @@ def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
         elif wire in (BYTES_64, BYTES_32):
             size = 8 if wire == BYTES_64 else 4
         else:
-            raise ValueError(f"wire type {wire} at byte {at}: no protocol buffer")
+            raise ValueError(f"wire type {wire} at byte {at}: not a protocol buffer")
         if at + size > len(raw):
             raise ValueError("it ends in the middle of a field")
         yield number, raw[at : at + size]

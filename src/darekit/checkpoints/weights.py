@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,9 @@ VARIANT_NAME = re.compile(
     r"(?:model|pytorch_model|diffusion_pytorch_model)(?:-\d+-of-\d+)?\.(?P<variant>[^.]+?)(?:-\d+-of-\d+)?"
     r"\.(?:safetensors|bin)"
 )
+
+VALUE_HEAD = "value_head.bin"  # of LLaMA-Factory
+COPIES = ("consolidated", "model.", "model-", "pytorch_model")  # how files that hold the same model again begin
 
 Kind = Literal["safetensors", "pickle"]
 KINDS: tuple[Kind, ...] = ("safetensors", "pickle")
@@ -59,7 +62,7 @@ def find_weights(directory: Path) -> Weights:
     for kind in KINDS:
         # A variant (fp16) is somebody's second copy: it counts only where there is no other.
         if found := _find_standard(directory, kind) or _find_other(directory, kind, names, variants=False):
-            return found
+            return replace(found, notes=(*found.notes, *_unread(directory, found, names)))
     for kind in KINDS:
         if found := _find_other(directory, kind, names, variants=True):
             return found
@@ -175,6 +178,28 @@ def _find_other(directory: Path, kind: Kind, names: Sequence[str], *, variants: 
             "Restore the index, or give one file"
         )
     return None
+
+
+def _unread(directory: Path, found: Weights, names: Sequence[str]) -> Iterator[str]:
+    """Weights that no loader of the model asks for, and that may matter all the same, as a value head in a file of its
+    own. Second copies of the model (variants, Mistral's `consolidated`, shards of an older save) are not spoken of."""
+    read = {path.name for path in found.files}
+    series = {SERIES.sub("", name) for name in read}
+    others = [
+        name
+        for name in names
+        if (_is_weights(name, "safetensors") or name == VALUE_HEAD)
+        and name not in read
+        and SERIES.sub("", name) not in series
+        and not SHARD_NAME.fullmatch(name)
+        and not VARIANT_NAME.fullmatch(name)
+        and not name.startswith(COPIES)
+    ]
+    if others:
+        yield (
+            f"{label(str(directory))}: {some(others)} {'is' if len(others) == 1 else 'are'} neither read nor copied: "
+            f"the model is in {some([path.name for path in found.files], 2)}"
+        )
 
 
 def _is_weights(name: str, kind: Kind) -> bool:

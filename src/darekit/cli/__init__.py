@@ -123,6 +123,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model's name may hold what the terminal cannot show
+    first = next(iter(sys.argv[1:]), "")
+    if first.endswith((".yaml", ".yml")):
+        told = f"`dare check {first}` checks a recipe, `dare merge {first} OUT` merges it"
+        print(f"dare: {first!r} is no command: {told}", file=sys.stderr)
+        raise SystemExit(2)
     given = read_options(sys.argv[1:])
     if given.refused is not None:
         print(f"dare: {given.refused}", file=sys.stderr)

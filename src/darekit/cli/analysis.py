@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from darekit.cli.options import (
+    Device,
     DryRun,
+    Dtype,
     GpusPerWorker,
     Jobs,
     Json,
+    KeepDense,
     Ray,
     Threads,
     Vocab,
@@ -20,11 +23,6 @@ from darekit.cli.options import (
     errors_told,
     listed,
 )
-
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest available.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="Dtype to compute in; default: float32 on a CPU, else the model's own.")
-]
 
 
 def inspect(
@@ -89,9 +87,7 @@ def similarity(
     seeds: Annotated[
         list[str], typer.Option(metavar="N,...", help="Seeds for the masks; for several, use commas or repeat.")
     ] = ["0"],  # noqa: B006
-    keep_dense: Annotated[
-        list[str] | None, typer.Option(help="Tensors not to drop: embeddings, norms, biases, heads, or a glob pattern.")
-    ] = None,
+    keep_dense: KeepDense = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows to read.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 128,

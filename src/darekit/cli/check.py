@@ -25,7 +25,8 @@ from darekit.cli.options import (
 def check(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
     out: Annotated[
-        Path | None, typer.Argument(help="Where the output is to go: is there room, and nothing in its way?")
+        Path | None,
+        typer.Argument(help="Where the output would go: also check that it fits and nothing is in the way."),
     ] = None,
     seed: Seed = None,
     settings: Settings = None,
@@ -35,7 +36,7 @@ def check(
     stage: Stage = None,
     as_json: Json = False,
 ) -> None:
-    """Say all that is wrong with RECIPE and its models, from headers alone; exit with 1 where anything is."""
+    """List everything wrong with RECIPE and its models, from headers alone; exit with 1 if there is anything."""
     limit = bytes_of(shard_size)
     overrides = overrides_of(settings or [])
     with errors_told():

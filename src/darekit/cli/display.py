@@ -160,7 +160,7 @@ def show_report(report: Report, *, as_json: bool) -> None:
 
     holds = f"{counted(report.tensors, 'tensor')}, {count_of(report.parameters)} parameters"
     if not report.bytes_read and not report.bytes_written:
-        print(f"{report.output} is complete: {holds}; no tensor was left to write")
+        print(f"{report.output} is complete: {holds}; nothing was left to write")
         return
     print(f"Wrote {report.output}: {size_of(report.bytes_written)}, {holds}")
     shares = {model: f"{100 * kept / max(1, report.parameters):.3g} %" for model, kept in report.kept.items()}
@@ -291,8 +291,8 @@ def show_plan(
         )  # fmt: skip
     print_table(tables.table_of(("model", "mean drop rate", "kept", "elements", "r", "rho"), rows))
     if judgements:
-        tables.print_small("r: ||delta|| / ||base|| in a sample. kept: what is not dropped, with the deltas "
-                           "that are exactly 0. rho: how far dropping is predicted to move a layer's "
+        tables.print_small("r: ||delta|| / ||base|| in a sample. kept: what is not dropped, including "
+                           "deltas that are exactly 0. rho: how far dropping is predicted to move a layer's "
                            "output, relative to it; above 0.5 a merge is refused.")  # fmt: skip
     if (adapters := adapters_table(data["adapters"])) is not None:
         print()
@@ -459,7 +459,7 @@ def show_methods(name: str | None, *, as_json: bool) -> None:
             print(tables.wrapped(text, " " * len(first), first))
         print()
     print(tables.wrapped(
-        f"Any sparsifier goes before any merge method. {_other_names()}More about one of them: dare methods NAME"
+        f"Any sparsifier can precede any merge method. {_other_names()}For more about one: dare methods NAME"
     ))  # fmt: skip
 
 

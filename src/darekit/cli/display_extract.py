@@ -46,7 +46,7 @@ def show_plan(plan: ExtractPlan, *, as_json: bool) -> None:
         ("whole", _kinds([one.kind for one in saved])),
         ("left out", _kinds([one.kind for one in left])),
         ("memory", f"about {size_of(plan.peak_memory)}, with {counted(plan.threads, 'thread')}"),
-        ("time", f"about {time_of(max(1, round(plan.seconds)))} on this machine, and what reading takes"),
+        ("time", f"about {time_of(max(1, round(plan.seconds)))} on this machine, plus the time to read"),
     ])  # fmt: skip
     print()
     rows = [Planned(one.tensors[0].name, one.shape, one.count, one.tensors[0].group, plan.rank_of(one))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from darekit.searches.working import Status
 
 ENOUGH = 3  # candidates after which it can be said how long the others will take: some are stopped early, some not
-_PHASES = {"baselines": "judging what must be beaten", "search": "searching", "test": "asking the test data"}
+_PHASES = {"baselines": "judging the baselines", "search": "searching", "test": "evaluating on test data"}
 _UNITS = {"baselines": "baseline", "search": "candidate", "test": "model"}
 
 
@@ -202,7 +202,7 @@ def show_result(result: SearchResult, *, as_json: bool) -> None:
     asked = f"{counts['complete']} in full, {counts['stopped']} stopped, {counts['failed']} failed"
     reused = f", {counts['reused']} equal to others" if counts["reused"] else ""
     saved = f"; {counts['saved']:.0%} of {counts['items_without_rungs']} items saved" if counts["items"] else ""
-    front = f"{len(summary['front'])} candidates that nobody dominates" if summary["front"] else ""
+    front = f"{len(summary['front'])} undominated candidates" if summary["front"] else ""
     volume = f", hypervolume {summary['hypervolume']:.4g}" if summary["hypervolume"] is not None else ""
     tables.print_facts([
         ("judged", f"{counted(counts['trials'], 'candidate')}: {asked}{reused}{saved}"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from darekit.cli.options import GpusPerWorker, Jobs, Json, Ray, errors_told
+from darekit.cli.options import Device, Dtype, GpusPerWorker, Jobs, Json, Ray, errors_told
 
 if TYPE_CHECKING:
     from darekit.evaluation.comparison import Comparison
@@ -41,12 +41,8 @@ def evaluate(
     ] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows or questions per batch.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens per row of --data.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest available.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Dtype to compute in; default: float32 on a CPU, else the model's own.")
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     samples: Annotated[Path | None, typer.Option(help="Folder for the result of each row and question.")] = None,
     generate: Annotated[Path | None, typer.Option(help="Answer the instructions in this file, for AlpacaEval.")] = None,
     prompt: Annotated[

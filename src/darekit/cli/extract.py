@@ -38,13 +38,15 @@ def extract(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     rank: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rank of every module.")] = None,
     energy: Annotated[
-        float | None, typer.Option(metavar="X", help="Instead: share of each delta's squared norm to keep, 0.95.")
+        float | None,
+        typer.Option(metavar="X", help="Instead of --rank: share of each delta's squared norm to keep, such as 0.95."),
     ] = None,
     error: Annotated[
-        float | None, typer.Option(metavar="X", help="Instead: how much of each delta's norm may be lost, 0.05.")
+        float | None,
+        typer.Option(metavar="X", help="Instead of --rank: how much of each delta's norm may be lost, such as 0.05."),
     ] = None,
     max_rank: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="The most that --energy or --error may ask for.")
+        int | None, typer.Option(min=1, metavar="N", help="Largest rank that --energy or --error may choose.")
     ] = None,
     dtype: Annotated[FactorType, typer.Option(help="Number format of the factors.")] = FactorType.FLOAT32,
     save: Annotated[
@@ -54,9 +56,13 @@ def extract(
             help="What to save whole: norms, biases, heads, routers, embeddings; or none. Default: all but embeddings.",
         ),
     ] = None,
+    factors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KINDS", help="What else gets factors, as PEFT has them: embeddings, convolutions."),
+    ] = None,
     server: Annotated[
         Server | None,
-        typer.Option("--for", help="Keep to what this server loads: nothing saved whole, rank <= 512."),
+        typer.Option("--for", help="Write only what this server loads: nothing saved whole, rank <= 512."),
     ] = None,
     out_kind: Annotated[OutKind, typer.Option(help="Format of the adapter.")] = OutKind.PEFT,
     vocab: Annotated[
@@ -89,7 +95,7 @@ def extract(
         if dry_run:
             terms = terms_of(
                 rank=rank, energy=energy, error=error, max_rank=max_rank, dtype=dtype.value, save=kinds, server=word,
-                out_kind=out_kind.value, recipe=recipe_in(model),
+                out_kind=out_kind.value, recipe=recipe_in(model), factors=listed(factors or []),
             )  # fmt: skip
             with planned(base, model, terms, vocab=vocab.value, threads=threads, force=force) as plan:
                 for line in plan.notes:
@@ -99,8 +105,8 @@ def extract(
         with display.progress_bar("extracting", quiet=as_json) as progress:
             report = extract_adapter(
                 base, model, out, rank=rank, energy=energy, error=error, max_rank=max_rank, dtype=dtype.value,
-                save=kinds, server=word, out_kind=out_kind.value, vocab=vocab.value, threads=threads,
-                overwrite=overwrite, force=force, progress=progress, say=display.say_note,
+                save=kinds, factors=listed(factors or []), server=word, out_kind=out_kind.value, vocab=vocab.value,
+                threads=threads, overwrite=overwrite, force=force, progress=progress, say=display.say_note,
             )  # fmt: skip
         display_extract.show_report(report, as_json=as_json)
 

@@ -102,16 +102,16 @@ def read_options(words: Sequence[str]) -> Read:
         elif option == OUT_PATH:
             out.append(value)
         elif option in VALUES:
-            notes.append(f"{option} {value} is left out: {VALUES[option]}")
+            notes.append(f"{option} {value} is ignored: {VALUES[option]}")
         elif option == TRUNCATE:
             refused = (
-                f"{option}: write in the recipe which rows the output has: `vocab: base` drops those that the base "
+                f"{option}: say in the recipe which rows the output has: `vocab: base` drops those that the base "
                 "lacks (--set vocab=base), `tokenizer_source: union` matches rows by token"
             )
         elif option == TRUNCATE.replace("--", "--no-"):
             pass
         elif (switch := _switch_of(option)) is not None:
-            notes.append(f"{option} is left out: {SWITCHES[switch]}")
+            notes.append(f"{option} is ignored: {SWITCHES[switch]}")
         else:
             kept.append(word)
     return Read(kept + out, list(dict.fromkeys(notes)), cache, refused)

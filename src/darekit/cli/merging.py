@@ -15,8 +15,9 @@ from darekit.cli.options import (
     BaseExtras,
     DryRun,
     Force,
-    HeadsOf,
+    HeadsOption,
     Json,
+    KeepDense,
     Lenient,
     Overwrite,
     RescaleName,
@@ -27,8 +28,10 @@ from darekit.cli.options import (
     Settings,
     ShardSize,
     Stage,
+    Tau,
     Threads,
     Vocab,
+    VocabOption,
     bytes_of,
     drop_rate_of,
     errors_told,
@@ -82,12 +85,7 @@ def drop(
             "-p", "--drop-rate", metavar="P", help="Fraction of the delta to drop; auto: a rate for each tensor."
         ),
     ],
-    tau: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001, max=1, metavar="X", help="With -p auto: how far a layer's output may move; default 0.2."
-        ),
-    ] = None,
+    tau: Tau = None,
     method: Annotated[str, typer.Option(help="Sparsifier, which chooses what to drop: see `dare methods`.")] = "dare",
     rescale: Annotated[
         RescaleName | None, typer.Option(help="How survivors are rescaled; default: as the method does.")
@@ -97,20 +95,14 @@ def drop(
         typer.Option(min=0, max=1, metavar="Q", help="dare: divide survivors by Q instead of 1 - p (DAREx's q)."),
     ] = None,
     on: Annotated[Scope, typer.Option(help="Drop from the delta, or from the weights themselves.")] = Scope.DELTA,
-    keep_dense: Annotated[
-        list[str] | None, typer.Option(help="Tensors not to drop: embeddings, norms, biases, heads, or a glob pattern.")
-    ] = None,
+    keep_dense: KeepDense = None,
     window: Annotated[float | None, typer.Option(help="della: width of the range of keep probabilities.")] = None,
     gamma: Annotated[
         float | None, typer.Option(help="breadcrumbs: fraction of the largest magnitudes to drop.")
     ] = None,
     seed: Seed = None,
-    vocab: Annotated[
-        Vocab, typer.Option(help="If vocabularies differ: refuse, cut to the base's rows, or keep extra rows.")
-    ] = Vocab.STRICT,
-    heads: Annotated[
-        HeadsOf | None, typer.Option(help="Copy the heads (classifiers, lm_head) from one of the two.")
-    ] = None,
+    vocab: VocabOption = Vocab.STRICT,
+    heads: HeadsOption = None,
     base_extras: Annotated[
         BaseExtras, typer.Option(help="Parts that only BASE has (token prediction, a pooler): keep or leave out.")
     ] = BaseExtras.KEEP,
@@ -222,7 +214,7 @@ def _join(
 
     if resume or allow_nonfinite:
         word = "--resume" if resume else "--allow-nonfinite"
-        raise PlanError(f"{word} is of merges that write a model, and this recipe says output: adapter; leave it out")
+        raise PlanError(f"{word} is for merges that write a model, but this recipe has output: adapter; leave it out")
     terms = terms_of(
         rank=None, energy=None, error=None, max_rank=None, dtype="float32", save=None, server=None, out_kind="peft",
         recipe=recipe,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +26,7 @@ Settings = Annotated[
 ]
 Lenient = Annotated[
     bool,
-    typer.Option("--lenient", help="Warn of unknown keys and settings without effect, as mergekit ignores them."),
+    typer.Option("--lenient", help="Only warn about unknown keys and settings without effect, which mergekit ignores."),
 ]
 Stage = Annotated[
     str | None,
@@ -50,7 +51,7 @@ Jobs = Annotated[
         min=1,
         max=256,
         metavar="N",
-        help="Processes to run, or workers on a cluster; each holds one model. Default: 1; on a cluster its room.",
+        help="Processes to run, or workers on a cluster; each holds one model. Default: 1; on a cluster, what fits.",
     ),
 ]
 Ray = Annotated[
@@ -58,7 +59,7 @@ Ray = Annotated[
     typer.Option(
         "--ray",
         metavar="[ADDRESS]",
-        help="Work on the Ray cluster at ADDRESS (or RAY_ADDRESS); without one, on a cluster that is started here.",
+        help="Run on the Ray cluster at ADDRESS (or RAY_ADDRESS); without an address, start one on this machine.",
     ),
 ]
 GpusPerWorker = Annotated[
@@ -140,6 +141,23 @@ class PackVocab(StrEnum):
     BASE = "base"
 
 
+KeepDense = Annotated[
+    list[str] | None, typer.Option(help="Tensors not to drop: embeddings, norms, biases, heads, or a glob pattern.")
+]
+Tau = Annotated[
+    float | None,
+    typer.Option(min=0.001, max=1, metavar="X", help="With -p auto: how far a layer's output may move; default 0.2."),
+]
+VocabOption = Annotated[
+    Vocab, typer.Option(help="If vocabularies differ: refuse, cut to the base's rows, or keep extra rows.")
+]
+HeadsOption = Annotated[HeadsOf | None, typer.Option(help="Copy the heads (classifiers, lm_head) from one of the two.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest available.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Dtype to compute in; default: float32 on a CPU, else the model's own.")
+]
+
+
 def drop_rate_of(text: str | None) -> float | str | None:
     """`0.9` or `auto`; anything else is a usage error."""
     if text is None or text == "auto":
@@ -206,19 +224,38 @@ def overrides_of(settings: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def errors_told(resumes: bool = False) -> Iterator[None]:
-    """An error on purpose becomes its message and exit code 1; anything else is a bug and shows its stack."""
+    """An error on purpose becomes its message and exit code 1, and so does what the system has against a file that was
+    named; anything else is a bug and shows its stack."""
     try:
         yield
     except DarekitError as error:
-        from darekit.cli import tables
-
-        if "--json" in sys.argv:
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        print(tables.told(f"dare: {error}"), file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise _told(error, str(error)) from None
     except KeyboardInterrupt:
         told = "; nothing was written to OUT (--resume continues)" if resumes else ""
         print(f"dare: interrupted{told}", file=sys.stderr)
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        if error.filename is None:
+            if not _has_directory():
+                raise _told(error, "the working directory does not exist any more: run from another one") from None
+            raise
+        raise _told(error, f"{error.filename}: {error.strerror or error}") from None
+
+
+def _has_directory() -> bool:
+    try:
+        return bool(Path.cwd())
+    except OSError:
+        return False
+
+
+def _told(error: Exception, message: str) -> typer.Exit:
+    """The message is printed; what ends the command."""
+    from darekit.cli import tables
+
+    if "--json" in sys.argv:
+        print(json.dumps({"error": type(error).__name__, "message": message}))
+    print(tables.told(f"dare: {message}"), file=sys.stderr)
+    return typer.Exit(1)

@@ -13,12 +13,14 @@ from darekit.cli.options import (
     ExportTarget,
     Force,
     Json,
+    KeepDense,
     Overwrite,
     PackRescale,
     PackVocab,
     Resume,
     Seed,
     ShardSize,
+    Tau,
     Threads,
     bytes_of,
     drop_rate_of,
@@ -40,12 +42,7 @@ def pack(
             "-p", "--drop-rate", metavar="P", help="Fraction of the delta to drop; auto: a rate for each tensor."
         ),
     ] = None,
-    tau: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001, max=1, metavar="X", help="With -p auto: how far a layer's output may move; default 0.2."
-        ),
-    ] = None,
+    tau: Tau = None,
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Drop nothing: store the exact model, compressed.")
     ] = False,
@@ -62,9 +59,7 @@ def pack(
         typer.Option(help="Compress values: if that saves 5 % (auto), if it saves anything (zstd), or never (none)."),
     ] = Codec.AUTO,
     rescale: Annotated[PackRescale, typer.Option(help="How survivors are rescaled.")] = PackRescale.PAPER,
-    keep_dense: Annotated[
-        list[str] | None, typer.Option(help="Tensors not to drop: embeddings, norms, biases, heads, or a glob pattern.")
-    ] = None,
+    keep_dense: KeepDense = None,
     seed: Seed = None,
     vocab: Annotated[
         PackVocab, typer.Option(help="If vocabularies differ: refuse, or keep the base's rows.")

@@ -11,7 +11,18 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli.options import HeadsOf, Json, Seed, Threads, Vocab, check_fraction, errors_told
+from darekit.cli.options import (
+    Device,
+    Dtype,
+    HeadsOption,
+    Json,
+    Seed,
+    Threads,
+    Vocab,
+    VocabOption,
+    check_fraction,
+    errors_told,
+)
 
 
 def recommend(
@@ -49,19 +60,13 @@ def recommend(
         typer.Option(help="Tensors not to drop; default: embeddings, norms and biases; none: drop from all."),
     ] = None,
     seed: Seed = None,
-    vocab: Annotated[
-        Vocab, typer.Option(help="If vocabularies differ: refuse, cut to the base's rows, or keep extra rows.")
-    ] = Vocab.STRICT,
-    heads: Annotated[
-        HeadsOf | None, typer.Option(help="Copy the heads (classifiers, lm_head) from one of the two.")
-    ] = None,
+    vocab: VocabOption = Vocab.STRICT,
+    heads: HeadsOption = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows of --data to read.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the fastest available.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Dtype to compute in; default: float32 on a CPU, else the model's own.")
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     tensors: Annotated[
         bool, typer.Option("--tensors", help="Show a row for every tensor instead of every kind.")
     ] = False,

@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from darekit.cli.analysis import Device, Dtype
-from darekit.cli.options import DryRun, GpusPerWorker, Jobs, Json, Ray, Threads, errors_told
+from darekit.cli.options import Device, DryRun, Dtype, GpusPerWorker, Jobs, Json, Ray, Threads, errors_told
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -25,7 +24,7 @@ def search(
         typer.Option(min=1, metavar="N", help="Candidates to judge, all runs together; default: the file's, or 60."),
     ] = None,
     time: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Begin no candidate after this time: 90s, 30min, 2h.")
+        str | None, typer.Option(metavar="TIME", help="Start no new candidate after this time: 90s, 30min, 2h.")
     ] = None,
     jobs: Jobs = None,
     ray: Ray = None,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from darekit.cli.options import Json, Overwrite, Resume, bytes_of, errors_told
+from darekit.cli.options import Device, Json, Overwrite, Resume, bytes_of, errors_told
 
 stats = typer.Typer(
     help="Compute what fisher and regmean need to know about a model, from data (needs torch).",
@@ -28,7 +28,6 @@ MaxLength = Annotated[
     int | None, typer.Option(min=2, help="Tokens per example; default: the model's limit, at most 2048.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest available.")]
 Memory = Annotated[
     str | None,
     typer.Option(

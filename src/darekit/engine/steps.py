@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from darekit.checkpoints import FileRange, Places, Source, TensorInfo, traits_of
 from darekit.dtypes import DType, dtype_named
 from darekit.methods import MERGE_METHODS, SUM
-from darekit.methods.spherical import Vectors
+from darekit.methods.kinds import Vectors
 
 # Of what the engine writes and records. Raised when equal steps would give other bytes or other records than before: no
 # run is resumed across it.

@@ -22,16 +22,8 @@ from darekit.engine.selection import Select, ShareOf
 from darekit.engine.steps import Merge
 from darekit.kernels import cpu
 from darekit.methods import MERGE_METHODS
-from darekit.methods.surveyed import (
-    DIVISOR_TINY,
-    Survey,
-    agreeing_mean,
-    amplified,
-    index_of,
-    passes_before,
-    shared_and_unique,
-    variance,
-)
+from darekit.methods.kinds import Survey, passes_before
+from darekit.methods.surveyed import DIVISOR_TINY, agreeing_mean, amplified, index_of, shared_and_unique, variance
 
 Mask = npt.NDArray[np.bool_]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -220,13 +220,17 @@ class StepRun:
         """Elements of base and models as they are stored, (2n,) uint8 and (K, n) uint16, and room for the output's."""
         step = self.step
         base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
-        if step.base is None:
-            base_raw[...] = 0
-        else:
-            self.read(step.base, step.begin + start, count, base_raw)
+        self._read_base(start, count, base_raw)
         for model, raw in zip(step.models, raws, strict=True):
             self.read(model, step.begin + start, count, raw.view(np.uint8))
         return base_raw, raws, out
+
+    def _read_base(self, start: int, count: int, base_raw: Bytes) -> None:
+        """The base's elements as they are stored; 0 where there is no base."""
+        if self.step.base is None:
+            base_raw[...] = 0
+        else:
+            self.read(self.step.base, self.step.begin + start, count, base_raw)
 
     def _measure(self, busy: dict[int, int], stop: threading.Event) -> None:
         """One pass in which each model's first stage that is not ready measures what the ones before it leave."""
@@ -291,23 +295,20 @@ class StepRun:
     def merge(self, begin: int, end: int, stop: threading.Event) -> None:
         """The tiles of elements begin .. end, from disk to disk."""
         self.begin()
-        if self.fused is not None and begin % BLOCK == 0 and self.tile % BLOCK == 0:
-            size = self.tile if any(self.known) else TILES * self.tile
-            for start in range(begin, end, size):
-                if stop.is_set():
-                    return
-                self._absorb(self.fused, start, min(size, end - start))
-            return
-        if self.fused_survey is not None and self.tile % BLOCK == 0:
-            for start in range(begin, end, TILES * self.tile):
-                if stop.is_set():
-                    return
-                self._absorb_surveyed(self.fused_survey, start, min(TILES * self.tile, end - start))
-            return
-        for start in range(begin, end, self.tile):
+        merge, size = self._lane(begin)
+        for start in range(begin, end, size):
             if stop.is_set():
                 return
-            self.merge_tile(start, min(self.tile, end - start))
+            merge(start, min(size, end - start))
+
+    def _lane(self, begin: int) -> tuple[Callable[[int, int], None], int]:
+        """What merges the elements from `begin` on, given the first and how many; and how many it takes at once."""
+        in_blocks = self.tile % BLOCK == 0
+        if self.fused is not None and in_blocks and begin % BLOCK == 0:
+            return partial(self._absorb, self.fused), self.tile if any(self.known) else TILES * self.tile
+        if self.fused_survey is not None and in_blocks:
+            return partial(self._absorb_surveyed, self.fused_survey), TILES * self.tile
+        return self.merge_tile, self.tile
 
     def _absorb_surveyed(self, fused: FusedSurvey, start: int, count: int) -> None:
         """Several tiles through the one kernel; the general way takes over where a value is NaN or Inf."""
@@ -334,10 +335,7 @@ class StepRun:
         if fused.in_place(step.begin + start, count):
             base_raw, raws, out = self.hands.scratch.raw_only(len(step.models), count)
             deltas = self.hands.scratch.blocks.deltas(len(step.models), count if any(self.known) else 0)
-            if step.base is None:
-                base_raw[...] = 0
-            else:
-                self.read(step.base, step.begin + start, count, base_raw)
+            self._read_base(start, count, base_raw)
             for k, (model, known) in enumerate(zip(step.models, self.known, strict=True)):
                 if known is None:
                     self.read(model, step.begin + start, count, raws[k].view(np.uint8))
@@ -366,46 +364,60 @@ class StepRun:
         scratch = self.load(start, count, final=True)
         if self.hands.broken.is_set():
             return
-        for k, chain in enumerate(self.chains):
-            taken = self.taken[k]
-            for i, stage in enumerate(chain):
-                if i == 0 and taken is not None:
-                    self.kept[step.owners[k], i] += taken
-                else:
-                    self.kept[step.owners[k], i] += stage.apply(scratch.deltas[k], start)
-            if not chain:
-                self.kept[step.owners[k], 0] += count
+        self._apply_chains(scratch, start, count)
         out = scratch.out[: count * step.dtype.itemsize]
         if step.verbatim and self.bad_at is None and self.known[0] is None:
             overflowed = self._verbatim(scratch, start, count, out)
         else:
-            if is_per_row(step):
-                merged, self.coefficients[start] = merge_rows(step, scratch.base, scratch.deltas, self.bad_at)
-            elif self.by_column is not None:
-                merged = self.by_column.merge(scratch.base, scratch.deltas, start)
-            elif self.surveyor is not None:
-                merged, survivors = self.surveyor.merge(scratch.base, scratch.deltas, start)
-                for k, owner in enumerate(step.owners):
-                    self.kept[owner, max(1, len(self.chains[k]))] += survivors
-            else:
-                merged = self.combine(scratch.deltas, scratch.merged, start)
-            if step.base_weight:
-                merged += merged.dtype.type(step.base_weight) * scratch.base
-            if self.bad_at is not None:  # a method that mixes columns has made something of the others
-                merged[self.bad_at] = 0
-            words = self._words(start, count)
-            if step.base is None or step.on_weights:
-                overflowed = kernels.round_to(merged, step.dtype, out, words)
-                if self.bad_at is not None and step.base is not None:
-                    self._put_base(scratch, self.bad_at, count, out)
-            else:
-                base_raw = scratch.base_raw[: count * step.base.dtype.itemsize]
-                overflowed = kernels.add_round(
-                    base_raw, step.base.dtype, scratch.base, merged, step.factor, step.dtype, out, words
-                )
-            if step.base is not None:
-                self._count(step.base.dtype, scratch, merged, start, count, out)
+            overflowed = self._round(scratch, self._merged(scratch, start), start, count, out)
         self._write(out, start, overflowed)
+
+    def _apply_chains(self, scratch: Scratch, start: int, count: int) -> None:
+        """Each model's stages, on its delta in place; what survives each of them is counted."""
+        for k, (chain, owner) in enumerate(zip(self.chains, self.step.owners, strict=True)):
+            taken = self.taken[k]
+            for i, stage in enumerate(chain):
+                if i == 0 and taken is not None:
+                    self.kept[owner, i] += taken
+                else:
+                    self.kept[owner, i] += stage.apply(scratch.deltas[k], start)
+            if not chain:
+                self.kept[owner, 0] += count
+
+    def _merged(self, scratch: Scratch, start: int) -> Floats:
+        """What the merge method makes of a tile's deltas: (n,), before `lambda`."""
+        step = self.step
+        if is_per_row(step):
+            merged, self.coefficients[start] = merge_rows(step, scratch.base, scratch.deltas, self.bad_at)
+        elif self.by_column is not None:
+            merged = self.by_column.merge(scratch.base, scratch.deltas, start)
+        elif self.surveyor is not None:
+            merged, survivors = self.surveyor.merge(scratch.base, scratch.deltas, start)
+            for k, owner in enumerate(step.owners):
+                self.kept[owner, max(1, len(self.chains[k]))] += survivors
+        else:
+            merged = self.combine(scratch.deltas, scratch.merged, start)
+        if step.base_weight:
+            merged += merged.dtype.type(step.base_weight) * scratch.base
+        if self.bad_at is not None:  # a method that mixes columns has made something of the others
+            merged[self.bad_at] = 0
+        return merged
+
+    def _round(self, scratch: Scratch, merged: Floats, start: int, count: int, out: Bytes) -> int:
+        """base + lambda * merged, or merged itself, rounded to `out`; -> how many values do not fit its format."""
+        step, words = self.step, self._words(start, count)
+        if step.base is None or step.on_weights:
+            overflowed = kernels.round_to(merged, step.dtype, out, words)
+            if self.bad_at is not None and step.base is not None:
+                self._put_base(scratch, self.bad_at, count, out)
+        else:
+            base_raw = scratch.base_raw[: count * step.base.dtype.itemsize]
+            overflowed = kernels.add_round(
+                base_raw, step.base.dtype, scratch.base, merged, step.factor, step.dtype, out, words
+            )
+        if step.base is not None:
+            self._count(step.base.dtype, scratch, merged, start, count, out)
+        return overflowed
 
     def _words(self, start: int, count: int) -> npt.NDArray[np.uint32] | None:
         """What rounds the elements from `start` on; None: to nearest."""

@@ -95,7 +95,7 @@ def answer(
     import torch
 
     if live.task != CAUSAL or live.tokenizer is None:
-        what = live.kind if live.task != CAUSAL else "the model has no tokenizer beside it"
+        what = live.kind if live.task != CAUSAL else "the model has no tokenizer"
         raise DataError(f"{what}; answers to instructions need a causal model with its tokenizer")
     ids = [_ids(live.tokenizer, question, prompt) for question in questions]
     for question, one in zip(questions, ids, strict=True):

@@ -142,7 +142,7 @@ class Harness:
 
     def _asked(self, live: LiveModel, places: Mapping[str, Sequence[int]] | None) -> dict[str, Any]:
         if live.task != CAUSAL or live.tokenizer is None:
-            what = f"{live.kind}: {rows_of(live.model)}" if live.task != CAUSAL else "it has no tokenizer beside it"
+            what = f"{live.kind}: {rows_of(live.model)}" if live.task != CAUSAL else "it has no tokenizer"
             raise DataError(f"lm-eval's tasks need a causal model, but {what}")
         refuse_foresight(live)
         what = f"running {', '.join(self.names)} in batches of {self.batch_size}"

@@ -18,8 +18,9 @@ import numpy as np
 from darekit.checkpoints import OutputFile, OutputTensor, lay_out, natural_key
 from darekit.errors import DataError
 from darekit.extraction.deltas import Reader
+from darekit.extraction.layers import TIED_BY_PEFT
 from darekit.extraction.modules import EXPERT_PARAMETERS, Saved, suffixes
-from darekit.extraction.running import Module, Spool
+from darekit.extraction.running import Module, Place, Spool
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -78,6 +79,8 @@ def config_of(
     known = {one.target.name: _parameter_of(one, experts=experts) for one in modules}
     parameters = [name for name in known.values() if name is not None]
     layers = [name for name, parameter in known.items() if parameter is None]
+    # PEFT ties what it finds by one of these two names, and takes the head from the targets again.
+    layers += [head for one in modules for head in one.target.heads if not one.target.name.endswith(TIED_BY_PEFT)]
     rank = max((one.rank for one in modules), default=1)
     called = {name: parameter or name for name, parameter in known.items()}
     less = {
@@ -95,7 +98,9 @@ def config_of(
         "auto_mapping": None,
         "base_model_name_or_path": base,
         "bias": "all" if any(one.module is None for one in saved) else "none",
-        "fan_in_fan_out": any(one.target.transposed and one.target.parameter is None for one in modules),
+        "fan_in_fan_out": any(
+            one.target.transposed and one.target.parameter is None and not one.target.table for one in modules
+        ),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -112,7 +117,7 @@ def config_of(
         "use_dora": False,
         "use_rslora": False,
     }
-    if embeddings and tied:
+    if (embeddings and tied) or any(one.target.heads for one in modules):
         found["ensure_weight_tying"] = True
     if parameters:
         found["target_parameters"] = sorted(parameters, key=natural_key)
@@ -145,16 +150,20 @@ def _pattern(name: str, names: Collection[str]) -> str:
     return f"^{re.escape(name)}" if any(one.endswith(f".{name}") for one in names) else name
 
 
-def keys_of(modules: Sequence[Module]) -> Iterator[tuple[str, Module, str]]:
-    """(key in the file, module, "a" or "b"). Of two parameters of one module the first is wrapped by the second."""
+def keys_of(modules: Sequence[Module]) -> Iterator[tuple[str, Place]]:
+    """(key in the file, where the factor lies). Of two parameters of one module the first is wrapped by the second."""
     parameters = {one.target.name for one in modules if one.target.parameter is not None}
     for one in modules:
         where = one.target.module
         if one.target.parameter is not None:
             later = EXPERT_PARAMETERS[EXPERT_PARAMETERS.index(one.target.parameter) + 1 :]
             where += ".base_layer" * sum(f"{one.target.module}.{other}" in parameters for other in later)
-        for role in ("a", "b"):
-            yield f"{PREFIX}{where}.lora_{role.upper()}.weight", one, role
+        names = ("lora_embedding_A", "lora_embedding_B") if one.target.table else ("lora_A.weight", "lora_B.weight")
+        for name, place in zip(names, (one.a, one.b), strict=True):
+            yield f"{PREFIX}{where}.{name}", place
+        for head in one.target.heads:
+            for role, place in zip("AB", one.turned or (), strict=True):
+                yield f"{PREFIX}{head}.lora_{role}.weight", place
 
 
 def key_of_saved(one: Saved, modules: Collection[str]) -> str:
@@ -176,10 +185,10 @@ def write(
     metadata: Mapping[str, str],
 ) -> int:
     """Write both files into an empty folder -> bytes of the weights' file."""
-    factors = {key: (one, role) for key, one, role in keys_of(modules)}
+    factors = dict(keys_of(modules))
     owners = {one.target.module for one in modules}
     wholes = {key_of_saved(one, owners): one for one in saved}
-    tensors = [OutputTensor(key, dtype, (one.a if role == "a" else one.b)[1]) for key, (one, role) in factors.items()]
+    tensors = [OutputTensor(key, dtype, shape) for key, (_, shape) in factors.items()]
     tensors += [OutputTensor(key, one.tensor.dtype, one.tensor.shape) for key, one in wholes.items()]
     (shard,) = lay_out(sorted(tensors, key=lambda one: natural_key(one.name)), 1 << 62, metadata=metadata)
     file = OutputFile.create(folder / WEIGHTS, shard.size)
@@ -188,8 +197,7 @@ def write(
         for place in shard.placements:
             at = place.offset
             if place.name in factors:
-                one, role = factors[place.name]
-                begin = (one.a if role == "a" else one.b)[0]
+                begin = factors[place.name][0]
                 for start in range(0, place.nbytes, 1 << 24):
                     raw = np.empty(min(1 << 24, place.nbytes - start), np.uint8)
                     spool.get(begin + start, raw)

@@ -27,7 +27,7 @@ from darekit.engine.steps import TRIM, Input, Merge, StageSpec
 from darekit.errors import DataError
 from darekit.extraction.deltas import are_same
 from darekit.extraction.factors import NOISE, Doubles, Factors, Matrix
-from darekit.extraction.modules import Block, Target
+from darekit.extraction.targets import Block, Target
 from darekit.inputs.adapters.products import Pair
 from darekit.inputs.adapters.sources import AdaptedSource
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
@@ -292,7 +292,7 @@ def _run(step: Merge, cores: Sequence[Matrix]) -> Matrix:
     merged = np.empty(count, np.float32)
     Computed(workshop, step.name, b"").read_into(merged.view(np.uint8), 0)
     if not np.isfinite(merged).all():
-        raise DataError(f"{step.name}: NaN or Inf came of merging the adapters' cores")
+        raise DataError(f"{step.name}: merging the adapters' cores gave NaN or Inf")
     return merged.reshape(shape)
 
 

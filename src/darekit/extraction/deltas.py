@@ -16,7 +16,7 @@ from darekit.checkpoints import FileRange, Source, TensorInfo, traits_of
 from darekit.dtypes import Bytes, Floats, dtype_named
 from darekit.errors import DataError
 from darekit.extraction.factors import Matrix
-from darekit.extraction.modules import Block
+from darekit.extraction.targets import Block
 from darekit.planning.matching.alignment import AlignedTensor
 
 TILE = 65536  # elements

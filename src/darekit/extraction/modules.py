@@ -15,6 +15,8 @@ from typing import Any
 
 from darekit.architectures.families import Facts
 from darekit.dtypes import dtype_named
+from darekit.extraction.layers import convolution, model_types, table
+from darekit.extraction.targets import Block, Target
 from darekit.planning.matching.alignment import AlignedTensor, Alignment
 
 SAVES = ("norms", "biases", "heads", "routers", "embeddings")  # what may be saved whole
@@ -37,63 +39,9 @@ REFUSED = {
 }
 
 # The parameters of a module of experts, in the order in which it has them: PEFT wraps the second around the first.
-EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+EXPERT_PARAMETERS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 _STACKED = {("MergeModulelist",): (0,), ("MergeModulelist", "Concatenate"): (0, 1)}
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of a stored tensor: elements from `begin` on, (rows, columns)."""
-
-    tensor: AlignedTensor
-    begin: int
-    shape: tuple[int, int]
-
-    @property
-    def count(self) -> int:
-        """Elements."""
-        return self.shape[0] * self.shape[1]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A module that gets factors.
-
-    Attributes:
-        name: the module's; of experts the parameter's.
-        matrices: what it computes with: one matrix, or one for each expert; of each the blocks that lie upon each other
-            in it, as they are stored.
-        transposed: matrices are stored [in, out].
-        parameter: of experts in one parameter: its own name; None: an ordinary layer.
-    """
-
-    name: str
-    matrices: tuple[tuple[Block, ...], ...]
-    transposed: bool = False
-    parameter: str | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of one matrix."""
-        blocks = self.matrices[0]
-        rows, columns = sum(block.shape[0] for block in blocks), blocks[0].shape[1]
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    @property
-    def count(self) -> int:
-        """Elements of all matrices."""
-        return len(self.matrices) * self.shape[0] * self.shape[1]
-
-    @property
-    def tensors(self) -> tuple[AlignedTensor, ...]:
-        """What it is stored in."""
-        return tuple({block.tensor.name: block.tensor for blocks in self.matrices for block in blocks}.values())
-
-    @property
-    def module(self) -> str:
-        """The module's name; of a parameter, its module's."""
-        return self.name.rpartition(".")[0] if self.parameter else self.name
 
 
 @dataclass(frozen=True)
@@ -125,7 +73,13 @@ class Selection:
 
 
 def select(
-    alignment: Alignment, facts: Facts, config: Mapping[str, Any], *, save: Collection[str], for_vllm: bool
+    alignment: Alignment,
+    facts: Facts,
+    config: Mapping[str, Any],
+    *,
+    save: Collection[str],
+    factors: Collection[str],
+    for_vllm: bool,
 ) -> Selection:
     """What becomes of each tensor that base and model have.
 
@@ -134,6 +88,7 @@ def select(
         facts: of the class that will load the adapter.
         config: its config.
         save: kinds of `SAVES`.
+        factors: kinds of `layers.FACTORS`.
         for_vllm: names as stored, experts one by one, no output embedding.
     """
     names = _names(alignment, facts, as_stored=for_vllm)
@@ -149,6 +104,13 @@ def select(
             continue
         if tensor.name in twice:
             found.left_out.append(LeftOut(tensor, kind, "the base ties it to another tensor, and the model does not"))
+        elif kind == "embeddings" and "embeddings" in factors and (own := table(name, tensor, facts, tensors)):
+            found.targets += [own] if isinstance(own, Target) else []
+            found.left_out += [] if isinstance(own, Target) else [LeftOut(tensor, kind, own)]
+        elif kind == "biases" and last in EXPERT_PARAMETERS and len(tensor.shape) == 2 and _are_kept(save, for_vllm):
+            found.targets.append(
+                Target(name, ((Block(tensor, 0, (tensor.shape[0], tensor.shape[1])),),), parameter=last)
+            )
         elif kind in SAVES:
             _save(found, name, tensor, kind, tensors, save, facts, routers, for_vllm=for_vllm)
         elif for_vllm and facts.is_output_embedding(tensor.name):
@@ -163,18 +125,29 @@ def select(
             if module.rpartition(".")[2] in REFUSED.get(facts.model_type or "", ()):
                 found.left_out.append(LeftOut(tensor, kind, "PEFT refuses adapters on this layer"))
             elif parts is None:
-                why = "transformers makes another matrix of it in memory"
+                why = "transformers turns it into another matrix in memory"
                 found.left_out.append(LeftOut(tensor, kind, why))
             else:
                 found.targets += parts
+        elif "convolutions" in factors and (layer := convolution(name, tensor, facts, config)) is not None:
+            found.targets.append(layer)
         else:
-            what = "a convolution" if last == "weight" else f"a parameter of shape {list(tensor.shape)}"
-            found.left_out.append(LeftOut(tensor, kind, f"{what} is no matrix times its input"))
+            what = f"a parameter of shape {list(tensor.shape)} is not a matrix times its input"
+            if last == "weight":
+                what = "a convolution; `--factors convolutions` writes its factors"
+            if last == "weight" and "convolutions" in factors:
+                what = "a convolution that may have groups or be transposed: its layer is not known"
+            found.left_out.append(LeftOut(tensor, kind, what))
     for parameter, blocks in experts.items():
         _stack(found, parameter, blocks)
     _complete(found, tensors)
     _tie(found, tensors, facts)
     return found
+
+
+def _are_kept(save: Collection[str], for_vllm: bool) -> bool:
+    """Whether biases of experts get factors: PEFT cannot replace them, but it takes a parameter for a matrix."""
+    return "biases" in save and not for_vllm
 
 
 def _names(alignment: Alignment, facts: Facts, *, as_stored: bool) -> dict[str, str]:
@@ -241,11 +214,11 @@ def _save(
         why = "vLLM takes no modules that are saved whole" if for_vllm else f"not saved unless asked for (save {kind})"
         found.left_out.append(LeftOut(tensor, kind, why))
     elif facts.conversion(tensor.name) is not None:
-        found.left_out.append(LeftOut(tensor, kind, "transformers makes another tensor of it in memory"))
+        found.left_out.append(LeftOut(tensor, kind, "transformers turns it into another tensor in memory"))
     elif last in ("weight", "bias"):
         found.saved.append(Saved(name, tensor, kind, None if kind == "biases" else module))
     else:
-        found.left_out.append(LeftOut(tensor, kind, "PEFT saves modules whole, and this parameter is no module's own"))
+        found.left_out.append(LeftOut(tensor, kind, "PEFT saves whole modules, and this parameter is not one"))
 
 
 def _complete(found: Selection, tensors: Mapping[str, AlignedTensor]) -> None:
@@ -301,7 +274,7 @@ def _stack(found: Selection, parameter: str, blocks: Mapping[tuple[int, int], Bl
     whole = len(blocks) == len(experts) * len(kinds) and experts == list(range(len(experts)))
     last = parameter.rpartition(".")[2]
     if not whole or last not in EXPERT_PARAMETERS or len({block.shape[1] for block in blocks.values()}) > 1:
-        why = "its experts are not all there, or not alike"
+        why = "its experts are incomplete, or differ in shape"
         found.left_out += [LeftOut(block.tensor, "matrices", why) for block in blocks.values()]
         return
     matrices = tuple(tuple(blocks[expert, kind] for kind in kinds) for expert in experts)
@@ -311,9 +284,7 @@ def _stack(found: Selection, parameter: str, blocks: Mapping[tuple[int, int], Bl
 def _fused(name: str, tensor: AlignedTensor, facts: Facts, config: Mapping[str, Any]) -> Target:
     """Experts that are stored as one tensor, (experts, rows, columns)."""
     experts, rows, columns = tensor.shape
-    types = {facts.model_type, config.get("model_type"), *(
-        part.get("model_type") for part in config.values() if isinstance(part, Mapping)
-    )}  # fmt: skip
+    types = model_types(facts, config)
     matrices = tuple((Block(tensor, i * rows * columns, (rows, columns)),) for i in range(experts))
     return Target(name, matrices, not types.isdisjoint(EXPERTS_IN_OUT), name.rpartition(".")[2])
 

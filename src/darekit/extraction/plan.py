@@ -21,7 +21,9 @@ from darekit.engine.costs import INTERPRETER_BYTES
 from darekit.errors import HomologyError, PlanError
 from darekit.extraction import factors
 from darekit.extraction.cores import adapters_in, is_thin
-from darekit.extraction.modules import SAVED, SAVES, Selection, Target, select
+from darekit.extraction.layers import FACTORS
+from darekit.extraction.modules import SAVED, SAVES, Selection, select
+from darekit.extraction.targets import Target
 from darekit.inputs.opening import packed_seed
 from darekit.machine import default_threads, free_host_memory
 from darekit.planning.homology import judge, sample_norms
@@ -53,6 +55,7 @@ class Terms:
         dtype: of the factors, by its safetensors name.
         save: the kinds of tensors that are saved whole.
         server: whose rules are kept; None: PEFT's alone.
+        factors: what gets factors besides layers of matrices: embeddings, convolutions.
         in_cores: whether methods that are no sums merge adapters in core space, not as full matrices.
     """
 
@@ -63,6 +66,7 @@ class Terms:
     dtype: str
     save: tuple[str, ...]
     server: str | None
+    factors: tuple[str, ...] = ()
     in_cores: bool = False
 
     @property
@@ -76,13 +80,15 @@ class Terms:
         """JSON-able form: what was given."""
         data = {"rank": self.rank, "energy": self.energy, "error": self.error, "max_rank": self.max_rank}
         return {key: value for key, value in data.items() if value is not None} | {
-            "dtype": DTYPES[self.dtype].torch_name, "save": list(self.save), "for": self.server
+            "dtype": DTYPES[self.dtype].torch_name, "save": list(self.save), "factors": list(self.factors),
+            "for": self.server,
         }  # fmt: skip
 
 
 def terms_of(
     *, rank: int | None, energy: float | None, error: float | None, max_rank: int | None, dtype: str,
     save: Collection[str] | None, server: str | None, out_kind: str, recipe: Recipe | None = None,
+    factors: Collection[str] = (),
 ) -> Terms:  # fmt: skip
     """What the user asked for; a recipe with `output: adapter` says it, where nobody else does.
 
@@ -114,12 +120,13 @@ def terms_of(
         raise PlanError(f"adapters of kind {out_kind!r} are not written; expected {' or '.join(KINDS)}")
     if server is not None and server not in SERVERS:
         raise PlanError(f"there are no rules for {server!r}; expected {' or '.join(SERVERS)}")
-    unknown = [word for word in save or () if word not in SAVES]
-    if unknown:
-        near = get_close_matches(unknown[0], SAVES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise PlanError(f"save: {', '.join(map(repr, unknown))}: expected some of {', '.join(SAVES)}{hint}")
+    _refuse_unknown("save", save or (), SAVES)
+    _refuse_unknown("factors", factors, FACTORS)
+    if joins and factors:
+        raise PlanError("factors is of extractions from whole models; output: adapter joins the factors that there are")
     if server == "vllm":
+        if factors:
+            raise PlanError(f"few of vLLM's models take factors of {' and '.join(factors)}: leave factors out")
         if save:
             raise PlanError(
                 f"vLLM refuses adapters that save modules whole ({', '.join(save)}): leave save out, or do not extract "
@@ -131,7 +138,16 @@ def terms_of(
         save, max_rank = (), max_rank or (None if rank else most)
     usual = SAVES if joins else SAVED  # of adapters that are joined, nothing is lost
     chosen = usual if save is None else tuple(word for word in SAVES if word in save)
-    return Terms(rank, energy, error, max_rank, DTYPE_NAMES[dtype], chosen, server, joins)
+    more = tuple(word for word in FACTORS if word in factors)
+    return Terms(rank, energy, error, max_rank, DTYPE_NAMES[dtype], chosen, server, more, joins)
+
+
+def _refuse_unknown(what: str, words: Collection[str], known: Sequence[str]) -> None:
+    unknown = [word for word in words if word not in known]
+    if unknown:
+        near = get_close_matches(unknown[0], known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise PlanError(f"{what}: {', '.join(map(repr, unknown))}: expected some of {', '.join(known)}{hint}")
 
 
 @dataclass(frozen=True)
@@ -175,7 +191,10 @@ class ExtractPlan:
     def most_bytes(self) -> int:
         """Of the adapter, at most; with a budget that is not limited the ranks, and this, are only a bound."""
         size = DTYPES[self.terms.dtype].itemsize
-        low = sum(len(one.matrices) * self.rank_of(one) * sum(one.shape) * size for one in self.selection.targets)
+        low = sum(
+            len(one.matrices) * self.rank_of(one) * sum(one.shape) * size * (1 + len(one.heads))
+            for one in self.selection.targets
+        )
         return low + sum(_bytes_of(one.tensor.shape, one.tensor.dtype) for one in self.selection.saved)
 
     def rank_of(self, target: Target) -> int:
@@ -233,7 +252,9 @@ def open_plan(
         if terms.in_cores and recipe is not None:
             _refuse_whole_models(recipe, origin, tuned)
         alignment, facts, config = _aligned(origin, tuned, vocab)
-        found = select(alignment, facts, config, save=terms.save, for_vllm=terms.server == "vllm")
+        found = select(
+            alignment, facts, config, save=terms.save, factors=terms.factors, for_vllm=terms.server == "vllm"
+        )
         if not found.targets:
             raise PlanError(
                 f"{tuned.ref} has no matrices that an adapter could hold: none of its tensors is the weight of a layer"
@@ -274,7 +295,7 @@ def _notes(terms: Terms, found: Selection, model: Checkpoint) -> Iterator[str]:
     small = [side for side in sides if terms.rank is not None and side <= terms.rank]
     if small:
         yield (
-            f"rank {terms.rank} is as much as {len(small)} of {len(sides)} modules have: their deltas are kept whole "
+            f"rank {terms.rank} is the full rank of {len(small)} of {len(sides)} modules: their deltas are kept whole "
             f"(rank {min(small)}{f' to {max(small)}' if max(small) > min(small) else ''})"
         )
     whole = sum(math.prod(one.shape) * len(one.matrices) for one in found.targets)

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
+import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from darekit import kernels
@@ -26,9 +27,12 @@ from darekit.extraction import factors
 from darekit.extraction.cores import Cores
 from darekit.extraction.deltas import Reader
 from darekit.extraction.factors import Doubles, Factors, Matrix
-from darekit.extraction.modules import LeftOut, Saved, Target
+from darekit.extraction.modules import LeftOut, Saved
 from darekit.extraction.plan import ExtractPlan, Terms
+from darekit.extraction.targets import Target
 from darekit.packs.workers import run_all
+
+Place = tuple[int, tuple[int, ...]]  # of a factor in the spool: its first byte, and its shape in the file
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,17 @@ class Module:
         rank: of its factors; 0: its delta is 0.
         square: ||delta||^2.
         lost: ||delta - B A||^2, of the rounded factors.
-        a, b: where they lie in the spool: first byte, and shape.
+        a, b: where they lie.
+        turned: those of the modules that have a table's values as their weight: the same product, transposed.
     """
 
     target: Target
     rank: int
     square: float
     lost: float
-    a: tuple[int, tuple[int, int]]
-    b: tuple[int, tuple[int, int]]
+    a: Place
+    b: Place
+    turned: tuple[Place, Place] | None = None
 
 
 @dataclass(frozen=True)
@@ -216,11 +222,16 @@ def factorise(target: Target, terms: Terms, reader: Reader, cores: Cores, spool:
         for expert, one in enumerate(made):
             b[:, : one.rank, expert], a[expert, : one.rank] = one.b, one.a
         b, a = b.reshape(out, rank * many), a.reshape(many * rank, inner)
+    turned = (b.T, a.T) if target.heads else None
+    if target.kernel:  # the kernel is that of A; B is one by one
+        a, b = a.reshape(rank, *target.kernel), b.reshape(out, rank, *(1 for _ in target.kernel[1:]))
+
+    def put(values: npt.NDArray[np.float32]) -> Place:
+        return spool.put(_raw(values, dtype, target)), values.shape
+
     return Module(
-        target, rank, square, lost,
-        (spool.put(_raw(a, dtype, target)), (a.shape[0], a.shape[1])),
-        (spool.put(_raw(b, dtype, target)), (b.shape[0], b.shape[1])),
-    )  # fmt: skip
+        target, rank, square, lost, put(a), put(b), None if turned is None else (put(turned[0]), put(turned[1]))
+    )
 
 
 class Delta(Protocol):
@@ -303,7 +314,7 @@ def _widened(raw: Bytes, dtype: DType, shape: Sequence[int]) -> Matrix:
     return values.reshape(*shape)
 
 
-def _raw(values: Matrix, dtype: DType, target: Target | None) -> Bytes:
+def _raw(values: npt.NDArray[np.float32], dtype: DType, target: Target | None) -> Bytes:
     flat = np.ascontiguousarray(values).reshape(-1)
     if dtype.name == "F32":
         return flat.view(np.uint8)

@@ -182,6 +182,7 @@ def extract(
     max_rank: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     save: Collection[str] | None = None,
+    factors: Collection[str] = (),
     server: Literal["vllm"] | None = None,
     out_kind: Literal["peft"] = "peft",
     vocab: Literal["strict", "base"] = "strict",
@@ -208,6 +209,7 @@ def extract(
         dtype: of the factors.
         save: kinds of tensors that are saved whole: norms, biases, heads, routers, embeddings; all but the embeddings
             if not given. What is no matrix and not saved is left out.
+        factors: what gets factors besides layers of matrices, as PEFT has them: embeddings, convolutions.
         server: vllm: keep to what vLLM loads: nothing saved whole, ranks up to 512, no factors of embeddings.
         out_kind: the only one there is: peft.
         vocab: what to do with vocabularies that differ: strict refuses, base keeps to the rows of the base.
@@ -240,7 +242,7 @@ def extract(
     recipe = recipe_in(model)
     terms = terms_of(
         rank=rank, energy=energy, error=error, max_rank=max_rank, dtype=dtype, save=save, server=server,
-        out_kind=out_kind, recipe=recipe,
+        out_kind=out_kind, recipe=recipe, factors=factors,
     )  # fmt: skip
     return run_extraction(
         base, model, Path(out), terms, vocab=vocab, threads=threads, overwrite=overwrite, force=force,
@@ -294,7 +296,7 @@ def planned(
     recipe = recipe_in(model)
     if base is None:
         if recipe is None or recipe.base_model is None:
-            raise PlanError("the base is missing: only of a recipe with a base_model it is known")
+            raise PlanError("the base is missing: only a recipe with a base_model names it")
         base, search = recipe.base_model, (*search, *search_path(model))
     found = recipe if isinstance(model, Mapping) else model
     assert found is not None and not isinstance(found, Mapping)
@@ -313,8 +315,8 @@ def _write(
     changed = {one.kind for one, whole in found.saved if one.module is not None and whole.square != 0}
     saved = [one for one, whole in found.saved if (one.kind in changed if one.module else whole.square != 0)]
     if not modules:
-        rest = "" if not saved else ": only tensors that are no matrices differ, and an adapter is made of matrices"
-        raise PlanError(f"{plan.model.ref} has the weights of {plan.base.ref}{rest}; there is nothing to extract")
+        rest = "" if not saved else ": only tensors that are not matrices differ, and an adapter consists of matrices"
+        raise PlanError(f"{plan.model.ref} has the same weights as {plan.base.ref}{rest}; there is nothing to extract")
     for line in _late_notes(plan, found, modules, saved):
         say(line)
     names = {tensor.removesuffix(".weight") for tensor in _module_names(plan)}
@@ -355,13 +357,13 @@ def _late_notes(plan: ExtractPlan, found: Extracted, modules: list[Module], save
     """What is known only now."""
     same = [one.target.name for one in found.modules if not one.rank]
     if same:
-        yield f"fine-tuning left {len(same)} modules alone ({same[0]}{', ...' if same[1:] else ''}): not in the adapter"
+        yield f"fine-tuning did not change {len(same)} modules ({same[0]}{', ...' if same[1:] else ''}): left out"
     terms, rank = plan.terms, max(one.rank for one in modules)
     if terms.share is not None:
         over = [one for one in modules if one.lost > (1 - terms.share) * one.square * (1 + 1e-6) + 1e-10 * one.square]
         if over:
             why = f"rank {terms.max_rank}" if terms.max_rank else f"rounding to {plan.terms.to_data()['dtype']}"
-            yield f"{len(over)} modules lose more than was asked for: {why} does not allow for more"
+            yield f"{len(over)} modules lose more than was asked for: {why} does not allow more"
     if terms.server == "vllm":
         fits = next(choice for choice in VLLM_RANKS if choice >= rank)
         yield f"start vLLM with --enable-lora --max-lora-rank {fits}"

@@ -13,7 +13,7 @@ from darekit.checkpoints import Checkpoint, InputFile, open_checkpoint
 from darekit.checkpoints.headers import Elsewhere, HeaderFile, has_values, without_values
 from darekit.checkpoints.hub import Snapshot, fetch_small, fetch_start, is_cached, looks_like_hub_id, weights_on_hub
 from darekit.checkpoints.opening import looked_for
-from darekit.checkpoints.refusals import ADAPTER_WEIGHTS
+from darekit.checkpoints.refusals import ADAPTER_INDEX, ADAPTER_WEIGHTS
 from darekit.checkpoints.safetensors import HEADER_LIMIT
 from darekit.errors import CheckpointError, HoldsAdapter, HoldsPack, HomologyError, Unsupported
 from darekit.inputs.adapters.opening import open_on
@@ -61,8 +61,8 @@ class Headers:
     def _refuse_pack(self, opening: Opening) -> Checkpoint:
         assert opening.base is not None
         raise Unsupported(
-            f"{opening.ref} is stored relative to its base, and of {opening.base.ref} only the headers are here: "
-            f"download that first with `hf download {opening.base.ref.partition('@')[0]}`"
+            f"{opening.ref} is stored relative to its base, but only headers of {opening.base.ref} are here: "
+            f"download it first with `hf download {opening.base.ref.partition('@')[0]}`"
         )
 
     def _open(self, opening: Opening) -> Checkpoint:
@@ -80,7 +80,7 @@ class Headers:
         sizes = weights_on_hub(ref, small)
         if pickled := [name for name in sizes if not name.endswith(".safetensors")]:
             raise Unsupported(
-                f"{ref} has its weights in {pickled[0]}, which has no header that could be read alone: download it "
+                f"{ref} has its weights in {pickled[0]}, which has no header that can be read by itself: download it "
                 f"first with `hf download {ref.partition('@')[0]}`, or name a revision with safetensors"
             )
         place = self.folder / ref
@@ -106,13 +106,18 @@ class Headers:
 
     def _open_adapter(self, opening: Opening, ref: str, small: Snapshot) -> Checkpoint:
         """An adapter on the Hub on its base."""
+        if (small.directory / ADAPTER_INDEX).exists():
+            raise Unsupported(
+                f"{ref} is an adapter in several files, whose headers are not read alone: download it first with "
+                f"`hf download {ref.partition('@')[0]}`"
+            )
         if any((small.directory / name).exists() for name in ADAPTER_WEIGHTS):
             return open_on(opening, small.directory)
         sizes = weights_on_hub(ref, small, [(name,) for name in ADAPTER_WEIGHTS])
         (name,) = sizes
         if not name.endswith(".safetensors"):
             raise Unsupported(
-                f"{ref} has its weights in {name}, which has no header that could be read alone: download it first "
+                f"{ref} has its weights in {name}, which has no header that can be read by itself: download it first "
                 f"with `hf download {ref.partition('@')[0]}`"
             )
         place = self.folder / ref

@@ -51,7 +51,7 @@ def open_model(
 
         if not is_adapted(found):
             found.close()
-            raise PlanError(f"{ref} is no adapter, so it has no experts_layout: leave that out")
+            raise PlanError(f"{ref} is not an adapter, so it has no experts_layout: leave that out")
     return found
 
 

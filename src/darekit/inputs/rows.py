@@ -81,8 +81,8 @@ def gathered(
         assert other is not None
         if (*other.shape[:axis], *other.shape[axis + 1 :]) != (*info.shape[:axis], *info.shape[axis + 1 :]):
             raise HomologyError(
-                f"{info.name}: token rows of shape {list(other.shape)} cannot stand among those of {list(info.shape)}; "
-                "models that give each other rows must have the same hidden size"
+                f"{info.name}: token rows of shape {list(other.shape)} do not fit among rows of shape "
+                f"{list(info.shape)}; models that give each other rows must have the same hidden size"
             )
     shape = (*info.shape[:axis], int(table.rows.size), *info.shape[axis + 1 :])
     source = RowSource(own, table, tuple(inputs), axis, alike)

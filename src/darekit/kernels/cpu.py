@@ -473,6 +473,17 @@ def scale(delta, factor):
 
 
 @kernel
+def count_losses_bf16(base, merged, factor, found, deltas, stored, counts, touched, lanes, flags, squares):
+    """`add_losses` and `end_block` of one block: (n,) base and merged, of which base + factor * merged became `found`,
+    (n,) uint16. `merged` is overwritten; scratch: stored (n,), flags (n or more,) uint32."""
+    widen_bf16(found, stored)
+    scale(merged, factor)
+    add_losses(base, base, merged, stored, deltas, 0, counts, touched, lanes, flags)
+    end_block(lanes, squares)
+    return 0
+
+
+@kernel
 def _absorb_bf16(
     base_raw, raws, deltas, finer, start, streams, seeds, thresholds, factors, bounds, weights, election, normalize,
     divisor, factor, base_weight, stochastic, rounding_stream, rounding_seed, kept, counts, touched, squares, out,
@@ -522,10 +533,7 @@ def _absorb_bf16(
             bad += add_round_bf16(origin, base, merged, factor, found)
         if block % SAMPLED == 0:
             stored = work[models + 2, :count]
-            widen_bf16(found, stored)
-            scale(merged, factor)
-            add_losses(base, base, merged, stored, work, 0, counts, touched, lanes, words)
-            end_block(lanes, squares[seen])
+            count_losses_bf16(base, merged, factor, found, work, stored, counts, touched, lanes, words, squares[seen])
             seen += 1
     return bad
 

@@ -9,12 +9,21 @@ from __future__ import annotations
 import numpy as np
 
 from darekit.kernels.compiling import kept_kernel, kernel
-from darekit.kernels.cpu import count_coarse, count_window, difference_bf16, products, scale, select, widen_bf16
+from darekit.kernels.cpu import (
+    count_coarse,
+    count_losses_bf16,
+    count_window,
+    difference_bf16,
+    products,
+    select,
+    widen_bf16,
+)
 from darekit.kernels.lanes import SAMPLED
-from darekit.kernels.rounding import add_losses, add_round_bf16, end_block
+from darekit.kernels.rounding import add_round_bf16
 from darekit.masks import BLOCK
 
 _ALL = np.uint32(0xFFFFFFFF)
+FEW_BLOCKS = 64  # whose squares float32 adds up before float64 takes them over: 1e-5 of the sum is lost at most
 
 
 @kernel
@@ -73,14 +82,23 @@ def _agreeing_few(deltas, weights, least, out):
         out[i] = merged / (agreeing if agreeing > least else least)
 
 
+@kernel
+def _move_sums(total, found):
+    """(n,) float32, added to the second element of `found`, float64, and 0 afterwards."""
+    for i in range(total.size):
+        found[1] += np.float64(total[i])
+        total[i] = np.float32(0)
+    return 0
+
+
 @kept_kernel
 def count_variances_bf16(base_raw, raws, weights, coarse, first, fine, scores, found, work):
     """Variances of the deltas of (n,) base and (K, n) models, uint16, counted in `fine`: by their upper 16 bits, and
     then also written to `scores`, (n,) float32; or in a window from `first` on.
 
     `found`, (2,) float64, is added to: how many variances are not 0; the squares of all deltas where the variance is in
-    the window or above, or anywhere, in float32. Returns how many are above the window; -1 where a difference is NaN
-    or Inf, and all is then worthless.
+    the window or above, or anywhere, to 1e-5 of their sum. Returns how many are above the window; -1 where a difference
+    is NaN or Inf, and all is then worthless.
     """
     models, above = len(weights), 0
     base, total = work[models], work[models + 1]
@@ -106,8 +124,9 @@ def count_variances_bf16(base_raw, raws, weights, coarse, first, fine, scores, f
             count_coarse(part, fine)
         else:
             above += count_window(part, first, fine)
-    for i in range(BLOCK):
-        found[1] += np.float64(total[i])
+        if (begin // BLOCK) % FEW_BLOCKS == FEW_BLOCKS - 1:
+            _move_sums(total, found)
+    _move_sums(total, found)
     return above
 
 
@@ -156,9 +175,6 @@ def absorb_agreeing_bf16(
         bad += add_round_bf16(origin, base, merged, factor, found)
         if block % SAMPLED == 0:
             stored, flags = work[models + 3, :count], work[models + 4].view(np.uint32)
-            widen_bf16(found, stored)
-            scale(merged, factor)
-            add_losses(base, base, merged, stored, work, 0, counts, touched, lanes, flags)
-            end_block(lanes, squares[seen])
+            count_losses_bf16(base, merged, factor, found, work, stored, counts, touched, lanes, flags, squares[seen])
             seen += 1
     return bad

@@ -50,7 +50,7 @@ def _decoder(live: LiveModel, rows: Sequence[Tokens], other: int) -> dict[str, A
         seen = live.model.prepare_decoder_input_ids_from_labels(labels=answers.to(live.device))
     except (ValueError, AttributeError, TypeError, AssertionError) as error:  # no token to begin with, no such method
         raise DataError(
-            f"{live.kind}, and its config.json does not tell with which token the decoder begins "
+            f"{live.kind}, and its config.json does not say which token the decoder begins with "
             f"(decoder_start_token_id, pad_token_id): {error}"
         ) from error
     return {"decoder_input_ids": seen, "decoder_attention_mask": mask.to(live.device)}

@@ -74,7 +74,7 @@ def read_rows(source: str | Path, *, limit: int | None = None, split: str = "tra
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue

@@ -282,7 +282,7 @@ def _refuse_parted(found: Destinations, state: Mapping[str, Any], records: Recor
         other = first.setdefault(place, name)
         if state[target].numel() and records[other].get("output") != records[name].get("output"):
             raise HomologyError(
-                f"{other} and {name} are tied in this model, but the merge has other values for each: load it anew"
+                f"{other} and {name} are tied in this model, but the merge has other values for each: reload it"
             )
 
 

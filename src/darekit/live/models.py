@@ -102,7 +102,7 @@ class LiveModel:
             said = next((line for line in str(error).splitlines() if line.strip()), "no further details")
             who, given = type(self.model).__name__, ", ".join(inputs)
             raise DataError(
-                f"{who} cannot be run on {given} alone ({said[:200]}). What can judge it is {FUNCTION}"
+                f"{who} cannot be run on {given} alone ({said[:200]}). It can be judged by {FUNCTION}"
             ) from error
 
     def tensors(self, names: Iterable[str]) -> dict[str, Any]:

@@ -49,11 +49,11 @@ def refuse_foresight(live: LiveModel) -> None:
     with torch.no_grad():
         outputs: list[Any] = [getattr(live.run({"input_ids": ids}), "logits", None) for ids in texts]
     if any(logits is None for logits in outputs):
-        raise DataError(f"{type(live.model).__name__} gives no logits of text. What can judge it is {FUNCTION}")
+        raise DataError(f"{type(live.model).__name__} gives no logits for text. It can be judged by {FUNCTION}")
     one, other = (logits[0, :-1].float() for logits in outputs)
     limit = max(FORESIGHT, ROUNDING * torch.finfo(live.model.dtype).eps)
     if float((one - other).abs().max()) > limit * float(one.std()):
         raise DataError(
             f"{type(live.model).__name__} predicts a token from what comes after it as well, so a loss or a perplexity "
-            f"of text would say nothing. What can judge it is {FUNCTION}"
+            f"of text would say nothing. It can be judged by {FUNCTION}"
         )

@@ -115,7 +115,7 @@ def rows_of(model: Any) -> str:
         case "masked":
             return (
                 "it sees every token that it would have to predict, so that a loss or a perplexity of text would say "
-                f"nothing. What can judge it is {FUNCTION}; of a classifier that was made of it, {LABELS}"
+                f"nothing. It can be judged by {FUNCTION}; a classifier made from it, by {LABELS}"
             )
         case _:
             return f"no rows can judge it, but {FUNCTION}"

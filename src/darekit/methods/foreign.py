@@ -113,7 +113,7 @@ def _array(name: str, found: Any, like: Array, shape: tuple[int, ...]) -> Array:
     if np.may_share_memory(result, like):
         result = result.copy()
     if not np.isfinite(result).all() and np.isfinite(like).all():
-        raise MethodError(f"{name} made NaN or Inf of {like.size:,} finite numbers; it must return finite ones")
+        raise MethodError(f"{name} turned {like.size:,} finite numbers into NaN or Inf; it must return finite ones")
     return result
 
 

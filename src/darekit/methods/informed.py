@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from darekit.errors import DataError
+from darekit.methods.kinds import MergeMethod
 from darekit.methods.merging import total_weight, weighted_sum
 from darekit.methods.parameters import Number, Switch
 
@@ -221,3 +222,11 @@ def _times_inverse(rows: Matrix, factor: Matrix) -> Matrix:
             found[:, here] -= found[:, behind] @ factor[behind, here]
         found[:, here] = np.linalg.solve(factor[here, here].T, found[:, here].T).T
     return found
+
+
+METHODS = (
+    MergeMethod(fisher, needs_base=False, keeps_one=True, statistics="fisher"),
+    MergeMethod(
+        regmean, "row", needs_base=False, keeps_one=True, statistics="gram", rows=rows_at_once, matrix=gram_memory
+    ),
+)

@@ -37,8 +37,8 @@ def load(name: str) -> list[str]:
         return []
     if named:
         raise MethodError(
-            f"{_of(named[0])} says that it brings the method {name}, but loading {named[0].value} registered none of "
-            "this name: its function needs @dk.register.merge_method or @dk.register.sparsifier"
+            f"{_of(named[0])} says that it brings the method {name}, but loading {named[0].value} registered no "
+            "method of this name: its function needs @dk.register.merge_method or @dk.register.sparsifier"
         )
     problems = [problem for entry in found if (problem := _load(entry))]
     return [] if name in SPARSIFIERS or name in MERGE_METHODS else problems

@@ -8,11 +8,13 @@ of a whole tensor beforehand (TIES' trim) is a stage of its own, so that these f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 
+from darekit.methods.kinds import MergeMethod
 from darekit.methods.parameters import Number, Switch
 
 Deltas = npt.NDArray[np.floating]
@@ -24,7 +26,7 @@ WEIGHTS_TINY = 1e-8
 DISTANCE_TINY = 1e-6  # smallest distance that `nearswap` divides by, as mergekit has it
 
 
-def total_weight(weights: Weights) -> float:
+def total_weight(weights: Weights | Sequence[float]) -> float:
     """Sum of the weights; 1 where it vanishes, as mergekit has it."""
     total = float(np.sum(weights))
     return total if abs(total) >= WEIGHTS_TINY else 1.0
@@ -136,3 +138,21 @@ def ram(deltas: Deltas, *, epsilon: Epsilon = 1e-5) -> Deltas:
         total += np.where(here, delta, deltas.dtype.type(0))
     result: Deltas = total / np.maximum(many, 1).astype(deltas.dtype)
     return result
+
+
+METHODS = (
+    MergeMethod(linear, needs_base=False, kernel="sum", keeps_one=True, mean_if="normalize"),
+    MergeMethod(
+        passthrough,
+        needs_base=False,
+        kernel="sum",
+        models=(1, 1),
+        keeps_one=True,
+        weight_word="scale",
+        sums_models=True,
+    ),
+    MergeMethod(task_arithmetic, kernel="sum", keeps_one=True),
+    MergeMethod(ties, kernel="elect", trims=True, keeps_one=True),
+    MergeMethod(nearswap, models=(1, 1)),
+    MergeMethod(ram, kernel="changes"),
+)  # fmt: skip

@@ -78,7 +78,7 @@ def add_sparsifier(
     _check_signature(word, arguments, [("delta",), ("delta", "draws")], form)
     drawn = "draws" in arguments
     if random and not drawn:
-        raise MethodError(f"{word} is said to be random, so it must take draws: {form}; found {_shown(arguments)}")
+        raise MethodError(f"{word} is declared random, so it must take draws: {form}; found {_shown(arguments)}")
     _check_parameters(word, own, RESERVED_BY_SPARSIFIERS)
     rate = own.get("drop_rate")
     if rate is None or not isinstance(rate.kind, Number) or (rate.kind.low, rate.kind.high) != (0, 1):
@@ -87,7 +87,7 @@ def add_sparsifier(
             f"plans and reports count with it; found {_shown(arguments)}"
         )
     if fields.get("unbiased") and not drawn:
-        raise MethodError(f"{word}: unbiased is said of a random drop with rescale; without draws nothing is random")
+        raise MethodError(f"{word}: unbiased means a random drop with rescale; without draws nothing is random")
     _check_scope(word, fields["scope"])
     foreign = Foreign(word, function, _caller())
     SPARSIFIERS[word] = Sparsifier(
@@ -130,8 +130,8 @@ def _word(function: Any, name: str | None, taken: Iterable[str]) -> str:
     word = function.__name__ if name is None else name
     if not isinstance(word, str) or not NAME.fullmatch(word) or word.lower() in NOT_NAMES:
         raise MethodError(
-            f"{word!r} is no name that a recipe could say: use letters, digits and single _ or - between them, and no "
-            "word that YAML or recipes have a meaning for (such as on, null, base, auto); give another one by name="
+            f"{word!r} cannot be a name in recipes: use letters, digits and single _ or - between them, and no word "
+            "that means something in YAML or recipes (such as on, null, base, auto); give another one by name="
         )
     if word not in {*SPARSIFIERS, *MERGE_METHODS, *MERGE_ALIASES, *taken}:
         return word

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from darekit.errors import PlanError
 from darekit.masks import threshold_of
+from darekit.methods.kinds import Sparsifier
 from darekit.methods.parameters import Choice, Number
 
 Delta = npt.NDArray[np.floating]
@@ -240,3 +241,14 @@ def crumbs(magnitude: Delta, top: int, keep: int) -> npt.NDArray[np.bool_]:
     mask = np.zeros(magnitude.size, dtype=bool)
     mask[rest] = largest(magnitude[rest], keep)
     return mask
+
+
+METHODS = (
+    Sparsifier(dare, "element", random=True, unbiased=True, kernel="drop"),
+    Sparsifier(drop_only, "element", random=True, kernel="drop"),
+    Sparsifier(magnitude, "tensor", random=False, kernel="select", selects=magnitude_range, prepare=count_survivors),
+    Sparsifier(della, "row", random=True, unbiased=True, kernel="rank", prepare=check_window),
+    Sparsifier(
+        breadcrumbs, "tensor", random=False, kernel="select", selects=breadcrumbs_range, prepare=count_survivors
+    ),
+)

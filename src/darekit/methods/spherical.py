@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 
+from darekit.methods.kinds import MergeMethod, Vectors
 from darekit.methods.merging import total_weight
 from darekit.methods.parameters import Number, Switch
 
 Products = npt.NDArray[np.float64]
 Coefficients = npt.NDArray[np.float64]
 Weights = npt.NDArray[np.float64]
-Vectors = Literal["tensor", "row", "column"]  # what is one vector: all of a tensor, or a line of it along an axis
 
 PARALLEL = 0.9995  # |cosine| from which two tensors are interpolated along the straight line, as mergekit does
 NORM_TINY = 1e-8  # norms up to it count as 1, as mergekit has it: such a tensor has no direction
@@ -224,3 +224,12 @@ def model_stock(products: Products) -> Coefficients:
     below = 1 + (many - 1) * mean
     ratio = np.where(np.abs(below) < DENOMINATOR_TINY, 0.0, many * mean / np.where(below == 0, 1.0, below))
     return np.repeat(ratio[..., None] / many, many, axis=-1)
+
+
+METHODS = (
+    MergeMethod(slerp, models=(1, 1), products="models", base_row=True),
+    MergeMethod(nuslerp, needs_base=False, models=(2, 2), products="deltas", vectors=by_axis),
+    MergeMethod(multislerp, needs_base=False, products="deltas"),
+    MergeMethod(karcher, needs_base=False, products="models", base_row=True),
+    MergeMethod(model_stock, models=(2, float("inf")), products="deltas", vectors=by_filter),
+)

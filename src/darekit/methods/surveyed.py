@@ -8,13 +8,12 @@ is made of, as a `Survey`, with which the engine does the same tile by tile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 
+from darekit.methods.kinds import MergeMethod, Survey
 from darekit.methods.merging import Epsilon, changes
 from darekit.methods.parameters import Number
 
@@ -25,42 +24,6 @@ DIVISOR_TINY = 1e-6  # smallest sum of agreeing weights that `sce` divides by, a
 SOFTMAX_TINY = 1e-8  # added to every probability, as mergekit has it
 QUARTILES = (0.25, 0.5, 0.75)
 EPSILON_TINY = 1e-30  # instead of no epsilon at all, where a model has no unique element
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a method must know of a whole tensor, in the order in which it is found out. None: nothing of the kind.
-
-    Parts get the method's parameters by name, as far as they take them.
-
-    Attributes:
-        lines: base (rows, columns), deltas (K, rows, columns) -> (rows,) float64, what `scores` must know of each row.
-        scores: deltas (K, ...), and `lines` where there are any -> (...) float32, none negative: what is selected by.
-        keeps: how many elements have a score above 0 -> how many survive, those with the highest scores, of equals
-            the first; None: all.
-        quantiles: which parts of the tensor have lower scores than the scores that `threshold` takes; it gives the
-            lowest that survives.
-        squares: deltas, 0 where an element does not survive -> rows (R, ...) whose squares are added up.
-        weights: the R sums, (R,) float64, and how many elements there are -> (K,) float64, what `merge` must know.
-        alike: what the R sums add up to at most, and how many elements there are -> whether `weights` are then the same
-            for any such sums, so that nobody needs to know them; None: they always matter.
-        merge: those deltas, and `weights` where there are any -> the merged delta.
-    """
-
-    merge: Callable[..., Floats]
-    lines: Callable[..., Doubles] | None = None
-    scores: Callable[..., Floats] | None = None
-    keeps: Callable[..., int | None] | None = None
-    quantiles: tuple[float, ...] = ()
-    threshold: Callable[..., float] | None = None
-    squares: Callable[..., Floats] | None = None
-    weights: Callable[..., Doubles] | None = None
-    alike: Callable[..., bool] | None = None
-
-
-def passes_before(survey: Survey | None) -> int:
-    """How often all of a tensor is seen before it is merged (samples not counted)."""
-    return 0 if survey is None else (survey.scores is not None) + (survey.squares is not None)
 
 
 def index_of(quantile: float, count: int) -> int:
@@ -253,3 +216,10 @@ def ramplus_tl(
 
 
 RAMPLUS_TL = Survey(squares=shared_and_unique, weights=_factors, merge=amplified)
+
+
+METHODS = (
+    MergeMethod(sce, "tensor", survey=SCE),
+    MergeMethod(arcee_fusion, "tensor", models=(1, 1), survey=ARCEE_FUSION),
+    MergeMethod(ramplus_tl, "tensor", survey=RAMPLUS_TL),
+)

@@ -28,8 +28,8 @@ def output_problems(out: Path, needed: int) -> list[OutputError]:
     if free < needed:
         found.append(
             OutputError(
-                f"{out} needs {size_of(needed)}, {size_of(free)} are free on its disk: free some space, or write to "
-                "another disk"
+                f"{out} needs {size_of(needed)}, but only {size_of(free)} are free on its disk: free some space, or "
+                "write to another disk"
             )
         )
     return found

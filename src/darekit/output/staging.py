@@ -298,7 +298,11 @@ def _locate(out: Path) -> Place:
     if not out.name:
         raise OutputError(f"{out} is the root of a file system: expected a directory of its own for the output")
     inside = out / INSIDE
-    if out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK | os.X_OK) or inside.is_dir()):
+    try:
+        exists = out.is_dir()
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"{out} cannot be a directory: {error.strerror or error}; choose another OUT") from error
+    if exists and (os.path.ismount(out) or not os.access(out.parent, os.W_OK | os.X_OK) or inside.is_dir()):
         return Place(out, inside, True)
     return Place(out, out.with_name(f".{out.name}.darekit-stage"), False)
 

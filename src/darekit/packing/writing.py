@@ -269,8 +269,8 @@ def _refuse_idle(**given: Any) -> None:
     if idle:
         found = ", ".join(f"{name} = {given[name]!r}" for name in idle)
         raise PlanError(
-            f"a lossless pack stores the exact model: nothing is drawn or rounded, so {found} would do nothing; leave "
-            f"{'it' if len(idle) == 1 else 'them'} out, or give a drop rate instead of lossless"
+            f"a lossless pack stores the exact model: nothing is drawn or rounded, so {found} would have no effect; "
+            f"leave {'it' if len(idle) == 1 else 'them'} out, or give a drop rate instead of lossless"
         )
 
 
@@ -284,8 +284,8 @@ def _refuse_other_names(plan: Plan, *, lossless: bool) -> None:
         if stored is None and tensor.base is not None and tensor.base.name == tensor.name:
             raise PlanError(
                 f"{plan.models[0].ref} has {tensor.name} of its own, which {plan.base.ref} ties to another tensor and "
-                "does not store: a pack holds tensors of its base alone. Write the base out untied (drop the model "
-                "with -p 1), and pack on that, or keep the whole model"
+                "does not store: a pack can only hold tensors that its base stores. Write the base out untied (drop "
+                "the model with -p 1), and pack on that, or keep the whole model"
             )
         if stored is None:
             raise PlanError(
@@ -620,8 +620,8 @@ def _companions(plan: Plan) -> Iterator[tuple[str, bytes]]:
     """Name -> content of the small files that make the result an ordinary model directory; what `dare drop` copies."""
     travel = plan.travel
     config = matching(travel.config.companions, (CONFIG,))
-    if travel.config.config is not None and travel.tokenizer is not travel.config:
-        right = with_ids(travel.config.config, travel.tokenizer.config)
+    if travel.config.config is not None and (travel.labels or travel.tokenizer is not travel.config):
+        right = {**with_ids(travel.config.config, travel.tokenizer.config), **travel.labels}
         if right != travel.config.config:
             config = {CONFIG: (json.dumps(right, indent=2, ensure_ascii=False) + "\n").encode()}
     for name, content in {**config, **travel.files}.items():

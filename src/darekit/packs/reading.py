@@ -125,6 +125,16 @@ class Pack:
                 nothing was changed.
             CheckpointError: the pack is damaged, and nothing was changed; or it says what its own mask does not (then
                 an error comes only while weights change: load the base again).
+
+        Examples:
+            >>> from safetensors.torch import load_file
+            >>> packed = dk.pack("base", "math", "math.safetensors", drop_rate=0.9, seed=42)
+            >>> weights = load_file("base/model.safetensors")  # or a torch module
+            >>> with dk.open_pack("math.safetensors") as pack:
+            ...     pack.apply_(weights)
+            >>> unpacked = dk.unpack("base", "math.safetensors", "restored")
+            >>> all(bool((weights[name] == one).all()) for name, one in load_file("restored/model.safetensors").items())
+            True
         """
         from darekit.machine import default_threads
         from darekit.packs.workers import run_all

@@ -54,7 +54,7 @@ def _within(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 def _judge(plan: Plan) -> tuple[list[Judgement], list[str]]:
     """How each model looks beside the base, and what there is to say of quantised ones."""
-    from darekit.planning.homology import check_integers, judge, sample_norms
+    from darekit.planning.homology import Sample, check_integers, judge, sample_norms
     from darekit.planning.rounding import rounding_of
     from darekit.planning.rounding import told as told_of
 
@@ -64,13 +64,14 @@ def _judge(plan: Plan) -> tuple[list[Judgement], list[str]]:
         return [], []
     judgements: list[Judgement] = []
     told: list[str] = []
+    kept: dict[str, Sample] = {}
     for k, model in enumerate(plan.models):
         if model.ref == plan.base.ref:  # listed on purpose, by a method that counts it among the models
             continue
         own = [tensor for tensor in weights if _comparable(tensor, k)] if plan.towers else weights
         if not own:
             continue
-        norms = sample_norms(own, k, partial(plan.rate_of, k))
+        norms = sample_norms(own, k, partial(plan.rate_of, k), kept)
         judgements.append(judge(model.ref, plan.base.ref, norms))
         if (found := rounding_of(own, k, norms)) is not None:
             told.append(told_of(model.ref, plan.base.ref, found))

@@ -35,6 +35,8 @@ SAMPLED_ELEMENTS = 4096  # per chunk
 
 COSTLY = 1 << 20  # elements: where so many are decoded at once, chunks are not spread over the tensor
 
+Sample = tuple[list[tuple[int, int]], Floats]  # which chunks, and their values
+
 RULE_OF_THUMB = "(a rule of thumb from small models)"
 
 
@@ -63,7 +65,10 @@ class Norms:
 
 
 def sample_norms(
-    tensors: Iterable[AlignedTensor], model: int, rate_of: Callable[[AlignedTensor], tuple[float, float]]
+    tensors: Iterable[AlignedTensor],
+    model: int,
+    rate_of: Callable[[AlignedTensor], tuple[float, float]],
+    kept: dict[str, Sample] | None = None,
 ) -> list[Norms]:
     """Read a few evenly spread chunks of each float tensor of one model and its base.
 
@@ -71,8 +76,10 @@ def sample_norms(
         tensors: the alignment's tensors.
         model: the model's index in the recipe.
         rate_of: tensor -> (drop rate, noise of one element where it is a random drop that is rescaled).
+        kept: samples of the base's tensors of which much is decoded at once, for the next model of the same recipe.
     """
     norms = []
+    kept = {} if kept is None else kept
     for tensor in tensors:
         base, tuned = tensor.base, tensor.models[model]
         if base is None or tuned is None or dtype_named(base.dtype).kind != "float":
@@ -83,7 +90,11 @@ def sample_norms(
         grain = max(traits_of(info.source).grain for info in (base, tuned))
         # Where much is decoded at once, all chunks come from what is decoded first.
         chunks = _chunks(common if grain < COSTLY else min(common, grain))
-        before, after = _read(base, chunks), _read(tuned, chunks)
+        found = kept.get(tensor.name)
+        before = found[1] if found is not None and found[0] == chunks else _read(base, chunks)
+        if traits_of(base.source).grain >= COSTLY:
+            kept[tensor.name] = chunks, before
+        after = _read(tuned, chunks)
         with np.errstate(invalid="ignore", over="ignore"):
             change = after - before
         usable = np.isfinite(change)

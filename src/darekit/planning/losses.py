@@ -77,8 +77,8 @@ def swallowed_notes(summary: Summary | None) -> Iterator[str]:
             "which are smaller than half a step of that format, and applies "
             f"{summary['scale']:.2f} times the merged delta. "
             "`dtype: float32` keeps all changes; `rounding: stochastic` keeps them on average, in a file of the same "
-            "size. (A larger lambda or weight loses fewer, but is another merge.) DARE's survivors are larger, and "
-            "fewer are lost: comparing with and without DARE measures that, too, unless both use float32 or stochastic"
+            "size. (A larger lambda or weight loses fewer, but is another merge.) DARE's survivors are larger, so "
+            "fewer are lost: comparing with and without DARE measures that too, unless both are float32 or stochastic"
         )
     elif _is_off(summary):
         yield (

@@ -57,7 +57,7 @@ def opener_of(recipe: Recipe | None, above: Sequence[str], open_recipe: OpenReci
         path = opening.ref.resolve()
         chain = (*above, str(path))
         if str(path) in above:
-            raise RecipeError(f"recipes that are made of each other: {' > '.join(chain)}")
+            raise RecipeError(f"recipes that contain each other: {' > '.join(chain)}")
         if len(chain) > DEEPEST:
             raise RecipeError(f"recipes within recipes, more than {DEEPEST} deep: {' > '.join(chain)}")
         return open_recipe(read_recipe(path), str(opening.ref), (path.parent, *opening.search), chain)

@@ -14,13 +14,14 @@ from darekit.checkpoints import Checkpoint, OutputTensor
 from darekit.dtypes import DTYPES, STOCHASTIC
 from darekit.engine.steps import Merge, Step
 from darekit.inputs.opening import packed_seed
-from darekit.methods import SPARSIFIERS
+from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods.merging import WEIGHTS_TINY
 from darekit.planning.draft import Draft
 from darekit.planning.matching.alignment import AlignedTensor
 from darekit.planning.rates import MOST
 from darekit.recipe import Place, Recipe, Value, is_exact
 from darekit.recipe.values import filters_of, gradients_of
-from darekit.wording import label
+from darekit.wording import and_, label
 
 if TYPE_CHECKING:
     from darekit.planning.stacks.stack import Tower
@@ -47,8 +48,10 @@ def notes_of(draft: Draft) -> Iterator[str]:
             "output: adapter is for `dare merge` and `dare extract`; here the recipe stands for the whole merged model"
             + (", of full rank" if recipe.rank is not None else "")
         )
+    yield from _weight_notes(draft)
     yield from _idle(draft)
     yield from _gradient_notes(draft)
+    yield from _trimmed_away(draft)
     if recipe.sparsify is None or recipe.sparsify.on == "weights":
         return
     rates = {settings.rate for _, _, settings in draft.merged()}
@@ -68,14 +71,63 @@ def notes_of(draft: Draft) -> Iterator[str]:
     if name:
         yield (
             f"{name} is dropped at p = {rate:g}: noise does not average out for one-hot inputs. keep_dense: "
-            "[embeddings, norms] preserves more. It makes a merge no larger, but a pack 2.5 to 3.8 times, for at most "
-            "one point of ability on a model of 135M parameters"
+            "[embeddings, norms] preserves more. It does not enlarge a merge, but makes a pack 2.5 to 3.8 times as "
+            "large, for at most one point of ability on a model of 135M parameters"
+        )
+
+
+def _trimmed_away(draft: Draft) -> Iterator[str]:
+    """Models of which a trim leaves nothing somewhere."""
+    if not MERGE_METHODS[draft.recipe.merge_method].trims:
+        return
+    many: dict[int, list[bool]] = {}
+    for _, model, settings in draft.merged():
+        many.setdefault(model, []).append(settings.keep == 0)
+    for model, gone in many.items():
+        if any(gone):
+            where = "" if all(gone) else f" in {sum(gone)} of {len(gone)} tensors"
+            word = "WARNING: " if all(gone) else ""
+            yield f"{word}keep 0 (of mergekit's, density 0) leaves nothing of {label(draft.models[model].ref)}{where}"
+
+
+def _weight_notes(draft: Draft) -> Iterator[str]:
+    """Weights that leave nothing of the models, or nothing to divide by."""
+    weights = [
+        (tensor.name, [one.weight for one in found.models if one is not None], bool(found.merge.get("normalize")))
+        for tensor in draft.alignment.tensors
+        for found in (draft.settings[tensor.name],)
+        if tensor.name not in draft.roles and any(found.models)
+    ]
+    if weights and not any(weight for _, found, _ in weights for weight in found):
+        based = any(tensor.base is not None for tensor in draft.alignment.tensors)
+        result = "the output is the base" if based else "without a base, the output is 0 everywhere"
+        yield f"all weights are 0: {result}"
+        return
+    zero = [name for name, found, divided in weights if divided and any(found) and abs(sum(found)) < WEIGHTS_TINY]
+    if zero:
+        yield (
+            f"the weights add up to 0 in {len(zero)} {'tensor' if len(zero) == 1 else 'tensors'} (as {zero[0]}), so "
+            "normalize has nothing to divide by: they are used as they are"
         )
 
 
 def _is_looked_up(tensor: AlignedTensor) -> bool:
     """Whether it is a table of which rows are used one at a time; a vision model's positions are added as a whole."""
     return tensor.group == "embeddings" and len(tensor.shape) == 2
+
+
+def equal_notes(models: Sequence[Checkpoint], digests: Sequence[bytes]) -> Iterator[str]:
+    """Models of other names that are one and the same, as after a copy in the wrong place; `digests`: their samples."""
+    alike: dict[bytes, dict[str, str]] = {}
+    for model, digest in zip(models, digests, strict=True):
+        place = str(model.directory.absolute()) if model.directory is not None else model.ref
+        alike.setdefault(digest, {}).setdefault(place, label(model.ref))
+    for names in alike.values():
+        if len(names) > 1:
+            yield (
+                f"{and_(list(names.values()))} are identical wherever they were sampled: are they the right models? "
+                "Each counts as a separate model"
+            )
 
 
 def rate_notes(models: Sequence[Checkpoint], rates: Sequence[Mapping[str, float]]) -> Iterator[str]:
@@ -106,7 +158,7 @@ def rounding_notes(recipe: Recipe, steps: Sequence[Step]) -> Iterator[str]:
     merges = [step for step in steps if isinstance(step, Merge)]
     if recipe.rounding == STOCHASTIC and all(step.rounding is None for step in merges):
         yield (
-            "rounding: stochastic has no effect: the output's format holds what is computed as it is. It matters where "
+            "rounding: stochastic has no effect: the output's format stores what is computed exactly. It matters where "
             "the output is bfloat16, float16 or float8"
         )
 

@@ -33,7 +33,7 @@ from darekit.planning.buffers import Role, counters_of, roles_of, with_constants
 from darekit.planning.draft import Draft
 from darekit.planning.formats import outputs_of
 from darekit.planning.matching.alignment import AlignedTensor, Alignment, Heads, align
-from darekit.planning.notes import notes_of, rate_notes, rounding_notes, wide_notes
+from darekit.planning.notes import equal_notes, notes_of, rate_notes, rounding_notes, wide_notes
 from darekit.planning.problems import Problems
 from darekit.planning.rates import settle
 from darekit.planning.settings import Settings, settings_of
@@ -345,6 +345,7 @@ def make_plan(
         rounding = rounding if any(isinstance(step, Merge) and step.rounding is not None for step in steps) else None
     opened = (note for checkpoint in ((base, *models) if base else models) for note in checkpoint.notes)
     notes = [*recipe.notes, *dict.fromkeys(opened), *alignment.notes, *given.notes, *notes_of(draft)]
+    notes += equal_notes(models, own_digests)
     notes += rate_notes(models, rates)
     notes += wide_notes(recipe, outputs)
     notes += rounding_notes(recipe, steps)

@@ -31,8 +31,8 @@ MOST = 0.99  # above it neither small models nor the paper's 7B and 13B ones kep
 
 # Measured on one model of 135M parameters with three abilities (exact match, and perplexity on English prose).
 PAYS_FIRST = (
-    "general language pays before the ability does: on a model of 135M parameters perplexity rose by 3 to 8 % at 0.99, "
-    "where abilities held, and by 28 to 62 % at 0.999, where they fell by 3.5 to 14 points"
+    "general language suffers before the ability does: on a model of 135M parameters perplexity rose by 3 to 8 % at "
+    "0.99, where abilities held, and by 28 to 62 % at 0.999, where they fell by 3.5 to 14 points"
 )
 
 _DIGITS = 4

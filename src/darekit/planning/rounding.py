@@ -110,7 +110,7 @@ def told(ref: str, base_ref: str, found: Rounding) -> str:
     return (
         f"{label(quantised)} is quantised and {label(other)} is not: rounding changed {label(quantised)} by about "
         f"r = {error:.2g} (from the steps of its codes), which is {share:.0%} of the squared delta of {label(ref)} "
-        f"({size}) and no fine-tuning. Give the 16-bit release of {label(quantised)} instead, if there is one"
+        f"({size}), not fine-tuning. Give the 16-bit release of {label(quantised)} instead, if there is one"
     )
 
 

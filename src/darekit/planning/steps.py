@@ -13,7 +13,8 @@ from darekit.checkpoints import Placement, Places, TensorInfo, traits_of
 from darekit.dtypes import dtype_named
 from darekit.engine.steps import TRIM, TRIM_MODEL, Copy, Input, Merge, StageSpec, Step
 from darekit.errors import PlanError
-from darekit.methods import AVERAGE, MERGE_METHODS, SPARSIFIERS, SUM
+from darekit.methods import AVERAGE, DROP, MERGE_METHODS, SPARSIFIERS, SUM
+from darekit.methods.merging import total_weight
 from darekit.methods.sparsifiers import kept_count
 from darekit.planning.buffers import WHOLE
 from darekit.planning.draft import Draft
@@ -144,8 +145,9 @@ class _Merge:
         chains = self._chains(owners, count)
         first = owners[0]
         weights = self._weights(owners)
-        # What the one model's delta is multiplied by, where there is but one.
-        scale = self.scale * (1.0 if self.parameters.get("normalize") else self.models[first].weight)
+        # What the one model's delta is multiplied by, where there is but one: a weight of 0 is divided by no sum.
+        weight = self.models[first].weight
+        scale = self.scale * (weight / total_weight([weight]) if self.parameters.get("normalize") else weight)
         return self.make(
             begin=0,
             count=count,
@@ -229,9 +231,12 @@ class _Merge:
             stages.append(StageSpec(recipe.sparsify.method, values, seed, *self.streams[model]))
         if MERGE_METHODS[recipe.merge_method].trims:
             keep = settings.keep
-            if keep <= 0:
-                raise PlanError(f"keep 0 leaves nothing of {self.name}; use a value above 0 (1 for no trim)")
-            if keep < 1 and recipe.parameters.get("trim") == "model":
+            whole = recipe.parameters.get("trim") == "model"
+            if keep == 0 and whole:
+                raise PlanError(f"keep 0 leaves nothing of {self.name}; with trim: model use a value above 0")
+            if keep == 0:  # as at one end of a gradient: no count of the largest elements, which is at least 1
+                stages.append(StageSpec(DROP, {"drop_rate": 1.0}, 0, *self.streams[model]))
+            elif keep < 1 and whole:
                 stages.append(StageSpec(TRIM_MODEL, {"keep": keep}))
             elif keep < 1:
                 stages.append(StageSpec(TRIM, {"keep_count": kept_count(keep, count)}))

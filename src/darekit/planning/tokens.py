@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from darekit.architectures.families import facts_of
 from darekit.checkpoints import Checkpoint, TensorInfo
-from darekit.checkpoints.companions import Companions
+from darekit.checkpoints.companions import Companions, is_of_tokenizer
 from darekit.checkpoints.places import ELSEWHERE, Rows
 from darekit.checkpoints.tokenizers import Tokenizer, files_digest
 from darekit.dtypes import dtype_named
@@ -168,6 +168,12 @@ class _Matching:
         return members
 
     def _tokenizer(self, checkpoint: Checkpoint) -> Tokenizer | None:
+        for name, why in checkpoint.left.items():
+            if is_of_tokenizer(name):
+                raise PlanError(
+                    f"the tokenizer of {checkpoint.ref} cannot be read: its {name} was left out, because {why}. Or "
+                    "remove tokenizer_source (and tokenizer) to match rows by number"
+                )
         tokenizer = Tokenizer.of(checkpoint)
         if tokenizer is not None and tokenizer.fault is not None:
             raise PlanError(
@@ -205,15 +211,15 @@ class _Matching:
         other = self._other(model)
         tokenizer = self._tokenizer(other)
         if tokenizer is None:
-            raise PlanError(
-                f"{model} is to give the tokens (tokenizer_source), but no tokenizer lies beside its weights"
-            )
+            raise PlanError(f"tokenizer_source names {model}, but there is no tokenizer beside its weights")
         return Member(model, other, tokenizer.size, tokenizer)
 
     def _other(self, name: str) -> Checkpoint:
         found = self.others.get(name)
         if found is None:
-            raise PlanError(f"{name}, which is to give tokens or rows, is not open here: list it among the models")
+            raise PlanError(
+                f"{name} is named as a source of tokens or rows, but is not open here: list it among the models"
+            )
         return found
 
     # What becomes of the rows

@@ -200,6 +200,6 @@ class _Actors:
             return self._ray.get(ready)
         except self._ray.exceptions.RayActorError as error:
             line = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-            return Lost(f"its Ray actor died, and died again ({line.rstrip('.')})")
+            return Lost(f"its Ray actor died twice ({line.rstrip('.')})")
         except self._ray.exceptions.RayError as error:
             return Lost(f"Ray: {str(error).splitlines()[-1]}")

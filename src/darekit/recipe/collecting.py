@@ -43,7 +43,7 @@ def read_collecting(
         return found
 
     try:
-        return read_with(reader, source, settings, seed, stage), []
+        return read_with(reader, source, settings, seed, stage, lenient=lenient), []
     except RecipeError as error:
         return None, errors or [error]
 

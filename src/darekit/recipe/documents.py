@@ -30,12 +30,17 @@ _MALFORMED = (ValueError, KeyError, IndexError, AttributeError, TypeError, Overf
 
 @dataclass(frozen=True)
 class Document:
-    """Plain data, where each of its keys stands ("line 7"), and its text."""
+    """Plain data, where each of its keys stands ("line 7"), and its text.
+
+    `notes`: what was let pass; `repeated`: top-level keys of which an alias elsewhere uses something.
+    """
 
     name: str
     data: dict[str, Any]
     places: Mapping[Key, str]
     text: str
+    notes: tuple[str, ...] = ()
+    repeated: frozenset[str] = frozenset()
 
 
 def fail(document: Document, path: Key, message: str) -> NoReturn:
@@ -62,8 +67,8 @@ def shown(value: Any) -> str:
 def open_file(path: Path, kind: str = "recipe") -> Document:
     """A YAML file of one document -> that; `kind` is what errors call it."""
     name, text = _read(path, kind)
-    data, places = _parse(text, name, kind)
-    return _normalize(Document(name, data, places, text))
+    (found,) = _parse(text, name, kind, single=True)
+    return _normalize(found)
 
 
 def open_source(source: str | Path | Mapping[str, Any], kind: str) -> tuple[Document, str, tuple[Path, ...]]:
@@ -75,11 +80,13 @@ def open_source(source: str | Path | Mapping[str, Any], kind: str) -> tuple[Docu
     return open_file(path, kind), path.stem, (path.resolve().parent,)
 
 
-def open_documents(path: Path) -> list[Document]:
-    """A file of one recipe or of several, one document each. Documents without content are none."""
+def open_documents(path: Path, *, lenient: bool = False) -> list[Document]:
+    """A file of one recipe or of several, one document each. Documents without content are none.
+
+    `lenient`: of a key that is given twice the last counts, as in mergekit, and a note says so.
+    """
     name, text = _read(path, "recipe")
-    found = _parse_all(text, name, "recipe")
-    return [_normalize(Document(name, data, places, text)) for data, places in found]
+    return [_normalize(one) for one in _parse(text, name, "recipe", lenient=lenient)]
 
 
 def _read(path: Path, kind: str) -> tuple[str, str]:
@@ -160,12 +167,8 @@ _LEAST = {
 }
 
 
-def _parse(text: str, name: str, kind: str) -> tuple[dict[str, Any], dict[Key, str]]:
-    return _parse_all(text, name, kind, single=True)[0]
-
-
-def _parse_all(text: str, name: str, kind: str, *, single: bool = False) -> list[tuple[dict[str, Any], dict[Key, str]]]:
-    """Every document with content, and the places of its keys."""
+def _parse(text: str, name: str, kind: str, *, single: bool = False, lenient: bool = False) -> list[Document]:
+    """Every document with content; `single`: the file must be one."""
     found = []
     try:
         loader = yaml.SafeLoader(text)
@@ -181,8 +184,9 @@ def _parse_all(text: str, name: str, kind: str, *, single: bool = False) -> list
                     f"{name} line {node.start_mark.line + 1}: expected a mapping (`key: value` lines) at the top, "
                     f"found a {'list' if isinstance(node, yaml.SequenceNode) else 'single value'}"
                 )
-            walker = _Walker(loader, name)
-            found.append((cast(dict[str, Any], walker.build(node, ())), walker.places))
+            walker = _Walker(loader, name, lenient=lenient)
+            data = cast(dict[str, Any], walker.build(node, ()))
+            found.append(Document(name, data, walker.places, text, tuple(walker.notes), frozenset(walker.repeated)))
         return found
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_yaml_problem(error, name)) from None
@@ -208,6 +212,8 @@ def _yaml_problem(error: yaml.MarkedYAMLError, name: str) -> str:
 def _yaml_hint(error: yaml.MarkedYAMLError, problem: str) -> str:
     """What is likely wrong, as the parser itself does not say it."""
     text = error.problem_mark.buffer if error.problem_mark else None
+    if text and "```" in text:
+        return "; is this a model card? Save what stands between ``` and ``` as a file of its own"
     if text and re.search(r"(?m)^[ \t]+---[ \t]*$", text):
         return "; a line `---` between two documents begins in the first column, and so do the documents' keys"
     began = f" (it begins on line {error.context_mark.line + 1})" if error.context_mark else ""
@@ -226,13 +232,19 @@ def _yaml_hint(error: yaml.MarkedYAMLError, problem: str) -> str:
 class _Walker:
     """Nodes -> plain data. Keeps the lines, and counts, so that aliases cannot explode."""
 
-    def __init__(self, loader: yaml.SafeLoader, name: str) -> None:
-        self.loader, self.name, self.count = loader, name, 0
+    def __init__(self, loader: yaml.SafeLoader, name: str, *, lenient: bool) -> None:
+        self.loader, self.name, self.lenient, self.count = loader, name, lenient, 0
         self.places: dict[Key, str] = {}
+        self.notes: list[str] = []
+        self.first: dict[int, Key] = {}  # where a node comes up first: an alias is the same node again
+        self.repeated: set[str] = set()
 
     def build(self, node: yaml.Node, path: Key) -> Any:
         self.count += 1
         line = node.start_mark.line + 1
+        first = self.first.setdefault(id(node), path)
+        if first[:1] != path[:1]:
+            self.repeated.add(str(first[0]))
         if self.count > _LARGEST_COUNT or len(path) > _DEEPEST:
             raise RecipeError(
                 f"{self.name} line {line}: too large or too deep once its aliases are expanded (at most "
@@ -284,12 +296,27 @@ class _Walker:
                 raise RecipeError(f"{self.name} line {line}: expected a word as a key, found a list or mapping")
             name = str(key.value)  # the text, not what YAML 1.1 makes of it: it reads the key `on` as true
             if name in lines:
-                if self.build(item, (*path, name)) == found[name]:
+                places = self.places
+                self.places = {}
+                again = self.build(item, (*path, name))
+                self.places, anew = places, self.places
+                if again == found[name]:
                     continue  # said twice, alike
-                raise RecipeError(
-                    f"{self.name} line {line}: {'.'.join(map(str, (*path, name)))} is given twice (first on line "
-                    f"{lines[name]}); keep one"
+                dotted = ".".join(map(str, (*path, name)))
+                if not self.lenient:
+                    raise RecipeError(
+                        f"{self.name} line {line}: {dotted} is given twice (first on line {lines[name]}); keep one"
+                    )
+                self.notes.append(
+                    f"WARNING: {dotted} is given twice: line {line} counts, as in mergekit, and line {lines[name]} is "
+                    "ignored (--lenient)"
                 )
+                inside = (*path, name)
+                self.places = {key: at for key, at in places.items() if key[: len(inside)] != inside} | anew
+                del found[name]
+                lines[name], found[name] = line, again
+                self.places[inside] = f"line {line}"
+                continue
             lines[name] = line
             self.places[(*path, name)] = f"line {line}"
             found[name] = self.build(item, (*path, name))

@@ -19,7 +19,7 @@ from darekit.recipe.documents import Document, Key
 PARAMETERS = (
     "weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t", "scale", "max_iter",
     "tol", "eps", "normalize_weights", "nuslerp_flatten", "nuslerp_row_wise", "filter_wise", "select_topk", "r",
-    "alpha", "consensus_method", "embed_slerp", "allow_negative_weights", "similarity_threshold",
+    "alpha", "consensus_method", "embed_slerp", "allow_negative_weights", "similarity_threshold", "smooth",
 )  # fmt: skip
 
 # Options of mergekit's commands, and keys that its tools or older versions have or write.
@@ -34,9 +34,20 @@ OPTIONS = (
 # Top-level keys under which recipes keep what YAML's anchors repeat; so is any that begins with x-, _ or a point.
 ANCHORS = ("anchors", "common", "defaults", "definitions", "variables")
 
-# Beside `sources:`, and beside `model:`.
-SLICE_WORDS = ("residual_weight", "merge_method", "dtype", "out_dtype", "tokenizer_source", "name")
-SOURCE_WORDS = ("revision", "name", "dtype", "base_model", "merge_method", "tokenizer_source")
+# Beside `sources:`, and beside `model:`, without an effect anywhere else either.
+SLICE_WORDS = ("residual_weight", "name")
+SOURCE_WORDS = ("revision", "name")
+
+# mergekit's words that would have an effect elsewhere, and where.
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template"),
+        "at the top level",
+    ),
+    **dict.fromkeys(("pad_to_multiple_of", "tokens"), "under `tokenizer:`"),
+    **dict.fromkeys(("filter", "value"), "in an entry of a parameter's list, `- {filter: mlp, value: 0.5}`"),
+    "layer_range": "beside `model:` in a slice's `sources:`",
+}
 
 
 def why_ignored(path: Key, method: str, entry: MergeMethod, *, inside: bool) -> str | None:
@@ -63,6 +74,8 @@ def why_ignored(path: Key, method: str, entry: MergeMethod, *, inside: bool) -> 
         owners = [name for name, other in MERGE_METHODS.items() if word in other.parameters]
         whose = f" (a parameter of {' and '.join(owners)})" if owners else ""
         return f"{place}{whose} has no effect with {method}; ignored, as mergekit does"
+    if word in ELSEWHERE:
+        return f"WARNING: {place} has no effect, as in mergekit: it would have one {ELSEWHERE[word]}"
     if inside:
         return None
     if word in PARAMETERS and not (word == entry.weight_word and entry.weighted and len(path) > 1):
@@ -73,9 +86,14 @@ def why_ignored(path: Key, method: str, entry: MergeMethod, *, inside: bool) -> 
         return f"{place} is ignored, as mergekit does: a revision is written as `model: org/name@revision`"
     around = next((part for part in reversed(path[:-1]) if isinstance(part, str)), None)
     if len(path) == 1 and (word.startswith(("x-", "_", ".")) or word in ANCHORS):
-        return f"{place} is ignored, as mergekit does: what it holds counts where its anchors are used"
+        return anchored(path)
     words = {"sources": SOURCE_WORDS, "models": SOURCE_WORDS, "slices": SLICE_WORDS}.get(around or "", OPTIONS)
     return f"{place} is ignored, as mergekit does" if word in words else None
+
+
+def anchored(path: Key) -> str:
+    """The note for a key that holds what YAML's anchors repeat."""
+    return f"{'.'.join(map(str, path))} is ignored, as mergekit does: what it holds counts where its anchors are used"
 
 
 def without(document: Document, paths: Iterable[Key]) -> Document:

@@ -81,6 +81,8 @@ def sources_of(layout: Sequence[SliceAt]) -> Iterator[SourceAt]:
 def _form_of(document: Document, path: Key, data: Mapping[str, Any], forms: Sequence[str] = FORMS) -> str:
     given = [form for form in forms if data.get(form) is not None]
     if len(given) > 1:
+        given = [form for form in given if data[form] not in ([], {})] or given  # an empty one says nothing
+    if len(given) > 1:
         fail(document, (*path, given[1]), f" and {given[0]} both say what is merged; keep one of them")
     if not given:
         needs = "no models; a recipe needs models (or slices, or modules) and merge_method"

@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any, NoReturn
 
 from darekit.methods import MERGE_METHODS, SCALE, SEED, SPARSIFIERS, WEIGHT, Choice, Number, Parameter, Switch
+from darekit.recipe.documents import Document, Key
 from darekit.recipe.values import Value, chained, mapped, scalars_of
 
 Refuse = Callable[[tuple[str | int, ...], str], NoReturn]
@@ -149,6 +150,27 @@ def complement(density: float) -> float:
     return float(1 - Decimal(repr(float(density))))
 
 
+def with_densities(document: Document) -> Document:
+    """The recipe with every density above 1 as 1, which it is in mergekit; a note says so of each."""
+    notes: list[str] = []
+
+    def walk(value: Any, path: Key) -> Any:
+        if isinstance(value, list):
+            return [walk(one, (*path, i)) for i, one in enumerate(value)]
+        if isinstance(value, dict):
+            return {key: walk(one, (*path, key)) for key, one in value.items()}
+        if "density" not in path or isinstance(value, bool) or not isinstance(value, int | float) or not value > 1:
+            return value
+        notes.append(
+            f"WARNING: {'.'.join(map(str, path))} is {value}: no more than all can be kept, so it counts as 1, as in "
+            "mergekit (--lenient)"
+        )
+        return 1.0
+
+    data = {key: walk(value, (key,)) for key, value in document.data.items()}
+    return dataclasses.replace(document, data=data, notes=(*document.notes, *notes)) if notes else document
+
+
 @dataclass(frozen=True, slots=True)
 class Translation:
     """A recipe's methods and parameters in native words; `sparsifier` is None where nothing is sparsified."""
@@ -265,9 +287,11 @@ def _translate_product(
     if "gamma" in parts.shared:
         parts.sparsify["gamma"] = parts.shared.pop("gamma")
     if rescale is not None:
-        parts.sparsify["rescale"] = {"true": "paper", "false": "none"}.get(str(rescale), rescale)
+        # What is chosen by size has no expectation that 1/density would keep: mergekit's meaning is the only one.
+        meant = "paper" if product.random else "l1"
+        parts.sparsify["rescale"] = {"true": meant, "false": "none"}.get(str(rescale), rescale)
     if rescale == "true" and not product.random:
-        parts.notes.append(f"{method}: rescale: true scales by 1/density here; mergekit's is `rescale: l1`")
+        parts.notes.append(f"{method}: rescale: true restores the delta's L1 norm, as in mergekit (rescale: l1)")
     parts.shared.setdefault("normalize", product.normalize)
     if MERGE_METHODS[product.merge].trims:
         parts.shared["keep"] = 1.0

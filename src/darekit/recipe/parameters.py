@@ -68,11 +68,16 @@ def _read_one(document: Document, path: Key, parameter: Parameter, raw: Any) -> 
     if isinstance(parameter.kind, Number):
         return _read_number(document, path, parameter, raw)
     if isinstance(raw, str) and _as_mergekit(document):
-        raw = _WORDS.get(raw.strip().lower(), raw)
+        raw = switch_of(raw)
     elif not isinstance(raw, str) and raw in (0, 1):
         raw = bool(raw)  # mergekit's users write `normalize: 1.0`
     _check_range(document, path, parameter, raw)
     return cast(bool, raw)
+
+
+def switch_of(raw: Any) -> Any:
+    """A switch that is written in quotes, as mergekit reads it; anything else as it is."""
+    return _WORDS.get(raw.strip().lower(), raw) if isinstance(raw, str) else raw
 
 
 def _check_range(document: Document, path: Key, parameter: Parameter, value: Any) -> None:

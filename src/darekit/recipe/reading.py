@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from darekit.architectures.groups import GROUPS, ONE_TERM
 from darekit.dtypes import DTYPES, FLOAT_DTYPES, NEAREST, STOCHASTIC, Rounding, dtype_from_torch_name
-from darekit.methods import MERGE_METHODS, SPARSIFIERS
+from darekit.methods import MERGE_METHODS, SPARSIFIERS, WEIGHT
 from darekit.recipe import mergekit
 from darekit.recipe.data import LAYOUTS, ModelEntry, Recipe, Slice, Sparsify
 from darekit.recipe.documents import (
@@ -27,6 +27,7 @@ from darekit.recipe.documents import (
 )
 from darekit.recipe.entries import gather
 from darekit.recipe.essence import is_random
+from darekit.recipe.ignored import without
 from darekit.recipe.names import find_model, same_model
 from darekit.recipe.parameters import block_at, read_seed
 from darekit.recipe.stages import read_stage, stages_of, stored_names
@@ -78,8 +79,9 @@ def read_recipe(
         darekit.errors.RecipeError: ...
     """
     return read_with(
-        lambda document, search: read_document(document, search, lenient=lenient), source, settings, seed, stage
-    )
+        lambda document, search: read_document(document, search, lenient=lenient),
+        source, settings, seed, stage, lenient=lenient,
+    )  # fmt: skip
 
 
 def read_with(
@@ -88,10 +90,13 @@ def read_with(
     settings: Mapping[str, Any] | None,
     seed: int | None,
     stage: str | None,
+    *,
+    lenient: bool = False,
 ) -> Recipe:
     """As `read_recipe`; `reader`: reads one document, given where relative names are looked up."""
     search = search_path(source)
-    named, last = stages_of([open_data(source)] if isinstance(source, Mapping) else open_documents(Path(source)))
+    opened = [open_data(source)] if isinstance(source, Mapping) else open_documents(Path(source), lenient=lenient)
+    named, last = stages_of(opened)
     chosen = last if stage is None else named.get(stage)
 
     def read(document: Document) -> Recipe:
@@ -131,6 +136,9 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
     """One document, which knows no other; errors as `read_recipe`. `search`: where relative names are looked up."""
     document = _spell_out(document)
     document, words, ignored = check_names(document, lenient=lenient)
+    document = _without_empty(document, words)
+    if lenient and words.sparsify is None:
+        document = mergekit.with_densities(document)
     # First what depends on nothing else, so that whoever collects errors meets all of it.
     plain: dict[str, Any] = dict(
         dtype=_read_dtype(document),
@@ -143,10 +151,10 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
     )
     rounding, rounding_seed = _read_rounding(document)
     if rounding == STOCHASTIC and plain["output"] == "adapter":
-        fail(document, ("rounding",), " is of models: with output: adapter, write nearest, or remove it")
+        fail(document, ("rounding",), " applies to models: with output: adapter, write nearest, or remove it")
     found = gather(document, words, search)
     seed = 0  # of the recipe
-    notes, shared = [*ignored, *found.notes], found.shared
+    notes, shared = [*document.notes, *ignored, *found.notes], found.shared
     models = [(entry.path, entry.name, entry.own) for entry in found.entries]
     if words.sparsify is None:
         parts = mergekit.translate(
@@ -188,8 +196,18 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
         text=document.text,
         **plain,
     )
-    _check_whole(document, recipe, [path for path, _, _ in models])
+    _check_whole(document, recipe, [path for path, _, _ in models], ignored)
     return replace(recipe, notes=(*notes, *_notes(recipe, seeded, search)))
+
+
+def _without_empty(document: Document, words: Words) -> Document:
+    """Keys of mergekit's that have no value, as programs write them, are as if they were not there."""
+    empty = [key for key in ("base_model", "dtype", "out_dtype") if document.data.get(key, "") is None]
+    empty = [key for key in empty if words.sparsify is None and not (key == "base_model" and words.needs_base)]
+    if not empty:
+        return document
+    notes = [f"{key} has no value: as if it were not there" for key in empty]
+    return replace(without(document, [(key,) for key in empty]), notes=(*document.notes, *notes))
 
 
 def _where_present(own: Mapping[str, Value], model: int, slices: Sequence[Slice]) -> dict[str, Value]:
@@ -369,7 +387,7 @@ def _read_rank(document: Document) -> int | None:
     if type(raw) is not int or raw < 1:
         fail(document, ("rank",), f" must be a whole number above 0, found {shown(raw)}")
     if document.data.get("output") != "adapter":
-        fail(document, ("rank",), " is of an adapter: write output: adapter, or remove it")
+        fail(document, ("rank",), " applies to adapters: write output: adapter, or remove it")
     return raw
 
 
@@ -396,10 +414,10 @@ def _read_heads(document: Document, base: str | None, models: Sequence[str], sea
 # --- what belongs together ---
 
 
-def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key]) -> None:
+def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key], ignored: Sequence[str]) -> None:
     method, sparsify = MERGE_METHODS[recipe.merge_method], recipe.sparsify
     on_delta = sparsify is not None and sparsify.on == "delta"
-    _check_number(document, recipe)
+    _check_number(document, recipe, ignored)
     bases = [one.base and one.base[0] for one in recipe.slices] or [recipe.base_model]
     if any(base is None for base in bases) and (method.needs_base or on_delta):
         who = recipe.merge_method if method.needs_base else f"sparsify with {sparsify.method}"  # type: ignore[union-attr]
@@ -445,7 +463,7 @@ def _check_output(document: Document, recipe: Recipe) -> None:
         return
     if recipe.base_model is None or recipe.slices:
         what = "has no base_model" if not recipe.slices else "stacks slices"
-        fail(document, ("output",), f" is adapter, which is put on a base as it is, and this recipe {what}")
+        fail(document, ("output",), f" is adapter, which is put on a base as it is, but this recipe {what}")
     if recipe.sparsify is not None and recipe.sparsify.on == "weights":
         fail(document, ("output",), " is adapter, which holds deltas, and sparsify is on: weights")
 
@@ -461,8 +479,11 @@ def _to_stack(recipe: Recipe, count: int) -> str:
     )
 
 
-def _check_number(document: Document, recipe: Recipe) -> None:
-    """As many models as the method takes, in every slice, and the parameters that it must have."""
+def _check_number(document: Document, recipe: Recipe, ignored: Sequence[str]) -> None:
+    """As many models as the method takes, in every slice, and the parameters that it must have.
+
+    `ignored`: notes of what was left out; one of them may tell why a parameter is missing.
+    """
     method = MERGE_METHODS[recipe.merge_method]
     low, high = method.models
     counts = [(len(recipe.models), recipe.base_model)]
@@ -484,10 +505,12 @@ def _check_number(document: Document, recipe: Recipe) -> None:
             )  # fmt: skip
     for parameter in method.parameters.values():
         if parameter.default is None and parameter.name not in recipe.parameters:
+            words = (parameter.name, WEIGHT.name)
+            why = next((note for word in words for note in ignored if note.split()[0].endswith(f".{word}")), "")
             fail(
                 document, (),
                 f"{recipe.merge_method} needs {parameter.name}, {parameter.kind.help}: add `parameters: "
-                f"{{{parameter.name}: ...}}`",
+                f"{{{parameter.name}: ...}}`{f' ({why})' if why else ''}",
             )  # fmt: skip
 
 

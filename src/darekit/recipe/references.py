@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from darekit.recipe.documents import Document, Key, did_you_mean, fail, shown
+from darekit.recipe.documents import Document, Key, fail, shown, suggest
 
 _REFERENCE_KEYS = ("model", "lora", "override_architecture")
 _PATH_KEYS = ("path", "revision")
@@ -32,6 +32,18 @@ def reference_of(document: Document, path: Key, raw: Any) -> str:
     return raw
 
 
+def unknown_keys(path: Key, raw: Any) -> Iterator[tuple[Key, str]]:
+    """What stands where a model's name does -> each key of mergekit's mappings that means nothing, and why."""
+    if not isinstance(raw, dict) or not {"path", "model"} & {*raw}:
+        return  # none of the mappings: refused as a whole
+    known = _PATH_KEYS if "path" in raw else _REFERENCE_KEYS
+    for key, value in raw.items():
+        if key not in known:
+            yield (*path, key), f"is not known{suggest(key, known)}"
+        elif key in ("model", "lora"):
+            yield from unknown_keys((*path, key), value)
+
+
 def _from_mapping(document: Document, path: Key, raw: Mapping[str, Any]) -> str:
     """`{model: {path: org/name, revision: v1}, lora: {...}}` -> `org/name@v1+...`; the inner mapping alone, too."""
     if "path" in raw:
@@ -42,9 +54,6 @@ def _from_mapping(document: Document, path: Key, raw: Mapping[str, Any]) -> str:
             f"expected a directory or a Hub id as text (org/name@revision), or {{model: {{path, revision}}}}, found "
             f"the mapping {shown(raw)}",
         )  # fmt: skip
-    for key in raw:
-        if key not in _REFERENCE_KEYS:
-            fail(document, (*path, key), f" is not known{did_you_mean(key, _REFERENCE_KEYS)}")
     name = _path_of(document, (*path, "model"), raw["model"])
     return name if raw.get("lora") is None else f"{name}+{_path_of(document, (*path, 'lora'), raw['lora'])}"
 
@@ -52,9 +61,6 @@ def _from_mapping(document: Document, path: Key, raw: Mapping[str, Any]) -> str:
 def _path_of(document: Document, path: Key, raw: Any) -> str:
     if not isinstance(raw, dict):
         return reference_of(document, path, raw)
-    for key in raw:
-        if key not in _PATH_KEYS:
-            fail(document, (*path, key), f" is not known{did_you_mean(key, _PATH_KEYS)}")
     if "path" not in raw:
         fail(document, path, f"expected {{path: org/name, revision: ...}}, found {shown(raw)}")
     name = reference_of(document, (*path, "path"), raw["path"])

@@ -55,7 +55,7 @@ def recipe_schema() -> Schema:
     """
     build = _Builder()
     properties = _top() | {"models": _models(_entry()), "sparsify": _sparsify(build)} | _layers()
-    properties |= {name: _IGNORED for name in (*ignored.OPTIONS, *ignored.PARAMETERS)}
+    properties = _with_ignored(properties, *ignored.OPTIONS)
     return {
         "$schema": DRAFT,
         "title": TITLE,
@@ -163,7 +163,9 @@ def _parameter(parameter: Parameter, *, auto: bool) -> Schema:
             return about | {"anyOf": _per_tensor([*switch(True, False)["anyOf"], {"enum": [0, 1]}])}
         case Choice(of=of):
             booleans = [word == "true" for word in of if word in ("true", "false")]
-            return about | {"anyOf": [{"enum": [*of]}, switch(*booleans)]} if booleans else about | {"enum": [*of]}
+            if not booleans:
+                return about | {"enum": [*of]}
+            return about | {"anyOf": [{"enum": [*of]}, switch(*booleans), {"enum": [*map(int, booleans)]}]}
 
 
 class _Builder:
@@ -214,7 +216,8 @@ def _block(properties: Mapping[str, Schema]) -> Schema:
 def _top() -> dict[str, Schema]:
     """Top-level keys; those that say what is merged, and `sparsify`, are placeholders."""
     known: dict[str, Schema] = {
-        "base_model": _NAME | {"description": "The checkpoint that all models were fine-tuned from."},
+        "base_model": _NAME
+        | {"description": "The checkpoint that all models were fine-tuned from.", "type": ["string", "null"]},
         "stages": {"description": "Recipes that are models of this one, by name.", "type": "object"},
         "models": {},
         "slices": {},
@@ -254,7 +257,7 @@ def _top() -> dict[str, Schema]:
             "type": "string",
         },
         "keep_float32": {
-            "description": "Under a 16-bit `dtype`: whether tensors stay float32 that are so in a 16-bit model.",
+            "description": "Under a 16-bit `dtype`: whether tensors that are float32 in a 16-bit model stay float32.",
             **switch(True, False),
             "default": True,
         },
@@ -340,7 +343,7 @@ def _literals(owner: type, name: str) -> list[str]:
 def _dtype(description: str) -> Schema:
     names = [DTYPES[name].torch_name for name in FLOAT_DTYPES]
     prefixed = {"type": "string", "pattern": rf"^torch\.({'|'.join(names)})$"}
-    return {"description": description, "anyOf": [{"enum": names}, prefixed]}
+    return {"description": description, "anyOf": [{"enum": names}, prefixed, {"type": "null"}]}
 
 
 def _models(entry: Schema) -> Schema:
@@ -373,24 +376,22 @@ def _layers() -> dict[str, Schema]:
         "parameters": block,
         "stats": {"type": "string", "minLength": 1},
         "experts_layout": _LAYOUT,
-        **{name: _IGNORED for name in (*ignored.SOURCE_WORDS, *ignored.PARAMETERS)},
     }
     one = {
         "sources": {
             "description": "Whose layers are merged here: equally many of each.",
             "type": "array",
             "minItems": 1,
-            "items": _block(source) | {"required": ["model", "layer_range"]},
+            "items": _block(_with_ignored(source, *ignored.SOURCE_WORDS)) | {"required": ["model", "layer_range"]},
         },
         "base_model": reference | {"description": "The base of these layers, where it is not the recipe's."},
         "parameters": block,
-        **{name: _IGNORED for name in (*ignored.SLICE_WORDS, *ignored.PARAMETERS)},
     }
     slices: Schema = {
         "description": "The output's layers, from the first to the last.",
         "type": "array",
         "minItems": 1,
-        "items": _block(one) | {"required": ["sources"]},
+        "items": _block(_with_ignored(one, *ignored.SLICE_WORDS)) | {"required": ["sources"]},
     }
     module = _block({"slices": slices, "models": _models(_entry()), "parameters": block})
     return {
@@ -405,7 +406,7 @@ def _layers() -> dict[str, Schema]:
 
 
 _LAYOUT: Schema = {
-    "description": "Of an adapter: the order in which its factors B have their experts, where it does not say so.",
+    "description": "For an adapter: the order of the experts in its factors B, if its config does not say.",
     "enum": list(LAYOUTS),
 }
 
@@ -413,8 +414,7 @@ _LAYOUT: Schema = {
 def _entry(parameters: Schema | None = None) -> Schema:
     """One of the models, as a mapping."""
     about = {"description": "A directory, a .safetensors file, or org/name[@revision] on the Hub."}
-    properties = {
-        **{name: _IGNORED for name in (*ignored.SOURCE_WORDS, *ignored.PARAMETERS)},
+    properties: dict[str, Schema] = {
         "model": {"anyOf": [_NAME, {"type": "object"}]} | about,
         "parameters": {"description": "Parameters of this model alone.", "type": ["object", "null"]},
         "stats": {
@@ -426,7 +426,7 @@ def _entry(parameters: Schema | None = None) -> Schema:
     }
     if parameters is not None:
         properties["parameters"] |= parameters
-    return _block(properties) | {"required": ["model"]}
+    return _block(_with_ignored(properties, *ignored.SOURCE_WORDS)) | {"required": ["model"]}
 
 
 def _parameters(allowed: Mapping[str, Schema]) -> Schema:
@@ -438,8 +438,13 @@ def _parameters(allowed: Mapping[str, Schema]) -> Schema:
 
 def _tolerant(block: Schema) -> Schema:
     """A `parameters:` block with words of other methods of mergekit's, which are ignored."""
-    others = {name: _IGNORED for name in ignored.PARAMETERS if name not in block["properties"]}
-    return block | {"properties": {**block["properties"], **others}}
+    return block | {"properties": _with_ignored(block["properties"])}
+
+
+def _with_ignored(properties: Mapping[str, Schema], *words: str) -> dict[str, Schema]:
+    """And what is ignored: these words, mergekit's parameters, and its words that mean something elsewhere."""
+    others = (*words, *ignored.PARAMETERS, *ignored.ELSEWHERE)
+    return {**properties, **{name: _IGNORED for name in others if name not in properties}}
 
 
 def _with_rescale_q(allowed: Mapping[str, Schema]) -> dict[str, Schema]:

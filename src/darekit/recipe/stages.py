@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from darekit.errors import RecipeError
 from darekit.recipe.data import Recipe
-from darekit.recipe.documents import Document, fail, open_data, shown, suggest
+from darekit.recipe.documents import Document, did_you_mean, fail, open_data, shown, suggest
 
 LAST = None  # the stage that is meant where none is named
 
@@ -76,10 +78,11 @@ def read_stage(
     def finished(document: Document, path: tuple[str, ...]) -> Recipe:
         inner, body = _from_data(document)
         recipe = read_stage(inner, body, LAST, read) if inner else read(document)
+        _refuse_misspelt(document, names_in(recipe), named)
         used = [name for name in named if name in names_in(recipe) and name not in inner]
         for name in used:
             if name in path:
-                raise RecipeError(f"{document.name}: stages that are made of each other: {' > '.join((*path, name))}")
+                raise RecipeError(f"{document.name}: stages that contain each other: {' > '.join((*path, name))}")
             if name not in done:
                 done[name] = finished(named[name], (*path, name))
         return replace(recipe, stages=(*recipe.stages, *((name, done[name]) for name in used)))
@@ -88,6 +91,16 @@ def read_stage(
         own = next((name for name, document in named.items() if document is last), None)
         return finished(last, (own,) if own is not None else ())
     return finished(named[stage], (stage,))
+
+
+def _refuse_misspelt(document: Document, names: set[str], stages: Iterable[str]) -> None:
+    """A name of one word that is no stage and no file here can mean nothing but a stage: on the Hub are org/name."""
+    known = [*stages]
+    for name in sorted(names.difference(known)):
+        folders = (Path(), Path(document.name).resolve().parent)
+        if "/" in name or not (hint := did_you_mean(name, known)) or any(os.path.lexists(f / name) for f in folders):
+            continue
+        raise RecipeError(f"{document.name}: there is no stage and no checkpoint {name!r}{hint}")
 
 
 def names_in(recipe: Recipe) -> set[str]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +11,8 @@ from darekit.architectures.templates import CHAT_TEMPLATES
 from darekit.recipe.data import TokenRow, Tokens
 from darekit.recipe.documents import Document, Key, did_you_mean, fail, shown, suggest
 from darekit.recipe.names import find_model, same_model
+from darekit.recipe.parameters import switch_of
+from darekit.recipe.references import reference_of
 
 AUTO_TEMPLATE = "auto"
 
@@ -21,6 +23,25 @@ KINDS = {"zero": ("kind",), "model_token": ("kind", "model", "token", "token_id"
 _MODEL = "model:"  # before a name that would else be a word
 _WORDS = ("base", "union")
 SHORTEST_TEMPLATE = 20  # characters; what is shorter is a name
+
+
+def unknown_keys(data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """A recipe's data -> each key of its `tokenizer:` that means nothing, and why."""
+    block = data.get("tokenizer")
+    if not isinstance(block, dict):
+        return
+    places: list[tuple[Key, Any, Sequence[str]]] = [(("tokenizer",), block, TOKENIZER_KEYS)]
+    rows = block.get("tokens")
+    for token, entry in rows.items() if isinstance(rows, dict) else ():
+        here: Key = ("tokenizer", "tokens", token)
+        places.append((here, entry, ROW_KEYS))
+        source = entry.get("source") if isinstance(entry, dict) else None
+        if isinstance(source, dict) and source.get("kind") in KINDS:
+            places.append(((*here, "source"), source, KINDS[source["kind"]]))
+    for path, found, known in places:
+        for key in found if isinstance(found, dict) else ():
+            if key not in known:
+                yield (*path, key), f"is not known{suggest(key, known)}"
 
 
 class TokensReader:
@@ -78,7 +99,6 @@ class TokensReader:
         path: Key = ("tokenizer",)
         if not isinstance(raw, dict):
             fail(self.document, path, f"expected a mapping such as {{source: union}}, found {shown(raw)}")
-        self._refuse_unknown(path, raw, TOKENIZER_KEYS)
         source = raw.get("source")
         return Tokens(
             "union" if source is None else self._source((*path, "source"), source),
@@ -86,13 +106,9 @@ class TokensReader:
             self._multiple((*path, "pad_to_multiple_of"), raw.get("pad_to_multiple_of")),
         )
 
-    def _refuse_unknown(self, path: Key, raw: Mapping[str, Any], known: Sequence[str]) -> None:
-        for key in raw:
-            if key not in known:
-                fail(self.document, (*path, key), f" is not known{suggest(key, known)}")
-
     def _source(self, path: Key, raw: Any) -> str:
         """`union`, `base` or a model, as it is spelled elsewhere in the recipe."""
+        raw = reference_of(self.document, path, raw) if isinstance(raw, dict) else raw
         if not isinstance(raw, str):
             self._no_model(path, raw, (*_WORDS,))
         if raw in _WORDS:
@@ -140,12 +156,11 @@ class TokensReader:
                     here,
                     f"expected a mapping such as {{source: base, force: true}}, found {shown(entry)}",
                 )
-            self._refuse_unknown(here, entry, ROW_KEYS)
-            force = entry.get("force")
+            force = switch_of(entry.get("force"))
             if not isinstance(force, bool | None):
                 fail(self.document, (*here, "force"), f" must be true or false, found {shown(force)}")
             if force and entry.get("source") is None:
-                fail(self.document, here, " has force and no source: say whose row all models are to have")
+                fail(self.document, here, " has force and no source: say whose row all models get")
             found[token] = self._row((*here, "source"), entry.get("source"), token, bool(force))
         return found
 
@@ -162,7 +177,6 @@ class TokensReader:
                 self.document, (*path, "kind"),
                 f" must be one of {', '.join(KINDS)}, found {shown(kind)}{did_you_mean(str(kind), [*KINDS])}",
             )  # fmt: skip
-        self._refuse_unknown(path, raw, KINDS[kind])
         if kind == "zero":
             return TokenRow("zero", force=force)
         if raw.get("model") is None:
@@ -179,6 +193,7 @@ class TokensReader:
 
     def _giver(self, path: Key, raw: Any) -> str:
         """The model that gives a row: `base`, or as it is spelled elsewhere."""
+        raw = reference_of(self.document, path, raw) if isinstance(raw, dict) else raw
         if not isinstance(raw, str) or not raw.removeprefix(_MODEL):
             self._no_model(path, raw, ("base",))
         if raw == "base" and self.base is not None:
@@ -187,11 +202,12 @@ class TokensReader:
         return self._known(name) or name
 
     def _multiple(self, path: Key, raw: Any) -> int | None:
-        if raw is None:
+        number = int(raw) if isinstance(raw, str) and raw.strip().isdecimal() else raw  # mergekit reads it in quotes
+        if number is None:
             return None
-        if isinstance(raw, bool) or not isinstance(raw, int) or raw < 1:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             fail(self.document, path, f" must be a whole number from 1 on, found {shown(raw)}")
-        return raw
+        return number
 
 
 def read_chat_template(document: Document) -> str | None:

@@ -20,9 +20,9 @@ from darekit.methods import (
     Parameter,
     installed,
 )
-from darekit.recipe import mergekit
+from darekit.recipe import mergekit, references, tokens
 from darekit.recipe.documents import Document, Key, fail, shown, suggest
-from darekit.recipe.ignored import why_ignored, without
+from darekit.recipe.ignored import anchored, why_ignored, without
 from darekit.recipe.layout import FORMS, MODEL_KEYS, MODULE_KEYS, SLICE_KEYS, SOURCE_KEYS, SliceAt, layout_of
 from darekit.recipe.parameters import block_at
 
@@ -102,12 +102,15 @@ def check_names(document: Document, *, lenient: bool = False) -> tuple[Document,
             unknown += _unknown_parameters(
                 document, (*source.path, "parameters"), source.entry.get("parameters"), words.model, words
             )
+            named = references.unknown_keys((*source.path, "model"), source.entry.get("model"))
+            unknown += [Unknown(*one) for one in named]
+    unknown += [Unknown(*one) for one in _unknown_in_names(document)]
     unknown += _unknown_parameters(document, ("parameters",), data.get("parameters", {}), words.shared, words)
     if words.sparsify is not None:
         block = {key: value for key, value in data["sparsify"].items() if key not in SPARSIFY_KEYS}
         unknown += _unknown_parameters(document, ("sparsify",), block, words.sparsify, words)
     unknown = list({one.path: one for one in unknown}.values())  # a module's are met in each of its slices
-    ignored = {one.path: note for one in unknown if (note := _ignored(one, words)) is not None}
+    ignored = {one.path: note for one in unknown if (note := _ignored(document, one, words)) is not None}
     unknown = [one for one in unknown if one.path not in ignored]
     if not lenient:
         _raise_unknown(document, unknown)
@@ -124,11 +127,13 @@ class Unknown:
     inside: bool = False
 
 
-def _ignored(one: Unknown, words: Words) -> str | None:
+def _ignored(document: Document, one: Unknown, words: Words) -> str | None:
     """The note for a key that mergekit's recipes may have there without effect."""
     if words.sparsify is not None or words.method not in mergekit.METHODS:
         return None
     entry = words.merge_method or MERGE_METHODS[mergekit.PRODUCTS[words.method].merge]
+    if len(one.path) == 1 and one.path[0] in document.repeated:
+        return anchored(one.path)
     return why_ignored(one.path, words.method, entry, inside=one.inside)
 
 
@@ -156,7 +161,7 @@ def _explain_top(key: str) -> str:
     if key in ("experts", "shared_experts", "gate_mode", "experts_per_token"):
         return "belongs to mergekit-moe, which makes a mixture of experts of models; darekit merges models of one form"
     if key == "genome":
-        return "belongs to mergekit-evolve, which searches for parameters; here: `dare sweep`"
+        return "belongs to mergekit-evolve, which searches for parameters; here: `dare search`"
     if key == "stats":
         return "is not a top-level key; each model has its own: `- {model: name, stats: name.safetensors}`"
     if key in SPARSIFY_KEYS or any(key in entry.parameters for entry in SPARSIFIERS.values()):
@@ -176,6 +181,16 @@ def _unknown_around(document: Document, one: SliceAt, words: Words) -> Iterator[
         yield from _unknown_parameters(
             document, (*path, "parameters"), block.get("parameters"), {**words.model, **words.shared}, words
         )
+
+
+def _unknown_in_names(document: Document) -> Iterator[tuple[Key, str]]:
+    """Unknown keys of mappings that stand for a base's or a tokenizer's name, and of `tokenizer:`."""
+    data = document.data
+    for key in ("base_model", "tokenizer_source"):
+        yield from references.unknown_keys((key,), data.get(key))
+    if isinstance(data.get("tokenizer"), dict):
+        yield from references.unknown_keys(("tokenizer", "source"), data["tokenizer"].get("source"))
+    yield from tokens.unknown_keys(data)
 
 
 def _explain_entry(key: str, words: Words, allowed: Sequence[str]) -> str:

@@ -64,7 +64,7 @@ def _verdict(found: EvaluationFolder) -> tuple[str, str, tuple[str, ...]]:
             wins.setdefault(comparison.evaluations[best].model, []).append(score)
     rule = (
         f"A model counts as best where it leads every other by more than {CLEAR:g} standard errors of the difference. "
-        "The models answered the same questions, so the true error is mostly smaller: this errs towards silence."
+        "The models answered the same questions, so the true error is mostly smaller: this errs on the side of caution."
     )
     if len(comparison.evaluations) < 2:
         return f"One model was judged: {comparison.evaluations[0].model}.", "plain", ()

@@ -45,8 +45,8 @@ def search_page(folder: Path) -> Page:
     state, known = "", number((read.summary.get("counts") or {}).get("trials"))
     if known < len(read.trials):
         state = (
-            f"{_counted(read)} so far, and {SUMMARY} knows {known:.0f} of them: the search goes on, or was killed. The "
-            "verdict is of before; run the same `dare search` again for a new one."
+            f"{_counted(read)} so far, and {SUMMARY} knows {known:.0f} of them: the search is still running, or "
+            "was killed. The verdict is from before; run the same `dare search` again for a new one."
         )
     if not read.summary:
         state = (
@@ -99,7 +99,7 @@ def _verdict(read: SearchFolder) -> tuple[str, str, tuple[str, ...]]:
             return "No trial is complete yet.", "plain", ()
         best = (max if goal.higher else min)(able, key=lambda one: one.value(goal.score))
         line = f"Best so far on validation: {best.title}, {goal.score} {scored(best.scores[goal.score])}."
-        return line, "plain", ("A score that was chosen by is too good; only the end reports on test.",)
+        return line, "plain", ("Scores used for choosing are too optimistic; test scores come only at the end.",)
     better = [one.get("better") for one in read.summary.get("differences") or () if one.get("split") == "test"]
     found = (read.summary.get("best") or {}).get("trial") is not None  # else a baseline is the best of all
     tone = "bad" if False in better else "good" if found and better and all(better) else "plain"

@@ -148,13 +148,13 @@ def _verdict(found: _Found) -> tuple[str, str, tuple[str, ...]]:
     if summary.chosen is None:
         if "validation" in sweep.judges:
             return "Validation cannot choose: no setting of the grid has finished with all its seeds.", "plain", ()
-        details.append("Whatever looks best below was chosen by the numbers that report it, which makes them too good.")
+        details.append("What looks best below was chosen by the numbers that report it, so they are too optimistic.")
         return "Nothing is chosen: the sweep has no judges under `validation:`.", "plain", tuple(details)
     split = found.splits[0]
     chosen, single, score = summary.chosen, summary.single, summary.score
     words = f"Validation chooses {chosen.title}: {score} {shown(chosen, split, score)} on {split}."
     if split != "test":
-        details.append("There are no `test:` judges: this number was used to choose, so it is too good.")
+        details.append("There are no `test:` judges: this number was used to choose, so it is too optimistic.")
     out = found.folder.result.out
     beside, tone = ("", "plain") if single is None else compared(chosen, single, split, score, summary.higher, out)
     if beside:

@@ -68,7 +68,7 @@ def read_search(source: str | Path | Mapping[str, Any]) -> Search:
     _refuse_negative(document, knobs, negative)
     _check_weights(document, knobs, recipe, weights_sum)
     notes = [] if "test" in judges else [
-        "there are no judges under `test:`: what is chosen will be reported on validation alone, where it is flattered"
+        "there are no judges under `test:`: what is chosen will be reported on validation alone, which flatters it"
     ]  # fmt: skip
     found = Search(
         name, place, knobs, weights_sum, judges, _read_goals(document, names, search),

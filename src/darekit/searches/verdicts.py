@@ -247,7 +247,7 @@ class _Found:
                 "the less they say."
             )
         if self.interrupted:
-            head.append(f"Interrupted after {count}; the same command goes on.")
+            head.append(f"Interrupted after {count}; run the same command to continue.")
         return [*head, *self._limits()]
 
     def _opening(self, count: str) -> list[str]:

@@ -114,7 +114,7 @@ class Work:
         try:
             judged = self._judge_baselines(baselines)
         except KeyboardInterrupt:
-            self.say("interrupted before the baselines were judged; the same command goes on")
+            self.say("interrupted before the baselines were judged; run the same command to continue")
             raise
         if not self.goals:
             first = judged[0][1]
@@ -362,7 +362,7 @@ class Work:
             if not isinstance(answer, Lost):
                 yield at, answer
                 continue
-            self.say(f"a worker was lost: {answer.why}; what it did is given to another one")
+            self.say(f"a worker was lost: {answer.why}; its work goes to another one")
             lost.append(at)
         for i, answer in self.pool.run([tasks[at] for at in lost]):
             yield lost[i], Answer(FAILED, error=answer.why) if isinstance(answer, Lost) else answer

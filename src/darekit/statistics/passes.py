@@ -86,7 +86,7 @@ class FisherPass:
 
         if live.task not in (CAUSAL, SEQ2SEQ, CLASSIFIER, REGRESSOR):
             raise Unsupported(
-                f"a Fisher needs the log-likelihood of each row, but {live.kind}, and has none of text; Gram matrices "
+                f"a Fisher needs the log-likelihood of each row, but {live.kind}, and has none for text; Gram matrices "
                 "(`dare stats gram`) need none"
             )
         if labels == EXACT and live.task in (CAUSAL, SEQ2SEQ):

@@ -37,6 +37,13 @@ class Check:
         method: its name.
         title: what it must do.
         run: the check itself.
+
+    Examples:
+        >>> from darekit import testing
+        >>> check = testing.checks("linear")[0]
+        >>> check.method, check.title
+        ('linear', 'equals its function on whole tensors')
+        >>> check()
     """
 
     method: str

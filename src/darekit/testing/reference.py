@@ -51,6 +51,12 @@ def reference(
 
     Returns:
         The merged array, in the base's (else the first model's) dtype.
+
+    Examples:
+        >>> from darekit import testing
+        >>> base, model = np.float32([1, 1]), np.float32([2, 3])
+        >>> testing.reference("w", base, [model], seeds=[0], method="task_arithmetic", lambda_=0.5)
+        array([1.5, 2. ], dtype=float32)
     """
     like = models[0] if base is None else base
     wide = any(a.dtype == np.float64 for a in (like, *models))

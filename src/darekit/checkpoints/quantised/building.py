@@ -102,8 +102,8 @@ class Weight:
     def wrong(self, what: str) -> CheckpointError:
         """An error about this weight."""
         return CheckpointError(
-            f"{self.making.where}, tensor {self.match.name}: {what}. The checkpoint is damaged, or its parts are not "
-            "of one model; download it again, or give the checkpoint that was quantised"
+            f"{self.making.where}, tensor {self.match.name}: {what}. The checkpoint is damaged, or its parts "
+            "belong to different models; download it again, or give the checkpoint that was quantised"
         )
 
     def need(self, role: str, formats: Sequence[str]) -> TensorInfo:
@@ -122,8 +122,8 @@ class Weight:
         info = self.parts[role]
         if isinstance(info.source, FileRange) and isinstance(info.source.file, HeaderFile):
             raise Unsupported(
-                f"{self.making.where}, tensor {self.match.name}: its shape is in {info.name}, and not in the header, "
-                "which is all that was fetched; download the model first"
+                f"{self.making.where}, tensor {self.match.name}: its shape is stored in {info.name}, but only the "
+                "headers were fetched; download the model first"
             )
         if info.nbytes > limit:
             raise self.wrong(f"{info.name} has {info.nbytes:,} bytes, expected at most {limit:,}")
@@ -287,7 +287,7 @@ def _rows(weight: Weight) -> Decoded:
         raise weight.wrong(f"SCB of shape {list(scales.shape)} does not fit weights of shape {list(codes.shape)}")
     if weight.get("format") is not None and any(weight.values("format")):
         raise Unsupported(
-            f"{weight.making.where}, tensor {weight.match.name}: its elements lie in an order for one kind of GPU "
+            f"{weight.making.where}, tensor {weight.match.name}: its elements are in the order of one kind of GPU "
             f"({weight['format'].name} is not 0); load it with bitsandbytes, call `model.dequantize()`, and save that"
         )
     layout = Layout(codes.shape[0], codes.shape[1], (1, max(1, codes.shape[1])), 1, "one scale for each row")

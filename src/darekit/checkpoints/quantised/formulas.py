@@ -33,7 +33,7 @@ FP4: Singles = np.array(
 ) / np.float32(12)  # fmt: skip
 
 INT8_STEP = np.float32(7.874015718698502e-3)  # 1 / 127, as bitsandbytes multiplies by it
-_POWERS = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))  # E8M0
+POWERS = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))  # E8M0
 
 
 def eights(dtype: str) -> Singles:
@@ -62,7 +62,7 @@ def powers(codes: Bytes) -> Singles:
     >>> powers(np.array([126, 127, 255], np.uint8))
     array([0.5, 1. , nan], dtype=float32)
     """
-    found: Singles = _POWERS[codes]
+    found: Singles = POWERS[codes]
     return found
 
 

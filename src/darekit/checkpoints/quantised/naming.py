@@ -151,8 +151,8 @@ def _scale_of(name: str, tensors: Mapping[str, Header], where: str) -> str | Non
     found = [one for one in candidates if one in tensors]
     if len(found) > 1:
         raise CheckpointError(
-            f"{where} has two scales of {name}: {' and '.join(found)}. Which of them its F8 weights are multiplied by "
-            "is not known"
+            f"{where} has two scales of {name}: {' and '.join(found)}. It is not known which of them its F8 weights "
+            "must be multiplied by"
         )
     return found[0] if found else None
 

@@ -224,6 +224,6 @@ def refuse_impossible(scales: Singles, name: str, where: str, *, signed: bool = 
     if bad.any():
         raise DataError(
             f"{where}: {int(bad.sum())} of {scales.size} scales that were read from {name} are {what}, so its weights "
-            "cannot be decoded: the file is damaged, or these are no scales. Download it again, or give the checkpoint "
-            "that was quantised"
+            "cannot be decoded: the file is damaged, or these are not scales. Download it again, or give the "
+            "checkpoint that was quantised"
         )

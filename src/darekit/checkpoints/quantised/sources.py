@@ -20,7 +20,7 @@ from darekit.checkpoints.checkpoint import SAMPLE_BYTES, TensorInfo
 from darekit.checkpoints.quantised import formulas
 from darekit.checkpoints.quantised.codes import Codes, Desk
 from darekit.checkpoints.quantised.formulas import Singles
-from darekit.checkpoints.quantised.scales import Grid, read_part, refuse_impossible, widened
+from darekit.checkpoints.quantised.scales import Grid, read_part, refuse_impossible
 from darekit.checkpoints.sources import Source, Traits, refuse_outside, traits_of
 from darekit.dtypes import Bytes, DType, narrow
 from darekit.errors import DataError
@@ -232,7 +232,7 @@ class Scaled(Coded):
         if np.any(self._worth(codes, self.table, zeros, (scales == 0).astype(np.float32), place, 1.0) != 0):
             raise DataError(
                 f"{self.stored.name}: a scale in {self.scales.parts[0].name} is 0, and the codes that it scales are "
-                "not: what they were is lost. The file is damaged; download it again, or give the checkpoint that was "
+                "not: their values are lost. The file is damaged; download it again, or give the checkpoint that was "
                 "quantised"
             )
 
@@ -248,20 +248,22 @@ class Scaled(Coded):
 
 
 class Matrix:
-    """A matrix with its columns as rows, and its scales; who makes it holds the lock."""
+    """A matrix with its columns as rows: pairs of codes, exponents of their scales, and which rows of these are strange
+    to the kernel; who makes it holds the lock."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.pairs: Bytes = np.empty((0, 0), np.uint8)
-        self.scales: Singles = np.empty((0, 0), np.float32)
+        self.exponents: Bytes = np.empty((0, 0), np.uint8)
+        self.strange: Bytes = np.empty(0, np.uint8)
         self.made = False
         self.users = 0
 
-    def room(self, shape: tuple[int, int]) -> Bytes:
-        """For the pairs: what was there, if it is as large."""
-        if self.pairs.shape != shape:
-            self.pairs = np.empty(shape, np.uint8)
-        return self.pairs
+    def room(self, rows: int, groups: int, columns: int) -> None:
+        """For pairs and exponents: what was there, if it is as large."""
+        if self.pairs.shape != (rows, columns) or self.exponents.shape != (groups, columns):
+            self.pairs = np.empty((rows, columns), np.uint8)
+            self.exponents = np.empty((groups, columns), np.uint8)
 
 
 class Shelf:
@@ -319,7 +321,6 @@ class Flipped(Coded):
     def _decode(self, start: int, raw: Bytes) -> None:
         size, dtype, (_, n, g, b) = self.stored.dtype.itemsize, self.stored.dtype, self.shape
         matrix = 2 * g * b * n
-        scratch = self.shelf.desk.room("scratch", 8 * kernels.BLOCK).view(np.float32).reshape(2, kernels.BLOCK)
         done, end = start, start + raw.nbytes // size
         while done < end:
             expert, begin = divmod(done, matrix)
@@ -329,7 +330,7 @@ class Flipped(Coded):
             words = part.view(np.uint16) if direct else np.empty(stop - done, np.uint16)
             with self.shelf.matrix((id(self), expert), partial(self._read, expert)) as found:
                 kernels.flipped_bf16(
-                    found.pairs, formulas.E2M1, kernels.E2M1, found.scales, 2 * b, begin, words, scratch
+                    found.pairs, formulas.E2M1, formulas.POWERS, found.exponents, found.strange, 2 * b, begin, words
                 )
             if not direct:  # BF16 holds every product of these codes and powers of two, but for the smallest
                 rounded = np.empty(part.nbytes, np.uint8)
@@ -338,20 +339,25 @@ class Flipped(Coded):
             done = stop
 
     def _read(self, expert: int, matrix: Matrix) -> None:
-        """One matrix, with its columns as rows: (g b, n) uint8, and (g, n) float32 scales."""
+        """One matrix, with its columns as rows: (g b, n) pairs, and (g, n) exponents."""
         _, n, g, b = self.shape
-        rows, pairs = self.shelf.desk.room("rows", n * g * b), matrix.room((g * b, n))
+        rows, room = self.shelf.desk.room("rows", n * g * b), self.shelf.desk.room
+        padded = -(-g // 8) * 8  # whole words of exponents
+        matrix.room(g * b, padded, n)
         self.blocks.read_into(rows, expert * n * g * b)
-        if n % 8 or g * b % 8:
-            np.copyto(pairs, rows.reshape(n, g * b).T)
-        else:
-            kernels.flip(rows.view("<u8").reshape(n, g * b // 8), pairs.view("<u8"))
-        matrix.scales = np.ascontiguousarray(self._scales(expert * n, n).T)
+        _flip(rows.reshape(n, g * b), matrix.pairs)
+        exponents = room("exponents", n * padded).reshape(n, padded)
+        exponents[:, :g], exponents[:, g:] = self._exponents(expert * n, n), 127
+        _flip(exponents, matrix.exponents)
+        low, high = matrix.exponents.min(axis=1), matrix.exponents.max(axis=1)
+        matrix.strange = ((low < 2) | (high > 252)).astype(np.uint8)
 
-    def _scales(self, row: int, many: int) -> Singles:
+    def _exponents(self, row: int, many: int) -> Bytes:
+        """(many, g) uint8."""
         g = self.shape[2]
-        found = widened(read_part(self.scales, g, (row, row + many), (0, g)), "U8")
-        refuse_impossible(found, self.scales.name, self.stored.name)
+        found = read_part(self.scales, g, (row, row + many), (0, g))
+        if found.size and found.max() == 255:
+            refuse_impossible(formulas.powers(found), self.scales.name, self.stored.name)
         return found.reshape(many, g)
 
     def _sampled(self) -> tuple[float, float]:
@@ -362,10 +368,19 @@ class Flipped(Coded):
         for start in dict.fromkeys(i * (rows - many) // (SAMPLED - 1) for i in range(SAMPLED if rows else 0)):
             raw = np.empty(many * g * b, np.uint8)
             self.blocks.read_into(raw, start * g * b)
-            codes, scales = formulas.nibbles(raw, False), np.repeat(self._scales(start, many).reshape(-1), 2 * b)
+            scales = np.repeat(formulas.powers(self._exponents(start, many).reshape(-1)), 2 * b)
+            codes = formulas.nibbles(raw, False)
             square += float(np.square(formulas.E2M1[codes] * scales, dtype=np.float64).sum())
             error += float(np.square(widths[codes] * scales, dtype=np.float64).sum()) / 12
         return error, square
+
+
+def _flip(rows: Bytes, out: Bytes) -> None:
+    """(n, m) uint8 -> `out`, (m, n): its transpose."""
+    if rows.shape[0] % 8 or rows.shape[1] % 8:
+        np.copyto(out, rows.T)
+    else:
+        kernels.flip(rows.view("<u8"), out.view("<u8"))
 
 
 def sampled_at(count: int, within: int) -> list[tuple[int, int]]:

@@ -96,9 +96,9 @@ def _refuse_turned(said: Any, where: str) -> None:
             place = str(one.get("location")) if isinstance(one, Mapping) else ""
             if not place.startswith("weight_"):
                 raise Unsupported(
-                    f"{where}: config.json has a transform_config ({shorten(name)}) that turns activations ({place}) "
-                    "while the model runs, so the stored weights are turned too; this is not read. Give the checkpoint "
-                    "from which it was quantised"
+                    f"{where}: config.json has a transform_config ({shorten(name)}) that rotates activations "
+                    f"({place}) while the model runs, so the stored weights are rotated too; this is not supported. "
+                    "Give the checkpoint from which it was quantised"
                 )
 
 

@@ -79,7 +79,7 @@ def _about_forms(forms: Sequence[str], ignored: Sequence[str], dtype: DType, whe
     counted = Counter(forms).most_common()
     what = ", ".join(f"{count} of {form}" for form, count in counted) if counted[1:] else counted[0][0]
     many = "1 quantised tensor is" if len(forms) == 1 else f"{len(forms)} quantised tensors are"
-    unread = f". Not used, as they are for activations: {some(ignored)}" if ignored else ""
+    unread = f". Not used, because they are for activations: {some(ignored)}" if ignored else ""
     return f"{label(where)}: {many} read as {dtype.torch_name} ({what}); outputs are not quantised{unread}"
 
 
@@ -97,8 +97,8 @@ def _refuse_scaled_inputs(left: Mapping[str, TensorInfo], modules: Collection[st
     if found:
         raise Unsupported(
             f"{where}: {some(found)} scale{'s' if len(found) == 1 else ''} the inputs of quantised layers (AWQ of "
-            "ModelOpt, SmoothQuant), whose weights were divided by them; this is not read. Dequantise it with the tool "
-            "that made it, or give the checkpoint from which it was quantised"
+            "ModelOpt, SmoothQuant), whose weights were divided by them; this is not supported. Dequantise it with the "
+            "tool that made it, or give the checkpoint from which it was quantised"
         )
 
 

@@ -29,8 +29,8 @@ def about_base(config: AdapterConfig, base: Checkpoint, opening: Opening) -> str
         here = None
     if here is None:
         return (
-            f"the adapter names {named} as its base, and is used on {base.ref}: their names and shapes fit, and "
-            f"nothing more can be known, as {named} is not here"
+            f"the adapter names {named} as its base, and is used on {base.ref}: their names and shapes fit, but "
+            f"nothing more can be checked, because {named} is not here"
         )
     try:
         with closing(open_checkpoint(here)) as other:
@@ -38,12 +38,12 @@ def about_base(config: AdapterConfig, base: Checkpoint, opening: Opening) -> str
     except NotFetched:
         same = True
     except CheckpointError:  # it is not what it was when the adapter was trained
-        return f"the adapter names {named} as its base, which is here and cannot be read; it is used on {base.ref}"
+        return f"the adapter names {named} as its base, which is here but cannot be read; it is used on {base.ref}"
     if not same:
         raise PlanError(
-            f"{opening.ref} is an adapter for {named}, whose weights are others than those of the base {base.ref}. If "
-            f"it is meant to be put on that all the same, name both as one model: {base.ref}+{opening.ref}; if it is "
-            f"to be a model of its own, {named}+{opening.ref}"
+            f"{opening.ref} is an adapter for {named}, whose weights differ from those of the base {base.ref}. To put "
+            f"it on {base.ref} anyway, name both as one model: {base.ref}+{opening.ref}; to use it on its own base, "
+            f"write {named}+{opening.ref}"
         )
     return None
 

@@ -7,6 +7,7 @@ Everything foreseeable is an error here: a tensor that matches nothing, halves, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import permutations
@@ -15,7 +16,7 @@ from darekit.checkpoints import Checkpoint, TensorInfo
 from darekit.dtypes import dtype_named
 from darekit.errors import CheckpointError, HomologyError, PlanError, Unsupported
 from darekit.inputs.adapters.config import AdapterConfig, Layout, first_of
-from darekit.inputs.adapters.names import Names, grouped
+from darekit.inputs.adapters.names import Key, Names, grouped, key_of
 from darekit.inputs.adapters.sources import Change, Put, Term
 from darekit.inputs.adapters.targets import kinds_without, named_modules_without
 
@@ -26,6 +27,13 @@ _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "c
 # Families whose experts are [E, in, out] in memory; the parameters of experts in the order in which PEFT wraps them.
 _IN_OUT_FAMILIES = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 _EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+
+# Factors in the words of diffusers, kohya's scripts and LyCORIS.
+_OTHERS = re.compile(
+    r"(?:lora_(?:unet|te\d?|transformer)_.*)|"
+    r".*[._](?:lora[._](?:down|up|mid)|lora_linear_layer[._](?:down|up)|dora_scale|hada_w\d_[ab]|lokr_w\d(?:_[ab])?)"
+    r"(?:\.weight)?"
+)
 
 LARGEST = 3.4e38  # of float32, in which products are made
 
@@ -71,11 +79,18 @@ def find_changes(
         PlanError: nobody says in which order a factor has its experts.
     """
     keys, strange = grouped(tensors, config.form)
+    twice = next((name for name in strange if key_of(name, config.form) in keys), None)
+    if twice is not None:
+        raise CheckpointError(
+            f"{ref} holds more than one adapter: {keys[key_of(twice, config.form)]} and {twice} are one part of one "  # type: ignore[index]
+            "module. Save one by itself: model.save_pretrained(OUT, selected_adapters=[NAME])"
+        )
     if strange:
         raise CheckpointError(
             f"{ref} has {len(strange)} tensors that are no parts of an adapter ({first_of(strange)}): expected names "
             "such as MODULE.lora_A.weight"
         )
+    _refuse_names_of_others(keys, ref)
     modules: dict[str, dict[int, dict[str, TensorInfo]]] = {}
     wholes: dict[str, TensorInfo] = {}
     before: dict[str, TensorInfo] = {}
@@ -91,6 +106,28 @@ def find_changes(
         else:
             modules.setdefault(key.module, {}).setdefault(key.inner, {})[key.part] = tensors[name]
     return _Finding(config, base, ref, names, layout).run(modules, wholes, before)
+
+
+def _refuse_names_of_others(keys: Mapping[Key, str], ref: str) -> None:
+    """Refuse what is no parameter of any model, but of an adapter in another tool's words.
+
+    Raises:
+        Unsupported: it is in the file.
+    """
+    wholes = [name for key, name in keys.items() if key.part == "whole"]
+    factors = [name for name in wholes if _OTHERS.fullmatch(name)]
+    if factors:
+        raise Unsupported(
+            f"{ref} names its factors as diffusers or kohya's scripts do ({first_of(factors)}). PEFT's names are read "
+            "(MODULE.lora_A.weight), and mlx-lm's (MODULE.lora_a): save it with PEFT, or merge it with the tool that "
+            "trained it, and give the result"
+        )
+    scales = [name for name in wholes if name.endswith(".alpha")]
+    if scales:
+        raise Unsupported(
+            f"{ref} has an alpha for each module among its tensors ({first_of(scales)}), where PEFT has none: put "
+            "these numbers into alpha_pattern of its config, and take the tensors out of the file"
+        )
 
 
 class _Finding:
@@ -141,7 +178,7 @@ class _Finding:
             lost += [f"{one} of target_modules" for one in modules]
         if lost:
             raise CheckpointError(
-                f"{self.ref}: by {self.config.where} it has trained {first_of(lost)}, and the file holds nothing of "
+                f"{self.ref}: {self.config.where} says that it trained {first_of(lost)}, but the file has nothing of "
                 "it: it is incomplete; download or save it again"
             )
 
@@ -359,8 +396,8 @@ class _Finding:
         if "magnitude" in parts and whole is not None:
             raise Unsupported(
                 f"{self.ref}: {module} has DoRA's magnitudes, and {self.base.ref} stores it as a part of {whole}: that "
-                "is read of plain LoRA alone. Merge the adapter into its base with PEFT's merge_and_unload(), and give "
-                "the result"
+                "is supported for plain LoRA only. Merge the adapter into its base with PEFT's merge_and_unload(), and "
+                "give the result"
             )
         if "magnitude" in parts:
             raise CheckpointError(f"{self.ref}: {module} has DoRA's magnitudes, which PEFT does not have for experts")
@@ -437,8 +474,9 @@ class _Finding:
             )
         if a.shape[0] % many:
             raise CheckpointError(
-                f"{self.ref}: the factors of {parameter} have {a.shape[0]} ranks of all experts together, which "
-                f"{many} experts of {self.base.ref} do not divide: the adapter is of another base, or damaged"
+                f"{self.ref}: the factors of {parameter} have {a.shape[0]} ranks for all experts together, which "
+                f"is no multiple of {many}, the experts of {self.base.ref}: the adapter belongs to another base, or is "
+                "damaged"
             )
         product = b.shape[0], a.shape[1]
         if product not in ((rows, columns), (columns, rows)):
@@ -446,13 +484,15 @@ class _Finding:
                 f"{self.ref}: {parameter} has factors of shapes {list(a.shape)} and {list(b.shape)}, whose products "
                 f"are {list(product)}, but those of {self.base.ref} are {[rows, columns]}. {self._other_base()}"
             )
-        swap = self._is_swapped(parameter) if rows == columns else product != (rows, columns)
+        stored = self.names.find([parameter]).get(parameter)
+        flat = stored is not None and len(self.base.tensors[stored].shape) == 2  # biases of experts: one matrix
+        square = rows == columns and not flat
+        swap = self._is_swapped(parameter) if square else product != (rows, columns)
         rank = a.shape[0] // many
         term = Term(
             a, b, self._scale_of(parameter, rank), swap=swap, experts=many,
             slow=many > 1 and rank > 1 and self._layout(parameter) == "grouped",
         )  # fmt: skip
-        stored = self.names.find([parameter]).get(parameter)
         if stored is not None:
             self._add_term(stored, (many, rows, columns), term)
             return
@@ -468,8 +508,8 @@ class _Finding:
             return True
         if self.config.version is None:
             raise PlanError(
-                f"{self.ref}: the matrices of {parameter} are square, and without peft_version in its config nobody "
-                "can say which way its factors lie (PEFT 0.19 changed it): add the version that wrote it, as "
+                f"{self.ref}: the matrices of {parameter} are square, and without peft_version in its config it "
+                "is unknown which way its factors lie (PEFT 0.19 changed it): add the version that wrote it, as "
                 '"peft_version": "0.19.0"'
             )
         return self.config.version < (0, 19)

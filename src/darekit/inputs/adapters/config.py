@@ -92,11 +92,11 @@ class AdapterConfig:
         if said is not None and said != rank:
             raise CheckpointError(
                 f"{self.where}: {module} has rank {said} by the config, but its factors have rank {rank}: config and "
-                "weights are not of one adapter"
+                "weights do not belong together"
             )
         alpha = self.alphas.get(_first_match(self.alphas, module) or "", self.alpha)
         if alpha is None:
-            raise CheckpointError(f"{self.where} has no lora_alpha, from which the scale of the product follows")
+            raise CheckpointError(f"{self.where} has no lora_alpha, which gives the scale of the product")
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -247,15 +247,15 @@ def _notes_on_unknown(values: _Values) -> Iterator[str]:
     forms = [key for key in on if key.startswith("use_")]
     if forms:
         raise Unsupported(
-            f"{values.where} says {forms[0]}: true, which PEFT up to 0.21 does not know: it may be a form of adapters "
-            f"that is not read here. {_MERGED[0].upper()}{_MERGED[1:]}. If it says nothing about the weights, remove "
+            f"{values.where} says {forms[0]}: true, which PEFT up to 0.21 does not know: it may be a form of adapter "
+            f"that cannot be read. {_MERGED[0].upper()}{_MERGED[1:]}. If it says nothing about the weights, remove "
             "it from the config"
         )
     told = [*on, *(key for key, value in unknown.items() if isinstance(value, dict) and value)]
     if told:
         yield (
             f"WARNING: {values.where} has {first_of(told)}, which PEFT up to 0.21 does not know: it is read as plain "
-            "LoRA. If that says how the factors act, the result is wrong"
+            "LoRA. If it changes how the factors act, the result is wrong"
         )
 
 
@@ -293,8 +293,17 @@ def _of_mlx(values: _Values) -> AdapterConfig:
         values.wrong("fine_tune_type", "lora, dora or full")
     settings = _Values(values.mapping("lora_parameters") or values.data, values.where)
     rank, scale = settings.data.get("rank"), settings.data.get("scale", 10.0 if "rank" in settings.data else None)
-    if "alpha" in settings.data and "scale" not in settings.data and rank:  # versions before 0.19 (alpha / rank)
-        scale = settings.number("alpha", settings.data["alpha"]) / settings.rank("rank", rank)
+    if settings.data.get("alpha") is not None and rank:
+        alpha = settings.number("alpha", settings.data["alpha"]) / settings.rank("rank", rank)
+        if "scale" not in settings.data:
+            scale = alpha
+        elif alpha != 1 and "num_layers" not in values.data:  # what lora_layers is called since alpha means nothing
+            raise CheckpointError(
+                f"{values.where} has both alpha and scale in lora_parameters: the first versions of mlx-lm multiplied "
+                f"the product by scale x alpha / rank ({settings.number('scale', scale) * alpha:g}), later ones by "
+                f"scale alone ({scale:g}), and nothing says which trained this. Put the number that holds "
+                "into scale, and remove alpha"
+            )
     if scale is None and kind != "full":
         raise CheckpointError(f"{values.where} has no scale in lora_parameters, by which mlx multiplies the product")
     return AdapterConfig(
@@ -328,17 +337,23 @@ _MERGED = "merge it into its base with PEFT's merge_and_unload(), save that, and
 
 def _refuse_kinds(values: _Values) -> None:
     kind = values.data.get("peft_type")
-    if kind == "LORA" or (kind is None and "r" in values.data):
+    if str(kind).upper() == "LORA" or (kind is None and "r" in values.data):
         return
+    if kind is None:
+        raise Unsupported(
+            f"{values.where} is no config of PEFT's LoRA or of mlx-lm: it has {first_of([*values.data]) or 'no keys'}, "
+            "expected peft_type, r and lora_alpha, or lora_parameters. Save the adapter in one of these formats "
+            "with the tool that trained it, or merge it there, and give the result"
+        )
     if kind in PROMPTS:
         raise Unsupported(about_prompt(values.where, str(kind)))
     if kind in _CONVERTED:
         raise Unsupported(
-            f"{values.where}: a PEFT adapter of type {kind}, of which only LoRA is read here. PEFT (0.18 and later) "
+            f"{values.where}: a PEFT adapter of type {kind}; only LoRA can be read. PEFT (0.18 and later) "
             f"converts it: load it on its base with PeftModel.from_pretrained, call "
             f"`peft.save_as_lora(OUT, model, rank=R)`, and give OUT; or {_MERGED}"
         )
-    raise Unsupported(f"{values.where}: a PEFT adapter of type {shorten(kind)}, of which only LoRA is read: {_MERGED}")
+    raise Unsupported(f"{values.where}: a PEFT adapter of type {shorten(kind)}; only LoRA can be read: {_MERGED}")
 
 
 def _refuse_forms(values: _Values) -> None:
@@ -371,9 +386,9 @@ def _refuse_forms(values: _Values) -> None:
     for key, (what, way) in forms.items():
         if data.get(key):
             raise Unsupported(
-                f"{values.where}: {what}, so there is no whole model that is the same{way}"
+                f"{values.where}: {what}, so no whole model is equivalent to it{way}"
                 if key != "use_bdlora"
-                else f"{values.where}: {what}, which is not read{way}"
+                else f"{values.where}: {what}, which is not supported{way}"
             )
 
 

@@ -20,6 +20,7 @@ _CLASSES = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
+_TABLES = ("embed_tokens", "lm_head")
 _LAST = ("score", "classifier", "out_proj")  # layers of heads whose rows are the labels, whatever lies before them
 
 
@@ -84,8 +85,8 @@ class _Making:
         for name, change in self.found.changes.items():
             if change.terms and name.endswith("shared.weight") and (self.base.config or {}).get("is_encoder_decoder"):
                 self.notes.append(
-                    f"WARNING: the adapter has factors on {name}. Encoder and decoder look tokens up in embed_tokens "
-                    "of their own, which only begin with its values, so these factors had no part in the training; "
+                    f"WARNING: the adapter has factors on {name}. Encoder and decoder look tokens up in their own "
+                    "embed_tokens, which only start from its values, so these factors were not trained; "
                     "they are added to the stored table, as PEFT's merge_and_unload() does"
                 )
 
@@ -202,8 +203,8 @@ class _Making:
         ]
         if random:
             self.notes.append(
-                f"WARNING: a {kind} has {', '.join(random)}, of which neither {self.base.ref} nor the adapter stores "
-                "anything: it starts from random values, other ones than in the training. Train with it in "
+                f"WARNING: a {kind} has {', '.join(random)}, which neither {self.base.ref} nor the adapter "
+                "stores: it starts from random values, not from those of the training. Train with it in "
                 "modules_to_save, or give a base that has it"
             )
 
@@ -228,9 +229,15 @@ class _Making:
         for name, info in self.base.tensors.items():
             axis = None if name in rows or name in self.gone else facts.token_axis(name, info.shape)
             if axis is not None and info.shape[axis] == before:
+                way = "save the adapter again with save_embedding_layers=True"
+                if any(one.rpartition(".")[2] in _TABLES for one in self.config.targets):
+                    # What `save_embedding_layers` means then in PEFT, whatever it is set to.
+                    way = (
+                        "once one of the two tables has factors, PEFT saves no other. Give the base as it was trained "
+                        f"on, with {now} tokens, if it was saved; else train with both in modules_to_save"
+                    )
                 raise HomologyError(
-                    f"{self.ref} has {now} tokens, {self.base.ref} {before}, and brings no rows for {name}: save the "
-                    "adapter again with save_embedding_layers=True"
+                    f"{self.ref} has {now} tokens, {self.base.ref} {before}, and brings no rows for {name}: {way}"
                 )
         self.notes.append(f"the vocabulary has {now} tokens, {before} in the base")
 

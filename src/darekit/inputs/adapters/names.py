@@ -65,13 +65,15 @@ def key_of(name: str, form: str) -> Key | None:
     Key(module='score.weight', part='whole', inner=0)
     >>> key_of("model.layers.3.mlp.up_proj.lora_b", "mlx")
     Key(module='model.layers.3.mlp.up_proj', part='B', inner=0)
+    >>> key_of("base_model.model.model.layers.0.mlp.experts.base_layer.base_layer.lora_A.weight", "peft")
+    Key(module='model.layers.0.mlp.experts', part='A', inner=2)
     """
     while name.startswith(WRAPPERS_BEFORE):
         name = name.removeprefix(next(word for word in WRAPPERS_BEFORE if name.startswith(word)))
     if found := (_MLX if form == "mlx" else _FACTOR).fullmatch(name):
         part = _PARTS.get((found["part"], found.groupdict().get("leaf") or ""))
         module = found["module"]
-        return None if part is None else Key(unwrapped(f"{module}.")[:-1], part, f"{module}.".count(".base_layer."))
+        return None if part is None else Key(unwrapped(f"{module}.")[:-1], part, module.split(".").count("base_layer"))
     if found := _ROWS.fullmatch(name):
         return Key(unwrapped(f"{found['module']}.")[:-1], "rows")
     if ".original_module." in name:

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 from darekit.checkpoints import Checkpoint, InputFile
 from darekit.checkpoints.hub import fetch_adapter, looks_like_hub_id
 from darekit.checkpoints.opening import places_of
+from darekit.checkpoints.refusals import ADAPTER_CONFIG
 from darekit.errors import CheckpointError, PlanError
 from darekit.inputs.adapters.finding import find_adapter
 from darekit.inputs.kinds import Opener, Opening, open_by
 from darekit.recipe.names import same_model
+from darekit.wording import some
 
 if TYPE_CHECKING:
     from darekit.inputs.adapters.files import AdapterFiles
@@ -58,6 +60,12 @@ def _open_pair(opening: Opening) -> Checkpoint:
     assert pair is not None
     left, right = pair
     if find_adapter(right, opening.search) is None and not looks_like_hub_id(right):
+        folders = [place for place in places_of(right, opening.search) if place.is_dir()]
+        deeper = [str(path.parent) for place in folders for path in sorted(place.glob(f"*/{ADAPTER_CONFIG}"))]
+        if deeper:
+            raise CheckpointError(
+                f"{opening.ref}: {right} itself is no adapter; there is one in {some(deeper)}. Give {left}+{deeper[-1]}"
+            )
         raise CheckpointError(
             f"{opening.ref}: there is no adapter {right!r}, expected a folder with adapter_config.json and weights, or "
             f"org/name on the Hub; looked for {', '.join(map(str, places_of(right, opening.search)))}"
@@ -80,7 +88,7 @@ def _put_on(opening: Opening, right: str, base: Checkpoint) -> Checkpoint:
     found = open_by(replace(opening, ref=right, base=base, together=True))
     if not is_adapted(found):
         found.close()
-        raise CheckpointError(f"{opening.ref}: {right} is a whole model, expected an adapter behind the plus")
+        raise CheckpointError(f"{opening.ref}: {right} is a whole model, expected an adapter after the plus")
     return replace(found, ref=str(opening.ref))
 
 

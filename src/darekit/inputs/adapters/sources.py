@@ -155,7 +155,7 @@ def finite_values(info: TensorInfo) -> Array:
         bad = int(found.size - np.count_nonzero(np.isfinite(found)))
         raise DataError(
             f"{info.name} of an adapter has {bad} values that are NaN or Inf: the training diverged, or the file is "
-            "damaged; take an earlier step of it"
+            "damaged; use an earlier checkpoint"
         )
     return found
 
@@ -188,7 +188,7 @@ def refuse_nonfinite(tensors: Iterable[TensorInfo], ref: str) -> None:
         told = "; ".join(f"{name}: {count} values" for name, count in list(wrong.items())[:3])
         raise DataError(
             f"{ref} has NaN or Inf in {len(wrong)} of its tensors ({told}): the training diverged, or the file is "
-            "damaged; take an earlier step of it"
+            "damaged; use an earlier checkpoint"
         )
 
 
@@ -408,8 +408,8 @@ class AdaptedSource:
             factors = (magnitude / np.sqrt(squares)).astype(np.float32)
         if not np.isfinite(factors).all():
             raise DataError(
-                f"{self.base.name}: DoRA divides by the norm of each row of the base with the product on it, and one "
-                "of them is 0 or not finite: the adapter is not of this base"
+                f"{self.base.name}: DoRA divides by the norm of each row of the base plus the product, and one "
+                "of them is 0 or not finite: the adapter does not belong to this base"
             )
         return factors, factors.nbytes
 

@@ -50,9 +50,9 @@ def kinds_without(config: AdapterConfig, names: Names, changed: Container[str]) 
         for (word, stack), there in sorted(found.items()) if not all(there)
     ]  # fmt: skip
     return (
-        f"WARNING: {config.where} names modules of which the file has no factors: it has them for "
-        f"{' and '.join(counts)}, and not for {first_of(without)}. These stay as the base has them. If nobody took "
-        "them out, the file is incomplete; download or save it again"
+        f"WARNING: {config.where} names modules for which the file has no factors: it has them for "
+        f"{' and '.join(counts)}, but not for {first_of(without)}, which stay as in the base. Unless they were removed "
+        "on purpose, the file is incomplete; download or save it again"
     )
 
 

@@ -27,7 +27,7 @@ def adapted(
 
     Raises:
         DataError: its values are NaN or Inf.
-        CheckpointError, HomologyError: they do not belong together; see `changes.match`.
+        CheckpointError, HomologyError: they do not belong together; see `matching.match`.
     """
     matched = match(adapter.config, adapter.tensors, base, ref, layout)
     found = [*notes, *matched.notes]
@@ -36,7 +36,7 @@ def adapted(
         if is_idle(matched.changes.values()):
             found.append(
                 "WARNING: every factor B is 0, so this adapter changes nothing: it was saved before it was trained, or "
-                "its weights are under other names than those that were trained"
+                "its trained weights were saved under other names"
             )
     config = _config(base, matched)
     return Checkpoint(

@@ -262,8 +262,8 @@ def _way_out(view: View, reference: View, others: Sequence[View]) -> str:
     """What to do about a model that lacks what the others have."""
     kind = next((one.facts.class_name for one in (*others, reference) if one.facts.is_exact), None)
     return (
-        f"To go on, save {view.ref} again with the class of the others{f' ({kind})' if kind else ''}, or leave it out; "
-        "with `heads: MODEL` (--heads) the output has exactly the parts of that model"
+        f"To continue, save {view.ref} again with the class of the others{f' ({kind})' if kind else ''}, or leave it "
+        "out; with `heads: MODEL` (--heads) the output has exactly the parts of that model"
     )
 
 

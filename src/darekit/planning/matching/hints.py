@@ -6,11 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from darekit.architectures.families import Conversion
+from darekit.architectures.parts import part_named
 from darekit.planning.matching.naming import View
 from darekit.wording import and_, label
 
 # What PEFT calls its own tensors, beside the weights of the model that it wraps.
 _ADAPTED = ("lora_A", "lora_B", "lora_embedding", "lora_magnitude", "modules_to_save", "original_module", "ia3_")
+
+# What quantised weights have beside them, and what reinforcement learning (TRL, LLaMA-Factory) puts beside a model.
+_SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "k_scale", "v_scale", "SCB", "weight_format", "g_idx")
+_VALUE_HEADS = ("v_head", "value_head")
 
 _PARTS = ("_config", "encoder", "decoder")  # keys of a config whose value is a part's config
 
@@ -28,8 +33,39 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
                 f"{one.ref} holds an adapter that is not merged into its weights ({adapted}): call "
                 "`merge_and_unload()` of PEFT's model, and save what it returns"
             )
+    for one, names in ((view, extra), (reference, missing)):
+        if scale := next((name for name in names if name.rpartition(".")[2] in _SCALES), None):
+            yield (
+                f"{label(one.ref)} has what quantised weights have beside them ({scale}), and its weights are not "
+                "quantised: remove these tensors if they are left of a conversion; if the weights still are codes "
+                "under another number format, the conversion went wrong, and no merge can be right"
+            )
+        words = [name.split(".") for name in names]
+        if any(word in path for path in words for word in _VALUE_HEADS):
+            wrapped = ", under the names of its wrapper," if "pretrained_model" in {path[0] for path in words} else ""
+            yield (
+                f"{label(one.ref)} was saved{wrapped} with the value head of a training by reinforcement. No other "
+                "program looks for it: save the model without, in TRL by `model.pretrained_model.save_pretrained(...)`"
+            )
+    if second := _second_copy(extra, view):
+        yield (
+            f"{label(view.ref)} holds every weight twice, the second time with {second!r} before the name, as averages "
+            "of a training are kept: save the one that you mean, alone"
+        )
+    if missing and not extra and _are_whole_parts(missing, reference):
+        yield (
+            f"{label(view.ref)} has only the text part of {label(reference.ref)}, which is a model of several parts: a "
+            f"recipe with `modules: {{text_decoder: {{models: [{view.ref}]}}}}` in the place of `models` merges that "
+            "part, and keeps the others from the base"
+        )
+    if extra and not missing and _are_whole_parts(extra, view):
+        yield (
+            f"{label(reference.ref)} has only the text part of {label(view.ref)}, which is a model of several parts: "
+            "the base of all its parts is the one that it was fine-tuned from, parts included; give that"
+        )
     composite = [*map(_is_composite, (view, reference))]
     if not (missing and extra) and len({*composite}) == 1:
+        yield from _other_architecture(view, reference)
         return
     for memory, stored, found in (
         (view, reference, _conversion_between(view, missing, extra)),
@@ -42,7 +78,7 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
                 if found.operations[0].name == "MergeModulelist"
                 else f"{label(memory.ref)} stores {found.target} as it is in memory, and {label(stored.ref)} as the "
                 f"Hub has it; transformers makes one of the other by {and_([one.name for one in found.operations])}, "
-                "which moves values, and they are not merged across that"
+                "which moves values; such tensors are not merged with each other"
             )
             yield (
                 f"{told}. Load the one that differs with {_class_of(memory)} and save it again with `save_pretrained("
@@ -58,6 +94,32 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
         prefix = ours[0].split(".")[0] + "."
         if {name.removeprefix(prefix) for name in ours} & set(theirs):
             yield f"Names differ by the prefix {prefix!r}: save both with the same class ({_class_of(reference)})"
+    yield from _other_architecture(view, reference)
+
+
+def _are_whole_parts(names: Sequence[str], owner: View) -> bool:
+    """Whether these are all tensors of some parts of a composite model, and none of its text."""
+    parts = {part_named(name) for name in names}
+    own = [name for name in owner.checkpoint.tensors if part_named(name) in parts]
+    return "text" not in parts and len(own) <= len(names) < len(owner.checkpoint.tensors)
+
+
+def _second_copy(extra: Sequence[str], view: View) -> str | None:
+    """The prefix of a second copy of all weights, where that is what the further tensors are."""
+    prefixes = {name.split(".")[0] + "." for name in extra}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    stored = view.checkpoint.tensors
+    return prefix if prefix and len(extra) > 1 and all(name.removeprefix(prefix) in stored for name in extra) else None
+
+
+def _other_architecture(view: View, reference: View) -> Iterator[str]:
+    """Of a model that was converted: a Phi-3 or Qwen made a Llama."""
+    ours, theirs = ((one.checkpoint.config or {}).get("model_type") for one in (view, reference))
+    if isinstance(ours, str) and isinstance(theirs, str) and ours != theirs:
+        yield (
+            f"By their config.json {label(view.ref)} is of model_type {ours} and {label(reference.ref)} of {theirs}: "
+            "one of them was converted to another architecture. Give a fine-tune of the base's own, or convert it back"
+        )
 
 
 def _conversion_between(view: View, stored: Sequence[str], memory: Sequence[str]) -> Conversion | None:

@@ -179,7 +179,7 @@ def _unwrap(view: View, notes: list[str]) -> None:
                 found[one] = found.get(one, 0) + 1
     if found:
         words = ", ".join(f"{one!r} in {count} names" for one, count in found.items())
-        notes.append(f"{label(view.ref)} was saved with what a training wrapper puts into names ({words}): left out")
+        notes.append(f"{label(view.ref)} has parts of names that a training wrapper added ({words}): left out")
 
 
 def buffers_of(views: Sequence[View], notes: list[str]) -> dict[str, TensorInfo]:

@@ -95,8 +95,8 @@ def _by_shape(view: View, reference: View) -> list[_Turn]:
             raise HomologyError(
                 f"{view.ref} stores some matrices with rows and columns swapped against {reference.ref} "
                 f"({some([view.tensors[t.own].name for t in unlike])}), and others not "
-                f"({some([view.tensors[t.own].name for t in alike])}): nobody knows what the square ones are. Load the "
-                "model that was put together by hand, and save it again with `save_pretrained`"
+                f"({some([view.tensors[t.own].name for t in alike])}): it is unknown what the square ones are. Load "
+                "the model that was assembled by hand, and save it again with `save_pretrained`"
             )
         return []
     return turns

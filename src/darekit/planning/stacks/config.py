@@ -32,9 +32,9 @@ def config_of(donor: Checkpoint, towers: Sequence[Tower]) -> tuple[Mapping[str, 
         problems = [*found.problems, *_unexplained(tower, part, config)]
         if problems:
             raise PlanError(
-                f"config.json of {donor.ref} cannot be made true of these slices:\n  "
+                f"config.json of {donor.ref} cannot describe these slices:\n  "
                 + "\n  ".join(dict.fromkeys(problems))
-                + "\nChoose slices whose kinds of layers come in an order that it can tell"
+                + "\nChoose slices whose kinds of layers come in an order that it can express"
             )
         config = found.config
         notes += found.notes

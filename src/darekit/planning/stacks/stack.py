@@ -148,8 +148,9 @@ class _Stacking:
                 parts += found
                 towers.append(tower)
             at += len(slices)
-        parts.append(self._rest())
-        return self._assembled([part for part in parts if part.names], tuple(towers))
+        rest = self._rest()
+        parts += [rest] if any(rest.names.values()) else []  # modules may name every tensor
+        return self._assembled(parts, tuple(towers))
 
     # --- who takes part
 

@@ -46,4 +46,5 @@ def companions_of(plan: Plan) -> OutputCompanions:
         )
         if travel.tokenizer is not travel.config:
             config = with_ids(config, travel.tokenizer.config)
+        config |= travel.labels
     return OutputCompanions(config, travel.files, plan.template)

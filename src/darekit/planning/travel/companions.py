@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from darekit.checkpoints import Checkpoint, companions
 from darekit.checkpoints.companions import Companions, Content, content_of
 from darekit.checkpoints.tokenizers import CONFIG as TOKENIZER_CONFIG
 from darekit.checkpoints.tokenizers import read_json
+from darekit.planning.travel.labels import label_notes, shared_labels
 from darekit.planning.travel.tokenizers import TokenizerChoice
 from darekit.recipe import Recipe
 from darekit.wording import label, some
@@ -24,12 +26,14 @@ class Travel:
         config: whose config.json the output's is made of.
         files: what is copied, by name.
         notes: notes for the user.
+        labels: keys of config.json that come from the fine-tuned models: what the rows of their classifiers stand for.
     """
 
     tokenizer: Checkpoint
     config: Checkpoint
     files: Companions = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    labels: Mapping[str, Any] = field(default_factory=dict)
 
 
 def tokenizer_files(beside: Companions) -> dict[str, Content]:
@@ -77,7 +81,18 @@ def travel_of(
     inputs = [*([base] if base is not None else []), *models]
     further, notes = _further(source, base, models)
     notes += _left_behind(inputs)
-    return Travel(source, config, code | bundle | further, (*choice.notes, *notes))
+    labels: Mapping[str, Any] = {}
+    if heads_giver(recipe, base, models) is None:  # the rows of classifiers are merged, and what they stand for counts
+        labels = shared_labels(base, models) if config is base else {}
+        notes += label_notes(base if config is base else None, models, labels)
+    if base is not None and base.config is None and config is not base and len(models) > 1:
+        notes.append(f"the base has no config.json: the output has that of {label(config.ref)}")
+    if "_class_name" in (config.config or {}):
+        notes.append(
+            f"{_name(config, base)} is a model of diffusers, which looks for diffusion_pytorch_model.safetensors: "
+            "rename the output's model.safetensors (and where there are shards, each of them and their index)"
+        )
+    return Travel(source, config, code | bundle | further, (*choice.notes, *notes), labels)
 
 
 def _further(
@@ -152,7 +167,9 @@ def config_giver(recipe: Recipe, base: Checkpoint | None, models: Sequence[Check
         recipe.tokenizer_source is None and recipe.vocab == "base"
     )
     single = len(models) == 1 and not of_base and models[0].config is not None
-    return models[0] if base is None or single else base
+    if base is None or single:
+        return next((one for one in models if one.config is not None), models[0])
+    return base if base.config is not None else next((one for one in models if one.config is not None), base)
 
 
 def heads_giver(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint]) -> Checkpoint | None:

@@ -82,8 +82,8 @@ def config_notes(
         more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         whose = "the base" if giver is base else label(giver.ref)
         yield (
-            f"the configs differ, so the models compute other functions of their weights: {'; '.join(told)}{more}. The "
-            f"output has the config of {whose}; deltas of models that compute otherwise may do harm"
+            f"the configs differ, so the models compute different functions of their weights: {'; '.join(told)}{more}. "
+            f"The output has the config of {whose}; deltas of models that compute differently may do harm"
         )
 
 
@@ -159,7 +159,7 @@ def _rope_of(part: Mapping[str, Any], new: Mapping[str, Any] | None, at: str) ->
     old = part.get("rope_scaling")
     said = {**(old if isinstance(old, Mapping) else {}), **(new or {})}
     theta = _either(said.pop("rope_theta", None), [part[key] for key in THETAS if part.get(key) is not None])
-    theta = _text(THETA) if theta is None and part.get("model_type") in OF_THETA else theta
+    theta = _text(THETA) if theta is None and str(part.get("model_type")) in OF_THETA else theta
     share = _either(said.pop("partial_rotary_factor", None), [part[key] for key in SHARES if part.get(key) is not None])
     kind = said.pop("rope_type", None) or said.get("type")
     said.pop("type", None)

@@ -71,10 +71,10 @@ def _unfitting(name: str, named: ChatTemplate, source: Checkpoint, vocabulary: O
     missing = [token for token in named.tokens if token not in tokens]
     if missing:
         return [
-            f"WARNING: the chat template {name} writes {', '.join(missing)}, and to the output's tokenizer "
-            f"{'that is no token' if len(missing) == 1 else 'these are no tokens'}: the model will not see where turns "
-            "begin and end. Take the tokens of a model that has them (tokenizer_source: union, or that model); "
-            "where none has them, leave chat_template out"
+            f"WARNING: the chat template {name} writes {', '.join(missing)}, which "
+            f"{'is no token' if len(missing) == 1 else 'are no tokens'} of the output's tokenizer: the model will not "
+            "see where turns begin and end. Take the tokens of a model that has them (tokenizer_source: union, or "
+            "that model); where none has them, leave chat_template out"
         ]
     stops = {at for config in (source.config, read_json(source.companions, GENERATION)) for at in _stops(config)}
     if named.end is None or not stops or tokens[named.end] in stops:

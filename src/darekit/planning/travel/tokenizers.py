@@ -139,7 +139,7 @@ def _matched(recipe: Recipe, owner: Checkpoint, inputs: Sequence[Checkpoint]) ->
     return TokenizerChoice(
         source,
         (
-            f"the output has no chat template, as {label(source.ref)} has none, whose tokenizer it has; "
+            f"the output has no chat template, because {label(source.ref)}, whose tokenizer it has, has none; "
             f"{and_([label(one.ref) for one in others])} {'has' if len(others) == 1 else 'have'} one: "
             "`chat_template: auto` takes that of most models",
         ),
@@ -237,7 +237,7 @@ def _undecided(
         source,
         (
             f"the {what} of the models differ: {'; '.join(told)}. The output has {whose} tokenizer, chat template "
-            f"and ids of special tokens, which what the others were trained with may not fit; choose with {choices}",
+            f"and ids of special tokens, which may not be what the others were trained with; choose with {choices}",
         ),
     )
 

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders as people report them in public: classifiers whose classes differ, files that a download left half, links to
+nothing, the Hub's cache by hand, value heads, leftovers of quantisation, pipelines of diffusers."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import darekit
+import families
+from darekit.planning.travel.beside import companions_of
+
+NLI = {"0": "entailment", "1": "neutral", "2": "contradiction"}
+TURNED = {"0": "contradiction", "1": "neutral", "2": "entailment"}
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9085657\n"
+
+
+@pytest.fixture
+def place(llamas, tmp_path, monkeypatch):
+    """base, m0, m1 in the working directory."""
+    for name in ("base", "m0", "m1"):
+        shutil.copytree(llamas.path / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def edit(directory, **changes):
+    path = directory / "config.json"
+    data = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+
+
+def add(directory, tensors):
+    found = families.load(directory) | tensors
+    families.write_safetensors(directory / "model.safetensors", found)
+
+
+def merge(dare, place, *more, models="m0, m1", out="out"):
+    lines = ["base_model: base", f"models: [{models}]", "merge_method: task_arithmetic", "parameters: {lambda: 0.5}"]
+    (place / "recipe.yaml").write_text("\n".join([*lines, *more]))
+    done = dare("merge", "recipe.yaml", out)
+    return done.code, " ".join((done.out + done.err).split())
+
+
+def config_of(directory):
+    return json.loads((directory / "config.json").read_text())
+
+
+# --- what the rows of a classifier stand for
+
+
+def classifiers(place, *labels):
+    """base, m0 and m1 get a classifier of three classes; `labels`: id2label of each, None: none."""
+    rng = np.random.default_rng(0)
+    head = rng.standard_normal((3, families.HIDDEN)).astype(np.float32)
+    for name, said in zip(("base", "m0", "m1"), labels, strict=True):
+        add(place / name, {"score.weight": head + 0.001 * len(name)})
+        edit(place / name, id2label=said if said else ..., architectures=["LlamaForSequenceClassification"])
+
+
+def test_classes_in_another_order_are_told(place, dare):
+    classifiers(place, None, NLI, TURNED)
+    code, text = merge(dare, place)
+    assert code == 0
+    assert "the classes of m0 and m1 differ (0 is 'entailment' and 'contradiction'; 2 is" in text
+    assert "heads: m0" in text
+
+
+def test_with_the_head_of_one_model_nothing_is_told_and_its_classes_are_the_outputs(place, dare):
+    classifiers(place, None, NLI, TURNED)
+    code, text = merge(dare, place, "heads: m1")
+    assert code == 0
+    assert "classes" not in text
+    assert config_of(place / "out")["id2label"] == TURNED
+
+
+def test_classes_that_the_models_share_are_the_outputs(place, dare):
+    classifiers(place, {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}, NLI, {k: v.upper() for k, v in NLI.items()})
+    edit(place / "m0", problem_type="single_label_classification")
+    code, text = merge(dare, place)
+    assert code == 0
+    assert "differ" not in text
+    assert config_of(place / "out")["id2label"] == NLI
+    assert "problem_type" not in config_of(place / "out")  # of one model alone
+
+
+def test_classes_of_one_model_stay_when_its_delta_is_dropped(place, dare):
+    classifiers(place, TURNED, NLI, NLI)
+    done = dare("drop", "base", "m0", "out", "-p", "0.5")
+    assert done.code == 0
+    assert "classes" not in done.err
+    assert config_of(place / "out")["id2label"] == NLI
+
+
+def test_other_kinds_of_answers_are_told(place, dare):
+    classifiers(place, None, None, None)
+    edit(place / "m0", problem_type="regression")
+    edit(place / "m1", problem_type="multi_label_classification")
+    code, text = merge(dare, place)
+    assert code == 0
+    assert "problem_type is regression in m0, multi_label_classification in m1" in text
+
+
+def test_nothing_is_told_of_models_without_classes(place, dare):
+    for name in ("base", "m0", "m1"):
+        edit(place / name, id2label={"0": "LABEL_0", "1": "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1})
+    code, text = merge(dare, place)
+    assert code == 0
+    assert "classes" not in text
+
+
+# --- one model under two names
+
+
+def test_equal_models_are_told(place, dare):
+    shutil.rmtree(place / "m1")
+    shutil.copytree(place / "m0", place / "m1")
+    code, text = merge(dare, place)
+    assert code == 0
+    assert "m0 and m1 are identical wherever they were sampled" in text
+    assert "identical" not in merge(dare, place, models="m0, ./m0", out="out2")[1]  # said by the recipe already
+
+
+# --- configs
+
+
+def test_a_base_without_a_config_gets_its_models(place, dare):
+    (place / "base/config.json").unlink()
+    code, text = merge(dare, place)
+    assert code == 0
+    assert "the base has no config.json: the output has that of m0" in text
+    assert config_of(place / "out")["hidden_size"] == families.HIDDEN
+
+
+def test_a_config_that_is_a_link_to_nothing_is_refused(place, dare):
+    (place / "m0/config.json").unlink()
+    (place / "m0/config.json").symlink_to(place / "gone")
+    code, text = merge(dare, place)
+    assert code == 1
+    assert "m0/config.json is a link to a file that does not exist" in text
+
+
+def test_a_byte_order_mark_is_no_fault(place, dare):
+    for name in ("base", "m0"):
+        path = place / name / "config.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert merge(dare, place)[0] == 0
+    assert config_of(place / "out")["hidden_size"] == families.HIDDEN
+
+
+# --- files beside the weights
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (POINTER, "it is a Git LFS pointer"),
+        ('{"version": "1.0", "model": {"voc', "it is no whole JSON document"),
+        ("<!DOCTYPE html><html>404</html>", "it is no whole JSON document"),
+        (None, "it is a link to a file that does not exist"),
+    ],
+)
+def test_a_damaged_tokenizer_is_told_and_a_whole_one_taken(place, dare, text, why):
+    whole = json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}}, "added_tokens": []})
+    (place / "base/tokenizer.json").write_text(whole)
+    for name in ("m0", "m1"):
+        path = place / name / "tokenizer.json"
+        path.write_text(text) if text is not None else path.symlink_to(place / "gone")
+    code, said = merge(dare, place)
+    assert code == 0
+    assert f"not copied: m0/tokenizer.json, m1/tokenizer.json ({why}" in said
+    assert (place / "out/tokenizer.json").read_text() == whole
+
+
+def test_a_vocabulary_that_is_a_pointer_is_not_copied(place, dare):
+    (place / "base/tokenizer.model").write_text(POINTER)
+    code, text = merge(dare, place)
+    assert code == 0
+    assert "not copied: base/tokenizer.model (it is a Git LFS pointer" in text
+    assert not (place / "out/tokenizer.model").exists()
+
+
+def test_half_downloads_logs_and_secrets_stay_behind(place, dare):
+    names = [
+        "model.safetensors.incomplete",
+        "a.json.tmp",
+        "Thumbs.db",
+        "token",
+        "hf_token",
+        "credentials.json",
+        "id.pem",
+    ]
+    folders = ["tb_logs/version_0/hparams.yaml", "mlruns/0/meta.yaml", "checkpoints/a/config.json"]
+    for name in (*names, *folders, "modules.json"):
+        path = place / "m0" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    assert dare("drop", "base", "m0", "out", "-p", "0.5").code == 0
+    found = {str(path.relative_to(place / "out")) for path in (place / "out").rglob("*")}
+    assert "modules.json" in found
+    assert not found & {*names, *folders}
+
+
+def test_weights_that_nobody_reads_are_named(place, dare):
+    head = {"v_head.summary.weight": np.ones((1, families.HIDDEN), np.float32)}
+    families.write_safetensors(place / "m0/value_head.safetensors", head)
+    families.write_safetensors(place / "m1/model.fp16.safetensors", head)  # a second copy of the model
+    families.write_safetensors(place / "m1/consolidated.safetensors", head)
+    code, text = merge(dare, place)
+    assert code == 0
+    assert "m0: value_head.safetensors is neither read nor copied: the model is in model.safetensors" in text
+    assert "fp16" not in text
+    assert "consolidated" not in text
+
+
+# --- places
+
+
+def test_a_folder_of_the_hubs_cache_is_its_main_snapshot(place, dare):
+    commits = ["a" * 40, "b" * 40]
+    root = place / "hub/models--org--tuned"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs/main").write_text(commits[0])
+    shutil.copytree(place / "m0", root / "snapshots" / commits[0])
+    shutil.copytree(place / "m1", root / "snapshots" / commits[1])
+    assert merge(dare, place, models=str(root))[0] == 0
+    assert merge(dare, place, models="m0", out="out2")[0] == 0
+    ours, theirs = families.load(place / "out"), families.load(place / "out2")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    (root / "refs/main").write_text("../../m0")  # no commit
+    code, text = merge(dare, place, models=str(root), out="out3")
+    assert code == 1
+    assert f"snapshots/{commits[1]}" in text
+
+
+def test_an_output_with_too_long_a_name_is_refused(place, dare):
+    code, text = merge(dare, place, out="a" * 300)
+    assert code == 1
+    assert "cannot be a directory: File name too long" in text
+
+
+# --- refusals that name the way out
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"PK\x03\x04" + b"\0" * 90, "zip archive, as torch.save writes"),
+        (b"GGUF" + b"\0" * 90, "GGUF file under another name"),
+        (b"Entry not found", 'begins with the text "Entry not found"'),
+        (b'{"error": "Access to model is restricted"}', "web page or an error message"),
+    ],
+)
+def test_files_of_other_formats_under_the_name_of_weights(place, dare, data, says):
+    (place / "m0/model.safetensors").write_bytes(data)
+    code, text = merge(dare, place)
+    assert code == 1
+    assert says in text
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("model.safetensors.incomplete", "the download is incomplete"),
+        ("model-00001-of-00002.safetensors.crdownload", "the download is incomplete"),
+        ("model.onnx", "graph for inference"),
+        ("rust_model.ot", "rust-bert"),
+        ("model.nemo", "NeMo"),
+    ],
+)
+def test_folders_without_weights_that_can_be_read(place, dare, name, says):
+    (place / "m0/model.safetensors").rename(place / "m0" / name)
+    code, text = merge(dare, place)
+    assert code == 1
+    assert says in text
+
+
+def test_a_pipeline_of_diffusers_is_merged_part_by_part(place, dare):
+    for name in ("base", "m0", "m1"):
+        (place / name / "unet").mkdir()
+        (place / name / "model.safetensors").rename(place / name / "unet/diffusion_pytorch_model.safetensors")
+        (place / name / "config.json").rename(place / name / "unet/config.json")
+        edit(place / name / "unet", _class_name="UNet2DConditionModel")
+        (place / name / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    code, text = merge(dare, place)
+    assert code == 1
+    assert f"base is a pipeline of diffusers, not one model: merge its parts one by one ({place}/base/unet)" in text
+    recipe = {"base_model": "base/unet", "models": ["m0/unet", "m1/unet"], "merge_method": "linear"}
+    assert any("diffusion_pytorch_model.safetensors: rename" in note for note in darekit.plan(recipe).notes)
+
+
+def renamed(prefix):
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def with_more(name, shape=(1,), dtype=np.float32):
+    return lambda tensors: tensors | {name: np.ones(shape, dtype)}
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "says"),
+    [
+        (with_more(f"{UP}.weight_scale_inv"), {}, "what quantised weights have beside them"),
+        (with_more("model.layers.0.self_attn.k_proj.k_scale"), {}, "what quantised weights have beside them"),
+        (with_more("v_head.summary.weight", (1, 32)), {}, "with the value head of a training by reinforcement"),
+        (
+            lambda tensors: with_more("v_head.summary.weight")(renamed("pretrained_model.")(tensors)),
+            {},
+            "under the names of its wrapper, with the value head",
+        ),
+        (lambda tensors: tensors | renamed("ema.")(tensors), {}, "holds every weight twice"),
+        (
+            lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.startswith(UP)},
+            {"model_type": "phi3"},
+            "m0 is of model_type phi3 and base of llama",
+        ),
+    ],
+)
+def test_tensors_that_do_not_correspond_have_a_cause(place, dare, change, config, says):
+    families.write_safetensors(place / "m0/model.safetensors", change(families.load(place / "m0")))
+    edit(place / "m0", **config)
+    code, text = merge(dare, place)
+    assert code == 1
+    assert says in text
+
+
+def test_a_text_model_is_told_how_it_goes_into_one_with_vision(place, dare):
+    more = {"vision_tower.patch.weight": (4, 4), "multi_modal_projector.weight": (4, families.HIDDEN)}
+    for name in ("base", "m0", "m1"):
+        tensors = {n: t for n, t in families.load(place / name).items() if n != "lm_head.weight"}
+        families.write_safetensors(place / name / "model.safetensors", tensors)
+    for name in ("base", "m1"):
+        tensors = {f"language_model.{n}": t for n, t in families.load(place / name).items()}
+        tensors |= {n: np.ones(shape, np.float32) for n, shape in more.items()}
+        families.write_safetensors(place / name / "model.safetensors", tensors)
+        parts = {"text_config": {"model_type": "gemma3_text"}, "vision_config": {"a": 1}}
+        edit(place / name, model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"], **parts)
+    edit(place / "m0", model_type="gemma3_text", architectures=["Gemma3ForCausalLM"])
+    code, text = merge(dare, place, models="m0")
+    assert code == 1
+    assert "`modules: {text_decoder: {models: [m0]}}`" in text
+    assert "save_pretrained" not in text  # its class would make new weights for what is missing
+    lines = ["base_model: base", "merge_method: linear", "modules: {text_decoder: {models: [m0]}}"]
+    (place / "recipe.yaml").write_text("\n".join(lines))
+    assert dare("merge", "recipe.yaml", "out").code == 0
+    assert more.keys() < families.load(place / "out").keys()
+    done = dare("drop", "m0", "m1", "out2", "-p", "0.5")
+    assert done.code == 1
+    assert "m0 has only the text part of m1" in " ".join(done.err.split())
+
+
+# --- weights that leave nothing
+
+
+def test_a_single_model_of_weight_0_is_not_the_output(place, dare):
+    (place / "recipe.yaml").write_text(
+        "base_model: base\nmodels: [{model: m0, parameters: {weight: 0}}]\nmerge_method: linear\n"
+    )
+    done = dare("merge", "recipe.yaml", "zero")
+    assert done.code == 0
+    assert "all weights are 0: the output is the base" in done.err
+    ours, base = families.load(place / "zero"), families.load(place / "base")
+    assert all(np.array_equal(ours[name], base[name]) for name in base)
+
+
+def test_one_tensor_of_weight_0_stays_the_bases(place, dare):
+    weight = "[{filter: mlp, value: 0}, {value: 1}]"
+    (place / "recipe.yaml").write_text(
+        f"base_model: base\nmodels: [{{model: m0, parameters: {{weight: {weight}}}}}]\nmerge_method: linear\n"
+    )
+    assert dare("merge", "recipe.yaml", "some").code == 0
+    ours, base, tuned = (families.load(place / name) for name in ("some", "base", "m0"))
+    assert all(np.array_equal(ours[name], (base if "mlp" in name else tuned)[name]) for name in base)
+
+
+def test_weights_that_add_up_to_0_are_told(place, dare):
+    (place / "recipe.yaml").write_text(
+        "base_model: base\nmerge_method: linear\nmodels:\n"
+        "- {model: m0, parameters: {weight: 1}}\n- {model: m1, parameters: {weight: -1}}\n"
+    )
+    done = dare("merge", "recipe.yaml", "out")
+    assert done.code == 0
+    assert "normalize has nothing to divide by" in " ".join(done.err.split())
+
+
+# --- what the system has against a name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pack", "base", "m0", "LONG.safetensors", "--lossless"),
+        ("merge", "LONG", "out"),
+        ("recommend", "base", "LONG"),
+        ("inspect", "LONG", "m0"),
+        ("eval", "m0", "--data", "LONG"),
+        ("report", "LONG"),
+        ("drop", "base", "m0", "LONG", "-p", "0.5"),
+        ("extract", "base", "m0", "LONG", "--rank", "2"),
+    ],
+)
+def test_names_that_are_too_long_end_in_one_line(place, dare, words):
+    done = dare(*(word.replace("LONG", "a" * 300) for word in words))
+    assert done.code == 1
+    assert "File name too long" in " ".join(done.err.split())
+    assert "Traceback" not in done.err
+
+
+# --- JSON of strangers, well-formed and of the wrong kinds
+
+
+@pytest.mark.parametrize("value", [True, 5, "x", ["a"], [None], [[1]], {"a": 1}, {"0": None}, 10**30])
+def test_no_value_of_a_config_or_tokenizer_stops_a_plan(place, value):
+    whole = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}}, "added_tokens": []}
+    for name in ("base", "m1"):
+        (place / name / "tokenizer.json").write_text(json.dumps(whole))
+    recipe = {"base_model": "base", "models": ["m0", "m1"], "merge_method": "linear"}
+    config = config_of(place / "m0")
+    for key in ("model_type", "architectures", "rope_scaling", "id2label", "label2id", "eos_token_id", "text_config"):
+        (place / "m0/config.json").write_text(json.dumps({**config, key: value}))
+        with darekit.plan(recipe) as plan:
+            companions_of(plan)
+    (place / "m0/config.json").write_text(json.dumps(config))
+    for changed in ({"added_tokens": value}, {"model": value}, {"model": {"vocab": value}}, {"normalizer": value}):
+        (place / "m0/tokenizer.json").write_text(json.dumps({**whole, **changed}))
+        with darekit.plan(recipe) as plan:
+            companions_of(plan)
+
+
+def test_an_adapter_one_folder_deeper_is_named(place, dare):
+    (place / "run/default").mkdir(parents=True)
+    (place / "run/default/adapter_config.json").write_text("{}")
+    code, text = merge(dare, place, models="base+run")
+    assert code == 1
+    assert "run itself is no adapter; there is one in" in text
+    assert "run/default. Give base+" in text
+
+
+def test_a_working_directory_that_is_gone(place, dare, monkeypatch):
+    (place / "gone").mkdir()
+    monkeypatch.chdir(place / "gone")
+    (place / "gone").rmdir()
+    done = dare("inspect", "base", "m0")
+    assert done.code == 1
+    assert "the working directory does not exist any more" in done.err
