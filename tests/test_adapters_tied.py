@@ -75,7 +75,7 @@ def test_rows_of_new_tokens_for_one_table_alone(tmp_path):
 def test_rows_that_peft_did_not_save(tmp_path):
     """Of a grown vocabulary it saves the table that has factors, and not the other."""
     adapter = lora.make(tmp_path, "a", grow=2, target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(HomologyError, match="no rows for lm_head.weight: once one of the two tables has factors"):
+    with pytest.raises(HomologyError, match=r"no rows for lm_head.weight: once one of the two tables has factors"):
         lora.merge(tmp_path / "out", tmp_path / "base", adapter, vocab="pad")
     lora.edit(adapter, target_modules=["q_proj"])
     with pytest.raises(HomologyError, match="save the adapter again with save_embedding_layers=True"):
