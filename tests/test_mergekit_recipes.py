@@ -606,3 +606,16 @@ def test_a_stage_that_is_misspelt(tmp_path: Path):
     assert read_recipe(path).models[0].model == "firts"
     path.write_text(text.replace("firts", "org/first"))
     assert read_recipe(path).models[0].model == "org/first"
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "ties", "task_arithmetic"])
+def test_a_recipe_of_the_base_alone_is_a_copy_leniently(method):
+    own = {"model": "b", "parameters": {"weight": 1, "density": 0.5}}
+    data = {"merge_method": method, "base_model": "b", "models": [own], "parameters": {"normalize": True}}
+    with pytest.raises(RecipeError, match="only the base is listed"):
+        read_recipe(data)
+    recipe = read_recipe(data, lenient=True)
+    assert (recipe.merge_method, [entry.model for entry in recipe.models]) == ("passthrough", ["b"])
+    assert "WARNING: only the base is listed, so the output is a copy of b, as in mergekit (--lenient)" in recipe.notes
+    with pytest.raises(RecipeError, match="no model"):
+        read_recipe({**data, "models": [{"parameters": {}}]}, lenient=True)

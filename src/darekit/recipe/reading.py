@@ -30,6 +30,7 @@ from darekit.recipe.essence import is_random
 from darekit.recipe.ignored import without
 from darekit.recipe.names import find_model, same_model
 from darekit.recipe.parameters import block_at, read_seed
+from darekit.recipe.references import reference_of
 from darekit.recipe.stages import read_stage, stages_of, stored_names
 from darekit.recipe.texts import recipe_text
 from darekit.recipe.tokens import TokensReader, read_chat_template
@@ -135,6 +136,8 @@ def search_path(source: object) -> tuple[Path, ...]:
 def read_document(document: Document, search: Sequence[Path], *, lenient: bool = False) -> Recipe:
     """One document, which knows no other; errors as `read_recipe`. `search`: where relative names are looked up."""
     document = _spell_out(document)
+    if lenient:
+        document = _copy_of_base(document, search)
     document, words, ignored = check_names(document, lenient=lenient)
     document = _without_empty(document, words)
     if lenient and words.sparsify is None:
@@ -198,6 +201,25 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
     )
     _check_whole(document, recipe, [path for path, _, _ in models], ignored)
     return replace(recipe, notes=(*notes, *_notes(recipe, seeded, search)))
+
+
+def _copy_of_base(document: Document, search: Sequence[Path]) -> Document:
+    """A recipe of mergekit's whose only model is its base, of which mergekit makes a copy."""
+    data = document.data
+    base, models, method = data.get("base_model"), data.get("models"), data.get("merge_method")
+    parted = method in mergekit.PRODUCTS or (method in MERGE_METHODS and MERGE_METHODS[method].parts_base)
+    if "sparsify" in data or not parted or base is None or not isinstance(models, list) or len(models) != 1:
+        return document
+    entry = models[0]
+    if not isinstance(entry, dict) or entry.get("model") is None:
+        return document
+    name = reference_of(document, ("base_model",), base)
+    if not same_model(reference_of(document, ("models", 0, "model"), entry["model"]), name, search):
+        return document
+    note = f"WARNING: only the base is listed, so the output is a copy of {name}, as in mergekit (--lenient)"
+    rest = {key: value for key, value in data.items() if key != "parameters"}
+    changed = {"merge_method": "passthrough", "models": [{"model": name, "parameters": {}}]}
+    return replace(document, data=rest | changed, notes=(*document.notes, note))
 
 
 def _without_empty(document: Document, words: Words) -> Document:

@@ -122,7 +122,8 @@ def _refuse_names_of_others(keys: Mapping[Key, str], ref: str) -> None:
             "(MODULE.lora_A.weight), and mlx-lm's (MODULE.lora_a): save it with PEFT, or merge it with the tool that "
             "trained it, and give the result"
         )
-    scales = [name for name in wholes if name.endswith(".alpha")]
+    modules = {f"{key.module}.alpha" for key in keys if key.part == "A"}
+    scales = [name for key, name in keys.items() if key.part == "whole" and key.module in modules]
     if scales:
         raise Unsupported(
             f"{ref} has an alpha for each module among its tensors ({first_of(scales)}), where PEFT has none: put "
