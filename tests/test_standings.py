@@ -94,22 +94,27 @@ def test_the_best_is_the_first_of_equals_in_the_direction_of_the_score():
     assert Standings((SLOW,), (), (line(0, b=0.8), line(1, b=0.2), line(2, b=0.2))).best.trial == 1
 
 
-def test_the_best_compromise_has_the_best_mean_rank():
-    """Of two goals ranks on a front are each other's reverse, so the first wins; of three they tell."""
+def test_the_best_compromise_is_nearest_to_the_ideal_point():
+    """The ideal point has the front's best value of every goal; what is lacked is measured in the front's range."""
     extremes = (line(0, 1.0, 0.9), line(1, 0.8, 0.4), line(2, 0.7, 0.3), line(3, 0.1, 0.2), line(4, 0.1, 0.9))
     found = Standings((RIGHT, SLOW), (), extremes)
-    assert [one.trial for one in found.front] == [0, 1, 2, 3] and found.best.trial == 0
+    assert [one.trial for one in found.front] == [0, 1, 2, 3]
+    assert found.best.trial == 1  # lacks (0, 1), (2/9, 2/7), (1/3, 1/7) and (1, 0): .362 against .363
+    tenfold = tuple(line(at, *(value * factor for value, factor in zip(values, (1, 10), strict=True)))
+                    for at, values in enumerate([(1.0, 0.9), (0.8, 0.4), (0.7, 0.3), (0.1, 0.2)]))  # fmt: skip
+    assert Standings((RIGHT, SLOW), (), tenfold).best.trial == 1
     assert Standings((RIGHT, SLOW), (), (line(0, 0.5, 0.5), line(1, 0.9, 0.1))).best.trial == 1
+    assert Standings((RIGHT, SLOW), (), (line(0, 0.5, 0.5), line(1, 0.5, 0.5))).best.trial == 0
     three = Standings(
         (RIGHT, SLOW, THIRD), (), (line(0, 0.9, 0.5, 0.1), line(1, 0.8, 0.4, 0.9), line(2, 0.1, 0.3, 0.8))
     )
-    assert len(three.front) == 3 and three.best.trial == 1  # ranks 0 2 2, 1 1 0 and 2 0 1
+    assert len(three.front) == 3 and three.best.trial == 1  # lacks (0, 1, 1), (1/8, 1/2, 0) and (1, 0, 1/8)
     assert Standings((RIGHT, SLOW), (), ()).best is None
-    # Who is dominated has no say: among all three, the second would have the better ranks.
-    assert Standings((RIGHT, SLOW), (), (line(0, 1.0, 0.9), line(1, 0.8, 0.4), line(2, 0.7, 0.5))).best.trial == 0
-    # Two that are equal have the same rank, the better one: sums 3, 3 and 2.
-    equal = (line(0, 0.1, 0.1, 0.8), line(1, 0.9, 0.2, 0.1), line(2, 0.9, 0.3, 0.9))
-    assert Standings((RIGHT, SLOW, THIRD), (), equal).best.trial == 2
+    # Who is dominated has no say in the ranges: with the fourth, a goal's range would be ten times as wide.
+    front = (line(0, 1.0, 0.9), line(1, 0.9, 0.4), line(2, 0.5, 0.3))
+    assert Standings((RIGHT, SLOW), (), (*front, line(3, 0.4, 9.0))).best.trial == 1
+    even = (line(0, 0.1, 0.1, 0.8), line(1, 0.9, 0.2, 0.1), line(2, 0.9, 0.3, 0.9))
+    assert Standings((RIGHT, SLOW, THIRD), (), even).best.trial == 2  # lacks (1, 0, 1/8), (0, 1/2, 1) and (0, 1, 0)
 
 
 def test_baselines_are_compared_by_the_first_goal_whatever_the_constraints_say():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,14 +32,18 @@ class Standings:
 
     @property
     def best(self) -> Line | None:
-        """With one goal the first of the best; with several the member of the front with the best mean rank."""
+        """With one goal the first of the best; with several the member of the front that is nearest to the ideal point.
+
+        The ideal point has the front's best value of every goal; each goal is measured in the front's range of it
+        (compromise programming: Zeleny, Multiple Criteria Decision Making, 1973).
+        """
         able = self.able if len(self.goals) == 1 else self.front
         if not able:
             return None
         if len(self.goals) == 1:
             goal = self.goals[0]
             return max(able, key=lambda one: self.value(one, goal) * (1 if goal.higher else -1))
-        return min(able, key=lambda one: sum(self._rank(one, goal, able) for goal in self.goals))
+        return min(able, key=lambda one: math.hypot(*(self._lacks(one, goal, able) for goal in self.goals)))
 
     @property
     def front(self) -> list[Line]:
@@ -46,9 +51,11 @@ class Standings:
         able = self.able
         return [able[at] for at in front_of([self.values(one) for one in able], self.goals)]
 
-    def _rank(self, line: Line, goal: Goal, among: Sequence[Line]) -> int:
-        sign = 1 if goal.higher else -1
-        return sum(sign * self.value(other, goal) > sign * self.value(line, goal) for other in among)
+    def _lacks(self, line: Line, goal: Goal, among: Sequence[Line]) -> float:
+        """What a line lacks to the best of some by a goal, in the range of their values."""
+        values = [self.value(one, goal) for one in among]
+        best, worst = (max(values), min(values)) if goal.higher else (min(values), max(values))
+        return abs(best - self.value(line, goal)) / abs(best - worst) if best != worst else 0.0
 
     def value(self, line: Line, goal: Goal) -> float:
         """A line's value for a goal."""
