@@ -233,9 +233,14 @@ class _Merge:
             if keep == 0 and whole:
                 raise PlanError(f"keep 0 leaves nothing of {self.name}; with trim: model use a value above 0")
             if keep == 0:  # as at one end of a gradient: no count of the largest elements, which is at least 1
-                stages.append(StageSpec("drop_only", {"drop_rate": 1.0}, 0, *self.streams[model]))
+                stages.append(StageSpec(_plain_drop(), {"drop_rate": 1.0}, 0, *self.streams[model]))
             elif keep < 1 and whole:
                 stages.append(StageSpec(TRIM_MODEL, {"keep": keep}))
             elif keep < 1:
                 stages.append(StageSpec(TRIM, {"keep_count": kept_count(keep, count)}))
         return tuple(stages)
+
+
+def _plain_drop() -> str:
+    """The sparsifier that drops and does nothing else."""
+    return next(n for n, one in SPARSIFIERS.items() if one.kernel == "drop" and "rescale" not in one.parameters)
