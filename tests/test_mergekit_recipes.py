@@ -188,6 +188,21 @@ def test_breadcrumbs_keeps_the_density_as_written():
     assert read_recipe(recipe.to_data()) == recipe
 
 
+def test_breadcrumbs_may_keep_nothing_of_a_small_tensor_where_magnitude_keeps_one():
+    """mergekit keeps int(density n), and refuses `magnitude` of nothing; native drop rates keep one."""
+    prepared = {
+        (method, density, count): SPARSIFIERS[method].prepare(
+            {"drop_rate": 1 - density, "density": density, "gamma": 0.05}, count, "x"
+        )["keep_count"]
+        for method in ("breadcrumbs", "magnitude") for density in (0.01, 0.5) for count in (40, 300)
+    }  # fmt: skip
+    assert prepared == {
+        ("breadcrumbs", 0.01, 40): 0, ("breadcrumbs", 0.01, 300): 3, ("breadcrumbs", 0.5, 40): 20,
+        ("breadcrumbs", 0.5, 300): 150, ("magnitude", 0.01, 40): 1, ("magnitude", 0.01, 300): 3,
+        ("magnitude", 0.5, 40): 20, ("magnitude", 0.5, 300): 150,
+    }  # fmt: skip
+
+
 def test_a_list_of_densities_falls_through():
     recipe = make("dare_linear", {"density": [{"filter": "mlp", "value": 0.3}]}, density=0.6)
     assert recipe.models[0].parameters["drop_rate"] == filters_of(("mlp", 0.7), ("*", 0.4))

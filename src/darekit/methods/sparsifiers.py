@@ -9,7 +9,7 @@ A tensor's rows are its last axis; a 1-D tensor is one row. Elements count in C 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -203,15 +203,24 @@ def breadcrumbs(
 
 
 def count_survivors(values: Mapping[str, Any], count: int, name: str) -> dict[str, Any]:
-    """Parameters of `breadcrumbs` or `magnitude` for one tensor of `count` elements, with `keep_count`: how many
-    survive.
+    """Parameters of `magnitude` for one tensor of `count` elements, with `keep_count`: how many survive.
 
     mergekit's recipes count them from `density` as written, never through 1 - p.
     """
+    return _counted(values, count, kept_count)
+
+
+def count_crumbs(values: Mapping[str, Any], count: int, name: str) -> dict[str, Any]:
+    """The same of `breadcrumbs`, of which mergekit may keep nothing: int(density n) of a tensor with few elements."""
+    return _counted(values, count, lambda density, count: min(count, int(density * count)))
+
+
+def _counted(values: Mapping[str, Any], count: int, kept: Callable[[float, int], int]) -> dict[str, Any]:
     rest = {key: value for key, value in values.items() if key != "density"}
     density = values.get("density")
-    kept = dropped_to_density(count, rest["drop_rate"]) if density is None else kept_count(density, count)
-    return rest | {"keep_count": kept}
+    if density is None:
+        return rest | {"keep_count": dropped_to_density(count, rest["drop_rate"])}
+    return rest | {"keep_count": kept(density, count)}
 
 
 def magnitude_range(values: Mapping[str, Any], count: int) -> tuple[int, int]:
@@ -248,7 +257,5 @@ METHODS = (
     Sparsifier(drop_only, "element", random=True, kernel="drop"),
     Sparsifier(magnitude, "tensor", random=False, kernel="select", selects=magnitude_range, prepare=count_survivors),
     Sparsifier(della, "row", random=True, unbiased=True, kernel="rank", prepare=check_window),
-    Sparsifier(
-        breadcrumbs, "tensor", random=False, kernel="select", selects=breadcrumbs_range, prepare=count_survivors
-    ),
+    Sparsifier(breadcrumbs, "tensor", random=False, kernel="select", selects=breadcrumbs_range, prepare=count_crumbs),
 )
