@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from darekit.errors import RecipeError
+from darekit.methods import SPARSIFIERS
 from darekit.recipe import Filtered, Filters, Gradient, Recipe, Sparsify, read_recipe
 from darekit.recipe.mergekit import PRODUCTS, complement
 
@@ -96,8 +97,6 @@ def test_products(method, sparsify, merge_method, parameters):
 
 def test_defaults_of_the_table_are_mergekits():
     """Only what is given is stored: rescale's defaults per sparsifier and gamma's must agree with mergekit's."""
-    from darekit.methods import SPARSIFIERS
-
     assert SPARSIFIERS["dare"].parameters["rescale"].default == "paper"
     assert SPARSIFIERS["della"].parameters["rescale"].default == "paper"
     assert SPARSIFIERS["breadcrumbs"].parameters["rescale"].default == "none"
