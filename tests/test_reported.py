@@ -157,8 +157,8 @@ def test_a_byte_order_mark_is_no_fault(place, dare):
     ("text", "why"),
     [
         (POINTER, "it is a Git LFS pointer"),
-        ('{"version": "1.0", "model": {"voc', "it is no whole JSON document"),
-        ("<!DOCTYPE html><html>404</html>", "it is no whole JSON document"),
+        ('{"version": "1.0", "model": {"voc', "it is not a complete JSON document"),
+        ("<!DOCTYPE html><html>404</html>", "it is not a complete JSON document"),
         (None, "it is a link to a file that does not exist"),
     ],
 )

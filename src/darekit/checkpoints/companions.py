@@ -149,7 +149,7 @@ def _damage(directory: Path, name: str, size: int) -> str | None:
             file.seek(max(0, size - 64))
             begin, end = begin.removeprefix(b"\xef\xbb\xbf").lstrip(), file.read().rstrip()
             if begin.startswith((b"{", b"[", b"<")) and not end.endswith((b"}", b"]")):
-                return "it is no whole JSON document: download it again"
+                return "it is not a complete JSON document: download it again"
     return None
 
 

@@ -419,7 +419,7 @@ def advise(directory: Path, names: Sequence[str]) -> str | None:
         return (
             f"{directory} is a pipeline of diffusers, not one model: merge its parts one by one"
             + (f" ({some(parts, 4)})" if parts else "")
-            + f", and copy {PIPELINE} and the folders that are no models beside the results"
+            + f", and copy {PIPELINE} and the folders that hold no model beside the results"
         )
     if deeper := _find_deeper(directory, names):
         last = deeper[-1]

@@ -345,9 +345,9 @@ def _checked(read: _Read) -> _Read:
         ValueError: it is not.
     """
     if not set(map(type, read.vocabulary.values())) <= {int}:
-        raise ValueError("the vocabulary has ids that are no whole numbers")
+        raise ValueError("the vocabulary has ids that are not integers")
     if not isinstance(read.added, list | tuple) or not all(isinstance(entry, dict) for entry in read.added):
-        raise ValueError("added_tokens is no list of tokens")
+        raise ValueError("added_tokens is not a list of tokens")
     return read
 
 
