@@ -77,7 +77,7 @@ def read_options(words: Sequence[str]) -> Read:
     >>> read_options(["merge", "r.yml", "out", "--cuda", "--random-seed=7", "--out-shard-size", "5B"])
     ... # doctest: +NORMALIZE_WHITESPACE
     Read(words=['merge', 'r.yml', 'out', '--seed', '7', '--shard-size', '5GB'],
-         notes=['--cuda is left out: merging runs on the processor'], cache=None, refused=None)
+         notes=['--cuda is ignored: merging runs on the processor'], cache=None, refused=None)
     """
     if not words or words[0] not in COMMANDS:
         return Read([*words], [])
