@@ -693,6 +693,13 @@ def test_in_shards(here):
         with pytest.raises(CheckpointError) as caught:
             merged("a")
         said(caught, words)
+    # A stale factor in another shard than the index says: which of the two counts is no guess.
+    index.write_text(json.dumps({"weight_map": places}))
+    own = {names[0]: tensors[names[0]] * 5, **{name: tensors[name] for name in names[1::2]}}
+    families.write_safetensors(Path("a/adapter_model-00002-of-00002.safetensors"), own)
+    with pytest.raises(CheckpointError) as caught:
+        merged("a")
+    said(caught, f"places {names[0]} in adapter_model-00001-of-00002.safetensors, but", "two adapters")
 
 
 def _renamed(change):

@@ -589,6 +589,11 @@ def test_a_key_of_any_name_may_hold_what_aliases_repeat(tmp_path: Path):
     path.write_text(text.replace("*own", "{weight: 0.5}"))
     with pytest.raises(RecipeError, match="line 1: defs is not known"):
         read_recipe(path)
+    # One that is a misspelling is none the less for an anchor in it.
+    path.write_text("paramters: {normalize: false, lambda: &w 0.5}\nbase_model: b\nmerge_method: ties\nmodels:\n"
+                    "- {model: m0, parameters: {weight: *w}}")  # fmt: skip
+    with pytest.raises(RecipeError, match="paramters is not known; did you mean 'parameters'"):
+        read_recipe(path)
 
 
 def test_what_a_missing_t_may_be_confused_with():
@@ -617,7 +622,9 @@ def test_a_stage_that_is_misspelt(tmp_path: Path):
     with pytest.raises(RecipeError, match="no stage and no checkpoint 'firts'; did you mean 'first'"):
         read_recipe(path)
     (tmp_path / "firts").mkdir()
-    assert read_recipe(path).models[0].model == "firts"
+    for name in ("firts", "firts@main", "fir+st"):  # a folder, and what is no name of one word
+        path.write_text(text.replace("firts", name))
+        assert read_recipe(path).models[0].model == name
     path.write_text(text.replace("firts", "org/first"))
     assert read_recipe(path).models[0].model == "org/first"
 

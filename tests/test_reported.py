@@ -388,6 +388,71 @@ def test_weights_that_add_up_to_0_are_told(place, dare):
     assert "normalize has nothing to divide by" in " ".join(done.err.split())
 
 
+@pytest.mark.parametrize(
+    ("method", "more", "note"),
+    [
+        ("passthrough", "", ""),
+        ("linear", "", "the output is 0 everywhere"),
+        ("ties", "base_model: base", "the output is the base"),
+        ("nuslerp", "base_model: base", "they say nothing about the models"),
+    ],
+)
+def test_what_weights_of_0_leave_is_told_as_it_is(place, dare, method, more, note):
+    names = ["m0"] if method in ("passthrough", "linear") else ["m0", "m1"]
+    key = "scale" if method == "passthrough" else "weight"
+    models = ", ".join(f"{{model: {name}, parameters: {{{key}: 0}}}}" for name in names)
+    (place / "recipe.yaml").write_text(f"models: [{models}]\nmerge_method: {method}\n{more}\n")
+    done = dare("merge", "recipe.yaml", "out")
+    assert done.code == 0
+    assert note in " ".join(done.err.split())
+    ours, base = families.load(place / "out"), families.load(place / "base")
+    if method == "nuslerp":
+        return
+    assert all(np.array_equal(ours[name], base[name] if more else np.zeros_like(base[name])) for name in base)
+
+
+def test_rows_that_the_base_lacks_are_averaged_where_all_weights_are_0(tmp_path, dare, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(3)
+    shapes = {"model.embed_tokens.weight": 4, "model.layers.0.mlp.up_proj.weight": 4}
+    base = {name: rng.normal(size=(rows, families.HIDDEN)).astype(np.float32) for name, rows in shapes.items()}
+    families.save(tmp_path / "base", base)
+    more = rng.normal(size=(2, 2, families.HIDDEN)).astype(np.float32)
+    for at, name in enumerate(("m0", "m1")):
+        tuned = {key: value + rng.normal(size=value.shape).astype(np.float32) / 1000 for key, value in base.items()}
+        tuned["model.embed_tokens.weight"] = np.concatenate([tuned["model.embed_tokens.weight"], more[at]])
+        families.save(tmp_path / name, tuned)
+    weight = "[{filter: embed_tokens, value: 0}, {value: 1}]"
+    models = ", ".join(f"{{model: {name}, parameters: {{weight: {weight}}}}}" for name in ("m0", "m1"))
+    (tmp_path / "recipe.yaml").write_text(
+        f"base_model: base\nmodels: [{models}]\nmerge_method: linear\nvocab: pad\ndtype: float32\n"
+    )
+    assert dare("merge", "recipe.yaml", "out").code == 0
+    ours = families.load(tmp_path / "out")["model.embed_tokens.weight"]
+    assert np.array_equal(ours[:4], base["model.embed_tokens.weight"])
+    assert np.allclose(ours[4:], more.mean(0), atol=1e-6)
+
+
+def test_whole_and_empty_files_of_a_tokenizer(place, dare):
+    """Blanks after the end damage nothing; nothing but blanks, or zeros of an interrupted download, is no tokenizer."""
+    whole = json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}}, "added_tokens": []})
+    for name in ("base", "m0", "m1"):
+        (place / name / "tokenizer.json").write_text(whole + " " * 300 + "\n")
+    code, said = merge(dare, place)
+    assert code == 0 and "not copied" not in said and (place / "out/tokenizer.json").exists()
+    for at, raw in enumerate((b"", b"\0" * 400)):
+        (place / "base/tokenizer.json").write_bytes(raw)
+        code, said = merge(dare, place, out=f"out{at}")
+        assert code == 0 and "base/tokenizer.json (it is empty: download it again" in said
+
+
+def test_classes_of_a_model_without_a_classifier_mean_nothing(place, dare):
+    edit(place / "m0", id2label={"0": "yes", "1": "no"}, architectures=["LlamaForCausalLM"])
+    edit(place / "m1", id2label={"0": "no", "1": "yes"}, architectures=["LlamaForCausalLM"])
+    code, said = merge(dare, place)
+    assert code == 0 and "classes" not in said
+
+
 # --- what the system has against a name
 
 

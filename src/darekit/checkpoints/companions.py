@@ -73,6 +73,7 @@ ALL = (CONFIG, CARD, *LISTED, *CODE)
 POINTER = b"version https://git-lfs"
 POINTER_SIZE = (40, 1024)  # bytes; a Git LFS pointer has some 130, and never more than 1024
 DANGLING = -1
+END = 4096  # bytes at either end of a file that tell whether it is whole
 
 # What is on no list travels within these limits.
 SMALL = 16_000_000  # bytes of one file
@@ -142,13 +143,15 @@ def _damage(directory: Path, name: str, size: int) -> str | None:
     if not is_json and not POINTER_SIZE[0] <= size <= POINTER_SIZE[1]:
         return None
     with suppress(OSError), (directory / name).open("rb") as file:
-        begin = file.read(64)
+        begin = file.read(END)
         if begin.startswith(POINTER):
             return "it is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory"
+        if is_json and not begin.strip(b"\0 \t\r\n"):
+            return "it is empty: download it again"
         if is_json:
-            file.seek(max(0, size - 64))
+            file.seek(max(0, size - END))
             begin, end = begin.removeprefix(b"\xef\xbb\xbf").lstrip(), file.read().rstrip()
-            if begin.startswith((b"{", b"[", b"<")) and not end.endswith((b"}", b"]")):
+            if end and begin.startswith((b"{", b"[", b"<")) and not end.endswith((b"}", b"]")):
                 return "it is not a complete JSON document: download it again"
     return None
 

@@ -313,7 +313,10 @@ def about_adapter(directory: Path, names: Sequence[str] = ()) -> str:
     code.append(f"model.merge_and_unload().save_pretrained({merged!r})")
     lines = "\n".join(f"    {line}" for line in code)
     named = f"In a recipe, list it as a model beside its base, or write BASE+{directory}. Elsewhere, merge it"
-    if not any(is_adapter(path.name) for path in directory.iterdir()):
+    files = [path.name for path in directory.iterdir()]
+    if files == [ADAPTER_CONFIG]:
+        named = f"Its weights are missing: a recipe takes it once {ADAPTER} is next to {ADAPTER_CONFIG}. Or merge it"
+    elif not any(map(is_adapter, files)):
         named = (
             f"A recipe takes it as a model beside its base once its file is called {ADAPTER}, with {ADAPTER_CONFIG} "
             "next to it. Or merge it"

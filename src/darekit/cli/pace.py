@@ -50,4 +50,5 @@ class Pace:
         (begun, since), (done, last) = self._from, self._last
         if done - begun < self.enough:
             return None
-        return max(0.0, (last - since) / (done - begun) * rest - (now - last))
+        seconds = (last - since) / (done - begun) * rest - (now - last)
+        return seconds if seconds > 0 else None  # what takes longer than all others has no time left that is known

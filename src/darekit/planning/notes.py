@@ -92,6 +92,7 @@ def _trimmed_away(draft: Draft) -> Iterator[str]:
 
 def _weight_notes(draft: Draft) -> Iterator[str]:
     """Weights that leave nothing of the models, or nothing to divide by."""
+    entry = MERGE_METHODS[draft.recipe.merge_method]
     weights = [
         (tensor.name, [one.weight for one in found.models if one is not None], bool(found.merge.get("normalize")))
         for tensor in draft.alignment.tensors
@@ -100,8 +101,14 @@ def _weight_notes(draft: Draft) -> Iterator[str]:
     ]
     if weights and not any(weight for _, found, _ in weights for weight in found):
         based = any(tensor.base is not None for tensor in draft.alignment.tensors)
-        result = "the output is the base" if based else "without a base, the output is 0 everywhere"
-        yield f"all weights are 0: {result}"
+        if entry.sums_models or (entry.kernel in ("sum", "elect") and not based):
+            yield "all weights are 0: the output is 0 everywhere"
+        elif entry.kernel in ("sum", "elect"):
+            yield "all weights are 0: the output is the base"
+        else:
+            yield "all weights are 0, so they say nothing about the models"
+        return
+    if entry.kernel != "sum":  # others divide by something else
         return
     zero = [name for name, found, divided in weights if divided and any(found) and abs(sum(found)) < WEIGHTS_TINY]
     if zero:

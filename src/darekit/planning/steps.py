@@ -179,7 +179,10 @@ class _Merge:
         weighed = common and (self.informed is not None or (entry.products is not None and not entry.needs_base))
         own = self.base is None and (weighed or self.method == AVERAGE or not (entry.needs_base or entry.statistics))
         parameters = self.parameters if own else {"normalize": True}
-        scale = 1.0 if parameters.get("normalize") else self.models[owners[0]].weight
+        weights = tuple(self.models[k].weight for k in owners)
+        if not any(weights) and (not common or self.draft.recipe.base_model is not None):
+            weights = (1.0,) * len(owners)  # "as in the base" has no meaning for what the base lacks: their average
+        scale = weights[0] / total_weight(weights[:1]) if parameters.get("normalize") else weights[0]
         method = self.method if own else AVERAGE
         return self.make(
             begin=begin,
@@ -187,7 +190,7 @@ class _Merge:
             base=None,
             models=tuple(self.inputs[k] for k in owners),
             owners=owners,
-            weights=tuple(self.models[k].weight for k in owners),
+            weights=weights,
             chains=chains,
             method=method,
             parameters=parameters,

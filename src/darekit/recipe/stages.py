@@ -98,7 +98,9 @@ def _refuse_misspelt(document: Document, names: set[str], stages: Iterable[str])
     known = [*stages]
     for name in sorted(names.difference(known)):
         folders = (Path(), Path(document.name).resolve().parent)
-        if "/" in name or not (hint := did_you_mean(name, known)) or any(os.path.lexists(f / name) for f in folders):
+        if "/" in name or "+" in name or not (hint := did_you_mean(name, known)):
+            continue
+        if any(os.path.lexists(folder / name.partition("@")[0]) for folder in folders):
             continue
         raise RecipeError(f"{document.name}: there is no stage and no checkpoint {name!r}{hint}")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,8 @@ def _ignored(document: Document, one: Unknown, words: Words) -> str | None:
     if words.sparsify is not None or words.method not in mergekit.METHODS:
         return None
     entry = words.merge_method or MERGE_METHODS[mergekit.PRODUCTS[words.method].merge]
-    if len(one.path) == 1 and one.path[0] in document.repeated:
+    misspelt = difflib.get_close_matches(str(one.path[0]), TOP_KEYS, cutoff=0.8)
+    if len(one.path) == 1 and one.path[0] in document.repeated and not misspelt:
         return anchored(one.path)
     return why_ignored(one.path, words.method, entry, inside=one.inside)
 

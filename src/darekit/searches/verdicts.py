@@ -258,7 +258,8 @@ class _Found:
             who = f"the {AS_WRITTEN}"
         judged = self.standings.judged
         trials = [line for line in judged if line.kind == TRIAL]
-        if self._same(judged):
+        stopped = any(line.state == STOPPED for line in self.standings.lines)  # by scores that were worse
+        if self._same(judged) and not stopped:
             counts = [(len(trials), "candidate"), (len(judged) - len(trials), "baseline")]
             told = " and ".join(f"{number} {word}{'s' * (number > 1)}" for number, word in counts if number)
             return [
@@ -269,7 +270,7 @@ class _Found:
         head = [self._headline(who)]
         if self.best.kind != TRIAL:
             head = [f"None of {count} beats {who}. {head[0]}", "The space, or the number of trials, may be too small."]
-        if self._same(trials) and not any(line.state == STOPPED for line in self.standings.lines):
+        if self._same(trials) and not stopped:
             head.append(f"All candidates have {self._values(trials[0])}: what was varied makes no difference.")
         return head
 

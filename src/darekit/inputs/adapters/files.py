@@ -96,7 +96,13 @@ def _open_shards(config: AdapterConfig, folder: Path, open_file: Callable[[Path]
             if not (folder / name).exists():
                 raise CheckpointError(f"{index} names {name}, which is not there: download or save the adapter again")
             files.append(open_file(folder / name))
-            tensors |= _tensors_in(files[-1])
+            found = _tensors_in(files[-1])
+            if wrong := [one for one in found if places.get(one, name) != name]:
+                raise CheckpointError(
+                    f"{index} places {wrong[0]} in {places[wrong[0]]}, but {name} holds it too: shards of two "
+                    "adapters; download or save it again"
+                )
+            tensors |= found
         if tensors.keys() != places.keys():
             name = min(tensors.keys() ^ places.keys())
             what = "lists {}, which no shard holds" if name in places else "does not list {}, which a shard holds"

@@ -100,8 +100,10 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
 def _are_whole_parts(names: Sequence[str], owner: View) -> bool:
     """Whether these are all tensors of some parts of a composite model, and none of its text."""
     parts = {part_named(name) for name in names}
-    own = [name for name in owner.checkpoint.tensors if part_named(name) in parts]
-    return "text" not in parts and len(own) <= len(names) < len(owner.checkpoint.tensors)
+    stored = owner.checkpoint.tensors
+    own = [name for name in stored if part_named(name) in parts]
+    left = {part_named(name) for name in stored} - parts
+    return "text" not in parts and left == {"text"} and len(own) <= len(names) < len(stored)
 
 
 def _second_copy(extra: Sequence[str], view: View) -> str | None:
@@ -118,7 +120,8 @@ def _other_architecture(view: View, reference: View) -> Iterator[str]:
     if isinstance(ours, str) and isinstance(theirs, str) and ours != theirs:
         yield (
             f"By their config.json {label(view.ref)} is of model_type {ours} and {label(reference.ref)} of {theirs}: "
-            "one of them was converted to another architecture. Give a fine-tune of the base's own, or convert it back"
+            "they are of different architectures, or one was converted to the other's. Give a fine-tune of the base's "
+            "own architecture, or convert it back"
         )
 
 

@@ -14,6 +14,7 @@ from darekit.wording import and_, label
 
 KEYS = ("id2label", "label2id", "problem_type")
 SHOWN = 3  # rows that are named
+WITHOUT_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")  # whatever id2label says
 
 _PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers calls classes that nobody named
 
@@ -27,6 +28,9 @@ def labels_of(config: Mapping[str, Any] | None) -> dict[int, str]:
     {}
     """
     said = config or {}
+    classes = said.get("architectures")
+    if isinstance(classes, list) and classes and all(str(one).endswith(WITHOUT_CLASSES) for one in classes):
+        return {}
     rows, names = said.get("id2label"), said.get("label2id")
     pairs: list[tuple[Any, Any]] = []
     if isinstance(rows, Mapping):
