@@ -500,6 +500,23 @@ def test_scores_that_are_all_the_same_are_no_finding(place, quality, choose):
     assert not any("beats" in line for line in rest)
 
 
+def test_a_judge_that_stopped_candidates_does_tell_models_apart(place):
+    """Equal baselines alone are what is left in full; the candidates were stopped because they are worse."""
+
+    class Worse(Fake):
+        @staticmethod
+        def quality(recipe, name):
+            return 0.0 if recipe.get("parameters", {}).get("lambda", 1) > 2 else 0.5
+
+        def answers(self, recipe, name):
+            return (np.arange(ITEMS) % 2 < 2 * self.quality(recipe, name)).astype(float)
+
+    found = place.run(place.search(trials=6, space={"parameters.lambda": {"low": 3.0, "high": 4.0}}), fake=Worse())
+    assert found.summary["counts"]["stopped"] > 0
+    assert not any("Nothing was found" in line or "does not look" in line for line in found.summary["verdict"])
+    assert found.summary["verdict"][0].startswith("None of 6 candidates beats ")
+
+
 def test_candidates_that_are_all_the_same_are_said_to_be(place):
     class Fixed(Fake):
         @staticmethod
