@@ -490,3 +490,12 @@ def test_resuming_what_is_complete_says_that_nothing_was_written(dare, llamas, t
     assert done.code == 0
     assert done.out.startswith(f"{tmp_path / 'out'} is complete: 21 tensors, 23.7 k parameters;")
     assert "0 B" not in done.out and "/s" not in done.out
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_the_peak_of_memory_is_the_programs_own():
+    """What a large parent held when it started the program is none of it (as `getrusage` has it)."""
+    held = np.ones(30_000_000)  # 240 MB
+    command = [sys.executable, "-c", "from darekit.machine import peak_rss; print(peak_rss())"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 1 << 20 < int(done.stdout) < held.nbytes / 2
