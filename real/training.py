@@ -120,19 +120,20 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(place)
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=course.rate, betas=BETAS, eps=EPSILON, weight_decay=0.0)
-    begin, seconds = 0, 0.0
+    begin, seconds, precision = 0, 0.0, None
     if state_path.is_file():
         state = torch.load(state_path, map_location=place, weights_only=True)
         if state["fingerprint"] == made:
             model.load_state_dict(state["model"])
             optimiser.load_state_dict(state["optimiser"])
             begin, seconds = state["step"], state["seconds"]
+            precision = state.get("precision")  # timed again, it could be the other one
         del state
 
     def keep(step: int) -> None:
         found = {
             "fingerprint": made, "step": step, "seconds": seconds + time.perf_counter() - began,
-            "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+            "precision": precision, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
         }  # fmt: skip
         try:
             torch.save(found, unfinished)
@@ -141,7 +142,7 @@ def train(
             unfinished.unlink(missing_ok=True)
             sys.stderr.write(f"no state was kept at step {step}: {str(error).splitlines()[0]}\n")
 
-    precision = faster_precision(model, place)
+    precision = precision or faster_precision(model, place)
     loss_of: Loss | None = None
     began = kept = time.perf_counter()
     for step, batch in enumerate(islice(batches(tokenizer, ability, course), begin, course.steps), begin):

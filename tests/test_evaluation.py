@@ -158,20 +158,11 @@ def test_lm_eval_runs_local_tasks_without_a_network(causal, kind, tmp_path, monk
     assert not offline
 
 
-FILTERED = """
-task: local_filtered
-dataset_path: json
-dataset_kwargs: {data_files: {test: rows/write.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["nothing"], max_gen_toks: 3, do_sample: false}
-filter_list:
+FILTERS = """filter_list:
   - {name: strict, filter: [{function: take_first}]}
   - {name: first-word, filter: [{function: regex, regex_pattern: "(w[0-9]+)"}, {function: take_first}]}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
+FILTERED = WRITE.replace("local_write", "local_filtered").replace("metric_list", f"{FILTERS}metric_list")
 GROUP = """
 group: local_group
 task: [local_choice, local_filtered]

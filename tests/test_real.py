@@ -255,9 +255,10 @@ def test_files_are_read_by_darekit(work):
 # --- training ---
 
 
-def test_a_stopped_training_goes_on_as_if_it_had_not(work, tmp_path):
-    """As a rule to the same bytes; but products of two threads may differ in the last bit, by where inputs lie."""
+def test_a_stopped_training_goes_on_to_the_same_bytes(work, tmp_path, monkeypatch):
+    """In the precision that it began with, whichever is the faster by now: a busy machine times that wrongly."""
     course = training.Course(5, 3, 1e-3)
+    monkeypatch.setattr(training, "faster_precision", lambda *_: "float32")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     losses = []
     assert training.train(work / "base", whole, "numbers", course, progress=lambda *a: losses.append(a[2]))
@@ -265,13 +266,11 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(work, tmp_path):
     assert not parts.exists() and (tmp_path / "parts.state.pt").is_file()
     assert not training.is_trained(work / "base", parts, "numbers", course)
     rest = []
+    monkeypatch.setattr(training, "faster_precision", lambda *_: "bfloat16")
     assert training.train(work / "base", parts, "numbers", course, progress=lambda *a: rest.append(a))
-    assert [done for done, _, _ in rest] == [3, 4, 5]
-    assert [loss for *_, loss in rest] == pytest.approx(losses[2:], rel=1e-4)
-    once, twice, base = (
-        np.frombuffer((folder / "model.safetensors").read_bytes(), np.uint8) for folder in (whole, parts, work / "base")
-    )
-    assert (once == twice).mean() > 0.99 and (once == base).mean() < 0.9
+    assert [done for done, _, _ in rest] == [3, 4, 5] and [loss for *_, loss in rest] == losses[2:]
+    name = "model.safetensors"
+    assert (whole / name).read_bytes() == (parts / name).read_bytes() != (work / "base" / name).read_bytes()
     assert training.is_trained(work / "base", parts, "numbers", course)
     assert not training.is_trained(work / "base", parts, "numbers", training.Course(6, 3, 1e-3))
     assert not training.is_trained(work / "base", parts, "json", course)

@@ -57,8 +57,20 @@ def passes_before(survey: Survey | None) -> int:
     return 0 if survey is None else (survey.scores is not None) + (survey.squares is not None)
 
 
+class _Named:
+    """An entry of a table; its fields are those of the dataclass."""
+
+    function: Callable[..., Any]
+    foreign: Foreign | None
+
+    @property
+    def name(self) -> str:
+        """The word in recipes."""
+        return self.function.__name__ if self.foreign is None else self.foreign.name
+
+
 @dataclass(frozen=True)
-class Sparsifier:
+class Sparsifier(_Named):
     """One delta -> one delta.
 
     `scope`: how much of a tensor the function must see at once. `unbiased`: a random drop with rescale, so that each
@@ -78,11 +90,6 @@ class Sparsifier:
     prepare: Callable[[Mapping[str, Any], int, str], dict[str, Any]] | None = None
     foreign: Foreign | None = None
 
-    @property
-    def name(self) -> str:
-        """The word in recipes."""
-        return self.function.__name__ if self.foreign is None else self.foreign.name
-
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
         """The function's parameters."""
@@ -90,7 +97,7 @@ class Sparsifier:
 
 
 @dataclass(frozen=True)
-class MergeMethod:
+class MergeMethod(_Named):
     """K deltas -> one.
 
     `kernel`: how the engine does it in float32: a weighted `sum`, `elect` signs first, or the mean of the `changes`
@@ -132,11 +139,6 @@ class MergeMethod:
     survey: Survey | None = None
     shaped: bool = False
     foreign: Foreign | None = None
-
-    @property
-    def name(self) -> str:
-        """The word in recipes."""
-        return self.function.__name__ if self.foreign is None else self.foreign.name
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
