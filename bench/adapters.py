@@ -16,16 +16,14 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import family
 import run as bench
+from costs import Cost, cost_of, mergekit
 from darekit.checkpoints import open_checkpoint
 
 CASE = "lora_task_arithmetic"
@@ -38,39 +36,6 @@ model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=tor
 model = peft.PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload()
 model.save_pretrained(sys.argv[3])
 """
-
-
-@dataclass
-class Cost:
-    """Of one command or several: seconds, bytes that were written, and the largest resident memory of a process."""
-
-    seconds: float = 0.0
-    written: int = 0
-    memory: int = 0
-
-    def add(self, other: Cost) -> None:
-        """One after the other."""
-        self.seconds += other.seconds
-        self.written += other.written
-        self.memory = max(self.memory, other.memory)
-
-
-def cost_of(command: list[str], out: Path) -> Cost:
-    """Run a command that writes the folder `out`."""
-    shutil.rmtree(out, ignore_errors=True)
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    text = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{text[-3000:]}")
-    return Cost(seconds, size_of(out), usage.ru_maxrss * 1024)
-
-
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def warm(folder: Path) -> None:
@@ -90,9 +55,7 @@ def by_copies(folder: Path, program: str, threads: int) -> tuple[Cost, Cost]:
         text = text.replace(f'{folder / name}"', f'{folder / name}-merged"')
     recipe = folder / "merged.yaml"
     recipe.write_text(text)
-    out = folder / "by-mergekit"
-    command = [program, str(recipe), str(out), "--random-seed", "42", "--no-copy-tokenizer"]
-    return peft, cost_of(command, out)
+    return peft, mergekit(program, recipe, folder / "by-mergekit")
 
 
 def by_darekit(folder: Path, threads: int, *, synced: bool) -> Cost:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import family
+from costs import mergekit
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "speed.md"
@@ -194,21 +195,6 @@ def nested(folder: Path, pairs: int, threads: int) -> str:
     )
 
 
-def mergekit(program: str, path: Path, out: Path) -> tuple[float, float]:
-    """Whole command's seconds and peak memory in bytes."""
-    shutil.rmtree(out, ignore_errors=True)
-    command = [program, str(path), str(out), "--random-seed", "42", "--no-copy-tokenizer"]
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    text = process.stderr.read() if process.stderr else b""
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{text.decode()[-2000:]}")
-    shutil.rmtree(out)
-    return seconds, usage.ru_maxrss * 1024
-
-
 def run(scratch: Path, pairs: int, threads: int, program: str | None, runs: int, only: list[str]) -> list[list[str]]:
     # Installed code has its bytecode beside it; with this variable a checkout is compiled anew in every run.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -249,9 +235,10 @@ def run(scratch: Path, pairs: int, threads: int, program: str | None, runs: int,
             row += ["", "", ""]
         elif program:
             warm(files)
-            times = [mergekit(program, path, folder / "mk") for _ in range(runs)]
-            theirs = min(seconds for seconds, _ in times)
-            row += [f"{theirs:.1f}", f"{theirs / whole:.0f}x", f"{max(m for _, m in times) / 1e6:.0f}"]
+            costs = [mergekit(program, path, folder / "mk") for _ in range(runs)]
+            shutil.rmtree(folder / "mk")
+            theirs = min(cost.seconds for cost in costs)
+            row += [f"{theirs:.1f}", f"{theirs / whole:.0f}x", f"{max(cost.memory for cost in costs) / 1e6:.0f}"]
         rows.append(row)
         print(row, file=sys.stderr)
     return rows
