@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `make site` does beyond mkdocs.
 
-Links that leave docs/ (to source files, examples, README.md) lead nowhere on a site, so there they become the plain
-name of the file. On disk, and where the repository is browsed, they work. The page of each command gets its place in
-the navigation, below cli.md, which lists them.
+Links that leave docs/ (to source files, examples, README.md) lead nowhere on a site, so there they lead to the
+repository, if the installed package says where that is (hatch_build.py), and else become the plain name of the file.
+On disk, and where the repository is browsed, they work. The page of each command gets its place in the navigation,
+below cli.md, which lists them.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +46,40 @@ def _add_after(nav: list[Any], page: str, pages: list[str]) -> None:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Called by mkdocs for each page.
+    """Called by mkdocs for each page."""
+    return _with_links(markdown, posixpath.dirname(page.file.src_uri), _changelog_page())
 
-    >>> class Page:
-    ...     class file:
-    ...         src_uri = "architecture.md"
-    >>> on_page_markdown("[tiles.py](../src/darekit/engine/tiles.py), [recipes](recipes.md)", page=Page)
+
+def _changelog_page() -> str | None:
+    """Where the repository shows CHANGELOG.md, which is how it shows any file."""
+    try:
+        addresses = metadata("darekit").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return None
+    named = dict(address.split(", ", 1) for address in addresses)
+    return named.get("Changelog")
+
+
+def _with_links(markdown: str, folder: str, changelog: str | None) -> str:
+    """The page with links that lead somewhere; `folder` is its own, below docs/.
+
+    >>> _with_links("[tiles.py](../src/darekit/engine/tiles.py#L1), [recipes](recipes.md)", "", None)
     'tiles.py (`src/darekit/engine/tiles.py`), [recipes](recipes.md)'
-    >>> on_page_markdown("[nothing](../src/nothing.py)", page=Page)
+    >>> page = "https://example.org/someone/darekit/blob/HEAD/CHANGELOG.md"
+    >>> _with_links("[tiles.py](../../src/darekit/engine/tiles.py#L1), [recipes](../recipes.md)", "api", page)
+    '[tiles.py](https://example.org/someone/darekit/blob/HEAD/src/darekit/engine/tiles.py#L1), [recipes](../recipes.md)'
+    >>> _with_links("[nothing](../src/nothing.py)", "", page)
     '[nothing](../src/nothing.py)'
     """
-    folder = posixpath.dirname(page.file.src_uri)
 
-    def plain(match: re.Match[str]) -> str:
+    def lead(match: re.Match[str]) -> str:
         if "://" in match["target"]:
             return match[0]
         path = posixpath.normpath(posixpath.join("docs", folder, match["target"]))
         if path.startswith("docs/") or not (ROOT / path).exists():  # what is missing is left for mkdocs to refuse
             return match[0]
-        return f"{match['text']} (`{path}`)"
+        if changelog is None:
+            return f"{match['text']} (`{path}`)"
+        return f"[{match['text']}]({changelog.removesuffix('CHANGELOG.md')}{path}{match['anchor'] or ''})"
 
-    return LINK.sub(plain, markdown)
+    return LINK.sub(lead, markdown)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ assert (Path(darekit.__file__).parent / "py.typed").exists()
 from importlib.metadata import metadata
 assert metadata("darekit")["License-Expression"] == "Apache-2.0"
 assert darekit.__version__ == metadata("darekit")["Version"]
+assert "Source, https://example.org/someone/darekit" in metadata("darekit").get_all("Project-URL")
+assert "(https://example.org/someone/darekit/blob/HEAD/docs/packs.md)" in metadata("darekit").get_payload()
 """
 
 MERGE = """
@@ -37,9 +40,10 @@ assert report.kept
 """
 
 
-def run(*command, cwd=None):
-    # Nothing of this process's environment may lend it modules.
+def run(*command, cwd=None, source=""):
+    # Nothing of this process's environment may lend it modules, or say where the source is.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment["DAREKIT_SOURCE"] = source
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, cwd=cwd, env=environment, timeout=240
     )
@@ -49,7 +53,7 @@ def run(*command, cwd=None):
 def copy_sources(target):
     """What a build needs, without git and what an earlier build wrote: the checkout stays clean."""
     target.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target / name)
     for name in ("src", "examples"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("_version.py", "__pycache__"))
@@ -71,7 +75,8 @@ def clean(tmp_path_factory):
     copy_sources(source)
     assert run(sys.executable, "-m", "venv", path / "venv")[0] == 0
     pip = (path / "venv" / "bin" / "pip", "--quiet", "--disable-pip-version-check", "--retries", "1")
-    code, said = run(*pip, "wheel", "--no-deps", "--wheel-dir", path, source)
+    address = "https://example.org/someone/darekit"
+    code, said = run(*pip, "wheel", "--no-deps", "--wheel-dir", path, source, source=address)
     if code == 0:
         (wheel,) = path.glob("darekit-*.whl")
         code, said = run(*pip, "install", "-c", ROOT / "constraints.txt", wheel)
@@ -109,16 +114,16 @@ def test_a_wheel_from_sources_without_git_has_the_fallback_as_its_version(clean,
 
 @pytest.mark.check
 @pytest.mark.parametrize(
-    ("tags", "depth", "expected"),
+    ("tags", "depth", "origin", "expected"),
     [
-        (["v1.2.3"], None, r"1\.2\.3"),
-        (["v1.2.3", "a later commit"], None, r"1\.2\.4\.dev1\+g\w+"),
-        ([], None, FALLBACK.removesuffix("0") + r"1\+g\w+"),
-        (["v1.2.3", "a later commit"], 1, FALLBACK.removesuffix("0") + r"1\+g\w+"),
+        (["v1.2.3"], None, "git@github.com:someone/darekit.git", r"1\.2\.3"),
+        (["v1.2.3", "a later commit"], None, "https://SECRET@github.com/a/b", r"1\.2\.4\.dev1\+g\w+"),
+        ([], None, None, FALLBACK.removesuffix("0") + r"1\+g\w+"),
+        (["v1.2.3", "a later commit"], 1, None, FALLBACK.removesuffix("0") + r"1\+g\w+"),
     ],
     ids=["at a tag", "after a tag", "without tags", "shallow clone"],
 )
-def test_the_version_is_the_tags(tags, depth, expected, tmp_path):
+def test_the_version_is_the_tags_and_the_source_the_origin(tags, depth, origin, expected, tmp_path):
     def git(*arguments, cwd=tmp_path / "source"):
         who = ("-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "init.defaultBranch=main")
         code, said = run("git", *who, *arguments, cwd=cwd)
@@ -134,18 +139,35 @@ def test_the_version_is_the_tags(tags, depth, expected, tmp_path):
             git("tag", tag)
         else:
             git("commit", "--quiet", "--allow-empty", "--message", tag)
+    if origin:
+        git("remote", "add", "origin", origin)
     source = tmp_path / "source"
     if depth:
         git("clone", "--quiet", "--depth", depth, "--no-tags", source.as_uri(), tmp_path / "clone", cwd=tmp_path)
         source = tmp_path / "clone"
-    code, said = run(sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path / "dist", source)
+    code, said = run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", source)
     skip_without_index(code, said)
-    (built,) = (tmp_path / "dist").iterdir()
+    (built,) = (tmp_path / "dist").glob("*.tar.gz")
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
     version = built.name.removeprefix("darekit-").removesuffix(".tar.gz")
     assert re.fullmatch(expected, version), version
     with tarfile.open(built) as archive:
         (written,) = [name for name in archive.getnames() if name.endswith("src/darekit/_version.py")]
         assert f'__version__ = "{version}"' in archive.extractfile(written).read().decode()
+        (told,) = [name for name in archive.getnames() if name.endswith("/PKG-INFO")]
+        metadata = archive.extractfile(told).read().decode()
+    with zipfile.ZipFile(wheel) as archive:
+        (told,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        assert archive.read(told).decode() == metadata, (
+            "the wheel is built from the source distribution, which keeps all"
+        )
+    public = bool(origin) and "SECRET" not in origin
+    assert ("Project-URL: Source, https://github.com/someone/darekit\n" in metadata) == public
+    assert ("(https://github.com/someone/darekit/blob/v1.2.3/docs/packs.md)" in metadata) == public
+    assert (
+        metadata.count("Project-URL: ") == (5 if public else 1) and "Project-URL: Paper, https://arxiv.org" in metadata
+    )
+    assert "SECRET" not in metadata and str(tmp_path) not in metadata
 
 
 def test_the_other_commands_run_there(clean, llamas, tmp_path):

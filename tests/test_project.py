@@ -2,13 +2,17 @@
 """What makes a project of the package: what it exports, its version, workflows, hooks, fragments of the changelog."""
 
 import ast
+import importlib.util
 import inspect
+import io
 import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -84,6 +88,14 @@ def test_the_citation_has_a_version():
     assert re.search(r"^version: \d+\.\d+\.\d+$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M)
 
 
+def packed(folder, metadata):
+    """dist/darekit-7.8.9.tar.gz, with the metadata of a source distribution."""
+    with tarfile.open(folder / "dist" / "darekit-7.8.9.tar.gz", "w:gz") as archive:
+        entry = tarfile.TarInfo("darekit-7.8.9/PKG-INFO")
+        entry.size = len(metadata)
+        archive.addfile(entry, io.BytesIO(metadata.encode()))
+
+
 @pytest.fixture
 def release(tmp_path):
     """A copy of what `.ci/release` reads, ready to release 7.8.9, and how to run it."""
@@ -93,13 +105,13 @@ def release(tmp_path):
         if path.name != "README.md":
             path.unlink()
     (tmp_path / "dist").mkdir()
-    for name in ("darekit-7.8.9-py3-none-any.whl", "darekit-7.8.9.tar.gz"):
-        (tmp_path / "dist" / name).touch()
+    (tmp_path / "dist" / "darekit-7.8.9-py3-none-any.whl").touch()
+    packed(tmp_path, "Project-URL: Source, https://example.org/darekit\nProject-URL: Paper, https://example.org\n")
     (tmp_path / "CHANGELOG.md").write_text("# Changes\n\n## 7.8.9, 2030-01-01\n")
     (tmp_path / "CITATION.cff").write_text("version: 7.8.9\n")
     for name in ("README.md", "CONTRIBUTING.md"):
         (tmp_path / name).write_text("git clone https://example.org\n")
-    (tmp_path / "pyproject.toml").write_text('fallback-version = "7.8.9"  # twice\n\nSource = "https://example.org"\n')
+    (tmp_path / "pyproject.toml").write_text('fallback-version = "7.8.9"  # twice\n')
     return tmp_path, lambda tag="v7.8.9": run("bash", tmp_path / ".ci" / "release", tag)
 
 
@@ -114,10 +126,9 @@ def test_a_release_whose_files_agree_is_ready(release):
         ("CHANGELOG.md", "## 7.8.8, 2029-01-01\n", "make changelog VERSION=7.8.9"),
         ("changelog.d/+more.added.md", "More.\n", "changelog.d/ has changes"),
         ("CITATION.cff", "version: 7.8.8\n", "CITATION.cff has another version"),
-        ("pyproject.toml", 'fallback-version = "7.8.9"\n# Source = ""\n', "[project.urls]"),
         ("README.md", "git clone REPOSITORY darekit\n", "README.md still says REPOSITORY"),
         ("CONTRIBUTING.md", "git clone REPOSITORY darekit\n", "CONTRIBUTING.md still says REPOSITORY"),
-        ("pyproject.toml", 'fallback-version = "7.8.9.dev0"\nSource = "https://example.org"\n', "fallback"),
+        ("pyproject.toml", 'fallback-version = "7.8.9.dev0"\n', "fallback"),
     ],
 )
 def test_a_release_whose_files_disagree_is_refused(release, file, content, says):
@@ -129,6 +140,13 @@ def test_a_release_whose_files_disagree_is_refused(release, file, content, says)
     assert code == 1 and "not ready to release v7.8.9" in said and says in said
 
 
+def test_a_release_says_where_its_source_is(release):
+    folder, check = release
+    packed(folder, "Project-URL: Paper, https://example.org\n\n# darekit\n")
+    code, said = check()
+    assert code == 1 and "run `DAREKIT_SOURCE=https://HOST/OWNER/NAME make wheel`" in said
+
+
 @pytest.mark.parametrize("tag", ["", "7.8.9", "v7.8", "v7.8.9; true"])
 def test_a_release_needs_a_tag(release, tag):
     code, said = release[1](tag)
@@ -138,10 +156,129 @@ def test_a_release_needs_a_tag(release, tag):
 # --- what describes the package
 
 
-def test_no_address_is_a_placeholder():
-    for name, address in PROJECT["project"]["urls"].items():
-        assert re.fullmatch(r"https://[\w.-]+/\S+", address), name
-        assert not re.search(r"example|REPOSITORY|TODO|OWNER", address), name
+@pytest.fixture
+def build(monkeypatch):
+    """hatch_build.py, without hatchling, which only builds have."""
+    interface = types.ModuleType("hatchling.metadata.plugin.interface")
+    interface.MetadataHookInterface = object
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    monkeypatch.delenv("DAREKIT_SOURCE", raising=False)
+    specification = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A repository with this origin, or none."""
+
+    def make(origin):
+        assert run("git", "init", "--quiet", tmp_path / "clone")[0] == 0
+        if origin:
+            assert run("git", "remote", "add", "origin", origin, cwd=tmp_path / "clone")[0] == 0
+        return tmp_path / "clone"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("origin", "source"),
+    [
+        ("https://github.com/some-one/darekit.git", "https://github.com/some-one/darekit"),
+        ("https://github.com/some-one/darekit/", "https://github.com/some-one/darekit"),
+        ("git@github.com:some-one/dare.kit.git", "https://github.com/some-one/dare.kit"),
+        ("ssh://git@gitlab.com/group/part/darekit.git", "https://gitlab.com/group/part/darekit"),
+        (None, None),
+        ("/home/someone/darekit", None),
+        ("../github.com/someone/darekit", None),
+        ("file:///home/someone/darekit", None),
+        ("someone@host:darekit", None),
+        ("git@host.example:someone/darekit", None),
+        ("https://git.company.example/team/darekit.git", None),
+        ("https://SECRET@github.com/someone/darekit", None),
+        ("https://someone:SECRET@github.com/someone/darekit", None),
+        ("https://github.com:8443/someone/darekit", None),
+        ("https://github.com/someone/darekit?token=SECRET", None),
+        ("https://github.com/../darekit", None),
+        ("https://github.com/darekit", None),
+        ("http://github.com/someone/darekit", None),
+    ],
+)
+def test_the_source_is_an_origin_that_anyone_can_see(build, clone, origin, source):
+    assert build.source_of(clone(origin)) == source
+
+
+def test_the_source_is_not_that_of_a_repository_around_it(build, clone):
+    folder = clone("https://github.com/someone/other")
+    (folder / "darekit").mkdir()
+    assert build.source_of(folder / "darekit") is None
+
+
+def test_a_variable_decides_where_the_source_is(build, clone, monkeypatch):
+    folder = clone("https://github.com/someone/darekit")
+    monkeypatch.setenv("DAREKIT_SOURCE", "https://git.company.example/team/darekit.git")
+    assert build.source_of(folder) == "https://git.company.example/team/darekit"
+    monkeypatch.setenv("DAREKIT_SOURCE", " ")
+    assert build.source_of(folder) == "https://github.com/someone/darekit"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["https://SECRET@github.com/someone/darekit", "git@github.com:someone/darekit", "github.com/a/b", "/home/me"],
+)
+def test_a_variable_that_is_no_plain_address_stops_the_build_and_is_not_shown(build, monkeypatch, value):
+    monkeypatch.setenv("DAREKIT_SOURCE", value)
+    with pytest.raises(ValueError, match="expected https://HOST/OWNER/NAME") as error:
+        build.source_of(ROOT)
+    assert value not in str(error.value)
+
+
+def metadata(build, root, version="1.2.3"):
+    hook = build.CustomMetadataHook()
+    hook.root, hook.config = str(root), PROJECT["tool"]["hatch"]["metadata"]["hooks"]["custom"]
+    found = {"version": version}
+    hook.update(found)
+    return found
+
+
+def test_the_metadata_have_all_addresses_or_the_papers_alone(build, clone):
+    folder = clone("https://gitlab.com/someone/darekit")
+    shutil.copy(ROOT / "README.md", folder)
+    assert metadata(build, folder)["urls"] == {
+        "Source": "https://gitlab.com/someone/darekit",
+        "Documentation": "https://gitlab.com/someone/darekit/-/blob/HEAD/docs/index.md",
+        "Issues": "https://gitlab.com/someone/darekit/-/issues",
+        "Changelog": "https://gitlab.com/someone/darekit/-/blob/HEAD/CHANGELOG.md",
+        "Paper": "https://arxiv.org/abs/2311.03099",
+    }
+    assert run("git", "remote", "remove", "origin", cwd=folder)[0] == 0
+    alone = metadata(build, folder)
+    assert alone["urls"] == {"Paper": "https://arxiv.org/abs/2311.03099"}
+    assert alone["readme"]["text"] == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("version", "at"), [("1.2.3", "v1.2.3"), ("1.2.3rc1", "v1.2.3rc1"), ("1.2.4.dev1+g1", "HEAD")])
+def test_every_link_of_the_readme_leads_somewhere_from_an_index(build, clone, version, at):
+    folder = clone("https://github.com/someone/darekit")
+    shutil.copy(ROOT / "README.md", folder)
+    readme = metadata(build, folder, version)["readme"]
+    assert readme["content-type"] == "text/markdown"
+    before = (ROOT / "README.md").read_text(encoding="utf-8")
+    relative = re.findall(r"\]\((?!https://)([^)#]+)", before)
+    targets = re.findall(r"\]\(([^)#]+)", readme["text"])
+    assert len(relative) > 40 and len(targets) == before.count("](")
+    assert all(target.startswith("https://") for target in targets)
+    for path in {*relative} - {"docs/real/drop.png"}:
+        assert f"https://github.com/someone/darekit/blob/{at}/{path}" in targets
+    assert f"](https://github.com/someone/darekit/raw/{at}/docs/real/drop.png)" in readme["text"]
+    assert "](https://arxiv.org/abs/2311.03099)" in readme["text"]
+
+
+def test_the_workflows_say_where_the_source_is():
+    for workflow in WORKFLOWS:
+        content = yaml.safe_load(workflow.read_text(encoding="utf-8"))
+        assert content["env"]["DAREKIT_SOURCE"] == "${{ github.server_url }}/${{ github.repository }}"
 
 
 def test_classifiers_name_the_pythons_that_are_tested():
