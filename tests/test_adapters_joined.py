@@ -213,7 +213,7 @@ def test_what_cannot_be_joined(three, tmp_path, dare):
         assert done.code == 1 and "Traceback" not in done.err and not (tmp_path / "out").exists()
         return done.err
 
-    assert "a-merged is none" in told(recipe(three, "a", "a-merged"))
+    assert "a-merged is not one" in told(recipe(three, "a", "a-merged"))
     assert "output: adapter" in told(recipe(three, "a") | {"output": "model", "rank": 4})
     assert "above 0" in told(recipe(three, "a", rank=0))
     assert "one of model, adapter" in told(recipe(three, "a") | {"output": "lora"})

@@ -373,7 +373,7 @@ def test_one_table_and_its_files(causal, rows, tmp_path, dare):
     models = [causal.llama / "m0", causal.llama / "m1"]
     out, samples = tmp_path / "out", tmp_path / "samples"
     done = dare("eval", *models, "--data", rows, "--out", out, "--samples", samples)
-    assert done.code == 0 and "±" in done.out and str(models[0]) in done.out and "no best is marked" in done.out
+    assert done.code == 0 and "±" in done.out and str(models[0]) in done.out and "no model is marked best" in done.out
     assert json.loads((out / "comparison.json").read_text())["evaluations"][0]["scores"]["loss"]["stderr"] > 0
     assert f"| {models[0]} | {models[1]} |" in (out / "comparison.md").read_text()
     (made,) = [path for path in samples.rglob("*.jsonl") if "m0" in str(path.parent)]

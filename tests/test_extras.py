@@ -233,7 +233,7 @@ def test_token_prediction_of_a_model_alone_is_left_out(predicting):
 def test_a_comparison_leaves_them_out(predicting):
     path, *_ = predicting
     found = dk.inspect(path / "base", path / "m0")
-    assert any("not all have 3 tensors (mtp.*): left out" in note for note in found.notes)
+    assert any("not all models have 3 tensors (mtp.*): left out" in note for note in found.notes)
 
 
 def test_the_key():

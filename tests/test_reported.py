@@ -305,9 +305,13 @@ UP = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "config", "says"),
     [
-        (with_more(f"{UP}.weight_scale_inv"), {}, "what quantised weights have beside them"),
-        (with_more("model.layers.0.self_attn.k_proj.k_scale"), {}, "what quantised weights have beside them"),
-        (with_more("v_head.summary.weight", (1, 32)), {}, "with the value head of a training by reinforcement"),
+        (with_more(f"{UP}.weight_scale_inv"), {}, "has tensors that accompany quantised weights"),
+        (with_more("model.layers.0.self_attn.k_proj.k_scale"), {}, "has tensors that accompany quantised weights"),
+        (
+            with_more("v_head.summary.weight", (1, 32)),
+            {},
+            "with the value head of reinforcement learning, which nothing else reads",
+        ),
         (
             lambda tensors: with_more("v_head.summary.weight")(renamed("pretrained_model.")(tensors)),
             {},
@@ -317,7 +321,7 @@ UP = "model.layers.0.mlp.up_proj"
         (
             lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.startswith(UP)},
             {"model_type": "phi3"},
-            "m0 is of model_type phi3 and base of llama",
+            "model_type is phi3 in m0 and llama in base",
         ),
     ],
 )
@@ -512,4 +516,4 @@ def test_a_working_directory_that_is_gone(place, dare, monkeypatch):
     (place / "gone").rmdir()
     done = dare("inspect", "base", "m0")
     assert done.code == 1
-    assert "the working directory does not exist any more" in done.err
+    assert "the working directory no longer exists" in done.err

@@ -259,7 +259,7 @@ def test_values_by_slice():
         ([{"sources": [source("a", -1, 2)]}], "must be two whole numbers"),
         ([{"sources": [source("a", 0, 2.5)]}], "must be two whole numbers"),
         ([{"sources": [{"model": "a", "layer_range": [0]}]}], "the first layer and the one after the last"),
-        ([{"sources": [source("a", 0, 2), source("b", 0, 3)]}], "equally many layers"),
+        ([{"sources": [source("a", 0, 2), source("b", 0, 3)]}], "the same number of layers"),
         ([{"sources": [source("a", 0, 2)], "parmeters": {}}], "did you mean 'parameters'?"),
         ([{"sources": [{"model": "a", "layer_rnge": [0, 2]}]}], "did you mean 'layer_range'?"),
         ([{"sources": [source("a", 0, 2, sclae=1)]}], "did you mean 'scale'?"),

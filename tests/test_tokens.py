@@ -394,7 +394,7 @@ def test_a_model_without_a_tokenizer_is_taken_to_have_the_bases(three):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / "m0" / name).unlink()
     said = notes(path, tokenizer_source="base")
-    assert any("has no tokenizer: its tokens are taken to be those of" in note for note in said)
+    assert any("has no tokenizer: its tokens are assumed to be those of" in note for note in said)
 
 
 def test_refusals(three):

@@ -126,7 +126,7 @@ def main() -> None:
     first = next(iter(sys.argv[1:]), "")
     if first.endswith((".yaml", ".yml")):
         told = f"`dare check {first}` checks a recipe, `dare merge {first} OUT` merges it"
-        print(f"dare: {first!r} is no command: {told}", file=sys.stderr)
+        print(f"dare: {first!r} is not a command: {told}", file=sys.stderr)
         raise SystemExit(2)
     given = read_options(sys.argv[1:])
     if given.refused is not None:

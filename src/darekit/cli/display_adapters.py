@@ -37,8 +37,8 @@ def adapters_data(plan: Plan) -> dict[str, list[dict[str, Any]]]:
 
 
 LEGEND = (
-    "How many modules of each kind an adapter changes, and how much: the norm of what it adds by the norm of the "
-    "base's weights (of these a sample)."
+    "How many modules of each kind an adapter changes, and by how much: the norm of what it adds, divided by the norm "
+    "of the base's weights (from a sample)."
 )
 
 

@@ -73,7 +73,7 @@ def show_cells(cells: Sequence[Cell], notes: Sequence[str], *, as_json: bool) ->
         ]  # fmt: skip
         print(json.dumps({"cells": listed, "evaluations": different, "notes": list(notes)}))
         return
-    once = "; cells that come to the same are evaluated once" if different < len(cells) else ""
+    once = "; equivalent cells are evaluated once" if different < len(cells) else ""
     print(f"Dry run, nothing is evaluated: {counted(len(cells), 'cell')}, {counted(different, 'evaluation')}{once}")
     for note in notes:
         print(tables.wrapped(f"note: {note}", "  "))

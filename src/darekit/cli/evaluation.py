@@ -177,4 +177,7 @@ def _show(found: Comparison, *, as_json: bool) -> None:
     if marked:
         print("* best: ahead of every other by more than twice the standard error of the difference")
     elif len(found.evaluations) > 1:
-        print("no best is marked: none is ahead of every other by more than twice the standard error of the difference")
+        print(
+            "no model is marked best: none is ahead of every other by more than twice the standard error of the "
+            "difference"
+        )

@@ -15,7 +15,7 @@ COMMANDS = ("merge", "check")
 # Option -> the same here.
 SAME = {"--random-seed": "--seed", "--num-threads": "--threads", "-j": "--threads", "--out-shard-size": "--shard-size"}
 
-_PROCESSOR = "merging runs on the processor"
+_PROCESSOR = "merging runs on the CPU"
 _STREAMED = "tensors are streamed, tile by tile"
 _SHAPES = "the tensors' names and shapes decide what can be merged"
 
@@ -77,7 +77,7 @@ def read_options(words: Sequence[str]) -> Read:
     >>> read_options(["merge", "r.yml", "out", "--cuda", "--random-seed=7", "--out-shard-size", "5B"])
     ... # doctest: +NORMALIZE_WHITESPACE
     Read(words=['merge', 'r.yml', 'out', '--seed', '7', '--shard-size', '5GB'],
-         notes=['--cuda is ignored: merging runs on the processor'], cache=None, refused=None)
+         notes=['--cuda is ignored: merging runs on the CPU'], cache=None, refused=None)
     """
     if not words or words[0] not in COMMANDS:
         return Read([*words], [])

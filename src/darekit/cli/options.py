@@ -239,7 +239,7 @@ def errors_told(resumes: bool = False) -> Iterator[None]:
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         if error.filename is None:
             if not _has_directory():
-                raise _told(error, "the working directory does not exist any more: run from another one") from None
+                raise _told(error, "the working directory no longer exists: run from another one") from None
             raise
         raise _told(error, f"{error.filename}: {error.strerror or error}") from None
 

@@ -176,7 +176,7 @@ def function_of(name: str, *, search: Sequence[Path]) -> Function:
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
-            raise RecipeError(f"judge {name!r}: {error}; a file is written judge.py:function") from error
+            raise RecipeError(f"judge {name!r}: {error}; to name a file, write judge.py:function") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         others = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]

@@ -38,8 +38,8 @@ def adapter_card(report: ExtractReport, plan: ExtractPlan, *, license: str | Non
         f"{size_of(report.bytes)} instead of {size_of(report.model_bytes)}.",
         "",
         f"- rank: {report.rank} at most, {len(report.modules)} modules; every module's scale is 1",
-        f"- of these modules' delta {100 * report.energy:.4g} % is kept (relative error {report.error:.3g})",
-        f"- of the whole delta {100 * report.outside:.3g} % lies in tensors that the adapter does not hold"
+        f"- {100 * report.energy:.4g} % of these modules' delta is kept (relative error {report.error:.3g})",
+        f"- {100 * report.outside:.3g} % of the whole delta lies in tensors that the adapter does not hold"
         + (f" ({', '.join(left)})" if left else ""),
         *([f"- saved whole: {', '.join(saved)}"] if saved else []),
         "",

@@ -56,7 +56,7 @@ def table(name: str, tensor: AlignedTensor, facts: Facts, names: Collection[str]
     heads = tuple(one.removesuffix(".weight") for one in shared)
     known = [one for one in (name.removesuffix(".weight"), *heads) if one.rpartition(".")[2] in TIED_BY_PEFT]
     if heads and not known:
-        return f"it is the head too ({heads[0]}), and PEFT ties factors of {' and '.join(TIED_BY_PEFT)} alone"
+        return f"it is also the head ({heads[0]}), and PEFT ties factors only of {' and '.join(TIED_BY_PEFT)}"
     block = Block(tensor, 0, (tensor.shape[0], tensor.shape[1]))
     return Target(name.removesuffix(".weight"), ((block,),), transposed=True, table=True, heads=heads)
 

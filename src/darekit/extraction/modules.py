@@ -136,7 +136,7 @@ def select(
             if last == "weight":
                 what = "a convolution; `--factors convolutions` writes its factors"
             if last == "weight" and "convolutions" in factors:
-                what = "a convolution that may have groups or be transposed: its layer is not known"
+                what = "a convolution that may have groups or be transposed: its kind of layer is unknown"
             found.left_out.append(LeftOut(tensor, kind, what))
     for parameter, blocks in experts.items():
         _stack(found, parameter, blocks)

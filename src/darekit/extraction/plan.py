@@ -107,23 +107,23 @@ def terms_of(
         )
     for name, value in (("rank", rank), ("max_rank", max_rank)):
         if value is not None and (type(value) is not int or value < 1):
-            raise PlanError(f"{name} {value!r} is impossible; expected a whole number above 0")
+            raise PlanError(f"{name} {value!r}: expected a whole number above 0")
     if energy is not None and not 0 < energy <= 1:
-        raise PlanError(f"energy {energy:g} is outside (0, 1]: the share of each delta's squared norm that is kept")
+        raise PlanError(f"energy {energy:g} is outside (0, 1]; it is the share of each delta's squared norm to keep")
     if error is not None and not 0 <= error < 1:
-        raise PlanError(f"error {error:g} is outside [0, 1): what may be lost of each delta's norm")
+        raise PlanError(f"error {error:g} is outside [0, 1); it is how much of each delta's norm may be lost")
     if max_rank is not None and rank is not None:
         raise PlanError("max_rank limits what energy or error ask for; with rank there is nothing to limit")
     if dtype not in DTYPE_NAMES:
         raise PlanError(f"dtype {dtype!r}: expected one of {', '.join(DTYPE_NAMES)}")
     if out_kind not in KINDS:
-        raise PlanError(f"adapters of kind {out_kind!r} are not written; expected {' or '.join(KINDS)}")
+        raise PlanError(f"cannot write adapters of kind {out_kind!r}; expected {' or '.join(KINDS)}")
     if server is not None and server not in SERVERS:
         raise PlanError(f"there are no rules for {server!r}; expected {' or '.join(SERVERS)}")
     _refuse_unknown("save", save or (), SAVES)
     _refuse_unknown("factors", factors, FACTORS)
     if joins and factors:
-        raise PlanError("factors is of extractions from whole models; output: adapter joins the factors that there are")
+        raise PlanError("factors is for extracting from whole models; output: adapter joins its inputs' own factors")
     if server == "vllm":
         if factors:
             raise PlanError(f"few of vLLM's models take factors of {' and '.join(factors)}: leave factors out")
@@ -246,8 +246,8 @@ def open_plan(
     with open_unrounded(base, model, search=search) as (origin, tuned):
         if adapters_in(origin):
             raise PlanError(
-                f"{base} is a base with an adapter on it, and another adapter cannot be put on that: name the stored "
-                "checkpoint below it, so that one adapter holds both"
+                f"{base} already has an adapter on it, and adapters cannot be stacked: name the checkpoint "
+                "underneath, so that one adapter holds both"
             )
         if terms.in_cores and recipe is not None:
             _refuse_whole_models(recipe, origin, tuned)
@@ -290,7 +290,7 @@ def _aligned(base: Checkpoint, model: Checkpoint, vocab: str) -> tuple[Alignment
 
 def _notes(terms: Terms, found: Selection, model: Checkpoint) -> Iterator[str]:
     if packed_seed(model) is not None:
-        yield f"{model.ref} is a pack: its delta is that of the model that it unpacks to, which is sparse and rescaled"
+        yield f"{model.ref} is a pack: its delta is that of the model it unpacks to, which is sparse and rescaled"
     sides = [min(one.shape) for one in found.targets]
     small = [side for side in sides if terms.rank is not None and side <= terms.rank]
     if small:
@@ -317,8 +317,8 @@ def _refuse_whole_models(recipe: Recipe, base: Checkpoint, merged: Checkpoint) -
     if whole:
         raise PlanError(
             f"output: adapter joins adapters on {base.ref} by their factors, and {', '.join(whole)} "
-            f"{'is none' if len(whole) == 1 else 'are none'}. To extract an adapter from a merge of any models, remove "
-            "output, and run `dare extract BASE RECIPE OUT --rank N`"
+            f"{'is not one' if len(whole) == 1 else 'are not'}. To extract an adapter from a merge of any models, "
+            "remove output, and run `dare extract BASE RECIPE OUT --rank N`"
         )
 
 
@@ -341,8 +341,8 @@ def _notes_on_factors(terms: Terms, found: Selection, dense: Sequence[Target], r
     if thin and recipe is not None:
         exact = not any(not _has_factors(one, approximate=False) for one in found.targets if one not in dense)
         what = "their sum is exact" if exact else (
-            "they are merged in core space: not the elements of the deltas are dropped, trimmed or compared, but those "
-            "of small matrices that stand for them"
+            "they are merged in core space: dropping, trimming and comparing act on small matrices that stand for "
+            "the deltas"
         )  # fmt: skip
         yield f"{thin} modules are merged by their factors, without a full matrix: {what}"
     if not terms.in_cores or not dense:
@@ -350,7 +350,7 @@ def _notes_on_factors(terms: Terms, found: Selection, dense: Sequence[Target], r
     named = f"{dense[0].name}{', ...' if dense[1:] else ''}: DoRA, or a method that takes whole models"
     told = f"{len(dense)} modules have no factors ({named})"
     if terms.rank is None and not terms.max_rank:
-        raise PlanError(f"{told}, so that their full rank would be kept: give a rank (rank: 16)")
+        raise PlanError(f"{told}, so their full rank would be kept: give a rank (rank: 16)")
     yield f"{told}: their full matrices are decomposed"
 
 
@@ -366,7 +366,7 @@ def _threads_and_memory(terms: Terms, dense: Sequence[Target], threads: int) -> 
     peak = INTERPRETER_BYTES + threads * BLAS_BYTES + sum(needs[:threads])
     crowded = None
     if needs[0] > free:
-        way = "" if terms.rank is not None else "; with rank instead of a budget it would be a fraction of that"
+        way = "" if terms.rank is not None else "; a rank instead of a budget needs a fraction of that"
         crowded = f"the largest matrix takes {needs[0] / 1e9:.3g} GB, and {free / 1e9:.3g} GB of memory are free{way}"
     return threads, peak, crowded
 

@@ -439,8 +439,8 @@ def _lock_file(place: Place, descriptor: int) -> Lock:
     except FileExistsError:
         pid = place.lock.read_text(errors="replace").strip()
         raise OutputError(
-            f"{place.out} is being written by another run{f' (process {pid})' if pid else ''}; if no such process "
-            f"runs any more (this file system cannot tell), delete {exclusive}"
+            f"{place.out} is being written by another run{f' (process {pid})' if pid else ''}; if that process is no "
+            f"longer running (this file system cannot tell), delete {exclusive}"
         ) from None
     return Lock(descriptor, exclusive)
 
@@ -453,18 +453,18 @@ def _repair(place: Place) -> list[str]:
     if place.marker.exists():
         _move_files(place)
         _discard(place)
-        notes.append(f"the last run was killed while it moved its complete output to {place.out}: finished that")
+        notes.append(f"the last run was killed while moving its complete output to {place.out}: finished the move")
     if os.path.lexists(place.old):
         if not place.out.exists() or not any(place.out.iterdir()):
             place.old.rename(place.out)
-            notes.append(f"the last run was killed while it replaced {place.out}: put the old output back")
+            notes.append(f"the last run was killed while replacing {place.out}: put the old output back")
         elif not place.files.exists():
             place.old.rename(_room(place.trash))
-            notes.append(f"the last run was killed after it had replaced {place.out}: deleted the old output")
+            notes.append(f"the last run was killed after replacing {place.out}: deleted the old output")
         else:
             raise OutputError(
-                f"{place.old} is an output that a killed run was about to replace, but {place.out} was made by "
-                f"something else since: expected only one of them; remove or rename one"
+                f"{place.old} is an output that a killed run was about to replace, but something else has made "
+                f"{place.out} since: expected only one of them; remove or rename one"
             )
         _sync_directory(place.out.parent)
     return notes

@@ -635,8 +635,8 @@ def _unnameable(plan: Plan) -> Iterator[str]:
     names = [name for name in plan.travel.files if not PATH.fullmatch(name)]
     if names:
         yield (
-            f"not packed: {some(names)}. Names in a pack are made of letters, digits, dots and dashes; copy what you "
-            "need of them beside the unpacked weights"
+            f"not packed: {some(names)}. Names in a pack may contain only letters, digits, dots and dashes; copy the "
+            "files you need to the unpacked model yourself"
         )
 
 

@@ -160,7 +160,7 @@ class _Matching:
         for name, checkpoint, tokenizer in found:
             if tokenizer is None:
                 self.notes.append(
-                    f"{label(checkpoint.ref)} has no tokenizer: its tokens are taken to be those of {found[0][1].ref}"
+                    f"{label(checkpoint.ref)} has no tokenizer: its tokens are assumed to be those of {found[0][1].ref}"
                 )
             tokenizer = tokenizer or first
             # Of a stack of slices it may have a part that has no rows of tokens, and counts all the same.
@@ -311,18 +311,16 @@ class _Matching:
                 self.notes.append(
                     f"WARNING: {label(member.checkpoint.ref)} brings {len(ordinary):,} ordinary tokens "
                     f"({some(ordinary)}), not only added ones. Its merges are not imported, so these are matched as "
-                    "whole words before any other token, and text that holds them is cut otherwise than in any of the "
-                    "models. Models whose vocabularies differ so much seldom merge well: consider `tokenizer_source: "
-                    "base`"
+                    "whole words before any other token, and text that contains them is tokenised as by none of the "
+                    "models. Models whose vocabularies differ this much seldom merge well: consider "
+                    "`tokenizer_source: base`"
                 )
         named = [entry.token.content for entry in joined.new if entry.part is None]
         if named:
             self.notes.append(f"tokens that the recipe adds: {some(named)}")
         if joined.conflicts:
             told = [f"{token!r} of {label(members[k].checkpoint.ref)}" for token, k in joined.conflicts]
-            self.notes.append(
-                f"added tokens that other models define with other flags keep the first ones': {some(told)}"
-            )
+            self.notes.append(f"added tokens whose flags differ between models keep the first model's: {some(told)}")
         if joined.removed and joined.changed:
             self.notes.append(
                 f"{len(joined.removed)} tokens of {label(members[joined.owner].checkpoint.ref)} have no row in its "
@@ -407,8 +405,8 @@ class _Rules:
         """Tensors of one model that count tokens must count the same ones, or nobody knows where new ones go."""
         if dtype_named(tensor.dtype).kind != "float":
             raise HomologyError(
-                f"{tensor.name} counts tokens in {tensor.dtype}, which can be neither moved nor averaged: dequantise "
-                "the model first, or remove tokenizer_source (and tokenizer)"
+                f"{tensor.name} has its rows for tokens in {tensor.dtype}, which can be neither moved nor averaged: "
+                "dequantise the model first, or remove tokenizer_source (and tokenizer)"
             )
         for member in self.members:
             info = self.matching._info(tensor, member.checkpoint)

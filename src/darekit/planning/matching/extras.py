@@ -130,7 +130,7 @@ def leave_out_extras(views: Sequence[View], notes: list[str]) -> None:
     }
     if unlike:
         _remove(views, unlike)
-        notes.append(f"not all have {_told(unlike.values())}: left out")
+        notes.append(f"not all models have {_told(unlike.values())}: left out")
 
 
 def _as_the_giver(views: Sequence[View], giver: View, parts: Parts, notes: list[str]) -> dict[str, TensorInfo]:

@@ -36,32 +36,32 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
     for one, names in ((view, extra), (reference, missing)):
         if scale := next((name for name in names if name.rpartition(".")[2] in _SCALES), None):
             yield (
-                f"{label(one.ref)} has what quantised weights have beside them ({scale}), and its weights are not "
-                "quantised: remove these tensors if they are left of a conversion; if the weights still are codes "
-                "under another number format, the conversion went wrong, and no merge can be right"
+                f"{label(one.ref)} has tensors that accompany quantised weights ({scale}), but its weights are not "
+                "quantised: if these tensors are left over from a conversion, remove them; if the weights are still "
+                "codes, in another number format, the conversion failed, and no merge can be right"
             )
         words = [name.split(".") for name in names]
         if any(word in path for path in words for word in _VALUE_HEADS):
             wrapped = ", under the names of its wrapper," if "pretrained_model" in {path[0] for path in words} else ""
             yield (
-                f"{label(one.ref)} was saved{wrapped} with the value head of a training by reinforcement. No other "
-                "program looks for it: save the model without, in TRL by `model.pretrained_model.save_pretrained(...)`"
+                f"{label(one.ref)} was saved{wrapped} with the value head of reinforcement learning, which nothing "
+                "else reads: save the model without it (in TRL: `model.pretrained_model.save_pretrained(...)`)"
             )
     if second := _second_copy(extra, view):
         yield (
-            f"{label(view.ref)} holds every weight twice, the second time with {second!r} before the name, as averages "
-            "of a training are kept: save the one that you mean, alone"
+            f"{label(view.ref)} holds every weight twice, the second time with {second!r} before the name, as training "
+            "keeps averages of weights: save only the copy that you want"
         )
     if missing and not extra and _are_whole_parts(missing, reference):
         yield (
             f"{label(view.ref)} has only the text part of {label(reference.ref)}, which is a model of several parts: a "
-            f"recipe with `modules: {{text_decoder: {{models: [{view.ref}]}}}}` in the place of `models` merges that "
-            "part, and keeps the others from the base"
+            f"recipe with `modules: {{text_decoder: {{models: [{view.ref}]}}}}` instead of `models` merges that part, "
+            "and keeps the others from the base"
         )
     if extra and not missing and _are_whole_parts(extra, view):
         yield (
             f"{label(reference.ref)} has only the text part of {label(view.ref)}, which is a model of several parts: "
-            "the base of all its parts is the one that it was fine-tuned from, parts included; give that"
+            "as the base give the model with all parts that it was fine-tuned from"
         )
     composite = [*map(_is_composite, (view, reference))]
     if not (missing and extra) and len({*composite}) == 1:
@@ -77,12 +77,12 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
                 "fit each other"
                 if found.operations[0].name == "MergeModulelist"
                 else f"{label(memory.ref)} stores {found.target} as it is in memory, and {label(stored.ref)} as the "
-                f"Hub has it; transformers makes one of the other by {and_([one.name for one in found.operations])}, "
-                "which moves values; such tensors are not merged with each other"
+                f"Hub has it; transformers converts between them by {and_([one.name for one in found.operations])}, "
+                "which moves values, so these tensors cannot be merged with each other"
             )
             yield (
-                f"{told}. Load the one that differs with {_class_of(memory)} and save it again with `save_pretrained("
-                "..., save_original_format=True)`, as the Hub has it"
+                f"{told}. Load the one that differs with {_class_of(memory)} and save it again as the Hub has it, with "
+                "`save_pretrained(..., save_original_format=True)`"
             )
     if any(composite):
         yield (
@@ -119,9 +119,9 @@ def _other_architecture(view: View, reference: View) -> Iterator[str]:
     ours, theirs = ((one.checkpoint.config or {}).get("model_type") for one in (view, reference))
     if isinstance(ours, str) and isinstance(theirs, str) and ours != theirs:
         yield (
-            f"By their config.json {label(view.ref)} is of model_type {ours} and {label(reference.ref)} of {theirs}: "
-            "they are of different architectures, or one was converted to the other's. Give a fine-tune of the base's "
-            "own architecture, or convert it back"
+            f"According to config.json, model_type is {ours} in {label(view.ref)} and {theirs} in "
+            f"{label(reference.ref)}: their architectures differ, or one was converted to the other's. Give a "
+            "fine-tune of the base's own architecture, or convert it back"
         )
 
 

@@ -94,8 +94,8 @@ def _by_shape(view: View, reference: View) -> list[_Turn]:
         if alike and unlike and all(_fits(view, reference, turn) for turn in unlike):
             raise HomologyError(
                 f"{view.ref} stores some matrices with rows and columns swapped against {reference.ref} "
-                f"({some([view.tensors[t.own].name for t in unlike])}), and others not "
-                f"({some([view.tensors[t.own].name for t in alike])}): it is unknown what the square ones are. Load "
+                f"({some([view.tensors[t.own].name for t in unlike])}), but not others "
+                f"({some([view.tensors[t.own].name for t in alike])}): how the square ones are stored is unknown. Load "
                 "the model that was assembled by hand, and save it again with `save_pretrained`"
             )
         return []

@@ -214,7 +214,9 @@ class _Stacking:
             many = len(next(iter(ranges.values())))
             if any(len(layers) != many for layers in ranges.values()):
                 told = ", ".join(f"{len(layers)} of {members[k][0].ref}" for k, layers in ranges.items())
-                raise PlanError(f"{one.where('')}the sources of slice {i} must have equally many layers, found {told}")
+                raise PlanError(
+                    f"{one.where('')}the sources of slice {i} must have the same number of layers, found {told}"
+                )
             part = _Part({member: {} for member in members})
             for step, depth in enumerate(along(many)):
                 for member, layers in ranges.items():

@@ -83,7 +83,7 @@ def config_notes(
         whose = "the base" if giver is base else label(giver.ref)
         yield (
             f"the configs differ, so the models compute different functions of their weights: {'; '.join(told)}{more}. "
-            f"The output has the config of {whose}; deltas of models that compute differently may do harm"
+            f"The output has the config of {whose}; merging models that compute differently may do harm"
         )
 
 

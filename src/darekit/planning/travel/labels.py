@@ -77,7 +77,7 @@ def label_notes(base: Checkpoint | None, models: Sequence[Checkpoint], shared: M
                     f"model, as with `heads: {models[0].ref}`, or put its rows and its config in the other's order"
                 )
     if shared:
-        yield f"the output has the names of the classes of {and_([label(one.ref) for one in models])}"
+        yield f"the output has the class names of {and_([label(one.ref) for one in models])}"
     kinds: dict[str, list[str]] = {}
     for one in models:
         if isinstance(kind := (one.config or {}).get("problem_type"), str):
