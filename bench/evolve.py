@@ -140,7 +140,8 @@ def mergekit_side(
     }))  # fmt: skip
     command = [
         str(Path(program).absolute()), str(config), "--storage-path", str(scratch / "storage"),
-        "--task-search-path", str(tasks), "--max-fevals", str(trials), "--in-memory", "--no-merge-cuda", "--no-save-final-model",
+        "--task-search-path", str(tasks), "--max-fevals", str(trials), "--in-memory", "--no-merge-cuda",
+        "--no-save-final-model",
     ]  # fmt: skip
 
     def done(text: str) -> int:
