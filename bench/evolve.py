@@ -249,8 +249,8 @@ def main() -> None:
     finally:
         shutil.rmtree(scratch)
     print(f"\n| | {' | '.join(COLUMNS)} |\n|---{'|---:' * len(COLUMNS)}|")
-    for name, numbers in found.items():
-        print(row_of(name, numbers))
+    for name, rounds in found.items():
+        print(row_of(name, rounds))
 
 
 if __name__ == "__main__":
