@@ -14,7 +14,7 @@ import pytest
 
 import darekit as dk
 import families
-from darekit.cli import PANELS, main, options
+from darekit.cli import COMMANDS, PANELS, main, options
 from darekit.cli.mergekit_options import read_options
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.methods.parameters import Choice
@@ -53,6 +53,7 @@ def recipe(llamas, tmp_path):
         (["drop", "base", "m0", "out", "-p", "0.5", "--shard-size", "0"], "above 0"),
         (["drop", "base", "m0", "out", "-p", "0.5", "--threads", "0"], "--threads"),
         (["drop", "base", "m0", "out", "-p", "0.5", "--seed", "-1"], "--seed"),
+        (["drop", "base", "m0", "out", "-p", "0.5", "--seed", str(2**64)], "from 0 to 2^64 - 1"),
         (["merge", "r.yaml", "out", "--set", "parameters.lambda"], "KEY=VALUE"),
         (["merge", "r.yaml"], "OUT"),
         (["nonsense"], "nonsense"),
@@ -95,6 +96,17 @@ def test_version_and_help(dare):
     for command in ("merge", "drop", "inspect", "methods", "demo"):
         assert command in dare("-h").out
         assert dare(command, "--help").code == 0
+
+
+@pytest.mark.parametrize("words", [[name] for name in COMMANDS] + [["stats", "gram"], []], ids=" ".join)
+def test_help_calls_things_what_its_texts_call_them(dare, words):
+    """Whatever typer shows of types: names of arguments in capitals, no type of a switch, no range of 20 digits."""
+    said = dare(*words, "--help").out
+    assert not re.search("<(bool|int|float)[> ]|boolean|18446744073709551615", said, re.I), said
+    for line in re.findall(r"^│ [ *]+ (--[\w-]+)(.*)$", said, re.M):
+        assert not re.search(r"<(str|path|list\[.*)>", line[1]), line
+    (usage,) = re.findall(r"Usage: .*", said)
+    assert not re.search(r"[{[][a-z]", usage), usage
 
 
 def test_help_lists_commands_in_the_order_in_which_a_user_meets_them(dare):

@@ -446,6 +446,21 @@ def test_the_readme_takes_its_numbers_from_the_pages_that_it_links_to():
     assert len(rows) >= 6 and [row for row in rows if row not in page.splitlines()] == []
 
 
+def test_what_is_said_of_the_speeds_is_what_the_table_says():
+    text = bench.PAGE.read_text(encoding="utf-8")
+    table = text[text.index("<!-- bench:begin") : text.index("<!-- bench:end")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    places = {name: place for place, name in enumerate(rows[0])}
+    mergekit, disk = places["mergekit s"], places["and on the disk s"]
+    waited = [f"{float(row[mergekit]) / float(row[disk]):.0f}" for row in rows[2:5]]
+    assert f"mergekit takes {waited[0]}, {waited[1]} and {waited[2]} times as long" in " ".join(text.split())
+    ratios = [int(row[places["mergekit / darekit"]].rstrip("x")) for row in rows[2:] if row[mergekit]]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert len(ratios) == 10 and f"Over ten recipes it takes {min(ratios)} to {max(ratios)} times as long" in readme
+
+
 def test_measurements_find_their_places(tmp_path):
     for page, parts in ((bench.PAGE, ("bench", "adapters")), (bench_packs.PAGE, ("sizes", "speeds", "gpu"))):
         text = page.read_text(encoding="utf-8")

@@ -15,9 +15,9 @@ from io import TextIOWrapper
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from darekit.cli.mergekit_options import read_options
+from darekit.cli.options import PlainCommand, PlainGroup
 
 # Panel of `dare --help` -> its commands, each with its module and function here; in the order in which users meet them.
 PANELS = {
@@ -57,7 +57,7 @@ PANELS = {
 COMMANDS = {name: (panel, *place) for panel, commands in PANELS.items() for name, place in commands.items()}
 
 
-class InOrder(TyperGroup):
+class InOrder(PlainGroup):
     """Lists its commands as PANELS does; typer alone would list `stats`, which has commands of its own, last."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
@@ -82,7 +82,7 @@ def build_app(*only: str) -> typer.Typer:
         if isinstance(found, typer.Typer):
             app.add_typer(found, name=name, rich_help_panel=panel)
         else:
-            app.command(name, rich_help_panel=panel)(found)
+            app.command(name, rich_help_panel=panel, cls=PlainCommand)(found)
     return app
 
 

@@ -38,7 +38,9 @@ def inspect(
             help="base, model, or one of several models: whose heads a recipe would keep. No heads are compared then.",
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write plots of the deltas to this folder, as PNG and SVG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write plots of the deltas to this folder, as PNG and SVG.")
+    ] = None,
     tensors: Annotated[
         bool, typer.Option("--tensors", help="Show a row for every tensor instead of every kind.")
     ] = False,
@@ -71,7 +73,7 @@ def inspect(
 def similarity(
     base: Annotated[str, typer.Argument(help="The checkpoint MODEL was fine-tuned from.")],
     model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
-    data: Annotated[str, typer.Option(help="Text: a JSON Lines file, or the name of a dataset.")],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Text: a JSON Lines file, or the name of a dataset.")],
     drop_rate: Annotated[
         list[str],
         typer.Option(
@@ -88,12 +90,14 @@ def similarity(
         list[str], typer.Option(metavar="N,...", help="Seeds for the masks; for several, use commas or repeat.")
     ] = ["0"],  # noqa: B006
     keep_dense: KeepDense = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows to read.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 128,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Rows to read.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows per batch.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens per row.")] = 128,
     device: Device = None,
     dtype: Dtype = None,
-    plot: Annotated[Path | None, typer.Option(help="Write similarity.png and similarity.svg to this folder.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write similarity.png and similarity.svg to this folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show how far dropping turns MODEL's hidden states: the cosine to the original ones, layer by layer."""

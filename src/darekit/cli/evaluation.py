@@ -20,42 +20,58 @@ if TYPE_CHECKING:
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model directories, Hub ids, recipes (.yaml) or packs.")],
     tasks: Annotated[
-        list[str] | None, typer.Option(help="lm-eval tasks: gsm8k,MATH,humaneval,mbpp,glue or local ones.")
+        list[str] | None,
+        typer.Option(metavar="NAME,...", help="lm-eval tasks: gsm8k,MATH,humaneval,mbpp,glue or local ones."),
     ] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="JSON Lines file to judge by; may be repeated.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="JSON Lines file to judge by; may be repeated.")
+    ] = None,
     judge: Annotated[
         str | None,
         typer.Option(metavar="FILE.py:FUNCTION", help="Python function to judge by; it gets the live model."),
     ] = None,
     command: Annotated[
-        str | None, typer.Option(help="Command to judge by; it gets a model directory and prints JSON.")
+        str | None,
+        typer.Option(metavar="COMMAND", help="Command to judge by; it gets a model directory and prints JSON."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The checkpoint the packs were made from.")] = None,
-    include: Annotated[list[Path] | None, typer.Option(help="Folder with local task files; may be repeated.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions per task and rows per file.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="BASE", help="The checkpoint the packs were made from.")] = None,
+    include: Annotated[
+        list[Path] | None, typer.Option(metavar="FOLDER", help="Folder with local task files; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Questions per task and rows per file.")] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples shown before each question of a task.")
+        int | None, typer.Option(min=0, metavar="N", help="Examples shown before each question of a task.")
     ] = None,
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Put the tasks' questions into the chat template.")
     ] = False,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows or questions per batch.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens per row of --data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rows or questions per batch.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, metavar="N", help="Tokens per row of --data.")] = None,
     device: Device = None,
     dtype: Dtype = None,
-    samples: Annotated[Path | None, typer.Option(help="Folder for the result of each row and question.")] = None,
-    generate: Annotated[Path | None, typer.Option(help="Answer the instructions in this file, for AlpacaEval.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="With --generate: a text with {instruction} in it, instead of the chat template.")
+    samples: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for the result of each row and question.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --generate: the longest answer, in tokens.")] = 512,
+    generate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answer the instructions in this file, for AlpacaEval.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="With --generate: a text with {instruction} in it, instead of the chat template."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --generate: the longest answer, in tokens.")
+    ] = 512,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Allow tasks that execute code written by the models.")
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for results; finished models are not run again. With --generate: a folder or a .json file."
+            metavar="PATH",
+            help="Folder for results; finished models are not run again. With --generate: a folder or a .json file.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --generate: replace existing answers.")] = False,

@@ -86,7 +86,9 @@ def drop(
         ),
     ],
     tau: Tau = None,
-    method: Annotated[str, typer.Option(help="Sparsifier, which chooses what to drop: see `dare methods`.")] = "dare",
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="Sparsifier, which chooses what to drop: see `dare methods`.")
+    ] = "dare",
     rescale: Annotated[
         RescaleName | None, typer.Option(help="How survivors are rescaled; default: as the method does.")
     ] = None,
@@ -96,9 +98,11 @@ def drop(
     ] = None,
     on: Annotated[Scope, typer.Option(help="Drop from the delta, or from the weights themselves.")] = Scope.DELTA,
     keep_dense: KeepDense = None,
-    window: Annotated[float | None, typer.Option(help="della: width of the range of keep probabilities.")] = None,
+    window: Annotated[
+        float | None, typer.Option(metavar="X", help="della: width of the range of keep probabilities.")
+    ] = None,
     gamma: Annotated[
-        float | None, typer.Option(help="breadcrumbs: fraction of the largest magnitudes to drop.")
+        float | None, typer.Option(metavar="X", help="breadcrumbs: fraction of the largest magnitudes to drop.")
     ] = None,
     seed: Seed = None,
     vocab: VocabOption = Vocab.STRICT,

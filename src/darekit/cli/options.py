@@ -9,11 +9,39 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from darekit.errors import DarekitError
+
+
+class PlainCommand(TyperCommand):
+    """A command whose help is in plain words."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Arguments and options."""
+        return _in_plain_words(super().get_params(ctx))
+
+
+class PlainGroup(TyperGroup):
+    """A command that has commands, whose help is in plain words."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Options."""
+        return _in_plain_words(super().get_params(ctx))
+
+
+def _in_plain_words(parameters: list[Any]) -> list[Any]:
+    """Arguments are called what the texts call them, MODEL, and a switch has no value whose type would be shown."""
+    for parameter in parameters:
+        if parameter.param_type_name == "argument":
+            parameter.metavar = parameter.metavar or parameter.name.upper()
+        elif parameter.is_flag:
+            parameter.metavar = ""
+    return parameters
+
 
 Threads = Annotated[
     int | None,
@@ -42,8 +70,16 @@ AllowNonfinite = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and check the models; write nothing.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, metavar="N", help="Seed for the masks.")]
 
+
+def seed_of(number: int | None) -> int | None:
+    """A seed; typer's own range would show its twenty digits in every help."""
+    if number is not None and not 0 <= number < 2**64:
+        raise typer.BadParameter(f"{number} is not a whole number from 0 to 2^64 - 1")
+    return number
+
+
+Seed = Annotated[int | None, typer.Option(callback=seed_of, metavar="N", help="Seed for the masks.")]
 
 Jobs = Annotated[
     int | None,
@@ -142,7 +178,8 @@ class PackVocab(StrEnum):
 
 
 KeepDense = Annotated[
-    list[str] | None, typer.Option(help="Tensors not to drop: embeddings, norms, biases, heads, or a glob pattern.")
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Tensors not to drop: embeddings, norms, biases, heads, or a glob pattern."),
 ]
 Tau = Annotated[
     float | None,
@@ -152,9 +189,12 @@ VocabOption = Annotated[
     Vocab, typer.Option(help="If vocabularies differ: refuse, cut to the base's rows, or keep extra rows.")
 ]
 HeadsOption = Annotated[HeadsOf | None, typer.Option(help="Copy the heads (classifiers, lm_head) from one of the two.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest available.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 or mps; default: the fastest available.")
+]
 Dtype = Annotated[
-    str | None, typer.Option(help="Dtype to compute in; default: float32 on a CPU, else the model's own.")
+    str | None,
+    typer.Option(metavar="DTYPE", help="Dtype to compute in; default: float32 on a CPU, else the model's own."),
 ]
 
 

@@ -153,7 +153,10 @@ def export(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     to: Annotated[ExportTarget, typer.Option(help="What to write: weight patches for vLLM, or a model directory.")],
     base: Annotated[
-        str | None, typer.Option(help="The checkpoint PACK was made from; default: the base it names, from the Hub.")
+        str | None,
+        typer.Option(
+            metavar="BASE", help="The checkpoint PACK was made from; default: the base it names, from the Hub."
+        ),
     ] = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
@@ -182,12 +185,16 @@ def push(
     to: Annotated[str, typer.Argument(help="org/name on the Hub, or a folder (./name).")],
     base_model: Annotated[
         str | None,
-        typer.Option(help="The base on the Hub: org/name or org/name@commit; default: the base that PACK names."),
+        typer.Option(
+            metavar="ID", help="The base on the Hub: org/name or org/name@commit; default: the base that PACK names."
+        ),
     ] = None,
-    license: Annotated[str | None, typer.Option(help="License of the model, if PACK does not name one.")] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="NAME", help="License of the model, if PACK does not name one.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
     new_card: Annotated[bool, typer.Option("--new-card", help="Replace an existing model card.")] = False,
-    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Commit message.")] = None,
     as_json: Json = False,
 ) -> None:
     """Upload PACK with a model card to the Hugging Face Hub, or copy it to a folder."""

@@ -48,23 +48,30 @@ def recommend(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Text to run MODEL on: a JSON Lines file, or the name of a dataset; needs torch.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Text to run MODEL on: a JSON Lines file, or the name of a dataset; needs torch."
+        ),
     ] = None,
     search_q: Annotated[
         bool,
         typer.Option("--search-q", help="With --data: search DAREx's q = k (1 - p) by how little the outputs change."),
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write a recipe with these drop rates to this .yaml file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a recipe with these drop rates to this .yaml file.")
+    ] = None,
     keep_dense: Annotated[
         list[str] | None,
-        typer.Option(help="Tensors not to drop; default: embeddings, norms and biases; none: drop from all."),
+        typer.Option(
+            metavar="NAME", help="Tensors not to drop; default: embeddings, norms and biases; none: drop from all."
+        ),
     ] = None,
     seed: Seed = None,
     vocab: VocabOption = Vocab.STRICT,
     heads: HeadsOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of --data to read.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of --data to read.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows per batch.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens per row.")] = 512,
     device: Device = None,
     dtype: Dtype = None,
     tensors: Annotated[

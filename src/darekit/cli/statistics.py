@@ -9,33 +9,40 @@ from typing import Annotated, Any
 
 import typer
 
-from darekit.cli.options import Device, Json, Overwrite, Resume, bytes_of, errors_told
+from darekit.cli.options import Device, Json, Overwrite, PlainCommand, PlainGroup, Resume, bytes_of, errors_told
 
 stats = typer.Typer(
     help="Compute what fisher and regmean need to know about a model, from data (needs torch).",
+    cls=PlainGroup,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Model = Annotated[str, typer.Argument(help="The model: directory, file or Hub id.")]
 Data = Annotated[
-    str, typer.Option(help="A JSON Lines file (text; prompt and completion; or text and label), or a dataset.")
+    str,
+    typer.Option(
+        metavar="FILE", help="A JSON Lines file (text; prompt and completion; or text and label), or a dataset."
+    ),
 ]
-Out = Annotated[Path, typer.Option(help="The .safetensors file to write.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first N rows.")]
-Split = Annotated[str, typer.Option(help="Split of the dataset.")]
+Out = Annotated[Path, typer.Option(metavar="FILE", help="The .safetensors file to write.")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Read only the first N rows.")]
+Split = Annotated[str, typer.Option(metavar="NAME", help="Split of the dataset.")]
 MaxLength = Annotated[
-    int | None, typer.Option(min=2, help="Tokens per example; default: the model's limit, at most 2048.")
+    int | None, typer.Option(min=2, metavar="N", help="Tokens per example; default: the model's limit, at most 2048.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Examples per batch.")]
 Memory = Annotated[
     str | None,
     typer.Option(
+        metavar="SIZE",
         help="Memory for the sums, beside the model: 4GB. With less, more passes over the data give the same file; "
-        "default: half of the free memory."
+        "default: half of the free memory.",
     ),
 ]
-Compute = Annotated[str | None, typer.Option(help="Dtype to compute in: float32 or bfloat16; sums are float32.")]
+Compute = Annotated[
+    str | None, typer.Option(metavar="DTYPE", help="Dtype to compute in: float32 or bfloat16; sums are float32.")
+]
 
 
 class Labels(StrEnum):
@@ -46,7 +53,7 @@ class Labels(StrEnum):
     EXACT = "exact"
 
 
-@stats.command()
+@stats.command(cls=PlainCommand)
 def fisher(
     model: Model,
     data: Data,
@@ -58,7 +65,7 @@ def fisher(
             "of a classifier or regressor."
         ),
     ] = Labels.EMPIRICAL,
-    seed: Annotated[int, typer.Option(min=0, help="Seed for what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed for what is drawn.")] = 0,
     limit: Limit = None,
     split: Split = "train",
     max_length: MaxLength = None,
@@ -76,7 +83,7 @@ def fisher(
     )  # fmt: skip
 
 
-@stats.command()
+@stats.command(cls=PlainCommand)
 def gram(
     model: Model,
     data: Data,
