@@ -784,6 +784,12 @@ def test_objects_show_themselves(llamas, tmp_path):
         found = read(html)
         assert "task_arithmetic" in html and not any(tag == "script" for tag, _ in found.tags)
         assert len(html) < 10_000
+    told = {"model": "a", "parameters": {"weight": [0.5, 1.18284]}}
+    shown = {"base_model": "b", "models": [told, "c"], "merge_method": "task_arithmetic", "parameters": {"lambda": 0.8},
+             "sparsify": {"method": "dare", "drop_rate": [{"filter": "*mlp*", "value": 0.3}]}}  # fmt: skip
+    html = read_recipe(shown)._repr_html_()
+    assert "a (weight 0.5, 1.183 over depth); c<" in html
+    assert "dare, drop rate by filter<" in html and "task_arithmetic, lambda 0.8<" in html
     many = {**SWEEP, "seeds": [1, 2, 3]}
     html = read_sweep_folder(write_sweep(tmp_path / "s", many)).result._repr_html_()
     assert read(html) and "more rows" in html and "dk.report(" in html and "±" in html

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -611,6 +612,17 @@ def test_ctrl_c_ends_in_a_summary_and_goes_on(place):
     assert not [*(place.path / "out" / "leases").glob("trial-*")]
 
 
+def test_a_choice_may_name_models_that_the_recipe_does_not(place, llamas):
+    other = place.path / "other"
+    shutil.copytree(llamas.path / "m1", other)
+    data = place.search(space={"models.1.model": [str(llamas.path / "m1"), str(other)]}, trials=4, sampler="random")
+    found = place.run(data)
+    models = {one["recipe"]["models"][1]["model"] for one in trials(place.path / "out")}
+    assert models == {str(llamas.path / "m1"), str(other)} and found.summary["counts"]["failed"] == 0
+    record = json.loads((place.path / "out" / "search.json").read_text())
+    assert str(other) in record["content of models"]
+
+
 def test_a_time_limit_begins_nothing_new(place):
     found = place.run(place.search(trials=1000), fake=Fake(slow=0.05), seconds=0.6)
     assert 1 <= found.summary["counts"]["trials"] < 40 and not found.interrupted
@@ -623,6 +635,11 @@ def test_a_candidate_that_fails_stops_nothing(place):
     assert counts["failed"] > 0 and counts["trials"] == 12
     assert any("failed: the model's loss is nan" in line for line in said)
     assert all(one["error"] for one in trials(found.out) if one["state"] == "failed")
+    first = next(one["trial"] for one in trials(found.out) if one["state"] == "failed")
+    assert found.summary["verdict"][-1] == (
+        f"{counts['failed']} candidates failed; the first, trial {first}: the model's loss is nan. "
+        "trials.jsonl has each reason."
+    )
 
 
 def test_baselines_that_all_fail_are_an_error(place):

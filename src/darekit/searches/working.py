@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from darekit.errors import DataError, RecipeError
+from darekit.errors import DarekitError, DataError
 from darekit.pools.processes import Lost, Pool
 from darekit.recipe import Recipe, read_recipe
 from darekit.recipe.essence import essence
@@ -308,9 +308,9 @@ class Work:
                 recipe = recipe_with(self.search.recipe, {}, set(), None)  # as a baseline it was judged already
             else:
                 recipe = candidate(self.search, params, self.tensors)
-        except RecipeError as error:
+            return recipe, self.digest(recipe), None
+        except DarekitError as error:
             return None, "", str(error)
-        return recipe, self.digest(recipe), None
 
     def _again(self, line: Line) -> Answer:
         """What is known of an equal candidate, or of a baseline that is one."""
