@@ -158,7 +158,7 @@ class Study:
         if self._unasked() is None:
             trial = self._ask()
         else:
-            with self._alone("first"), quiet():
+            with self.alone("first"), quiet():
                 first = self._unasked()
                 if first is not None:
                     self._study.enqueue_trial(first)
@@ -259,7 +259,7 @@ class Study:
         return False
 
     @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
+    def alone(self, name: str) -> Iterator[None]:
         """While no other process does the same."""
         while True:
             with self.leases.held(name) as mine:
@@ -271,7 +271,7 @@ class Study:
     def fill_grid(self) -> int:
         """Queue all combinations, once -> how many there are."""
         count = 0
-        with quiet(), self._alone("grid"):
+        with quiet(), self.alone("grid"):
             wanted = list(combinations(self.search.knobs))
             if len(wanted) > LARGEST_GRID:
                 raise PlanError(
@@ -287,7 +287,7 @@ class Study:
     def remember_first(self) -> None:
         """Which candidates come first. A file's own may become more while a search goes on; those that are spread over
         the space are for a search that begins, and for a sampler that learns."""
-        with quiet(), self._alone("first"):
+        with quiet(), self.alone("first"):
             written, own, spread = first_points(self.search)
             given, known = [*written, *own], self._study.user_attrs.get("first")
             if known is None:
