@@ -25,11 +25,13 @@ from darekit.errors import OutputError, Unsupported
 from darekit.recipe import read_recipe
 from darekit.recipe.texts import recipe_text
 from darekit.reports.charts import CIVIDIS, LOOKS, PUOR
+from darekit.reports.drawing import draw_search
 from darekit.reports.evaluations import evaluation_page
 from darekit.reports.inspections import inspection_page, shares_of
 from darekit.reports.kinds import KINDS
 from darekit.reports.markup import html_of
-from darekit.reports.page import Page, Plot, Table
+from darekit.reports.page import MINUS, Page, Plot, Table
+from darekit.reports.search_plots import _brief, _shortened
 from darekit.reports.searches import search_page
 from darekit.reports.sweeps import compared, error_of, sweep_page
 from darekit.sweeps.folders import read_sweep_folder
@@ -784,6 +786,12 @@ def test_objects_show_themselves(llamas, tmp_path):
         found = read(html)
         assert "task_arithmetic" in html and not any(tag == "script" for tag, _ in found.tags)
         assert len(html) < 10_000
+    told = {"model": "a", "parameters": {"weight": [0.5, 1.18284]}}
+    shown = {"base_model": "b", "models": [told, "c"], "merge_method": "task_arithmetic", "parameters": {"lambda": 0.8},
+             "sparsify": {"method": "dare", "drop_rate": [{"filter": "*mlp*", "value": 0.3}]}}  # fmt: skip
+    html = read_recipe(shown)._repr_html_()
+    assert "a (weight 0.5, 1.183 over depth); c<" in html
+    assert "dare, drop rate by filter<" in html and "task_arithmetic, lambda 0.8<" in html
     many = {**SWEEP, "seeds": [1, 2, 3]}
     html = read_sweep_folder(write_sweep(tmp_path / "s", many)).result._repr_html_()
     assert read(html) and "more rows" in html and "dk.report(" in html and "±" in html
@@ -797,3 +805,37 @@ def evaluation_comparison(folder):
     from darekit.evaluation.folders import read_evaluation_folder
 
     return read_evaluation_folder(write_evaluation(folder / "e")).comparison
+
+
+# --- what is read off a plot
+
+
+def test_labels_beside_uprights_do_not_reach_the_next_one():
+    told = [_brief(value) for value in (0.0001116, 0.861, 12.0, -0.25)]
+    assert told == [f"1.1e{MINUS}4", "0.861", "12", f"{MINUS}0.25"]
+    assert _shortened("task_arithmetic") == "task_arithme…" and _shortened("linear") == "linear"
+
+
+def test_legends_have_lines_as_they_are_drawn(tmp_path):
+    page = search_page(write_search(tmp_path / "s", 30))
+    seen = 0
+    for plot in (part for section in page.sections for part in section.parts if isinstance(part, Plot)):
+        for view in plot.views:
+            lines = {one["name"]: one["line"]["dash"] for _, figure in view.panels for one in figure["data"]
+                     if "dash" in one.get("line", {})}  # fmt: skip
+            for key in view.keys:
+                if key.joined and key.name in lines:
+                    seen += key.solid
+                    assert lines[key.name] == ("solid" if key.solid else LOOKS[key.look][1]), (plot.title, key)
+    assert seen
+
+
+def test_a_figure_of_a_search_has_whole_trials_and_the_best_to_the_end(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plotting, "save", lambda figure, stem: kept.append(figure) or (stem, stem))
+    draw_search([(0, 0.5, True), (1, 0.7, True), (2, 0.2, False), (3, 0.1, False)], [("base", 0.1)], [], "mean", True,
+                tmp_path, "trials")  # fmt: skip
+    axes = kept[0].axes[0]
+    best = next(line for line in axes.get_lines() if line.get_label() == "best so far")
+    assert [*best.get_xdata()] == [0, 1, 3] and [*best.get_ydata()] == [0.5, 0.7, 0.7]
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())

@@ -611,7 +611,11 @@ test: {a: {data: b.jsonl}, chat: {python: "judge.py:score"}}
         ({"seeds": [1]}, False), ({"constraints": {"weight": {"sum": 1}}}, False), ({"storage": "here"}, False),
         ({"choose": {"men": ["a", "chat"]}}, False), ({"choose": {"min": ["a"]}}, False), ({"try": {"a": 1}}, False),
         ({"at_least": {"a": "most of base"}}, False), ({"validation": None}, False), ({"rungs": [2]}, False),
-        ({"test": {"mean": {"data": "a.jsonl"}}}, False),
+        ({"test": {"mean": {"data": "a.jsonl"}}}, False), ({"rungs": ["1/3, 1"]}, False),
+        ({"at_least": {"a": "95%"}}, False), ({"at_least": {"a": "1e-1 OF base"}}, True),
+        ({"constraints": {"weights": {"sum": 0}}}, False),
+        ({"space": {"parameters.lambda": {"low": 0, "high": 1, "layers": 1}}}, False),
+        ({"space": {"parameters.lambda": {"low": 0, "high": 1, "step": 0}}}, False),
     ],
 )  # fmt: skip
 def test_search_files_are_flagged_where_the_reader_refuses_them(change, good):

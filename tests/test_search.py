@@ -20,9 +20,11 @@ from darekit.searches.data import RUNGS, Knob, Limit, Numbers
 from darekit.searches.points import point_of, spread_points, written_point
 from darekit.searches.racing import Bound, Goal, Race, dominates, front_of, is_feasible
 from darekit.searches.reading import read_search
+from darekit.searches.running import check_search
 from darekit.searches.sheets import Sheet, difference, from_bytes, mean_of, to_bytes
 from darekit.searches.space import Tensors, bind, candidate, combinations, dimension_data, midpoint
 from darekit.searches.standings import hypervolume
+from darekit.searches.studies import check_storage, hidden
 
 RECIPE = {
     "base_model": "base",
@@ -67,6 +69,20 @@ SPACE = "space: {parameters.lambda: {low: 0.5, high: 1}}\n"
         (f"{START}space: {{parameters.lambda: {{low: 0, high: 1, layers: 1}}}}\n", "from 2 to 64, found 1"),
         (f"{START}space: {{parameters.lambda: {{low: 0, high: 1, stepped: true}}}}\n", "add layers: 4"),
         (f"{START}space: {{parameters.lambda: {{low: 0, high: 1, groups: [mpl]}}}}\n", r"did you mean 'mlp'\?"),
+        (f"{START}space: {{parameters.lambda: {{low: 0, high: 1, groups: mlp}}}}\n", r"write groups: \[mlp\]$"),
+        (f"{START}space: {{parameters.lambda: {{min: 0, max: 1}}}}\n",
+         r"line 5: space.parameters.lambda.min is not known; a range is \{low: L, high: H\}: write low$"),
+        (f"{START}space: {{sparsify.drop_rate: {{low: 0.5, high: 1.2}}}}\n",
+         r"line 5: space.sparsify.drop_rate.high: this does not make a recipe: .* in \[0, 1\], found 1.2"),
+        (f"{START}space: {{sparsify.drop_rate: {{low: -0.5, high: 0.9, layers: 4}}}}\n",
+         r"drop_rate.low: .*found -0.5"),
+        (f"{START}space: {{drop_rate: {{low: 0, high: 1}}}}\n",
+         "line 5: space.drop_rate: this does not make a recipe: drop_rate is not .*; write sparsify.drop_rate$"),
+        (f"{START}space: {{models.m1.parameters.weight: {{low: 0, high: 1}}}}\n", "found 'm1'; m1 is models.1$"),
+        (f"{START}space: {{merge: {{A: , TIES: {{merge_method: ties, parameters.keep: 0.2}}}},\n"
+         "  parameters.keep: {low: 0, high: 1}}\n", "line 6: .*keep concerns no candidate: TIES sets it; leave it out"),
+        (f"{START}{SPACE}jobs: 3\n", "line 6: jobs is an option of the command: dare search SEARCH.yaml --jobs$"),
+        (f"{START}{SPACE}at_least: {{a: 95% of base}}\n", "found '95% of base'; write 0.95 of base$"),
         (f"{START}space: {{parameters.lamda: {{low: 0, high: 1}}}}\n",
          r"line 5: space.parameters.lamda: this does not make a recipe: .*did you mean 'lambda'\?"),
         (f"{START}space: {{parameters.lambda: [1]}}\n", "leaves nothing to choose"),
@@ -145,6 +161,50 @@ def test_a_score_that_rows_of_data_do_not_have_is_found_by_its_line(tmp_path, ro
     with pytest.raises(RecipeError, match=r"s.yaml line 6: .*: a has no score") as found:
         read_search(tmp_path / "s.yaml")
     assert says in str(found.value)
+
+
+def test_two_numbers_are_no_range_and_equal_judges_no_test():
+    found = searched({"parameters.lambda": [0.5, 1.5], "models.*.parameters.weight": [0.5, 1.0]})
+    assert [note.partition(",")[0] for note in found.notes] == [
+        "parameters.lambda is 0.5 or 1.5", "models.*.parameters.weight is 0.5 or 1",
+    ]  # fmt: skip
+    assert not searched({"parameters.lambda": [1, 2], "sparsify.drop_rate": [0.1, 0.2, 0.3]}).notes
+    again = searched({"parameters.lambda": [1, 2]}, test=JUDGED["validation"])
+    assert [note for note in again.notes if note.startswith("`test:` asks a just as `validation:` does")]
+
+
+def test_mistakes_that_show_after_reading_have_a_line_too(llamas, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models = f"base_model: {llamas.path / 'base'}, models: [{llamas.path / 'm0'}, {llamas.path / 'm1'}]"
+    start = f"recipe: {{{models}, merge_method: task_arithmetic}}\n"
+    judges = "validation: {a: {data: a.jsonl}}\ntest:\n  a: {data: b.jsonl}\n"
+    weight = "space:\n  models.*.parameters.weight: {low: 0, high: 1"
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    cases = [
+        (f"{start}{SPACE}{judges.replace('b.jsonl', 'c.jsonl')}", "line 5: test.a: .*c.jsonl is not a file"),
+        (f"{start}{SPACE}{judges.replace('{data: b', '{dat: b')}", "line 5: test.a: .*did you mean 'data'"),
+        (f"{start.replace('m1]', 'm7]')}{SPACE}{judges}", "line 1: recipe: there is no checkpoint .*m7"),
+        (f"{start}space: {{models.1.model: [{llamas.path / 'm1'}, nowhere]}}\n{judges}",
+         "line 2: space: there is no checkpoint 'nowhere'"),
+        (f"{start}{weight}, layers: 64}}\n{judges}", r"line 3: space.models.\*.parameters.weight: 64 control points"),
+        (f"{start}{weight}, groups: [biases]}}\n{judges}", r"line 3: .* no tensors in the group biases"),
+        (f"{start}{SPACE}{judges}storage: foo://x\n", "line 6: storage: SQLAlchemy knows no database 'foo'"),
+        (f"{start}{SPACE}{judges}storage: 'sqlite://'\n", "line 6: storage: names no file, so nothing would be kept"),
+    ]  # fmt: skip
+    for text, says in cases:
+        (tmp_path / "s.yaml").write_text(text)
+        with pytest.raises(DarekitError, match=rf"s\.yaml {says}"):
+            check_search(read_search(tmp_path / "s.yaml"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_database_is_tried_before_anything_is_judged_and_keeps_its_password():
+    with pytest.raises(
+        PlanError, match=r"storage: sqlite:///nowhere/x.db cannot be used: unable to open database file"
+    ):
+        check_storage(searched({"parameters.lambda": [1, 2]}, storage="sqlite:///nowhere/x.db"))
+    assert hidden("postgresql://me:s3cret@host/db") == "postgresql://me:***@host/db"
 
 
 def test_a_file_with_everything(tmp_path):

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Searches that run, with a judge that needs no model: what is written, resuming, several processes, verdicts."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +28,8 @@ from darekit.searches.folders import Folder
 from darekit.searches.leases import FREE, HELD, ORPHAN, Leases
 from darekit.searches.reading import read_search
 from darekit.searches.sheets import Sheet
+from darekit.searches.studies import Study
+from darekit.trials import files
 
 pytest.importorskip("optuna")
 
@@ -611,6 +616,17 @@ def test_ctrl_c_ends_in_a_summary_and_goes_on(place):
     assert not [*(place.path / "out" / "leases").glob("trial-*")]
 
 
+def test_a_choice_may_name_models_that_the_recipe_does_not(place, llamas):
+    other = place.path / "other"
+    shutil.copytree(llamas.path / "m1", other)
+    data = place.search(space={"models.1.model": [str(llamas.path / "m1"), str(other)]}, trials=4, sampler="random")
+    found = place.run(data)
+    models = {one["recipe"]["models"][1]["model"] for one in trials(place.path / "out")}
+    assert models == {str(llamas.path / "m1"), str(other)} and found.summary["counts"]["failed"] == 0
+    record = json.loads((place.path / "out" / "search.json").read_text())
+    assert str(other) in record["content of models"]
+
+
 def test_a_time_limit_begins_nothing_new(place):
     found = place.run(place.search(trials=1000), fake=Fake(slow=0.05), seconds=0.6)
     assert 1 <= found.summary["counts"]["trials"] < 40 and not found.interrupted
@@ -623,6 +639,11 @@ def test_a_candidate_that_fails_stops_nothing(place):
     assert counts["failed"] > 0 and counts["trials"] == 12
     assert any("failed: the model's loss is nan" in line for line in said)
     assert all(one["error"] for one in trials(found.out) if one["state"] == "failed")
+    first = next(one["trial"] for one in trials(found.out) if one["state"] == "failed")
+    assert found.summary["verdict"][-1] == (
+        f"{counts['failed']} candidates failed; the first, trial {first}: the model's loss is nan. "
+        "trials.jsonl has each reason."
+    )
 
 
 def test_baselines_that_all_fail_are_an_error(place):
@@ -708,6 +729,7 @@ def test_a_worker_that_dies_is_noticed_and_its_task_given_again(place):
 SCRIPT = """
 import sys
 sys.path[:0] = {path!r}
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from darekit.pools.processes import open_processes
@@ -808,7 +830,42 @@ def test_two_processes_share_one_search(place, process):
     assert summary["counts"]["trials"] == 16 and summary["test_looks"] == 1
 
 
+def test_two_that_ask_at_once_ask_for_no_more_than_is_left(place, monkeypatch):
+    counts = Study.counts
+
+    def slowly(study):
+        found = counts(study)
+        time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(Study, "counts", slowly)
+    data = place.search(trials=4, round=3)
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(lambda fake: place.run(data, "out", fake), (Fake(slow=0.1), Fake(slow=0.1))))
+    assert len(trials(place.path / "out")) == 4
+
+
 # --- leases
+
+
+def test_a_full_disk_leaves_no_lease_and_says_what_to_do(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Leases(tmp_path / "leases") as leases:
+        monkeypatch.setattr(leases_module.json, "dump", full)
+        with pytest.raises(OutputError, match="No space left on device; make room, and run the same command again"):
+            leases.take("x")
+        monkeypatch.undo()
+        assert leases.state("x") == FREE and leases.take("x")
+
+
+def test_what_a_disk_takes_in_parts_is_written_whole(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, text: write(descriptor, text[:7]))
+    files.append(tmp_path / "lines", '{"a": "a line of some length"}\n')
+    monkeypatch.undo()
+    assert (tmp_path / "lines").read_text() == '{"a": "a line of some length"}\n'
 
 
 def test_a_lease_is_held_by_one_and_given_back(tmp_path):

@@ -149,7 +149,7 @@ class _Screen:
 def outcome(line: Line, score: str) -> str:
     """What came of one, in words."""
     if line.state == "failed":
-        return f"failed: {line.error.splitlines()[0] if line.error else 'no reason given'}"
+        return f"failed: {line.error.splitlines()[0].rstrip(': ') if line.error else 'no reason given'}"
     value = _value(line, score)
     if line.state == "stopped":
         return f"stopped after {line.items} items{f', {value}' if value else ''}"

@@ -127,7 +127,8 @@ class Function:
             raise
         except Exception as error:  # whatever other people's code may raise
             where = _place_of(error)
-            raise DataError(f"the judge {self.name} failed{where}: {type(error).__name__}: {error}") from error
+            said = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise DataError(f"the judge {self.name} failed{where}: {said}") from error
 
 
 def _numbers(values: Any, count: int, who: str) -> Items:

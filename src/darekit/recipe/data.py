@@ -143,6 +143,21 @@ class Tokens:
         return data | ({} if self.pad_to_multiple_of is None else {"pad_to_multiple_of": self.pad_to_multiple_of})
 
 
+def _told(parameters: Mapping[str, Any], form: str) -> str:
+    """Parameters in a line, in a form; nothing where there are none."""
+    parts = []
+    for name, value in parameters.items():
+        data = to_data(value)
+        if isinstance(data, int | float) and not isinstance(data, bool):
+            told = f"{data:.4g}"
+        elif isinstance(data, list) and all(isinstance(one, int | float) for one in data):
+            told = f"{', '.join(f'{one:.4g}' for one in data)} over depth"
+        else:
+            told = "by filter" if isinstance(data, list | dict) else str(data).lower()
+        parts.append(f"{name.replace('_', ' ')} {told}")
+    return form % ", ".join(parts) if parts else ""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to do, in native words and canonical names; knows no file.
@@ -200,11 +215,10 @@ class Recipe:
         from darekit.wording.notebooks import shown_as_html
 
         facts = [("base", self.base_model)] if self.base_model is not None else []
-        facts += [("models", ", ".join(entry.model for entry in self.models))]
+        facts += [("models", "; ".join(entry.model + _told(entry.parameters, " (%s)") for entry in self.models))]
         if self.sparsify is not None:
-            rate = self.sparsify.parameters.get("drop_rate")
-            facts.append(("sparsify", self.sparsify.method + ("" if rate is None else f", drop rate {to_data(rate)}")))
-        facts.append(("merge", self.merge_method))
+            facts.append(("sparsify", self.sparsify.method + _told(self.sparsify.parameters, ", %s")))
+        facts.append(("merge", self.merge_method + _told(self.parameters, ", %s")))
         text = recipe_text(self.to_data())
         return shown_as_html("Recipe", facts, notes=self.notes, source=("as YAML", text))
 

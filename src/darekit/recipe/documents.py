@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -43,6 +43,18 @@ class Document:
     repeated: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where a file has its keys: for mistakes that show after it was read."""
+
+    name: str
+    places: Mapping[Key, str] = field(default_factory=dict)
+
+    def at(self, *path: str | int) -> str:
+        """File, line and key, as `fail` has them: `search.yaml line 7: space.parameters.lambda`."""
+        return f"{where(self, path)}: {'.'.join(map(str, path))}"
+
+
 def fail(document: Document, path: Key, message: str) -> NoReturn:
     """Raise with file, line and key; a message that starts with a space goes on from the key's name."""
     dotted = ".".join(map(str, path))
@@ -50,7 +62,7 @@ def fail(document: Document, path: Key, message: str) -> NoReturn:
     raise RecipeError(f"{where(document, path)}: {dotted}{joint}{message}", [path])
 
 
-def where(document: Document, path: Key) -> str:
+def where(document: Document | Places, path: Key) -> str:
     """File and line of a key, or of the nearest key around it."""
     for end in range(len(path), 0, -1):
         if path[:end] in document.places:

@@ -53,10 +53,14 @@ def draw_search(
         done = [(number, value) for number, value, complete in trials if complete]
         for _, value in done:
             best.append(value if not best else max(best[-1], value) if higher else min(best[-1], value))
+        if done:  # to the end, as nothing better came
+            best.append(best[-1])
+            done.append((max(number for number, *_ in trials), best[-1]))
         axes.step([number for number, _ in done], best, where="post", color="black", linewidth=1.2, label="best so far")
         for (name, height), dash in zip(levels, plotting.DASHES[1:], strict=False):
             axes.axhline(height, color=plotting.GREY, linestyle=dash, linewidth=1.3, label=name, zorder=1)
         axes.set_xlabel("trial")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(f"{score} on validation")
         figure.legend(loc="outside lower center", ncols=3)
         written += plotting.save(figure, folder / stem)

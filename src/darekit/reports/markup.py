@@ -28,6 +28,7 @@ T = TypeVar("T")
 _UNITS = re.compile(r" (?=± ?\d|%)|(?<=±) (?=\d)")
 
 _BREAKS = re.compile(r"(?<=\w)([/_])(?=\w)")  # after which the name of a score may go on in the next line
+_BREAK = r"\1<wbr>"
 
 _DASHES = {"solid": "", "dash": "7 4", "dashdot": "7 3 2 3", "dot": "2 3", "longdash": "11 4",
            "longdashdot": "11 3 2 3", "8px,2px,2px,2px,2px,2px": "8 2 2 2 2 2"}  # fmt: skip
@@ -177,7 +178,7 @@ def _head(page: Page) -> Iterator[str]:
         yield '<dl class="numbers">'
         for one in page.numbers:
             note = f'<dd class="note">{_text(one.note)}</dd>' if one.note else ""
-            yield f"<div><dt>{escape(one.label)}</dt><dd>{_text(one.value)}</dd>{note}</div>"
+            yield f"<div><dt>{_BREAKS.sub(_BREAK, escape(one.label))}</dt><dd>{_text(one.value)}</dd>{note}</div>"
         yield "</dl>\n"
     yield '<noscript><p class="state">The plots need JavaScript; all numbers are in the tables.</p></noscript>\n'
 
@@ -230,7 +231,9 @@ def _plot(plot: Plot, figures: list[Any], number: _Numbers[Copy]) -> Iterator[st
 def _key(key: Key) -> str:
     colour, dash, mark = LOOKS[key.look % len(LOOKS)]
     name = escape(key.name)
-    line = f'<path d="M0 7h34" fill="none" stroke-width="2" stroke-dasharray="{_DASHES[dash]}"/>'
+    line = (
+        f'<path d="M0 7h34" fill="none" stroke-width="2" stroke-dasharray="{_DASHES["solid" if key.solid else dash]}"/>'
+    )
     return (
         f'<button type="button" class="key" aria-pressed="true" data-name="{name}">'
         f'<svg width="34" height="14" aria-hidden="true" style="color:var(--{colour})" fill="currentColor" '
@@ -250,7 +253,7 @@ def _table(table: Table, number: _Numbers[Copy]) -> Iterator[str]:
     sortable = len(table.rows) > 2
     for i, word in enumerate(table.header):
         side = "" if i < table.words else ' class="number"'
-        text = _BREAKS.sub(r"\1<wbr>", escape(word))
+        text = _BREAKS.sub(_BREAK, escape(word))
         text = f'<button type="button" data-sort="{i}">{text}</button>' if sortable and word else text
         yield f'<th scope="col"{side}>{text}</th>'
     buttons = any(table.copies)

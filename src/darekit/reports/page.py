@@ -62,12 +62,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Key:
-    """One line of a legend: a name, and how what it stands for is drawn (see `charts.LOOKS`): `marks`, `joined`."""
+    """One line of a legend: a name, and how what it stands for is drawn (see `charts.LOOKS`): `marks`, `joined`, and
+    whether the line is `solid` whatever its look."""
 
     name: str
     look: int
     marks: bool = True
     joined: bool = True
+    solid: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ BEST_SO_FAR = 6  # its look
 
 _SIZES = (8, 6, 8)  # of marks: what was stopped is less certain
 _AXES = 10  # of parallel coordinates; more cannot be told apart
+_LONGEST = 13  # letters of a word beside one of them
 _BEST = 0.1  # share of the trials that counts as among the best
 
 
@@ -57,6 +58,11 @@ def scored(score: Mapping[str, Any] | None) -> str:
 def state_of(one: Trial) -> str:
     """How far a candidate came."""
     return f"stopped after {100 * one.share:.0f} % of the items" if one.state == STOPPED else one.state
+
+
+def outcome_of(one: Trial) -> str:
+    """The same in a table."""
+    return f"stopped at {100 * one.share:.0f} %" if one.state == STOPPED else one.state
 
 
 def levels_of(read: SearchFolder, goal: Goal) -> list[Trial]:
@@ -170,7 +176,7 @@ def rungs(found: Found) -> Plot | None:
             trace |= {"x": x, "y": y, "opacity": 0.4, "connectgaps": False, **pointed(points)}  # fmt: skip
             trace["line"] = {**trace["line"], "width": 1.2, "dash": "solid"}
             trace["marker"] = {**trace["marker"], "size": 6}
-        keys = tuple(Key(name, look) for name, look, *_ in lines)
+        keys = tuple(Key(name, look, solid=True) for name, look, *_ in lines)
         views.append(View(goal.score, (("", figure),), keys))
     how = (
         "Each line is a candidate: its difference to the best at that time, on the items that both were asked. It ends "
@@ -250,8 +256,9 @@ def parallels(found: Found, every: Sequence[str]) -> Plot | None:
         max(sum(math.isfinite(one.value(goal.score)) for one in read.trials) for goal in read.goals)
     )
     blue = f"blue are the next best {count - 1}. Where the blue lines run together, the setting matters."
+    blue = "blue is the next best." if count == 2 else blue
     how = (
-        f"Each line is a candidate: orange is the best complete one{f', {blue}' if count > 2 else '.'}"
+        f"Each line is a candidate: orange is the best complete one{f', {blue}' if count > 1 else '.'}"
         + (f" {left} more settings are left out." if left else "")
     )  # fmt: skip
     return Plot("Parallel coordinates", how, tuple(views), None, "Goal") if views else None
@@ -273,11 +280,21 @@ def _upright(name: str, read: SearchFolder, values: Sequence[Any]) -> tuple[Upri
     low, high = min(places.values()), max(places.values())
     heights = {value: (place - low) / (high - low) if high > low else 0.5 for value, place in places.items()}
     if "ticktext" in more:
-        marks = tuple((height, str(value)) for value, height in heights.items())
+        marks = tuple((height, _shortened(str(value))) for value, height in heights.items())
     else:
-        marks = tuple((heights[value], f"{value:.3g}".replace("-", MINUS)) for value in
+        marks = tuple((heights[value], _brief(value)) for value in
                       (min(places, key=lambda v: places[v]), max(places, key=lambda v: places[v])))  # fmt: skip
     return Upright(read.called(name), marks), heights
+
+
+def _shortened(word: str) -> str:
+    """A word beside an upright, not so long that it reaches the next one."""
+    return word if len(word) <= _LONGEST else f"{word[: _LONGEST - 1]}…"
+
+
+def _brief(value: float) -> str:
+    text = f"{value:.3g}"
+    return (text if len(text.lstrip("-")) <= 6 else f"{value:.1e}".replace("e-0", "e-")).replace("-", MINUS)
 
 
 def _aside(one: Trial, axis: Mapping[str, Any]) -> float:
@@ -384,4 +401,4 @@ def _depth_figure(
     for trace in figure["data"][:-1]:
         trace |= {"opacity": 0.4, "line": {**trace["line"], "width": 1.2}, "marker": {**trace["marker"], "size": 5}}
     figure["data"][-1]["line"] = {**figure["data"][-1]["line"], "width": 3.5, "dash": "solid"}
-    return figure, (Key("best", 1), *([Key("next best", 0)] if len(lines) > 1 else []))
+    return figure, (Key("best", 1, solid=True), *([Key("next best", 0)] if len(lines) > 1 else []))

@@ -21,12 +21,12 @@ from darekit.reports.search_plots import (
     front,
     importances,
     levels_of,
+    outcome_of,
     over_depth,
     parallels,
     rungs,
     scored,
     slices,
-    state_of,
 )
 from darekit.reports.sweeps import judge_words, number_of
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED
@@ -275,7 +275,7 @@ def _all(found: Found) -> Table:
     names = dimensions(read)
     chosen = (read.summary.get("best") or {}).get("trial")
     rows = tuple(
-        (one.title, state_of(one) + (", breaks a constraint" if one.feasible is False else ""),
+        (one.title, outcome_of(one) + (", breaks a constraint" if one.feasible is False else ""),
          *(scored(one.scores.get(goal.score)) for goal in read.goals), *(_setting(one.params.get(n)) for n in names))
         for one in read.trials
     )  # fmt: skip

@@ -17,6 +17,7 @@ from darekit.evaluation.items import Itemised, Items, sizes_of
 from darekit.evaluation.scores import Score
 from darekit.live.models import LiveModel
 from darekit.recipe import Recipe
+from darekit.recipe.documents import Places
 from darekit.searches.racing import Race
 from darekit.searches.sheets import Sheet
 from darekit.trials.identities import digest_of
@@ -182,10 +183,10 @@ class Asker:
     """The work of a search in one place: one live model whose weights are replaced, and the judges."""
 
     def __init__(
-        self, who: str, specs: Specs, folders: Sequence[Path], place: Place, whole: frozenset[str] = frozenset()
+        self, at: Places, specs: Specs, folders: Sequence[Path], place: Place, whole: frozenset[str] = frozenset()
     ) -> None:
         self.bench = Bench(place)
-        self.panels = {split: Judges(named, whole) for split, named in make_judges(who, specs, folders).items()}
+        self.panels = {split: Judges(named, whole) for split, named in make_judges(at, specs, folders).items()}
 
     def __call__(self, task: Task) -> Answer:
         """Judge one candidate; whatever goes wrong is in the answer."""

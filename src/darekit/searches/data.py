@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from darekit.recipe.documents import Places
 from darekit.wording import label
 
 SAMPLERS = ("tpe", "cmaes", "nsga2", "random", "grid")
@@ -126,6 +128,7 @@ class Search:
         text: the file's own text.
         notes: notes and warnings for the user.
         points: candidates that are asked first: dimension -> value, some left out.
+        places: where the file has its keys, for errors.
     """
 
     name: str
@@ -145,3 +148,10 @@ class Search:
     text: str
     notes: tuple[str, ...] = ()
     points: tuple[Mapping[str, Any], ...] = ()
+    places: Places = field(default=Places("search"), compare=False, repr=False)
+
+    def place_of(self, knob: Knob) -> str:
+        """File, line and key of a line of the space, for errors."""
+        every = re.sub(r"^models\.\d+\.", "models.*.", knob.name)
+        own = ("space", knob.name) in self.places.places or ("space", every) not in self.places.places
+        return self.places.at("space", knob.name if own else every)

@@ -12,7 +12,7 @@ from typing import Any
 from darekit.errors import OutputError
 from darekit.searches.asking import COMPLETE, FAILED, STOPPED, Answer
 from darekit.searches.sheets import Sheet, from_bytes, to_bytes
-from darekit.trials.files import append, write_whole, write_whole_bytes
+from darekit.trials.files import append, unwritable, write_whole, write_whole_bytes
 
 RECORD, TRIALS, SUMMARY, BEST, TESTS = "search.json", "trials.jsonl", "summary.json", "best.yaml", "tests.jsonl"
 JOURNAL, ITEMS, LEASES, MODELS = "journal.log", "items", "leases", "models"
@@ -102,7 +102,7 @@ class Folder:
         except FileExistsError:
             raise OutputError(f"{out} is a file, but OUT must be a directory: choose another name") from None
         except OSError as error:
-            raise OutputError(f"cannot write {out}: {error.strerror}; choose another OUT") from None
+            raise unwritable(out, error) from None
 
     @property
     def lines(self) -> list[Line]:
@@ -242,7 +242,7 @@ def remember(out: Path, record: Mapping[str, Any]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror}; choose another OUT") from None
+        raise unwritable(out, error) from None
     write_whole(out / RECORD, json.dumps(record, indent=1) + "\n")
 
 

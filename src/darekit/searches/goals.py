@@ -61,18 +61,26 @@ def check_goals(search: Search, judges: Mapping[str, Mapping[str, Judge]], basel
         wish = wish_in(name)
         if wish is not None and wish.relative and not any(one.kind == SINGLE for one in baselines):
             raise RecipeError(
-                f"{search.name}: {what}: shares are those of the best single model, but where a recipe has slices no "
+                f"{what}: shares are those of the best single model, but where a recipe has slices no "
                 "model is judged alone; leave out `relative`"
             )
         for split, named in judges.items():
             for part in (name,) if wish is None else wish.parts:
-                check_known(f"{search.name}: {what}", part, named, split)
+                check_known(what, part, named, split)
 
 
 def _wanted(search: Search) -> Iterable[tuple[str, str]]:
     """(what an error calls it, the score as written) of all goals and constraints."""
-    yield from ((f"choose: {name}", name) for name in search.goals)
-    yield from ((f"{limit}", limit.score) for limit in search.limits)
+    yield from ((_goal_at(search, name), name) for name in search.goals)
+    yield from ((_limit_at(search, limit), limit.score) for limit in search.limits)
+
+
+def _goal_at(search: Search, name: str) -> str:
+    return f"{search.places.at('choose')}: {name}"
+
+
+def _limit_at(search: Search, limit: Limit) -> str:
+    return search.places.at("at_least" if limit.least else "at_most", limit.score)
 
 
 # --- once there are scores
@@ -96,9 +104,9 @@ def bounds_of(search: Search, known: Known) -> tuple[Bound, ...]:
         of = None if known.singles is None else _sheet_of(search, limit, known.sheets)
         wish = wish_in(limit.score)
         if wish is None:
-            found.append(Bound(limit, _full(search, limit.score, known, f"{limit}"), of))
+            found.append(Bound(limit, _full(limit.score, known, _limit_at(search, limit)), of))
         else:
-            blend = _blend(search, limit.score, wish, known, f"{limit}")
+            blend = _blend(limit.score, wish, known, _limit_at(search, limit))
             found.append(Bound(limit, blend.name, of, blend))
     return tuple(found)
 
@@ -107,36 +115,36 @@ def _sheet_of(search: Search, limit: Limit, sheets: Mapping[str, Sheet]) -> Shee
     if limit.of is None:
         return None
     if limit.of not in sheets:
-        raise RecipeError(f"{search.name}: {limit}: {limit.of} could not be judged, so nothing can be compared with it")
+        raise RecipeError(
+            f"{_limit_at(search, limit)}: {limit.of} could not be judged, so nothing can be compared with it"
+        )
     return sheets[limit.of]
 
 
 def _goal(search: Search, name: str, known: Known) -> Goal:
     wish = wish_in(name)
-    what = f"choose: {name}"
+    what = _goal_at(search, name)
     if wish is not None:
-        blend = _blend(search, name, wish, known, what)
+        blend = _blend(name, wish, known, what)
         return Goal(blend.name, bool(known.scores[next(iter(blend.units))]["higher_is_better"]), blend)
-    full = _full(search, name, known, what)
+    full = _full(name, known, what)
     higher = known.scores[full]["higher_is_better"]
     if higher is None:
-        raise RecipeError(f"{search.name}: {what}: neither more nor less of {full} is better; choose another score")
+        raise RecipeError(f"{what}: neither more nor less of {full} is better; choose another score")
     return Goal(full, bool(higher))
 
 
-def _blend(search: Search, name: str, wish: Wish, known: Known, what: str) -> Blend:
-    parts = [_full(search, part, known, what) for part in wish.parts] or firsts_of(known.scores)
+def _blend(name: str, wish: Wish, known: Known, what: str) -> Blend:
+    parts = [_full(part, known, what) for part in wish.parts] or firsts_of(known.scores)
     higher = {known.scores[part]["higher_is_better"] for part in parts}
     if len(higher) > 1 or None in higher:
         of = "the judges' first scores" if not wish.parts else "these scores"
         raise RecipeError(
-            f"{search.name}: {what}: {of} do not all point one way; name some that do, as in choose: "
+            f"{what}: {of} do not all point one way; name some that do, as in choose: "
             f"{{{name.partition(' of ')[0]}: [A, B]}}{suggest_score(name, [*known.scores], 'there are')}"
         )
     if wish.least and higher == {False}:
-        raise RecipeError(
-            f"{search.name}: {what}: of {parts[0]} less is better, and the least would be the best of all; choose mean"
-        )
+        raise RecipeError(f"{what}: of {parts[0]} less is better, and the least would be the best of all; choose mean")
     units = dict.fromkeys(parts, 1.0)
     for part in parts if wish.relative and known.singles is not None else ():
         values = [float(one[part]["value"]) for one in known.singles or () if part in one]
@@ -144,13 +152,13 @@ def _blend(search: Search, name: str, wish: Wish, known: Known, what: str) -> Bl
         if units[part] <= 0:
             why = f"has more than 0 in {part}" if values else "could be judged"
             raise RecipeError(
-                f"{search.name}: {what}: no model alone {why}, so there is nothing to take a share of; leave out "
+                f"{what}: no model alone {why}, so there is nothing to take a share of; leave out "
                 "`relative`, or this score"
             )
     return Blend(name, units, wish.least)
 
 
-def _full(search: Search, name: str, known: Known, what: str) -> str:
+def _full(name: str, known: Known, what: str) -> str:
     """A score's whole name; a judge's name stands for its first score."""
     scores = known.scores
     if name in scores:
@@ -161,7 +169,7 @@ def _full(search: Search, name: str, known: Known, what: str) -> str:
     by_item = any(judge_in(one) == judge_in(name) and score["items"] is not None for one, score in scores.items())
     if by_item and judge_in(name) not in known.whole:  # asked as a whole it may give more
         raise Unasked(judge_in(name), name)
-    raise RecipeError(f"{search.name}: {what}: {name!r} is not a score{suggest_score(name, [*scores], 'there are')}")
+    raise RecipeError(f"{what}: {name!r} is not a score{suggest_score(name, [*scores], 'there are')}")
 
 
 def named_sheets(baselines: Iterable[tuple[Baseline, Sheet]]) -> dict[str, Sheet]:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from darekit.errors import OutputError
+from darekit.trials.files import unwritable
 
 BEAT = 5.0  # seconds between two touches
 DEAD = 60.0  # seconds without one after which the owner is taken for dead
@@ -46,7 +47,7 @@ class Leases:
         except FileExistsError:
             raise OutputError(f"{folder.parent} is a file, but OUT must be a directory: choose another name") from None
         except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror}; choose another OUT") from None
+            raise unwritable(folder, error) from None
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
@@ -65,10 +66,7 @@ class Leases:
         path = self.folder / name
         for _ in range(2):
             try:
-                with path.open("x", encoding="utf-8") as file:
-                    json.dump(self._owner, file)
-                self._held.add(name)
-                return True
+                file = path.open("x", encoding="utf-8")
             except FileExistsError:
                 if self.state(name) != ORPHAN:
                     return name in self._held
@@ -77,8 +75,17 @@ class Leases:
                 with suppress(OSError):
                     path.rename(gone)
                     gone.unlink()
+                continue
             except OSError as error:
-                raise OutputError(f"cannot write {path}: {error.strerror}") from None
+                raise unwritable(path, error) from None
+            try:
+                with file:
+                    json.dump(self._owner, file)
+            except OSError as error:  # the disk is full: an empty one would be nobody's for a minute
+                path.unlink(missing_ok=True)
+                raise unwritable(path, error) from None
+            self._held.add(name)
+            return True
         return False
 
     def release(self, name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from darekit.errors import PlanError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS
 from darekit.searches.data import Knob, Numbers, Search
 from darekit.searches.space import midpoint, used_knobs
@@ -153,12 +154,15 @@ def first_points(search: Search) -> tuple[list[dict[str, Any]], list[dict[str, A
     return written, given, spread_points(search, max(0, count)) if search.sampler == "tpe" else []
 
 
-def check_points(search: Search) -> str | None:
-    """What is wrong with a file's candidates once all ranges are known; None: nothing."""
+def check_points(search: Search) -> None:
+    """Complain about a file's candidates that are outside of a range, once all ranges are known.
+
+    Raises:
+        PlanError: one is.
+    """
     numbers = {name: knob.numbers for knob in search.knobs for name in knob.dimensions}
-    for point in search.points:
+    for i, point in enumerate(search.points):
         for name, value in point.items():
             known = numbers[name]
             if known is not None and not known.holds(value):
-                return f"try: {name}: {value:g} is not in the range {_told(known)}"
-    return None
+                raise PlanError(f"{search.places.at('try', i)}: {name}: {value:g} is not in the range {_told(known)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
@@ -14,18 +14,19 @@ from typing import Any
 from darekit.architectures.groups import GROUPS
 from darekit.errors import RecipeError
 from darekit.recipe import Recipe
-from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_source, shown, suggest
+from darekit.recipe.documents import Document, Key, Places, did_you_mean, fail, open_source, shown, suggest
 from darekit.searches.blends import LEAST, wish_in
 from darekit.searches.data import AUTO, RUNGS, SAMPLERS, Knob, Limit, Numbers, Search
 from darekit.searches.points import point_of
 from darekit.searches.space import candidate, midpoint, used_knobs, weight_knobs
-from darekit.trials.judging import read_judges, read_recipe_place
+from darekit.trials.judging import AGAIN, asked_again, read_judges, read_recipe_place
 from darekit.trials.scores import WORDS, check_score, word_meant
 from darekit.trials.settings import recipe_with
 from darekit.wording import and_
 
 KEYS = ("recipe", "space", "seeds", "constraints", "try", "at_least", "at_most", "choose", "sampler", "rungs", "round",
         "trials", "storage", "validation", "test")  # fmt: skip
+_MEANT = {"min": "low", "max": "high", "lower": "low", "upper": "high", "from": "low", "to": "high"}  # for ends
 RANGE = ("low", "high", "log", "step", "layers", "stepped", "groups")
 PARTS = ("attention", "mlp", *GROUPS)  # groups of tensors that a range may name
 EVERY = "models.*."
@@ -70,18 +71,27 @@ def read_search(source: str | Path | Mapping[str, Any]) -> Search:
     notes = [] if "test" in judges else [
         "there are no judges under `test:`: what is chosen will be reported on validation alone, which flatters it"
     ]  # fmt: skip
+    again = asked_again(judges)
+    if again:
+        notes.append(AGAIN.format(and_([*again])))
+    notes += dict.fromkeys(
+        f"{_written_as(document, knob.name)} is {' or '.join(knob.choices)}, and nothing between them; a range is "
+        "{low: L, high: H}"
+        for knob in knobs if knob.choices is not None and _are_ends(document, knob)
+    )  # fmt: skip
     found = Search(
         name, place, knobs, weights_sum, judges, _read_goals(document, names, search),
         _read_limits(document, recipe, names, search), *_read_sampler(document, knobs), _read_rungs(document),
         _read_count(document, "round", None), _read_count(document, "trials", None), _read_storage(document), search,
         document.text, (*notes, *recipe.notes), _read_points(document, knobs, recipe),
+        Places(document.name, document.places),
     )  # fmt: skip
     if found.sampler == "nsga2" and len(found.goals) < 2:
         fail(document, ("sampler",), " nsga2 is for several goals; with one, write tpe, or name them: choose: [A, B]")
     if found.sampler == "cmaes" and len(found.goals) > 1:
         fail(document, ("sampler",), " cmaes knows one goal only; with several write nsga2 or tpe")
     _check_test(document, found)
-    _check_candidates(document, found)
+    _check_candidates(document, found, recipe)
     return found
 
 
@@ -102,6 +112,8 @@ def _explain(document: Document, key: str) -> None:
         fail(document, (key,), f" is not known; write choose: {shown(document.data[key])}")
     if "." in key:
         fail(document, (key,), " is a setting of the recipe; write it under `space:`")
+    if key in ("jobs", "time", "ray", "device", "dtype", "threads"):
+        fail(document, (key,), f" is an option of the command: dare search SEARCH.yaml --{key}")
     fail(document, (key,), f" is not known{suggest(key, KEYS)}")
 
 
@@ -146,6 +158,9 @@ def _read_knob(document: Document, path: Key, key: str, raw: Any, negative: bool
         fail(document, path, f"{_SHAPE}, found {shown(raw)}")
     if {"low", "high"} & {*raw}:
         return _read_range(document, path, key, raw)
+    if {*raw} <= {*RANGE, *_MEANT} and {*raw} & {*_MEANT}:
+        odd = [name for name in raw if name in _MEANT]
+        fail(document, (*path, odd[0]), f" is not known; a range is {{low: L, high: H}}: write {_MEANT[odd[0]]}")
     odd = [name for name in raw if name in RANGE]
     if odd:
         fail(document, path, f"has {odd[0]}, but no low and high; {_SHAPE}")
@@ -170,6 +185,12 @@ def _read_values(document: Document, path: Key, key: str, values: list[Any]) -> 
         if value in values[:i]:
             fail(document, (*path, i), f"{shown(value)} is given twice; keep one")
     return Knob(key, choices={_label(value): {key: value} for value in values})
+
+
+def _are_ends(document: Document, knob: Knob) -> bool:
+    """Whether two values are written that are rather the ends of a range."""
+    raw = document.data["space"].get(_path_of(document, knob.name)[-1])
+    return isinstance(raw, list) and len(raw) == 2 and all(isinstance(one, float) for one in raw)
 
 
 def _label(value: Any) -> str:
@@ -201,6 +222,8 @@ def _read_range(document: Document, path: Key, key: str, raw: Mapping[str, Any])
     if stepped and not layers:
         fail(document, (*path, "stepped"), " is about layers; add layers: 4, for example")
     groups = raw.get("groups", [])
+    if groups in PARTS:
+        fail(document, (*path, "groups"), f"expected a list, found {shown(groups)}; write groups: [{groups}]")
     if not isinstance(groups, list) or any(group not in PARTS for group in groups) or len({*groups}) < len(groups):
         odd = next((g for g in groups if g not in PARTS), groups) if isinstance(groups, list) else groups
         fail(document, (*path, "groups"), f"expected some of {', '.join(PARTS)}, found {shown(odd)}"
@@ -294,9 +317,10 @@ def _path_of(document: Document, name: str) -> Key:
     return ("space", name if name in space else every) if {name, every} & {*space} else ("seeds",)
 
 
-def _check_candidates(document: Document, search: Search) -> None:
+def _check_candidates(document: Document, search: Search, recipe: Recipe) -> None:
     """Each choice, and each range, makes a recipe. Whatever depends on the models is not known here."""
     plain = midpoint(search.knobs)
+    models = [Path(entry.model).name for entry in recipe.models]
     search = replace(search, weights_sum=None)  # the middle of all weights may be 0, which cannot be scaled
     for knob in search.knobs:
         path = _path_of(document, knob.name)
@@ -305,9 +329,10 @@ def _check_candidates(document: Document, search: Search) -> None:
                 candidate(search, {**plain, **({knob.name: label} if label is not None else {})}, only=knob)
             except RecipeError as error:
                 place: Key = (*path, label) if knob.named and label is not None else path
-                fail(document, place, f"this does not make a recipe: {error}")
+                fail(document, place, f"this does not make a recipe: {_why(error, knob.name, models)}")
     chosen = [knob for knob in search.knobs if knob.choices is not None]
     used: set[str] = set()
+    tried: set[tuple[str, ...]] = set()
     for labels in islice(product(*(knob.choices or () for knob in chosen)), COMBINATIONS):
         params = {**plain, **{knob.name: label for knob, label in zip(chosen, labels, strict=True)}}
         try:
@@ -315,11 +340,50 @@ def _check_candidates(document: Document, search: Search) -> None:
         except RecipeError as error:
             which = ", ".join(f"{knob.name}: {label}" for knob, label in zip(chosen, labels, strict=True))
             fail(document, ("space",), f"{which + ' ' if which else 'its middle '}does not make a recipe: {error}")
-        used |= used_knobs(search, params)
+        concerned = used_knobs(search, params)
+        for knob in search.knobs:
+            if knob.name in concerned and knob.numbers is not None and (knob.name, *sorted(concerned)) not in tried:
+                tried.add((knob.name, *sorted(concerned)))
+                _check_ends(document, search, knob, params)
+        used |= concerned
     for knob in search.knobs:
         if knob.name not in used:
+            setters = [
+                label
+                for other in search.knobs if other.named
+                for label, settings in (other.choices or {}).items() if knob.name in settings
+            ]  # fmt: skip
+            if setters:
+                fail(document, _path_of(document, knob.name), f" concerns no candidate: {and_(setters)} "
+                     f"set{'s' * (len(setters) == 1)} it; leave it out there, or here")  # fmt: skip
             what = "a `sparsify:` block" if knob.name.startswith("sparsify.") else "a method that takes it"
             fail(document, _path_of(document, knob.name), f" concerns no candidate: the recipe lacks {what}")
+
+
+def _why(error: RecipeError, name: str, models: Sequence[str] = ()) -> str:
+    """What is wrong with a setting, as the space's own words have it."""
+    text = re.sub(r"^(?:recipe )?setting (\S+): (?=\1[ :]|models has)", "", str(error))
+    block = re.search(r"write it under `(\w+):`$", text)
+    if block is not None and "." not in name:
+        return f"{text[: block.start()]}write {block[1]}.{name}"
+    of = re.match(r"models\.([^.]+)", name)
+    if of is not None and of[1] in models:
+        return f"{text}; {of[1]} is models.{models.index(of[1])}"
+    return text
+
+
+def _check_ends(document: Document, search: Search, knob: Knob, params: Mapping[str, Any]) -> None:
+    """The ends of a range are values that its setting may have."""
+    assert knob.numbers is not None
+    for word, end in (("low", knob.numbers.low), ("high", knob.numbers.high)):
+        try:
+            candidate(search, {**params, **dict.fromkeys(knob.dimensions, end)})
+        except RecipeError as error:
+            fail(
+                document,
+                (*_path_of(document, knob.name), word),
+                f"this does not make a recipe: {_why(error, knob.name)}",
+            )
 
 
 # --- candidates that are asked first ---
@@ -435,7 +499,9 @@ def _read_limits(
             _known_score(document, path, score, judges, search)
             match = _OF.fullmatch(str(bound).strip())
             if match is None or isinstance(bound, bool):
-                fail(document, path, f"expected a number, or a share such as 0.95 of base, found {shown(bound)}")
+                part = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%(.*)", str(bound).strip())
+                hint = f"; write {float(part[1]) / 100:g}{part[2]}" if part else ""
+                fail(document, path, f"expected a number, or a share such as 0.95 of base, found {shown(bound)}{hint}")
             of = match[2].strip() if match[2] else None
             if of is not None and of != "base":
                 known = {one: one for one in models} | {Path(one).name: one for one in models}

@@ -26,12 +26,12 @@ from darekit.searches.goals import Unasked, check_goals
 from darekit.searches.leases import Leases
 from darekit.searches.points import check_points
 from darekit.searches.reading import read_search
-from darekit.searches.space import Tensors, bind, dimension_data
-from darekit.searches.studies import require_optuna
+from darekit.searches.space import Tensors, bind, choice_recipes, dimension_data
+from darekit.searches.studies import check_storage, hidden, require_optuna
 from darekit.searches.verdicts import SearchResult
 from darekit.searches.working import Say, Watch, Work
 from darekit.trials.identities import digest_of, judges_identity, samples_of, trial_digest
-from darekit.trials.judging import check_judges, found_in, make_judges, search_of
+from darekit.trials.judging import check_judges, found_in, make_judges, named_in, search_of
 from darekit.trials.models import Place, origins_in, shared_threads
 from darekit.trials.settings import data_of, recipe_with
 
@@ -101,10 +101,12 @@ def search(
         require_torch()
     folders = search_of(found.recipe, found.search)
     written = recipe_with(found.recipe, {}, set(), None)
-    place = Place(folders, device, dtype, shared_threads(threads, jobs or 1), origins_in([written]))
+    place = Place(
+        folders, device, dtype, shared_threads(threads, jobs or 1), origins_in([written, *choice_recipes(found)])
+    )
 
     def make(whole: frozenset[str]) -> Callable[[], Callable[[Task], Answer]]:
-        return partial(Asker, found.name, found.judges, found.search, place, whole)
+        return partial(Asker, found.places, found.judges, found.search, place, whole)
 
     return run(
         found, Path(out), make=make, pool=lambda work: open_pool(work, jobs, cluster), trials=trials, seconds=seconds,
@@ -121,11 +123,20 @@ def check_search(found: Search, out: Path, *, dtype: str | None = None) -> tuple
     """
     require_optuna(found.sampler)
     folders = search_of(found.recipe, found.search)
-    made = check_judges(found.name, found.judges, found.search)
+    made = check_judges(found.places, found.judges, found.search)
     baselines = baselines_of(found)
     check_goals(found, made, baselines)
-    samples_of([one.recipe for one in baselines], folders)
+    _sampled(found, baselines, folders)
+    check_storage(found, connect=False)
     return _bound(found, folders)[0], baselines
+
+
+def _sampled(found: Search, baselines: Sequence[Baseline], folders: Sequence[Path]) -> dict[str, str]:
+    """All models, of the recipe and of the choices, are opened, so that none is missing later -> what is in them."""
+    with named_in(found.places, "recipe"):
+        inputs = samples_of([one.recipe for one in baselines], folders)
+    with named_in(found.places, "space"):
+        return samples_of(choice_recipes(found), folders, inputs)
 
 
 def _bound(found: Search, folders: Sequence[Path]) -> tuple[Search, Tensors]:
@@ -135,9 +146,7 @@ def _bound(found: Search, folders: Sequence[Path]) -> tuple[Search, Tensors]:
         PlanError: a candidate of the file is outside one.
     """
     bound, tensors = bind(found, recipe_with(found.recipe, {}, set(), None), folders)
-    wrong = check_points(bound)
-    if wrong is not None:
-        raise PlanError(f"{found.name}: {wrong}")
+    check_points(bound)
     return bound, tensors
 
 
@@ -159,11 +168,12 @@ def run(
     began = time.perf_counter()
     folders = search_of(found.recipe, found.search)
     # Mistakes in judges are found before anything runs; each place makes its own.
-    made = make_judges(found.name, found.judges, found.search)
+    made = make_judges(found.places, found.judges, found.search)
     judged = judges_identity(found.judges, made, found.search)
     baselines = baselines_of(found)
     check_goals(found, made, baselines)
-    inputs = samples_of([one.recipe for one in baselines], folders)
+    inputs = _sampled(found, baselines, folders)
+    check_storage(found)
     bound, tensors = _bound(found, folders)
     if trials is not None:
         bound = replace(bound, trials=trials)
@@ -173,6 +183,7 @@ def run(
     mark = digest_of({key: value for key, value in record.items() if key not in ("name", "text", "whole")})[:12]
 
     def digest(recipe: Recipe, whole: frozenset[str]) -> str:
+        inputs.update(samples_of([recipe], folders, inputs))  # of choices that go together there may be new models
         return trial_digest(recipe, inputs, {"judges": judged, "whole": {"names": sorted(whole)}}, dtype)
 
     whole = frozenset(record.get("whole", ()))
@@ -224,7 +235,7 @@ def _asked(search: Search, inputs: Mapping[str, str], judged: Mapping[str, Any],
     """What makes results go together, and what people want to read of it."""
     return {
         "name": search.name,
-        "text": search.text,
+        "text": hidden(search.text),
         "recipe": data_of(search.recipe),
         "space": dimension_data(search.knobs),
         "choices": {knob.name: knob.choices for knob in search.knobs if knob.choices is not None},

@@ -13,6 +13,7 @@ from darekit.searches.reading import KEYS, PARTS
 from darekit.trials.schema import judges_of, settings
 
 TITLE = "darekit search"
+_BOUND = r"^\s*[-+]?[0-9.]+([eE][-+]?\d+)?\s*([oO][fF]\s+.+)?$"
 
 
 def search_schema() -> Schema:
@@ -68,8 +69,10 @@ def _space() -> Schema:
             "low": {"description": "The smallest value."} | number,
             "high": {"description": "The largest value."} | number,
             "log": {"description": "Look at small values more closely.", "default": False} | switch(True, False),
-            "step": {"description": "The distance between two values.", "type": ["number", "null"]},
-            "layers": {"description": "How many control points over depth.", "default": 0} | whole(0, 64),
+            "step": {"description": "The distance between two values.", "type": ["number", "null"],
+                     "exclusiveMinimum": 0},
+            "layers": {"description": "How many control points over depth.", "default": 0,
+                       "anyOf": [{"enum": [0]}, whole(2, 64)]},
             "stepped": {"description": "Jump from control point to control point.", "default": False}
             | switch(True, False),
             "groups": {
@@ -104,7 +107,11 @@ def _constraints() -> Schema:
     weights: Schema = {
         "type": "object",
         "properties": {
-            "sum": {"description": "What the models' weights add up to.", "type": ["number", "null"]},
+            "sum": {
+                "description": "What the models' weights add up to.",
+                "type": ["number", "null"],
+                "exclusiveMinimum": 0,
+            },
             "negative": {"description": "Whether weights may be negative."} | _or_none(switch(True, False)),
         },
         "additionalProperties": False,
@@ -120,7 +127,7 @@ def _or_none(schema: Schema) -> Schema:
 
 
 def _bounds(description: str) -> Schema:
-    bound: Schema = {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^\s*[-+]?[0-9.]+"}]}
+    bound: Schema = {"anyOf": [{"type": "number"}, {"type": "string", "pattern": _BOUND}]}
     return {
         "description": f"{description}: a number, or a share such as 0.95 of MODEL.",
         "type": "object", "additionalProperties": bound,
@@ -151,7 +158,10 @@ def _sampler() -> Schema:
 
 def _rungs() -> Schema:
     share: Schema = {
-        "anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "string", "pattern": r"^\d+\s*/"}]
+        "anyOf": [
+            {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+            {"type": "string", "pattern": r"^\d+\s*/\s*[1-9]\d*$"},
+        ]
     }
     return {
         "description": "Shares of the items after which hopeless candidates are stopped; [1]: never.",

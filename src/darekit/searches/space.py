@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,17 @@ def candidate(search: Search, params: Params, tensors: Tensors | None = None, *,
     knobs = [only] if only is not None else list(search.knobs)
     settings, used = _settings(search, knobs, params, tensors)
     return recipe_with(search.recipe, settings, {*used, *(knob.name for knob in knobs)}, None)
+
+
+def choice_recipes(search: Search) -> list[Recipe]:
+    """A recipe with each of the choices: they may name models that the recipe as written does not."""
+    plain, search = midpoint(search.knobs), replace(search, weights_sum=None)
+    found = []
+    for knob in search.knobs:
+        for label in knob.choices or ():
+            with suppress(RecipeError):  # beside the first of all other choices; another one may suit it
+                found.append(candidate(search, {**plain, knob.name: label}))
+    return found
 
 
 def used_knobs(search: Search, params: Params) -> set[str]:
@@ -262,12 +274,12 @@ def _bound(search: Search, knob: Knob, plan: Plan, tensors: Tensors) -> Knob:
     for group in knob.groups:
         if not tensors.groups.get(group):
             raise PlanError(
-                f"{search.name}: space.{knob.name}: the models have no tensors in the group {group}; they have "
+                f"{search.place_of(knob)}: the models have no tensors in the group {group}; they have "
                 f"{', '.join(tensors.groups)}"
             )
     if knob.layers > tensors.layers:
         raise PlanError(
-            f"{search.name}: space.{knob.name}: {knob.layers} control points, but the models have {tensors.layers} "
+            f"{search.place_of(knob)}: {knob.layers} control points, but the models have {tensors.layers} "
             f"layers; write layers: {tensors.layers} or less"
         )
     if knob.numbers is not None or knob.choices is not None:
@@ -280,7 +292,5 @@ def _bound(search: Search, knob: Knob, plan: Plan, tensors: Tensors) -> Knob:
         if norms:
             highest.append(rate_within(weighted_median((n.r, n.parameters) for n in norms), REACH * TAU))
     if not highest:
-        raise PlanError(
-            f"{search.name}: space.{knob.name}: auto needs deltas, and none was seen; write {{low: 0, high: 0.9}}"
-        )
+        raise PlanError(f"{search.place_of(knob)}: auto needs deltas, and none was seen; write {{low: 0, high: 0.9}}")
     return replace(knob, numbers=Numbers(0.0, min(highest)))

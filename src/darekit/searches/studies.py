@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -41,6 +42,58 @@ def require_optuna(sampler: str = "tpe") -> None:
     missing = [name for name in ("optuna", *(["cmaes"] if sampler == "cmaes" else [])) if find_spec(name) is None]
     if missing:
         raise Unsupported(f"a search needs {' and '.join(missing)}: pip install 'darekit[search]'")
+
+
+def check_storage(search: Search, *, connect: bool = True) -> None:
+    """Complain about a database that cannot be used, before anything is judged. `connect`: whether it is asked itself;
+    else only whether it could be.
+
+    Raises:
+        PlanError: its URL is none, its kind is not known, its driver is not installed, or it does not answer.
+    """
+    if search.storage is None:
+        return
+    from optuna.storages import get_storage
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    at = search.places.at("storage")
+    try:
+        url = make_url(search.storage)
+        url.get_dialect().import_dbapi()
+    except NoSuchModuleError:
+        kind = search.storage.partition(":")[0]
+        raise PlanError(
+            f"{at}: SQLAlchemy knows no database {kind!r}; write a URL such as sqlite:///search.db"
+        ) from None
+    except ArgumentError:
+        raise PlanError(f"{at}: not a database's URL; write one such as sqlite:///search.db") from None
+    except ImportError as error:
+        raise PlanError(f"{at}: needs the driver {error.name}, which is not installed; install it with pip") from None
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        raise PlanError(f"{at}: names no file, so nothing would be kept; write sqlite:///search.db")
+    if connect:
+        try:
+            with quiet():
+                get_storage(search.storage)
+        except Exception as error:  # a database's, a driver's
+            raise PlanError(f"{at}: {hidden(search.storage)} cannot be used: {_reason(error)}") from error
+
+
+def hidden(text: str) -> str:
+    """A text without the passwords of the URLs in it.
+
+    >>> hidden("storage: postgresql://me:secret@host/searches")
+    'storage: postgresql://me:***@host/searches'
+    """
+    return re.sub(r"(://[^/\s:@]*:)[^@\s/]+@", r"\1***@", text)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what is behind an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager
@@ -96,9 +149,7 @@ class Study:
                 load_if_exists=True,
             )
         except Exception as error:  # a database's, a file's
-            raise OutputError(
-                f"{place} cannot be used: {type(error).__name__}: {str(error).splitlines()[0]}"
-            ) from error
+            raise OutputError(f"{hidden(str(place))} cannot be used: {_reason(error)}") from error
 
     # --- candidates
 
@@ -107,7 +158,7 @@ class Study:
         if self._unasked() is None:
             trial = self._ask()
         else:
-            with self._alone("first"), quiet():
+            with self.alone("first"), quiet():
                 first = self._unasked()
                 if first is not None:
                     self._study.enqueue_trial(first)
@@ -208,7 +259,7 @@ class Study:
         return False
 
     @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
+    def alone(self, name: str) -> Iterator[None]:
         """While no other process does the same."""
         while True:
             with self.leases.held(name) as mine:
@@ -220,7 +271,7 @@ class Study:
     def fill_grid(self) -> int:
         """Queue all combinations, once -> how many there are."""
         count = 0
-        with quiet(), self._alone("grid"):
+        with quiet(), self.alone("grid"):
             wanted = list(combinations(self.search.knobs))
             if len(wanted) > LARGEST_GRID:
                 raise PlanError(
@@ -236,7 +287,7 @@ class Study:
     def remember_first(self) -> None:
         """Which candidates come first. A file's own may become more while a search goes on; those that are spread over
         the space are for a search that begins, and for a sampler that learns."""
-        with quiet(), self._alone("first"):
+        with quiet(), self.alone("first"):
             written, own, spread = first_points(self.search)
             given, known = [*written, *own], self._study.user_attrs.get("first")
             if known is None:

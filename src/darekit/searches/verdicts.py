@@ -23,7 +23,7 @@ from darekit.searches.sheets import difference
 from darekit.searches.space import dimension_data
 from darekit.searches.standings import Standings, hypervolume
 from darekit.trials.files import write_whole
-from darekit.trials.judging import found_in, search_of
+from darekit.trials.judging import asked_again, found_in, search_of
 from darekit.trials.settings import data_of
 from darekit.wording import and_, brief
 from darekit.wording.notebooks import shown_as_html
@@ -226,7 +226,8 @@ class _Found:
         count = f"{len(lines)} candidate{'s' * (len(lines) != 1)}"
         if self.best is None:
             why = " keeps the constraints" if self.standings.bounds else " could be judged in full"
-            return [f"Nothing was chosen: of {count} and the baselines, none{why}.", *self._limits()]
+            none = f"Nothing was chosen: of {count} and the baselines, none{why}."
+            return [none, *self._failures(lines), *self._limits()]
         head = self._opening(count)
         head += self._abilities()
         head += [self._sentence(one) for one in self.differences()]
@@ -238,6 +239,8 @@ class _Found:
             )
         elif self.split == "validation" and "test" in self.search.judges:
             head.append("The test data have not been used yet. Validation scores flatter what was chosen by them.")
+        elif self.split == "test" and set(self.search.judges["test"]) <= {*asked_again(self.search.judges)}:
+            head.append("`test:` asks just what `validation:` asks: these scores flatter what was chosen by them.")
         elif self.split == "validation":
             head.append("There are no judges under `test:`: validation scores flatter what was chosen by them.")
         looks = sum(bool(one.get("chosen")) for one in self.folder.tests())
@@ -246,9 +249,21 @@ class _Found:
                 f"The test data were used for {looks} choices, as the search went on after a report: the more often, "
                 "the less they say."
             )
+        head += self._failures(lines)
         if self.interrupted:
             head.append(f"Interrupted after {count}; run the same command to continue.")
         return [*head, *self._limits()]
+
+    def _failures(self, lines: Sequence[Line]) -> list[str]:
+        """How many candidates failed, and why the first did."""
+        failed = [line for line in lines if line.state == FAILED]
+        if not failed:
+            return []
+        why = (failed[0].error or "no reason given").splitlines()[0].rstrip(":. ")
+        many = f"{len(failed)} candidates failed; the first, trial {failed[0].trial}"
+        return [
+            f"{many if len(failed) > 1 else f'Trial {failed[0].trial} failed'}: {why}. trials.jsonl has each reason."
+        ]
 
     def _opening(self, count: str) -> list[str]:
         """What was chosen, or that there was nothing to choose by."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from darekit.errors import DataError, RecipeError
+from darekit.errors import DarekitError, DataError
 from darekit.pools.processes import Lost, Pool
 from darekit.recipe import Recipe, read_recipe
 from darekit.recipe.essence import essence
@@ -235,12 +235,14 @@ class Work:
             orphans = self.study.take_orphans(self._settle)
             for number in orphans:
                 self.say(f"trial {number} was left by a process that died; its candidate will be judged again")
-            counts = self.study.counts()
-            left = total - counts.done - counts.running
-            if self.ends is not None and time.perf_counter() > self.ends and counts.done:
-                return
-            if left > 0:
-                self._round(min(left, self.search.round or self.pool.size))
+            with self.study.alone("ask"):  # else two processes would both ask for the last ones
+                counts = self.study.counts()
+                left = max(0, total - counts.done - counts.running)
+                if self.ends is not None and time.perf_counter() > self.ends and counts.done:
+                    return
+                trials = [self.study.ask() for _ in range(min(left, self.search.round or self.pool.size))]
+            if trials:
+                self._round(trials)
                 told = False
                 continue
             if not counts.running:
@@ -250,12 +252,11 @@ class Work:
             told = True
             wait_a_little()
 
-    def _round(self, size: int) -> None:
-        """Candidates that are asked for at once, judged against what is known now, and told in order: so it does not
+    def _round(self, trials: Sequence[Any]) -> None:
+        """Candidates that were asked for at once, judged against what is known now, and told in order: so it does not
         matter how many work at the same time, nor who is first."""
         race = self.standings().race(self.folder)
         self._done = self.study.counts().done
-        trials = [self.study.ask() for _ in range(size)]
         told: set[int] = set()
         try:
             found: list[tuple[Recipe | None, str, str | None]] = [self._candidate(trial.params) for trial in trials]
@@ -308,9 +309,9 @@ class Work:
                 recipe = recipe_with(self.search.recipe, {}, set(), None)  # as a baseline it was judged already
             else:
                 recipe = candidate(self.search, params, self.tensors)
-        except RecipeError as error:
+            return recipe, self.digest(recipe), None
+        except DarekitError as error:
             return None, "", str(error)
-        return recipe, self.digest(recipe), None
 
     def _again(self, line: Line) -> Answer:
         """What is known of an equal candidate, or of a baseline that is one."""

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from darekit.recipe import Recipe
+from darekit.recipe.documents import Places
 from darekit.trials.judging import SPLITS as SPLITS
 
 DROP_RATE = "sparsify.drop_rate"
@@ -77,6 +78,7 @@ class Sweep:
         search: folders in which relative names are looked up after the working directory.
         text: the file's own text.
         notes: notes and warnings for the user.
+        places: where the file has its keys, for errors.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Sweep:
     search: tuple[Path, ...]
     text: str
     notes: tuple[str, ...] = ()
+    places: Places = field(default=Places("sweep"), compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def _cells_at(sweep: Sweep, points: tuple[Point, ...]) -> Iterator[Cell]:
     judges = tuple(name for name in every if all(name in names for names in asked))
     if not judges:
         raise RecipeError(
-            f"{sweep.name}: {_titled(at)}: no judge is left: the names on its axes ask for different ones"
+            f"{sweep.places.name}: {_titled(at)}: no judge is left: the names on its axes ask for different ones"
         )
     recipe = _recipe_at(sweep, at, settings, None)
     if not sweep.seeds or not is_random(recipe):
@@ -91,7 +91,7 @@ def _recipe_at(sweep: Sweep, at: Mapping[str, Any], settings: Mapping[str, Any],
     try:
         return recipe_with(sweep.recipe, settings, {axis.setting for axis in sweep.axes}, seed)
     except RecipeError as error:
-        raise RecipeError(f"{sweep.name}, cell {_titled(at)}: {error}") from None
+        raise RecipeError(f"{sweep.places.name}, cell {_titled(at)}: {error}") from None
 
 
 def _key(recipe: Recipe, judges: tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from darekit.evaluation.judges import metrics_of
-from darekit.recipe.documents import Document, Key, did_you_mean, fail, open_source, shown, suggest
+from darekit.recipe.documents import Document, Key, Places, did_you_mean, fail, open_source, shown, suggest
 from darekit.sweeps.data import DROP_RATE, SPLITS, Axis, Layout, Point, Sweep
 from darekit.trials.judging import MEAN, Specs, read_judges, read_recipe_place
 from darekit.trials.scores import WORDS, check_score, word_meant
@@ -46,6 +46,7 @@ def read_sweep(source: str | Path | Mapping[str, Any]) -> Sweep:
     return Sweep(
         name, read_recipe_place(document, search), axes, _read_seeds(document), judges, choose,
         _read_layout(document, axes, judges, search), search, document.text, tuple(notes),
+        Places(document.name, document.places),
     )  # fmt: skip
 
 

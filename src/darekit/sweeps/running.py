@@ -24,7 +24,7 @@ from darekit.sweeps.records import record_of, refuse_other, refuse_search, write
 from darekit.sweeps.store import FAILED, OK, Finished, Outcome, Store, SweepResult, open_store
 from darekit.sweeps.summaries import check_scores, unlike_of
 from darekit.trials.identities import judges_identity, samples_of, trial_digest
-from darekit.trials.judging import asked, check_judges, make_judges, search_of
+from darekit.trials.judging import asked, check_judges, make_judges, named_in, search_of
 from darekit.trials.models import Bench, Place, origins_in, reason_of, shared_threads
 from darekit.trials.scores import check_known
 
@@ -184,8 +184,9 @@ def check_sweep(
     refuse_search(out)
     if not overwrite:
         refuse_other(out, sweep, cells, dtype)
-    _check_names(sweep, check_judges(sweep.name, sweep.judges, sweep.search))
-    samples_of([cell.recipe for cell in cells], search_of(sweep.recipe, sweep.search))
+    _check_names(sweep, check_judges(sweep.places, sweep.judges, sweep.search))
+    with named_in(sweep.places, "recipe"):
+        samples_of([cell.recipe for cell in cells], search_of(sweep.recipe, sweep.search))
     return cells, notes
 
 
@@ -193,7 +194,7 @@ def _check_names(sweep: Sweep, judges: Mapping[str, Mapping[str, Judge]]) -> Non
     """Complain about the score by which settings are chosen, where its judge is known never to give it."""
     split = "validation" if "validation" in sweep.judges else "test"
     if sweep.choose is not None:
-        check_known(f"{sweep.name}: choose: {sweep.choose}", sweep.choose, judges.get(split, {}), split)
+        check_known(f"{sweep.places.at('choose')}: {sweep.choose}", sweep.choose, judges.get(split, {}), split)
 
 
 # --- what is evaluated once ---
@@ -201,8 +202,9 @@ def _check_names(sweep: Sweep, judges: Mapping[str, Mapping[str, Judge]]) -> Non
 
 def _units(sweep: Sweep, cells: Sequence[Cell], search: Sequence[Path], dtype: str | None) -> list[_Unit]:
     """Mistakes in judges and missing models are found here, before anything runs; each process makes its own."""
-    made = make_judges(sweep.name, sweep.judges, sweep.search)
-    inputs = samples_of([cell.recipe for cell in cells], search)
+    made = make_judges(sweep.places, sweep.judges, sweep.search)
+    with named_in(sweep.places, "recipe"):
+        inputs = samples_of([cell.recipe for cell in cells], search)
     _check_names(sweep, made)
     judges = judges_identity(sweep.judges, made, sweep.search)
     units: dict[str, _Unit] = {}
@@ -220,7 +222,7 @@ class _Evaluator:
     """One live model whose weights are replaced, and the judges."""
 
     def __init__(self, sweep: Sweep, place: Place) -> None:
-        self.judges = make_judges(sweep.name, sweep.judges, sweep.search)
+        self.judges = make_judges(sweep.places, sweep.judges, sweep.search)
         self.bench = Bench(place)
 
     def __call__(self, task: tuple[Recipe, Sequence[str]]) -> Outcome:

@@ -147,9 +147,10 @@ def check_scores(sweep: Sweep, finished: Sequence[Finished]) -> None:
         there = _directions(sweep, finished, asked)
         if not there or score in there or not wanted <= {judge_in(name) for name in there}:
             continue
+        at = sweep.places.at(*key.split("."))
         if score == MEAN:
-            raise RecipeError(f"{sweep.name}: {key}: there is no mean of {_ways(there)}; name one of the scores")
-        raise RecipeError(f"{sweep.name}: {key}: {score!r} is not a score{suggest_score(score, [*there], 'there are')}")
+            raise RecipeError(f"{at}: there is no mean of {_ways(there)}; name one of the scores")
+        raise RecipeError(f"{at}: {score!r} is not a score{suggest_score(score, [*there], 'there are')}")
 
 
 def unlike(sweep: Sweep, directions: Mapping[str, bool | None]) -> str:

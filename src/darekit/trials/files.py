@@ -3,11 +3,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
 
 from darekit.errors import OutputError
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """What is said where a file of the results cannot be written."""
+    hint = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "; make room, and run the same command again: what was judged is kept"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        hint = "; choose another OUT, or make this one writable"
+    return OutputError(f"cannot write {path}: {error.strerror or error}{hint}")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -28,7 +39,7 @@ def write_whole_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+        raise unwritable(path, error) from None
 
 
 def lock(descriptor: int, *, wait: bool = False) -> bool:
@@ -64,9 +75,11 @@ def append(path: Path, text: str) -> None:
             if size:
                 os.lseek(descriptor, size - 1, os.SEEK_SET)
                 cut = os.read(descriptor, 1) != b"\n"
-            os.write(descriptor, (b"\n" if cut else b"") + text.encode())
+            rest = (b"\n" if cut else b"") + text.encode()
+            while rest:  # a disk that is nearly full takes a part, without an error
+                rest = rest[os.write(descriptor, rest) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+        raise unwritable(path, error) from None

@@ -43,10 +43,12 @@ def trial_digest(recipe: Recipe, inputs: Mapping[str, str], judged: Judged, dtyp
     )
 
 
-def samples_of(recipes: Sequence[Recipe], search: Sequence[Path]) -> dict[str, str]:
+def samples_of(
+    recipes: Sequence[Recipe], search: Sequence[Path], known: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Name of each checkpoint and each file of statistics -> digest of a sample of its content. All are opened, so
-    that none is missing later."""
-    found: dict[str, str] = {}
+    that none is missing later. `known`: those that were already."""
+    found = dict(known or {})
     for recipe in recipes:
         for stats in (entry.stats for entry in recipe.models if entry.stats and entry.stats not in found):
             with closing(open_statistics(stats, search=search)) as statistics:

@@ -13,10 +13,12 @@ from darekit.errors import DarekitError, DataError
 from darekit.evaluation.judges import Judge, check_judge, judge_of
 from darekit.evaluation.scores import Score
 from darekit.live.models import LiveModel
-from darekit.recipe.documents import Document, fail, shown
+from darekit.recipe.documents import Document, Places, fail, shown
 
 SPLITS = ("validation", "test")
 MEAN = "mean"
+
+AGAIN = "`test:` asks {} just as `validation:` does; use other data there: scores flatter what was chosen by them"
 
 Specs = Mapping[str, Mapping[str, Any]]  # split -> name -> what judges
 
@@ -73,8 +75,8 @@ def search_of(recipe: Path | Mapping[str, Any], folders: Sequence[Path]) -> tupl
     return tuple(dict.fromkeys((*own, *folders)))
 
 
-def make_judges(who: str, specs: Specs, search: Sequence[Path]) -> dict[str, dict[str, Judge]]:
-    """Split -> name -> judge. `who`: the file's name, for errors.
+def make_judges(places: Places, specs: Specs, search: Sequence[Path]) -> dict[str, dict[str, Judge]]:
+    """Split -> name -> judge. `places`: of the file, for errors.
 
     Raises:
         DarekitError: a judge cannot be made; the message says which.
@@ -82,12 +84,12 @@ def make_judges(who: str, specs: Specs, search: Sequence[Path]) -> dict[str, dic
     made: dict[str, dict[str, Judge]] = {}
     for split, named in specs.items():
         for name, spec in named.items():
-            with _named(who, split, name):
+            with named_in(places, split, name):
                 made.setdefault(split, {})[name] = judge_of(spec, search=search)
     return made
 
 
-def check_judges(who: str, specs: Specs, search: Sequence[Path]) -> dict[str, dict[str, Judge]]:
+def check_judges(places: Places, specs: Specs, search: Sequence[Path]) -> dict[str, dict[str, Judge]]:
     """Complain about judges that cannot be, without the data of lm-eval's tasks -> those that need none.
 
     Raises:
@@ -96,7 +98,7 @@ def check_judges(who: str, specs: Specs, search: Sequence[Path]) -> dict[str, di
     made: dict[str, dict[str, Judge]] = {}
     for split, named in specs.items():
         for name, spec in named.items():
-            with _named(who, split, name):
+            with named_in(places, split, name):
                 judge = check_judge(spec, search=search)
             if judge is not None:
                 made.setdefault(split, {})[name] = judge
@@ -104,12 +106,19 @@ def check_judges(who: str, specs: Specs, search: Sequence[Path]) -> dict[str, di
 
 
 @contextmanager
-def _named(who: str, split: str, name: str) -> Iterator[None]:
-    """Errors say which judge they are about."""
+def named_in(places: Places, *path: str) -> Iterator[None]:
+    """Errors say which key of a file they are about."""
     try:
         yield
     except DarekitError as error:
-        raise type(error)(f"{who}: {split}.{name}: {error}") from error
+        error.args = (f"{places.at(*path)}: {error}",)
+        raise
+
+
+def asked_again(specs: Specs) -> tuple[str, ...]:
+    """Judges under `test:` that ask just what one under `validation:` asks: their scores flatter what was chosen."""
+    chosen = [*specs.get("validation", {}).values()]
+    return tuple(name for name, spec in specs.get("test", {}).items() if spec in chosen)
 
 
 def asked(name: str, judge: Judge, live: LiveModel) -> dict[str, Score]:

@@ -86,7 +86,7 @@ def reason_of(error: Exception) -> str:
     """Why a recipe could not be tried, in words."""
     from darekit.errors import DarekitError
 
-    return str(error) if isinstance(error, DarekitError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, DarekitError) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def shared_threads(threads: int | None, places: int) -> int:

@@ -62,4 +62,5 @@ def _head(text: str, *, number: bool = False, row: bool = False) -> str:
 
 
 def _cell(text: str, *, number: bool = False) -> str:
-    return f'<td style="{_CELL.format("right" if number else "left")}">{escape(text)}</td>'
+    style = _CELL.format("right") + ";white-space:nowrap" if number else _CELL.format("left")
+    return f'<td style="{style}">{escape(text)}</td>'
