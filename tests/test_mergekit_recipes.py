@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from darekit.errors import RecipeError
 from darekit.methods import SPARSIFIERS
-from darekit.recipe import Filtered, Filters, Gradient, Recipe, Sparsify, read_recipe
+from darekit.recipe import Filtered, Filters, Gradient, Place, Recipe, Sparsify, read_recipe, resolve
 from darekit.recipe.mergekit import PRODUCTS, complement
 
 DARE_TIES = """\
@@ -388,8 +388,8 @@ def test_slerp_by_filters_as_on_the_hub():
         ({"base_model": "x", "models": ["a", "b", "c"]}, "found 3 besides x"),
         ({"base_model": "x", "models": ["x"]}, "only the base is listed"),
         ({"base_model": "x", "models": ["a"], "parameters": {}}, "slerp needs t, how far to go: .* add `param"),
-        ({"base_model": "x", "models": ["a"], "parameters": {"t": 1.5}}, r"t must be in \[0, 1\], found 1.5"),
-        ({"base_model": "x", "models": ["a"], "parameters": {"t": 50}}, "a percentage"),
+        ({"base_model": "x", "models": ["a"], "parameters": {"t": -1.5}}, r"t must be in \[-1, 2\], found -1.5"),
+        ({"base_model": "x", "models": ["a"], "parameters": {"t": [0, 50]}}, "a percentage\\? write 0.5"),
         ({"base_model": "x", "models": [{"model": "a", "parameters": {"t": 0.5}}], "parameters": {}}, "slerp needs t"),
         ({"base_model": "x", "models": ["a"], "sparsify": {"method": "dare", "drop_rate": 0.5},
           "parameters": {"t": 0.5, "weight": 1}}, "slerp takes no weights"),
@@ -508,7 +508,7 @@ def test_unknown_words_of_tokenizers_and_names(data, word):
         read_recipe(UNION | data)
     assert f"{word} is not known" in str(caught.value)
     recipe = read_recipe(UNION | data, lenient=True)
-    assert any(note.startswith(f"{word} is not known") and "(--lenient)" in note for note in recipe.notes)
+    assert any(note.startswith(f"WARNING: {word} is not known") and "(--lenient)" in note for note in recipe.notes)
     assert recipe.base_model == "m0" and [entry.model for entry in recipe.models] == ["m0", "m1"]
 
 
@@ -570,12 +570,129 @@ def test_densities_above_1():
     with pytest.raises(RecipeError, match=r"must be in \[0, 1\], found 2; a percentage"):
         read_recipe(data | shared)
     recipe = read_recipe(data | shared, lenient=True)
-    assert recipe.models[0].parameters["drop_rate"] == filters_of(("mlp", Gradient((0.5, 0.0))), ("*", 0.0))
+    rate = recipe.models[0].parameters["drop_rate"]
+    assert rate == filters_of(("mlp", Gradient((0.5, -1.0), within=(0.0, float("inf")))), ("*", 0.0))
+    # What passes 1 is a density, not the list's own numbers: 1 from a third of the depth on, not at the end.
+    assert [resolve([rate], Place("mlp", depth=depth)) for depth in (0.0, 0.2, 0.4, 1.0)] == [0.5, 0.2, 0.0, 0.0]
     assert recipe.models[1].parameters["drop_rate"] == 0.0
     assert recipe.parameters["weight"] == 2
     assert [note.split()[1] for note in recipe.notes if "counts as 1" in note] == [
         "models.0.parameters.density.0.value.1", "models.0.parameters.density.1.value", "parameters.density",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "shared", "path", "becomes"),
+    [
+        ("ties", {"density": -0.1}, {}, "models.0.parameters.density is -0.1, which counts as 0", {"keep": 0.0}),
+        ("breadcrumbs", {"density": [-1, 1]}, {}, "density.0 is -1: where the gradient passes 0 it counts as 0",
+         {"drop_rate": Gradient((2.0, 0.0), (0.0, 1.0)), "density": Gradient((-1.0, 1.0), (0.0, 1.0))}),
+        ("dare_ties", {"density": True}, {"density": 0.5}, "density is true, which counts as 1", {"drop_rate": 0.0}),
+        ("dare_ties", {"density": []}, {"density": 0.5}, "density is an empty list: as if it were not there",
+         {"drop_rate": 0.5}),
+        ("task_arithmetic", {"weight": [True, False]}, {}, "weight.1 is false, which counts as 0",
+         {"weight": Gradient((1.0, 0.0))}),
+        ("task_arithmetic", {"weight": {"filter": "mlp", "value": True}}, {}, "weight.value is true, which counts as 1",
+         {"weight": filters_of(("mlp", 1.0))}),
+        ("sce", {}, {"select_topk": 1.5}, "parameters.select_topk is 1.5, which counts as 1", {"select_topk": 1.0}),
+        ("nearswap", {}, {"t": [-1, 1]}, "t.0 is -1: where the gradient passes 0 it counts as 0",
+         {"t": Gradient((-1.0, 1.0), (0.0, float("inf")))}),
+        ("breadcrumbs", {"gamma": 1.5}, {}, "gamma is 1.5, which counts as 1", {"gamma": 1.0, "drop_rate": 0.0}),
+    ],
+)  # fmt: skip
+def test_what_mergekit_takes_and_is_more_likely_a_slip(method, own, shared, path, becomes):
+    data = {"models": [{"model": "m0", "parameters": own}], "base_model": "b", "merge_method": method,
+            "parameters": shared}  # fmt: skip
+    with pytest.raises(RecipeError):
+        read_recipe(data)
+    recipe = read_recipe(data, lenient=True)
+    parameters = {**recipe.parameters, **recipe.models[0].parameters}
+    assert {name: parameters[name] for name in becomes} == becomes
+    (note,) = [note for note in recipe.notes if path in note]
+    assert note.startswith("WARNING: ") and note.endswith(", as in mergekit (--lenient)")
+    # Its native form says the same, and what only leniently reads stays so.
+    assert read_recipe(recipe.to_data(), lenient=True).to_data() == recipe.to_data()
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("dare_ties", {"density": -0.1}),  # mergekit cannot draw with it
+        ("dare_ties", {"density": [0.5, -0.1]}),
+        ("breadcrumbs", {"gamma": -0.1}),
+        ("della", {"density": 0.5, "epsilon": -0.1}),
+        ("task_arithmetic", {"weight": [[0.5]]}),
+        ("task_arithmetic", {"weight": [0.5, None]}),
+    ],
+)
+def test_what_stays_refused_leniently(method, own):
+    data = {"models": [{"model": "m0", "parameters": own}], "base_model": "b", "merge_method": method}
+    with pytest.raises(RecipeError):
+        read_recipe(data, lenient=True)
+
+
+def test_a_range_that_runs_backwards_has_no_layers():
+    sources = [{"model": "a", "layer_range": [0, 2]}], [{"model": "b", "layer_range": [4, 2]}]
+    data = {"merge_method": "passthrough", "slices": [{"sources": one} for one in sources]}
+    with pytest.raises(RecipeError, match="the first no larger than the second"):
+        read_recipe(data)
+    recipe = read_recipe(data, lenient=True)
+    assert [one.models for one in recipe.slices] == [((0, 2), None), (None, (4, 4))]
+    assert any("layer_range is [4, 2], which runs backwards: no layers" in note for note in recipe.notes)
+
+
+def test_slerp_goes_past_its_models():
+    data = {"merge_method": "slerp", "base_model": "b", "models": ["a"], "parameters": {"t": [-0.5, 0.5, 1.2]}}
+    recipe = read_recipe(data)
+    assert recipe.parameters["t"] == Gradient((-0.5, 0.5, 1.2))
+    assert any(note.startswith("t reaches -0.5 and 1.2: beyond [0, 1] slerp goes on") for note in recipe.notes)
+    assert not any("beyond" in note for note in read_recipe(data | {"parameters": {"t": [0, 1]}}).notes)
+    assert read_recipe(data | {"parameters": {"t": 3}}, lenient=True).parameters["t"] == 3.0
+
+
+@pytest.mark.parametrize("method", ["sce", "model_stock", "nearswap", "arcee_fusion", "ram", "ramplus_tl"])
+def test_a_lambda_that_mergekit_ignores(method):
+    """Ours has an effect; a recipe that says nothing of us is one of mergekit's, where it has none."""
+    t = {"t": 0.1} if method == "nearswap" else {}
+    models = ["a", "c"] if method not in ("nearswap", "arcee_fusion") else ["a"]
+    data = {"merge_method": method, "base_model": "b", "models": models, "parameters": {"lambda": 0.5, **t}}
+    recipe = read_recipe(data)
+    assert "lambda" not in recipe.parameters
+    assert any(note.startswith(f"WARNING: parameters.lambda has no effect with {method}") for note in recipe.notes)
+    ours = read_recipe(data | {"output": "model"})
+    assert ours.parameters["lambda"] == 0.5
+    assert read_recipe(ours.to_data()).parameters == ours.parameters
+    assert read_recipe(data | {"parameters": t}, settings={"parameters.lambda": 0.5}).parameters["lambda"] == 0.5
+
+
+def test_a_base_of_linear_counts_where_a_weight_is_given_for_all():
+    data = {"merge_method": "linear", "base_model": "b", "models": ["a", {"model": "c", "parameters": {"weight": 2}}]}
+    assert [one.model for one in read_recipe(data).models] == ["a", "c"]
+    recipe = read_recipe(data | {"parameters": {"weight": 0.5}})
+    assert [one.model for one in recipe.models] == ["a", "c", "b"]
+    assert any(note.startswith("WARNING: b is the base and not listed") for note in recipe.notes)
+    assert read_recipe(recipe.to_data()).to_data() == recipe.to_data()
+    listed = data | {"models": ["b", "a"], "parameters": {"weight": 0.5}}
+    assert [one.model for one in read_recipe(listed).models] == ["b", "a"]
+    modules = {"merge_method": "linear", "base_model": "b",
+               "modules": {"default": {"models": ["a", "c"], "parameters": {"weight": 0.5}}}}  # fmt: skip
+    assert [one.model for one in read_recipe(modules).models] == ["a", "c", "b"]
+
+
+def test_a_key_that_is_left_out_is_told_in_a_line():
+    data = {"merge_method": "ties", "base_model": "b", "models": ["m"], "dype": "float32", "zzz": 1}
+    notes = read_recipe(data, lenient=True).notes
+    assert "WARNING: dype is not known; did you mean 'dtype'? Ignored (--lenient)" in notes
+    assert "WARNING: zzz is not known: ignored (--lenient)" in notes
+
+
+def test_a_chat_template_of_no_known_name():
+    data = {"merge_method": "linear", "models": ["a", "b"], "chat_template": "vicuna"}
+    with pytest.raises(RecipeError, match="chat_template must be auto, alpaca"):
+        read_recipe(data)
+    recipe = read_recipe(data, lenient=True)
+    assert recipe.chat_template is None
+    assert any(note.startswith("WARNING: chat_template 'vicuna' is neither alpaca, chatml") for note in recipe.notes)
 
 
 def test_a_key_of_any_name_may_hold_what_aliases_repeat(tmp_path: Path):

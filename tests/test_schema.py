@@ -185,7 +185,7 @@ START = "base_model: b\nmodels: [a]\n"
         f"{START}merge_method: ties\ndtpye: bfloat16\n",
         f"{START}merge_method: tise\n",
         f"{START}merge_method: slerp\n",
-        f"{START}merge_method: slerp\nparameters: {{t: 1.5}}\n",
+        f"{START}merge_method: slerp\nparameters: {{t: 2.5}}\n",
         f"{START}merge_method: zipit\n",
         "models: [a, b, c]\nmerge_method: slerp\nparameters: {t: 0.5}\n",
         "models: [a]\nmerge_method: slerp\nparameters: {t: 0.5}\n",

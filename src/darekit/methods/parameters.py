@@ -79,7 +79,7 @@ class Parameter:
                     return f"{self.name} must be a number, found {value!r}"
                 if not low <= value <= high:
                     hint = ""
-                    if high == 1 and 2 <= value <= 100:
+                    if 1 <= high <= 2 and 2 <= value <= 100:
                         hint = f"; a percentage? write {value / 100:g}"
                     return f"{self.name} must be in [{low:g}, {high:g}], found {value!r}{hint}"
                 if whole and value % 1 != 0:

@@ -161,6 +161,8 @@ def check_window(values: Mapping[str, Any], count: int, name: str) -> dict[str, 
         PlanError: the window reaches beyond drop rates of 0 or 1.
     """
     rate, window = float(values["drop_rate"]), float(values["window"])
+    if rate == 1:  # nothing is left to be drawn
+        return {**values, "window": 0.0}
     if rate - window / 2 < 0 or rate + window / 2 > 1:
         largest = 2 * min(rate, 1 - rate)
         raise PlanError(

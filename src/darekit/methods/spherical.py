@@ -43,7 +43,13 @@ def slerp(
     products: Products,
     *,
     t: Annotated[
-        float, Number("how far to go: 0 is the base (or the first model), 1 the other model", 0, 1, per_model=False)
+        float,
+        Number(
+            "how far to go: 0 is the base (or the first model), 1 the other model; beyond them, past it",
+            -1,
+            2,
+            per_model=False,
+        ),
     ],
 ) -> Coefficients:
     """Along the arc from the base to one other model, tensor by tensor: norms are kept where a straight line would

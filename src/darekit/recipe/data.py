@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from darekit.dtypes import DTYPES, NEAREST, Rounding
+from darekit.recipe.mergekit import lambda_is_ours
 from darekit.recipe.values import BySlice, Value, to_data
 
 Range = tuple[int, int | None]  # layers from one on, up to another one that is not among them; None: to the last
@@ -254,7 +255,8 @@ class Recipe:
         if self.rounding != NEAREST:
             own = self.rounding_seed != (self.sparsify.seed if self.sparsify is not None else 0)
             data["rounding"] = {"method": self.rounding, "seed": self.rounding_seed} if own else self.rounding
-        data |= {} if self.output == "model" else {"output": self.output}
+        scaled = self.sparsify is None and "lambda" in self.parameters and lambda_is_ours(self.merge_method)
+        data |= {} if self.output == "model" and not scaled else {"output": self.output}
         return data | ({} if self.rank is None else {"rank": self.rank})
 
 

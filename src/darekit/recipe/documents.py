@@ -32,7 +32,8 @@ _MALFORMED = (ValueError, KeyError, IndexError, AttributeError, TypeError, Overf
 class Document:
     """Plain data, where each of its keys stands ("line 7"), and its text.
 
-    `notes`: what was let pass; `repeated`: top-level keys of which an alias elsewhere uses something.
+    `notes`: what was let pass; `repeated`: top-level keys of which an alias elsewhere uses something; `clipped`: the
+    parameters whose gradients may reach beyond their ranges, and within which range their values then stay.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Document:
     text: str
     notes: tuple[str, ...] = ()
     repeated: frozenset[str] = frozenset()
+    clipped: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

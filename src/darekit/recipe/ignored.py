@@ -91,6 +91,14 @@ def why_ignored(path: Key, method: str, entry: MergeMethod, *, inside: bool) -> 
     return f"{place} is ignored, as mergekit does" if word in words else None
 
 
+def lambda_ignored(path: Key, method: str) -> str:
+    """The note for a `lambda` of a method that takes it here and not in mergekit."""
+    return (
+        f"WARNING: {'.'.join(map(str, path))} has no effect with {method}, as in mergekit; to scale the merged delta "
+        "by it, write it under the top-level `parameters:` and add `output: model`, a key of ours"
+    )
+
+
 def anchored(path: Key) -> str:
     """The note for a key that holds what YAML's anchors repeat."""
     return f"{'.'.join(map(str, path))} is ignored, as mergekit does: what it holds counts where its anchors are used"

@@ -14,7 +14,6 @@ from decimal import Decimal
 from typing import Any, NoReturn
 
 from darekit.methods import MERGE_METHODS, SCALE, SEED, SPARSIFIERS, WEIGHT, Choice, Number, Parameter, Switch
-from darekit.recipe.documents import Document, Key
 from darekit.recipe.values import Value, chained, mapped, scalars_of
 
 Refuse = Callable[[tuple[str | int, ...], str], NoReturn]
@@ -49,6 +48,9 @@ METHODS = (
     "model_stock", "nearswap", "arcee_fusion", "ram", "ramplus_tl",
 )  # fmt: skip
 
+# Those of them that take `lambda`; darekit's other methods on deltas take it too, which mergekit ignores there.
+SCALED = ("task_arithmetic", "ties", *PRODUCTS)
+
 DENSITY = Parameter("density", Number("fraction that is kept: 1 - drop_rate, or ties' keep", 0, 1), 1.0)
 EPSILON = Parameter("epsilon", Number("half of della's window", 0, 0.5), 0.15)
 GAMMA = SPARSIFIERS["breadcrumbs"].parameters["gamma"]
@@ -69,11 +71,21 @@ def model_words(method: str) -> dict[str, Parameter]:
     return weight_words(method) | _sparse_words(method) | _without_trim(method, numbers) | {"seed": SEED}
 
 
-def shared_words(method: str) -> dict[str, Parameter]:
-    """mergekit's (or a native) method name -> what the top-level `parameters` may hold."""
+def shared_words(method: str, *, ours: bool = True) -> dict[str, Parameter]:
+    """mergekit's (or a native) method name -> what the top-level `parameters` may hold.
+
+    `ours`: with what darekit alone takes there.
+    """
     native = _without_trim(method, MERGE_METHODS[_merge_of(method)].parameters)
+    if not ours and lambda_is_ours(method):
+        native = {name: one for name, one in native.items() if name != "lambda"}
     common = {"rescale": RESCALE, "int8_mask": INT8_MASK, "seed": SEED}
     return weight_words(method) | _sparse_words(method) | native | common
+
+
+def lambda_is_ours(method: str) -> bool:
+    """Whether a method of mergekit's takes `lambda` here and not there."""
+    return method in METHODS and method not in SCALED and "lambda" in MERGE_METHODS[method].parameters
 
 
 def weight_words(method: str) -> dict[str, Parameter]:
@@ -148,27 +160,6 @@ def complement(density: float) -> float:
     (0.1, 0.9, 0.7)
     """
     return float(1 - Decimal(repr(float(density))))
-
-
-def with_densities(document: Document) -> Document:
-    """The recipe with every density above 1 as 1, which it is in mergekit; a note says so of each."""
-    notes: list[str] = []
-
-    def walk(value: Any, path: Key) -> Any:
-        if isinstance(value, list):
-            return [walk(one, (*path, i)) for i, one in enumerate(value)]
-        if isinstance(value, dict):
-            return {key: walk(one, (*path, key)) for key, one in value.items()}
-        if "density" not in path or isinstance(value, bool) or not isinstance(value, int | float) or not value > 1:
-            return value
-        notes.append(
-            f"WARNING: {'.'.join(map(str, path))} is {value}: no more than all can be kept, so it counts as 1, as in "
-            "mergekit (--lenient)"
-        )
-        return 1.0
-
-    data = {key: walk(value, (key,)) for key, value in document.data.items()}
-    return dataclasses.replace(document, data=data, notes=(*document.notes, *notes)) if notes else document
 
 
 @dataclass(frozen=True, slots=True)

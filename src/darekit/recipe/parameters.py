@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from darekit.methods import SEED, Choice, Number, Parameter, Switch
@@ -169,6 +170,12 @@ def _read_gradient(document: Document, path: Key, parameter: Parameter, raw: lis
     if not raw:
         fail(document, path, f"{_per_tensor(parameter)}, found {shown(raw)}")
     what = "true or false" if isinstance(parameter.kind, Switch) else "a number"
+    within = document.clipped.get(parameter.name)
+    if within is not None and isinstance(parameter.kind, Number):
+        low, high = (own if math.isinf(end) else out for own, end, out in zip(
+            (parameter.kind.low, parameter.kind.high), within, (-math.inf, math.inf), strict=True
+        ))  # fmt: skip
+        parameter = replace(parameter, kind=replace(parameter.kind, low=low, high=high))
     anchors: list[Any] = []
     for i, entry in enumerate(raw):
         here = (*path, i)
@@ -182,7 +189,10 @@ def _read_gradient(document: Document, path: Key, parameter: Parameter, raw: lis
                 f" is {number}, which a gradient cannot contain: write numbers, or use filters with value: {number}",
             )
         anchors.append(number)
-    return Stepped(tuple(anchors)) if isinstance(parameter.kind, Switch) else Gradient(tuple(anchors))
+    if isinstance(parameter.kind, Switch):
+        return Stepped(tuple(anchors))
+    beyond = within is not None and not all(within[0] <= anchor <= within[1] for anchor in anchors)
+    return Gradient(tuple(anchors), within if beyond else None)
 
 
 def read_seed(document: Document, path: Key, raw: Any) -> int:

@@ -28,6 +28,7 @@ from darekit.recipe.documents import (
 from darekit.recipe.entries import gather
 from darekit.recipe.essence import is_random
 from darekit.recipe.ignored import without
+from darekit.recipe.leniency import as_in_mergekit
 from darekit.recipe.names import find_model, same_model
 from darekit.recipe.parameters import block_at, read_seed
 from darekit.recipe.references import reference_of
@@ -138,10 +139,11 @@ def read_document(document: Document, search: Sequence[Path], *, lenient: bool =
     document = _spell_out(document)
     if lenient:
         document = _copy_of_base(document, search)
+    document = _with_base_of_linear(document, search)
     document, words, ignored = check_names(document, lenient=lenient)
     document = _without_empty(document, words)
-    if lenient and words.sparsify is None:
-        document = mergekit.with_densities(document)
+    if lenient:
+        document, words = as_in_mergekit(document, words)
     # First what depends on nothing else, so that whoever collects errors meets all of it.
     plain: dict[str, Any] = dict(
         dtype=_read_dtype(document),
@@ -220,6 +222,40 @@ def _copy_of_base(document: Document, search: Sequence[Path]) -> Document:
     rest = {key: value for key, value in data.items() if key != "parameters"}
     changed = {"merge_method": "passthrough", "models": [{"model": name, "parameters": {}}]}
     return replace(document, data=rest | changed, notes=(*document.notes, note))
+
+
+def _with_base_of_linear(document: Document, search: Sequence[Path]) -> Document:
+    """A `linear` of mergekit's with a weight for all models: its base, if not listed, is one more of them."""
+    data = document.data
+    base = data.get("base_model")
+    if data.get("merge_method") != "linear" or {"sparsify", "output"} & {*data} or base is None:
+        return document
+    name = reference_of(document, ("base_model",), base)
+    notes: list[str] = []
+
+    def extended(block: Mapping[str, Any], path: Key, weighted: bool) -> Mapping[str, Any]:
+        weighted = weighted or (isinstance(block.get("parameters"), dict) and WEIGHT.name in block["parameters"])
+        found = dict(block)
+        if isinstance(block.get("modules"), dict):
+            found["modules"] = {
+                key: extended(one, (*path, "modules", key), weighted) if isinstance(one, dict) else one
+                for key, one in block["modules"].items()
+            }
+        models = block["models"] if isinstance(block.get("models"), list) else []
+        named = [one["model"] for one in models if isinstance(one, dict) and one.get("model")]
+        if weighted and named and len(named) == len(models):
+            listed = (reference_of(document, (*path, "models", i, "model"), one) for i, one in enumerate(named))
+            if not any(same_model(one, name, search) for one in listed):
+                found["models"] = [*models, {"model": name, "parameters": {}}]
+                notes.append(
+                    f"WARNING: {name} is the base and not listed, and a weight is given for all models: it counts as "
+                    "one more of them, as in mergekit; to leave it out, write weights under the models' own "
+                    "`parameters:`"
+                )
+        return found
+
+    data = dict(extended(data, (), False))
+    return replace(document, data=data, notes=(*document.notes, *dict.fromkeys(notes)))
 
 
 def _without_empty(document: Document, words: Words) -> Document:
@@ -442,7 +478,8 @@ def _check_whole(document: Document, recipe: Recipe, paths: Sequence[Key], ignor
     _check_number(document, recipe, ignored)
     bases = [one.base and one.base[0] for one in recipe.slices] or [recipe.base_model]
     if any(base is None for base in bases) and (method.needs_base or on_delta):
-        who = recipe.merge_method if method.needs_base else f"sparsify with {sparsify.method}"  # type: ignore[union-attr]
+        written = str(document.data["merge_method"])
+        who = written if method.needs_base else f"sparsify with {sparsify.method}"  # type: ignore[union-attr]
         fail(
             document, (), f"no base_model; {who} works on differences from it: add base_model: with the common ancestor"
         )
@@ -536,6 +573,13 @@ def _check_number(document: Document, recipe: Recipe, ignored: Sequence[str]) ->
             )  # fmt: skip
 
 
+def _beyond(recipe: Recipe) -> list[float]:
+    """Values of `slerp`'s t that are beyond its two models."""
+    if recipe.merge_method != "slerp":
+        return []
+    return [number for number in map(float, scalars_of(recipe.parameters.get("t"))) if not 0 <= number <= 1]
+
+
 _MODELS = {1: "one model", 2: "two models"}
 
 
@@ -610,6 +654,11 @@ def _notes(recipe: Recipe, seeded: bool, search: Sequence[Path]) -> Iterator[str
     if MERGE_METHODS[recipe.merge_method].trims and whole:
         of = "" if "keep" not in given else f" for {' and '.join(whole)}"
         yield f"{recipe.merge_method} without keep{of}: no trim (the TIES paper keeps 0.2)"
+    if beyond := _beyond(recipe):
+        yield (
+            f"t reaches {' and '.join(f'{one:g}' for one in sorted({min(beyond), max(beyond)}))}: beyond [0, 1] slerp "
+            "goes on along the arc, past the model at its end, as in mergekit"
+        )
     random = recipe.sparsify is not None and SPARSIFIERS[recipe.sparsify.method].random
     if ((seeded and recipe.rounding == NEAREST) or "seed" in given) and not random:
         yield NO_DRAW

@@ -210,6 +210,13 @@ class TokensReader:
         return number
 
 
+def is_template(raw: Any) -> bool:
+    """Whether something is a chat template: `auto`, a name, or a text."""
+    if not isinstance(raw, str):
+        return False
+    return raw in (AUTO_TEMPLATE, *CHAT_TEMPLATES) or ("{" in raw and len(raw) >= SHORTEST_TEMPLATE)
+
+
 def read_chat_template(document: Document) -> str | None:
     """`auto`, the name of a template, or a template's text; None where the recipe says nothing of it.
 
@@ -217,9 +224,7 @@ def read_chat_template(document: Document) -> str | None:
         RecipeError: it is none of these.
     """
     raw = document.data.get("chat_template")
-    if raw is None or raw in (AUTO_TEMPLATE, *CHAT_TEMPLATES):
-        return raw
-    if isinstance(raw, str) and "{" in raw and len(raw) >= SHORTEST_TEMPLATE:
+    if raw is None or is_template(raw):
         return raw
     known = (AUTO_TEMPLATE, *CHAT_TEMPLATES)
     fail(

@@ -34,15 +34,21 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """Numbers at equal distances over depth: the first holds at depth 0, the last at depth 1."""
+    """Numbers at equal distances over depth: the first holds at depth 0, the last at depth 1.
+
+    `within`: the range in which its values stay, where the numbers themselves reach beyond it; None: they do not.
+    """
 
     anchors: tuple[float, ...]
+    within: tuple[float, float] | None = None
 
     def at(self, place: Place) -> float:
         """The value at a depth, linear between its two neighbours. mergekit's rule, and its order of operations.
 
         >>> Gradient((0.0, 0.5, 1.0)).at(Place("w", depth=0.25)), Gradient((0.0, 0.5, 1.0)).at(Place("w"))
         (0.25, 0.0)
+        >>> [Gradient((0.5, 1.5), (0.0, 1.0)).at(Place("w", depth=depth)) for depth in (0.25, 0.75)]
+        [0.75, 1.0]
         """
         position = place.depth * (len(self.anchors) - 1)
         below = int(position)
@@ -50,7 +56,11 @@ class Gradient:
         share = position - below
         value = (1 - share) * left + share * right
         # Rounding may leave the range by one unit in the last place, which a drop rate of 1 cannot bear.
-        return min(max(value, min(left, right)), max(left, right))
+        return self.inside(min(max(value, min(left, right)), max(left, right)))
+
+    def inside(self, value: float) -> float:
+        """A number, or the end of the range that is nearest to it."""
+        return value if self.within is None else min(max(value, self.within[0]), self.within[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +247,9 @@ def scalars_of(value: Value | None) -> Iterator[Scalar]:
         case Filters(entries):
             for entry in entries:
                 yield from scalars_of(entry.value)
-        case Gradient(anchors) | Stepped(anchors):
+        case Gradient(anchors):
+            yield from map(value.inside, anchors)
+        case Stepped(anchors):
             yield from anchors
         case BySlice(values):
             for one in values:
@@ -263,7 +275,11 @@ def _mapped_one(value: Scalar | Gradient | Stepped, function: Callable[[float], 
     if isinstance(value, Stepped):
         return value
     if isinstance(value, Gradient):
-        return Gradient(tuple(function(anchor) for anchor in value.anchors))
+        anchors = tuple(function(anchor) for anchor in value.anchors)
+        if value.within is None:
+            return Gradient(anchors)
+        low, high = sorted(function(end) for end in value.within)
+        return Gradient(anchors, (low, high))
     return function(float(value))
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from darekit.methods import (
 )
 from darekit.recipe import mergekit, references, tokens
 from darekit.recipe.documents import Document, Key, fail, shown, suggest
-from darekit.recipe.ignored import anchored, why_ignored, without
+from darekit.recipe.ignored import anchored, lambda_ignored, why_ignored, without
 from darekit.recipe.layout import FORMS, MODEL_KEYS, MODULE_KEYS, SLICE_KEYS, SOURCE_KEYS, SliceAt, layout_of
 from darekit.recipe.parameters import block_at
 
@@ -115,7 +116,7 @@ def check_names(document: Document, *, lenient: bool = False) -> tuple[Document,
     unknown = [one for one in unknown if one.path not in ignored]
     if not lenient:
         _raise_unknown(document, unknown)
-    notes = [*ignored.values(), *(f"{'.'.join(map(str, one.path))} {one.why}: ignored (--lenient)" for one in unknown)]
+    notes = [*ignored.values(), *(_left_out(one) for one in unknown)]
     return without(document, [*ignored, *(one.path for one in unknown)]), words, notes
 
 
@@ -136,7 +137,19 @@ def _ignored(document: Document, one: Unknown, words: Words) -> str | None:
     misspelt = difflib.get_close_matches(str(one.path[0]), TOP_KEYS, cutoff=0.8)
     if len(one.path) == 1 and one.path[0] in document.repeated and not misspelt:
         return anchored(one.path)
-    return why_ignored(one.path, words.method, entry, inside=one.inside)
+    lambda_ = one.inside and one.path[-1] == "lambda" and mergekit.lambda_is_ours(words.method)
+    return (
+        lambda_ignored(one.path, words.method)
+        if lambda_
+        else (why_ignored(one.path, words.method, entry, inside=one.inside))
+    )
+
+
+def _left_out(one: Unknown) -> str:
+    """The note for a key that would be refused: what it may be a misspelling of, without all that may stand there."""
+    why = re.split(r"(?i)[;?] allowed here: ", one.why)[0]
+    end = "? Ignored" if "did you mean" in why else ": ignored"
+    return f"WARNING: {'.'.join(map(str, one.path))} {why}{end} (--lenient)"
 
 
 def _raise_unknown(document: Document, unknown: Sequence[Unknown]) -> None:
@@ -206,7 +219,8 @@ def _explain_entry(key: str, words: Words, allowed: Sequence[str]) -> str:
 def _words_of(document: Document) -> Words:
     method = _read_method(document)
     if "sparsify" not in document.data:
-        return Words(method, None, mergekit.shared_words(method), mergekit.model_words(method), None)
+        shared = mergekit.shared_words(method, ours=_is_ours(document))
+        return Words(method, None, shared, mergekit.model_words(method), None)
     block = document.data["sparsify"]
     if not isinstance(block, dict):
         fail(
@@ -232,6 +246,12 @@ def _words_of(document: Document) -> Words:
     if sparsifier in ("breadcrumbs", "magnitude"):
         model["density"] = mergekit.DENSITY  # only beside its drop_rate, as `to_data` of a mergekit recipe has it
     return Words(method, sparsifier, weight | merge, model, sparse)
+
+
+def _is_ours(document: Document) -> bool:
+    """Whether a recipe without a `sparsify:` block says that it is none of mergekit's: by a key of ours, or by the way
+    in which its lambda was given."""
+    return "output" in document.data or document.places.get(("parameters", "lambda"), "").startswith("setting")
 
 
 def _read_method(document: Document) -> str:
