@@ -47,9 +47,11 @@ TARGETS = (
     "methods/sparsifiers", "methods/merging", "methods/spherical", "methods/surveyed", "methods/parameters",
     "engine/selection", "engine/stages", "engine/losses", "engine/measuring", "engine/surveying", "engine/trimming",
     "planning/settings", "planning/steps", "planning/homology", "planning/rates", "planning/rounding",
-    "planning/losses", "planning/matching/alignment", "recipe/values",
+    "planning/losses", "planning/matching/alignment", "planning/matching/vocabulary", "recipe/values",
     "packs/quantization", "packs/steps", "packs/frames",
-    "checkpoints/quantised/formulas", "checkpoints/quantised/scales",
+    "checkpoints/quantised/formulas", "checkpoints/quantised/scales", "checkpoints/places", "inputs/slices",
+    "inputs/rows", "tokens/joining", "tokens/documents", "planning/travel/merged", "planning/travel/configs",
+    "planning/travel/labels", "extraction/deltas", "extraction/factors", "extraction/cores",
     "trials/judging", "trials/scores", "searches/racing", "searches/standings", "searches/goals",
 )  # fmt: skip
 

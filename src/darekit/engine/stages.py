@@ -120,8 +120,9 @@ class RankedDrop(Stage):
         ranks = np.arange(self.row, dtype=np.float64)
         keep = (1.0 - rate) - window / 2 + window * ranks / (self.row - 1) if self.row > 1 else np.full(1, 1.0 - rate)
         self.limits = np.rint((1.0 - keep) * 4294967296.0).astype(np.uint64)
-        with np.errstate(divide="ignore"):
-            self.factors = (1.0 / keep).astype(np.float32) if rescale else np.ones(self.row, np.float32)
+        # Of what is never kept 0, not infinity: times a delta of 0 that is no number.
+        inverse = np.divide(1.0, keep, out=np.zeros_like(keep), where=keep > 0) if rescale else np.ones(self.row)
+        self.factors = inverse.astype(np.float32)
 
     def apply(self, delta: Tile, start: int) -> int:
         rows = delta.reshape(-1, self.row)
@@ -231,7 +232,7 @@ class Whole(Stage):
             name: self.spec.parameters[name] for name in entry.parameters if name in self.spec.parameters
         }
         # An element-scoped method does not care, and its tiles need not be whole rows.
-        rows = delta.reshape(1 if entry.scope == "element" else -1, -1 if entry.scope == "element" else self.step.row)
+        rows = delta.reshape(1, -1) if entry.scope == "element" else delta.reshape(-1, self.step.row)
         rows[...] = entry.function(rows, draws.reshape(rows.shape), **arguments)
         return int(np.count_nonzero(delta))
 

@@ -112,7 +112,8 @@ class Reader:
                 wide = "F64" in (model.dtype, dtype.name)
                 values: Floats = np.empty(count, np.float64 if wide else np.float32)
                 have = max(0, min(count, model.count - start))
-                _read(model, start, values[:have])
+                if have:
+                    _read(model, start, values[:have])
                 if have < count:
                     assert tensor.base is not None
                     _read(tensor.base, start + have, values[have:])
@@ -131,6 +132,8 @@ class Reader:
         assert base is not None and model is not None
         have = max(0, min(target.size, model.count - start, base.count - start))
         target[have:] = 0  # rows that either lacks do not differ
+        if not have:
+            return 0.0
         target = target[:have]
         known, found = traits_of(model.source).delta, None
         if known is not None and are_same(known.base, base.source):

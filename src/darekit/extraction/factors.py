@@ -330,6 +330,8 @@ def _orthonormal(columns: Matrix) -> Matrix:
     LAPACK's QR of so few columns takes as long as the products with the whole matrix; this takes a sixth of that. Its
     columns are orthogonal to about 1e-5 after one time, and to float32's precision after a second.
     """
+    if not columns.shape[1]:  # of a matrix of zeros
+        return columns
     wide = columns.astype(np.float64)
     products = wide.T @ wide
     with suppress(np.linalg.LinAlgError):  # of full rank, as nearly always: half the time of eigenvalues
@@ -337,8 +339,6 @@ def _orthonormal(columns: Matrix) -> Matrix:
         if root.diagonal().min() > NOISE * root.diagonal().max():
             turned: Matrix = columns @ np.linalg.inv(root).T.astype(np.float32)
             return turned
-    if not products.shape[0]:
-        return columns
     squares, vectors = np.linalg.eigh(products)
     kept = squares > squares[-1] * NOISE**2
     turned = columns @ (vectors[:, kept] / np.sqrt(squares[kept])).astype(np.float32)

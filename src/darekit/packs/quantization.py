@@ -143,10 +143,10 @@ def _largest(bits: int) -> int:
 
 
 def _round_up(values: Doubles) -> npt.NDArray[np.generic]:
-    """(n,) float64, 0 or more -> (n,) BF16, none below its value."""
-    nearest = values.astype(BFLOAT16)
-    low = nearest.astype(np.float64) < values
+    """(n,) float64, 0 or more -> (n,) BF16, none below its value, but that nothing is above the largest."""
+    wanted = np.minimum(values, float(LARGEST))
+    nearest = wanted.astype(BFLOAT16)
+    low = nearest.astype(np.float64) < wanted
     # Positive floats order like their bit patterns: the next one up is one more.
-    raised = (nearest.view(np.uint16) + low.astype(np.uint16)).view(BFLOAT16)
-    found: npt.NDArray[np.generic] = np.where(raised.astype(np.float64) <= float(LARGEST), raised, LARGEST)
-    return found.astype(BFLOAT16)
+    found: npt.NDArray[np.generic] = (nearest.view(np.uint16) + low.astype(np.uint16)).view(BFLOAT16)
+    return found
