@@ -11,7 +11,7 @@ import numpy as np
 NAMES = {
     "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0", "int64": "I64", "int32": "I32", "int8": "I8", "uint8": "U8",
-    "bool": "BOOL",
+    "bool": "BOOL", "complex64": "C64",
 }  # fmt: skip
 KINDS = {name: getattr(ml_dtypes, kind, None) or np.dtype(kind) for kind, name in NAMES.items()}
 

@@ -436,7 +436,7 @@ HOSTILE = {
     "ranks that differ": (put(A0, np.ones((3, 32), np.float32)), {}, CheckpointError, "with one r"),
     "another width": (put(A0, np.ones((4, 31), np.float32)), {}, HomologyError, "whose product is [32, 31]"),
     "a vector": (put(A0, np.ones(32, np.float32)), {}, CheckpointError, "expected [r, in]"),
-    "no elements": (put(A0, np.ones((0, 32), np.float32)), {}, CheckpointError, "with one r"),
+    "no elements": (put(A0, np.ones((0, 32), np.float32)), {}, CheckpointError, "with one r. Empty ones are left"),
     "NaN": (put(A0, np.full((4, 32), np.nan, np.float32)), {}, DataError, "NaN or Inf in 1 of its tensors"),
     "Inf": (put(B0, np.full((32, 4), np.inf, np.float32)), {}, DataError, "128 values"),
     "integers": (put(B0, np.ones((32, 4), np.int32)), {}, CheckpointError, "I32"),
@@ -484,6 +484,32 @@ HOSTILE = {
         CheckpointError, "model.layers.1.self_attn.k_proj of target_modules",
     ),
 }  # fmt: skip
+
+
+def test_a_base_that_it_names_and_does_not_fit(here):
+    broken(here, put(Q.format(7, "A"), np.ones((4, 32), np.float32)))
+    with pytest.raises(HomologyError, match="It names base as its base, so it was trained on another class"):
+        merged("a")
+    lora.edit(Path("a"), base_model_name_or_path="org/other")
+    with pytest.raises(HomologyError, match="It names org/other as its base: give that one"):
+        merged("base+a")
+
+
+WHOLE = ("LlavaForConditionalGeneration", "Gemma3ForConditionalGeneration", "Qwen2VLForConditionalGeneration")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_trained_on_the_language_model_of_a_model_with_vision(name, tmp_path, monkeypatch):
+    """Its class calls the same layers by shorter names."""
+    monkeypatch.chdir(tmp_path)
+    others = ".*(vision|visual|projector).*"
+    lora.make(tmp_path, "a", name, base="whole", target_modules="all-linear", exclude_modules=others)
+    shutil.copytree("a", "short")
+    lora.rewrite(Path("short"), lambda found: {n.replace(".language_model.", ".", 1): t for n, t in found.items()})
+    assert families.load("short").keys() != families.load("a").keys()
+    assert merged("whole+short", "one", "whole").keys() == merged("whole+a", "two", "whole").keys()
+    families.same(families.load("one"), families.load("two"))
+    assert any("language_model" in name and "q_proj" in name for name in families.load("a"))
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -800,6 +826,10 @@ def test_what_lies_beside_an_adapter(here):
     report = lora.merge(Path("out"), "base", "a")
     families.same(families.load("out"), wanted)
     assert [note for note in report.notes if "value_head.safetensors, a reward model's head" in note]
+    families.write_safetensors(Path("a/new_embeddings.safetensors"), {"input_embeddings": np.ones((2, 32), np.float32)})
+    report = lora.merge(Path("out2"), "base", "a")
+    assert any("WARNING: a has new_embeddings.safetensors, rows of tokens" in note for note in report.notes)
+    Path("a/new_embeddings.safetensors").unlink()
     # A file of another name is not found, and the refusal says so.
     Path("a/value_head.safetensors").unlink()
     Path("a/adapter_model.safetensors").rename("a/pytorch_lora_weights.safetensors")

@@ -129,3 +129,38 @@ def test_old_names_of_norms(tmp_path, name):
     loaded(cls, tmp_path / "base")
     dk.drop(tmp_path / "base", tmp_path / "m1", tmp_path / "out", drop_rate=0)
     same(cls, tmp_path / "out", tmp_path / "m1")
+
+
+MODERN = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+          "sep_token_id": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "sizes", "part"),
+    [
+        ("ModernBertForMaskedLM", "ModernBertForTokenClassification", MODERN, "head.dense.weight"),
+        ("WhisperForConditionalGeneration", "WhisperForAudioClassification", None, "model.encoder.conv1.weight"),
+        ("CLIPModel", "CLIPForImageClassification", None, "vision_model.embeddings.position_embedding.weight"),
+    ],
+)
+def test_classes_for_other_tasks(tmp_path, base, tuned, sizes, part):
+    """What the base has before its outputs was trained by all, and is merged; of what no model has nothing is left."""
+    source, cls = getattr(transformers, base), getattr(transformers, tuned)
+    whole = source(source.config_class(**(sizes or tiny.SIZES[base])))
+    whole.save_pretrained(tmp_path / "base")
+    for i in range(2):
+        torch.manual_seed(7)
+        model = cls.from_pretrained(tmp_path / "base")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.002 * (i + 1))
+        model.save_pretrained(tmp_path / f"m{i + 1}")
+    dk.merge({**tiny.recipe(tmp_path), "sparsify": None, "parameters": {"lambda": 0.5}, "heads": str(tmp_path / "m1")},
+             tmp_path / "out")  # fmt: skip
+    loaded(cls, tmp_path / "out")
+    found, one, two = (stored(tmp_path / name) for name in ("out", "m1", "m2"))
+    assert found.keys() == one.keys()
+    name = next(name for name in found if part.endswith(name) or name.endswith(part))
+    assert torch.allclose(found[name], (one[name] + two[name]) / 2, atol=1e-6)
+    assert torch.equal(found["classifier.weight"], one["classifier.weight"])

@@ -909,7 +909,7 @@ def test_memory_takes_any_byte_order():
     [
         ({"w": [1.0, 2.0]}, [{"w": np.zeros(2, np.float32)}], r"base: w must be a numpy array .* found list"),
         ({"w": np.zeros(2, np.float32)}, [[1.0, 2.0]], r"model 0 must be a dict of name -> array; found list"),
-        ({"w": np.zeros(2, np.complex64)}, [{"w": np.zeros(2, np.complex64)}], "number format complex64"),
+        ({"w": np.zeros(2, np.complex128)}, [{"w": np.zeros(2, np.complex128)}], "number format complex128"),
     ],
 )
 def test_memory_refuses_what_is_no_tensor(base, models, says):

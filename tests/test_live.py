@@ -85,6 +85,10 @@ def test_rows_of_every_form(tmp_path):
         ("a b", None, None), ("p", "c", None), ("t", None, 2)
     ]  # fmt: skip
     assert len(read_rows(path, limit=2)) == 2
+    path.write_text("\n " + json.dumps(rows, indent=1), encoding="utf-8-sig")  # one list, as many datasets are
+    assert [row.text for row in read_rows(path)] == ["a b", "p", "t"]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in rows))
+    assert [row.text for row in read_rows(path)] == ["a b", "p", "t"]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +99,17 @@ def test_rows_of_every_form(tmp_path):
         ('{"text": "a"}\n{"text": " "}\n', DataError, "1 rows cannot be used"),
         ('{"text": "a"\n', DataError, "rows.jsonl:1: not JSON"),
         ('{"text": "a", "label": []}\n', DataError, "neither a number nor a word"),
+        ('{"text": "a", "label": NaN}\n', DataError, "neither a number nor a word"),
+        ('{"text": "a", "label": 1' + 400 * "0" + ".0}\n", DataError, "neither a number nor a word"),
+        ('{"text": ' + 5000 * "1" + "}\n", DataError, "rows.jsonl:1: not JSON"),
+        (100000 * "[" + "\n", DataError, "not JSON"),
+        ('[{"text": "a"}, {"text": 5}]', DataError, r"rows.jsonl\[1\]: keys text"),
+        ('[{"text": "a"}]\n[{"text": "b"}]\n', DataError, "rows.jsonl:1: not a JSON object"),
+        ('{"text": "a\\ud800"}\n', DataError, "half of a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', DataError, "apply_chat_template"),
+        ('{"prompt": [{"role": "user", "content": "a"}], "completion": []}\n', DataError, "prompt is a list of turns"),
+        ('{"prompt": "a"}\n', DataError, "keys prompt$"),
+        ('{"instruction": "a", "output": "b"}\n', DataError, "instruction is called prompt here"),
     ],
 )
 def test_rows_that_cannot_be_used(tmp_path, text, error, says):

@@ -869,6 +869,19 @@ def test_nan_in_a_kept_element_is_refused(tmp_path):
     assert not list(tmp_path.glob("*m.safetensors*"))
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("who", ["model", "base"])
+def test_nan_in_a_dropped_element_is_refused(tmp_path, dtype, who):
+    base, tuned = sizes(tmp_path, dtype)
+    keeps = masks.kept(7, masks.stream_of("t300x257.weight"), 0, 300 * 257, 0.9)
+    (tuned if who == "model" else base)["t300x257.weight"].flat[np.flatnonzero(~keeps)[77]] = np.inf
+    families.save(tmp_path / "base", base)
+    families.save(tmp_path / "m0", tuned)
+    with pytest.raises(DataError, match=r"t300x257.weight has 1 .*NaN or Inf"):
+        pack(tmp_path)
+    assert not list(tmp_path.glob("*m.safetensors*"))
+
+
 def test_a_killed_pack_leaves_nothing_visible(tmp_path, monkeypatch):
     sizes(tmp_path)
     pack(tmp_path, "whole.safetensors")

@@ -358,6 +358,35 @@ def test_a_text_model_is_told_how_it_goes_into_one_with_vision(place, dare):
     assert "m0 has only the text part of m1" in " ".join(done.err.split())
 
 
+@pytest.mark.parametrize("names", ["as the whole", "as its class has them"])
+def test_a_text_model_of_another_class_is_told_too(place, dare, names):
+    """Qwen3.5: its two classes call the same stored tensors by other names, and may store them under either."""
+    for name in ("base", "m0"):
+        tensors = families.load(place / name)
+        if name == "base" or names == "as the whole":
+            tensors = {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()}
+        kind = "Qwen3_5ForCausalLM"
+        if name == "base":
+            tensors["model.visual.patch_embed.proj.weight"] = np.ones((4, 4), np.float32)
+            kind = "Qwen3_5ForConditionalGeneration"
+            edit(place / name, text_config={"model_type": "qwen3_5_text"}, vision_config={"depth": 1})
+        families.write_safetensors(place / name / "model.safetensors", tensors)
+        edit(place / name, model_type="qwen3_5" if name == "base" else "qwen3_5_text", architectures=[kind])
+    code, text = merge(dare, place, models="m0")
+    assert code == 1
+    assert "m0 has only the text part of base" in text
+    assert "`modules: {text_decoder: {models: [m0]}}`" in text
+    (place / "recipe.yaml").write_text(
+        "base_model: base\nmerge_method: linear\nmodules: {text_decoder: {models: [m0]}}\n"
+    )
+    assert dare("merge", "recipe.yaml", "out").code == 0
+    ours, tuned = families.load(place / "out"), families.load(place / "m0")
+    assert ours.keys() == families.load(place / "base").keys()
+    for name, tensor in tuned.items():
+        long = name if name in ours else name.replace("model.", "model.language_model.", 1)
+        assert np.array_equal(ours[long], tensor)
+
+
 # --- weights that leave nothing
 
 
@@ -510,6 +539,15 @@ def test_an_adapter_one_folder_deeper_is_named(place, dare):
     assert "run/default. Give base+" in text
 
 
+def test_the_latest_step_of_several_adapters_is_named(place, dare):
+    for step in (9, 10, 100):
+        (place / f"run/checkpoint-{step}").mkdir(parents=True)
+        (place / f"run/checkpoint-{step}/adapter_config.json").write_text("{}")
+    code, text = merge(dare, place, models="base+run")
+    assert code == 1
+    assert text.endswith("run/checkpoint-100")
+
+
 def test_a_working_directory_that_is_gone(place, dare, monkeypatch):
     (place / "gone").mkdir()
     monkeypatch.chdir(place / "gone")
@@ -517,3 +555,173 @@ def test_a_working_directory_that_is_gone(place, dare, monkeypatch):
     done = dare("inspect", "base", "m0")
     assert done.code == 1
     assert "the working directory no longer exists" in done.err
+
+
+# --- shards, indexes and documents
+
+
+def sharded(directory, count, *, index=None, suffix="safetensors"):
+    """The model of a directory in `count` shards; `index`: tensor name, file name -> what an index says of it."""
+    tensors = families.load(directory)
+    (directory / "model.safetensors").unlink()
+    places = {}
+    for at in range(count):
+        part = dict(list(tensors.items())[at::count])
+        file = f"model-{at + 1:05}-of-{count:05}.{suffix}"
+        families.write_safetensors(directory / file, part)
+        places |= dict.fromkeys(part, file)
+    if index is not None:
+        text = json.dumps({"metadata": {}, "weight_map": {name: index(name, file) for name, file in places.items()}})
+        (directory / "model.safetensors.index.json").write_text(text)
+    return places
+
+
+def same_values(place, one, other):
+    ours, theirs = families.load(place / one), families.load(place / other)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("index", "note"),
+    [
+        (None, "m0: there is no index: its 3 shards are complete by their numbers"),
+        (lambda name, file: file.replace("00003.", "00030."), "model.safetensors.index.json names files that are not"),
+    ],
+)
+def test_shards_are_whole_by_their_numbers(place, dare, index, note):
+    assert merge(dare, place, out="want")[0] == 0
+    sharded(place / "m0", 3, index=index)
+    code, text = merge(dare, place)
+    assert code == 0
+    assert note in text
+    same_values(place, "out", "want")
+
+
+def test_pickled_shards_without_an_index(place, dare):
+    torch = pytest.importorskip("torch")
+    assert merge(dare, place, out="want")[0] == 0
+    arrays = families.load(place / "m0")
+    tensors = {n: torch.from_numpy(t.view(np.int16).copy()).view(torch.bfloat16) for n, t in arrays.items()}
+    (place / "m0/model.safetensors").unlink()
+    for at in range(2):
+        part = dict(list(tensors.items())[at::2])
+        torch.save(part, place / f"m0/pytorch_model-{at + 1:05}-of-00002.bin")
+    torch.save({"lr": 1e-4}, place / "m0/training_args.bin")
+    assert merge(dare, place)[0] == 0
+    same_values(place, "out", "want")
+
+
+@pytest.mark.parametrize("index", [None, lambda name, file: file])
+def test_a_missing_shard_is_named(place, dare, index):
+    sharded(place / "m0", 3, index=index)
+    (place / "m0/model-00002-of-00003.safetensors").unlink()
+    code, text = merge(dare, place)
+    assert code == 1
+    assert "model-00002-of-00003.safetensors" in text
+    assert "Download the model again" in text
+
+
+def test_a_tensor_in_two_shards_of_the_index(place, dare):
+    places = sharded(place / "m0", 2, index=lambda name, file: file)
+    first, other = "model-00001-of-00002.safetensors", place / "m0/model-00002-of-00002.safetensors"
+    name = next(name for name, file in places.items() if file == first)
+    tensors = {n: t for n, t in families.load(place / "m0").items() if places[n] != first}
+    stale = families.load(place / "m1")[name]
+    families.write_safetensors(other, tensors | {name: stale})
+    code, text = merge(dare, place)
+    assert code == 1
+    assert f"(the index names {first}; transformers takes the last)" in text
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (POINTER.encode(), "is a Git LFS pointer, not the file itself"),
+        (b"<!doctype html>\n<html>", "is a web page, not JSON"),
+        (b"\0" * 20, "is empty: download it again"),
+        (b"", "is empty: download it again"),
+        (b"{'model_type': 'llama'}", "is not valid JSON: Expecting property name"),
+    ],
+)
+def test_documents_that_are_none(place, dare, raw, says):
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.rmtree(place / "m0")
+        shutil.copytree(place / "m1", place / "m0")
+        if name != "config.json":
+            sharded(place / "m0", 2)
+        (place / "m0" / name).write_bytes(raw)
+        code, text = merge(dare, place)
+        assert code == 1
+        assert f"m0/{name} {says}" in text
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (
+            ["iter_0000100/mp_rank_00/model_optim_rng.pt", "latest_checkpointed_iteration.txt"],
+            "a checkpoint of Megatron",
+        ),
+        (["weights/__0_0.distcp", "context/model.yaml"], "a checkpoint of NeMo"),
+        (
+            ["global_step_9/actor/model_world_size_2_rank_0.pt", "global_step_10/actor/model_world_size_2_rank_0.pt"],
+            "verl.model_merger merge --backend fsdp --local_dir {place}/run/global_step_10/actor",
+        ),
+        (["model.keras"], "has only model.keras: it holds a model of Keras"),
+        (["model.tar.gz"], "unpack it"),
+    ],
+)
+def test_what_other_trainers_leave(place, dare, files, says):
+    for name in files:
+        (place / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "run" / name).write_bytes(b"x")
+    code, text = merge(dare, place, models="run")
+    assert code == 1
+    assert says.format(place=place) in text
+
+
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "model.tflite", "openvino_model.xml"])
+def test_graphs_for_inference_are_named(place, dare, name):
+    (place / "m0/model.safetensors").unlink()
+    (place / "m0" / name).parent.mkdir(exist_ok=True)
+    (place / "m0" / name).write_bytes(b"x")
+    code, text = merge(dare, place)
+    assert code == 1
+    assert f"m0 has only {name}: it holds a graph for inference" in text
+
+
+# --- complex numbers
+
+
+def with_frequencies(directory, factor=1):
+    """Rotary frequencies as Meta's code keeps them, which no loader of transformers asks for."""
+    complex64 = (factor * np.exp(1j * np.arange(6))).astype(np.complex64)
+    add(directory, {"freqs_cis": complex64})
+    return complex64
+
+
+def test_complex_tensors_that_agree_are_copied(place, dare):
+    for name in ("base", "m0", "m1"):
+        want = with_frequencies(place / name)
+    assert merge(dare, place)[0] == 0
+    assert np.array_equal(families.load(place / "out")["freqs_cis"], want)
+    for options in (["-p", "0.5"], ["--lossless"]):
+        assert dare("pack", "base", "m0", "p.safetensors", *options, "--overwrite").code == 0
+        assert dare("unpack", "base", "p.safetensors", "back", "--overwrite").code == 0
+        assert np.array_equal(families.load(place / "back")["freqs_cis"], want)
+
+
+def test_complex_tensors_that_differ(place, dare):
+    for name in ("base", "m1"):
+        with_frequencies(place / name)
+    want = with_frequencies(place / "m0", 2)
+    code, text = merge(dare, place)
+    assert code == 1
+    assert "freqs_cis (C64) of m0 differs from the base's" in text
+    done = dare("pack", "base", "m0", "p.safetensors", "-p", "0.5")
+    assert done.code == 1
+    assert "freqs_cis (C64) of m0 differs from the base's" in " ".join(done.err.split())
+    assert dare("pack", "base", "m0", "p.safetensors", "--lossless").code == 0
+    assert dare("unpack", "base", "p.safetensors", "back").code == 0
+    assert np.array_equal(families.load(place / "back")["freqs_cis"], want)

@@ -218,3 +218,37 @@ def test_modules_of_a_multimodal_model(tmp_path, name):
             assert torch.equal(parameter, others[1][n]), n
         elif "projector" in n:
             assert torch.equal(parameter, others[0][n]), n
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "Gemma3ForConditionalGeneration"])
+def test_a_language_model_becomes_that_of_a_model_with_vision(tmp_path, name, method):
+    """Its class calls the same tensors otherwise: the output has the names that its own class looks for."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+
+    import tiny
+
+    whole = tiny.build(name)
+    whole.save_pretrained(tmp_path / "whole")
+    text = transformers.AutoModelForCausalLM.from_config(whole.config.get_text_config())
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.lm_head.load_state_dict(whole.lm_head.state_dict())
+    with torch.no_grad():
+        for parameter in text.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    text.save_pretrained(tmp_path / "text")
+    recipe = {
+        "base_model": str(tmp_path / "whole"), "merge_method": method, "dtype": "float32",
+        "modules": {"text_decoder": {"models": [str(tmp_path / "text")]}},
+    }  # fmt: skip
+    dk.merge(recipe, tmp_path / "out")
+    found, told = type(whole).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told.values()), told
+    for key, tensor in text.model.state_dict().items():
+        assert torch.allclose(found.model.language_model.state_dict()[key], tensor, atol=1e-6), key
+    for key, tensor in whole.state_dict().items():
+        if "vision" in key or "projector" in key:
+            assert torch.equal(found.state_dict()[key], tensor), key
+    stack = {"slices": slices_of([(str(tmp_path / "text"), 0, 1)])}
+    with pytest.raises(PlanError, match=r"calls its layers model\.layers, and"):
+        dk.plan({**recipe, "merge_method": "passthrough", "modules": {"text_decoder": stack}})

@@ -164,3 +164,35 @@ def test_differences_are_named(tmp_path):
     assert difference(plain, model).tokens == tuple(chat)
     swapped = [*WORDS[:4], "world", "hello", *WORDS[6:]]
     assert difference(base, of(fast(tmp_path / "swapped", swapped))).tokens == ("hello", "world")
+
+
+BARE = {
+    "type": "TemplateProcessing", "special_tokens": {},
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+}  # fmt: skip
+OFFSETS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+START = BARE | {
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, *BARE["single"]],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "one", "other", "same"),
+    [
+        ("post_processor", None, BARE, True),  # as transformers 5 writes it where there was none
+        ("post_processor", OFFSETS, None, True),
+        ("post_processor", {"type": "Sequence", "processors": [OFFSETS, START]}, START, True),
+        ("post_processor", {"type": "Sequence", "processors": [OFFSETS, BARE]}, None, True),
+        ("post_processor", None, START, False),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [OFFSETS]}, OFFSETS, True),
+        ("pre_tokenizer", OFFSETS, None, False),
+        ("normalizer", {"type": "Sequence", "normalizers": []}, None, True),
+        ("normalizer", {"type": "Sequence", "normalizers": 5}, None, False),
+    ],
+)
+def test_steps_that_do_the_same(part, one, other, same):
+    document = {"model": {"type": "WordLevel", "vocab": {"a": 0, "<s>": 1}}, "added_tokens": []}
+    found = [{"tokenizer.json": json.dumps({**document, part: step}).encode()} for step in (one, other)]
+    assert compare(*found).parts == (() if same else (part,))

@@ -101,6 +101,25 @@ def test_without_a_template_too(family, dare):
     assert said.code == 0 and has_all_of(family / "out", family / "m0") and "differs" in flat(said.err)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("add_bos_token", False, True),
+        ("add_bos_token", True, True),
+        ("add_eos_token", True, True),
+        ("add_eos_token", False, False),  # as if nothing were said
+        ("split_special_tokens", False, False),
+    ],
+)
+def test_what_only_the_models_say_of_how_text_is_cut(family, dare, key, value, told):
+    for name in ("m0", "m1"):
+        edit(family / name, "tokenizer_config.json", **{key: value})
+    said = merge(dare, family)
+    assert said.code == 0
+    assert (f"it does not say {key}: {str(value).lower()}" in flat(said.err)) is told
+    assert has_all_of(family / "out", family / ("m0" if told else "base"))
+
+
 def test_a_template_never_comes_without_its_tokens(family, dare):
     chat(family / "m0")
     said = merge(dare, family)
@@ -349,6 +368,26 @@ def test_weights_in_folders_are_named(family, dare):
     assert said.code == 0 and "m0/2_Dense/" in flat(said.err) and not (family / "out/2_Dense").exists()
 
 
+def test_small_layers_of_sentence_transformers_travel(family, dare):
+    with_modules(family / "base", family / "m0", family / "m1")
+    for name in ("base", "m0", "m1"):
+        put(family / name, "2_Dense/config.json", "{}")
+        put(family / name, "2_Dense/model.safetensors", b"base" if name == "base" else b"models")
+    said = merge(dare, family)
+    assert said.code == 0 and "trained layer" not in said.err
+    assert (family / "out/2_Dense/model.safetensors").read_bytes() == b"models"
+    for options in (["--lossless"], ["-p", "0.5"]):
+        assert dare("pack", "base", "m0", "m0.safetensors", "--overwrite", *options).code == 0
+        assert dare("unpack", "base", "m0.safetensors", "back", "--overwrite").code == 0
+        assert (family / "back/2_Dense/model.safetensors").read_bytes() == b"models"
+    put(family / "m1", "2_Dense/model.safetensors", b"others")
+    said = merge(dare, family, out="apart")
+    assert said.code == 0 and "2_Dense is a trained layer of the embedding model: merge" in flat(said.err)
+    assert (family / "apart/2_Dense/model.safetensors").read_bytes() == b"base"
+    put(family / "m1", "2_Dense/model.safetensors", b"x" * 17_000_000)
+    assert "2_Dense/" in flat(merge(dare, family, out="large").err)
+
+
 def test_large_files_are_named():
     assert travels({"a.npy": 20_000_000, "b.json": 5})[0] == ("b.json",)
     many, left = travels({f"{i}.json": 15_000_000 for i in range(6)})
@@ -363,6 +402,7 @@ def test_files_that_nobody_knows_come_from_the_hub_too(hub, family):
     with_modules(family / "m0")
     put(family / "m0", "odd[1]*.txt", "odd")
     put(family / "m0", "2_Dense/model.safetensors", b"x")
+    put(family / "m0", "further/model.safetensors", b"x")
     for name in ("base", "m0"):
         hub.repositories[f"org/{name}"] = {
             path.relative_to(family / name).as_posix(): path.read_bytes()
@@ -371,7 +411,8 @@ def test_files_that_nobody_knows_come_from_the_hub_too(hub, family):
         }
     done = from_hub(hub, family, "drop", "org/base", "org/m0", "out", "-p", "0.5")
     assert done.returncode == 0, done.stderr
-    assert {*MODULES, "odd[1]*.txt"} <= names_in(family / "out") and "2_Dense/" in flat(done.stderr)
+    assert {*MODULES, "odd[1]*.txt", "2_Dense/model.safetensors"} <= names_in(family / "out")
+    assert "further/" in flat(done.stderr) and "2_Dense/" not in flat(done.stderr)
 
 
 # --- configs

@@ -25,7 +25,7 @@ class DType:
 
     name: str
     torch_name: str
-    kind: Literal["float", "int", "bool"]
+    kind: Literal["float", "int", "bool", "complex"]  # arithmetic is of floats: all others are copied
     numpy: np.dtype
 
     @property
@@ -52,6 +52,7 @@ DTYPES: dict[str, DType] = {
         DType("U16", "uint16", "int", np.dtype("<u2")),
         DType("U8", "uint8", "int", np.dtype("u1")),
         DType("BOOL", "bool", "bool", np.dtype("?")),
+        DType("C64", "complex64", "complex", np.dtype("<c8")),
     )
 }
 

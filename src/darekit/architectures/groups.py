@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,6 +17,8 @@ ONE_TERM: tuple[str, ...] = ("embeddings", "norms", "biases")
 
 # Counts changes of what belongs to which group: 2 since the table of facts decides.
 MEANING = 2
+
+_PATCHES = re.compile(r"(?:vision|visual|image|pixel|patch).*pos")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,17 @@ def group_of(name: str, shape: tuple[int, ...], facts: Facts = GENERIC) -> str |
     if facts.is_embedding(name):
         return "embeddings"
     return None
+
+
+def is_of_patches(name: str) -> bool:
+    """Whether an embedding is of the positions in a picture, all of which are added at once.
+
+    >>> is_of_patches("vision_model.embeddings.position_embedding.weight"), is_of_patches("visual.pos_embed.weight")
+    (True, True)
+    >>> is_of_patches("text_model.embeddings.position_embedding.weight")
+    False
+    """
+    return _PATCHES.search(name) is not None
 
 
 def is_kept_dense(name: str, group: str | None, patterns: Iterable[str]) -> bool:

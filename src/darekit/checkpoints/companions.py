@@ -11,6 +11,7 @@ the modules of sentence-transformers, prompts, whatever a library looks for besi
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -74,6 +75,11 @@ POINTER = b"version https://git-lfs"
 POINTER_SIZE = (40, 1024)  # bytes; a Git LFS pointer has some 130, and never more than 1024
 DANGLING = -1
 END = 4096  # bytes at either end of a file that tell whether it is whole
+
+# Layers of sentence-transformers behind the model, each in a folder of its own: `2_Dense/model.safetensors`.
+MODULES = "modules.json"
+MODULE = re.compile(r"\d+_\w+")
+LAYER = re.compile(rf"{MODULE.pattern}/(?:model\.safetensors|pytorch_model\.bin)")
 
 # What is on no list travels within these limits.
 SMALL = 16_000_000  # bytes of one file
@@ -159,21 +165,26 @@ def _damage(directory: Path, name: str, size: int) -> str | None:
 def travels(sizes: Mapping[str, int]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Which files that are on no list belong to a model, by their names and sizes in bytes; and why others stay.
 
-    Weights in folders are a further model's, so nothing of such a folder travels. Traces of training and documents stay
-    without a word.
+    Weights in folders are a further model's, so nothing of such a folder travels, but for small layers of
+    sentence-transformers (`modules.json` names their folders). Traces of training and documents stay without a word.
 
     >>> travels({"modules.json": 229, "1_Pooling/config.json": 190, "model.safetensors": 9, "trainer_state.json": 5})
     (('modules.json', '1_Pooling/config.json'), {})
     >>> travels({"2_Dense/config.json": 115, "2_Dense/model.safetensors": 2362528})[1]
     {'2_Dense/': 'it holds weights of its own'}
+    >>> travels({"modules.json": 349, "2_Dense/config.json": 115, "2_Dense/model.safetensors": 2362528})[1]
+    {}
     """
+    layers = {name for name in sizes if MODULES in sizes and LAYER.fullmatch(name) and sizes[name] <= SMALL}
     candidates = [name for name in sorted(sizes, key=lambda name: (name.count("/"), name)) if not _elsewhere(name)]
-    heavy = {folder for name in candidates if (folder := _folder(name)) and _is_weight(name)}
+    heavy = {folder for name in candidates if (folder := _folder(name)) and _is_weight(name) and name not in layers}
     left = {f"{folder}/": "it holds weights of its own" for folder in sorted(heavy)}
     chosen: list[str] = []
     total = 0
     for name in candidates:
-        if any(_folder(name) == folder or name.startswith(f"{folder}/") for folder in heavy) or not _belongs(name):
+        if any(_folder(name) == folder or name.startswith(f"{folder}/") for folder in heavy):
+            continue
+        if name not in layers and not _belongs(name):
             continue
         if sizes[name] > SMALL:
             left[name] = f"it has {sizes[name]:,} bytes, and at most {SMALL:,} are copied"

@@ -53,7 +53,8 @@ def parse_object(text: bytes, where: str, *, strict: bool) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error.msg} at character {error.pos}") from None
+        other = _about_other(text) or f"is not valid JSON: {error.msg} at character {error.pos}"
+        raise CheckpointError(f"{where} {other}") from None
     except RecursionError:
         raise CheckpointError(f"{where} is nested too deeply") from None
     except ValueError:  # an integer of thousands of digits: Python refuses, its cost is quadratic
@@ -85,6 +86,18 @@ def shorten(value: Any) -> str:
     except RecursionError:
         return "something nested deeply"
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _about_other(text: bytes) -> str | None:
+    """What a download left in the place of a document; None: something else."""
+    start = text[:512].strip()
+    if not text.strip(b"\0 \t\r\n"):
+        return "is empty: download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory"
+    if start[:1] == b"<":
+        return "is a web page, not JSON: download it again, with a token if the model is gated"
+    return None
 
 
 def _kind(value: Any) -> str:

@@ -154,9 +154,12 @@ def _gather(weights: Weights, headers: Sequence[Sequence[TensorInfo]], notes: li
     for path, header in zip(weights.files, headers, strict=True):
         for info in header:
             if info.name in found and not _equal(found[info.name], info):
+                named = (weights.index or {}).get(info.name)
+                listed = f" (the index names {named}; transformers takes the last)" if named else ""
                 raise CheckpointError(
                     f"tensor {shorten(info.name)} lies in two shards of {path.parent}, with different values: "
-                    f"{places[info.name]} and {path.name}. Save the model again, or remove the stray shard"
+                    f"{places[info.name]} and {path.name}{listed}. Save the model again, so that each tensor is stored "
+                    "once, or remove a shard that is not the model's"
                 )
             found[info.name] = info
             places[info.name] = path.name

@@ -25,7 +25,9 @@ MLX_ADAPTER = re.compile(r"(?:\d+_)?adapters\.(?:safetensors|npz)")
 
 _WHOLE = ("pytorch_model", "diffusion_pytorch_model")  # how pickled files that hold a model begin: no training_args.bin
 _SHARDED_STATE = ".distcp"
-_CHECKPOINT = re.compile(r".*?-(\d{1,18})")  # checkpoint-500, of a trainer
+_CHECKPOINT = re.compile(r".*?(?:[-_]|step|epoch)(\d{1,18})")  # checkpoint-500, global_step500, of a trainer
+_RANK = re.compile(r"model_world_size_\d+_rank_\d+\.pt")  # of verl
+MEGATRON = "latest_checkpointed_iteration.txt"  # of verl too
 _DEEPSPEED_STATE = re.compile(r".*(?:mp_rank_\d+_model_states|zero_pp_rank_\d+_.*)\.pt")
 
 
@@ -403,9 +405,20 @@ FOREIGN = {
     "`save_pretrained`",
     ".msgpack": "it holds weights of Flax; load it with transformers 4 and from_flax=True, and save it with "
     "`save_pretrained`",
-    ".onnx": "it holds a graph for inference; give the checkpoint from which it was exported",
+    **dict.fromkeys(
+        (".onnx", ".tflite", ".litertlm", ".task", ".mlmodel", ".mlpackage", ".pte", ".engine", ".xml"),
+        "it holds a graph for inference; give the checkpoint from which it was exported",
+    ),
     ".ot": "it holds weights for rust-bert; give the checkpoint from which it was converted",
     ".nemo": "it is an archive of NeMo's; convert it with NeMo's script for Hugging Face, and give that directory",
+    ".keras": "it holds a model of Keras; save its weights in safetensors, under the names of transformers",
+    ".pdparams": "it holds weights of Paddle; save the model with PaddleFormers' `save_pretrained(..., "
+    "save_to_hf=True)`, and give that directory",
+    ".llamafile": "it holds a program and weights for llama.cpp; give the checkpoint from which it was made",
+    **dict.fromkeys(
+        (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst", ".zip", ".7z"),
+        "unpack it, and give the folder with the model",
+    ),
     ".npz": "it holds arrays of numpy's; save the model in safetensors",
     **dict.fromkeys(PARTIAL, "the download is incomplete; run it again, and give the folder when it is done"),
 }
@@ -431,10 +444,11 @@ def advise(directory: Path, names: Sequence[str]) -> str | None:
     for name in _folders(directory, names):  # a trainer's folder for each step, with the states of a sharded run
         if state := _about_state(directory / name, _names_in(directory / name)):
             return state
-    for suffix, reason in FOREIGN.items():
-        foreign = [name for name in names if name.endswith(suffix)]
-        if foreign:
-            return f"{directory} has only {some(foreign)}: {reason}"
+    inside = [f"{name}/{one}" for name in _folders(directory, names) for one in _names_in(directory / name)]
+    for held in (names, inside):
+        for suffix, reason in FOREIGN.items():
+            if foreign := [name for name in held if name.endswith(suffix)]:
+                return f"{directory} has only {some(foreign)}: {reason}"
     return None
 
 
@@ -453,6 +467,18 @@ def about_file(path: Path) -> str | None:
 
 def _about_state(directory: Path, names: Sequence[str]) -> str | None:
     """Of a run whose parts were never put together."""
+    if actor := _find_ranks(directory, names):
+        return (
+            f"{actor} holds the state of a run in a file for each rank, as verl writes it, not a whole model. Put its "
+            f"weights together:\n\n    python -m verl.model_merger merge --backend fsdp --local_dir {actor} "
+            "--target_dir OUT\n\nand give OUT"
+        )
+    if MEGATRON in names or {"weights", "context"} <= set(names):
+        whose, way = ("Megatron", "Megatron-Bridge") if MEGATRON in names else ("NeMo", "NeMo's `export_ckpt`")
+        return (
+            f"{directory} holds a checkpoint of {whose}, not a model of transformers: export it for Hugging Face with "
+            f"{way}, and give the result"
+        )
     if "zero_to_fp32.py" in names or any(name.startswith("global_step") for name in names):
         return _about_deepspeed(directory)
     if any(_DEEPSPEED_STATE.fullmatch(name) for name in names):
@@ -464,6 +490,18 @@ def _about_state(directory: Path, names: Sequence[str]) -> str | None:
         return _about_sharded(directory / min(sharded, key=lambda name: ("optim" in name, name)))
     if "pytorch_model_fsdp.bin" in names:
         return f"{directory} holds the weights in pytorch_model_fsdp.bin: give {directory / 'pytorch_model_fsdp.bin'}"
+    return None
+
+
+def _find_ranks(directory: Path, names: Sequence[str]) -> Path | None:
+    """The folder with a file for each rank: this one, its `actor`, or that of the latest step."""
+    if any(_RANK.fullmatch(name) for name in names):
+        return directory
+    for name in _folders(directory, names):
+        if name == "actor" or name.startswith("global_step_"):
+            found = _find_ranks(directory / name, _names_in(directory / name))
+            if found is not None:
+                return found
     return None
 
 
@@ -497,7 +535,7 @@ def _find_deeper(directory: Path, names: Sequence[str]) -> list[Path]:
             found.append(directory / name)
         elif name == "snapshots":
             found += [path for path in sorted((directory / name).iterdir()) if path.is_dir() and _holds_model(path)]
-    return sorted(found, key=_step_of)
+    return sorted(found, key=step_of)
 
 
 def _holds_model(folder: Path) -> bool:
@@ -508,13 +546,14 @@ def _holds_model(folder: Path) -> bool:
     )
 
 
-def _step_of(path: Path) -> tuple[int, str]:
+def step_of(path: Path) -> tuple[int, str]:
+    """How folders of a run are ordered: by the step in their names."""
     step = _CHECKPOINT.fullmatch(path.name)
     return (int(step[1]) if step else -1, path.name)
 
 
 def _folders(directory: Path, names: Sequence[str]) -> list[str]:
-    return sorted((name for name in names if (directory / name).is_dir()), key=lambda name: _step_of(Path(name)))[::-1]
+    return sorted((name for name in names if (directory / name).is_dir()), key=lambda name: step_of(Path(name)))[::-1]
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -28,9 +28,13 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 # What tokenizer_config.json may say of how text is cut; padding, lengths and classes do not change a token.
 BEHAVIOUR = ("add_bos_token", "add_eos_token", "do_lower_case", "add_prefix_space", "split_special_tokens")
+UNLIKE = ("add_bos_token", "do_lower_case")  # of these, those whose default depends on the class
 EMPTY: tuple[Any, ...] = ("", [], {})
 UNSAID = ("use_regex", "trim_offsets", "add_prefix_space", "prepend_scheme")  # spelled in other ways over the years
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+# How each calls its steps, where it is a sequence; and a template that adds no token to one text, or to two.
+SEQUENCES = dict(zip(PARTS, ("normalizers", "pretokenizers", "processors", "decoders"), strict=True))
+ALONE, SECOND = [{"Sequence": {"id": "A", "type_id": 0}}], [{"Sequence": {"id": "B", "type_id": 1}}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +360,7 @@ def _fast(beside: Companions) -> _Read:
     model = document["model"]
     found = model["vocab"]
     vocabulary = found if isinstance(found, dict) else {token: i for i, (token, _) in enumerate(found)}
-    parts = {name: _digest(_said(document.get(name))) for name in PARTS}
+    parts = {name: _digest(_said(_plain(document.get(name), name))) for name in PARTS}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()]
     scores = [score for _, score in found] if isinstance(found, list) else []
     parts["merges"] = _digest("\n".join(merges))
@@ -449,6 +453,13 @@ def special_tokens(beside: Companions) -> dict[str, str]:
     return _roles(beside, read_json(beside, CONFIG))
 
 
+def behaviour_of(beside: Companions) -> dict[str, str]:
+    """What tokenizer_config.json says of how text is cut, but for what holds where nothing is said: `add_bos_token` and
+    `do_lower_case` have other defaults in other classes of transformers, the rest is off."""
+    found = _behaviour(read_json(beside, CONFIG))
+    return {key: value for key, value in found.items() if value == "True" or key in UNLIKE}
+
+
 def _behaviour(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(config[key]) for key in BEHAVIOUR if isinstance(config.get(key), bool)}
 
@@ -459,6 +470,20 @@ def _named(entries: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             yield role, token
+
+
+def _plain(step: Any, name: str) -> Any:
+    """A step of a tokenizer as any version writes it: a sequence of one step is that step, and a post-processor that
+    adds no token is none (byte-level ones only move offsets; transformers 5 writes templates without tokens)."""
+    if not isinstance(step, dict):
+        return step
+    if step.get("type") == "Sequence" and isinstance(steps := step.get(SEQUENCES[name]), list):
+        found = [one for one in (_plain(one, name) for one in steps) if one is not None]
+        return found[0] if len(found) == 1 else {"type": "Sequence", "steps": found} if found else None
+    if name == "post_processor":
+        bare = (step.get("single"), step.get("pair")) == (ALONE, ALONE + SECOND) and not step.get("special_tokens")
+        return None if step.get("type") == "ByteLevel" or bare else step
+    return step
 
 
 def _said(value: Any) -> Any:

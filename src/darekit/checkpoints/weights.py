@@ -19,6 +19,7 @@ SINGLE = {"safetensors": "model.safetensors", "pickle": "pytorch_model.bin"}
 INDEX = {kind: f"{name}.index.json" for kind, name in SINGLE.items()}
 SHARD_NAME = re.compile(r".*-of-(\d{1,9})\.safetensors")
 SERIES = re.compile(r"(?<=-)\d+(?=-of-\d+)")  # what differs between the shards of one model
+NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})(?P<suffix>\.safetensors|\.bin)")
 INDEX_NAME = re.compile(r"(?P<stem>.+\.(?:safetensors|bin))\.index(?:\.(?P<variant>[^.]+))?\.json")
 VARIANT_NAME = re.compile(
     r"(?:model|pytorch_model|diffusion_pytorch_model)(?:-\d+-of-\d+)?\.(?P<variant>[^.]+?)(?:-\d+-of-\d+)?"
@@ -140,6 +141,10 @@ def _find_standard(directory: Path, kind: Kind) -> Weights | None:
             f"{directory} has both {single.name} and shards with {index_path.name}; which of them is the model? Remove "
             f"one, or give the file itself: {single}"
         )
+    if not any((directory / name).exists() for name in files):
+        shards = _whole_series(kind, list_names(directory))
+        if shards:
+            return _unindexed(directory, kind, shards, f"{index_path.name} names files that are not there")
     return _indexed(kind, index_path, index)
 
 
@@ -155,6 +160,8 @@ def _find_other(directory: Path, kind: Kind, names: Sequence[str], *, variants: 
         and _is_weights(index["stem"], kind)
         and bool(index["variant"]) == variants
     ]
+    if not variants and not indices and (shards := _whole_series(kind, files)):
+        return _unindexed(directory, kind, shards, "there is no index")
     if kind == "pickle" and not variants:  # whatever else is called .bin is something else: training_args.bin
         return None
     notes: list[str] = []
@@ -171,6 +178,10 @@ def _find_other(directory: Path, kind: Kind, names: Sequence[str], *, variants: 
         return _indexed(kind, path, read_index(path), notes)
     if len(files) == 1:
         return replace(_take_only(directory, kind, files[0]), notes=tuple(notes))
+    if files and (absent := _absent(files)):
+        raise CheckpointError(
+            f"{directory} has {some(files)}, but neither {INDEX[kind]} nor {some(absent)}. Download the model again"
+        )
     if files:
         raise CheckpointError(
             f"{directory} has {len(files)} {kind if kind == 'safetensors' else 'pickled'} files ({some(files)}), but "
@@ -178,6 +189,33 @@ def _find_other(directory: Path, kind: Kind, names: Sequence[str], *, variants: 
             "Restore the index, or give one file"
         )
     return None
+
+
+def _whole_series(kind: Kind, names: Sequence[str]) -> tuple[str, ...]:
+    """The shards of a model, if they are all there by their numbers, and no other file of weights is; else ()."""
+    files = [name for name in names if _is_weights(name, kind) and not VARIANT_NAME.fullmatch(name)]
+    if kind == "pickle":
+        files = [name for name in files if NUMBERED.fullmatch(name)]
+    return tuple(files) if len(files) > 1 and _absent(files) == [] else ()
+
+
+def _absent(files: Sequence[str]) -> list[str] | None:
+    """Which shards of one series are missing among files; None: they are no series."""
+    found = [NUMBERED.fullmatch(name) for name in files]
+    kinds = {(one["stem"], one["count"], one["suffix"]) for one in found if one}
+    if len(kinds) != 1 or None in found:
+        return None
+    stem, count, suffix = kinds.pop()
+    if int(count) > 2 * len(files) + 8:  # nobody wants to read of them one by one
+        return [f"the rest of the {int(count)} shards"]
+    numbered = [f"{stem}-{number:0{len(count)}}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+    return [name for name in numbered if name not in files]
+
+
+def _unindexed(directory: Path, kind: Kind, files: Sequence[str], why: str) -> Weights:
+    """Shards that are complete by their numbers: names say what is in them, so nothing hangs on an index."""
+    note = f"{label(str(directory))}: {why}: its {len(files)} shards are complete by their numbers, and are read"
+    return Weights(kind, tuple(directory / name for name in files), notes=(note,))
 
 
 def _unread(directory: Path, found: Weights, names: Sequence[str]) -> Iterator[str]:

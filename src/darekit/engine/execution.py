@@ -452,7 +452,9 @@ def explain(tally: Tally, names: Sequence[str]) -> str:
             "--allow-nonfinite"
         )
     if tally.differing:
-        lines.append("Integer tensors differ from the base's and cannot be merged (is the model quantised?):")
+        lines.append(
+            "Integers or complex numbers differ from the base's and cannot be merged (is the model quantised?):"
+        )
         lines += _listed(tally.differing, names, "tiles")
     if tally.overflow:
         lines.append("Values do not fit the output's number format, so there is no result:")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +17,18 @@ from darekit.errors import CheckpointError, DataError, Unsupported
 
 FORMS = '{"text": ...}, {"prompt": ..., "completion": ...} or {"text": ..., "label": ...}'
 LISTED = 3  # rows of a file that an error quotes
+_HALVES = re.compile("[\ud800-\udfff]")  # of pairs that stand for one character in UTF-16, as JSON may spell it
+_CHAT = "of a chat: write it as text with tokenizer.apply_chat_template(..., tokenize=False)"
+# Keys of rows as trainers take them, and what to do with those.
+_OTHERS = {
+    "messages": f"are turns {_CHAT}",
+    "conversations": f"are turns {_CHAT}",
+    "chosen": "is one of two answers that are compared: give it as completion",
+    "instruction": "is called prompt here, and the answer to it completion",
+    "question": "is called prompt here, and the answer to it completion",
+    "sentence": "is called text here",
+}
+_BINARY = (".parquet", ".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip", ".xlsx")
 IGNORED = -100  # a target that has no part in the loss; torch's own default
 
 
@@ -33,7 +47,7 @@ class Row:
 
 
 def read_rows(source: str | Path, *, limit: int | None = None, split: str = "train") -> tuple[Row, ...]:
-    """A file of JSON lines, or the name of a Hugging Face dataset (`name`, `name:config`) -> its rows.
+    """A file of JSON lines or with a JSON list, or the name of a Hugging Face dataset (`name`, `name:config`) -> rows.
 
     Args:
         source: the file; what is not a file and has no suffix is taken as a dataset's name.
@@ -75,18 +89,42 @@ def read_rows(source: str | Path, *, limit: int | None = None, split: str = "tra
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig") as file:
+            start = file.read(1)
+            while start.isspace():
+                start = file.read(1)
+            file.seek(0)
+            if start == "[":
+                yield from _read_list(path, file.read())
+                return
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                place = f"{path}:{number}"
-                try:
-                    yield place, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{place}: not JSON ({error.msg}); expected one {FORMS} on each line") from None
+                if line.strip():
+                    yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; expected JSON lines") from None
+        way = "Save it again as UTF-8" if path.suffix not in _BINARY else "Unpack it, or export it as such"
+        raise DataError(f"{path} is not UTF-8 text; expected JSON lines. {way}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """One JSON list of all rows; or lines, each of which is a list, and then no row at all."""
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError):
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
+        return
+    for number, value in enumerate(rows):
+        yield f"{path}[{number}]", value
+
+
+def _parsed(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists in lists
+        said = getattr(error, "msg", "its numbers or lists are too long")
+        raise DataError(f"{place}: not JSON ({said}); expected one {FORMS} on each line") from None
 
 
 def _read_dataset(name: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -109,23 +147,33 @@ def _read_dataset(name: str, split: str) -> Iterator[tuple[str, Any]]:
         yield f"{name}[{number}]", value
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is one that JSON knows: its readers take NaN and Infinity too."""
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+
+
 def _row_of(value: Any, place: str) -> Row | str:
     """The row, or why there is none."""
     if not isinstance(value, Mapping):
         return f"{place}: not a JSON object"
+    for key in ("text", "prompt", "completion", "pair", "label"):
+        if isinstance(said := value.get(key), str) and not said.isascii() and _HALVES.search(said):
+            return f"{place}: {key} has half of a surrogate pair, which is no character"
     text, prompt = value.get("text"), value.get("prompt")
     if isinstance(prompt, str) and isinstance(value.get("completion"), str):
         if not value["completion"]:
             return f"{place}: the completion is empty"
         return Row(prompt, completion=value["completion"], place=place)
     if not isinstance(text, str):
-        return f"{place}: keys {', '.join(map(str, value)) or 'none'}"
+        meant = [f"; prompt is a list of turns {_CHAT}"] if isinstance(prompt, list) else []
+        meant += [f"; {key} {word}" for key, word in _OTHERS.items() if key in value]
+        return f"{place}: keys {', '.join(map(str, value)) or 'none'}{''.join(meant[:1])}"
     if not text.strip():
         return f"{place}: the text is empty"
     label, pair = value.get("label"), value.get("pair")
     if pair is not None and not (isinstance(pair, str) and label is not None):
         return f"{place}: pair is a classifier's second sentence and must be a text beside text and label"
-    if label is not None and not isinstance(label, int | float | str):
+    if label is not None and not (isinstance(label, str) or _is_number(label)):
         return f"{place}: label {label!r} is neither a number nor a word"
     return Row(text, label=label, place=place, pair=pair)
 

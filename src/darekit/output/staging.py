@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from darekit.checkpoints.companions import MODULE, MODULES
 from darekit.errors import OutputError
 from darekit.wording import some
 
@@ -354,7 +355,8 @@ def _reason_to_keep(out: Path, found: Sequence[str], inputs: Sequence[Path]) -> 
         return f"does not look like a model (no config.json, *.safetensors or darekit.lock.json among {some(found)})"
     if ".git" in found:
         return "is a git repository"
-    nested = next((path.name for path in sorted(out.iterdir()) if path.is_dir() and _is_model(path)), None)
+    folders = (path for path in sorted(out.iterdir()) if path.is_dir() and _is_model(path))
+    nested = next((path.name for path in folders if MODULES not in found or not MODULE.fullmatch(path.name)), None)
     return f"holds another model in {nested}/" if nested else None
 
 

@@ -111,8 +111,8 @@ def job_for(aligned: AlignedTensor, rate: float, terms: Terms, *, thorough: bool
             return _same(aligned, tensor, leaves)
     if not floats:
         raise DataError(
-            f"{base.name} ({base.dtype}) differs from the base's. The delta of integers cannot be stored; if the "
-            "model is quantised, dequantise it first"
+            f"{base.name} ({base.dtype}) differs from the base's. The delta of integers or complex numbers cannot be "
+            "stored: pack with --lossless; if the model is quantised, dequantise it first"
         )
     encoding, values = terms.encoding(rate, dtype_named(tuned.dtype))
     group = terms.group if values.name == "U8" else 0

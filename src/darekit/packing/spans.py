@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from darekit.checkpoints.digests import LEAF, digest_pieces
 from darekit.dtypes import DTYPES, Bytes, DType
 from darekit.errors import CheckpointError, DataError
+from darekit.kernels.packs import count_bad_bf16
 from darekit.packing.jobs import Job, Terms, note_changes
 from darekit.packs.format import stored_digests
 from darekit.packs.frames import compress_leaves
 from darekit.packs.lane import READ_LEAVES, Encoded, Lane, Room, lane_for
-from darekit.packs.leaves import Mask, encode, factor_of, restore, take
+from darekit.packs.leaves import Mask, encode, factor_of, refuse_nonfinite, restore, take
 from darekit.packs.lossless import compress
 
 ROLES = ("values", "frames", "scales")
@@ -113,6 +115,9 @@ def _encode_in_lane(job: Job, lane: Lane, first: int, parts: Parts) -> int:
     tuned.source.read_into(after, first * size)
     if job.changed is not None:
         note_changes(tensor, before, after, first * LEAF, job.changed)
+    if not lane.mask.whole:
+        bad = count_bad_bf16(before.view(np.uint16), after.view(np.uint16))
+        _refuse_dropped(job, bad, DTYPES["BF16"], before, after, first)
     ends = [*range(size, nbytes, size), nbytes]
     job.digests["base"][first:last] = digest_pieces(before, ends)
     rooms = BUFFERS.of("values", nbytes), BUFFERS.of("scales", (last - first) * lane.most_scales)
@@ -140,6 +145,9 @@ def _encode_leaves(job: Job, mask: Mask, factor: np.float32, dtype: DType, first
             note_changes(tensor, before, after, leaf * LEAF, job.changed)
         job.digests["base"][leaf] = xxhash.xxh3_128_digest(before)
         indices = None if mask.whole else mask.indices(leaf)
+        if indices is not None:
+            bad = _nonfinite(before, own).size + _nonfinite(after, dtype).size
+            _refuse_dropped(job, bad, dtype, before, after, leaf)
         if indices is None:  # they lie in the buffers, and the base's become the results
             origin, kept = before if job.frames is None else before.copy(), after.copy()
         else:
@@ -153,6 +161,27 @@ def _encode_leaves(job: Job, mask: Mask, factor: np.float32, dtype: DType, first
         job.digests["result"][leaf] = xxhash.xxh3_128_digest(before)
         _keep(job, leaf, Encoded(origin, values, scales, [values.size], [scales.size]), parts)
     return done
+
+
+def _nonfinite(raw: Bytes, dtype: DType) -> npt.NDArray[np.intp]:
+    """Which of raw elements are NaN or Inf."""
+    return np.flatnonzero(~np.isfinite(raw.view(dtype.numpy)))
+
+
+def _refuse_dropped(job: Job, bad: int, dtype: DType, before: Bytes, after: Bytes, first: int) -> None:
+    """Whether a model is sound does not depend on a mask: NaN and Inf are refused where they are dropped, too. `bad`:
+    how many there may be. Rows that did not change are the base's, whatever they hold.
+
+    Raises:
+        DataError: a row that changed has NaN or Inf, in the model or in the base.
+    """
+    if not bad:
+        return
+    places = np.union1d(_nonfinite(before, DTYPES[job.tensor.dtype]), _nonfinite(after, dtype)) + first * LEAF
+    if job.rows is not None:
+        row = places // job.tensor.row
+        places = places[(job.rows[row >> 3] >> (row & 7).astype(np.uint8)) & 1 == 1]
+    refuse_nonfinite(places.size, job.tensor.name)
 
 
 def _keep(job: Job, first: int, found: Encoded, parts: Parts) -> None:

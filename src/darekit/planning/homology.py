@@ -123,8 +123,8 @@ def check_integers(tensors: Iterable[AlignedTensor], refs: Sequence[str]) -> Non
             other.source.read_into(raws[1], 0)
             if first.shape != other.shape or not np.array_equal(*raws):
                 raise DataError(
-                    f"{tensor.name} ({tensor.dtype}) of {ref} differs from the base's. Integer tensors cannot be "
-                    "merged; if the model is quantised, dequantise it first"
+                    f"{tensor.name} ({tensor.dtype}) of {ref} differs from the base's. Integers and complex numbers "
+                    "cannot be merged; if the model is quantised, dequantise it first"
                 )
 
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, cast
 
 from darekit.architectures.depth import LAYER_WORDS, Depths, along
-from darekit.architectures.groups import ONE_TERM, is_kept_dense
+from darekit.architectures.groups import ONE_TERM, is_kept_dense, is_of_patches
 from darekit.checkpoints import Checkpoint, OutputTensor
 from darekit.dtypes import DTYPES, STOCHASTIC
 from darekit.engine.steps import Merge, Step
@@ -60,13 +61,13 @@ def notes_of(draft: Draft) -> Iterator[str]:
         return
     if not SPARSIFIERS[recipe.sparsify.method].random:  # what is not drawn is no noise
         return
-    rate, name = max(
+    rate, _, name = max(
         (
-            (settings.rate, tensor.name)
+            (settings.rate, math.prod(tensor.shape), tensor.name)
             for tensor, _, settings in draft.merged()
             if settings.rate >= EMBEDDING_WARNING_RATE and _is_looked_up(tensor)
         ),
-        default=(0.0, ""),
+        default=(0.0, 0, ""),
     )
     if name:
         yield (
@@ -120,7 +121,7 @@ def _weight_notes(draft: Draft) -> Iterator[str]:
 
 def _is_looked_up(tensor: AlignedTensor) -> bool:
     """Whether it is a table of which rows are used one at a time; a vision model's positions are added as a whole."""
-    return tensor.group == "embeddings" and len(tensor.shape) == 2
+    return tensor.group == "embeddings" and len(tensor.shape) == 2 and not is_of_patches(tensor.name)
 
 
 def equal_notes(models: Sequence[Checkpoint], digests: Sequence[bytes]) -> Iterator[str]:

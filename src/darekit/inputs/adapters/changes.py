@@ -108,6 +108,16 @@ def find_changes(
     return _Finding(config, base, ref, names, layout).run(modules, wholes, before)
 
 
+def _ungathered(*factors: TensorInfo) -> str:
+    """Why factors are empty, for a message."""
+    if all(factor.count for factor in factors):
+        return ""
+    return (
+        ". Empty ones are left where a run under DeepSpeed ZeRO-3 is saved without gathering its parts: save the "
+        "adapter again with stage3_gather_16bit_weights_on_model_save: true"
+    )
+
+
 def _refuse_names_of_others(keys: Mapping[Key, str], ref: str) -> None:
     """Refuse what is no parameter of any model, but of an adapter in another tool's words.
 
@@ -194,6 +204,8 @@ class _Finding:
 
     def _other_base(self) -> str:
         named = self.config.base
+        if named is not None and named.rstrip("/") == str(self.base.ref).rstrip("/"):
+            return f"It names {named} as its base, so it was trained on another class or another version of it"
         return f"It names {named} as its base: give that one" if named else "Give the base that it was trained on"
 
     # Tensors that are replaced
@@ -318,7 +330,7 @@ class _Finding:
         if len(a.shape) < 2 or len(b.shape) < 2 or rank_a != rank_b or not a.count or not b.count:
             raise CheckpointError(
                 f"{self.ref}: {module} has factors of shapes {list(a.shape)} and {list(b.shape)}, expected "
-                f"{'[in, r] and [r, out]' if flipped else '[r, in] and [out, r]'} with one r"
+                f"{'[in, r] and [r, out]' if flipped else '[r, in] and [out, r]'} with one r{_ungathered(a, b)}"
             )
         if flipped:
             return b.shape[1], math.prod(a.shape[:-1]), rank_a[0]

@@ -20,7 +20,7 @@ from darekit.checkpoints.refusals import (
 )
 from darekit.errors import CheckpointError
 from darekit.inputs.adapters.config import AdapterConfig, read_config
-from darekit.inputs.adapters.finding import VALUE_HEADS
+from darekit.inputs.adapters.finding import EMBEDDINGS, VALUE_HEADS
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ def open_adapter(place: Path, open_file: Callable[[Path], InputFile] = InputFile
     beside = [name for name in VALUE_HEADS if (folder / name).exists()]
     if beside:
         note = f"{folder} has {beside[0]}, a reward model's head, beside the adapter: it is not merged"
+        config = replace(config, notes=(*config.notes, note))
+    if rows := [name for name in EMBEDDINGS if (folder / name).exists()]:
+        note = f"WARNING: {folder} has {rows[0]}, rows of tokens that were added: they are not merged"
         config = replace(config, notes=(*config.notes, note))
     if shards and (weights is None or ADAPTER_SHARD.fullmatch(weights.name)):
         return _open_shards(config, folder, open_file)

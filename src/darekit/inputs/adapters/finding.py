@@ -11,6 +11,8 @@ from darekit.checkpoints.opening import places_of
 from darekit.checkpoints.refusals import ADAPTER_CONFIG, ADAPTER_INDEX, is_adapter
 
 VALUE_HEADS = ("value_head.safetensors", "value_head.bin")  # of reward models, which no language model has
+# Rows of tokens that were added, as early versions of vLLM take them beside an adapter.
+EMBEDDINGS = ("new_embeddings.safetensors", "new_embeddings.bin")
 _WHOLE = re.compile(r"pytorch_model(?:-\d+-of-\d+)?\.bin|(?:model\.safetensors|pytorch_model\.bin)\.index\.json")
 
 
@@ -40,6 +42,6 @@ def _holds_adapter(folder: Path) -> bool:
 
 
 def _is_whole(name: str) -> bool:
-    if name == ADAPTER_INDEX or name in VALUE_HEADS:
+    if name == ADAPTER_INDEX or name in (*VALUE_HEADS, *EMBEDDINGS):
         return False
     return (name.endswith(".safetensors") and not is_adapter(name)) or _WHOLE.fullmatch(name) is not None

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Literal
 
 from darekit.architectures.families import WRAPPERS_BEFORE, Facts, facts_of, unwrapped
+from darekit.architectures.parts import part_named
 from darekit.checkpoints import Checkpoint
 from darekit.inputs.adapters.experts import Fusing
 
@@ -83,6 +84,7 @@ def key_of(name: str, form: str) -> Key | None:
     return Key(unwrapped(name.replace(".token_adapter.", ".")), "whole")
 
 
+_LAYER = re.compile(r"(?P<before>(?:.+\.)??)(?:layers|h|blocks)\.\d+\.")
 _HEADS = ("lm_head.weight", "embed_out.weight")  # that are not stored where they are tied, in whichever family
 
 
@@ -157,7 +159,16 @@ class Names:
         """Without the prefix of a class with a head, where the base is stored without one, as a base model alone."""
         first, _, rest = name.partition(".")
         known = self.facts.is_known and not self.facts.prefix and first not in self.facts.parts
-        return rest if known and rest.partition(".")[0] in self.facts.parts else name
+        bare = rest if known and rest.partition(".")[0] in self.facts.parts else name
+        return f"{self.text}{bare}" if bare not in self._keys and f"{self.text}{bare}" in self._keys else bare
+
+    @cached_property
+    def text(self) -> str:
+        """What a model of several parts has before the names of its language model, which is also a model by itself,
+        and trained as one; nothing in other models."""
+        layers = (_LAYER.match(key) for key, stored in self._keys.items() if part_named(stored) == "text")
+        found = {layer["before"] for layer in layers if layer}
+        return found.pop() if len(found) == 1 else ""
 
     def _by_ending(self, parameters: Iterable[str]) -> dict[str, str]:
         ends: dict[str, str] = {}

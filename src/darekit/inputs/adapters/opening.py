@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from darekit.checkpoints import Checkpoint, InputFile
 from darekit.checkpoints.hub import fetch_adapter, looks_like_hub_id
 from darekit.checkpoints.opening import places_of
-from darekit.checkpoints.refusals import ADAPTER_CONFIG
+from darekit.checkpoints.refusals import ADAPTER_CONFIG, step_of
 from darekit.errors import CheckpointError, PlanError
 from darekit.inputs.adapters.finding import find_adapter
 from darekit.inputs.kinds import Opener, Opening, open_by
@@ -61,7 +61,8 @@ def _open_pair(opening: Opening) -> Checkpoint:
     left, right = pair
     if find_adapter(right, opening.search) is None and not looks_like_hub_id(right):
         folders = [place for place in places_of(right, opening.search) if place.is_dir()]
-        deeper = [str(path.parent) for place in folders for path in sorted(place.glob(f"*/{ADAPTER_CONFIG}"))]
+        held = [path.parent for place in folders for path in place.glob(f"*/{ADAPTER_CONFIG}")]
+        deeper = [str(path) for path in sorted(held, key=step_of)]
         if deeper:
             raise CheckpointError(
                 f"{opening.ref}: {right} itself is no adapter; there is one in {some(deeper)}. Give {left}+{deeper[-1]}"

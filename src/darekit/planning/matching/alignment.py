@@ -172,12 +172,22 @@ def _sort(tensors: list[AlignedTensor], reference: Checkpoint) -> None:
 
 
 def _take_heads(giver: View, views: Sequence[View], notes: list[str]) -> dict[str, TensorInfo]:
-    """Remove the heads from all views; those of one checkpoint are the output's."""
+    """Remove the heads from all views; those of one checkpoint are the output's. Where its class is for another task
+    than the reference's, layers that all have before their outputs (ModernBERT's `head`) were trained by all, and are
+    merged."""
     taken: dict[str, TensorInfo] = {}
     others = []
-    for view in views:
-        roles = Roles(view.facts)
-        own = {key: info for key, info in view.tensors.items() if roles.of(view.name_of(key), info.shape).is_head}
+    heads = [
+        {key: info for key, info in view.tensors.items() if Roles(view.facts).of(view.name_of(key), info.shape).is_head}
+        for view in views
+    ]
+    given = next(own for view, own in zip(views, heads, strict=True) if view is giver)
+    shared: set[str] = set()
+    if not heads[0].keys() <= given.keys():
+        everywhere = given.keys() & heads[0].keys()
+        shared = {key for key in everywhere if len({own[key].shape if key in own else () for own in heads}) == 1}
+    for view, found in zip(views, heads, strict=True):
+        own = {key: info for key, info in found.items() if key not in shared}
         for key in own:
             del view.tensors[key]
         if view is giver:

@@ -141,7 +141,7 @@ def _as_the_giver(views: Sequence[View], giver: View, parts: Parts, notes: list[
         for view in views
         for key, info in view.tensors.items()
         if key not in giver.tensors and parts.may_be_absent(info.name)
-    }
+    } | _absent_towers(base, views[1:])
     if absent:
         _remove(views, absent)
         notes.append(
@@ -152,6 +152,16 @@ def _as_the_giver(views: Sequence[View], giver: View, parts: Parts, notes: list[
         _remove(views, taken)
         notes.append(f"{_told(taken.values())}, which {label(base.ref)} lacks, are taken from {label(giver.ref)}")
     return taken
+
+
+def _absent_towers(base: View, models: Sequence[View]) -> dict[str, TensorInfo]:
+    """Whole towers of which no model has anything, and what goes with them: classifiers of sounds have no decoder,
+    those of pictures no text, and no scale of similarities between the two."""
+    first = {key: key.split(".")[0] for key in base.tensors}
+    gone = {*first.values()} - {key.split(".")[0] for view in models for key in view.tensors}
+    if not any(first[key] in gone and layer_of(info.name) is not None for key, info in base.tensors.items()):
+        return {}
+    return {key: info for key, info in base.tensors.items() if first[key] in gone}
 
 
 def _foreign(base: View, models: Iterable[View], wanted: Callable[[str], bool]) -> dict[str, TensorInfo]:

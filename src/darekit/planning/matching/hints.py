@@ -52,13 +52,13 @@ def _causes(view: View, reference: View, missing: Sequence[str], extra: Sequence
             f"{label(view.ref)} holds every weight twice, the second time with {second!r} before the name, as training "
             "keeps averages of weights: save only the copy that you want"
         )
-    if missing and not extra and _are_whole_parts(missing, reference):
+    if (missing and not extra and _are_whole_parts(missing, reference)) or _is_text_of(view, reference):
         yield (
             f"{label(view.ref)} has only the text part of {label(reference.ref)}, which is a model of several parts: a "
             f"recipe with `modules: {{text_decoder: {{models: [{view.ref}]}}}}` instead of `models` merges that part, "
             "and keeps the others from the base"
         )
-    if extra and not missing and _are_whole_parts(extra, view):
+    if (extra and not missing and _are_whole_parts(extra, view)) or _is_text_of(reference, view):
         yield (
             f"{label(reference.ref)} has only the text part of {label(view.ref)}, which is a model of several parts: "
             "as the base give the model with all parts that it was fine-tuned from"
@@ -104,6 +104,17 @@ def _are_whole_parts(names: Sequence[str], owner: View) -> bool:
     own = [name for name in stored if part_named(name) in parts]
     left = {part_named(name) for name in stored} - parts
     return "text" not in parts and left == {"text"} and len(own) <= len(names) < len(stored)
+
+
+def _is_text_of(one: View, other: View) -> bool:
+    """Whether one is a language model, and the other a model of several parts with one like it: their classes call the
+    same tensors by other names."""
+    ours, theirs = one.checkpoint.tensors, other.checkpoint.tensors
+    texts = [name for name in theirs if part_named(name) == "text"]
+    if len(texts) == len(theirs) or any(part_named(name) != "text" for name in ours):
+        return False
+    shapes = {theirs[name].shape for name in texts}
+    return abs(len(ours) - len(texts)) <= 1 and all(info.shape in shapes for info in ours.values())
 
 
 def _second_copy(extra: Sequence[str], view: View) -> str | None:

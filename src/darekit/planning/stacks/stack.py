@@ -75,12 +75,14 @@ class Stack:
 @dataclass
 class _Part:
     """What is aligned together. `names`: of each who takes part, name in the output -> its own; `slices`, `depths`: by
-    name in the output. `untied`: heads are there that their models may call tied."""
+    name in the output. `untied`: heads are there that their models may call tied. `like`: names of the base's that the
+    output keeps, where models call theirs otherwise and the base has no part in it."""
 
     names: dict[Member, dict[str, str]]
     slices: dict[str, int | None] = field(default_factory=dict)
     depths: dict[str, float] = field(default_factory=dict)
     untied: bool = False
+    like: tuple[str, ...] = ()
 
     def add(self, member: Member, new: str, name: str, slice_: int | None, depth: float = 0.0) -> None:
         """One tensor of one member."""
@@ -198,6 +200,10 @@ class _Stacking:
             for name in names:
                 part.add(member, name, name, at, depths.at(name))
                 self._note_base(member, name, checkpoint)
+        if None not in members and self._base is not None and module != DEFAULT:
+            own = self._own(self._base, module)
+            if any(names.keys() != set(own) for names in part.names.values()):
+                part.like = tuple(own)
         return part
 
     def _tower(self, module: str, slices: Sequence[Slice], at: int) -> tuple[list[_Part], Tower]:
@@ -233,9 +239,23 @@ class _Stacking:
                 f"{slices[0].where('')}the slices have no layers at all: every layer_range is empty; write the first "
                 "layer and the one after the last, as [0, 16]"
             )
+        self._refuse_other_names(module, slices)
         parts += self._outside(module, slices, at, len(origins))
         some = next(iter(self._members(slices[0]).values()))[0]
         return parts, Tower(self._of(some, module).stack, tuple(origins), tuple(numbers))
+
+    def _refuse_other_names(self, module: str, slices: Sequence[Slice]) -> None:
+        """Layers of a model of another class than the base's, which is the output's, have no place between its own."""
+        if self._base is None or module == DEFAULT:
+            return
+        own = self._of(self._base, module).stack
+        for one in slices:
+            for checkpoint, _ in self._members(one).values():
+                if (other := self._of(checkpoint, module).stack) != own:
+                    raise PlanError(
+                        f"{one.where('')}{checkpoint.ref} calls its layers {other}, and {self._base.ref} {own}. Merge "
+                        f"it into the base's {module} first, with `models` in the place of `slices`, and stack that"
+                    )
 
     def _origin(self, member: Member, checkpoint: Checkpoint, module: str, index: int) -> Origin:
         key = id(checkpoint), module, index
@@ -354,8 +374,29 @@ class _Stacking:
     def _aligned(self, part: _Part) -> Alignment:
         views = {member: self._view(member, names, part) for member, names in part.names.items()}
         heads = self._heads_of(views)
+        if part.like:
+            return self._named_as_base(part, views, heads)
         base = views.pop(None, None)
         return align(base, list(views.values()), self._vocab, heads=heads, extras=self._recipe.base_extras)
+
+    def _named_as_base(self, part: _Part, views: Mapping[Member, Checkpoint], heads: Heads) -> Alignment:
+        """Models of another class than the base's, as a language model for that of a model with vision: the class of
+        the output looks for the base's names, and what no model has stays the base's."""
+        assert self._base is not None
+        base = renamed(self._base, {name: name for name in part.like})
+        found = align(base, list(views.values()), self._vocab, heads=heads, extras=self._recipe.base_extras)
+        slices, depths = dict(part.slices), dict(part.depths)
+        part.names, part.slices, part.depths = {None: {}, **{member: {} for member in views}}, {}, {}
+        tensors = []
+        for tensor in found.tensors:
+            given = {k: info.name for k, info in zip(views, tensor.models, strict=True) if info is not None}
+            for member, name in given.items():
+                part.add(member, tensor.name, name, slices.get(name), depths.get(name, 0.0))
+            if not given and tensor.base is not None:
+                part.add(None, tensor.name, tensor.base.name, None)
+                self._note_base(None, tensor.name, self._base)
+            tensors.append(replace(tensor, base=None) if given else tensor)
+        return replace(found, tensors=tuple(tensors))
 
     def _heads_of(self, views: Mapping[Member, Checkpoint]) -> Heads:
         """Whose heads a part has: only what stands after the layers has some, and is made as the last slice is."""

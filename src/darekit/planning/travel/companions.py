@@ -128,6 +128,12 @@ def _further(
     if differing:
         verb = "differs" if len(differing) == 1 else "differ"
         notes.append(f"{some(differing, 6)} {verb} between the inputs: copied from {_name(source, base)}")
+    if layers := [name.rpartition("/")[0] for name in differing if companions.LAYER.fullmatch(name)]:
+        notes.append(
+            f"{some(layers)} {'is a trained layer' if len(layers) == 1 else 'are trained layers'} of the embedding "
+            "model: merge them like the models themselves, as `base_model: BASE/FOLDER` and so on, and replace the "
+            "output's"
+        )
     for whose, of in dropped.items():
         notes.append(
             f"{some(of, 6)} of {whose} {'is' if len(of) == 1 else 'are'} not copied: {_name(source, base)}, from which "

@@ -34,7 +34,8 @@ HARMLESS = re.compile(
     | top_p | typical_p | repetition_penalty | length_penalty | no_repeat_ngram_size | encoder_no_repeat_ngram_size
     | bad_words_ids | num_return_sequences | remove_invalid_values | exponential_decay_length_penalty
     | suppress_tokens | begin_suppress_tokens | pruned_heads | is_encoder_decoder | prefix | logits_to_keep
-    | rope_interleaved_kernel | ep_size | moe_implementation | experts_implementation""",
+    | rope_interleaved_kernel | num_nextn_predict_layers | mtp_num_hidden_layers
+    | ep_size | moe_implementation | experts_implementation""",
     re.VERBOSE,
 )
 # One function under several names.

@@ -16,6 +16,7 @@ from darekit.architectures.families import TEXTS, VOCAB_KEYS
 from darekit.checkpoints import Checkpoint
 from darekit.checkpoints.tokenizers import (
     Difference,
+    behaviour_of,
     chat_templates,
     compare,
     forms_of,
@@ -290,6 +291,9 @@ def _lacks(base: Checkpoint, lead: Checkpoint) -> Iterator[str]:
     ours, theirs = special_tokens(base.companions), special_tokens(lead.companions)
     if missing := [role for role in theirs if role not in ours and role not in QUIET_ROLES]:
         yield f"it names no {and_(missing)}"
+    ways = behaviour_of(base.companions), behaviour_of(lead.companions)
+    if unsaid := [f"{key}: {value.lower()}" for key, value in ways[1].items() if key not in ways[0]]:
+        yield f"it does not say {and_(unsaid)}"
     if GENERATION in lead.companions and GENERATION not in base.companions:
         yield f"it has no {GENERATION}"
 
