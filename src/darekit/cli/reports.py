@@ -16,7 +16,7 @@ def report(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder of a sweep, a search, an eval (--out) or an inspect (--plot).")
     ],
-    out: Annotated[Path | None, typer.Option(help="The page to write; default: report.html in FOLDER.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page to write; default: report.html in DIR.")] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     figures: Annotated[
         Path | None, typer.Option(help="Write the plots to this folder too, as PNG and SVG, for papers.")
