@@ -87,6 +87,8 @@ SPACE = "space: {parameters.lambda: {low: 0.5, high: 1}}\n"
          r"line 5: space.parameters.lamda: this does not make a recipe: .*did you mean 'lambda'\?"),
         (f"{START}space: {{parameters.lambda: [1]}}\n", "leaves nothing to choose"),
         (f"{START}space: {{parameters.lambda: [1, 1]}}\n", "1 is given twice"),
+        (f"{START}space:\n  models.*.parameters.weight: auto\n  models.0.parameters.weight: auto\n",
+         "line 7: space.models.0.parameters.weight is given twice; keep one$"),
         (f"{START}space: {{merge_method: [ties, tise]}}\n", r"merge_method: this does not make a recipe: .*'tise'"),
         (f"{START}space: {{m: {{one: [1]}}}}\n", "space.m.one: expected settings"),
         (f"{START}space: {{m: {{one: {{merge_metod: ties}}}}}}\n", r"space.m.one: this does not make a recipe"),

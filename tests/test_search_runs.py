@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from darekit.errors import DataError, OutputError, RecipeError
+from darekit.errors import DataError, OutputError, PlanError, RecipeError
 from darekit.evaluation.items import Items
 from darekit.evaluation.scores import Score
 from darekit.pools.processes import open_processes
@@ -312,7 +312,10 @@ def test_a_goal_that_is_no_score_lists_those_that_there_are(place):
             {"choose": "a/exact_mach"},
             r"choose: a/exact_mach: 'a/exact_mach' is not a score; did you mean 'a/exact_match'",
         ),
-        ({"at_least": {"b/los": 0.5}}, r"b/los at least 0.5: 'b/los' is not a score; there are: a/exact_match, b/exac"),
+        (
+            {"at_least": {"b/los": 0.5}},
+            r"search: at_least.b/los: 'b/los' is not a score; there are: a/exact_match, b/exac",
+        ),
         ({"at_most": {"min": "0.9 of m1"}, "choose": {"mean": ["a", "b/acc"]}}, r"'b/acc' is not a score"),
     ],
 )
@@ -353,7 +356,7 @@ def test_a_model_that_a_constraint_names_and_that_fails_is_told_before_the_plain
             broken = len(data["models"]) == 1 and data["models"][0]["model"].endswith("m1")
             return Answer(FAILED, error="not this one") if broken else super().__call__(task)
 
-    with pytest.raises(RecipeError, match=r"b at least 0.9 of .*m1: .* could not be judged"):
+    with pytest.raises(RecipeError, match=r"search: at_least.b: .*m1 could not be judged"):
         place.run(place.search(at_least={"b": "0.9 of m1"}), fake=Broken())
     assert [one["name"] for one in lines(place.path / "out")] == ["base", "single m0", "single m1"]
 
@@ -702,8 +705,9 @@ def test_a_database_keeps_the_trials_of_several_searches(place):
     again = place.run(place.search(storage=url, trials=5), "one")
     assert [found.summary["counts"]["trials"] for found in (one, other, again)] == [3, 4, 5]
     assert (place.path / "search.db").exists() and not (place.path / "one" / "journal.log").exists()
-    with pytest.raises(OutputError, match="cannot be used"):
+    with pytest.raises(PlanError, match="search: storage: SQLAlchemy knows no database 'nosuch'"):
         place.run(place.search(storage="nosuch://x"), "none")
+    assert not (place.path / "none").exists()
 
 
 def test_a_line_cut_short_by_a_kill_spoils_nothing(place):

@@ -17,7 +17,7 @@ def report(
         Path, typer.Argument(metavar="DIR", help="Folder of a sweep, a search, an eval (--out) or an inspect (--plot).")
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The page to write; default: report.html in FOLDER.")
+        Path | None, typer.Option(metavar="FILE", help="The page to write; default: report.html in DIR.")
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     figures: Annotated[

@@ -76,4 +76,4 @@ def _write(path: Path, text: str) -> None:
         partial.write_bytes(text.encode())
         partial.replace(path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; name another file with --out") from None

@@ -141,7 +141,7 @@ def _read_space(document: Document, recipe: Recipe, negative: bool | None) -> tu
         knobs.append(_read_seeds(document))
     twice = [knob.name for i, knob in enumerate(knobs) if knob.name in [other.name for other in knobs[:i]]]
     if twice:
-        fail(document, ("space",), f"{twice[0]} is given twice; keep one")
+        fail(document, _path_of(document, twice[0]), " is given twice; keep one")
     return tuple(knobs)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -34,6 +35,8 @@ from darekit.trials.identities import digest_of, judges_identity, samples_of, tr
 from darekit.trials.judging import check_judges, found_in, make_judges, named_in, search_of
 from darekit.trials.models import Place, origins_in, shared_threads
 from darekit.trials.settings import data_of, recipe_with
+
+CROWD = 4  # jobs for each core, above which they only wait for each other
 
 Make = Callable[[frozenset[str]], Callable[[], Callable[[Task], Answer]]]
 
@@ -99,6 +102,9 @@ def search(
     require_optuna(found.sampler)
     if cluster is None:  # else the workers' machines need it
         require_torch()
+    cores = os.cpu_count() or 1
+    if cluster is None and jobs is not None and jobs > CROWD * cores and say:
+        say(f"{jobs} jobs on {cores} cores: each is a process with a model of its own; --jobs {cores} is as fast")
     folders = search_of(found.recipe, found.search)
     written = recipe_with(found.recipe, {}, set(), None)
     place = Place(
