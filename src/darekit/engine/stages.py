@@ -120,8 +120,8 @@ class RankedDrop(Stage):
         ranks = np.arange(self.row, dtype=np.float64)
         keep = (1.0 - rate) - window / 2 + window * ranks / (self.row - 1) if self.row > 1 else np.full(1, 1.0 - rate)
         self.limits = np.rint((1.0 - keep) * 4294967296.0).astype(np.uint64)
-        with np.errstate(divide="ignore"):
-            self.factors = (1.0 / keep).astype(np.float32) if rescale else np.ones(self.row, np.float32)
+        factors = np.divide(1.0, keep, out=np.zeros_like(keep), where=keep > 0) if rescale else np.ones(self.row)
+        self.factors = factors.astype(np.float32)
 
     def apply(self, delta: Tile, start: int) -> int:
         rows = delta.reshape(-1, self.row)

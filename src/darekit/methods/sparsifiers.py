@@ -149,8 +149,7 @@ def della(
     mask = draws.astype(np.float64) >= np.rint((1.0 - keep) * 4294967296.0)
     if rescale != "paper":
         return _rescaled(delta, mask, drop_rate, rescale)
-    with np.errstate(divide="ignore"):  # keep = 0 is never kept
-        factor = (1.0 / keep).astype(np.float32)
+    factor = np.divide(1.0, keep, out=np.zeros_like(keep), where=keep > 0).astype(np.float32)  # keep = 0 is never kept
     return np.where(mask, delta * factor.astype(delta.dtype), delta.dtype.type(0))
 
 
