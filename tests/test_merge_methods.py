@@ -17,7 +17,7 @@ from darekit import testing
 from darekit.dtypes import DTYPES
 from darekit.engine import execution, tiles
 from darekit.engine.selection import Select
-from darekit.errors import RecipeError
+from darekit.errors import PlanError, RecipeError
 from darekit.methods import MERGE_METHODS, merging, spherical
 
 SHAPES = ((1,), (3,), (65,), (1025,), (3, 1), (1, 3), (130, 517), (2, 5, 64), ())
@@ -548,3 +548,14 @@ def test_the_lock_tells_what_was_measured(monkeypatch):
     assert records["w"]["kept"] == {"0": 3, "1": 3}
     merged("arcee_fusion", {}, base, models[:1])
     assert records["w"]["measured"].keys() == {"threshold"}
+
+
+def test_della_at_a_drop_rate_of_1_leaves_nothing_whatever_its_window():
+    """One end of a gradient may be there; the rates around it would be beyond 1."""
+    rng = np.random.default_rng(3)
+    base, model = rng.normal(size=(2, 7, 33)).astype(np.float32)
+    model[0, :5] = base[0, :5]  # deltas of 0, which a factor without a bound would make NaN
+    merged = dk.merge_tensors({"w": base}, [{"w": model}], sparsify=dk.della(1.0, window=0.3), method="task_arithmetic")
+    assert merged["w"].tobytes() == base.tobytes()
+    with pytest.raises(PlanError, match=r"drop rates from 0\.79 to 1\.09"):
+        dk.merge_tensors({"w": base}, [{"w": model}], sparsify=dk.della(0.94, window=0.3))

@@ -422,7 +422,7 @@ def good(draw):
         block |= draw(st.sampled_from([{}, {"on": "delta", "seed": 7}, *({"keep_dense": kept} for kept in KEPT)]))
         recipe["sparsify"] = block
     else:
-        own, shared = model_words(method), shared_words(method)
+        own, shared = model_words(method), shared_words(method, ours=False)
         for word in ("rescale", "density", "keep") if form == "native" else ("density",):
             own.pop(word, None)
             shared.pop(word, None)
@@ -475,7 +475,7 @@ def known_to(recipe):
     """Parameters that a recipe's methods take somewhere."""
     method = MERGE_ALIASES.get(recipe["merge_method"], recipe["merge_method"])
     if "sparsify" not in recipe:
-        return shared_words(method) | model_words(method)
+        return shared_words(method, ours=False) | model_words(method)
     sparsifier = SPARSIFIERS[recipe["sparsify"]["method"]]
     weight = {MERGE_METHODS[method].weight_word: WEIGHT} if MERGE_METHODS[method].weighted else {}
     return weight | {"seed": SEED} | MERGE_METHODS[method].parameters | sparsifier.parameters

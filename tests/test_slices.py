@@ -363,7 +363,7 @@ def test_lenient():
     with pytest.raises(RecipeError, match="2 keys are not allowed"):
         read_recipe(data)
     recipe = read_recipe(data, lenient=True)
-    assert any("dype is not known; did you mean 'dtype'?" in note and "ignored" in note for note in recipe.notes)
+    assert "WARNING: dype is not known; did you mean 'dtype'? Ignored (--lenient)" in recipe.notes
     assert any("dare_ties with density 1 for every model drops nothing: it is ties" in note for note in recipe.notes)
     ties = {"models": ["a"], "base_model": "b", "merge_method": "ties", "parameters": {"density": 0.5, "rescale": True}}
     found = read_recipe(ties, lenient=True)
