@@ -60,6 +60,9 @@ TESTS = (
     "masks", "reference", "conformance", "merge_methods", "measuring", "rounding", "rounding_losses", "gradients",
     "rates", "homology", "heads", "extras", "packs", "packs_settings", "pack_kernels", "quantised", "search",
     "engine_property",
+    # each asks a module or two by itself, in seconds
+    "selection", "stages", "losses", "products", "trimming", "quantization", "frames", "scales", "standings", "goals",
+    "settings", "layers", "row_sources", "joining", "merged_configs", "deltas", "factors", "cores",
 )  # fmt: skip
 COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

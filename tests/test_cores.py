@@ -153,11 +153,8 @@ def test_core_space_loses_nothing_of_a_sum(monkeypatch):
     assert found.left.shape == (2, 6, 3) and found.right.shape == (2, 3, 5)
     nothing = cores._merged(step, [None, None, None], (2, 6, 5))
     assert nothing.left.shape == (2, 6, 0) and nothing.right.shape == (2, 0, 5)
-    thinner = [
-        (PAIRS[0][0] * np.float32([1, 0])[:, None, None], PAIRS[0][1]),
-        None,
-        None,
-    ]  # the second matrix does not change
+    still = np.float32([1, 0])[:, None, None]  # the second matrix does not change
+    thinner = [(PAIRS[0][0] * still, PAIRS[0][1] * still), None, None]
     one = cores._merged(step, thinner, (2, 6, 5))
     np.testing.assert_allclose(one.left @ one.right, DELTAS[0] * np.array([1, 0])[:, None, None], atol=1e-5)
     huge = [(one[0] * np.float32(1e30), one[1] * np.float32(1e30)) if one else None for one in PAIRS]

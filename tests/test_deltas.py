@@ -82,8 +82,9 @@ def test_rows_that_either_lacks_do_not_differ(dtype):
     for own, other in ((50, 40), (40, 50), (50, 16), (50, 17)):
         aligned = AlignedTensor("w", dtype, (50,), info(base[:own]), (info(model[:other]),))
         target = np.full(50, np.nan, np.float32)
-        Reader("m").into(target, aligned, 0)
+        total = Reader("m").into(target, aligned, 0)
         have = min(own, other)
+        assert total == pytest.approx(np.sum(expected[:have].astype(float) ** 2), rel=1e-12)
         assert target[:have].tobytes() == expected[:have].tobytes() and not target[have:].any()
 
 

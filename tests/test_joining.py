@@ -192,6 +192,12 @@ def test_ids_that_a_loader_would_not_give_are_refused():
             rewritten("hub/m", beside, joined)
 
 
+def test_a_vocabulary_of_added_tokens_alone():
+    joined = join([part({}, [("<s>", 0, ()), ("<t>", 1, ())])], 0, union=False)
+    beside = files({}, [entry("<s>", 0), entry("<t>", 1)])
+    assert read(rewritten("hub/m", beside, joined))["added_tokens"] == [entry("<s>", 0), entry("<t>", 1)]
+
+
 def test_there_must_be_a_file_to_write():
     joined = join([part("a")], 0, union=False, named=["b"])
     with pytest.raises(PlanError, match=r"^hub/m has no tokenizer at all and no tokenizer.json"):

@@ -123,6 +123,33 @@ def test_a_mean_of_no_rows_is_0_and_it_is_made_once(monkeypatch):
     assert made == [1]
 
 
+def test_means_of_numbers_that_are_not_round():
+    """Those of neighbours each by their own rows; of float64 in float64; of a single token that token."""
+    rng = np.random.default_rng(1)
+    for dtype in (np.float64, np.float32):
+        array = rng.normal(size=(6, 5)).astype(dtype)
+        means = {1: [(0, 0), (0, 1)], 2: [(0, 2), (0, 3)], 3: [(0, 4), (0, 5)]}
+        table = RowTable(np.array([0, MEAN, MEAN, MEAN, FILL]), np.array([3, -1, -1, -1, -1]), means, 4)
+        tensor = gathered(0, table, [info(array)], 0)
+        found = np.frombuffer(read(tensor), dtype).reshape(5, 5)
+        size = found.itemsize
+        single = b"".join(read(tensor, at, at + size) for at in range(0, found.nbytes, size))
+        assert single == found.tobytes()
+        pairs = (array[[0, 2, 4]] + array[[1, 3, 5]]) / dtype(2)
+        assert (found[1:4] == pairs).all()
+        close = 1e-15 if dtype == np.float64 else 1e-7
+        np.testing.assert_allclose(found[4], np.mean(found[:4].astype(float), axis=0), rtol=close, atol=close)
+        alone = gathered(0, RowTable(np.array([0, FILL]), np.array([2, -1]), {}, 1), [info(array)], 0)
+        assert read(alone) == array[[2, 2]].tobytes()
+
+
+def test_rows_of_two_tensors_are_no_neighbours():
+    one, other = np.arange(12, dtype=np.float32).reshape(4, 3), -np.arange(12, dtype=np.float32).reshape(4, 3)
+    table = RowTable(np.array([0, 1, 0, 1]), np.array([1, 1, 2, 3]))
+    expected = np.stack([one[1], other[1], one[2], other[3]])
+    assert read(gathered(0, table, [info(one), info(other)], 0)) == expected.tobytes()
+
+
 def test_rows_that_lie_behind_each_other_are_read_at_once():
     seen = []
 
@@ -148,6 +175,8 @@ def test_what_does_not_fit_and_what_is_not_named():
         gathered(0, there, [base, wrong], 0)
     with pytest.raises(HomologyError, match="do not fit"):
         gathered(0, RowTable(np.array([MEAN]), np.array([-1]), {0: [(1, 0)]}), [base, wrong], 0)
+    with pytest.raises(HomologyError, match="do not fit"):
+        gathered(1, there, [wrong, base], 0)
     assert gathered(0, there, [base, info(np.zeros((9, 3), np.float32))], 0).shape == (2, 3)
     assert gathered(0, there, [info(np.zeros((3, 4), np.float32)), info(np.zeros((3, 9), np.float32))], 1).shape == (
         3,
@@ -223,6 +252,13 @@ def test_places_of_any_range(inner, outer):
             assert [offset for offset, _, _ in runs] == np.cumsum([0, *(many for _, many, _ in runs)])[:-1].tolist()
             assert places.stay(start, count) == (found == np.arange(start, start + count)).all()
     assert [*split(run_ends(at, at >= 0), inner, 0, 0)] == []
+
+
+def test_what_is_where_it_is_stored_stays():
+    same = Places(np.arange(3), 3, 2, 2)
+    assert same.stay(0, 12) and same.stay(5, 4) and [offset for offset, _, _ in same.runs(0, 12)] == [0, 6]
+    cut = Places(np.arange(3), 4, 2, 2)
+    assert cut.stay(0, 6) and not cut.stay(0, 7)
 
 
 def test_places_of_deltas():
