@@ -188,8 +188,8 @@ def rows_digest(rows: Sequence[Row]) -> str:
 class Tokens:
     """One example as token ids. `asked`: whether the token at i is a target (predicted from those before it).
     `types`: of a pair, which sentence each token belongs to, where the tokenizer tells (BERT's does). `answer`: what
-    the decoder of an encoder-decoder is asked for; the encoder has `ids`, of which nothing is asked then. `cut`: the row
-    has more tokens than these."""
+    the decoder of an encoder-decoder is asked for; the encoder has `ids`, of which nothing is asked then. `cut`: the
+    row has more tokens than these."""
 
     ids: tuple[int, ...]
     asked: tuple[bool, ...]
