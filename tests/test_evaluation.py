@@ -381,6 +381,23 @@ def test_one_table_and_its_files(causal, rows, tmp_path, dare):
     assert len(lines) == 9 and {"place", "loss", "right"} <= set(lines[0])
 
 
+@pytest.mark.parametrize(
+    ("data", "cut"),
+    [
+        ([{"text": "w3 w4 w5 w6"}, {"text": "w3 w4 w5"}], 1),
+        ([{"text": "w3 w4 w5"}], 0),
+        ([{"prompt": "w3 w4 w5 w6", "completion": "w7"}, {"prompt": "w3", "completion": "w7"}], 1),
+    ],
+)
+def test_rows_that_are_cut_are_told(causal, tmp_path, data, cut):
+    path, said = tmp_path / "long.jsonl", []
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    dk.evaluate(causal.llama / "m0", data=path, max_length=3, say=said.append)
+    told = [line for line in said if "longer than 3 tokens and are cut" in line]
+    assert bool(told) is bool(cut)
+    assert all(f"{cut} of {len(data)} rows" in line and f"{path}:1" in line for line in told)
+
+
 def test_what_is_finished_is_kept(causal, rows, tmp_path, monkeypatch):
     from transformers import LlamaForCausalLM
 

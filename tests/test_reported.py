@@ -598,6 +598,17 @@ def test_shards_are_whole_by_their_numbers(place, dare, index, note):
     same_values(place, "out", "want")
 
 
+def test_shards_of_two_saves_are_not_mixed(place, dare):
+    shutil.copytree(place / "m0", place / "again")
+    sharded(place / "m0", 2)
+    sharded(place / "again", 3)
+    for path in (place / "again").glob("*.safetensors"):
+        path.rename(place / "m0" / path.name)
+    code, text = merge(dare, place)
+    assert code == 1
+    assert "shards of 2 saves of a model (model-*-of-00002.safetensors, model-*-of-00003.safetensors)" in text
+
+
 def test_pickled_shards_without_an_index(place, dare):
     torch = pytest.importorskip("torch")
     assert merge(dare, place, out="want")[0] == 0

@@ -133,7 +133,7 @@ ATTACKS: tuple[Attack, ...] = (
     header("bytes behind the last tensor", {"w": tensor()}, "has 1 bytes behind", data=b"\0" * 9),
     header("data cut off", {"w": tensor()}, "is truncated", data=b"\0" * 7),
     # The index of shards.
-    index("index is no JSON", b"<html>", "is not valid JSON"),
+    index("index is no JSON", b"<html>", "is a web page, not JSON"),
     index("index is a list", b"[]", "expected an object"),
     index("index without a map", b"{}", "weight_map is null"),
     index("map is a list", ["w"], 'weight_map is ["w"]'),

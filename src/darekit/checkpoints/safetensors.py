@@ -209,7 +209,10 @@ def _check_length(file: InputFile, length: int) -> None:
 
 def _check_metadata(metadata: Any, where: str) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"the header of {where} has a {METADATA} that does not map strings to strings")
+        raise CheckpointError(
+            f"the header of {where} has a {METADATA} that does not map strings to strings, as its format asks: write "
+            "the file again, every value as text"
+        )
 
 
 def _at(where: str, name: str) -> str:

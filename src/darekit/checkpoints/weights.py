@@ -182,6 +182,11 @@ def _find_other(directory: Path, kind: Kind, names: Sequence[str], *, variants: 
         raise CheckpointError(
             f"{directory} has {some(files)}, but neither {INDEX[kind]} nor {some(absent)}. Download the model again"
         )
+    if (saves := {SERIES.sub("*", name) for name in files}) and len(saves) > 1 and all(map(NUMBERED.fullmatch, files)):
+        raise CheckpointError(
+            f"{directory} has shards of {len(saves)} saves of a model ({some(sorted(saves))}), and no {INDEX[kind]} "
+            "that says which is meant: remove all but one"
+        )
     if files:
         raise CheckpointError(
             f"{directory} has {len(files)} {kind if kind == 'safetensors' else 'pickled'} files ({some(files)}), but "

@@ -329,6 +329,9 @@ class _Examiner:
         say = self.say or told.append
         try:
             found = _evaluate_one(name, recipe, search, self.judge, device=self.device, dtype=self.dtype, say=say)
+            for _, part in _parts(self.judge):
+                if isinstance(part, Examples) and part.note:
+                    say(f"{name}: {part.note}")
             if self.samples is not None:
                 _write_samples(self.samples, name, self.judge)
         except Exception as error:  # also torch's and transformers': the other models must not suffer

@@ -21,6 +21,7 @@ from darekit.live.data import Row, Tokens, rows_digest, tokenize
 from darekit.live.models import LiveModel, memory_told, one_thread
 from darekit.live.reading import refuse_foresight
 from darekit.live.tasks import CAUSAL, CLASSIFIER, REGRESSOR, SEQ2SEQ, rows_of
+from darekit.wording import some
 
 BATCH_SIZE = 16
 COMPLETION, LABEL, TEXT = "a completion", "a label", "text alone"
@@ -44,7 +45,7 @@ class Examples:
     - text and label: `accuracy`, `matthews` and, for two classes, `f1`; for a regressor `pearson` and `spearman`;
     - text: `loss` per token, and `perplexity`.
 
-    `samples`: what the last model made of each row.
+    `samples`: what the last model made of each row. `note`: how many rows were cut for it, if any were.
     """
 
     rows: Sequence[Row]
@@ -53,6 +54,7 @@ class Examples:
     max_length: int | None = None
     progress: Progress | None = None
     samples: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    note: str = ""
     _tokens: tuple[Any, int, list[Tokens]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -140,6 +142,9 @@ class Examples:
                     )
             if self.form != LABEL and not any(row.targets for row in tokens):
                 raise DataError(f"{self.source}: no row has two tokens, so there is nothing to predict")
+            cut = [row.place for row in tokens if row.cut]
+            self.note = f"{len(cut)} of {len(tokens)} rows are longer than {length} tokens and are cut: {some(cut, 2)}"
+            self.note = self.note if cut else ""
             self._tokens = live.tokenizer, length, tokens
         return self._tokens[2]
 

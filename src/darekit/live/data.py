@@ -188,7 +188,8 @@ def rows_digest(rows: Sequence[Row]) -> str:
 class Tokens:
     """One example as token ids. `asked`: whether the token at i is a target (predicted from those before it).
     `types`: of a pair, which sentence each token belongs to, where the tokenizer tells (BERT's does). `answer`: what
-    the decoder of an encoder-decoder is asked for; the encoder has `ids`, of which nothing is asked then."""
+    the decoder of an encoder-decoder is asked for; the encoder has `ids`, of which nothing is asked then. `cut`: the
+    row has more tokens than these."""
 
     ids: tuple[int, ...]
     asked: tuple[bool, ...]
@@ -196,6 +197,7 @@ class Tokens:
     place: str
     types: tuple[int, ...] | None = None
     answer: tuple[int, ...] = ()
+    cut: bool = False
 
     @property
     def targets(self) -> int:
@@ -225,7 +227,7 @@ def tokenize(
     """
     found = []
     for row in rows:
-        types = None
+        types, cut = None, False
         answer: list[int] = []
         if apart and row.completion is not None:
             ids = tokenizer(row.text, truncation=True, max_length=max_length)["input_ids"]
@@ -240,18 +242,21 @@ def tokenize(
             if row.pair is not None and "token_type_ids" in encoded:
                 types = tuple(encoded["token_type_ids"])
             asked = [False] + [True] * (len(ids) - 1)
+            if len(ids) >= max_length:
+                cut = len(tokenizer(row.text, row.pair, verbose=False)["input_ids"]) > len(ids)
         else:
-            head = tokenizer(row.text)["input_ids"]
+            head = tokenizer(row.text, verbose=False)["input_ids"]
             if head and head[-1] == tokenizer.eos_token_id:
                 head = head[:-1]
             tail = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
             if end and tokenizer.eos_token_id is not None:
                 tail = [*tail, tokenizer.eos_token_id]
             tail = tail[: max_length - 1]
+            cut = len(head) + len(tail) > max_length
             head = head[-(max_length - len(tail)) :]
             ids, asked = [*head, *tail], [False] * len(head) + [True] * len(tail)
         if ids:
-            found.append(Tokens(tuple(ids), tuple(asked), row.label, row.place, types, tuple(answer)))
+            found.append(Tokens(tuple(ids), tuple(asked), row.label, row.place, types, tuple(answer), cut))
     if not found:
         raise DataError("the tokenizer produces no tokens for any row: is it the model's own tokenizer?")
     return found
