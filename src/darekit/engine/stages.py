@@ -135,7 +135,9 @@ class RankedDrop(Stage):
         ranked_draws = np.take_along_axis(draws.reshape(rows.shape), order, axis=1)
         mask = ranked_draws >= self.limits
         ranked = np.take_along_axis(rows, order, axis=1)
-        np.put_along_axis(rows, order, np.where(mask, ranked * self.factors, np.float32(0)), axis=1)
+        # A rank that is never kept has the factor Inf, which makes NaN of a delta of 0.
+        changed = np.multiply(ranked, self.factors, where=mask, out=np.zeros_like(ranked))
+        np.put_along_axis(rows, order, changed, axis=1)
         return int(np.count_nonzero(mask))
 
 

@@ -151,7 +151,8 @@ def della(
         return _rescaled(delta, mask, drop_rate, rescale)
     with np.errstate(divide="ignore"):  # keep = 0 is never kept
         factor = (1.0 / keep).astype(np.float32)
-    return np.where(mask, delta * factor.astype(delta.dtype), delta.dtype.type(0))
+    kept: Delta = np.multiply(delta, factor.astype(delta.dtype), where=mask, out=np.zeros_like(delta))
+    return kept
 
 
 def check_window(values: Mapping[str, Any], count: int, name: str) -> dict[str, Any]:
