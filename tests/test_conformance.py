@@ -126,6 +126,15 @@ def test_what_every_method_must_do(check):
     check()
 
 
+@pytest.mark.parametrize(("rate", "window"), [(0.5, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("number", [np.float32, np.float64])
+def test_della_at_the_ends_of_its_window_warns_of_nothing(rate, window, number):
+    """The smallest of each row is never kept, so its factor is Inf: times a delta of 0 it made NaN, and a warning."""
+    deltas = {"w": np.arange(12, dtype=number).reshape(3, 4)}
+    merged = dk.merge_tensors({"w": np.zeros((3, 4), number)}, [deltas], sparsify=dk.della(rate, window=window, seed=1))
+    assert np.isfinite(merged["w"]).all() and not merged["w"][:, 0].any()
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("sparsify", ["none", "dare", "magnitude", "della"])
 def test_every_number_format(dtype, sparsify):

@@ -14,7 +14,7 @@ import pytest
 import darekit as dk
 import families
 import oracle
-from darekit import masks
+from darekit import machine, masks
 from darekit.architectures.groups import group_of
 from darekit.checkpoints import open_checkpoint
 from darekit.checkpoints.digests import LEAF
@@ -22,6 +22,7 @@ from darekit.engine import execution
 from darekit.errors import CheckpointError, DataError, HomologyError, PlanError, RecipeError
 from darekit.planning.plan import make_plan
 from darekit.recipe import read_recipe
+from darekit.recipe.single import drop_recipe
 
 BF16 = ml_dtypes.bfloat16
 DARE = {"method": "dare", "drop_rate": 0.7}
@@ -915,3 +916,113 @@ def test_memory_takes_any_byte_order():
 def test_memory_refuses_what_is_no_tensor(base, models, says):
     with pytest.raises(dk.DarekitError, match=says):
         dk.merge_tensors(base, models)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": dk.ties}, r"method must be a name, or .* dk.ties\(\); found the function ties itself"),
+        ({"method": 5}, r"method must be a name, .* found int \(5\)"),
+        ({"sparsify": "dare"}, r"sparsify must be what .* dk.dare\(0.9\); found str \('dare'\)"),
+        ({"sparsify": dk.ties()}, "sparsify must be what .* found Method"),
+        ({"models": None}, "models must be a list of dicts, one per model; found NoneType"),
+        ({"models": iter(())}, "models must be a list of dicts, one per model; found tuple_iterator"),
+        ({"models": [{1: np.zeros(2, np.float32)}]}, "model 0 has a tensor named 1; expected strings, such as"),
+        ({"models": [{"\ud800": np.zeros(2, np.float32)}]}, r"model 0: the name '\\ud800' is not valid Unicode"),
+        ({"base": {}, "models": [{}]}, "model 0 is empty: expected at least one tensor"),
+        ({"weights": 1.0}, r"weights must be a list, one for each model; found float \(1.0\)"),
+        ({"seeds": 5}, r"seeds must be a list, one for each model; found int \(5\)"),
+        ({"statistics": "a.fisher.safetensors"}, "statistics must be a list, one for each model; found str"),
+    ],
+)
+def test_memory_says_what_was_given_in_the_wrong_place(options, says):
+    """Slips of the hand are errors of darekit's, not AttributeErrors from within."""
+    given = {"base": {"w": np.zeros(2, np.float32)}, "models": [{"w": np.ones(2, np.float32)}], **options}
+    with pytest.raises(dk.DarekitError, match=says):
+        dk.merge_tensors(given.pop("base"), given.pop("models"), **given)
+
+
+def test_one_group_is_kept_dense_by_its_name_alone():
+    """As in a recipe; before, a word counted as its letters."""
+    assert dk.dare(0.5, keep_dense="norms") == dk.dare(0.5, keep_dense=["norms"])
+    recipe = drop_recipe("base", "model", drop_rate=0.5, keep_dense="norms")
+    assert recipe.sparsify.keep_dense == ("norms",)
+
+
+def test_memory_refuses_torch_tensors_without_values_and_sparse_ones():
+    torch = pytest.importorskip("torch")
+    base = {"w": torch.zeros(2, 2)}
+    with pytest.raises(CheckpointError, match=r"model 0: w has no values \(it is on torch's device meta\)"):
+        dk.merge_tensors(base, [{"w": torch.zeros(2, 2, device="meta")}])
+    with pytest.raises(CheckpointError, match="model 0: w is sparse; expected a dense tensor"):
+        dk.merge_tensors(base, [{"w": torch.ones(2, 2).to_sparse()}])
+    negative = dk.merge_tensors(base, [{"w": torch._neg_view(torch.ones(2, 2))}])
+    assert negative["w"].tolist() == [[-1, -1], [-1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: dk.read_recipe({"models": ["a"]}, settings=["a=1"]), "settings must be a dict, dotted key -> value"),
+        (lambda: dk.read_recipe({"models": ["a"]}, settings={5: 1}), "settings must be a dict, dotted key -> value"),
+        (lambda: dk.pack("base", "math", "a.safetensors", drop_rate=0.5, bits="4"), "'4' bits: expected one of 64"),
+        (lambda: dk.pack("base", "math", "a.safetensors", drop_rate=0.5, bits=4, group=1.5), "groups of 1.5 elements"),
+    ],
+)
+def test_slips_of_the_hand_are_errors_of_darekits(call, says):
+    with pytest.raises(dk.DarekitError, match=says):
+        call()
+
+
+def test_a_switcher_says_what_it_takes(llamas):
+    with pytest.raises(HomologyError, match="found str where a live model is expected: a torch module, or name -> "):
+        dk.Switcher("base", llamas.path / "base")
+
+
+@pytest.mark.parametrize("name", ["threads", "tile"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", True])
+def test_memory_takes_whole_numbers_of_threads_and_elements(name, value):
+    tensors = {"w": np.zeros(2, np.float32)}
+    with pytest.raises(TypeError, match=f"{name} must be a whole number above 0, found {value!r}"):
+        dk.merge_tensors(tensors, [tensors], **{name: value})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda folder: dk.pack(folder / "base", folder / "m0", "never.safetensors", drop_rate=0.5, threads=-1),
+        lambda folder: dk.inspect(folder / "base", folder / "m0", threads=-1),
+        lambda folder: dk.Switcher({}, folder / "base", threads=-1),
+        lambda folder: dk.extract(folder / "base", folder / "m0", "never", rank=1, threads=-1),
+    ],
+)
+def test_threads_are_whole_numbers_everywhere(llamas, call):
+    with pytest.raises(TypeError, match="threads must be a whole number above 0, found -1"):
+        call(llamas.path)
+    assert not Path("never").exists() and not Path("never.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "20000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "odd"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_share_of_the_processors_is_known(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert machine.cpu_quota(tmp_path) == expected
+
+
+def test_no_more_threads_than_a_container_may_use(monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    for quota, expected in ((None, 8), (3, 3), (0, 8), (100, 8)):
+        monkeypatch.setattr(machine, "cpu_quota", lambda quota=quota: quota)
+        assert machine.default_threads() == expected

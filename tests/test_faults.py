@@ -183,6 +183,52 @@ def test_resume_redoes_only_what_is_unfinished(llamas, tmp_path, interrupt, keys
         assert nearest["model.safetensors"] != drawn["model.safetensors"]
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 100)])
+def test_a_finished_tensor_whose_file_is_gone_is_merged_again(llamas, tmp_path, interrupt, damage):
+    recipe = families.recipe(llamas.path, sparsify=SPARSIFY)
+    dk.merge(recipe, tmp_path / "whole" / "out", shard_size=20_000)
+    finished = interrupt(tmp_path / "out", 40_000, shard_size=20_000)
+    lost = sorted((stage_of(tmp_path / "out") / "files").glob("*.safetensors"))[0]
+    damage(lost)
+    report = dk.merge(recipe, tmp_path / "out", shard_size=20_000, resume=True)
+    said = f"gone or cut short since the unfinished run wrote them: {lost.name}; their tensors are merged again"
+    assert said in report.notes
+    assert families.contents(tmp_path / "out") == families.contents(tmp_path / "whole" / "out")
+    assert report.bytes_written < sum(array.nbytes for array in llamas.base.values()) and finished
+
+
+def test_a_lost_tensor_stays_lost_when_the_resumed_run_is_killed_too(llamas, tmp_path, interrupt):
+    """The file has its size again by then, and is full of zeros."""
+    recipe = families.recipe(llamas.path, sparsify=SPARSIFY)
+    dk.merge(recipe, tmp_path / "whole" / "out", shard_size=20_000)
+    interrupt(tmp_path / "out", 40_000, shard_size=20_000)
+    sorted((stage_of(tmp_path / "out") / "files").glob("*.safetensors"))[0].unlink()
+    interrupt(tmp_path / "out", 0, shard_size=20_000, resume=True)
+    dk.merge(recipe, tmp_path / "out", shard_size=20_000, resume=True)
+    assert families.contents(tmp_path / "out") == families.contents(tmp_path / "whole" / "out")
+
+
+def test_the_stage_has_its_files_before_the_journal_tells_of_them(llamas, tmp_path, monkeypatch):
+    from darekit.output import publishing, staging
+
+    events = []
+    sync, append = publishing.sync_directory, staging._append
+
+    def synced(path):
+        events.append(("names", sorted(found.name for found in path.glob("*.safetensors"))))
+        sync(path)
+
+    def appended(path, data):
+        events.append(("journal", data.count(b'"record"')))
+        append(path, data)
+
+    monkeypatch.setattr(publishing, "sync_directory", synced)
+    monkeypatch.setattr(staging, "_append", appended)
+    dk.merge(families.recipe(llamas.path), tmp_path / "out")
+    kinds = [kind for kind, found in events if kind == "names" or found]
+    assert kinds[0] == "names" and "journal" in kinds and ("names", ["model.safetensors"]) in events
+
+
 def test_without_resume_the_unfinished_run_is_discarded(llamas, tmp_path, interrupt):
     finished = interrupt(tmp_path / "out", 20_000)
     report = dk.merge(families.recipe(llamas.path, sparsify=SPARSIFY), tmp_path / "out")

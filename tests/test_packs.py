@@ -4,6 +4,7 @@
 import contextlib
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1076,6 +1077,24 @@ def test_hostile_packs_get_a_named_error(tmp_path, change, kind, words):
     with pytest.raises(DarekitError, match=words):
         dk.unpack(tmp_path / "base", tmp_path / "m.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [({}, None), ({"drop_rate": 0.0}, 1 << 47), ({"drop_rate": 0.0, "codec": "zstd", "bits": 16}, 1 << 47)],
+)
+def test_a_shape_that_the_file_cannot_hold_costs_no_memory(tmp_path, settings, kept):
+    """2^47 elements have 2^31 leaves: 17 GB of counts, for a file of some kB."""
+    sizes(tmp_path)
+    pack(tmp_path, **{"bits": 4, "codec": "none", **settings})
+    rewrite(tmp_path / "m.safetensors", tensor(shape=[1 << 47], **({} if kept is None else {"kept": kept})))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"leaves, but its shape has|but the file has"):
+            dk.open_pack(tmp_path / "m.safetensors")
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()
 
 
 VALUES = (None, True, -1, 0, 1, 1 << 31, 1 << 63, 1 << 70, 1e308, "", "x", "0" * 32, [], {}, [1], "F64", "U8", "int8",

@@ -64,5 +64,21 @@ def test_an_option_that_does_not_exist_is_refused_with_the_closest_one(call):
         call()
 
 
+def test_unpack_refuses_options_that_it_would_ignore():
+    with pytest.raises(TypeError, match="'force' is not an option; options: threads, shard_size, overwrite, resume"):
+        dk.unpack("base", "pack", "out", force=True)
+
+
+@pytest.mark.parametrize("function", [lambda *given, **more: dk.merge(*given, "out", **more), dk.plan])
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [({"seed": 0}, "seed=0"), ({"settings": {"parameters.lambda": 0.5}, "stage": "a"}, "settings={.*} and stage='a'")],
+)
+def test_a_recipe_that_was_read_takes_no_more_settings(function, late, said):
+    recipe = dk.read_recipe({"base_model": "base", "models": ["math"], "merge_method": "task_arithmetic"})
+    with pytest.raises(dk.DarekitError, match=f"has already been read, so {said} would have no effect"):
+        function(recipe, **late)
+
+
 def test_names_can_be_completed():
     assert set(dk.__all__) <= set(dir(dk))

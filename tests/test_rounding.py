@@ -40,6 +40,60 @@ def between(low, high, value):
 
 
 @pytest.mark.parametrize("name", NARROW)
+def test_float64_is_rounded_once_to_nearest_even(name):
+    """Around every tie, and by less than float32 can tell apart."""
+    dtype, table = DTYPES[name], values_of(NARROW[name])
+    values, expected = [], []
+    for above in {*range(1, len(table), max(1, len(table) // 100)), 1, 2, 3, len(table) - 1}:
+        tie = (table[above - 1] + table[above]) / 2
+        values += [float(tie), np.nextafter(float(tie), np.inf), np.nextafter(float(tie), 0)]
+        expected += [table[above - above % 2], table[above], table[above - 1]]  # codes are in the order of values
+    raw = np.empty(2 * len(values) * dtype.itemsize, np.uint8)
+    assert narrow(np.array([*values, *(-value for value in values)]), dtype, raw) == 0
+    found = raw.view(dtype.numpy).astype(np.float64)
+    assert [Fraction(value) for value in found[: len(values)]] == expected
+    assert np.array_equal(found[len(values) :], -found[: len(values)])
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_float64_beyond_float32_keeps_its_sign_and_its_kind(name):
+    dtype = DTYPES[name]
+    raw = np.empty(6 * dtype.itemsize, np.uint8)
+    bad = narrow(np.array([5e-324, -5e-324, 1e300, -1e300, np.nan, -np.inf]), dtype, raw)
+    found = raw.view(dtype.numpy).astype(np.float64)
+    assert bad == 4 and not np.isfinite(found[2:]).any() and np.signbit(found[:2]).tolist() == [False, True]
+    assert not found[:2].any()
+
+
+def test_merges_of_float64_are_rounded_once():
+    value = np.array([1 + 2**-8 + 2**-40])
+    merged = dk.merge_tensors({"w": np.zeros(1)}, [{"w": value}], method="task_arithmetic", dtype="bfloat16")
+    assert merged["w"].astype(np.float64).tolist() == [1.0078125]
+
+
+NANS = np.array([0xFFFFFFFF, 0x7FFFFFFF, 0x7FC00000, 0x7F800000, 0x3F800000], np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_the_bases_nans_stay_nans_in_a_narrower_format(name):
+    """BF16's rounding adds 0x7FFF to the bits: a NaN of all ones became 0."""
+    models = [{"w": np.ones(NANS.size, np.float32)}]
+    merged = dk.merge_tensors({"w": NANS}, models, allow_nonfinite=True, dtype=name)["w"].astype(np.float32)
+    assert np.isnan(merged[:3]).all() and merged[3:].tolist() == [np.inf, 1]
+
+
+def test_what_only_the_base_has_keeps_its_nans_in_another_format(tmp_path):
+    base = {"a": np.zeros((2, 2), np.float32), "pooler.dense.weight": NANS}
+    for name, tensors in (("base", base), ("model", {"a": base["a"] + 1})):
+        families.save(tmp_path / name, tensors, {"architectures": ["BertModel"], "model_type": "bert"})
+    recipe = {"base_model": str(tmp_path / "base"), "models": [str(tmp_path / "model")], "dtype": "bfloat16",
+              "merge_method": "task_arithmetic"}  # fmt: skip
+    dk.merge(recipe, tmp_path / "out", force=True)
+    found = families.load(tmp_path / "out")["pooler.dense.weight"].astype(np.float32)
+    assert np.isnan(found[:3]).all() and found[3:].tolist() == [np.inf, 1]
+
+
+@pytest.mark.parametrize("name", NARROW)
 @pytest.mark.parametrize("number", [np.float32, np.float64])
 def test_neighbours_and_probabilities_are_exact(name, number):
     dtype, rng = np.dtype(NARROW[name]), np.random.default_rng(1)

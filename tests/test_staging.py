@@ -57,6 +57,26 @@ def leave(out, records=("a", "b"), **kwargs):
     return stage
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_process_forked_meanwhile_does_not_hold_the_output(tmp_path):
+    """As a DataLoader's workers do, it has the lock's descriptor for as long as it lives."""
+    reads, writes = os.pipe()
+    with begin(tmp_path / "out"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        child = os.fork()
+        if not child:
+            os.close(writes)
+            os.read(reads, 1)
+            os._exit(0)
+    try:
+        with begin(tmp_path / "out", resume=True):
+            pass
+    finally:
+        os.close(writes)
+        os.close(reads)
+        os.waitpid(child, 0)
+
+
 # --- the ordinary way
 
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from darekit.errors import PlanError
+from darekit.errors import PlanError, RecipeError
 from darekit.planning.checks import check
 from darekit.recipe import Recipe, read_recipe
 from darekit.recipe.reading import search_path, with_rounding
 from darekit.recipe.single import drop_recipe
+from darekit.wording import and_
 
 if TYPE_CHECKING:
     from darekit.dtypes import Rounding
@@ -94,8 +95,8 @@ def merge(
     Args:
         recipe: a recipe file, its data, or a `Recipe`.
         out: the directory to write; must not exist yet, unless `overwrite`.
-        seed: replaces the recipe's seed.
-        settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`; for a `Recipe`, use `read_recipe`.
+        seed: replaces the recipe's seed. For a `Recipe`, give seed, settings and stage to `read_recipe`.
+        settings: overrides by dotted key, as `{"parameters.lambda": 0.5}`.
         lenient: warn about unknown keys and settings without effect instead of refusing the recipe.
         stage: of a recipe of several stages, which one; the last if not given.
         rounding: replaces the recipe's `rounding`: nearest, stochastic, or `{"method": "stochastic", "seed": 7}`.
@@ -125,11 +126,7 @@ def merge(
         ()
     """
     chosen = options_of(options)
-    found = (
-        recipe
-        if isinstance(recipe, Recipe)
-        else read_recipe(recipe, settings=settings, seed=seed, lenient=lenient, stage=stage)
-    )
+    found = _read(recipe, settings=settings, seed=seed, lenient=lenient, stage=stage)
     found = found if rounding is None else with_rounding(found, rounding)
     return run(found, Path(out), chosen, search=search_path(recipe))
 
@@ -182,11 +179,7 @@ def plan(
     """
     from darekit.planning.opening import open_plan
 
-    found = (
-        recipe
-        if isinstance(recipe, Recipe)
-        else read_recipe(recipe, settings=settings, seed=seed, lenient=lenient, stage=stage)
-    )
+    found = _read(recipe, settings=settings, seed=seed, lenient=lenient, stage=stage)
     with open_plan(found, search=search_path(recipe), shard_size=shard_size) as made:
         return made
 
@@ -261,13 +254,38 @@ def drop(
     return run(recipe, Path(out), chosen, search=())
 
 
-def options_of(given: RunOptions | WriteOptions) -> Options:
-    """Keyword arguments of `merge`, `drop` and `unpack` -> options.
+def _read(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    settings: Mapping[str, Any] | None,
+    seed: int | None,
+    lenient: bool,
+    stage: str | None,
+) -> Recipe:
+    """A recipe as it is given -> read.
+
+    Raises:
+        RecipeError: it cannot be read; or it was already, and what was to change it comes too late.
+    """
+    if not isinstance(recipe, Recipe):
+        return read_recipe(recipe, settings=settings, seed=seed, lenient=lenient, stage=stage)
+    late = [f"{name}={value!r}" for name, value in (("settings", settings or None), ("seed", seed), ("stage", stage))
+            if value is not None]  # fmt: skip
+    if late:
+        raise RecipeError(
+            f"this Recipe has already been read, so {and_(late)} would have no effect: give "
+            f"{'it' if len(late) == 1 else 'them'} to dk.read_recipe, or give this function the file or the data"
+        )
+    return recipe
+
+
+def options_of(given: RunOptions | WriteOptions, *, only_write: bool = False) -> Options:
+    """Keyword arguments of `merge` and `drop`, or of `unpack`, which takes only `WriteOptions` -> options.
 
     Raises:
         TypeError: a name that is not an option, or a size or a number of threads that is not a positive integer.
     """
-    known = [entry.name for entry in fields(Options)]
+    known = [entry.name for entry in fields(Options) if not only_write or entry.name in WriteOptions.__annotations__]
     for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)

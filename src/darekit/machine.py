@@ -48,7 +48,34 @@ def _available() -> int:
 def default_threads() -> int:
     """The processors this process may use, 8 at most: more only fight over the disk."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, available)
+    return max(1, min(8, available, cpu_quota() or available))
+
+
+def cpu_quota(groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """How many processors' time a container may take, rounded up (`docker run --cpus`); None: as much as there is.
+
+    Threads beyond it do not help: the system stops all of them for the rest of each tenth of a second.
+    """
+    with suppress(OSError, ValueError):
+        quota, period = (groups / "cpu.max").read_text().split()
+        return None if quota == "max" else -(-int(quota) // int(period))
+    with suppress(OSError, ValueError, ZeroDivisionError):  # version 1
+        quota, period = ((groups / "cpu" / f"cpu.cfs_{word}_us").read_text() for word in ("quota", "period"))
+        return -(-int(quota) // int(period)) if int(quota) > 0 else None
+    return None
+
+
+def threads_of(given: int | None) -> int:
+    """How many threads a caller wants; `default_threads` where it does not say.
+
+    Raises:
+        TypeError: no whole number above 0.
+    """
+    if given is None:
+        return default_threads()
+    if type(given) is not int or given < 1:
+        raise TypeError(f"threads must be a whole number above 0, found {given!r}")
+    return given
 
 
 @contextmanager

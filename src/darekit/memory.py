@@ -15,6 +15,7 @@ from darekit.checkpoints import ArrayBytes, Checkpoint, TensorInfo, natural_key
 from darekit.dtypes import DTYPES, NEAREST, Bytes, DType, Rounding, dtype_of, is_torch
 from darekit.errors import CheckpointError, PlanError, RecipeError
 from darekit.inputs.statistics import FISHER, Statistics, open_statistics
+from darekit.machine import threads_of
 from darekit.methods import MERGE_ALIASES, MERGE_METHODS, SPARSIFIERS, WEIGHT
 from darekit.recipe import Sparsify, read_recipe
 from darekit.recipe.merges import linear
@@ -82,9 +83,20 @@ def merge_tensors(
 
     if allow_nonfinite and base is None:
         raise PlanError("allow_nonfinite takes the base's element where a model has NaN or Inf, so it needs a base")
-    method = Method(method) if isinstance(method, str) else method or linear()
-    if isinstance(models, Mapping):
-        raise CheckpointError("models must be a list of dicts, one per model; found one dict")
+    method = _method(method)
+    if sparsify is not None and not isinstance(sparsify, Sparsify):
+        raise RecipeError(
+            f"sparsify must be what a sparsifier's function returns, such as dk.dare(0.9); found {_told(sparsify)}"
+        )
+    if isinstance(models, Mapping) or not isinstance(models, Sequence):
+        what = "one dict" if isinstance(models, Mapping) else _told(models)
+        raise CheckpointError(f"models must be a list of dicts, one per model; found {what}")
+    for name, given in (("weights", weights), ("seeds", seeds), ("statistics", statistics)):
+        if given is not None and (isinstance(given, str) or not hasattr(given, "__len__")):
+            raise CheckpointError(f"{name} must be a list, one for each model; found {_told(given)}")
+    if tile is not None and (type(tile) is not int or tile < 1):
+        raise TypeError(f"tile must be a whole number above 0, found {tile!r}")
+    threads = threads_of(threads)
     entries: list[dict[str, Any]] = [{"model": f"model {k}", "parameters": {}} for k in range(len(models))]
     word = _weight_word(method, weights)
     for name, values in ((word, weights), ("seed", seeds)):
@@ -114,6 +126,9 @@ def merge_tensors(
     recipe = read_recipe(data)
     opened = [_checkpoint(f"model {k}", tensors) for k, tensors in enumerate(models)]
     origin = _checkpoint("base", base) if base is not None else None
+    empty = next((one.ref for one in (*opened, *([origin] if origin else [])) if not one.tensors), None)
+    if empty is not None:
+        raise CheckpointError(f"{empty} is empty: expected at least one tensor, as name -> array")
     if origin is None and recipe.base_model is not None:  # of two models the first may be the base
         origin, *opened = opened
     known: list[Statistics] = []
@@ -141,6 +156,30 @@ def merge_tensors(
     finally:
         for closing in known:
             closing.close()
+
+
+def _method(given: Method | str | None) -> Method:
+    """A merge method as callers name it: what its function returns, or the name alone.
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    if given is None:
+        return linear()
+    if isinstance(given, str):
+        return Method(given)
+    if not isinstance(given, Method):
+        raise RecipeError(
+            f"method must be a name, or what a method's function returns, such as dk.ties(); found {_told(given)}"
+        )
+    return given
+
+
+def _told(given: Any) -> str:
+    """Something that was given in place of something else, in words."""
+    if callable(given) and hasattr(given, "__name__"):
+        return f"the function {given.__name__} itself, which must be called"
+    return f"{type(given).__name__} ({given!r})" if isinstance(given, str | int | float) else type(given).__name__
 
 
 @dataclass(frozen=True)
@@ -175,7 +214,12 @@ def _checkpoint(ref: str, tensors: Mapping[str, Any]) -> Checkpoint:
     infos = {}
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{ref} must be a dict of name -> array; found {type(tensors).__name__}")
+    strange = next((name for name in tensors if not isinstance(name, str)), None)
+    if strange is not None:
+        raise CheckpointError(f"{ref} has a tensor named {strange!r}; expected strings, such as {str(strange)!r}")
     for name in sorted(tensors, key=natural_key):
+        if not name.isprintable() and any("\ud800" <= char <= "\udfff" for char in name):
+            raise CheckpointError(f"{ref}: the name {name!r} is not valid Unicode")
         array = tensors[name]
         if not hasattr(array, "dtype"):
             raise CheckpointError(
@@ -186,7 +230,10 @@ def _checkpoint(ref: str, tensors: Mapping[str, Any]) -> Checkpoint:
         if is_torch(array):
             import torch
 
-            flat = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            if array.device.type == "meta" or array.layout != torch.strided:
+                what = "has no values (it is on torch's device meta)" if array.device.type == "meta" else "is sparse"
+                raise CheckpointError(f"{ref}: {name} {what}; expected a dense tensor with values")
+            flat = array.detach().cpu().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
         else:
             flat = np.ascontiguousarray(array, dtype.numpy).reshape(-1).view(np.uint8)  # whatever its byte order
         infos[name] = TensorInfo(name, dtype.name, tuple(array.shape), ArrayBytes(flat))

@@ -349,7 +349,7 @@ def _inspect_all(
     threads: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[Inspection], Interference | None, tuple[str, ...]]:
-    from darekit.machine import default_threads
+    from darekit.machine import threads_of
 
     with open_models(base, models) as (origin, tuned):
         assert origin is not None
@@ -365,7 +365,7 @@ def _inspect_all(
         together = PairCounts(len(models))
         reports: list[list[TensorReport]] = [[] for _ in models]
         relations = []
-        with ThreadPoolExecutor(threads or default_threads()) as pool:
+        with ThreadPoolExecutor(threads_of(threads)) as pool:
             for tensor, (counts, pairs) in zip(tensors, pool.map(_count, tensors), strict=True):
                 for k, one in enumerate(counts):
                     if tensor.models[k] is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from darekit import kernels
 from darekit.checkpoints.digests import TensorDigest
 from darekit.engine.steps import Copy
-from darekit.engine.tiles import BASE, OUT, Hands, put, read
+from darekit.engine.tiles import BASE, OUT, Hands, convert, put, read
 
 
 def copy(
@@ -49,7 +49,7 @@ def copy(
             scratch = hands.scratch.get(0, count, step.wide)
             kernels.widen(raw, origin.dtype, scratch.base)
             raw = scratch.out[: count * step.dtype.itemsize]
-            overflowed = kernels.round_to(scratch.base, step.dtype, raw)
+            overflowed = convert(scratch.base, step.dtype, raw)
         put(step, hands, raw, start, overflowed, None if relayed else digests[OUT])
 
 

@@ -33,7 +33,7 @@ from darekit.engine.steps import Copy, Merge, Step, is_counted, is_measured, vec
 from darekit.engine.tiles import BASE, OUT, TILE, ScratchPool, Sink, StepRun, Tally
 from darekit.engine.trimming import settle_model_trim
 from darekit.errors import DataError, MethodError
-from darekit.machine import default_threads
+from darekit.machine import threads_of
 from darekit.methods import MERGE_METHODS
 
 SPAN = 64 * LEAF  # elements of an unmeasured tensor that one thread takes at a time
@@ -78,7 +78,7 @@ def run(
     Raises:
         PlanError: a float64 tensor under `trim: model`.
     """
-    threads, tile, began = threads or default_threads(), tile or tiles.TILE, time.perf_counter()
+    threads, tile, began = threads_of(threads), tile or tiles.TILE, time.perf_counter()
     steps = settle_model_trim(steps, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite)
     settling = time.perf_counter() - began
     done = execute(steps, outputs, names=names, threads=threads, tile=tile, allow_nonfinite=allow_nonfinite, **more)
@@ -116,7 +116,7 @@ def execute(
         DataError: NaN or Inf in an input (all are listed), overflow of the output format, or integer tensors that
             differ. Nothing of what was written may be published then.
     """
-    threads = threads or default_threads()
+    threads = threads_of(threads)
     began = time.perf_counter()
     jobs = [Job(group, tile) for group in _by_tensor(steps) if group[0].name not in finished]
     queue = Queue(jobs)

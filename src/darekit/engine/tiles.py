@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from darekit import kernels
 from darekit.checkpoints.digests import TensorDigest
-from darekit.dtypes import Bytes, DType, Floats
+from darekit.dtypes import Bytes, DType, Floats, narrow
 from darekit.engine.contracts import Stage
 from darekit.engine.fused import FEW, TILES, Blocks, FusedStep, aligned, fuse, widened
 from darekit.engine.fused_surveys import FusedSurvey, fuse_survey
@@ -536,7 +536,7 @@ class StepRun:
         raw = scratch.base_raw[: count * dtype.itemsize]
         if dtype.name != self.step.dtype.name:
             raw = np.empty_like(out)
-            kernels.round_to(scratch.base, self.step.dtype, raw)
+            convert(scratch.base, self.step.dtype, raw)
         np.copyto(out.view(f"u{size}"), raw.view(f"u{size}"), where=where)
 
     def _verbatim(self, scratch: Scratch, start: int, count: int, out: Bytes) -> int:
@@ -563,6 +563,13 @@ def put(step: Step, hands: Hands, out: Bytes, start: int, overflowed: int, diges
         digest.update(out)
     hands.outputs[step.output].write(out, step.offset + (step.begin + start) * step.dtype.itemsize)
     hands.tally.bytes_written += out.size
+
+
+def convert(values: Floats, dtype: DType, raw: Bytes) -> int:
+    """`kernels.round_to` nearest of (n,) values of which some may be NaN or Inf, which stay so; returns how many others
+    overflowed."""
+    bad = kernels.count_nonfinite(values)
+    return narrow(values, dtype, raw) - bad if bad else kernels.round_to(values, dtype, raw)
 
 
 def read(tally: Tally, entry: Input, start: int, count: int, buffer: Bytes) -> Bytes:

@@ -25,7 +25,7 @@ from darekit.extraction.layers import FACTORS
 from darekit.extraction.modules import SAVED, SAVES, Selection, select
 from darekit.extraction.targets import Target
 from darekit.inputs.opening import packed_seed
-from darekit.machine import default_threads, free_host_memory
+from darekit.machine import free_host_memory, threads_of
 from darekit.planning.homology import judge, sample_norms
 from darekit.planning.matching.alignment import Alignment, align
 from darekit.planning.opening import open_unrounded
@@ -268,7 +268,7 @@ def open_plan(
         notes += _notes(terms, found, tuned)
         dense = [one for one in found.targets if not _has_factors(one, approximate=terms.in_cores)]
         notes += _notes_on_factors(terms, found, dense, recipe)
-        allowed, peak, crowded = _threads_and_memory(terms, dense, threads or default_threads())
+        allowed, peak, crowded = _threads_and_memory(terms, dense, threads_of(threads))
         notes += [crowded] if crowded else []
         yield ExtractPlan(
             terms, origin, tuned, alignment, found, facts, config, allowed, peak, _seconds(terms, dense, allowed),

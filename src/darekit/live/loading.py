@@ -22,7 +22,7 @@ from darekit.dtypes import Bytes, DType, dtype_named
 from darekit.engine import execution, tiles
 from darekit.engine.trimming import settle_model_trim
 from darekit.errors import HomologyError
-from darekit.machine import default_threads
+from darekit.machine import threads_of
 from darekit.planning.plan import Plan
 
 ROOM = 1 << 28  # bytes of tensors that wait for their conversion; one conversion may need more
@@ -196,7 +196,7 @@ def put(model: Any, plan: Plan, found: Destinations, *, threads: int | None = No
     import torch
 
     state = state_of(model)
-    threads = threads or default_threads()
+    threads = threads_of(threads)
     steps = settle_model_trim(plan.steps, threads=threads, tile=tiles.TILE)
     dtypes = {place.name: place.dtype for shard in plan.shards for place in shard.placements}
     shapes = {place.name: place.shape for shard in plan.shards for place in shard.placements}

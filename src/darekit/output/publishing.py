@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from darekit.checkpoints import OutputFile, index_json
+from darekit.checkpoints import OutputFile, index_json, sync_directory
 from darekit.checkpoints.companions import Companions
 from darekit.engine import execution
 from darekit.errors import CheckpointError, DataError, OutputError
@@ -29,7 +29,7 @@ from darekit.planning.losses import names_of, rounding_lines, rounding_of, swall
 from darekit.planning.plan import Plan
 from darekit.planning.travel.beside import companions_of
 from darekit.recipe.stages import input_names
-from darekit.wording import brief, size_of
+from darekit.wording import brief, size_of, some
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -115,13 +115,18 @@ def execute(
             say(f"{out} is complete, and its {LOCK_NAME} agrees with the recipe and the inputs: nothing is left to do")
             return Report(str(out), 0.0, 0.0, 0, 0, peak_rss(), len(plan.alignment.tensors), plan.parameters, {})
         _refuse_full_disk(plan, stage.path)
-        outputs = [OutputFile.create(stage.path / shard.filename, shard.size) for shard in plan.shards]
+        if lost := _lost(plan, stage):
+            say(f"gone or cut short since the unfinished run wrote them: {some(lost)}; their tensors are merged again")
+        outputs: list[OutputFile] = []
 
         def sync() -> None:
             for output in outputs:
                 output.sync()
 
         try:
+            for shard in plan.shards:
+                outputs.append(OutputFile.create(stage.path / shard.filename, shard.size))
+            sync_directory(stage.path)  # the journal must not outlive the files that it tells of
             for output, shard in zip(outputs, plan.shards, strict=True):
                 output.write(np.frombuffer(shard.header, np.uint8), 0)
             done = execution.run(
@@ -198,9 +203,23 @@ def _write(path: Path, text: str) -> None:
         ) from error
 
 
+def _lost(plan: Plan, stage: Stage) -> list[str]:
+    """Files of a resumed run that do not hold its finished tensors any more, which the stage forgets."""
+    if not stage.finished:
+        return []
+    sizes = {path.name: path.stat().st_size for path in stage.path.glob("*.safetensors")}
+    gone = {
+        shard.filename: [place.name for place in shard.placements if place.name in stage.finished]
+        for shard in plan.shards
+        if sizes.get(shard.filename) != shard.size
+    }
+    stage.forget([name for names in gone.values() for name in names])
+    return [filename for filename, names in gone.items() if names]
+
+
 def _refuse_full_disk(plan: Plan, directory: Path) -> None:
     """What a resumed run has already written counts as free."""
-    there = sum(path.stat().st_blocks * 512 for path in directory.glob("*.safetensors"))
+    there = sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in directory.glob("*.safetensors"))
     usage = shutil.disk_usage(directory)
     free = usage.free + there
     if usage.total and free < plan.bytes_out:  # some FUSE mounts report only zeros

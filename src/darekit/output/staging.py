@@ -143,6 +143,21 @@ class Stage:
         with self._pending_lock:
             self._pending.append(line)
 
+    def forget(self, names: Sequence[str]) -> None:
+        """Finished tensors of a resumed run that are not there any more, for this run and all that follow.
+
+        Raises:
+            OutputError: the journal cannot be written.
+        """
+        if not names:
+            return
+        lines = [json.dumps({"name": name, "record": None}).encode() for name in names]
+        try:
+            _append(self._place.journal, b"\n" + b"\n".join(lines) + b"\n")
+        except OSError as error:
+            raise OutputError(_told(f"cannot write {self._place.journal}", error)) from error
+        self.finished = {name: record for name, record in self.finished.items() if name not in names}
+
     def flush(self, sync: Callable[[], None]) -> None:
         """Journal what was recorded so far; `sync` must bring the weight files themselves to the disk."""
         with self._flush_lock:
@@ -392,6 +407,9 @@ class Lock:
         if self._descriptor is not None:
             if self._exclusive_file is not None:
                 self._exclusive_file.unlink(missing_ok=True)
+            elif fcntl is not None:
+                with contextlib.suppress(OSError):  # closing alone leaves it to a process that was forked meanwhile
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -533,11 +551,13 @@ def _read_journal(path: Path) -> tuple[int | None, Header | None, dict[str, dict
         or (version == FORMAT and not isinstance(times, dict))
     ):
         return None, None, {}
-    finished = {
-        line["name"]: line["record"]
-        for line in _parsed(lines[1:])
-        if isinstance(line.get("name"), str) and isinstance(line.get("record"), dict)
-    }
+    finished: dict[str, dict[str, Any]] = {}
+    for line in _parsed(lines[1:]):
+        name, record = line.get("name"), line.get("record", False)
+        if isinstance(name, str) and isinstance(record, dict):
+            finished[name] = record
+        elif isinstance(name, str) and record is None:  # lost since
+            finished.pop(name, None)
     return version, Header(identity, times or {}), finished
 
 
@@ -643,7 +663,7 @@ def _sync_tree(directory: Path) -> None:
         if path.is_dir():
             _sync_directory(path)
         elif path.is_file():
-            with path.open("rb") as file:
+            with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows flushes only what may be written
                 os.fsync(file.fileno())
     _sync_directory(directory)
 

@@ -157,10 +157,10 @@ class _Patches:
     """Patches being written: one pass that counts what changes, and one that writes it where it belongs."""
 
     def __init__(self, pack: Pack, base: Checkpoint, threads: int | None, progress: Progress | None) -> None:
-        from darekit.machine import default_threads
+        from darekit.machine import threads_of
 
         self.pack, self.base, self.progress = pack, base, progress
-        self.threads = threads or default_threads()
+        self.threads = threads_of(threads)
         self.model = pack.checkpoint(base)
         self.tensors = [tensor for tensor in pack.tensors.values() if tensor.kind != "same" and tensor.count]
         self.total = 2 * sum(self.model.tensors[tensor.name].nbytes for tensor in self.tensors)

@@ -50,7 +50,7 @@ def unpack(base: str | Path, pack: str | Path, out: str | Path, **options: Unpac
         >>> Path("unpacked/model.safetensors").read_bytes() == Path("dropped/model.safetensors").read_bytes()
         True
     """
-    settings = options_of(options)
+    settings = options_of(options, only_write=True)
     checkpoint = open_bound(base, pack)
     try:
         with open_pack(pack, base=checkpoint) as found:

@@ -191,15 +191,16 @@ def pack(
         >>> exact.bytes > report.bytes > small.bytes
         True
     """
-    from darekit.machine import default_threads
+    from darekit.machine import threads_of
 
     out = Path(out)
     if lossless:
         _refuse_idle(seed=seed, bits=bits, dense_bits=dense_bits, group=group, rescale=rescale, keep_dense=keep_dense)
+    for count in (bits, *(() if dense_bits is None else (dense_bits,))):
+        if count not in BITS:
+            raise PlanError(f"{count!r} bits: expected one of {', '.join(map(str, BITS))}")
     dense_bits = max(bits, 4) if dense_bits is None else dense_bits
-    if bits not in BITS or dense_bits not in BITS:
-        raise PlanError(f"{bits if bits not in BITS else dense_bits} bits: expected one of {', '.join(map(str, BITS))}")
-    if not 1 <= group <= GROUP_LIMIT:
+    if type(group) is not int or not 1 <= group <= GROUP_LIMIT:
         raise PlanError(f"groups of {group} elements; expected 1 to {GROUP_LIMIT}")
     if codec not in ("auto", *CODECS):
         raise PlanError(f"codec {codec!r}: expected auto, {' or '.join(CODECS)}")
@@ -249,7 +250,7 @@ def pack(
         }  # fmt: skip
         assert plan.seeds[0] is not None
         terms = Terms(plan.seeds[0], lossless, codec, rescale, bits, dense_bits, group)
-        writer = Writer(plan, settings, terms, threads or default_threads())
+        writer = Writer(plan, settings, terms, threads_of(threads))
         for line in () if lossless else writer.losses():
             note(line)
         written = writer.write(out, overwrite=overwrite, progress=progress)

@@ -537,12 +537,22 @@ def _roles_of(tensor: PackedTensor, rows: bool) -> tuple[str, ...]:
 
 def _read_table(tensor: PackedTensor, parts: Parts, file: InputFile, at: str) -> tuple[LeafTable, Bytes | None]:
     """Counts of kept elements per leaf, checked against the sizes of all other parts; and the bitmap of rows."""
+    # The shape is what a stranger says: nothing of its size is made before the file is known to be as large.
+    for place, what in ((parts.leaves, "counts"), (parts.sizes, "sizes")):
+        if place is not None and place.shape != (tensor.leaves,):
+            raise CheckpointError(f"{at}: {what} of {place.shape[0]} leaves, but its shape has {tensor.leaves}")
+    if (
+        parts.leaves is None
+        and parts.values is not None
+        and 8 * parts.values.nbytes < tensor.count * (tensor.bits or 8)
+    ):
+        raise CheckpointError(
+            f"{at}: values of {tensor.count:,} elements, but the file has {parts.values.nbytes:,} bytes"
+        )
     full = full_counts(tensor)
     counts = full
     bitmap = None
     if parts.leaves is not None:
-        if parts.leaves.shape != (tensor.leaves,):
-            raise CheckpointError(f"{at}: counts of {parts.leaves.shape[0]} leaves, but its shape has {tensor.leaves}")
         counts = _read_counts(file, parts.leaves)
         if parts.leaves.dtype == "I8":
             counts += expected_counts(tensor)
@@ -568,8 +578,6 @@ def _read_table(tensor: PackedTensor, parts: Parts, file: InputFile, at: str) ->
         raise CheckpointError(f"{at}: values of {dtype.name} for the encoding {tensor.encoding}")
     frames = None
     if parts.sizes is not None:
-        if parts.sizes.shape != (tensor.leaves,):
-            raise CheckpointError(f"{at}: sizes of {parts.sizes.shape[0]} leaves, but its shape has {tensor.leaves}")
         frames = _read_counts(file, parts.sizes)
         raw = value_sizes(tensor, counts, dtype.itemsize)
         if np.any(frames > raw + 1) or np.any((frames == 0) != (raw == 0)):

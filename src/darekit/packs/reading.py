@@ -136,10 +136,10 @@ class Pack:
             >>> all(bool((weights[name] == one).all()) for name, one in load_file("restored/model.safetensors").items())
             True
         """
-        from darekit.machine import default_threads
+        from darekit.machine import threads_of
         from darekit.packs.workers import run_all
 
-        threads = threads or default_threads()
+        threads = threads_of(threads)
         self.refuse_damaged(threads=threads)
         decoders = self.decoders(self._counterparts(tensors))
 

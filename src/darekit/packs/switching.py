@@ -97,10 +97,10 @@ class Switcher:
     """
 
     def __init__(self, model: Mapping[str, Any] | Any, base: str | Path, *, threads: int | None = None) -> None:
-        from darekit.machine import default_threads
+        from darekit.machine import threads_of
 
         self.model = model
-        self.threads = threads or default_threads()
+        self.threads = threads_of(threads)
         self.current: Path | None = None
         self._spans: dict[tuple[str, int], _Span] = {}  # by tensor and first leaf: always the same leaves
         self._saved: list[_Saved] = []  # where no lane goes

@@ -70,7 +70,7 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Compare what is stored with its digests, and with a base also every result."""
-    from darekit.machine import default_threads
+    from darekit.machine import threads_of
     from darekit.packs.workers import run_all
 
     tensors = source.document.tensors
@@ -91,7 +91,7 @@ def verify(
             progress(done, total)
 
     largest = sorted(tensors.values(), key=lambda tensor: -tensor.count)
-    run_all(largest, work, threads=threads or default_threads(), tell=tell)
+    run_all(largest, work, threads=threads_of(threads), tell=tell)
     for file in source.document.files:
         if file.stored and digest_of(source.read_part(source.files[file.name])) != file.digest:
             faults.append(Fault(file.name, "the stored file does not match its digest: the pack is damaged"))
@@ -106,7 +106,7 @@ def refuse_damaged(source: PackFile, *, threads: int | None = None) -> None:
     Raises:
         CheckpointError: something differs.
     """
-    from darekit.machine import default_threads
+    from darekit.machine import threads_of
     from darekit.packs.workers import run_all
 
     def work(tensor: PackedTensor) -> int:
@@ -115,7 +115,7 @@ def refuse_damaged(source: PackFile, *, threads: int | None = None) -> None:
         return 1
 
     stored = [tensor for tensor in source.document.tensors.values() if tensor.kind != "same"]
-    run_all(stored, work, threads=threads or default_threads())
+    run_all(stored, work, threads=threads_of(threads))
 
 
 def explain(source: PackFile, name: str, base: Checkpoint) -> str:

@@ -178,6 +178,10 @@ _ROOMS = _Rooms()
 def state_of(model: Mapping[str, Any] | Any) -> Mapping[str, Any]:
     """A torch module's tensors by name, as they are now; a mapping is that itself. What runs on their GPUs has ended:
     copies go through the default stream, and streams beside it would not wait for them."""
+    if not hasattr(model, "state_dict") and not isinstance(model, Mapping):
+        raise HomologyError(
+            f"found {type(model).__name__} where a live model is expected: a torch module, or name -> tensor"
+        )
     state: Mapping[str, Any] = model.state_dict() if hasattr(model, "state_dict") else model
     devices = {tensor.device for tensor in state.values() if is_torch(tensor)}
     for device in devices:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from darekit.architectures.groups import GROUPS, ONE_TERM
 from darekit.dtypes import DTYPES, FLOAT_DTYPES, NEAREST, STOCHASTIC, Rounding, dtype_from_torch_name
+from darekit.errors import RecipeError
 from darekit.methods import MERGE_METHODS, SPARSIFIERS, WEIGHT
 from darekit.recipe import mergekit
 from darekit.recipe.data import LAYOUTS, ModelEntry, Recipe, Slice, Sparsify
@@ -96,6 +97,10 @@ def read_with(
     lenient: bool = False,
 ) -> Recipe:
     """As `read_recipe`; `reader`: reads one document, given where relative names are looked up."""
+    if settings is not None and not (isinstance(settings, Mapping) and all(isinstance(key, str) for key in settings)):
+        raise RecipeError(
+            f"settings must be a dict, dotted key -> value, as {{'parameters.lambda': 0.5}}; found {settings}"
+        )
     search = search_path(source)
     opened = [open_data(source)] if isinstance(source, Mapping) else open_documents(Path(source), lenient=lenient)
     named, last = stages_of(opened)

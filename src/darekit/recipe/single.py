@@ -38,7 +38,8 @@ def drop_recipe(
         raise PlanError(f"{model} is given both as the base and as the model; name a model that was fine-tuned from it")
     sparsify: dict[str, Any] = {"method": method, "drop_rate": drop_rate, "on": on}
     # Where nothing is said, `auto` keeps dense what averages nothing out.
-    sparsify |= {"keep_dense": list(keep_dense)} if keep_dense or drop_rate != "auto" else {}
+    if keep_dense or drop_rate != "auto":
+        sparsify["keep_dense"] = keep_dense if isinstance(keep_dense, str) else list(keep_dense)
     sparsify |= {"rescale": rescale} if rescale is not None else {}
     entry: dict[str, Any] = {"model": model}
     if seed is not None:

@@ -59,7 +59,7 @@ def sparsifier(
         parameters={"drop_rate": drop_rate, **parameters},  # type: ignore[dict-item]  # filters are read as data
         on=on,
         seed=seed,
-        keep_dense=tuple(keep_dense),
+        keep_dense=tuple([keep_dense] if isinstance(keep_dense, str) else keep_dense),
     )
 
 

@@ -91,9 +91,9 @@ def reason_of(error: Exception) -> str:
 
 def shared_threads(threads: int | None, places: int) -> int:
     """Threads for each of several places on one machine."""
-    from darekit.machine import default_threads
+    from darekit.machine import default_threads, threads_of
 
-    return threads or max(1, default_threads() // places)
+    return max(1, default_threads() // places) if threads is None else threads_of(threads)
 
 
 def origins_in(recipes: Sequence[Recipe]) -> tuple[Origin, ...]:
