@@ -52,10 +52,6 @@ def widen(dtype, raw, number):
 def narrow(dtype, values):
     """Numbers -> raw bytes as unsigned words; to nearest even."""
     if dtype == "BF16":
-        if values.dtype == np.float64:  # rounded once: 45 of 52 bits go
-            bits = values.view(np.uint64)
-            even = (bits >> np.uint64(45)) & np.uint64(1)
-            values = ((bits + np.uint64((1 << 44) - 1) + even) & ~np.uint64((1 << 45) - 1)).view(np.float64)
         bits = values.astype(np.float32).view(np.uint32)
         return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
     return values.astype(f"<f{SIZES[dtype]}").view(f"<u{SIZES[dtype]}")

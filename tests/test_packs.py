@@ -278,6 +278,18 @@ def test_a_model_of_a_wider_format_than_its_base_comes_out_of_frames(tmp_path, w
     assert np.array_equal(found["zstd"][0], found["none"][0]) and found["zstd"][1] == found["none"][1]
 
 
+@pytest.mark.parametrize(("rate", "result"), [(0.0, 1.0), (0.5, 2.0)])
+def test_float64_becomes_bf16_in_two_steps_as_it_did_in_the_first_packs(tmp_path, rate, result):
+    """1 + 2^-8 + 2^-40 rounds to 1 + 2^-7; its float32 is a tie, which rounds to 1."""
+    families.save(tmp_path / "base", {"w.weight": np.zeros((64, 64), ml_dtypes.bfloat16)})
+    families.save(tmp_path / "m0", {"w.weight": np.full((64, 64), 1 + 2**-8 + 2**-40)})
+    out = tmp_path / "m.safetensors"
+    dk.pack(tmp_path / "base", tmp_path / "m0", out, drop_rate=rate, bits=64, seed=1, force=True)
+    dk.unpack(tmp_path / "base", out, tmp_path / "out")
+    found = families.load(tmp_path / "out")["w.weight"].astype(np.float64)
+    assert {*found.flat} == {result, *((0.0,) if rate else ())}
+
+
 @pytest.mark.parametrize("method", [0, 1, 2, 3, 4, 5, 6, 255])
 def test_hostile_frames(method):
     base = np.zeros(2000, np.uint8)

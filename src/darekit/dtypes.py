@@ -118,7 +118,7 @@ def _nearest(values: Floats, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     >>> float(_nearest(np.array([1 + 2**-8 + 2**-40]), np.dtype(ml_dtypes.bfloat16))[0])
     1.0078125
     """
-    if values.dtype != np.float64 or dtype.itemsize > 2 or dtype == np.float16:  # numpy's own
+    if not _by_way_of_float32(values, dtype):
         return values.astype(dtype)
     single = values.astype(np.float32)
     bits = single.view(np.uint32)
@@ -126,6 +126,17 @@ def _nearest(values: Floats, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     bits -= inexact & (np.abs(single) > np.abs(values))  # towards 0, and from Inf to the largest
     bits |= inexact
     return single.astype(dtype)
+
+
+def _by_way_of_float32(values: Floats, dtype: np.dtype[Any]) -> bool:
+    """Whether astype rounds twice: formats of ml_dtypes, which numpy has not, from float64."""
+    return values.dtype == np.float64 and dtype.itemsize <= 2 and dtype != np.float16
+
+
+def twice_rounded(values: Floats, dtype: DType) -> Floats:
+    """(n,) -> what version 1 of packs rounds to `dtype`: of float64, for BF16 and float8, the nearest float32."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32) if _by_way_of_float32(values, dtype.numpy) else values
 
 
 def stochastic(values: Floats, dtype: np.dtype[Any], words: npt.NDArray[np.uint32]) -> npt.NDArray[Any]:

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from darekit.dtypes import Bytes, DType, Floats, narrow
+from darekit.dtypes import Bytes, DType, Floats, narrow, twice_rounded
 from darekit.dtypes import widen as widen_any
 from darekit.kernels import cpu, rounding
 from darekit.kernels.lanes import SUMS
@@ -76,10 +76,12 @@ def add_round(
     dtype: DType,
     raw: Bytes,
     words: Words | None = None,
+    *,
+    packed: bool = False,
 ) -> int:
     """base + factor * merged, (n,), rounded once to `dtype` into `raw`; returns how many finite ones overflowed.
 
-    To nearest even, or stochastically by `words`, (n,). Where the change is exactly 0 and the format stays, the base's
+    To nearest even, or stochastically by `words`, (n,); `packed`: as version 1 of packs does, see `twice_rounded`. Where the change is exactly 0 and the format stays, the base's
     bits are copied: -0.0 and NaN payloads survive.
     """
     number = merged.dtype.type
@@ -90,7 +92,8 @@ def add_round(
         return int(rounding.add_round_stochastic_bf16(origin, base, merged, number(factor), words, found))
     change = number(factor) * merged
     with np.errstate(over="ignore", invalid="ignore"):
-        overflowed = narrow(base + change, dtype, raw, words)
+        total = base + change
+        overflowed = narrow(twice_rounded(total, dtype) if packed else total, dtype, raw, words)
     if dtype.name == base_dtype.name:
         word = f"u{dtype.itemsize}"
         np.copyto(raw.view(word), base_raw.view(word), where=change == 0)

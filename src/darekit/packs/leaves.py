@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from darekit import kernels
 from darekit.checkpoints.digests import LEAF
-from darekit.dtypes import DTYPES, Bytes, DType, Floats
+from darekit.dtypes import DTYPES, Bytes, DType, Floats, narrow, twice_rounded
 from darekit.errors import CheckpointError, DataError
 from darekit.kernels import packs as cpu
 from darekit.masks import DROP_ALL, stream_of, threshold_of
@@ -174,12 +174,12 @@ def restore(
     out = np.empty(kept.size, np.uint8)
     if tensor.verbatim:
         kernels.widen(stored, values, base)
-        _refuse_overflow(kernels.round_to(base, dtype, out), tensor.name)
+        _refuse_overflow(narrow(twice_rounded(base, dtype), dtype, out), tensor.name)
     else:
         kernels.widen(kept, dtype, base)
         delta = decode(tensor, values, stored, scales, count, base)
         delta *= base.dtype.type(factor)
-        _refuse_overflow(kernels.add_round(kept, dtype, base, delta, 1.0, dtype, out), tensor.name)
+        _refuse_overflow(kernels.add_round(kept, dtype, base, delta, 1.0, dtype, out, packed=True), tensor.name)
     if indices is None:
         raw[:] = out
     else:
