@@ -448,10 +448,9 @@ def layer(path, name):
 def test_a_union_of_slices_is_that_of_models(three):
     """Where all slices have the same sources, slices change nothing but the number of layers."""
     path, *_ = three
-    weight = {"parameters": {"weight": 0.5}}
-    plain, tokens, config, _ = merged(path, tokenizer_source="union", **weight)
+    plain, tokens, config, _ = merged(path, tokenizer_source="union")
     sources = {"sources": [layer(path, "m0"), layer(path, "m1")]}
-    recipe = {"slices": [sources, sources], "base_model": str(path / "base"), "merge_method": "linear", **weight}
+    recipe = {"slices": [sources, sources], "base_model": str(path / "base"), "merge_method": "linear"}
     dk.merge({**recipe, "tokenizer_source": "union"}, path / "stack")
     found = families.load(path / "stack")
     for name in (EMBED, HEAD):
