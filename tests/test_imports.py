@@ -3,7 +3,6 @@
 
 import ast
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,19 +117,6 @@ def circles(imported):
 
 def test_every_room_has_a_floor():
     assert {room(name) for name in graph()} == set(FLOOR)
-
-
-def test_the_picture_of_the_house_shows_the_same_floors():
-    text = (Path(__file__).resolve().parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^    (.*)$", text[text.index("## The house") : text.index("What each room may not")], re.M)
-    drawn = []
-    for line in lines:
-        rooms = re.findall(r"(\w+)(?:/|\.py)", re.split(r" {2,}", line.strip())[0])
-        if line.startswith(" "):  # what did not fit into the line above
-            drawn[-1] += rooms
-        else:
-            drawn.append(rooms)
-    assert [("__main__",), *map(tuple, drawn)] == [*FLOORS]
 
 
 def test_imports_go_down():

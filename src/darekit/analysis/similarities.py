@@ -23,12 +23,11 @@ from darekit.planning import checks
 from darekit.planning.opening import open_plan
 from darekit.recipe import Recipe, single
 from darekit.wording import brief
+from darekit.wording.progress import Progress
 
 METHODS = ("dare", "drop_only", "magnitude")
 
 ROWS, MAX_LENGTH, BATCH_SIZE = 64, 128, 8
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -17,33 +17,33 @@ DENSE_SHOWN = 3  # names of tensors that are shown for each reason to keep them 
 
 
 def show_recommendation(
-    found: Recommendation, out: Path | None, said: Sequence[str], *, stopped: bool, tensors: bool
+    advice: Recommendation, out: Path | None, said: Sequence[str], *, stopped: bool, tensors: bool
 ) -> None:
     """How much may be dropped and what that does, then a table by kind of tensor, or of every one, then the recipe."""
-    tables.print_headline(found.verdict, _headline(found), tables.COLOURS[found.verdict])
+    tables.print_headline(advice.verdict, _headline(advice), tables.COLOURS[advice.verdict])
     print()
-    tables.print_facts(_facts(found))
-    for note in found.notes:
+    tables.print_facts(_facts(advice))
+    for note in advice.notes:
         print(tables.wrapped(f"note: {note}", "  "))
-    if found.tensors:
+    if advice.tensors:
         print()
-        _show_tensors(found, every=tensors)
+        _show_tensors(advice, every=tensors)
     print()
-    tables.print_small(f"{found.assumed}.")
+    tables.print_small(f"{advice.assumed}.")
     if out is not None:
         print(f"\nWrote {out}: the recipe. Next: dare merge {out} OUT{' --force' if stopped else ''}")
         for line in said:
             print(tables.wrapped(f"note: dare merge will say: {line}", "  "))
 
 
-def _show_tensors(found: Recommendation, *, every: bool) -> None:
-    calibrated = found.calibration is not None
+def _show_tensors(advice: Recommendation, *, every: bool) -> None:
+    calibrated = advice.calibration is not None
     heads = ("parameters", "r", "p_max", "drop rate", "rho", *(("kappa", "noise/signal") if calibrated else ()))
     if every:
-        rows = [(one.name, *_cells(tables.Kind(one.name, (one,), (None,)), calibrated)) for one in found.tensors]
+        rows = [(one.name, *_cells(tables.Kind(one.name, (one,), (None,)), calibrated)) for one in advice.tensors]
         display.print_table(tables.table_of(("tensor", *heads), rows))
         return
-    kinds = [*tables.kinds_of(found.tensors), tables.whole(found.tensors)]
+    kinds = [*tables.kinds_of(advice.tensors), tables.whole(advice.tensors)]
     rows = [(tables.shorten(kind.name, tables.LONGEST), *_cells(kind, calibrated)) for kind in kinds]
     kept = [
         {layer: 1 - (part.mean(lambda tensor: tensor.drop_rate) or 0.0) for layer, part in kind.by_layer().items()}
@@ -55,61 +55,59 @@ def _show_tensors(found: Recommendation, *, every: bool) -> None:
     print()
     more = " kappa: how strongly the delta responds to this text. noise/signal: noise against what fine-tuning does."
     tables.print_small(
-        f"Medians of each kind. r: ||delta|| / ||base||. p_max: the drop rate at which rho is {found.tau:g}. rho: "
+        f"Medians of each kind. r: ||delta|| / ||base||. p_max: the drop rate at which rho is {advice.tau:g}. rho: "
         "predicted change of a layer's output, relative to it." + more * calibrated
         + tables.bar_legend("share kept", layers, room, "the largest in its row") + " Every tensor: --tensors."
     )  # fmt: skip
 
 
-def _headline(found: Recommendation) -> str:
+def _headline(advice: Recommendation) -> str:
     from darekit.wording import label
 
-    if found.verdict == "wrong_base":
-        return f"{found.words}."
-    if not found.tensors:
-        return f"every tensor of {label(found.model)} stays dense."
-    median, _ = found.rho
-    far = f" {label(found.model)} is far from {label(found.base)}." if found.verdict == "large" else ""
-    if found.asked is not None:
+    if advice.verdict == "wrong_base":
+        return f"{advice.words}."
+    if not advice.tensors:
+        return f"every tensor of {label(advice.model)} stays dense."
+    median, _ = advice.rho
+    far = f" {label(advice.model)} is far from {label(advice.base)}." if advice.verdict == "large" else ""
+    if advice.asked is not None:
         return (
-            f"p = {found.asked:g} is predicted to move a layer's output by {median:.3g} of itself; at most "
-            f"p = {_rate(found)} is advised for the median tensor (tau = {found.tau:g}).{far}"
+            f"p = {advice.asked:g} is predicted to move a layer's output by {median:.3g} of itself; at most "
+            f"p = {_rate(advice)} is advised for the median tensor (tau = {advice.tau:g}).{far}"
         )
-    if found.budget is not None:
+    if advice.budget is not None:
         return (
-            f"keeping {100 * found.budget:g} % of what may be dropped is predicted to move a layer's output by "
+            f"keeping {100 * advice.budget:g} % of what may be dropped is predicted to move a layer's output by "
             f"{median:.3g} of itself.{far}"
         )
-    dropped = 100 * (1 - found.kept / max(1, found.parameters))
+    dropped = 100 * (1 - advice.kept / max(1, advice.parameters))
     return (
-        f"{math.floor(10 * dropped) / 10:.1f} % of {label(found.model)}'s delta can be dropped, the median tensor at "
-        f"p = {_rate(found)}.{far}"
+        f"{math.floor(10 * dropped) / 10:.1f} % of {label(advice.model)}'s delta can be dropped, the median tensor at "
+        f"p = {_rate(advice)}.{far}"
     )
 
 
-def _rate(found: Recommendation) -> str:
+def _rate(advice: Recommendation) -> str:
     """As the recipe would say it: rounded down."""
     from darekit.planning.rates import rounded_down
 
-    return f"{rounded_down(found.drop_rate):g}"
+    return f"{rounded_down(advice.drop_rate):g}"
 
 
-def _facts(found: Recommendation) -> Iterator[tuple[str, str]]:
-    median, largest = found.rho
-    share = 100 * found.kept / max(1, found.parameters)
-    yield "kept", f"{display.count_of(found.kept)} of {display.count_of(found.parameters)} elements ({share:.3g} %)"
-    if found.tensors:
+def _facts(advice: Recommendation) -> Iterator[tuple[str, str]]:
+    median, largest = advice.rho
+    share = 100 * advice.kept / max(1, advice.parameters)
+    yield "kept", f"{display.count_of(advice.kept)} of {display.count_of(advice.parameters)} elements ({share:.3g} %)"
+    if advice.tensors:
         yield "moves", f"a layer's output by {median:.3g} of itself (median), at most {largest:.3g}, as predicted"
-    if found.search is not None:
-        tried = ", ".join(f"{change:.4g} at k = {k:g}" for k, change in sorted(found.search.changes.items()))
-        yield (
-            "q",
-            (f"{found.search.best:g} (1 - p) comes nearest to the fine-tuned outputs; {found.search.measure}: {tried}"),
-        )
+    if advice.search is not None:
+        tried = ", ".join(f"{change:.4g} at k = {k:g}" for k, change in sorted(advice.search.changes.items()))
+        best = f"{advice.search.best:g} (1 - p) comes nearest to the fine-tuned outputs"
+        yield "q", f"{best}; {advice.search.measure}: {tried}"
     from darekit.recommendation.advice import REASONS
 
     reasons: dict[str, list[str]] = {}
-    for dense in found.dense:
+    for dense in advice.dense:
         reasons.setdefault("" if dense.reason in REASONS.values() else dense.reason, []).append(dense.name)
     for reason, names in reasons.items():
         globs = tables.globs_of(names)

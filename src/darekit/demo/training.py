@@ -42,10 +42,10 @@ from darekit.demo.settings import Course, read_settings
 from darekit.demo.tasks import Example, base_examples, held_out_words, tuning_examples
 from darekit.errors import DarekitError, DataError
 
-Progress = Callable[[str, int, int], None]  # what is under way, steps done, steps in all
+TrainingProgress = Callable[[str, int, int], None]  # what is under way, steps done, steps in all
 
 
-def train_family(family: Family, progress: Progress) -> tuple[str, ...]:
+def train_family(family: Family, progress: TrainingProgress) -> tuple[str, ...]:
     """Train every model that is not there yet, and say which those were."""
     base = Job()
     trained = []

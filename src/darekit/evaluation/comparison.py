@@ -18,7 +18,7 @@ from typing import Any
 
 from darekit.errors import DarekitError, DataError, OutputError, PlanError
 from darekit.evaluation.asked import ASKED, Asked, given
-from darekit.evaluation.examples import Examples, Progress
+from darekit.evaluation.examples import Examples
 from darekit.evaluation.harness import Confirm, Harness, load_tasks
 from darekit.evaluation.judges import (
     Judge,
@@ -36,6 +36,7 @@ from darekit.pools.clusters import cluster_of, open_pool, require_ray
 from darekit.pools.processes import Lost
 from darekit.recipe import Recipe
 from darekit.wording import brief
+from darekit.wording.progress import Progress
 
 KEPT = "evaluations.jsonl"  # one line for each model that is finished
 COMPARISON = "comparison.json"

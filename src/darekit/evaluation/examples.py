@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from darekit.live.models import LiveModel, memory_told, one_thread
 from darekit.live.reading import refuse_foresight
 from darekit.live.tasks import CAUSAL, CLASSIFIER, REGRESSOR, SEQ2SEQ, rows_of
 from darekit.wording import some
+from darekit.wording.progress import Progress
 
 BATCH_SIZE = 16
 COMPLETION, LABEL, TEXT = "a completion", "a label", "text alone"
@@ -31,8 +32,6 @@ METRICS = {
     LABEL: ("accuracy", "matthews", "f1", "pearson", "spearman"),
     TEXT: ("loss", "perplexity"),
 }
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass

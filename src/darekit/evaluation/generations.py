@@ -13,12 +13,12 @@ from typing import Any
 
 from darekit.errors import CheckpointError, DataError, OutputError, PlanError
 from darekit.evaluation.comparison import Model, file_name, named_models, write_text
-from darekit.evaluation.examples import Progress
 from darekit.evaluation.guards import nan_refused
 from darekit.live.models import LiveModel, build, memory_told, one_thread
 from darekit.live.skeletons import quiet_transformers
 from darekit.live.tasks import CAUSAL
 from darekit.planning.opening import open_plan
+from darekit.wording.progress import Progress
 
 BATCH_SIZE = 8
 MAX_NEW_TOKENS = 512

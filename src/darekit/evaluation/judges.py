@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from darekit.errors import DarekitError, RecipeError
-from darekit.evaluation.examples import BATCH_SIZE, METRICS, Examples, Progress, form_of
+from darekit.evaluation.examples import BATCH_SIZE, METRICS, Examples, form_of
 from darekit.evaluation.harness import JUDGE_KEYS, find_tasks, load_tasks
 from darekit.evaluation.outside import Command, Function, command_of, function_judge, function_of
 from darekit.evaluation.scores import Score
 from darekit.live.data import read_rows
 from darekit.live.models import LiveModel
+from darekit.wording.progress import Progress
 
 __all__ = ["Judge", "Score", "judge_of"]
 

@@ -95,7 +95,7 @@ def select(
     tensors = {names[tensor.name]: tensor for tensor in alignment.tensors}
     routers = _routers(tensors)
     twice = _used_twice(alignment)
-    found = Selection()
+    selection = Selection()
     experts: dict[str, dict[tuple[int, int], Block]] = {}
     for name, tensor in tensors.items():
         module, _, last = name.rpartition(".")
@@ -103,46 +103,50 @@ def select(
         if dtype_named(tensor.dtype).kind != "float" or tensor.copied or tensor.models[0] is None:
             continue
         if tensor.name in twice:
-            found.left_out.append(LeftOut(tensor, kind, "the base ties it to another tensor, and the model does not"))
-        elif kind == "embeddings" and "embeddings" in factors and (own := table(name, tensor, facts, tensors)):
-            found.targets += [own] if isinstance(own, Target) else []
-            found.left_out += [] if isinstance(own, Target) else [LeftOut(tensor, kind, own)]
+            selection.left_out.append(
+                LeftOut(tensor, kind, "the base ties it to another tensor, and the model does not")
+            )
+        elif kind == "embeddings" and "embeddings" in factors and (target := table(name, tensor, facts, tensors)):
+            selection.targets += [target] if isinstance(target, Target) else []
+            selection.left_out += [] if isinstance(target, Target) else [LeftOut(tensor, kind, target)]
         elif kind == "biases" and last in EXPERT_PARAMETERS and len(tensor.shape) == 2 and _are_kept(save, for_vllm):
-            found.targets.append(
+            selection.targets.append(
                 Target(name, ((Block(tensor, 0, (tensor.shape[0], tensor.shape[1])),),), parameter=last)
             )
         elif kind in SAVES:
-            _save(found, name, tensor, kind, tensors, save, facts, routers, for_vllm=for_vllm)
+            _save(selection, name, tensor, kind, tensors, save, facts, routers, for_vllm=for_vllm)
         elif for_vllm and facts.is_output_embedding(tensor.name):
-            found.left_out.append(LeftOut(tensor, kind, "few of vLLM's models take an adapter on the output embedding"))
+            selection.left_out.append(
+                LeftOut(tensor, kind, "few of vLLM's models take an adapter on the output embedding")
+            )
         elif (place := _place_among_experts(name, tensor, facts)) is not None and not for_vllm:
             parameter, order = place
             experts.setdefault(parameter, {})[order] = Block(tensor, 0, (tensor.shape[0], tensor.shape[1]))
         elif len(tensor.shape) == 3 and last in EXPERT_PARAMETERS and "expert" in module:
-            found.targets.append(_fused(name, tensor, facts, config))
+            selection.targets.append(_fused(name, tensor, facts, config))
         elif last == "weight" and len(tensor.shape) == 2:
             parts = _parts(name, tensor, facts)
             if module.rpartition(".")[2] in REFUSED.get(facts.model_type or "", ()):
-                found.left_out.append(LeftOut(tensor, kind, "PEFT refuses adapters on this layer"))
+                selection.left_out.append(LeftOut(tensor, kind, "PEFT refuses adapters on this layer"))
             elif parts is None:
                 why = "transformers turns it into another matrix in memory"
-                found.left_out.append(LeftOut(tensor, kind, why))
+                selection.left_out.append(LeftOut(tensor, kind, why))
             else:
-                found.targets += parts
+                selection.targets += parts
         elif "convolutions" in factors and (layer := convolution(name, tensor, facts, config)) is not None:
-            found.targets.append(layer)
+            selection.targets.append(layer)
         else:
             what = f"a parameter of shape {list(tensor.shape)} is not a matrix times its input"
             if last == "weight":
                 what = "a convolution; `--factors convolutions` writes its factors"
             if last == "weight" and "convolutions" in factors:
                 what = "a convolution that may have groups or be transposed: its kind of layer is unknown"
-            found.left_out.append(LeftOut(tensor, kind, what))
+            selection.left_out.append(LeftOut(tensor, kind, what))
     for parameter, blocks in experts.items():
-        _stack(found, parameter, blocks)
-    _complete(found, tensors)
-    _tie(found, tensors, facts)
-    return found
+        _stack(selection, parameter, blocks)
+    _complete(selection, tensors)
+    _tie(selection, tensors, facts)
+    return selection
 
 
 def _are_kept(save: Collection[str], for_vllm: bool) -> bool:
@@ -171,15 +175,15 @@ def _routers(tensors: Mapping[str, AlignedTensor]) -> set[str]:
     """Modules that choose among experts: they lie beside them, and have a row for each."""
     counts: dict[str, set[int]] = {}
     for name, tensor in tensors.items():
-        parent, found, rest = name.partition(".experts.")
-        if not found:
+        parent, among, rest = name.partition(".experts.")
+        if not among:
             continue
         number = rest.partition(".")[0]
         if number.isdecimal():
             counts.setdefault(parent, set()).add(int(number) + 1)
         elif len(tensor.shape) == 3:
             counts.setdefault(parent, set()).add(tensor.shape[0])
-    many = {parent: max(found) for parent, found in counts.items()}
+    many = {parent: max(numbers) for parent, numbers in counts.items()}
     return {
         name.removesuffix(".weight") for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) == 2
@@ -199,7 +203,7 @@ def _kind_of(name: str, tensor: AlignedTensor, facts: Facts, routers: Collection
 
 
 def _save(
-    found: Selection, name: str, tensor: AlignedTensor, kind: str, tensors: Mapping[str, AlignedTensor],
+    selection: Selection, name: str, tensor: AlignedTensor, kind: str, tensors: Mapping[str, AlignedTensor],
     save: Collection[str], facts: Facts, routers: Collection[str], *, for_vllm: bool,
 ) -> None:  # fmt: skip
     """Whole, where its kind is saved. A bias of a module that is saved whole goes with it."""
@@ -208,41 +212,41 @@ def _save(
     if kind == "biases" and owner is not None:
         of = _kind_of(f"{module}.weight", owner, facts, routers)
         if of in SAVES and of in save:
-            found.saved.append(Saved(name, tensor, of, module))
+            selection.saved.append(Saved(name, tensor, of, module))
             return
     if kind not in save:
         why = "vLLM takes no modules that are saved whole" if for_vllm else f"not saved unless asked for (save {kind})"
-        found.left_out.append(LeftOut(tensor, kind, why))
+        selection.left_out.append(LeftOut(tensor, kind, why))
     elif facts.conversion(tensor.name) is not None:
-        found.left_out.append(LeftOut(tensor, kind, "transformers turns it into another tensor in memory"))
+        selection.left_out.append(LeftOut(tensor, kind, "transformers turns it into another tensor in memory"))
     elif last in ("weight", "bias"):
-        found.saved.append(Saved(name, tensor, kind, None if kind == "biases" else module))
+        selection.saved.append(Saved(name, tensor, kind, None if kind == "biases" else module))
     else:
-        found.left_out.append(LeftOut(tensor, kind, "PEFT saves whole modules, and this parameter is not one"))
+        selection.left_out.append(LeftOut(tensor, kind, "PEFT saves whole modules, and this parameter is not one"))
 
 
-def _complete(found: Selection, tensors: Mapping[str, AlignedTensor]) -> None:
+def _complete(selection: Selection, tensors: Mapping[str, AlignedTensor]) -> None:
     """PEFT replaces a module as a whole, and refuses files that lack one of its tensors: buffers go along."""
-    names = {one.tensor.name for one in found.saved if one.module is not None}
-    kinds = {one.module: one.kind for one in found.saved if one.module is not None}
+    names = {one.tensor.name for one in selection.saved if one.module is not None}
+    kinds = {one.module: one.kind for one in selection.saved if one.module is not None}
     for name, tensor in tensors.items():
         owner = next((module for module in _above(name) if module in kinds), None)
         if owner is not None and tensor.name not in names:
-            found.saved.append(Saved(name, tensor, kinds[owner], owner))
-            found.left_out = [one for one in found.left_out if one.tensor.name != tensor.name]
+            selection.saved.append(Saved(name, tensor, kinds[owner], owner))
+            selection.left_out = [one for one in selection.left_out if one.tensor.name != tensor.name]
 
 
-def _tie(found: Selection, tensors: Mapping[str, AlignedTensor], facts: Facts) -> None:
+def _tie(selection: Selection, tensors: Mapping[str, AlignedTensor], facts: Facts) -> None:
     """What shares the values of a table that is saved whole (an output embedding) is replaced with it: PEFT looks for
     each of them in the file."""
-    tables = {one.name for one in found.saved if one.kind == "embeddings"}
+    tables = {one.name for one in selection.saved if one.kind == "embeddings"}
     roots = {name: facts.tied_to(name) for name in facts.held if "#" not in name}
     tied = {name: root for name, root in roots.items() if root is not None and root in tensors}
     modules = {name.rpartition(".")[0] for name, root in tied.items() if root in tables}
     for name, root in tied.items():
         module = name.rpartition(".")[0]
         if module in modules and name not in tensors:
-            found.saved.append(Saved(name, tensors[root], "embeddings", module))
+            selection.saved.append(Saved(name, tensors[root], "embeddings", module))
 
 
 def _above(name: str) -> Iterator[str]:
@@ -267,7 +271,7 @@ def _place_among_experts(name: str, tensor: AlignedTensor, facts: Facts) -> tupl
     return target, (int(number[1]), conversion.sources.index(conversion.source))
 
 
-def _stack(found: Selection, parameter: str, blocks: Mapping[tuple[int, int], Block]) -> None:
+def _stack(selection: Selection, parameter: str, blocks: Mapping[tuple[int, int], Block]) -> None:
     """The experts of one parameter, in order; what is incomplete stays out."""
     experts = sorted({expert for expert, _ in blocks})
     kinds = sorted({kind for _, kind in blocks})
@@ -275,10 +279,10 @@ def _stack(found: Selection, parameter: str, blocks: Mapping[tuple[int, int], Bl
     last = parameter.rpartition(".")[2]
     if not whole or last not in EXPERT_PARAMETERS or len({block.shape[1] for block in blocks.values()}) > 1:
         why = "its experts are incomplete, or differ in shape"
-        found.left_out += [LeftOut(block.tensor, "matrices", why) for block in blocks.values()]
+        selection.left_out += [LeftOut(block.tensor, "matrices", why) for block in blocks.values()]
         return
     matrices = tuple(tuple(blocks[expert, kind] for kind in kinds) for expert in experts)
-    found.targets.append(Target(parameter, matrices, parameter=last))
+    selection.targets.append(Target(parameter, matrices, parameter=last))
 
 
 def _fused(name: str, tensor: AlignedTensor, facts: Facts, config: Mapping[str, Any]) -> Target:
@@ -318,9 +322,9 @@ def suffixes(names: Sequence[str], others: Collection[str]) -> list[str]:
     """
     wanted, words = set(names), sorted({name.rpartition(".")[2] for name in names})
     others = {*others, *(module for name in (*names, *others) for module in _above(name))}
-    found: list[str] = []
+    shortest: list[str] = []
     for word in words:
-        own = [name for name in names if name.rpartition(".")[2] == word]
+        whole = [name for name in names if name.rpartition(".")[2] == word]
         clear = all(name in wanted for name in others if name == word or name.endswith(f".{word}"))
-        found += [word] if clear and not word.isdecimal() else own
-    return sorted(found)
+        shortest += [word] if clear and not word.isdecimal() else whole
+    return sorted(shortest)

@@ -99,10 +99,10 @@ def terms_of(
     if recipe is not None and joins and rank is None and energy is None and error is None:
         rank, error = recipe.rank, 0.0 if recipe.rank is None else None
     given = {"rank": rank, "energy": energy, "error": error}
-    found = [name for name, value in given.items() if value is not None]
-    if len(found) != 1:
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
         raise PlanError(
-            f"an adapter needs one of rank, energy and error, found {' and '.join(found) or 'none'}: rank 32, or "
+            f"an adapter needs one of rank, energy and error, found {' and '.join(named) or 'none'}: rank 32, or "
             "energy 0.95 (of each delta's squared norm), or error 0.05 (of each delta's norm)"
         )
     for name, value in (("rank", rank), ("max_rank", max_rank)):
@@ -252,10 +252,10 @@ def open_plan(
         if terms.in_cores and recipe is not None:
             _refuse_whole_models(recipe, origin, tuned)
         alignment, facts, config = _aligned(origin, tuned, vocab)
-        found = select(
+        selection = select(
             alignment, facts, config, save=terms.save, factors=terms.factors, for_vllm=terms.server == "vllm"
         )
-        if not found.targets:
+        if not selection.targets:
             raise PlanError(
                 f"{tuned.ref} has no matrices that an adapter could hold: none of its tensors is the weight of a layer"
             )
@@ -265,13 +265,13 @@ def open_plan(
             raise HomologyError(f"{judged.stop}; use --force to continue anyway")
         notes = [*dict.fromkeys((*origin.notes, *tuned.notes)), *alignment.notes]
         notes += [judged.stop] if judged.stop else []
-        notes += _notes(terms, found, tuned)
-        dense = [one for one in found.targets if not _has_factors(one, approximate=terms.in_cores)]
-        notes += _notes_on_factors(terms, found, dense, recipe)
+        notes += _notes(terms, selection, tuned)
+        dense = [one for one in selection.targets if not _has_factors(one, approximate=terms.in_cores)]
+        notes += _notes_on_factors(terms, selection, dense, recipe)
         allowed, peak, crowded = _threads_and_memory(terms, dense, threads_of(threads))
         notes += [crowded] if crowded else []
         yield ExtractPlan(
-            terms, origin, tuned, alignment, found, facts, config, allowed, peak, _seconds(terms, dense, allowed),
+            terms, origin, tuned, alignment, selection, facts, config, allowed, peak, _seconds(terms, dense, allowed),
             tuple(notes),
         )  # fmt: skip
 
@@ -288,22 +288,22 @@ def _aligned(base: Checkpoint, model: Checkpoint, vocab: str) -> tuple[Alignment
     return alignment, facts_of(base.config or model.config), base.config or model.config or {}
 
 
-def _notes(terms: Terms, found: Selection, model: Checkpoint) -> Iterator[str]:
+def _notes(terms: Terms, selection: Selection, model: Checkpoint) -> Iterator[str]:
     if packed_seed(model) is not None:
         yield f"{model.ref} is a pack: its delta is that of the model it unpacks to, which is sparse and rescaled"
-    sides = [min(one.shape) for one in found.targets]
+    sides = [min(one.shape) for one in selection.targets]
     small = [side for side in sides if terms.rank is not None and side <= terms.rank]
     if small:
         yield (
             f"rank {terms.rank} is the full rank of {len(small)} of {len(sides)} modules: their deltas are kept whole "
             f"(rank {min(small)}{f' to {max(small)}' if max(small) > min(small) else ''})"
         )
-    whole = sum(math.prod(one.shape) * len(one.matrices) for one in found.targets)
-    thin = sum(sum(one.shape) * min(terms.rank or 0, *one.shape) * len(one.matrices) for one in found.targets)
+    whole = sum(math.prod(one.shape) * len(one.matrices) for one in selection.targets)
+    thin = sum(sum(one.shape) * min(terms.rank or 0, *one.shape) * len(one.matrices) for one in selection.targets)
     if thin > whole:
         yield f"factors of rank {terms.rank} are {thin / whole:.2g} times as large as the matrices: use a smaller rank"
     reasons: dict[tuple[str, str], list[str]] = {}
-    for one in found.left_out:
+    for one in selection.left_out:
         reasons.setdefault((one.kind, one.why), []).append(one.tensor.name)
     for (kind, why), names in reasons.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -331,15 +331,17 @@ def _has_factors(target: Target, *, approximate: bool) -> bool:
     )  # fmt: skip
 
 
-def _notes_on_factors(terms: Terms, found: Selection, dense: Sequence[Target], recipe: Recipe | None) -> Iterator[str]:
+def _notes_on_factors(
+    terms: Terms, selection: Selection, dense: Sequence[Target], recipe: Recipe | None
+) -> Iterator[str]:
     """Of merged adapters: what is exact, and what takes full matrices.
 
     Raises:
         PlanError: everything is to be kept of a full matrix.
     """
-    thin = len(found.targets) - len(dense)
+    thin = len(selection.targets) - len(dense)
     if thin and recipe is not None:
-        exact = not any(not _has_factors(one, approximate=False) for one in found.targets if one not in dense)
+        exact = not any(not _has_factors(one, approximate=False) for one in selection.targets if one not in dense)
         what = "their sum is exact" if exact else (
             "they are merged in core space: dropping, trimming and comparing act on small matrices that stand for "
             "the deltas"

@@ -30,10 +30,9 @@ from darekit.planning.plan import Plan
 from darekit.planning.travel.beside import companions_of
 from darekit.recipe.stages import input_names
 from darekit.wording import brief, size_of, some
+from darekit.wording.progress import Progress
 
 INDEX_NAME = "model.safetensors.index.json"
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from darekit.dtypes import DTYPES, Bytes, Floats, dtype_named
 from darekit.errors import DataError, PlanError
 from darekit.machine import peak_rss
 from darekit.output.card import public_name
-from darekit.output.publishing import Progress
 from darekit.output.staging import open_brief_stage
 from darekit.packing.unpacking import open_bound, unpack
 from darekit.packs.format import PackedTensor
 from darekit.packs.reading import Pack, open_pack
 from darekit.packs.workers import run_all
 from darekit.wording import brief, size_of
+from darekit.wording.progress import Progress
 
 FORMAT = "darekit-weight-patches"
 

@@ -14,10 +14,10 @@ from typing import Any
 from darekit.checkpoints.companions import CARD
 from darekit.checkpoints.hub import HUB_ID, refuse_address, upload_files
 from darekit.errors import CheckpointError, OutputError, PlanError
-from darekit.output.publishing import Progress
 from darekit.packing.card import pack_card
 from darekit.packs.opening import SUFFIX, locate_pack
 from darekit.packs.reading import open_pack
+from darekit.wording.progress import Progress
 
 PACK_SUFFIX = ".pack.safetensors"
 

@@ -36,7 +36,6 @@ from darekit.errors import CheckpointError, OutputError, PlanError
 from darekit.inputs.opening import packed_seed
 from darekit.machine import peak_rss
 from darekit.output.card import agreed_license, public_name
-from darekit.output.publishing import Progress
 from darekit.packing.jobs import WORTH, Job, Terms, job_for, without_same_rows
 from darekit.packing.spans import BUFFERS, Piece, Spool, make_span
 from darekit.packs.format import (
@@ -66,6 +65,7 @@ from darekit.planning.plan import Plan
 from darekit.planning.travel.merged import with_ids
 from darekit.recipe import single
 from darekit.wording import brief, size_of, some
+from darekit.wording.progress import Progress
 
 try:
     import fcntl

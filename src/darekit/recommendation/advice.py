@@ -26,6 +26,7 @@ from darekit.planning.rates import MOST, PAYS_FIRST, rate_within, rounded_down, 
 from darekit.recipe import Filtered, Filters, Recipe, Value
 from darekit.recipe.single import drop_recipe
 from darekit.wording import brief, label
+from darekit.wording.progress import Progress
 
 if TYPE_CHECKING:
     from darekit.recommendation.calibration import Calibration, Layer
@@ -40,8 +41,6 @@ REASONS = {
     "norms": "each output is one element times one input: no sum in which noise averages out",
     "biases": "each output is one element: no sum in which noise averages out",
 }
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from darekit.live.models import build, memory_told, one_thread
 from darekit.live.tasks import CAUSAL, SEQ2SEQ
 from darekit.methods.sparsifiers import noise_gain
 from darekit.planning.plan import Plan
-from darekit.recommendation.inputs import Feed, Progress, batched
+from darekit.recommendation.inputs import Feed, batched
+from darekit.wording.progress import Progress
 
 _CACHED = 1 << 30  # bytes of deltas that are kept from batch to batch; what is more is read again for each
 

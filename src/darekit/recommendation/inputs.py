@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,6 @@ from darekit.live.data import Row, Tokens, batches, tokenize
 from darekit.live.models import LiveModel
 from darekit.live.reading import refuse_unreadable
 from darekit.live.tasks import SEQ2SEQ
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from darekit.live.batches import padding_known
 from darekit.live.models import LiveModel, build, memory_told, one_thread
 from darekit.live.tasks import CAUSAL, MASKED, REGRESSOR, SEQ2SEQ
 from darekit.planning.plan import Plan
-from darekit.recommendation.inputs import Feed, Progress, batched
+from darekit.recommendation.inputs import Feed, batched
+from darekit.wording.progress import Progress
 
 FACTORS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 LIKELIEST = 256  # outputs of each position that are compared one by one; the others' probability as one

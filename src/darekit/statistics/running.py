@@ -31,6 +31,7 @@ from darekit.statistics.budget import bytes_of_sums, grouped, settled
 from darekit.statistics.passes import EMPIRICAL, LABELS, FisherPass, GramPass, Pass
 from darekit.statistics.staging import Stage
 from darekit.wording import brief, size_of
+from darekit.wording.progress import Progress
 
 MAX_LENGTH = 2048  # tokens of an example, where neither the model nor the caller asks for less
 SAVE_SECONDS = 30.0  # between two savings of an unfinished pass, more where a saving takes long
@@ -42,8 +43,6 @@ ADVICE = (
     "starting over"
 )
 SMALLER = {GRAM: "a smaller --batch-size or --max-length", FISHER: "a smaller --max-length"}
-
-Progress = Callable[[int, int], None]  # examples done, examples in all, over all passes
 
 
 @dataclass(frozen=True)
