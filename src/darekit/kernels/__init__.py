@@ -81,8 +81,8 @@ def add_round(
 ) -> int:
     """base + factor * merged, (n,), rounded once to `dtype` into `raw`; returns how many finite ones overflowed.
 
-    To nearest even, or stochastically by `words`, (n,); `packed`: as version 1 of packs does, see `twice_rounded`. Where the change is exactly 0 and the format stays, the base's
-    bits are copied: -0.0 and NaN payloads survive.
+    To nearest even, or stochastically by `words`, (n,); `packed`: as version 1 of packs does, see `twice_rounded`.
+    Where the change is exactly 0 and the format stays, the base's bits are copied: -0.0 and NaN payloads survive.
     """
     number = merged.dtype.type
     if dtype.name == base_dtype.name == "BF16" and merged.dtype == np.float32:
