@@ -81,12 +81,18 @@ def check_storage(search: Search, *, connect: bool = True) -> None:
 
 
 def hidden(text: str) -> str:
-    """A text without the passwords of the URLs in it.
+    """A text without the passwords of the URLs in it, which may hold a slash or another @.
 
-    >>> hidden("storage: postgresql://me:secret@host/searches")
+    >>> hidden("storage: postgresql://me:se/cr@et@host/searches")
     'storage: postgresql://me:***@host/searches'
+    >>> hidden("storage: postgresql://host/searches?user=me&password=secret")
+    'storage: postgresql://host/searches?user=me&password=***'
     """
-    return re.sub(r"(://[^/\s:@]*:)[^@\s/]+@", r"\1***@", text)
+    return re.sub(r"(://[^/\s:@]*:)\S+@|([?&]password=)[^&\s\"']+", _masked, text)
+
+
+def _masked(found: re.Match[str]) -> str:
+    return f"{found[1]}***@" if found[1] else f"{found[2]}***"
 
 
 def _reason(error: BaseException) -> str:
