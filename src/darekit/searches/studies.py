@@ -54,13 +54,12 @@ def check_storage(search: Search, *, connect: bool = True) -> None:
     if search.storage is None:
         return
     from optuna.storages import get_storage
-    from sqlalchemy.engine import make_url
+    from sqlalchemy import create_engine
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
     at = search.places.at("storage")
     try:
-        url = make_url(search.storage)
-        url.get_dialect().import_dbapi()
+        url = create_engine(search.storage).url  # which imports the driver, and connects only when it is asked
     except NoSuchModuleError:
         kind = search.storage.partition(":")[0]
         raise PlanError(
