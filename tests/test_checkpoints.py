@@ -328,7 +328,7 @@ class TestPickled:
             ({"model": {"w": torch.zeros(1)}}, "found a dict, expected a name and a tensor"),
             ({3: torch.zeros(1)}, "entry int"),
             ({"w": torch.zeros(1).expand(10**12)}, "a tensor of 4,000,000,000,000 bytes cannot come from a file of"),
-            ({"w": torch.zeros(2, dtype=torch.complex64)}, "a tensor of torch.complex64"),
+            ({"w": torch.zeros(2, dtype=torch.complex128)}, "a tensor of torch.complex128"),
             ({"w": torch.eye(2).to_sparse()}, "torch.sparse_coo"),
         ],
     )

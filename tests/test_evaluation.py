@@ -269,7 +269,7 @@ def test_a_sweep_looks_tasks_up_before_anything_runs(causal, tmp_path, monkeypat
         for dry in ((), ("--dry-run",)) if says else (("--dry-run",),):
             done = dare("sweep", tmp_path / "s.yaml", *dry)
             assert done.code == (1 if says else 0), done.err
-            assert says is None or ("s: test.all: " in done.err and re.search(says, done.err)), done.err
+            assert says is None or ("s.yaml line 1: test.all: " in done.err and re.search(says, done.err)), done.err
         assert not (tmp_path / "s").exists()
     assert not offline
 

@@ -7,7 +7,7 @@ import pytest
 
 from darekit.errors import DataError, RecipeError
 from darekit.evaluation.scores import Score
-from darekit.recipe.documents import Document
+from darekit.recipe.documents import Document, Places
 from darekit.searches.baselines import BASE, PLAIN, SINGLE, WRITTEN, Baseline
 from darekit.searches.blends import Blend
 from darekit.searches.data import Limit
@@ -30,7 +30,7 @@ RIGHT = {name: SCORES[name] for name in ("math/right", "chat/right")}
 
 
 def search(*goals, limits=()):
-    return SimpleNamespace(name="file.yaml", goals=goals, limits=limits)
+    return SimpleNamespace(name="file.yaml", goals=goals, limits=limits, places=Places("file.yaml"))
 
 
 def baseline(kind, name="x", model=None):
@@ -61,7 +61,7 @@ def test_what_no_judge_gives_is_told_beforehand():
         (search("math/rihgt"), "choose: math/rihgt: validation.math has no score 'rihgt'"),
         (search("math/loss"), "choose: math/loss: test.math has no score 'loss'"),
         (search("mean of chat, math/loss"), "test.math has no score 'loss'"),
-        (search("math", limits=(Limit("math/los", 0.5, None, False),)), "math/los at most 0.5: validation.math has no"),
+        (search("math", limits=(Limit("math/los", 0.5, None, False),)), "at_most.math/los: validation.math has no"),
     ):
         with pytest.raises(RecipeError, match=said):
             check_goals(one, judges, [])
@@ -157,7 +157,7 @@ def test_bounds_refer_to_what_was_judged():
     )  # fmt: skip
     assert bounds_of(search(limits=(number, share)), known)[1].of is sheet
     assert bounds_of(search(limits=(share,)), Known(RIGHT))[0].of is None  # not yet
-    with pytest.raises(RecipeError, match="math at least 1 of m: m could not be judged, so nothing can be compared"):
+    with pytest.raises(RecipeError, match="at_least.math: m could not be judged, so nothing can be compared"):
         bounds_of(search(limits=(Limit("math", 1, "m", True),)), known)
     with pytest.raises(RecipeError, match=r"file.yaml: x at least 1: 'x' is not a score"):
         bounds_of(search(limits=(Limit("x", 1, None, True),)), known)
@@ -236,11 +236,11 @@ def test_judges_are_made_by_name_and_their_mistakes_too(monkeypatch):
     monkeypatch.setattr(judging, "check_judge", made)
     specs = {"validation": {"a": 1, "b": 2}, "test": {"a": 3}}
     expected = {"validation": {"a": (1, "s"), "b": (2, "s")}, "test": {"a": (3, "s")}}
-    assert make_judges("file", specs, "s") == check_judges("file", specs, "s") == expected
-    assert check_judges("file", {"test": {"a": "tasks", "b": 1}}, "s") == {"test": {"b": (1, "s")}}
+    assert make_judges(Places("file"), specs, "s") == check_judges(Places("file"), specs, "s") == expected
+    assert check_judges(Places("file"), {"test": {"a": "tasks", "b": 1}}, "s") == {"test": {"b": (1, "s")}}
     for make in (make_judges, check_judges):
         with pytest.raises(DataError, match=r"^file: test.a: no such file$"):
-            make("file", {"test": {"a": "bad"}}, "s")
+            make(Places("file"), {"test": {"a": "bad"}}, "s")
 
 
 def test_scores_are_called_after_their_judge():

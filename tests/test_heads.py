@@ -83,6 +83,22 @@ def test_one_models_head_is_taken_and_the_rest_merged(encoders, giver, sparse):
     assert lock["recipe"]["heads"] == str(path / f"m{giver}")
 
 
+def test_a_head_that_the_base_has_beside_another_is_still_the_givers(tmp_path):
+    """BERT's base was trained for two tasks at once; its fine-tunes go on with one of them."""
+    rng = np.random.default_rng(5)
+    base = encoder(rng)
+    further = {"cls.seq_relationship.weight": rng.normal(0, 0.05, (2, HIDDEN)).astype(np.float32)}
+    families.save(tmp_path / "base", base | further, config() | {"architectures": ["BertForPreTraining"]})
+    models = [families.tuned(rng, base) for _ in range(2)]
+    for i, model in enumerate(models):
+        families.save(tmp_path / f"m{i}", model, config())
+    dk.merge(families.recipe(tmp_path, k=2, heads=str(tmp_path / "m0")), tmp_path / "out")
+    found = families.load(tmp_path / "out")
+    assert found.keys() == models[0].keys()
+    for name in filter(is_head, found):
+        assert np.array_equal(found[name], models[0][name]), name
+
+
 def test_the_bases_head(encoders):
     path, base, _ = encoders
     dk.merge(families.recipe(path, k=2, heads="base"), path / "out")

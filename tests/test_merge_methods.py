@@ -23,6 +23,7 @@ from darekit.methods import MERGE_METHODS, merging, spherical
 SHAPES = ((1,), (3,), (65,), (1025,), (3, 1), (1, 3), (130, 517), (2, 5, 64), ())
 CLOSE = {"BF16": 2**-8, "F16": 2**-10, "F32": 3e-6, "F64": 1e-11}
 WEIGHTS = (0.3, 0.9, 0.2)
+ONE_MODEL = ("nearswap", "arcee_fusion")
 
 
 def length(vector):
@@ -191,6 +192,16 @@ def family(rng, shape, dtype, k, scale=0.02):
     kind = DTYPES[dtype].numpy
     base = rng.normal(0, 0.02, shape).astype(kind)
     return base, [np.asarray(base.astype(np.float64) + rng.normal(0, scale, shape)).astype(kind) for _ in range(k)]
+
+
+@pytest.mark.parametrize("name", [name for name, one in MERGE_METHODS.items() if "lambda" in one.parameters])
+def test_arrays_take_the_lambda_that_mergekit_ignores(name):
+    """A recipe of such a method may be one of mergekit's, where a lambda has no effect; a call from Python is none."""
+    base, models = family(np.random.default_rng(3), (8, 16), "F64", 1 if name in ONE_MODEL else 3)
+    given = {"t": 0.5} if "t" in MERGE_METHODS[name].parameters else {}
+    full = merged(name, given, base, models) - base
+    assert np.abs(full).max() > 1e-5
+    np.testing.assert_allclose(merged(name, given | {"lambda": 0.5}, base, models) - base, full / 2, atol=1e-15)
 
 
 def ids(case):

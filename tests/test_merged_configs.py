@@ -264,7 +264,7 @@ def test_classes_that_differ_are_told():
         label_notes(None, [many[0], checkpoint({"id2label": {str(at): f"b{at}" for at in range(3)}})], {})
     )
     (said,) = label_notes(base, [turned, turned], {"id2label": {}})  # the base has no say then
-    assert said == "the output has the names of the classes of turned and turned"
+    assert said == "the output has the class names of turned and turned"
     kinds = [checkpoint({"problem_type": kind}, f"hub/{at}") for at, kind in enumerate(("one", "many", "one"))]
     (said,) = label_notes(None, kinds, {})
     assert said.startswith("problem_type is one in 0 and 2, many in 1: heads") and "`heads: hub/0`" in said

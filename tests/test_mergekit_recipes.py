@@ -587,6 +587,8 @@ def test_densities_above_1():
         ("ties", {"density": -0.1}, {}, "models.0.parameters.density is -0.1, which counts as 0", {"keep": 0.0}),
         ("breadcrumbs", {"density": [-1, 1]}, {}, "density.0 is -1: where the gradient passes 0 it counts as 0",
          {"drop_rate": Gradient((2.0, 0.0), (0.0, 1.0)), "density": Gradient((-1.0, 1.0), (0.0, 1.0))}),
+        ("breadcrumbs", {"density": 0.5, "gamma": [0.1, 1.2]}, {}, "gamma.1 is 1.2: where the gradient passes 1 it",
+         {"gamma": Gradient((0.1, 1.2), (float("-inf"), 1.0))}),
         ("dare_ties", {"density": True}, {"density": 0.5}, "density is true, which counts as 1", {"drop_rate": 0.0}),
         ("dare_ties", {"density": []}, {"density": 0.5}, "density is an empty list: as if it were not there",
          {"drop_rate": 0.5}),

@@ -609,6 +609,23 @@ def test_shards_of_two_saves_are_not_mixed(place, dare):
     assert "shards of 2 saves of a model (model-*-of-00002.safetensors, model-*-of-00003.safetensors)" in text
 
 
+@pytest.mark.parametrize("lost", [None, "model-00001-of-00003.safetensors"])
+def test_shards_that_are_counted_from_0(place, dare, lost):
+    assert merge(dare, place, out="want")[0] == 0
+    sharded(place / "m0", 3, index=None)
+    for number in range(3):
+        one = place / f"m0/model-{number + 1:05}-of-00003.safetensors"
+        one.rename(one.with_name(f"model-{number:05}-of-00003.safetensors"))
+    if lost:
+        (place / "m0" / lost).unlink()
+    code, text = merge(dare, place)
+    assert code == (1 if lost else 0)
+    if lost:
+        assert f"neither model.safetensors.index.json nor {lost}. Download" in text
+    else:
+        same_values(place, "out", "want")
+
+
 def test_pickled_shards_without_an_index(place, dare):
     torch = pytest.importorskip("torch")
     assert merge(dare, place, out="want")[0] == 0

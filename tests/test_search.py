@@ -165,6 +165,22 @@ def test_a_score_that_rows_of_data_do_not_have_is_found_by_its_line(tmp_path, ro
     assert says in str(found.value)
 
 
+def test_words_for_the_ends_of_a_range_may_name_choices():
+    chosen = {"min": {"parameters.lambda": 0.5}, "max": {"parameters.lambda": 1.5, "sparsify.drop_rate": 0.9}}
+    (knob,) = searched({"strategy": chosen}).knobs
+    assert knob.named and knob.choices == chosen
+    assert searched({"how": {"from": None, "to": {"parameters.lambda": 2}}}).knobs[0].choices["from"] == {}
+
+
+def test_a_base_that_a_shared_weight_makes_a_model_has_none_to_search():
+    recipe = {"base_model": "base", "models": ["m0", "m1"], "merge_method": "linear", "parameters": {"weight": 0.5}}
+    space = {"models.*.parameters.weight": {"low": 0, "high": 1}}
+    with pytest.raises(RecipeError, match=r"its base base counts as one more of them.*or remove `parameters.weight`"):
+        searched(space, recipe)
+    assert len(searched(space, {**recipe, "models": ["m0", "m1", "base"]}).knobs) == 3
+    assert len(searched(space, {**recipe, "parameters": {}}).knobs) == 2
+
+
 def test_two_numbers_are_no_range_and_equal_judges_no_test():
     found = searched({"parameters.lambda": [0.5, 1.5], "models.*.parameters.weight": [0.5, 1.0]})
     assert [note.partition(",")[0] for note in found.notes] == [
@@ -206,7 +222,8 @@ def test_a_database_is_tried_before_anything_is_judged_and_keeps_its_password():
         PlanError, match=r"storage: sqlite:///nowhere/x.db cannot be used: unable to open database file"
     ):
         check_storage(searched({"parameters.lambda": [1, 2]}, storage="sqlite:///nowhere/x.db"))
-    assert hidden("postgresql://me:s3cret@host/db") == "postgresql://me:***@host/db"
+    for password in ("s3cret", "s3/cret", "s3@cret"):
+        assert hidden(f"postgresql://me:{password}@host/db") == "postgresql://me:***@host/db"
 
 
 def test_a_file_with_everything(tmp_path):

@@ -112,6 +112,7 @@ def merge_tensors(
     data |= {"base_model": "base"} if base is not None else {}
     data |= {"dtype": dtype} if dtype is not None else {}
     data["rounding"] = rounding
+    data["output"] = "model"  # a key of ours: of mergekit's methods some have no lambda there
     if sparsify is not None:
         chosen = SPARSIFIERS.get(sparsify.method)
         defaults = {name: one.default for name, one in chosen.parameters.items()} if chosen else {}

@@ -213,7 +213,8 @@ def _absent(files: Sequence[str]) -> list[str] | None:
     stem, count, suffix = kinds.pop()
     if int(count) > 2 * len(files) + 8:  # nobody wants to read of them one by one
         return [f"the rest of the {int(count)} shards"]
-    numbered = [f"{stem}-{number:0{len(count)}}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+    first = 0 if any(one and int(one["number"]) == 0 for one in found) else 1  # some tools begin at 0
+    numbered = [f"{stem}-{first + k:0{len(count)}}-of-{count}{suffix}" for k in range(int(count))]
     return [name for name in numbered if name not in files]
 
 

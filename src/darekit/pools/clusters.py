@@ -121,12 +121,9 @@ def _connect(ray: Any, cluster: Cluster) -> None:
     except Exception as error:  # Ray's, grpc's, the system's
         where = f"the Ray cluster at {address} cannot be reached" if address else "Ray cannot be started"
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = (
-            "; start one with `ray start --head`, or write --ray without an address"
-            if address
-            else "; --jobs N needs no Ray"
-        )
-        raise PlanError(f"{where}: {line.rstrip('.')}{hint}") from error
+        start = "start one with `ray start --head`, or write --ray without an address"
+        hint = start if address else "--jobs N needs no Ray"
+        raise PlanError(f"{where}: {line.rstrip('.')}; {hint}") from error
 
 
 def _refuse_silence(address: str) -> None:

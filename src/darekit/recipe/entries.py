@@ -119,7 +119,7 @@ def _read_slice(document: Document, words: Words, one: SliceAt) -> _Slice:
     lengths = {source.layers[1] - source.layers[0] for source in sources if source.layers[1] is not None}
     if len(lengths) > 1:
         told = ", ".join(f"{source.name} {list(source.layers)}" for source in sources)
-        fail(document, one.path or (), f"the sources of one slice must have equally many layers, found {told}")
+        fail(document, one.path or (), f"all sources of one slice must have the same number of layers, found {told}")
     written = {source.name: where(document, (*source.path, "layer_range")) for source in sources}
     return _Slice(one, sources, {**written, "": where(document, one.path or ())})
 

@@ -19,7 +19,10 @@ from darekit.recipe.words import Words
 Range = tuple[float, float]
 
 _SHARE: Range = (0.0, 1.0)
-_NATIVE: Mapping[str, Range] = dict.fromkeys(("drop_rate", "density", "keep", "select_topk"), _SHARE)
+_NATIVE: Mapping[str, Range] = {
+    **dict.fromkeys(("drop_rate", "density", "keep", "select_topk"), _SHARE),
+    "gamma": (-math.inf, 1.0),
+}
 
 
 def as_in_mergekit(document: Document, words: Words) -> tuple[Document, Words]:

@@ -80,7 +80,8 @@ def slerp(t: float) -> Method:
     The formula: `darekit.methods.spherical.slerp`.
 
     Args:
-        t: how far to go, in [0, 1]: 0 is the base (or the first of two models), 1 the other model.
+        t: how far to go: 0 is the base (or the first of two models), 1 the other model; beyond them (from -1 to 2),
+            past it.
 
     Returns:
         What `merge_tensors` takes as `method`.

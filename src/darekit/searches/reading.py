@@ -21,7 +21,7 @@ from darekit.searches.points import point_of
 from darekit.searches.space import candidate, midpoint, used_knobs, weight_knobs
 from darekit.trials.judging import AGAIN, asked_again, read_judges, read_recipe_place
 from darekit.trials.scores import WORDS, check_score, word_meant
-from darekit.trials.settings import recipe_with
+from darekit.trials.settings import data_of, models_in, recipe_with
 from darekit.wording import and_
 
 KEYS = ("recipe", "space", "seeds", "constraints", "try", "at_least", "at_most", "choose", "sampler", "rungs", "round",
@@ -65,7 +65,7 @@ def read_search(source: str | Path | Mapping[str, Any]) -> Search:
     except RecipeError as error:
         fail(document, ("recipe",), f"{error}")
     weights_sum, negative = _read_constraints(document)
-    knobs = _read_space(document, recipe, negative)
+    knobs = _read_space(document, recipe, models_in(data_of(place)), negative)
     _refuse_negative(document, knobs, negative)
     _check_weights(document, knobs, recipe, weights_sum)
     notes = [] if "test" in judges else [
@@ -120,7 +120,7 @@ def _explain(document: Document, key: str) -> None:
 # --- the space ---
 
 
-def _read_space(document: Document, recipe: Recipe, negative: bool | None) -> tuple[Knob, ...]:
+def _read_space(document: Document, recipe: Recipe, listed: Sequence[str], negative: bool | None) -> tuple[Knob, ...]:
     raw = document.data["space"]
     if not isinstance(raw, dict) or not raw:
         fail(
@@ -135,6 +135,10 @@ def _read_space(document: Document, recipe: Recipe, negative: bool | None) -> tu
             fail(document, path, f" is not a setting; write at the top level: seeds: {shown(value)}")
         keys = [name]
         if name.startswith(EVERY):
+            if 0 < len(listed) < len(recipe.models):
+                fail(document, path, f"the recipe has a weight for all models, so its base {recipe.base_model} counts "
+                     "as one more of them, which it does not list: list it under `models:`, or remove "
+                     "`parameters.weight`")  # fmt: skip
             keys = [f"models.{k}.{name.removeprefix(EVERY)}" for k in range(len(recipe.models))]
         knobs += [_read_knob(document, path, key, value, negative) for key in keys]
     if "seeds" in document.data:
@@ -158,8 +162,8 @@ def _read_knob(document: Document, path: Key, key: str, raw: Any, negative: bool
         fail(document, path, f"{_SHAPE}, found {shown(raw)}")
     if {"low", "high"} & {*raw}:
         return _read_range(document, path, key, raw)
-    if {*raw} <= {*RANGE, *_MEANT} and {*raw} & {*_MEANT}:
-        odd = [name for name in raw if name in _MEANT]
+    odd = [name for name, end in raw.items() if name in _MEANT and not isinstance(end, dict | None)]
+    if odd and {*raw} <= {*RANGE, *_MEANT}:
         fail(document, (*path, odd[0]), f" is not known; a range is {{low: L, high: H}}: write {_MEANT[odd[0]]}")
     odd = [name for name in raw if name in RANGE]
     if odd:

@@ -54,13 +54,12 @@ def check_storage(search: Search, *, connect: bool = True) -> None:
     if search.storage is None:
         return
     from optuna.storages import get_storage
-    from sqlalchemy.engine import make_url
+    from sqlalchemy import create_engine
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
     at = search.places.at("storage")
     try:
-        url = make_url(search.storage)
-        url.get_dialect().import_dbapi()
+        url = create_engine(search.storage).url  # which imports the driver, and connects only when it is asked
     except NoSuchModuleError:
         kind = search.storage.partition(":")[0]
         raise PlanError(
@@ -81,12 +80,18 @@ def check_storage(search: Search, *, connect: bool = True) -> None:
 
 
 def hidden(text: str) -> str:
-    """A text without the passwords of the URLs in it.
+    """A text without the passwords of the URLs in it, which may hold a slash or another @.
 
-    >>> hidden("storage: postgresql://me:secret@host/searches")
+    >>> hidden("storage: postgresql://me:se/cr@et@host/searches")
     'storage: postgresql://me:***@host/searches'
+    >>> hidden("storage: postgresql://host/searches?user=me&password=secret")
+    'storage: postgresql://host/searches?user=me&password=***'
     """
-    return re.sub(r"(://[^/\s:@]*:)[^@\s/]+@", r"\1***@", text)
+    return re.sub(r"(://[^/\s:@]*:)\S+@|([?&]password=)[^&\s\"']+", _masked, text)
+
+
+def _masked(found: re.Match[str]) -> str:
+    return f"{found[1]}***@" if found[1] else f"{found[2]}***"
 
 
 def _reason(error: BaseException) -> str:

@@ -173,8 +173,8 @@ def _sort(tensors: list[AlignedTensor], reference: Checkpoint) -> None:
 
 def _take_heads(giver: View, views: Sequence[View], notes: list[str]) -> dict[str, TensorInfo]:
     """Remove the heads from all views; those of one checkpoint are the output's. Where its class is for another task
-    than the reference's, layers that all have before their outputs (ModernBERT's `head`) were trained by all, and are
-    merged."""
+    than the reference's, so that each has some that the other lacks, layers that all have before their outputs
+    (ModernBERT's `head`) were trained by all, and are merged."""
     taken: dict[str, TensorInfo] = {}
     others = []
     heads = [
@@ -183,7 +183,7 @@ def _take_heads(giver: View, views: Sequence[View], notes: list[str]) -> dict[st
     ]
     given = next(own for view, own in zip(views, heads, strict=True) if view is giver)
     shared: set[str] = set()
-    if not heads[0].keys() <= given.keys():
+    if not (heads[0].keys() <= given.keys() or given.keys() <= heads[0].keys()):
         everywhere = given.keys() & heads[0].keys()
         shared = {key for key in everywhere if len({own[key].shape if key in own else () for own in heads}) == 1}
     for view, found in zip(views, heads, strict=True):
