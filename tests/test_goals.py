@@ -157,9 +157,9 @@ def test_bounds_refer_to_what_was_judged():
     )  # fmt: skip
     assert bounds_of(search(limits=(number, share)), known)[1].of is sheet
     assert bounds_of(search(limits=(share,)), Known(RIGHT))[0].of is None  # not yet
-    with pytest.raises(RecipeError, match="at_least.math: m could not be judged, so nothing can be compared"):
+    with pytest.raises(RecipeError, match=r"at_least\.math: m could not be judged, so nothing can be compared"):
         bounds_of(search(limits=(Limit("math", 1, "m", True),)), known)
-    with pytest.raises(RecipeError, match=r"file.yaml: x at least 1: 'x' is not a score"):
+    with pytest.raises(RecipeError, match=r"file.yaml: at_least.x: 'x' is not a score"):
         bounds_of(search(limits=(Limit("x", 1, None, True),)), known)
 
 
