@@ -19,7 +19,8 @@ PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 # What a result leads to, but nobody outside needs to know.
 INSIDE = {
     "Alignment", "Companions", "Depths", "Filtered", "Filters", "Gradient", "InputFile", "LeafTable",
-    "OutputVocabulary", "Places", "Settings", "Shard", "Source", "Statistics", "Step", "Tower", "Travel", "Value", "Within",
+    "OutputVocabulary", "Places", "Settings", "Shard", "Source", "Statistics", "Step", "Tower", "Travel", "Value",
+    "Within",
 }  # fmt: skip
 
 
